@@ -1,0 +1,79 @@
+"""The command line. Each command imports what it needs itself, so that --help answers at once."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from teachers.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["run"]:  # some launchers add their rank
+        words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+    try:
+        arguments = _parser(words).parse_args(words)
+        return arguments.command(arguments) or 0
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"{'' if rank == '0' else f'[rank {rank}] '}distill: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("distill: interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, and no usage before it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}: {self.prog}; see {self.prog} --help")
+
+
+def _parser(words: Sequence[str]) -> Parser:
+    parser = Parser(
+        prog="distill", description="Causal few-step avatar students from bidirectional many-step teachers."
+    )
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
+
+    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, dmd, export, evaluate")
+    run.add_argument("recipe", type=Path, metavar="RECIPE")
+    run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
+    run.set_defaults(command=_run)
+
+    sample = commands.add_parser("sample", help="a talking video from a portrait, a sound file and a text")
+    if words[:1] == ["sample"]:
+        from distill.sample import add_arguments
+
+        add_arguments(sample)
+    sample.set_defaults(command=_sample)
+
+    doctor = commands.add_parser("doctor", help="what is installed, what is missing and where it goes")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from distill.recipe import load_recipe
+    from distill.stages import run
+
+    run(load_recipe(arguments.recipe, arguments.overrides))
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from distill.sample import run
+
+    return run(arguments) or 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    del arguments
+    from distill.doctor import report
+
+    return report()

@@ -1,0 +1,103 @@
+"""`distill doctor`: what is installed, what this machine has, what is missing and where it goes."""
+
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import psutil
+import torch
+
+from distill.run_folder import revision, versions
+
+MODULES = ("torchvision", "peft", "deepspeed", "hydra", "torchmetrics", "lpips", "safetensors", "jinja2", "tqdm")
+GIB = 2**30
+MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 4.0
+WEIGHTS = {  # published extractors: file -> (what needs it, sha256)
+    "pt_inception-2015-12-05-6726825d.pth": (
+        "published FID",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "i3d_torchscript.pt": ("published FVD", "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"),
+}
+
+
+def weights_folder() -> Path:
+    """Where published metric weights are looked for: $AVATAR_DISTILL_WEIGHTS, else the user's cache folder."""
+    chosen = os.environ.get("AVATAR_DISTILL_WEIGHTS")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "avatar-distill" / "weights"
+
+
+def report() -> int:
+    """Print one line a check; 0 when the embedded pipeline can run here, 1 when something it needs is missing."""
+    complete = True
+    for mark, line in (*_software(), *_machine(), *_codecs(), *_weights()):
+        print(f"{mark:<8} {line}")
+        complete = complete and mark != "MISSING"
+    print("ready" if complete else "not ready: mend the lines marked MISSING")
+    return 0 if complete else 1
+
+
+def _software() -> Iterator[tuple[str, str]]:
+    for name, version in {**versions(), "revision": revision()}.items():
+        yield ("MISSING" if version == "missing" else "ok"), f"{name} {version}"
+    logging.disable(logging.WARNING)  # some libraries greet
+    for name in MODULES:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, RuntimeError, OSError) as error:
+            yield "MISSING", f"{name}: {str(error).splitlines()[0] if str(error) else error!r}; pip install -e . again"
+        else:
+            yield "ok", f"{name} {getattr(module, '__version__', '')}".rstrip()
+    logging.disable(logging.NOTSET)
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield "ok", f"{cores} cores, torch uses {torch.get_num_threads()} threads, OMP_NUM_THREADS {asked}"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(index)
+            yield "ok", f"cuda:{index} {facts.name}, {facts.total_memory / GIB:.0f} GiB"
+    else:
+        yield (
+            "ok",
+            f"no CUDA device (torch built for {torch.version.cuda or 'CPU only'}); the embedded recipe needs none",
+        )
+    memory = psutil.virtual_memory().available / GIB
+    yield (
+        ("ok" if memory >= MIN_MEMORY_GIB else "low"),
+        f"memory {memory:.1f} GiB free ({MIN_MEMORY_GIB:.0f} are enough)",
+    )
+    disk = shutil.disk_usage(Path.cwd()).free / GIB
+    yield ("ok" if disk >= MIN_DISK_GIB else "low"), f"disk {disk:.1f} GiB free here ({MIN_DISK_GIB:.0f} are enough)"
+
+
+def _codecs() -> Iterator[tuple[str, str]]:
+    for name in ("libx264", "aac"):
+        found = name in av.codecs_available
+        yield (
+            ("ok" if found else "MISSING"),
+            f"PyAV {av.__version__} encoder {name}{'' if found else ': pip install av'}",
+        )
+
+
+def _weights() -> Iterator[tuple[str, str]]:
+    for name, (use, digest) in WEIGHTS.items():
+        file = weights_folder() / name
+        if not file.is_file():
+            yield "optional", f"{use}: not there; put {name} (sha256 {digest[:12]}...) into {file.parent}"
+        elif _sha256(file) == digest:
+            yield "ok", f"{use}: {file}"
+        else:
+            yield "optional", f"{use}: {file} is another file (sha256 differs from {digest[:12]}...); replace it"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

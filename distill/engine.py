@@ -1,0 +1,174 @@
+"""What accelerate owns: processes, device, precision, reductions; and generators keyed by meaning, never global."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
+
+from teachers.errors import UserError
+from teachers.flow import keyed_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`precision` is that of autocast (parameters and reductions stay fp32); a reduction moves `bucket_mib` at once."""
+
+    precision: Literal["fp32", "bf16"]
+    bucket_mib: int = 32
+
+    def __post_init__(self):
+        if self.bucket_mib < 1:
+            raise ValueError(f"bucket_mib must be at least 1, got {self.bucket_mib}")
+
+
+class Engine:
+    """One process among `world_size` equal ones: data parallel, gradients averaged once an accumulation.
+
+    Raises UserError when the launcher asked for another number of processes, or for a strategy or precision, than the
+    one that would run. `threads` sets torch's CPU threads of this process, shared among the local processes.
+    """
+
+    def __init__(self, config: EngineConfig, threads: int | None = None):
+        self.config = config
+        self.requested = requested_processes(os.environ, parent_command())
+        check_launcher(os.environ, config)
+        on_cpu = not torch.cuda.is_available()
+        if "WORLD_SIZE" not in os.environ:
+            check_world_size(self.requested, 1, on_cpu)
+        self.accelerator = Accelerator(cpu=on_cpu)
+        self.device = torch.device("cpu") if on_cpu else self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.rank == 0
+        check_world_size(self.requested, self.world_size, on_cpu)
+        if self.world_size > 1 and not dist.is_initialized():
+            raise UserError(
+                f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
+            )
+        if threads is not None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
+            torch.set_num_threads(max(1, threads // local))
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, in place; summed in fp32 (fp64 stays), bucket by bucket.
+
+        Every process gives the same shapes in the same order.
+        """
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors, self.config.bucket_mib * 2**20):
+            wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+            flat = torch.cat([tensor.detach().to(wide).flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.detach().copy_(mean.view_as(tensor))
+
+    def generator(
+        self, seed: int, *keys: int | str, shared: bool = False, device: str | None = None
+    ) -> torch.Generator:
+        """A generator of (seed, keys, rank), or of (seed, keys) alone if `shared`; on our device by default."""
+        rank = 0 if shared else self.rank
+        return keyed_generator(seed, *keys, rank, device=torch.device(device or self.device))
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast, or nothing with precision fp32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def close(self) -> None:
+        """Leave the process group; the barrier before is what keeps gloo from aborting at exit."""
+        self.accelerator.wait_for_everyone()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def parent_command() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent else []
+    except psutil.Error:
+        return []
+
+
+def requested_processes(environ: Mapping[str, str], parent: Sequence[str]) -> int:
+    """Processes the launcher was asked for: WORLD_SIZE, else MPI's, else accelerate's flag or config file, else 1.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and leaves no WORLD_SIZE; its own command line,
+    `parent`, and its configuration file are the only witnesses.
+    """
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if (value := environ.get(name) or "").isdigit():
+            return int(value)
+    if "ACCELERATE_MIXED_PRECISION" not in environ or not any("accelerate" in word for word in parent):
+        return 1
+    flags = ("--num_processes", "--num-processes")
+    for i, word in enumerate(parent):
+        name, _, value = word.partition("=")
+        if name in flags:
+            value = value or (parent[i + 1] if i + 1 < len(parent) else "")
+            return int(value) if value.isdigit() and int(value) > 0 else 1
+    file = next((parent[i + 1] for i, word in enumerate(parent[:-1]) if word == "--config_file"), None)
+    if file or (os.path.isfile(default_config_file) and "--cpu" not in parent):
+        return max(1, int(getattr(load_config_from_file(file), "num_processes", None) or 1))
+    return 1
+
+
+def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
+    """UserError when fewer or more processes train together than were asked for."""
+    if requested != got:
+        raise UserError(
+            f"{requested} processes were asked for but {got} would train: launcher; {_right_command(requested, on_cpu)}"
+        )
+
+
+def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> None:
+    """UserError when the launcher was told something that the recipe's engine would not do."""
+    on = {"1", "true", "yes"}
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if environ.get(f"ACCELERATE_USE_{name}", "false").lower() in on:
+            flag = f"--use_{name.lower()}"
+            raise UserError(
+                f"{flag} would have no effect: launcher; leave it out, the recipe's engine is data parallel"
+            )
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked != "no" and asked != config.precision:
+        mend = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
+        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; say {mend}")
+
+
+def _right_command(count: int, on_cpu: bool) -> str:
+    if count == 1:
+        return "start it without WORLD_SIZE and other launchers' variables"
+    where = "" if not on_cpu else " (works on a CPU; --cpu does not)"
+    return f"use accelerate launch --multi_gpu --num_processes {count} RECIPE, or torchrun{where}"
+
+
+def _buckets(tensors: Sequence[Tensor], num_bytes: int) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.numel() * max(4, tensor.element_size())
+        if not buckets or room < size or buckets[-1][0].dtype != tensor.dtype:
+            buckets.append([])
+            room = num_bytes
+        buckets[-1].append(tensor)
+        room -= size
+    return buckets

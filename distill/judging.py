@@ -1,0 +1,198 @@
+"""The embedded evaluation: what is generated for which held-out conditions, validation while training, and the final report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.data import avatars
+from distill.data.world import Clips
+from distill.rollout import Noise, rollout
+from distill.run_folder import load_tensors, save_tensors
+from distill.trajectories import solve_states
+from eval import benchmark
+from eval.benchmark import Asked, Reference
+from eval.extractors import Probes
+from students.causal_wan import CausalWan
+from teachers import flow
+from teachers.codecs import to_float, to_uint8
+from teachers.conditions import Conditions
+from teachers.flow import keyed_generator
+
+if TYPE_CHECKING:
+    from distill.stages import Pipeline
+
+Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, name of the set) -> x0
+VALIDATION_CLIPS = 96
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out conditions as the metrics want them: the world's clips, their codec ceiling, conditions and what was asked."""
+
+    clips: Clips
+    decoded: Tensor
+    conditions: Conditions
+    asked: Asked
+
+    @classmethod
+    def draw(cls, pipeline: "Pipeline", name: str, num: int) -> "HeldOut":
+        """Fresh clips, the same for every training seed of a recipe: only `eval.condition_seed` and `name` decide."""
+        data, seed = pipeline.recipe.data, pipeline.recipe.eval.condition_seed
+        clips = avatars.held_out(data, seed, name, num)
+        x0, conditions = pipeline.senses.of_clips(clips)
+        rows = pipeline.senses.ears(clips.audio, 0, clips.video.shape[2])
+        asked = Asked(
+            audio_features=rows,
+            gesture=clips.labels["gesture"],
+            expression=clips.labels["expression"],
+            portrait=clips.video[:, :, 0],
+        )
+        return cls(clips, to_uint8(pipeline.senses.codec.decode(x0)), conditions.to(pipeline.engine.device), asked)
+
+
+def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
+    """The extractors stage: train the embedded probes on the world and show that they rank known cases right."""
+    config, data, engine = pipeline.recipe.eval, pipeline.recipe.data, pipeline.engine
+    if engine.is_main:
+        clips = avatars.held_out(data, config.probe_seed, "probes", data.world.num_train)
+        decoded = to_uint8(pipeline.senses.codec.decode(pipeline.senses.codec.encode(to_float(clips.video))))
+        rows = pipeline.senses.ears(clips.audio, 0, clips.video.shape[2])
+        total = 3 * config.probe_steps
+        with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
+
+            def progress(step: int, num_steps: int, loss: float) -> None:
+                bar.n = step
+                bar.set_postfix(loss=f"{loss:.3g}")
+                bar.refresh()
+
+            rng = keyed_generator(config.probe_seed, "fit")
+            Probes.fit(clips.video, clips.labels, rows, config, rng, progress, decoded).save(folder)
+    engine.barrier()
+    probes = Probes.load(folder)
+    test = HeldOut.draw(pipeline, "admit", config.admit_clips)
+    reference = avatars.held_out(data, config.condition_seed, "reference", config.num_reference)
+    rng = keyed_generator(config.probe_seed, "admit")
+    result = benchmark.admit(
+        probes, test.clips.video, test.decoded, test.asked.audio_features, test.asked.gesture, reference.video, rng
+    )
+    checks = probes.check(test.decoded, test.clips.labels, test.asked.audio_features)
+    return {"sha256": probes.sha256, "checks": checks, **result}
+
+
+def clip_noise(spec, num: int, seed: int, *keys: int | str) -> Tensor:
+    """Initial noise [N, C, F, h, w] of whole clips."""
+    channels, height, width = spec.latent_size
+    rng = keyed_generator(seed, "clip noise", *keys)
+    return torch.randn(num, channels, spec.horizon_frames, height, width, generator=rng)
+
+
+def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
+    """Noise of every (chunk, step) of `num` streams, drawn when asked for."""
+    channels, height, width = spec.latent_size
+
+    def noise(chunk: int, step: int) -> Tensor:
+        rng = keyed_generator(seed, "stream noise", *keys, chunk, step)
+        return torch.randn(num, channels, spec.chunk_frames, height, width, generator=rng)
+
+    return noise
+
+
+@torch.inference_mode()
+def student_clips(student: CausalWan, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
+    """x0 of whole clips by the student's own rollout, the function that serving runs."""
+    num, device, parts = conditions.text.shape[0], conditions.text.device, []
+    for start in range(0, num, batch):
+        rows = slice(start, min(start + batch, num))
+        parts.append(rollout(student, conditions.index(rows), lambda c, s, rows=rows: noise(c, s)[rows].to(device)))
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def teacher_clips(teacher, conditions: Conditions, noise: Tensor, grid, guidance, batch: int, progress=None) -> Tensor:
+    """x0 of whole clips by the guided Euler solution on `grid`."""
+    parts, last = [], len(grid) - 1
+    for start in range(0, noise.shape[0], batch):
+        rows = slice(start, min(start + batch, noise.shape[0]))
+        part = noise[rows].to(conditions.text.device)
+        parts.append(solve_states(teacher, conditions.index(rows), part, grid, (last,), guidance)[:, 0])
+        if progress is not None:
+            progress.update(len(part))
+    return torch.cat(parts)
+
+
+class Validation:
+    """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
+
+    score = fid/fid_0 + fvd/fvd_0 + |energy - 1| + |sharpness - 1| + 2 max(0, sync_0 - sync): overshoot is a fault like
+    stillness. The conditions are not those of the report.
+    """
+
+    def __init__(self, pipeline: "Pipeline", student: CausalWan):
+        self.pipeline, self.student = pipeline, student
+        self.test = HeldOut.draw(pipeline, "validate", min(VALIDATION_CLIPS, pipeline.recipe.eval.num_conditions))
+        config = pipeline.recipe.eval
+        real = avatars.held_out(pipeline.recipe.data, config.condition_seed, "validate reference", config.num_reference)
+        self.reference: Reference = benchmark.prepare_reference(pipeline.probes, real.video, self.test.decoded)
+        self.start = self._measure()
+
+    def _measure(self) -> dict[str, float]:
+        pipeline, num = self.pipeline, len(self.test.clips.text)
+        noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "validate")
+        x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
+        video = to_uint8(pipeline.senses.codec.decode(x0.cpu()))
+        scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
+        return {name: scores[name]["mean"] for name in ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")}
+
+    def __call__(self) -> dict[str, float]:
+        now, then = self._measure(), self.start
+        score = now["fid"] / then["fid"] + now["fvd"] / then["fvd"] + 2 * max(0.0, then["sync"] - now["sync"])
+        score += abs(now["motion_energy"] - 1) + abs(now["sharpness"] - 1)
+        return {**now, "score": score}
+
+
+def systems(pipeline: "Pipeline") -> dict[str, Generate]:
+    """The five systems of the report: how each generates x0 for conditions, a noise seed and a set's name."""
+    recipe, spec = pipeline.recipe, pipeline.spec
+    settings = recipe.trajectories
+    batch = recipe.eval.batch_size
+    grids = {
+        "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
+        "teacher_few_step": (*spec.sigmas, 0.0),
+    }
+    stages = {"zero_shot": "teacher", "init": "init", "student": "dmd"}
+
+    def teacher(grid) -> Generate:
+        def generate(conditions, seed, name):
+            noise = clip_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
+            with tqdm(total=noise.shape[0], desc=f"teacher {len(grid) - 1} steps", leave=False, mininterval=1.0) as bar:
+                return teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch, bar)
+
+        return generate
+
+    def student(stage) -> Generate:
+        net = pipeline.student(stage).eval()
+
+        def generate(conditions, seed, name):
+            noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
+            return student_clips(net, conditions, noise, batch)
+
+        return generate
+
+    return {name: teacher(grid) for name, grid in grids.items()} | {name: student(stage) for name, stage in stages.items()}
+
+
+def cached_clips(pipeline: "Pipeline", folder: Path, system: str, generate: Generate, conditions, seed: int, name: str) -> Tensor:
+    """Generated clips uint8 [N, 3, T, H, W], kept in the stage so that a killed evaluation goes on where it was."""
+    file = folder / "clips" / f"{name}-{system}-{seed}.safetensors"
+    if not file.is_file():
+        x0 = generate(conditions, seed, name)
+        if pipeline.engine.is_main:
+            file.parent.mkdir(exist_ok=True)
+            save_tensors(file, {"video": to_uint8(pipeline.senses.codec.decode(x0.cpu()))})
+        pipeline.engine.barrier()
+    return load_tensors(file)["video"]

@@ -1,0 +1,339 @@
+"""A run on disk: the resolved recipe, fingerprinted stages, atomic files, the metrics log. Only rank 0 writes."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill import __version__
+from teachers.errors import UserError
+from teachers.typed import dump, to_plain
+
+NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads")
+FULL_DISK = ("No space left", "PytorchStreamWriter failed")
+"""How safetensors and torch.save say it."""
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
+
+
+class Ranks(Protocol):
+    """What a run folder needs of the engine."""
+
+    is_main: bool
+
+    def barrier(self) -> None: ...
+
+
+class Alone:
+    """Ranks of a single process."""
+
+    is_main = True
+
+    def barrier(self) -> None: ...
+
+
+class RunFolder:
+    """`run_dir` with recipe.yaml, stages/<stage>/, metrics.jsonl; made by `RunFolder.open`."""
+
+    def __init__(self, path: Path, reuse: Path | None, ranks: Ranks):
+        self.path = path
+        self.reuse = reuse
+        self.ranks = ranks
+
+    @classmethod
+    def open(cls, recipe: Any, ranks: Ranks | None = None) -> "RunFolder":
+        """Make or reopen `recipe.run_dir`; UserError if it holds another recipe, or `recipe.reuse` is no run folder."""
+        ranks = ranks or Alone()
+        run = cls(Path(recipe.run_dir), Path(recipe.reuse) if recipe.reuse else None, ranks)
+        if run.reuse and not (run.reuse / "recipe.yaml").is_file():
+            raise UserError(f"no run folder: {run.reuse}; reuse= takes the run_dir of an earlier run")
+        file = run.path / "recipe.yaml"
+        if file.is_file():
+            _check_same(file, to_plain(recipe))
+        elif ranks.is_main and _is_taken(run.path):
+            raise UserError(f"not a run folder: {run.path} holds something else; choose another run_dir=")
+        ranks.barrier()
+        if ranks.is_main and not file.is_file():
+            make_folder(run.path)
+            facts = "".join(f"# {name}: {value}\n" for name, value in {**versions(), "revision": revision()}.items())
+            header, _, body = dump(recipe).partition("\n")
+            atomic_write(file, f"{header}\n{facts}{body}")
+        ranks.barrier()
+        return run
+
+    def stage_dir(self, name: str) -> Path:
+        """Where the stage `name` keeps its artifacts."""
+        return self.path / "stages" / name
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The content of a finished stage's fingerprint.json, None before it is finished."""
+        return _read_json(self.stage_dir(name) / "fingerprint.json")
+
+    def fingerprint(self, name: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
+        """sha256 of the canonical JSON of (name, config, fingerprints of the inputs, package version)."""
+        given = {}
+        for stage in inputs:
+            done = self.finished(stage)
+            assert done is not None, f"stage {name} needs {stage}, which is not finished"
+            given[stage] = done["fingerprint"]
+        facts = {"stage": name, "config": to_plain(config), "inputs": given, "version": __version__}
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+    def stage(
+        self, name: str, config: Mapping[str, Any], inputs: tuple[str, ...], body: Callable[[Path], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The metrics of stage `name`: stored ones if it is done with this fingerprint, else those that `body` returns.
+
+        `body(stage_dir)` resumes from what it left in `stage_dir` itself; leftovers of another fingerprint are deleted
+        before. fingerprint.json is written last. Its seconds add up over resumes, a killed start counting until
+        the last file that it wrote. Every rank calls this.
+        """
+        folder, mark = self.stage_dir(name), self.fingerprint(name, config, inputs)
+        done = self.finished(name)
+        self.ranks.barrier()
+        if done is None or done["fingerprint"] != mark:
+            if self.ranks.is_main:
+                self._prepare(folder, mark)
+            self.ranks.barrier()
+            done = self.finished(name)
+            self.ranks.barrier()
+        if done is None:
+            done = self._run(folder, mark, to_plain(config), inputs, body)
+        return done["metrics"]
+
+    def _prepare(self, folder: Path, mark: str) -> None:
+        """Leave `folder` with this fingerprint's finished copy, its leftovers, or nothing; and a started.json."""
+        started = _read_json(folder / "started.json")
+        if started is None or started["fingerprint"] != mark or (folder / "fingerprint.json").exists():
+            _remove(folder)
+            started = {"fingerprint": mark, "seconds": 0.0, "began": 0.0}
+            other = self.reuse / "stages" / folder.name if self.reuse else None
+            stored = _read_json(other / "fingerprint.json") if other else None
+            if other and stored and stored["fingerprint"] == mark:
+                _copy_folder(other, folder)
+                return
+        make_folder(folder)
+        worked = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+        started["seconds"] += max([0.0, *(when - started["began"] for when in worked)])
+        atomic_write(folder / "started.json", json.dumps({**started, "began": time.time()}))
+
+    def _run(
+        self,
+        folder: Path,
+        mark: str,
+        config: dict[str, Any],
+        inputs: tuple[str, ...],
+        body: Callable[[Path], dict[str, Any]],
+    ) -> dict[str, Any]:
+        before = json.loads((folder / "started.json").read_text())["seconds"]
+        began = time.perf_counter()
+        metrics = body(folder)
+        self.ranks.barrier()
+        seconds = before + time.perf_counter() - began
+        done = {"fingerprint": mark, "inputs": list(inputs), "config": config, "seconds": seconds, "metrics": metrics}
+        done |= {"version": __version__, "revision": revision()}
+        if self.ranks.is_main:
+            atomic_write(folder / "fingerprint.json", json.dumps(done, indent=1, allow_nan=False) + "\n")
+        self.ranks.barrier()
+        return json.loads((folder / "fingerprint.json").read_text())
+
+
+class MetricsLog:
+    """Append-only JSON lines {"stage", "step", name: value...}; `resume` forgets what a killed run logged ahead."""
+
+    def __init__(self, path: Path, is_main: bool = True):
+        self.path = path
+        self.is_main = is_main
+
+    def resume(self, stage: str, step: int) -> None:
+        """Drop the lines of `stage` with a step >= `step` (and a torn last line): they will be logged again."""
+        if not self.is_main or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [
+            line for line in lines if (row := _parse_line(line)) and not (row["stage"] == stage and row["step"] >= step)
+        ]
+        if kept != lines:
+            atomic_write(self.path, "".join(kept))
+
+    def write(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Append one line; values are Python numbers, named `role/quantity`."""
+        if self.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+
+    def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """All rows, or those of one stage, in the order they were logged."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [row for line in lines if (row := _parse_line(line)) and stage in (None, row["stage"])]
+
+
+@contextmanager
+def replacing(path: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; synced and renamed at the end, removed on failure.
+
+    So the file is whole or absent. A full disk is a UserError that says how many of `num_bytes` there is room for.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or any(words in str(error) for words in FULL_DISK):
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(
+                f"the disk is full: {path} needs {num_bytes} bytes, {free} are free; make room and run again"
+            ) from error
+        raise
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Write a whole file or none (see `replacing`); text is UTF-8."""
+    data = content.encode() if isinstance(content, str) else content
+    with replacing(path, len(data)) as temporary:
+        temporary.write_bytes(data)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
+    """Safetensors file with optional string metadata, whole or absent (see `replacing`)."""
+    owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+    with replacing(path, num_bytes) as temporary:
+        save_file(owned, temporary, metadata=dict(facts) if facts else None)
+        temporary.chmod(0o644)  # safetensors makes files that nobody else may read
+
+
+def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"no tensor file: {path}; the stage that writes it has to run first")
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise UserError(f"damaged tensor file: {path} ({error}); delete it and run again") from error
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that numbers depend on."""
+    found = {"python": sys.version.split()[0], "avatar-distill": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    return found
+
+
+def revision() -> str:
+    """Git commit of the code, "+" appended when files differ from it; "unknown" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+    answers = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+        answers.append(done.stdout.strip())
+    return answers[0] + ("+" if answers[1] else "")
+
+
+def make_folder(path: Path) -> None:
+    """mkdir -p; UserError where a folder cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder: {path} ({error.strerror}); choose another run_dir=") from error
+
+
+def _check_same(file: Path, now: dict[str, Any]) -> None:
+    try:
+        before = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"damaged recipe: {file}; choose another run_dir= or delete the folder") from error
+    old, new = _flatten(before), _flatten(now)
+    for key in (*new, *(key for key in old if key not in new)):
+        if key.partition(".")[0] not in NOT_THE_SAME_RUN and old.get(key, "nothing") != new.get(key, "nothing"):
+            raise UserError(
+                f"another recipe's run folder: {file.parent} has {key}={old.get(key, 'nothing')}, "
+                f"now {key}={new.get(key, 'nothing')}; choose another run_dir= or delete the folder"
+            )
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether there is more at `path` than a start killed before its recipe.yaml would leave."""
+    return path.exists() and (not path.is_dir() or any(item.suffix != ".tmp" for item in path.iterdir()))
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            k: v for name, item in value.items() for k, v in _flatten(item, f"{key}.{name}" if key else name).items()
+        }
+    return {key: value}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line) if line.endswith("\n") else None
+    except json.JSONDecodeError:
+        return None
+
+
+def _remove(folder: Path) -> None:
+    """Delete a stage folder so that a kill in between leaves no half of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    temporary.rename(target)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

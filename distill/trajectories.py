@@ -1,0 +1,111 @@
+"""The ODE-pair factory: the teacher's trajectories, only the states the student needs, with labels that are checked."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.data.avatars import Pool
+from distill.engine import Engine
+from distill.methods import Batch
+from distill.run_folder import atomic_write, load_tensors, save_tensors
+from teachers import flow
+from teachers.flow import keyed_generator
+from teachers.conditions import Guidance
+from teachers.errors import UserError
+from teachers.wan import AvatarTeacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesConfig:
+    """`num_pairs` solutions of `num_steps` Euler steps with this guidance; the student's sigmas must lie on the grid."""
+
+    num_pairs: int
+    num_steps: int = 48
+    shift: float = 3.0
+    guidance: Guidance = field(default_factory=Guidance)
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """states fp16 [N, K+1, C, F, h, w], the last one x0; rows [N] of the training pool; sigmas of the states."""
+
+    states: Tensor
+    rows: Tensor
+    sigmas: tuple[float, ...]
+
+    def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
+        conditions = pool.batch(self.rows[rows], device).conditions
+        return Batch(conditions=conditions, states=self.states[rows].float().to(device))
+
+
+def make(
+    teacher: AvatarTeacher,
+    teacher_hash: str,
+    pool: Pool,
+    config: TrajectoriesConfig,
+    sigmas: Sequence[float],
+    *,
+    seed: int,
+    folder: Path,
+    engine: Engine,
+) -> dict:
+    """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards."""
+    grid = flow.sigma_grid(config.num_steps, config.shift)
+    keep = (*flow.on_grid(sigmas, grid), config.num_steps)
+    facts = {
+        "sigmas": [grid[i] for i in keep],
+        "num_steps": config.num_steps,
+        "shift": config.shift,
+        "guidance": asdict(config.guidance),
+        "teacher": teacher_hash,
+    }
+    count = -(-config.num_pairs // config.batch_size)
+    mine = [i for i in range(count) if i % engine.world_size == engine.rank]
+    for i in tqdm(mine, desc="trajectories", disable=not engine.is_main):
+        file = folder / f"shard-{i:05d}.safetensors"
+        if file.is_file():
+            continue
+        rng = keyed_generator(seed, "trajectories", i)
+        num = min(config.batch_size, config.num_pairs - i * config.batch_size)
+        rows = torch.randint(0, len(pool), (num,), generator=rng)
+        conditions = pool.batch(rows, engine.device).conditions
+        noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
+        states = solve_states(teacher, conditions, noise, grid, keep, config.guidance)
+        save_tensors(file, {"states": states.half(), "rows": rows})
+    engine.barrier()
+    if engine.is_main:
+        atomic_write(folder / "manifest.json", json.dumps(facts, indent=1) + "\n")
+    engine.barrier()
+    return {"pairs": config.num_pairs, "nfe": config.num_steps * config.guidance.passes}
+
+
+@torch.no_grad()
+def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], guidance: Guidance) -> Tensor:
+    """States [B, len(keep), C, F, h, w] of one guided Euler solution, fp32."""
+
+    def denoise(x, sigma):
+        return guidance(lambda c: teacher.denoise(x, sigma, c), conditions)
+
+    found = {i: x for i, x in enumerate(flow.solve(denoise, noise, grid)) if i in keep}
+    return torch.stack([found[i] for i in keep], dim=1)
+
+
+def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectories:
+    """Trajectories of a finished stage; UserError unless made by this teacher for exactly these student sigmas."""
+    facts = json.loads((folder / "manifest.json").read_text())
+    want = [*sigmas, 0.0]
+    if len(want) != len(facts["sigmas"]) or any(abs(a - b) > 1e-9 for a, b in zip(want, facts["sigmas"], strict=True)):
+        raise UserError(
+            f"trajectories: {folder} holds states at sigmas {facts['sigmas']}, the student asks for {want}; make them again"
+        )
+    if facts["teacher"] != teacher_hash:
+        raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
+    parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
+    states, rows = (torch.cat([part[key] for part in parts]) for key in ("states", "rows"))
+    return Trajectories(states=states, rows=rows, sigmas=tuple(facts["sigmas"]))

@@ -1,0 +1,103 @@
+"""A student as a folder: model.safetensors, codec.safetensors, text/, spec.json and a model card. Nothing is unpickled."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from students.causal_wan import CausalWan
+from students.spec import Spec
+from teachers.codecs import PatchCodec
+from teachers.errors import UserError
+from teachers.senses import LogMel, TextEncoder
+from teachers.typed import convert, to_plain
+from teachers.wan import build_network
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Everything a session needs: the student with its spec, the codec, the ears and the text encoder."""
+
+    student: CausalWan
+    codec: PatchCodec
+    ears: LogMel
+    text: TextEncoder
+
+    @property
+    def spec(self) -> Spec:
+        return self.student.spec
+
+
+def make_student(spec: Spec) -> CausalWan:
+    """An untrained student of this geometry."""
+    net = build_network(
+        spec.network,
+        latent_channels=spec.codec.channels,
+        stride=spec.codec.stride,
+        text_dim=spec.text.dim,
+        audio_dim=spec.audio.num_mels * spec.samples_per_frame // spec.audio.hop,
+    )
+    return CausalWan(net, spec)
+
+
+def save_student(folder: Path, bundle: Bundle, card: str) -> None:
+    """Write the folder; spec.json comes last, so a folder without it is unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in bundle.student.net.state_dict().items()}, folder / "model.safetensors")
+    save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
+    bundle.text.save(folder / "text")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "spec.json").write_text(json.dumps(to_plain(bundle.spec), indent=1) + "\n", encoding="utf-8")
+
+
+def load_student(folder: Path) -> Bundle:
+    """Read a student folder strictly; UserError for a missing file, a damaged one, or a tensor that does not fit the spec."""
+    folder = Path(folder)
+    try:
+        values = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run") from error
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"damaged student: {folder / 'spec.json'} ({error}); export it again") from error
+    spec = convert(Spec, values, locate=lambda key: str(folder / "spec.json"))
+    if spec.format != 1:
+        raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
+    with torch.random.fork_rng(devices=[]):
+        student = make_student(spec)
+    fill(student.net, _tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    codec = PatchCodec(spec.codec)
+    fill(codec, _tensors(folder / "codec.safetensors"), folder / "codec.safetensors")
+    try:
+        text = TextEncoder.load(folder / "text", spec.text.max_tokens)
+    except (OSError, ValueError) as error:
+        raise UserError(f"damaged student: {folder / 'text'} cannot be read; export it again") from error
+    ears = LogMel(spec.audio, spec.samples_per_frame)
+    return Bundle(student.eval().requires_grad_(False), codec, ears, text)
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Load a state dict; UserError that lists what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    faults = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
+    faults += [
+        f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}"
+        for k, v in tensors.items()
+        if k in own and own[k].shape != v.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"weights do not fit: {source}: {'; '.join(faults[:3])}{more}; is it the folder of this spec?")
+    module.load_state_dict(tensors)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"no weights: {path}; export the student again") from error
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"damaged weights: {path} ({error}); export the student again") from error

@@ -1,0 +1,86 @@
+"""The static facts of a student, stored in its checkpoint."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from students.history import History
+from teachers import flow
+from teachers.codecs import CodecConfig
+from teachers.errors import UserError
+from teachers.senses import SAMPLE_RATE, AudioConfig, TextConfig
+from teachers.wan import NetworkConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, and history."""
+
+    chunk_frames: int
+    num_steps: int
+    history: History = field(default_factory=History)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Geometry, context and clock of a student; everything that a sampler has to know besides weights."""
+
+    height: int
+    width: int
+    fps: Fraction
+    chunk_frames: int
+    sigmas: tuple[float, ...]
+    horizon_frames: int  # latent frames of the training clips
+    history: History
+    network: NetworkConfig
+    codec: CodecConfig
+    audio: AudioConfig
+    text: TextConfig
+    format: int = 1
+
+    def __post_init__(self):
+        if self.horizon_frames % self.chunk_frames:
+            raise UserError(
+                f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
+                f"with chunk_frames={self.chunk_frames}"
+            )
+
+    @property
+    def samples_per_frame(self) -> int:
+        """16 kHz audio samples of one pixel frame."""
+        samples = SAMPLE_RATE / self.fps
+        if samples.denominator != 1:
+            raise UserError(f"fps {self.fps} does not divide {SAMPLE_RATE} Hz; use 25/2, 16, 20 or 25")
+        return samples.numerator
+
+    @property
+    def sample_rate(self) -> int:
+        return SAMPLE_RATE
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a training clip."""
+        return self.horizon_frames // self.chunk_frames
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent frame."""
+        return self.codec.channels, self.height // self.codec.patch, self.width // self.codec.patch
+
+    @property
+    def nfe_per_chunk(self) -> int:
+        """Network evaluations for one chunk, the context pass included."""
+        return len(self.sigmas) + 1
+
+    def pixel_frames(self, chunk: int) -> tuple[int, int]:
+        """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""
+        stride, n = self.codec.stride, self.chunk_frames
+
+        def start(k: int) -> int:
+            return 0 if k == 0 else 1 + stride * (k * n - 1)
+
+        return start(chunk), start(chunk + 1)
+
+
+def student_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
+    """The student's sigmas, 1 first and 0 left out."""
+    return flow.sigma_grid(num_steps, shift)[:-1]

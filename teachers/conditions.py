@@ -1,0 +1,89 @@
+"""What a network is told besides the noise level: text, audio and the reference image; and the one guidance rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("text", "audio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """Features on the latent clock.
+
+    text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame;
+    reference [B, C, 1, H, W], the latent of the reference image. A dropped modality is all zeros.
+    """
+
+    text: Tensor
+    audio: Tensor
+    reference: Tensor
+
+    def drop(self, *names: str) -> "Conditions":
+        """The same conditions without these modalities (the unconditional branch of guidance)."""
+        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in names})
+
+    def drop_rows(self, **rows: Tensor) -> "Conditions":
+        """Drop a modality for the batch rows where the given bool mask [B] is set."""
+        out = {}
+        for name, mask in rows.items():
+            value = getattr(self, name)
+            out[name] = value * (~mask).view(-1, *[1] * (value.ndim - 1)).to(value)
+        return replace(self, **out)
+
+    def frames(self, start: int, stop: int) -> "Conditions":
+        """The conditions of latent frames start..stop-1."""
+        return replace(self, audio=self.audio[:, start:stop])
+
+    def index(self, rows) -> "Conditions":
+        """Select batch rows."""
+        return Conditions(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def to(self, *args, **kwargs) -> "Conditions":
+        return Conditions(**{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)})
+
+    @property
+    def num_frames(self) -> int:
+        return self.audio.shape[1]
+
+
+def pack_audio(features: Tensor, stride: int) -> Tensor:
+    """Pixel-frame rows [B, T, A] -> [B, F, stride, A]; row 0 is repeated in front so that latent i covers
+    pixel frames stride*i-(stride-1) .. stride*i (OmniAvatar's first-frame rule). T = 1 + stride (F - 1)."""
+    if (features.shape[1] - 1) % stride:
+        raise ValueError(f"audio rows: got T={features.shape[1]}, need T = 1 + {stride} (F - 1)")
+    lead = features[:, :1].expand(-1, stride - 1, -1)
+    return torch.cat([lead, features], dim=1).unflatten(1, (-1, stride))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance per modality, in effective scales: u + text (t - u) + audio (full - t); 1 is off.
+
+    t has the text but no audio, u has neither. Equal scales need no t: u + s (full - u). (Ho & Salimans 2207.12598.)
+    """
+
+    text: float = 1.0
+    audio: float = 1.0
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one guided prediction."""
+        if self.text == self.audio:
+            return 1 if self.text == 1.0 else 2
+        return 3 if self.text != 1.0 else 2
+
+    def __call__(self, predict: Callable[[Conditions], Tensor], conditions: Conditions) -> Tensor:
+        full = predict(conditions)
+        if self.text == 1.0 and self.audio == 1.0:
+            return full
+        if self.text == 1.0:
+            text = predict(conditions.drop("audio"))
+            return text + self.audio * (full - text)
+        nothing = predict(conditions.drop("text", "audio"))
+        if self.text == self.audio:
+            return nothing + self.text * (full - nothing)
+        text = predict(conditions.drop("audio"))
+        return nothing + self.text * (text - nothing) + self.audio * (full - text)

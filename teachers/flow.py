@@ -1,0 +1,83 @@
+"""The noise process, and the only home of its algebra.
+
+Rectified flow: x_sigma = (1 - sigma) x0 + sigma eps, velocity = eps - x0, x0 = x_sigma - sigma velocity.
+Sigmas are numbers in [0, 1], 1 = noise; they are computed, never looked up. Differences are taken in fp32 or better.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from teachers.errors import UserError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, F, H, W], sigma [B]) -> x0
+
+
+def shift_sigma(s: Tensor | float, shift: float) -> Tensor | float:
+    """Time shift of Esser et al. 2403.03206, eq. 23: sigma = shift s / (1 + (shift - 1) s)."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def sigma_grid(num_steps: int, shift: float) -> tuple[float, ...]:
+    """num_steps + 1 sigmas from 1 down to 0, both included."""
+    return tuple(shift_sigma(1.0 - i / num_steps, shift) for i in range(num_steps + 1))
+
+
+def on_grid(sigmas: Sequence[float], grid: Sequence[float], tolerance: float = 1e-9) -> tuple[int, ...]:
+    """Index of each sigma on a grid; UserError if one lies between grid points (labels would lie)."""
+    found = []
+    for sigma in sigmas:
+        index = min(range(len(grid)), key=lambda i: abs(grid[i] - sigma))
+        if abs(grid[index] - sigma) > tolerance:
+            near = grid[index]
+            raise UserError(
+                f"student sigma {sigma:.6g} is not on the teacher's grid of {len(grid) - 1} steps (nearest {near:.6g}): "
+                "choose the same shift and a step count that the student's divides"
+            )
+        found.append(index)
+    return tuple(found)
+
+
+def expand(sigma: Tensor, like: Tensor) -> Tensor:
+    """sigma [B] or per frame [B, F] -> broadcastable to like [B, C, F, H, W]."""
+    if sigma.ndim == 1:
+        return sigma.view(-1, 1, 1, 1, 1).to(like.device)
+    return sigma.view(sigma.shape[0], 1, -1, 1, 1).to(like.device)
+
+
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
+    """x_sigma; sigma [B] or [B, F]."""
+    level = expand(sigma, x0)
+    return (1 - level) * x0 + level * eps
+
+
+def velocity_from_x0(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+    """velocity = (x_sigma - x0) / sigma, in fp32; undefined at sigma 0."""
+    return (x.float() - x0.float()) / expand(sigma, x).float()
+
+
+def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = x_sigma - sigma velocity, in fp32."""
+    return x.float() - expand(sigma, x).float() * velocity.float()
+
+
+def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """One Euler step of dx/dsigma = velocity; at sigma_next 0 it returns x0."""
+    return x + (sigma_next - sigma) / sigma * (x - x0)
+
+
+def solve(denoise: Denoise, x: Tensor, grid: Sequence[float]) -> Iterator[Tensor]:
+    """Euler solution of the probability-flow ODE along `grid`; yields the state at every grid point, x first."""
+    yield x
+    for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
+        level = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
+        x = euler_step(x, denoise(x, level), sigma, sigma_next)
+        yield x
+
+
+def keyed_generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """torch.Generator seeded with 63 bits of blake2b over (seed, keys): stable over runs, machines and call order."""
+    digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,130 @@
+"""Raw signals -> features: log-mel windows for audio, a small offline T5 encoder with its own tokenizer for text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE_RATE = 16_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """Log-mel columns of `window` samples every `hop` samples; a pixel frame's row stacks the columns inside it."""
+
+    num_mels: int = 20
+    hop: int = 320
+    window: int = 512
+
+
+class LogMel(nn.Module):
+    """Bounded-window audio features, the same whole-clip or streaming.
+
+    Row t of [.., T, A] covers samples t*n - margin .. (t+1)*n + margin, n = samples_per_frame: `margin` is its look-back and its
+    look-ahead. Nothing is normalised over the clip, so a stream needs no future.
+    """
+
+    def __init__(self, config: AudioConfig, samples_per_frame: int):
+        super().__init__()
+        from transformers.audio_utils import mel_filter_bank
+
+        if samples_per_frame % config.hop:
+            raise ValueError(f"data.audio.hop: {config.hop} does not divide {samples_per_frame} samples a frame")
+        self.config, self.samples_per_frame = config, samples_per_frame
+        self.columns = samples_per_frame // config.hop
+        self.dim = self.columns * config.num_mels
+        self.margin = (config.window - config.hop) // 2
+        bank = mel_filter_bank(
+            config.window // 2 + 1, config.num_mels, 60.0, 7600.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+        self.register_buffer("bank", torch.tensor(bank, dtype=torch.float32), persistent=False)
+        self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
+
+    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A]; samples outside the clip are silence."""
+        n = self.samples_per_frame
+        last = -(-audio.shape[-1] // n) if last is None else last
+        start, stop = first * n - self.margin, last * n + self.margin
+        inner = audio[..., max(start, 0) : min(max(stop, 0), audio.shape[-1])]
+        left = min(max(-start, 0), stop - start)
+        inner = nn.functional.pad(inner, (left, stop - start - left - inner.shape[-1]))
+        columns = inner.unfold(-1, self.config.window, self.config.hop) * self.taper
+        power = torch.fft.rfft(columns).abs().square() @ self.bank
+        mel = (torch.log(power + 1e-7) + 8.0) / 6.0
+        return mel.unflatten(-2, (last - first, self.columns)).flatten(-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """A byte-level BPE tokenizer and a small umT5-class encoder."""
+
+    vocab_size: int = 384
+    max_tokens: int = 16
+    dim: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+
+
+class TextEncoder(nn.Module):
+    """Tokenizer + UMT5 encoder; features [B, L, D] with padding zeroed after encoding, as Wan does."""
+
+    def __init__(self, tokenizer, model, max_tokens: int):
+        super().__init__()
+        self.tokenizer, self.model, self.max_tokens = tokenizer, model, max_tokens
+
+    @classmethod
+    def build(cls, config: TextConfig, corpus: list[str]) -> "TextEncoder":
+        """A fresh tokenizer fitted on `corpus` and an untrained encoder (initialised from the global generator)."""
+        from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        vocab = max(config.vocab_size, len(alphabet) + 2)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab, special_tokens=["<pad>", "</s>"], initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        bpe.train_from_iterator(sorted(set(corpus)), trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>")
+        model = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=vocab,
+                d_model=config.dim,
+                d_kv=config.dim // config.num_heads,
+                d_ff=2 * config.dim,
+                num_layers=config.num_layers,
+                num_heads=config.num_heads,
+                dropout_rate=0.0,
+            )
+        )
+        return cls(tokenizer, model, config.max_tokens)
+
+    def tokens(self, text: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, L], padded to max_tokens and cut there."""
+        out = self.tokenizer(
+            text, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return out["input_ids"], out["attention_mask"]
+
+    def forward(self, text: list[str]) -> Tensor:
+        ids, mask = self.tokens(text)
+        device = next(self.model.parameters()).device
+        features = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+        return features * mask.unsqueeze(-1).to(features)
+
+    def save(self, folder: Path) -> None:
+        """The usual Hugging Face layout."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, folder: Path, max_tokens: int) -> "TextEncoder":
+        from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model = UMT5EncoderModel.from_pretrained(folder, local_files_only=True)
+        return cls(tokenizer, model.eval().requires_grad_(False), max_tokens)

@@ -1,0 +1,297 @@
+"""The avatar DiT: diffusers' Wan transformer with reference and mask channels and OmniAvatar's audio pack.
+
+One network serves teacher, fake score and student: who sees whom is an argument (`spans`, `past`), not a subclass. Weights keep
+the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class (a test holds it).
+B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformerBlock,
+)
+from torch import Tensor, nn
+
+from teachers import flow
+from teachers.conditions import Conditions
+
+KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
+
+    `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
+    parameters learn sooner.
+    """
+
+    num_layers: int = 30
+    num_heads: int = 12
+    head_dim: int = 128
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    patch: int = 2
+    audio_hidden: int = 32
+    audio_blocks: tuple[int, ...] | None = None
+    prediction: Literal["velocity", "reference"] = "velocity"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
+
+    Positions are relative to what is seen: context frames come first (after any cached past), then the queries.
+    """
+
+    start: int
+    stop: int
+    context: tuple[tuple[int, int], ...] = ()
+
+
+class AudioPack(nn.Module):
+    """Audio rows of one latent frame -> audio_hidden, layer-normalised. [B, F, stride, A] -> [B, F, hidden]."""
+
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.norm_out(self.proj(audio.flatten(2)))
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of x [B, n, M, d]: interleaved pairs as complex numbers times unit `turns` [1, n, 1, d/2]."""
+    pairs = torch.view_as_complex(x.to(turns.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d]."""
+    out = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2).flatten(2)
+
+
+class AvatarBlock(WanTransformerBlock):
+    """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
+
+    def forward(self, x, text, temb, spans, rotary, past):
+        """x [B, N, D]; temb [B, F or 1, 6, D]; one (query tokens, key token slices, rotary) per span; past rotated keys.
+
+        Returns the new x and this input's un-rotated keys and values.
+        """
+        frames = temb.shape[1]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
+
+        def modulate(norm, shift, scale):
+            return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
+
+        def gated(x, y, gate):
+            y = torch.addcmul(x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2))
+            return y.flatten(1, 2).type_as(x)
+
+        normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
+        attention = self.attn1
+        split = (attention.heads, -1)
+        query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
+        key = attention.norm_k(attention.to_k(normed)).unflatten(2, split)
+        value = attention.to_v(normed).unflatten(2, split)
+        seen = []
+        for (tokens, context), turns in zip(spans, rotary, strict=True):
+            parts = (*context, tokens)
+            k = key[:, tokens] if len(parts) == 1 else torch.cat([key[:, s] for s in parts], dim=1)
+            v = value[:, tokens] if len(parts) == 1 else torch.cat([value[:, s] for s in parts], dim=1)
+            q = rotate(query[:, tokens], turns[:, -(tokens.stop - tokens.start) :])
+            k = rotate(k, turns)
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+            seen.append(attend(q, k, v))
+        attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
+        x = gated(x, attended, gate)
+
+        attention = self.attn2
+        query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
+        text_key = attention.norm_k(attention.to_k(text)).unflatten(2, split)
+        text_value = attention.to_v(text).unflatten(2, split)
+        x = x + attention.to_out[0](attend(query, text_key, text_value))
+
+        normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
+        return gated(x, self.ffn(normed), ffn_gate), (key, value)
+
+
+class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Wan's transformer over [noisy | reference | mask] channels, audio added before chosen blocks.
+
+    `audio_dim` 0 makes it plain Wan (with in_channels = latent channels, no reference).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["AvatarBlock"]
+    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        ffn_dim: int,
+        text_dim: int,
+        audio_dim: int,
+        stride: int,
+        freq_dim: int = 256,
+        patch: int = 2,
+        audio_hidden: int = 32,
+        audio_blocks: tuple[int, ...] | None = None,
+        prediction: Literal["velocity", "reference"] = "velocity",
+        reference: bool = True,
+        eps: float = 1e-6,
+        max_positions: int = 1024,
+    ):
+        super().__init__()
+        width = num_heads * head_dim
+        in_channels = 2 * latent_channels + 1 if reference else latent_channels
+        size = (1, patch, patch)
+        self.rope = WanRotaryPosEmbed(head_dim, size, max_positions)
+        self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
+        self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim)
+        self.blocks = nn.ModuleList(
+            AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps) for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(width, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(width, latent_channels * patch * patch)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.audio_at: tuple[int, ...] = ()
+        if audio_dim:
+            rule = range(2, num_layers // 2 + 1) if audio_blocks is None else audio_blocks
+            self.audio_at = tuple(rule)
+            self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
+            self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
+        self.gradient_checkpointing = False
+
+    def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+        """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
+        rope = self.rope
+        last = first + count
+        if last > rope.max_seq_len:
+            raise ValueError(f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window")
+        cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
+                    for table in (rope.freqs_cos, rope.freqs_sin))  # fmt: skip
+        t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
+        grid = (count, height, width, -1)
+        parts = [
+            t[first:last].view(count, 1, 1, -1).expand(grid),
+            y[:height].view(1, height, 1, -1).expand(grid),
+            x[:width].view(1, 1, width, -1).expand(grid),
+        ]
+        turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
+        return turns if self.dtype == torch.float64 else turns.to(torch.complex64)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        audio: Tensor | None = None,
+        spans: Sequence[Span] | None = None,
+        past: Sequence[KeyValue] | None = None,
+        past_frames: int = 0,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """x [B, C_in, F, H, W]; sigma [B] or [B, F]; text [B, L, D_text]; audio [B, F, stride, A].
+
+        Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
+        """
+        frames, patch = x.shape[2], self.config.patch
+        height, width = x.shape[3] // patch, x.shape[4] // patch
+        tokens = height * width
+        spans = spans or (Span(0, frames),)
+        layout, rotary = [], []
+        for span in spans:
+            ranges = (*span.context, (span.start, span.stop))
+            count = sum(b - a for a, b in ranges)
+            rotary.append(self.turns(past_frames, count, height, width))
+            slices = [slice(a * tokens, b * tokens) for a, b in ranges]
+            layout.append((slices[-1], tuple(slices[:-1])))
+        x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        levels = sigma if sigma.ndim == 2 else sigma.unsqueeze(1)
+        time, temb, text, _ = self.condition_embedder((levels * 1000.0).flatten(), text, None, levels.shape[1])
+        temb = temb.unflatten(2, (6, -1))
+        heard = self.audio_proj(audio) if self.audio_at else None
+        cache = []
+        for i, block in enumerate(self.blocks):
+            if i in self.audio_at:
+                added = self.audio_cond_projs[self.audio_at.index(i)](heard)
+                x = (x.unflatten(1, (frames, tokens)) + added.unsqueeze(2)).flatten(1, 2)
+            inputs = (x, text, temb, layout, rotary, past[i] if past is not None else None)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x, kv = self._gradient_checkpointing_func(block, *inputs)
+            else:
+                x, kv = block(*inputs)
+            cache.append(kv)
+        shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
+        normed = self.norm_out(x.float()).unflatten(1, (levels.shape[1], -1))
+        out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
+        out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
+        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache
+
+
+def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
+    """Write the clean reference over the known frames; return (x, network input [noisy | reference | mask], 0 = known)."""
+    frames = x.shape[2]
+    mask = x.new_ones(x.shape[0], 1, frames, *x.shape[3:])
+    reference = conditions.reference.to(x).expand(-1, -1, frames, -1, -1)
+    if known:
+        index = torch.tensor(list(known), device=x.device)
+        mask = mask.index_fill(2, index, 0.0)
+        x = torch.where(mask == 0, reference, x)
+    return x, torch.cat([x, reference, mask], dim=1)
+
+
+def to_x0(out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]) -> Tensor:
+    """Raw network output -> x0 in fp32, the known frames replaced by the reference."""
+    if prediction == "velocity":
+        x0 = flow.x0_from_velocity(x, out, sigma)
+    else:
+        x0 = conditions.reference.float() + out.float()
+    return with_reference(x0, conditions, known)[0] if known else x0
+
+
+class AvatarTeacher(nn.Module):
+    """The bidirectional denoiser over a whole clip; frame 0 is the reference. Teacher and fake score are both of this class."""
+
+    def __init__(self, net: AvatarTransformer):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        x, inputs = with_reference(x, conditions)
+        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio)
+        return to_x0(out, x, sigma, conditions, self.net.config.prediction, (0,))
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference."""
+        return self(x, sigma, conditions)
+
+
+def build_network(config: NetworkConfig, *, latent_channels: int, stride: int, text_dim: int, audio_dim: int):
+    """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero)."""
+    net = AvatarTransformer(
+        latent_channels=latent_channels, stride=stride, text_dim=text_dim, audio_dim=audio_dim, **vars(config)
+    )
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.zeros_(net.proj_out.weight)
+    return net
