@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(recipe: "Recipe") -> Path:
         pipeline = Pipeline(recipe, engine)
         for name in ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate"):
             pipeline.stage(name)
+        pipeline.publish()
         return pipeline.folder.path
     finally:
         engine.close()
@@ -234,11 +236,22 @@ class Pipeline:
                 f"```json\n{json.dumps({'dmd': best}, indent=1)}\n```\n\n"
                 "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
             )
-            checkpoint.save_student(self.folder.path / "student", self.bundle(self.student("dmd")), card)
+            checkpoint.save_student(folder / "student", self.bundle(self.student("dmd")), card)
         self.engine.barrier()
         return {"nfe_per_chunk": self.spec.nfe_per_chunk, "parameters": sum(p.numel() for p in self.student("dmd").parameters())}
 
-    def _evaluate(self, folder: Path) -> dict:
-        from distill.judging import judge
+    def publish(self) -> None:
+        """The exported student at the top of the run folder; a copy of the export stage's."""
+        target = self.folder.path / "student"
+        if self.engine.is_main and not (target / "spec.json").is_file():
+            shutil.rmtree(target, ignore_errors=True)
+            partial = target.with_name(".student.tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.folder.stage_dir("export") / "student", partial)
+            partial.rename(target)
+        self.engine.barrier()
 
-        return judge(self, folder)
+    def _evaluate(self, folder: Path) -> dict:
+        from distill.evaluate import evaluate
+
+        return evaluate(self, folder)

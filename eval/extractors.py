@@ -1,8 +1,8 @@
 """Embedded extractors: three small networks trained on the procedural world, in place of Inception, I3D and SyncNet.
 
-The protocol is named "embedded". Distances in their feature spaces rank systems of one run; they are NEVER comparable with
-published FID/FVD or Sync-C, whose networks, preprocessing and data are others. A metric built on them is shown as a score only
-where `eval.benchmark.admit` found that it ranks known cases right.
+The protocol is named "embedded". Distances in their feature spaces rank systems of one run; they are NEVER comparable
+with published FID/FVD or Sync-C, whose networks, preprocessing and data are others. A metric built on them is shown
+as a score only where `eval.benchmark.admit` found that it ranks known cases right.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ Progress = Callable[[int, int, float], None]
 class FrameProbe(nn.Module):
     """Frames [N, 3, H, W] in [-1, 1] -> features [N, DIM] and readings of what the frame shows.
 
-    H and W are multiples of 16. Outputs are standardised; `Probes` undoes that. `quality` is the blur and noise that training
-    added: it keeps in the features what the other readings learn to ignore.
+    H and W are multiples of 16. Outputs are standardised; `Probes` undoes that. `quality` is the blur and noise that
+    training added: it keeps in the features what the other readings learn to ignore.
     """
 
     def __init__(self, num_labels: int, num_expressions: int, num_identity: int):
@@ -56,7 +56,7 @@ class FrameProbe(nn.Module):
 
 
 class ClipProbe(nn.Module):
-    """Per-frame features and change maps [N, T, DIM + GRID^2] -> features [N, DIM] and readings of how the clip moves."""
+    """Frame features and change maps [N, T, DIM + GRID^2] -> features [N, DIM] and readings of the motion."""
 
     def __init__(self, num_labels: int, num_gestures: int):
         super().__init__()
@@ -73,14 +73,14 @@ class ClipProbe(nn.Module):
         self.heads = nn.Linear(DIM, sum(self.sizes))
 
     def forward(self, sequence: Float[Tensor, "n t c"]) -> tuple[Tensor, ...]:
-        """-> features, gesture logits [N, G], tempo logits [N, 4], mean label speed [N, L] (standardised units a frame)."""
+        """-> features, gesture logits [N, G], tempo logits [N, 4], mean label speed [N, L] (standardised)."""
         hidden = self.temporal(sequence.mT)
         features = self.embed(torch.cat((hidden.mean(2), hidden.amax(2)), dim=1))
         return features, *self.heads(features).split(self.sizes, dim=1)
 
 
 class Ear(nn.Module):
-    """Audio features [N, T, A] (one row a pixel frame) -> heard mouth (open, width) [N, T, 2], standardised; sees +-2 frames."""
+    """Audio features [N, T, A], a row a pixel frame -> heard mouth (open, width) [N, T, 2]; hears +-2 frames."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -134,9 +134,10 @@ class Probes:
         progress: Progress | None = None,
         degraded_video: UInt8[Tensor, "n 3 t h w"] | None = None,
     ) -> "Probes":
-        """Train all three on real clips and their codec-decoded copies, blurred and noised; a function of `generator` alone.
+        """Train all three on real clips and their codec-decoded copies, both blurred and noised.
 
-        labels: every float [N, T] is read a frame; `expression` and `gesture` [N] long, `identity` [N, I] float.
+        The result is a function of `generator` alone. labels: every float [N, T] is read a frame; `expression` and
+        `gesture` [N] long, `identity` [N, I] float.
         """
         from eval.probe_training import fit
 
@@ -162,7 +163,9 @@ class Probes:
             labels = labels * self.scales["label_std"] + self.scales["label_mean"]
             outputs = (features, clip_features, labels, expression.softmax(2), gesture.softmax(1), identity)
             parts.append(tuple(x.float().cpu() for x in outputs))
-        features, clip_features, values, expression, gesture, identity = (torch.cat(x) for x in zip(*parts, strict=True))
+        features, clip_features, values, expression, gesture, identity = (
+            torch.cat(x) for x in zip(*parts, strict=True)
+        )
         named = dict(zip(self.names, values.unbind(2), strict=True))
         return Reading(features, clip_features, named, expression, gesture, identity)
 
@@ -175,7 +178,7 @@ class Probes:
         return heard.float().cpu()
 
     def check(self, video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> dict[str, float]:
-        """Agreement with known labels over frames 1..: correlation a label, accuracy of expression and gesture, the ear's too."""
+        """Agreement with known labels over frames 1..: correlations, and accuracy of expression and gesture."""
         reading, heard = self.read(video), self.hear(audio_features)
         scores = {name: correlation(reading.labels[name][:, 1:], labels[name][:, 1:]) for name in self.names}
         late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1).argmax(1)
@@ -202,7 +205,12 @@ class Probes:
 
     def _meta(self) -> dict:
         audio = self.scales["audio_mean"].shape[0]
-        return {"names": list(self.names), "frame": list(self.frame.sizes), "clip": list(self.clip.sizes), "audio": audio}
+        return {
+            "names": list(self.names),
+            "frame": list(self.frame.sizes),
+            "clip": list(self.clip.sizes),
+            "audio": audio,
+        }
 
     def save(self, folder: Path) -> None:
         """Write probes.safetensors and probes.json into `folder`."""
@@ -222,7 +230,9 @@ class Probes:
             for key, network in {"frame": frame, "clip": clip, "ear": ear}.items():
                 network.load_state_dict(_under(state, key))
         except (OSError, KeyError, RuntimeError, ValueError) as error:
-            raise UserError(f"the probes cannot be read: {folder}: {error}; delete the folder and evaluate again") from error
+            raise UserError(
+                f"the probes cannot be read: {folder}: {error}; delete the folder and evaluate again"
+            ) from error
         probes = Probes(frame, clip, ear, names, _under(state, "scale"))
         if probes.sha256 != meta["sha256"]:
             raise UserError(f"the probes do not match their hash: {folder}; delete the folder and evaluate again")

@@ -1,8 +1,9 @@
 """Frechet distance and kernel distance of feature sets, in fp64, with errors over clips.
 
-Feature sets are [N, d] (a row per clip) or [N, R, d] (R rows per clip, e.g. frames). Frames of one clip are not independent, so
-every error deletes or resamples whole clips. A percentile bootstrap of ONE Frechet value misses its own point estimate (the
-resampled covariance loses rank), so single values carry a jackknife error and the bootstrap is used for differences only.
+Feature sets are [N, d] (a row per clip) or [N, R, d] (R rows per clip, e.g. frames). Frames of one clip are not
+independent, so every error deletes or resamples whole clips. A percentile bootstrap of ONE Frechet value misses its
+own point estimate (the resampled covariance loses rank), so single values carry a jackknife error and the bootstrap
+is used for differences only.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from teachers.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean [d] and scatter [d, d] = sum of (x - mean)(x - mean)^T in fp64; merged by Chan's update, in any order."""
+    """Count, mean [d] and scatter [d, d] = sum (x - mean)(x - mean)^T in fp64; merges by Chan's update."""
 
     count: int
     mean: Tensor
@@ -49,8 +50,9 @@ class Moments:
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments) -> float:
     """|mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^1/2 with covariances over N - 1.
 
-    For matrices the last trace is the exact nuclear norm |A_c B_c^T|_* / sqrt((N-1)(M-1)) of the centred rows, computed on
-    their QR factors, so it holds for N < d; for Moments it is the sum of sqrt eigvals of S_a^1/2 S_b S_a^1/2.
+    For matrices the last trace is the exact nuclear norm |A_c B_c^T|_* / sqrt((N-1)(M-1)) of the centred rows,
+    computed on their QR factors, so it holds for N < d; for Moments it is the sum of sqrt eigvals of S_a^1/2 S_b
+    S_a^1/2.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         mean_a, root_a = _root(a)
@@ -81,7 +83,7 @@ def _square_root(covariance: Tensor) -> Tensor:
 
 
 def _distance(mean: Tensor, covariance: Tensor, reference_mean: Tensor, reference_root: Tensor) -> Tensor:
-    """Frechet distance of batches mean [..., d], covariance [..., d, d] from one reference given by its symmetric root."""
+    """Frechet distance of mean [..., d], covariance [..., d, d] from one reference given by its symmetric root."""
     inner = reference_root @ covariance @ reference_root
     cross = torch.linalg.eigvalsh((inner + inner.mT) / 2).clamp_min(0).sqrt().sum(-1)
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -118,7 +120,7 @@ def jackknife_error(replicates: Tensor) -> float:
 
 
 def frechet_with_error(a: Tensor, reference: Tensor | Moments) -> tuple[float, float]:
-    """Frechet distance of clips `a` ([N, d] or [N, R, d]) from a reference set, and its jackknife error over the clips of a."""
+    """Frechet distance of clips a ([N, d] or [N, R, d]) from a reference, and its jackknife error over them."""
     value = frechet_distance(a, reference)
     features = _by_clip(a)
     moments = Moments.of(reference) if isinstance(reference, Tensor) else reference
@@ -127,7 +129,7 @@ def frechet_with_error(a: Tensor, reference: Tensor | Moments) -> tuple[float, f
 
 
 def kid_with_error(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Unbiased MMD^2 with the kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and its jackknife error over the clips of a.
+    """Unbiased MMD^2, kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and its jackknife error over clips of a.
 
     a, b: [N, d] or [N, R, d]; pairs inside one clip are left out, so clips with several rows stay unbiased.
     """
@@ -157,15 +159,20 @@ def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
     return kernel.reshape(len(a), a.shape[1], len(b), b.shape[1]).mean((1, 3))
 
 
-def paired_bootstrap(a: Tensor, b: Tensor, reference: Tensor, rounds: int, generator: torch.Generator) -> dict[str, float]:
+def paired_bootstrap(
+    a: Tensor, b: Tensor, reference: Tensor, rounds: int, generator: torch.Generator
+) -> dict[str, float]:
     """Frechet(a, reference) - Frechet(b, reference) for two systems on the SAME clips, in the same order.
 
-    Clips are resampled jointly. Returns `difference`, `error` (standard deviation over rounds) and the basic 95 percent interval
-    `low`, `high` (2 difference - percentile), which stays honest where the percentile interval is shifted by the bias.
+    Clips are resampled jointly. Returns `difference`, `error` (standard deviation over rounds) and the basic 95
+    percent interval `low`, `high` (2 difference - percentile), which stays honest where the percentile interval is
+    shifted by the bias.
     """
     clips_a, clips_b = _by_clip(a), _by_clip(b)
     if len(clips_a) != len(clips_b):
-        raise UserError(f"a paired comparison needs the same clips: got {len(clips_a)} and {len(clips_b)}; evaluate both alike")
+        raise UserError(
+            f"a paired comparison needs the same clips: got {len(clips_a)} and {len(clips_b)}; evaluate both alike"
+        )
     num = len(clips_a)
     drawn = torch.randint(num, (rounds, num), generator=generator)
     weights = torch.zeros(rounds, num, dtype=torch.float64)

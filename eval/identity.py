@@ -7,13 +7,11 @@ from eval.frechet import jackknife_error
 from teachers.errors import UserError
 
 
-def identity_agreement(
-    generated: Float[Tensor, "n t i"], reference: Float[Tensor, "n i"]
-) -> tuple[float, float]:
+def identity_agreement(generated: Float[Tensor, "n t i"], reference: Float[Tensor, "n i"]) -> tuple[float, float]:
     """1 - E|g_(n,t) - r_n|^2 / E|g_(n,t) - r_m|^2 with m != n, over frames 1.., and its jackknife error over clips.
 
-    `generated` and `reference` are the standardised identity outputs of the frame probe. 1 is the same face, 0 is what a face
-    swapped between the clips scores in expectation; negative is worse than a swap.
+    `generated` and `reference` are the standardised identity outputs of the frame probe. 1 is the same face, 0 is
+    what a face swapped between the clips scores in expectation; negative is worse than a swap.
     """
     if len(generated) != len(reference) or len(reference) < 3:
         got = (len(generated), len(reference))

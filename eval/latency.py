@@ -25,7 +25,12 @@ def measure(call: Callable[[], object], warmup: int = 2, runs: int = 9) -> dict[
         call()
         _wait()
         seconds.append(time.perf_counter() - start)
-    return {"runs": float(runs), "median": statistics.median(seconds), "mean": statistics.fmean(seconds), **_ranks(seconds)}
+    return {
+        "runs": float(runs),
+        "median": statistics.median(seconds),
+        "mean": statistics.fmean(seconds),
+        **_ranks(seconds),
+    }
 
 
 def _ranks(seconds: list[float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ SPREAD_PARTS = ("pixels", "head", "light", "gaze")
 
 
 def class_agreement(probabilities: Float[Tensor, "n k"], asked: Int[Tensor, " n"]) -> tuple[float, float, float]:
-    """Share of clips whose most probable class is the asked one, its jackknife error, and the mean probability of the asked."""
+    """Share of clips whose likeliest class is the asked one, its jackknife error, mean probability of the asked."""
     hits = (probabilities.argmax(1) == asked).double()
     replicates = (hits.sum() - hits) / max(len(hits) - 1, 1)
     probability = probabilities.gather(1, asked[:, None]).double().mean()
@@ -41,10 +41,12 @@ def sharpness_energies(video: UInt8[Tensor, "n 3 t h w"]) -> Float[Tensor, " n"]
 
 
 def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> tuple[float, float]:
-    """mean(values) / mean(reference), and the jackknife error over the clips of `values`; paired if the counts agree."""
+    """mean(values) / mean(reference), and its jackknife error over clips; paired if the counts agree."""
     base = reference.mean()
     if float(base) <= 0:
-        raise UserError("a ratio needs a reference that moves: the reference clips are still or flat; check the data stage")
+        raise UserError(
+            "a ratio needs a reference that moves: the reference clips are still or flat; check the data stage"
+        )
     replicates = (values.sum() - values) / max(len(values) - 1, 1)
     paired = len(values) == len(reference)
     bases = (reference.sum() - reference) / max(len(reference) - 1, 1) if paired else base
@@ -53,7 +55,7 @@ def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """Variance over noises for fixed conditions: name -> [C], one value a condition; and the share of frames with closed eyes."""
+    """Variance over noises for fixed conditions, name -> [C]; and the share of frames with closed eyes."""
 
     variances: dict[str, Tensor]
     blink_rate: Tensor  # [C]
@@ -65,7 +67,9 @@ def spread_over_noise(videos: UInt8[Tensor, "c s 3 t h w"], labels: dict[str, Te
     labels: the frame probe's readings [C, S, T] of the same videos. `head` adds head_x, head_y and tilt.
     """
     if videos.shape[1] < 2:
-        raise UserError(f"a spread over noise needs at least 2 seeds: got {videos.shape[1]}; raise eval.diversity_seeds")
+        raise UserError(
+            f"a spread over noise needs at least 2 seeds: got {videos.shape[1]}; raise eval.diversity_seeds"
+        )
     pixels = torch.stack([clips[:, :, 1:].float().div(127.5).var(0).mean() for clips in videos]).double()
 
     def variance(*names: str) -> Tensor:
@@ -80,9 +84,11 @@ def diversity(generated: Spread, world: Spread) -> dict[str, float]:
     """Spread over noise for one condition as a ratio to the world's own: 1 is right, 0 a regression to the mean.
 
     Each part is sqrt(sum_c var_generated / sum_c var_world) over conditions: `pixels`, `head_spread`, `light_spread`,
-    `gaze_spread`. `diversity` is their geometric mean, so that one part that has collapsed cannot be bought back by another;
-    `error` is its jackknife error over conditions. `blink_rate` is the ratio of the shares of frames with closed eyes.
+    `gaze_spread`. `diversity` is their geometric mean, so that one part that has collapsed cannot be bought back by
+    another; `error` is its jackknife error over conditions. `blink_rate` is the ratio of the shares of frames with
+    closed eyes.
     """
+
     def ratios(keep: Tensor) -> dict[str, float]:
         sums = {
             part: (float(generated.variances[part][keep].sum()), float(world.variances[part][keep].sum()))
@@ -90,7 +96,9 @@ def diversity(generated: Spread, world: Spread) -> dict[str, float]:
         }
         still = [part for part, (_, own) in sums.items() if own <= 0]
         if still:
-            raise UserError(f"diversity needs a world that varies: {still[0]} has no spread; render it with other nuisance")
+            raise UserError(
+                f"diversity needs a world that varies: {still[0]} has no spread; render it with other nuisance"
+            )
         return {part: math.sqrt(top / own) for part, (top, own) in sums.items()}
 
     def overall(keep: Tensor) -> float:

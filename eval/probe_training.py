@@ -51,13 +51,17 @@ def _label_names(video: Tensor, labels: Mapping[str, Tensor], audio_features: Te
     num, frames, height, width = video.shape[0], *video.shape[2:]
     missing = [key for key in (*MOUTH, "expression", "gesture", "identity") if key not in labels]
     if missing:
-        raise UserError(f"the probes need the label {missing[0]}: the clips have {', '.join(sorted(labels))}; render it")
+        raise UserError(
+            f"the probes need the label {missing[0]}: the clips have {', '.join(sorted(labels))}; render it"
+        )
     if height % 16 or width % 16:
         raise UserError(f"the embedded probes need sides in multiples of 16: got {height}x{width}; choose 32 or 64")
     if audio_features.shape[:2] != (num, frames):
         got = tuple(audio_features.shape[:2])
         raise UserError(f"the probes need one audio row a pixel frame: got {got} for {num} clips of {frames} frames")
-    per_frame = (key for key, value in labels.items() if key not in ("identity", "expression", "gesture") and value.ndim == 2)
+    per_frame = (
+        key for key, value in labels.items() if key not in ("identity", "expression", "gesture") and value.ndim == 2
+    )
     return tuple(sorted(per_frame))
 
 
@@ -92,8 +96,12 @@ class _Trainer:
     def run(self, network: nn.Module, loss: Callable[[], Tensor], part: int) -> None:
         steps = self.config.probe_steps
         network.train()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=self.config.probe_lr, betas=(0.9, 0.98), weight_decay=0.02)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.probe_lr, total_steps=steps + 1, pct_start=0.15)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=self.config.probe_lr, betas=(0.9, 0.98), weight_decay=0.02
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.config.probe_lr, total_steps=steps + 1, pct_start=0.15
+        )
         for step in range(steps):
             value = loss()
             optimizer.zero_grad(set_to_none=True)
@@ -166,7 +174,7 @@ def _clip_loss(probes, sources, labels, targets: Tensor, rng: torch.Generator) -
 
 @torch.inference_mode()
 def _sequences(probes, sources, rng: torch.Generator, rows: int = 48) -> tuple[Tensor, Tensor]:
-    """Inputs of the clip probe: natural [4, N, T, C] and corrupt [3 tempos, N, T, C] (of real and decoded clips in turn)."""
+    """Inputs of the clip probe: natural [4, N, T, C], corrupt [3 tempos, N, T, C] (real and decoded in turn)."""
     naturals, corrupts = [], []
     for turn, parts in enumerate(zip(*(source.split(rows) for source in sources), strict=True)):
         variants = []
@@ -181,7 +189,9 @@ def _sequences(probes, sources, rng: torch.Generator, rows: int = 48) -> tuple[T
         order = torch.rand(num, frames, generator=rng).argsort(1)
         held = torch.randint(frames, (num, 1), generator=rng).expand(-1, frames)
         flicker = _degrade_clips(clips, torch.rand(num, frames, 2, generator=rng), rng)
-        corrupts.append(torch.stack([_retime(clips, features, order), _retime(clips, features, held), _embed(probes, flicker)]))
+        corrupts.append(
+            torch.stack([_retime(clips, features, order), _retime(clips, features, held), _embed(probes, flicker)])
+        )
     return torch.cat(naturals, dim=1), torch.cat(corrupts, dim=1)
 
 

@@ -15,8 +15,9 @@ EMBEDDED_NOTE = "embedded extractors; not comparable with published FID/FVD"
 class EvalConfig:
     """How systems are judged. Counts are clips unless the name says otherwise.
 
-    `num_conditions` fresh held-out conditions are generated `num_seeds` times (the many-step teacher `teacher_seeds` times) and
-    compared with `num_reference` other real clips. Diversity draws `diversity_seeds` noises for each of `diversity_conditions`.
+    `num_conditions` fresh held-out conditions are generated `num_seeds` times (the many-step teacher `teacher_seeds`
+    times) and compared with `num_reference` other real clips. Diversity draws `diversity_seeds` noises for each of
+    `diversity_conditions`.
     """
 
     num_conditions: int = 144
@@ -41,7 +42,13 @@ class EvalConfig:
     num_samples: int = 4
 
     def __post_init__(self) -> None:
-        least = {"num_conditions": 8, "num_reference": 8, "diversity_conditions": 2, "diversity_seeds": 2, "admit_clips": 8}
+        least = {
+            "num_conditions": 8,
+            "num_reference": 8,
+            "diversity_conditions": 2,
+            "diversity_seeds": 2,
+            "admit_clips": 8,
+        }
         may_be_zero = {"condition_seed", "probe_seed", "max_lag", "bootstrap_rounds", "latency_warmup", "num_samples"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -62,12 +69,16 @@ class Geometry:
 
 
 def protocol_card(
-    config: EvalConfig, geometry: Geometry, extractor_sha256: str, admitted: Mapping[str, bool], seeds: Mapping[str, int]
+    config: EvalConfig,
+    geometry: Geometry,
+    extractor_sha256: str,
+    admitted: Mapping[str, bool],
+    seeds: Mapping[str, int],
 ) -> dict:
     """The card of a run for `report.json["protocol"]`: all knobs, and `sha256` over the ones that decide comparability.
 
-    Two numbers may be compared only if their cards have the same `sha256`. Knobs of cost and display (batch size, latency
-    runs, sheets) are listed but not hashed.
+    Two numbers may be compared only if their cards have the same `sha256`. Knobs of cost and display (batch size,
+    latency runs, sheets) are listed but not hashed.
     """
     knobs = dataclasses.asdict(config)
     display = {
@@ -114,8 +125,8 @@ def check_comparable(card: Mapping, other: Mapping) -> None:
             continue
         if flat.get(key) != other_flat.get(key):
             raise UserError(
-                f"scores of different protocols cannot be compared: {key} is {flat.get(key)} here and {other_flat.get(key)} "
-                "there; evaluate both with one recipe"
+                f"scores of different protocols cannot be compared: {key} is {flat.get(key)} here and "
+                f"{other_flat.get(key)} there; evaluate both with one recipe"
             )
 
 

@@ -17,7 +17,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _lagged_sums(seen: Tensor, heard: Tensor, lag: int) -> Tensor:
-    """Centred products of seen[t + lag] and heard[t] summed over the overlap, a clip and channel: [N, 2, 3] (ss, hh, sh)."""
+    """Centred products of seen[t + lag] and heard[t] summed over the overlap: [N, 2, 3] (ss, hh, sh)."""
     frames = seen.shape[1]
     seen = seen[:, max(lag, 0) : frames + min(lag, 0)]
     heard = heard[:, max(-lag, 0) : frames - max(lag, 0)]
@@ -36,20 +36,24 @@ def mouth_sync(
 ) -> dict[str, float]:
     """Pooled correlation of the seen and the heard mouth, each centred within its clip, frame 0 left out.
 
-    r(k) = sum_clips sum_t s[t+k] h[t] / sqrt(sum s^2 sum h^2): short clips are pooled because 15 frames alone decide nothing, and
-    a still clip weighs nothing. Returns for the opening `sync` = r(0), its jackknife `error` over clips, and
-    `sync_offset_frames` = argmax r(k) over |k| <= max_lag, positive when the picture lags the sound (SyncNet's sign), with
-    `sync_at_offset`; for the width, which small pictures hardly show, `sync_width` = r(0). `segment` cuts long clips into pieces
-    of that many frames, so that one long clip has an error too.
+    r(k) = sum_clips sum_t s[t+k] h[t] / sqrt(sum s^2 sum h^2): short clips are pooled because 15 frames alone decide
+    nothing, and a still clip weighs nothing. Returns for the opening `sync` = r(0), its jackknife `error` over clips,
+    and `sync_offset_frames` = argmax r(k) over |k| <= max_lag, positive when the picture lags the sound (SyncNet's
+    sign), with `sync_at_offset`; for the width, which small pictures hardly show, `sync_width` = r(0). `segment` cuts
+    long clips into pieces of that many frames, so that one long clip has an error too.
     """
     if seen.shape != heard.shape or seen.ndim != 3:
-        raise UserError(f"sync needs one heard row a seen frame: got {tuple(seen.shape)} and {tuple(heard.shape)}; trim one")
+        raise UserError(
+            f"sync needs one heard row a seen frame: got {tuple(seen.shape)} and {tuple(heard.shape)}; trim one"
+        )
     seen, heard = seen[:, 1:].double(), heard[:, 1:].double()
     if segment is not None:
         keep = seen.shape[1] // segment * segment
         seen, heard = (x[:, :keep].reshape(-1, segment, x.shape[2]) for x in (seen, heard))
     if len(seen) == 0 or seen.shape[1] < max_lag + 4:
-        raise UserError(f"sync needs clips of at least {max_lag + 5} frames: got {seen.shape[1] + 1}; use a smaller max_lag")
+        raise UserError(
+            f"sync needs clips of at least {max_lag + 5} frames: got {seen.shape[1] + 1}; use a smaller max_lag"
+        )
     lags = range(-max_lag, max_lag + 1)
     curve = {lag: float(_pooled(_lagged_sums(seen, heard, lag).sum(0))[0]) for lag in lags}
     sums = _lagged_sums(seen, heard, 0)
@@ -62,10 +66,10 @@ def mouth_sync(
 
 
 def envelope_sync(opening: Float[Tensor, " t"], audio: Float[Tensor, " s"], samples_per_frame: int) -> dict[str, float]:
-    """Correlation of the seen mouth opening with the loudness (log RMS a frame) of the sound, for speech without labels.
+    """Correlation of the seen mouth opening with the loudness (log RMS a frame), for speech without labels.
 
-    Returns `envelope` at lag 0 and `envelope_offset_frames`, the lag in -4..4 with the largest correlation (positive: the
-    picture lags).
+    Returns `envelope` at lag 0 and `envelope_offset_frames`, the lag in -4..4 with the largest correlation (positive:
+    the picture lags).
     """
     frames = min(len(opening), len(audio) // samples_per_frame)
     if frames < 10:

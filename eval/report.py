@@ -1,0 +1,292 @@
+"""The report of a run: report.json for programs and one self-contained report.html for people."""
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from torch import Tensor
+
+from eval.benchmark import is_admitted
+from eval.figures import curve_svg, dot_svg, number, plain, sheet_png
+from eval.protocol import EMBEDDED_NOTE
+
+SYSTEMS = ("teacher", "teacher_few_step", "zero_shot", "init", "student")
+EMBED_LIMIT = 12_000_000  # bytes of samples that are put into the page; above it the page links to the files
+TABLES = {
+    "Fidelity and agreement": {
+        "fid": "lower is better",
+        "fvd": "lower is better",
+        "kid": "lower is better",
+        "sync": "-1 to 1",
+        "sync_offset_frames": "0 is right",
+        "identity": "1 is right",
+    },
+    "Motion": {
+        "motion": "0 to 1",
+        "expression": "0 to 1",
+        "motion_energy": "1 is right",
+        "sharpness": "1 is right",
+        "diversity": "1 is right",
+    },
+    "Cost": {
+        "nfe_per_chunk": "evaluations",
+        "seconds_per_video_second": "lower is better",
+        "ttff_seconds": "lower is better",
+        "fps": "higher is better",
+    },
+}
+PARTS = {"pixels": "", "head_spread": "", "light_spread": "", "gaze_spread": "", "blink_rate": ""}
+DOTS = {
+    "fid": None,
+    "fvd": None,
+    "sync": None,
+    "motion": None,
+    "motion_energy": 1.0,
+    "sharpness": 1.0,
+    "diversity": 1.0,
+}
+BUILT_IN = {"nfe_per_chunk", "seconds_per_video_second", "ttff_seconds", "fps"}
+
+
+def target(value: float, at_least: float | None = None, at_most: float | None = None) -> dict:
+    """One line of `report["ratios"]`: the value, its target as text and whether it is met (None: no target)."""
+    low, high = at_least is None or value >= at_least, at_most is None or value <= at_most
+    if at_least is not None and at_most is not None:
+        text = f"{at_least:g} to {at_most:g}"
+    elif at_least is not None:
+        text = f"at least {at_least:g}"
+    else:
+        text = f"at most {at_most:g}" if at_most is not None else ""
+    return {"value": value, "target": text, "passed": (low and high) if text else None}
+
+
+def write_report(
+    report: Mapping,
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    sheets: Mapping[str, Sequence[Tensor] | Tensor],
+    samples: Mapping[str, Path],
+    out_dir: Path,
+    captions: Sequence[str] = (),
+    sheet_frames: int = 8,
+) -> Path:
+    """Write report.json and report.html into `out_dir` and return the path of the page.
+
+    `report` follows design section 6; its metrics are `{mean, spread, error, seeds}`. Metrics that the protocol card
+    does not admit leave `metrics` for `not_admitted` and are never printed as scores. curves: title -> series ->
+    [(step, value)]. sheets: system -> K clips uint8 [3, T, H, W], the same K conditions in the same order, `captions`
+    their texts. samples: label -> mp4 file; embedded while they are small, else linked relative to the page.
+    """
+    clean = _finite(_withhold(report))
+    context = {
+        **_head(clean),
+        "note": EMBEDDED_NOTE,
+        "checks": [_check(name, value) for name, value in clean.get("ratios", {}).items()],
+        "tables": _tables(clean),
+        "dots": _dots(clean),
+        "curves": [_curve(title, series) for title, series in curves.items() if any(series.values())],
+        "sheets": _sheets(sheets, captions, sheet_frames),
+        "samples": _samples(samples, out_dir),
+        "cases": _cases(clean),
+        "stages": _stages(clean.get("stages", {})),
+    }
+    context["num_passed"] = sum(check["passed"] is not False for check in context["checks"])
+    source = resources.files("eval").joinpath("templates/report.html.j2").read_text()
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _replace(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    page = out_dir / "report.html"
+    _replace(page, environment.from_string(source).render(context))
+    return page
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _finite(value):
+    """JSON knows neither NaN nor infinity: both become null; tuples become lists, unknown objects text."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool | None) else str(value)
+
+
+def _withhold(report: Mapping) -> dict:
+    """Move metrics that were not admitted out of every `metrics`; without a protocol card nothing is withheld."""
+    admitted = report.get("protocol", {}).get("extractors", {}).get("admitted")
+    if admitted is None:
+        return dict(report)
+
+    def split(system: Mapping) -> dict:
+        metrics = system.get("metrics", {})
+        kept = {name: value for name, value in metrics.items() if is_admitted(name, admitted)}
+        withheld = {name: value for name, value in metrics.items() if name not in kept}
+        return {**system, "metrics": kept, **({"not_admitted": withheld} if withheld else {})}
+
+    systems = {name: split(system) for name, system in report.get("systems", {}).items()}
+    floor = report.get("floor", {})
+    floor = split(floor if "metrics" in floor else {"metrics": floor})
+    return {**report, "systems": systems, "floor": floor}
+
+
+def _head(report: Mapping) -> dict:
+    recipe, protocol = report.get("recipe", {}), report.get("protocol", {})
+    name = recipe.get("name", "run") if isinstance(recipe, Mapping) else str(recipe)
+    device = report.get("device", "")
+    where = ", ".join(f"{key} {value}" for key, value in device.items()) if isinstance(device, Mapping) else str(device)
+    seconds = sum(stage.get("seconds") or 0 for stage in report.get("stages", {}).values())
+    knobs = protocol.get("knobs", {})
+    counts = f"{knobs['num_conditions']} held-out conditions, {knobs['num_seeds']} noise seeds" if knobs else ""
+    took = f"all stages {seconds / 60:.1f} min" if seconds else ""
+    return {
+        "title": f"Distillation report: {name}",
+        "subtitle": "; ".join(part for part in (counts, took, where) if part),
+        "card_hash": protocol.get("sha256", "")[:12],
+        "protocol_json": json.dumps(protocol, indent=1),
+        "recipe_json": json.dumps(recipe, indent=1),
+        "device_json": json.dumps({"versions": report.get("versions", {}), "device": device}, indent=1),
+    }
+
+
+def _check(name: str, value) -> dict:
+    if not isinstance(value, Mapping):
+        return {"name": plain(name), "value": number(value), "target": "", "passed": None}
+    shown = {"value": number(value.get("value")), "target": value.get("target", ""), "passed": value.get("passed")}
+    return {"name": plain(name), **shown}
+
+
+def _rows(report: Mapping) -> list[tuple[str, Mapping]]:
+    """(name, system) in reading order: floor, the known systems, then any other."""
+    systems = report.get("systems", {})
+    floor = report.get("floor", {})
+    rows = [("floor", floor if "metrics" in floor else {"metrics": floor})] if floor else []
+    rows += [(name, systems[name]) for name in SYSTEMS if name in systems]
+    return rows + [(name, system) for name, system in systems.items() if name not in SYSTEMS]
+
+
+def _tables(report: Mapping) -> list[dict]:
+    rows = _rows(report)
+    tables = []
+    for title, columns in TABLES.items():
+        group = "cost" if set(columns) <= BUILT_IN else "metrics"
+        present = {
+            name: hint
+            for name, hint in columns.items()
+            if any(name in system.get(group, {}) or name in system.get("not_admitted", {}) for _, system in rows)
+        }
+        if present:
+            with_values = [(name, system) for name, system in rows if system.get(group)]
+            tables.append(_table(title, present, [(n, s[group], s.get("not_admitted", {})) for n, s in with_values]))
+    parts = [
+        (name, system["metrics"]["diversity"].get("parts", {}), {})
+        for name, system in rows
+        if "diversity" in system.get("metrics", {})
+    ]
+    if parts:
+        tables.append(_table("Diversity by part, ratios to the world's own spread over noise", PARTS, parts))
+    return tables
+
+
+def _table(title: str, columns: Mapping[str, str], rows: list[tuple[str, Mapping, Mapping]]) -> dict:
+    shown = [
+        {
+            "name": plain(name),
+            "kind": {"student": "own", "floor": "floor"}.get(name, ""),
+            "cells": [_cell(values.get(column), column in withheld) for column in columns],
+        }
+        for name, values, withheld in rows
+    ]
+    return {"title": title, "columns": [{"name": plain(n), "hint": h} for n, h in columns.items()], "rows": shown}
+
+
+def _cell(score, refused: bool) -> dict:
+    if isinstance(score, Mapping):
+        several = len(score.get("seeds") or ()) > 1
+        spread = number(score["spread"], 2) if several and score.get("spread") is not None else ""
+        error = number(score["error"], 2) if score.get("error") else ""
+        return {"value": number(score.get("mean")), "spread": spread, "error": error, "refused": refused}
+    return {"value": number(score), "spread": "", "error": "", "refused": refused}
+
+
+def _dots(report: Mapping) -> list[dict]:
+    rows = _rows(report)
+    hints = {name: hint for columns in TABLES.values() for name, hint in columns.items()}
+    plots = []
+    for name, goal in DOTS.items():
+        scores = [
+            (system, values["metrics"][name])
+            for system, values in rows
+            if isinstance(values.get("metrics", {}).get(name), Mapping)
+        ]
+        if len(scores) > 1:
+            plots.append({"name": plain(name), "hint": hints[name], "svg": dot_svg(scores, goal)})
+    return plots
+
+
+def _curve(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
+    kept = {name: points for name, points in series.items() if any(math.isfinite(y) for _, y in points)}
+    return {"name": title, "svg": curve_svg(kept), "series": list(kept)}
+
+
+def _sheets(sheets: Mapping[str, Sequence[Tensor] | Tensor], captions: Sequence[str], num_frames: int) -> list[dict]:
+    if not sheets:
+        return []
+    names = list(sheets)
+    result = []
+    for index in range(min(len(clips) for clips in sheets.values())):
+        title = captions[index] if index < len(captions) else f"condition {index + 1}"
+        image = sheet_png([sheets[name][index] for name in names], num_frames)
+        result.append({"title": title, "names": [plain(name) for name in names], "image": image})
+    return result
+
+
+def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
+    embedded = sum(path.stat().st_size for path in samples.values()) <= EMBED_LIMIT
+    shown = []
+    for name, path in samples.items():
+        if embedded:
+            source = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+        else:
+            source = Path(os.path.relpath(path, out_dir)).as_posix()
+        shown.append({"name": name, "source": source})
+    return shown
+
+
+def _cases(report: Mapping) -> list[dict]:
+    """Known cases from `report["admission"]` (what `eval.benchmark.admit` returned)."""
+    admission = report.get("admission", {})
+    cases = admission.get("cases", {})
+    return [
+        {
+            "name": plain(name),
+            "admitted": passed,
+            "values": ", ".join(f"{plain(case)} {number(value)}" for case, value in cases.get(name, {}).items()),
+        }
+        for name, passed in admission.get("admitted", {}).items()
+    ]
+
+
+def _stages(stages: Mapping[str, Mapping]) -> list[dict]:
+    return [
+        {
+            "name": name,
+            "seconds": number(stage.get("seconds")),
+            "fingerprint": str(stage.get("fingerprint", ""))[:12],
+            "metrics": ", ".join(
+                f"{plain(key)} {number(value)}"
+                for key, value in (stage.get("metrics") or {}).items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            ),
+        }
+        for name, stage in stages.items()
+    ]
