@@ -15,7 +15,7 @@ from distill.run_folder import versions
 from eval import benchmark
 from eval.latency import measure
 from eval.protocol import Geometry, protocol_card
-from eval.report import write_report
+from eval.report import target, write_report
 from students.session import Session
 from teachers import flow, media
 from teachers.codecs import to_float, to_uint8
@@ -57,7 +57,8 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     samples = write_samples(pipeline, test)
     curves = read_curves(pipeline.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
-    write_report(report, curves, shown, samples, pipeline.folder.path)
+    captions = test.clips.text[: config.sheet_conditions]
+    write_report(report, curves, shown, samples, pipeline.folder.path, captions, config.sheet_frames)
     flat = {name: {k: v["mean"] for k, v in metrics.items()} for name, metrics in scores.items()}
     return {"scores": flat, "ratios": report["ratios"]}
 
@@ -185,6 +186,7 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
         "floor": floor["real"],
         "codec": floor["codec"],
         "ratios": ratios(systems),
+        "targets": targets(systems),
         "protocol": card,
     }
 
@@ -209,12 +211,39 @@ def ratios(systems: dict) -> dict[str, float]:
     return out
 
 
-def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> list[dict]:
-    """Playable samples with sound: real, teacher, init and student on the same conditions, and one long stream."""
+TARGETS = {  # what the recipe promises; least and most
+    "fid_student_over_teacher": (None, 1.10),
+    "fvd_student_over_teacher": (None, 1.10),
+    "sync_student_over_teacher": (0.97, None),
+    "motion_student_over_teacher": (0.85, None),
+    "fid_student_over_init": (None, 0.95),
+    "fvd_student_over_init": (None, 0.97),
+    "diversity_student_minus_init": (0.05, None),
+    "sync_student_minus_init": (-0.01, None),
+    "fid_init_over_zero_shot": (None, 1.0),
+    "fvd_init_over_zero_shot": (None, 1.0),
+    "diversity_init_minus_zero_shot": (0.0, None),
+    "batch_cost_teacher_over_student": (15.0, None),
+    "ttff_teacher_over_student": (40.0, None),
+}
+
+
+def targets(systems: dict) -> dict[str, dict]:
+    """Each promise with its value and whether it is kept."""
+    found = ratios(systems)
+    out = {name: target(found[name], at_least=low, at_most=high) for name, (low, high) in TARGETS.items()}
+    out["teacher_sync"] = target(systems["teacher"]["metrics"]["sync"]["mean"], at_least=0.88)
+    for name in ("motion_energy", "sharpness"):
+        out[f"student_{name}"] = target(systems["student"]["metrics"][name]["mean"], at_least=0.88, at_most=1.15)
+    return out
+
+
+def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, Path]:
+    """Playable samples with sound, label -> file: real, teacher, init and student on the same conditions."""
     folder = pipeline.folder.path / "samples"
     folder.mkdir(exist_ok=True)
     stage = pipeline.folder.stage_dir("evaluate")
-    samples = []
+    samples = {}
     for i in range(min(pipeline.recipe.eval.num_samples, len(test.clips.text))):
         for name in ("real", "teacher", "init", "student"):
             if name == "real":
@@ -224,15 +253,17 @@ def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> list[dict]:
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
             media.write_video(path, frames, pipeline.spec.fps, test.clips.audio[i], upscale=6, smooth=True)
-            samples.append({"path": f"samples/{path.name}", "system": name, "caption": test.clips.text[i], "condition": i})
+            samples[f"{name}: {test.clips.text[i]}"] = path
     return samples
 
 
-def read_curves(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """Rows of metrics.jsonl as curves: "stage: name" -> (step, value) pairs."""
-    curves: dict[str, list[tuple[int, float]]] = {}
+def read_curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Rows of metrics.jsonl as curves: "stage: quantity" -> role -> (step, value) pairs."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, value in row.items():
             if name not in ("stage", "step"):
-                curves.setdefault(f"{row['stage']}: {name}", []).append((row["step"], value))
+                role, _, quantity = name.rpartition("/")
+                title = f"{row['stage']}: {role} {quantity}" if role == "validate" else f"{row['stage']}: {quantity}"
+                curves.setdefault(title, {}).setdefault(role, []).append((row["step"], value))
     return curves

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,7 +67,7 @@ def spec_of(recipe: "Recipe") -> Spec:
     return Spec(
         height=data.world.resolution,
         width=data.world.resolution,
-        fps=data.world.fps,
+        fps=Fraction(data.world.fps),
         chunk_frames=student.chunk_frames,
         sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift),
         horizon_frames=data.latent_frames,

@@ -62,7 +62,7 @@ def curve_svg(series: Mapping[str, Sequence[tuple[float, float]]], log_scale: bo
     for mark in marks:
         y = at(x_low, mark)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(mark)}</text>')
+        parts.append(f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{mark:g}</text>')
     for mark in ticks(x_low, x_high):
         x = at(mark, ys[0])[0]
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{mark:,.0f}</text>')
@@ -115,9 +115,7 @@ def dot_svg(rows: Sequence[tuple[str, Mapping]], target: float | None = None) ->
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img">']
     for mark in ticks(low, high, 4):
         parts.append(f'<line class="grid" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="{top}" y2="{base}"/>')
-        parts.append(
-            f'<text class="tick" x="{at(mark):.1f}" y="{base + 14}" text-anchor="middle">{number(mark)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{at(mark):.1f}" y="{base + 14}" text-anchor="middle">{mark:g}</text>')
     if target is not None:
         parts.append(f'<line class="goal" x1="{at(target):.1f}" x2="{at(target):.1f}" y1="{top}" y2="{base}"/>')
     for index, (name, score) in enumerate(shown):

@@ -85,7 +85,7 @@ def write_report(
     context = {
         **_head(clean),
         "note": EMBEDDED_NOTE,
-        "checks": [_check(name, value) for name, value in clean.get("ratios", {}).items()],
+        "checks": [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()],
         "tables": _tables(clean),
         "dots": _dots(clean),
         "curves": [_curve(title, series) for title, series in curves.items() if any(series.values())],
@@ -94,7 +94,8 @@ def write_report(
         "cases": _cases(clean),
         "stages": _stages(clean.get("stages", {})),
     }
-    context["num_passed"] = sum(check["passed"] is not False for check in context["checks"])
+    judged = [check["passed"] for check in context["checks"] if check["passed"] is not None]
+    context["num_passed"], context["num_judged"] = sum(judged), len(judged)
     source = resources.files("eval").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""An exact Gaussian video teacher: every prediction has a closed form, so a distillation on it can be judged exactly."""
+"""An exact Gaussian video teacher: every prediction has a closed form, so what is distilled from it can be judged."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from teachers.conditions import Conditions
 
 
 class GaussianTeacher(nn.Module):
-    """Clips [C, F, H, W] that are jointly N(mean, covariance); frame 0 is given by conditions.reference, as for AvatarTeacher.
+    """Clips [C, F, H, W] that are jointly N(mean, covariance); frame 0 is given by conditions.reference.
 
-    Given the reference the other frames are N(m, S), m affine in the reference (Schur complement). Text and audio are ignored.
-    covariance [D, D] is that of the flat clip, D = C*F*H*W; ValueError unless it is positive definite. All algebra is fp64 in
-    the eigenbasis of S = V diag(l) V^T; results have the type of the input.
+    Given the reference the other frames are N(m, S), m affine in the reference (Schur complement); text and audio are
+    ignored. covariance [D, D] is that of the flat clip, D = C*F*H*W; ValueError unless it is positive definite. All
+    algebra is fp64 in the eigenbasis of S = V diag(l) V^T; results have the type of the input.
     """
 
     def __init__(self, mean: Tensor, covariance: Tensor):
@@ -26,9 +26,12 @@ class GaussianTeacher(nn.Module):
         values, vectors = torch.linalg.eigh((conditional + conditional.T) / 2)
         if values[0] <= 0 or torch.linalg.eigvalsh(covariance)[0] <= 0:
             raise ValueError(f"covariance [{len(mean)}, {len(mean)}] is not positive definite")
-        parts = {"given": given, "mean": mean, "gain": gain, "covariance": conditional, "values": values, "vectors": vectors}
-        for name, value in parts.items():
-            self.register_buffer(name, value)
+        self.register_buffer("given", given)
+        self.register_buffer("mean", mean)
+        self.register_buffer("gain", gain)
+        self.register_buffer("covariance", conditional)
+        self.register_buffer("values", values)
+        self.register_buffer("vectors", vectors)
 
     def expectation(self, conditions: Conditions) -> Tensor:
         """E[clip | reference] [B, C, F, H, W] in fp64; frame 0 is the reference."""
@@ -54,8 +57,10 @@ class GaussianTeacher(nn.Module):
         return self._join(conditions.reference.double().flatten(1), x0).to(x.dtype)
 
     def solution(self, noise: Tensor, sigma: float, conditions: Conditions) -> Tensor:
-        """The state at sigma of the probability-flow ODE that starts at `noise` at sigma 1: (1-s) m + (v(s))^(1/2) noise with
-        v(s) = (1-s)^2 S + s^2 I; frame 0 is the noised reference."""
+        """The state at sigma of the probability-flow ODE that starts at `noise` at sigma 1.
+
+        (1-s) m + ((1-s)^2 S + s^2 I)^(1/2) noise; frame 0 is the noised reference.
+        """
         mean = self.expectation(conditions).flatten(1)[:, ~self.given]
         factor = ((1 - sigma) ** 2 * self.values + sigma**2).sqrt()
         flat = noise.double().flatten(1)
@@ -70,7 +75,7 @@ class GaussianTeacher(nn.Module):
 
 
 def autoregressive(mean: Tensor, spatial: Tensor, correlation: float) -> GaussianTeacher:
-    """AR(1) over frames: covariance of (c, f, y, x) and (c', f', y', x') = correlation^|f - f'| spatial[(c y x), (c' y' x')].
+    """AR(1) over frames: cov of (c, f, y, x) and (c', f', y', x') = correlation^|f - f'| spatial[(c y x), (c' y' x')].
 
     mean [C, F, H, W]; spatial [C*H*W, C*H*W] is the covariance of one frame.
     """

@@ -15,7 +15,7 @@ def test_shapes_and_scale():
     video = (0.3 * randn(4, 3, 7, 16, 16, seed=5)).clamp(-1, 1)
     latents = fitted_codec().encode(video)
     assert latents.shape == (4, 4, 4, 4, 4)
-    assert latents.square().mean() == pytest.approx(1.0, rel=0.15)
+    assert float(latents.square().mean()) == pytest.approx(1.0, rel=0.15)
     assert fitted_codec().decode(latents).shape == video.shape
     assert fitted_codec().encode(video[:, :, :1]).shape == (4, 4, 1, 4, 4)
     with pytest.raises(ValueError, match=r"got T=8, need T = 1 \+ 2 \(F - 1\)"):
@@ -36,7 +36,7 @@ def test_fewer_components_are_the_best_of_their_number():
     values = torch.linalg.eigvalsh(torch.cov(patches.T, correction=0))
     kept = (patches - codec.mean) @ codec.basis.T.double() @ codec.basis.double()
     error = (patches - codec.mean - kept).square().sum(1).mean()
-    assert error == pytest.approx(values[:-10].sum(), rel=1e-4)
+    assert float(error) == pytest.approx(float(values[:-10].sum()), rel=1e-4)
     assert torch.equal(codec.basis, PatchCodec(codec.config).fit(video).basis), "the sign of a component is not fixed"
 
 

@@ -17,11 +17,12 @@ def test_a_row_hears_its_frame_and_the_margin_alone():
     ear, sound = ears(), some_sound(10 * N)
     rows = ear(sound)
     assert rows.shape == (10, ear.dim) == (10, 80)
-    for sample, reaches in [(5 * N - ear.margin - 3, {4}), (5 * N - ear.margin + 5, {4, 5}), (5 * N + ear.margin - 3, {4, 5})]:
+    edge = 5 * N
+    for offset, reaches in [(-ear.margin - 3, {4}), (-ear.margin + 5, {4, 5}), (ear.margin - 3, {4, 5})]:
         changed = sound.clone()
-        changed[sample] += 0.5
+        changed[edge + offset] += 0.5
         moved = (ear(changed) != rows).any(dim=1).nonzero().flatten().tolist()
-        assert set(moved) == reaches, sample
+        assert set(moved) == reaches, offset
 
 
 def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
@@ -29,8 +30,7 @@ def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
     whole = ear(sound[None])
     for first, last in [(0, 1), (0, 5), (3, 7), (11, 12)]:
         assert torch.allclose(ear(sound[None], first, last), whole[:, first:last], atol=1e-5)
-    start, stop = 3 * N - ear.margin, 7 * N + ear.margin
-    cut = torch.nn.functional.pad(sound[start:stop], (N - (start % N), 0)) if start % N else sound[start:stop]
+    cut = torch.nn.functional.pad(sound[3 * N - ear.margin : 7 * N + ear.margin], (N - ear.margin, 0))
     assert torch.allclose(ear(cut, 1, 5), whole[0, 3:7], atol=1e-5)
 
 

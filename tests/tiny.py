@@ -1,7 +1,7 @@
-"""Small builders that the tests share: a 2-layer network with random weights everywhere, its spec, conditions and bundle."""
+"""Small builders that the tests share: a 2-layer network with random weights, its spec, conditions and bundle."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 
@@ -134,7 +134,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     is_main: bool = True
     generator = Engine.generator
 
