@@ -191,7 +191,7 @@ def train(
     """
     config, engine = trainer.config, trainer.engine
     trainer.load()
-    log.resume(stage, trainer.step)
+    log.resume(stage, trainer.step + 1)
     totals = dict.fromkeys(trainer.roles, 0)
     for step in range(config.num_steps):
         for role in method.roles_to_update(step):

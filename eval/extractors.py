@@ -128,7 +128,7 @@ class Probes:
     def fit(
         video: UInt8[Tensor, "n 3 t h w"],
         labels: Mapping[str, Tensor],
-        audio_features: Float[Tensor, "n t a"],
+        audio_features: Float[Tensor, "m u a"],
         config: EvalConfig,
         generator: torch.Generator,
         progress: Progress | None = None,
@@ -255,8 +255,9 @@ def blur(frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     """Binomial 5 x 5 blur (1 4 6 4 1)/16 of each channel, edges repeated."""
     taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=frames.device) / 16
     padded = F.pad(frames, (2, 2, 2, 2), mode="replicate")
-    rows = sum(taps[i] * padded[..., i : i + frames.shape[-2], :] for i in range(5))
-    return sum(taps[i] * rows[..., i : i + frames.shape[-1]] for i in range(5))
+    height, width = frames.shape[-2:]
+    rows = torch.stack([taps[i] * padded[..., i : i + height, :] for i in range(5)]).sum(0)
+    return torch.stack([taps[i] * rows[..., i : i + width] for i in range(5)]).sum(0)
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 NUM_COLOURS = 5  # --c0 .. --c4 in the style sheet
 
 
-def ticks(low: float, high: float, num: int = 5) -> list[float]:
+def ticks(low: float | int, high: float | int, num: int = 5) -> list[float]:
     """About `num` round numbers that cover [low, high]."""
     if not high > low:
         return [low]
@@ -24,7 +24,7 @@ def ticks(low: float, high: float, num: int = 5) -> list[float]:
     return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float | None, significant: int = 3) -> str:
+def number(value: float | int | None, significant: int = 3) -> str:
     """`significant` digits at most, a dash for nothing."""
     if value is None or value != value:
         return "-"
@@ -37,7 +37,7 @@ def number(value: float | None, significant: int = 3) -> str:
     return f"{value:,.{min(digits, 5)}f}"
 
 
-def curve_svg(series: Mapping[str, Sequence[tuple[float, float]]], log_scale: bool | None = None) -> str:
+def curve_svg(series: Mapping[str, Sequence[tuple[float | int, float | int]]], log_scale: bool | None = None) -> str:
     """Lines over steps; the y axis is logarithmic if all values are positive and span a factor of 20 (or as asked)."""
     width, height, left, right, top, bottom = 440, 230, 52, 12, 10, 30
     lines = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
@@ -53,7 +53,7 @@ def curve_svg(series: Mapping[str, Sequence[tuple[float, float]]], log_scale: bo
     low, high = low - margin, high + margin
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
 
-    def at(x: float, y: float) -> tuple[float, float]:
+    def at(x: float | int, y: float | int) -> tuple[float, float]:
         across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
         return across, top + (high - scale(y)) / (high - low) * (height - top - bottom)
 
@@ -86,7 +86,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     ]
 
 
-def _thin(points: Sequence[tuple[float, float]], most: int) -> Sequence[tuple[float, float]]:
+def _thin(points: Sequence[tuple[float | int, float | int]], most: int) -> Sequence[tuple[float | int, float | int]]:
     if len(points) <= most:
         return points
     size = math.ceil(len(points) / most)
@@ -108,7 +108,7 @@ def dot_svg(rows: Sequence[tuple[str, Mapping]], target: float | None = None) ->
     low = min(0.0, *(score["mean"] - (score.get("error") or 0) for _, score in shown))
     high = max(*reach, 1e-9) * 1.04
 
-    def at(value: float) -> float:
+    def at(value: float | int) -> float:
         return left + (min(max(value, low), high) - low) / (high - low) * (width - left - right)
 
     base = top + pitch * len(shown)

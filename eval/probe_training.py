@@ -1,6 +1,7 @@
 """Training of the embedded extractors on the procedural world; every draw comes from one generator."""
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from eval.extractors import DIM, MOUTH, TEMPOS, ClipProbe, Ear, FrameProbe, Prob
 from eval.protocol import EvalConfig
 from teachers.errors import UserError
 
+Network = TypeVar("Network", bound=nn.Module)
 CLIP_BATCH = 64
 CLIP_ROWS = 448  # clips whose frame features are cached for the clip probe
 NOISE = 0.2  # standard deviation of the strongest added noise, in units where pixels span 2
@@ -70,7 +72,7 @@ def _scale(name: str, values: Tensor) -> dict[str, Tensor]:
     return {f"{name}_mean": flat.mean(0), f"{name}_std": flat.std(0).clamp_min(1e-3)}
 
 
-def _build(make: Callable[[], nn.Module], rng: torch.Generator):
+def _build(make: Callable[[], Network], rng: torch.Generator) -> Network:
     """Construct on the meta device (no global randomness), then draw He-normal weights from `rng`."""
     with torch.device("meta"):
         network = make()
@@ -83,7 +85,9 @@ def _build(make: Callable[[], nn.Module], rng: torch.Generator):
                 layer.bias.data.zero_()
         elif isinstance(layer, nn.BatchNorm2d | nn.LayerNorm):
             layer.reset_parameters()
-    network.heads.weight.data.mul_(0.1) if hasattr(network, "heads") else None
+    for name, layer in network.named_children():
+        if name == "heads" and isinstance(layer, nn.Linear):
+            layer.weight.data.mul_(0.1)
     return network
 
 

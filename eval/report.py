@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from torch import Tensor
@@ -15,8 +16,10 @@ from eval.benchmark import is_admitted
 from eval.figures import curve_svg, dot_svg, number, plain, sheet_png
 from eval.protocol import EMBEDDED_NOTE
 
+CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "zero_shot", "init", "student")
 EMBED_LIMIT = 12_000_000  # bytes of samples that are put into the page; above it the page links to the files
+COST = "Cost"
 TABLES = {
     "Fidelity and agreement": {
         "fid": "lower is better",
@@ -33,9 +36,10 @@ TABLES = {
         "sharpness": "1 is right",
         "diversity": "1 is right",
     },
-    "Cost": {
+    COST: {
         "nfe_per_chunk": "evaluations",
-        "seconds_per_video_second": "lower is better",
+        "seconds_per_video_second": "one stream",
+        "batch_seconds_per_video_second": "in a batch",
         "ttff_seconds": "lower is better",
         "fps": "higher is better",
     },
@@ -50,10 +54,9 @@ DOTS = {
     "sharpness": 1.0,
     "diversity": 1.0,
 }
-BUILT_IN = {"nfe_per_chunk", "seconds_per_video_second", "ttff_seconds", "fps"}
 
 
-def target(value: float, at_least: float | None = None, at_most: float | None = None) -> dict:
+def target(value: float | int, at_least: float | int | None = None, at_most: float | int | None = None) -> dict:
     """One line of `report["ratios"]`: the value, its target as text and whether it is met (None: no target)."""
     low, high = at_least is None or value >= at_least, at_most is None or value <= at_most
     if at_least is not None and at_most is not None:
@@ -67,7 +70,7 @@ def target(value: float, at_least: float | None = None, at_most: float | None = 
 
 def write_report(
     report: Mapping,
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float | int, float | int]]]],
     sheets: Mapping[str, Sequence[Tensor] | Tensor],
     samples: Mapping[str, Path],
     out_dir: Path,
@@ -111,7 +114,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _finite(value):
+def _finite(value: Any) -> Any:
     """JSON knows neither NaN nor infinity: both become null; tuples become lists, unknown objects text."""
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
@@ -135,9 +138,19 @@ def _withhold(report: Mapping) -> dict:
         return {**system, "metrics": kept, **({"not_admitted": withheld} if withheld else {})}
 
     systems = {name: split(system) for name, system in report.get("systems", {}).items()}
-    floor = report.get("floor", {})
-    floor = split(floor if "metrics" in floor else {"metrics": floor})
-    return {**report, "systems": systems, "floor": floor}
+    ceilings = {name: split(_as_system(report[name])) for name in CEILINGS if report.get(name)}
+    refused = {name for system in systems.values() for name in system.get("not_admitted", {})}
+
+    def judged(name: str, line: Any) -> Any:
+        stands_on = any(f"_{metric}_" in f"_{name}_" for metric in refused)
+        return {**line, "passed": None, "not_admitted": True} if stands_on and isinstance(line, Mapping) else line
+
+    lines = {
+        key: {name: judged(name, line) for name, line in report[key].items()}
+        for key in ("targets", "ratios")
+        if key in report
+    }
+    return {**report, **lines, "systems": systems, **ceilings}
 
 
 def _head(report: Mapping) -> dict:
@@ -162,15 +175,19 @@ def _head(report: Mapping) -> dict:
 def _check(name: str, value) -> dict:
     if not isinstance(value, Mapping):
         return {"name": plain(name), "value": number(value), "target": "", "passed": None}
-    shown = {"value": number(value.get("value")), "target": value.get("target", ""), "passed": value.get("passed")}
+    measured = "not admitted" if value.get("not_admitted") else number(value.get("value"))
+    shown = {"value": measured, "target": value.get("target", ""), "passed": value.get("passed")}
     return {"name": plain(name), **shown}
 
 
-def _rows(report: Mapping) -> list[tuple[str, Mapping]]:
-    """(name, system) in reading order: floor, the known systems, then any other."""
+def _as_system(scores: Mapping) -> Mapping:
+    return scores if "metrics" in scores else {"metrics": scores}
+
+
+def _rows(report: Mapping) -> Sequence[tuple[str, Mapping]]:
+    """(name, system) in reading order: floor, codec ceiling, the known systems, then any other."""
     systems = report.get("systems", {})
-    floor = report.get("floor", {})
-    rows = [("floor", floor if "metrics" in floor else {"metrics": floor})] if floor else []
+    rows = [(name, _as_system(report[name])) for name in CEILINGS if report.get(name)]
     rows += [(name, systems[name]) for name in SYSTEMS if name in systems]
     return rows + [(name, system) for name, system in systems.items() if name not in SYSTEMS]
 
@@ -179,7 +196,7 @@ def _tables(report: Mapping) -> list[dict]:
     rows = _rows(report)
     tables = []
     for title, columns in TABLES.items():
-        group = "cost" if set(columns) <= BUILT_IN else "metrics"
+        group = "cost" if title == COST else "metrics"
         present = {
             name: hint
             for name, hint in columns.items()
@@ -198,11 +215,11 @@ def _tables(report: Mapping) -> list[dict]:
     return tables
 
 
-def _table(title: str, columns: Mapping[str, str], rows: list[tuple[str, Mapping, Mapping]]) -> dict:
+def _table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping, Mapping]]) -> dict:
     shown = [
         {
             "name": plain(name),
-            "kind": {"student": "own", "floor": "floor"}.get(name, ""),
+            "kind": {"student": "own", "floor": "floor", "codec": "floor"}.get(name, ""),
             "cells": [_cell(values.get(column), column in withheld) for column in columns],
         }
         for name, values, withheld in rows
@@ -234,7 +251,7 @@ def _dots(report: Mapping) -> list[dict]:
     return plots
 
 
-def _curve(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> dict:
+def _curve(title: str, series: Mapping[str, Sequence[tuple[float | int, float | int]]]) -> dict:
     kept = {name: points for name, points in series.items() if any(math.isfinite(y) for _, y in points)}
     return {"name": title, "svg": curve_svg(kept), "series": list(kept)}
 
@@ -264,8 +281,8 @@ def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
 
 
 def _cases(report: Mapping) -> list[dict]:
-    """Known cases from `report["admission"]` (what `eval.benchmark.admit` returned)."""
-    admission = report.get("admission", {})
+    """Known cases as `eval.benchmark.admit` returned them: `report["admission"]` or metrics of stage extractors."""
+    admission = report.get("admission") or report.get("stages", {}).get("extractors", {}).get("metrics") or {}
     cases = admission.get("cases", {})
     return [
         {

@@ -32,7 +32,7 @@ def _pooled(sums: Tensor) -> Tensor:
 
 
 def mouth_sync(
-    seen: Float[Tensor, "n t 2"], heard: Float[Tensor, "n t 2"], max_lag: int = 4, segment: int | None = None
+    seen: Float[Tensor, "n t 2"], heard: Float[Tensor, "m u 2"], max_lag: int = 4, segment: int | None = None
 ) -> dict[str, float]:
     """Pooled correlation of the seen and the heard mouth, each centred within its clip, frame 0 left out.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from students.causal_wan import CausalWan
 from students.spec import Spec
-from teachers.codecs import PatchCodec
+from teachers.codecs import EigenCodec
 from teachers.errors import UserError
 from teachers.senses import LogMel, TextEncoder
 from teachers.typed import convert, to_plain
@@ -23,7 +23,7 @@ class Bundle:
     """Everything a session needs: the student with its spec, the codec, the ears and the text encoder."""
 
     student: CausalWan
-    codec: PatchCodec
+    codec: EigenCodec
     ears: LogMel
     text: TextEncoder
 
@@ -69,7 +69,7 @@ def load_student(folder: Path) -> Bundle:
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
     fill(student.net, _tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    codec = PatchCodec(spec.codec)
+    codec = EigenCodec(spec.codec, spec.height, spec.width)
     fill(codec, _tensors(folder / "codec.safetensors"), folder / "codec.safetensors")
     try:
         text = TextEncoder.load(folder / "text", spec.text.max_tokens)

@@ -1,4 +1,4 @@
-"""Pixels <-> latents. The embedded codec is linear: principal components of space-time patches, fitted in closed form."""
+"""Pixels <-> latents. The embedded codec is linear: principal components of whole frames, fitted in closed form."""
 
 from dataclasses import dataclass
 
@@ -8,71 +8,72 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
-    """Geometry of a codec: `stride` pixel frames and `patch` x `patch` pixels become one latent of `channels`."""
+    """Geometry of a codec: `stride` pixel frames become one latent frame, `patch` x `patch` pixels one cell of `channels`."""
 
     stride: int = 2
-    patch: int = 8
+    patch: int = 16
     channels: int = 48
 
 
-class PatchCodec(nn.Module):
-    """Linear codec of patches [stride, patch, patch, 3]; latents are scaled by eigenvalue^-1/4 (half whitening).
+class EigenCodec(nn.Module):
+    """Principal components of [3, stride, H, W] frame groups, scaled by eigenvalue^-1/4 (half whitening).
 
-    Video [B, 3, T, H, W] in [-1, 1] with T = 1 + stride (F - 1) <-> latents [B, C, F, H/patch, W/patch]. The first pixel frame
-    alone is the first latent (held still for `stride` frames), as in Wan's causal VAE. Decoding is frame-wise, so a stream
-    decoded in pieces equals the whole decode.
+    Video [B, 3, T, H, W] in [-1, 1] with T = 1 + stride (F - 1) <-> latents [B, C, F, H/patch, W/patch]; component i lies in
+    cell i mod cells, so each cell holds coarse and fine ones. The first pixel frame alone is the first latent (held still for
+    `stride` frames), as in Wan's causal VAE. Decoding is frame-wise: a stream decoded in pieces equals the whole decode. It draws
+    what it was fitted on; a foreign picture becomes its projection.
     """
 
-    def __init__(self, config: CodecConfig):
+    def __init__(self, config: CodecConfig, height: int, width: int):
         super().__init__()
-        self.config = config
-        size = 3 * config.stride * config.patch**2
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("basis", torch.zeros(config.channels, size))
-        self.register_buffer("scale", torch.ones(config.channels))
+        self.config, self.size = config, (3, config.stride, height, width)
+        self.cells = (height // config.patch, width // config.patch)
+        count = config.channels * self.cells[0] * self.cells[1]
+        self.register_buffer("mean", torch.zeros(3 * config.stride * height * width))
+        self.register_buffer("basis", torch.zeros(count, self.mean.shape[0]))
+        self.register_buffer("scale", torch.ones(count))
 
-    def _patches(self, video: Tensor) -> Tensor:
-        """[B, 3, F*stride, H, W] -> [B, F, h, w, 3*stride*patch*patch]."""
-        p, s = self.config.patch, self.config.stride
-        x = video.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, s))
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+    def _groups(self, video: Tensor) -> Tensor:
+        """[B, 3, T, H, W] -> [B, F, 3*stride*H*W]; ValueError on a size or length that has no latents."""
+        stride = self.config.stride
+        if (video.shape[2] - 1) % stride or (video.shape[1], *video.shape[3:]) != (3, *self.size[2:]):
+            size = (3, f"1 + {stride} (F - 1)", *self.size[2:])
+            raise ValueError(f"video: got [C, T, H, W] = {tuple(video.shape[1:])}, the codec takes {size}")
+        video = torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
+        return video.unflatten(2, (-1, stride)).transpose(1, 2).flatten(2)
 
     @torch.no_grad()
-    def fit(self, video: Tensor) -> "PatchCodec":
-        """Principal components of the patches of video [N, 3, T, H, W] (fp64 eigen-decomposition)."""
-        patches = self._patches(self._hold_first(video)).flatten(0, 3).double()
-        mean = patches.mean(dim=0)
-        centred = patches - mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred / centred.shape[0])
-        keep = torch.arange(values.shape[0] - 1, values.shape[0] - 1 - self.config.channels, -1)
-        basis = vectors[:, keep].T
+    def fit(self, video: Tensor, seed: int = 0, rounds: int = 4) -> "EigenCodec":
+        """Principal components of video [N, 3, T, H, W] by randomised subspace iteration (Halko et al. 0909.4061, alg. 4.4)."""
+        groups = self._groups(video).flatten(0, 1).float()
+        mean = groups.mean(dim=0)
+        centred = groups - mean
+        count = self.basis.shape[0]
+        rng = torch.Generator().manual_seed(seed)
+        span = torch.randn(centred.shape[1], min(count + 16, *centred.shape), generator=rng)
+        for _ in range(rounds):
+            span = torch.linalg.qr(centred.T @ (centred @ span)).Q
+        values, vectors = torch.linalg.svd((centred @ span).double(), full_matrices=False)[1:]
+        basis = (vectors @ span.T.double())[:count]
         basis = basis * torch.sign(basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)))  # a fixed sign
+        values = (values[:count] ** 2 / centred.shape[0]).clamp(min=1e-8)
+        # After half whitening a latent's variance is sqrt(eigenvalue); one common factor brings the mean variance to 1.
+        half = values.pow(-0.25)
         self.mean.copy_(mean)
-        self.basis.copy_(basis)
-        # After half whitening latent variance would be sqrt(eigenvalue); one common factor brings the mean variance to 1.
-        half = values[keep].clamp(min=1e-8).pow(-0.25)
-        common = (values[keep] * half**2).mean().rsqrt()
-        self.scale.copy_(half * common)
+        self.basis[: basis.shape[0]] = basis.float()
+        self.scale[: basis.shape[0]] = half * (values * half**2).mean().rsqrt()
         return self
-
-    def _hold_first(self, video: Tensor) -> Tensor:
-        stride = self.config.stride
-        if (video.shape[2] - 1) % stride:
-            raise ValueError(f"video frames: got T={video.shape[2]}, need T = 1 + {stride} (F - 1)")
-        return torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
 
     def encode(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]."""
-        coded = (self._patches(self._hold_first(video)) - self.mean) @ self.basis.T * self.scale
-        return coded.permute(0, 4, 1, 2, 3).contiguous()
+        coded = (self._groups(video) - self.mean) @ self.basis.T * self.scale
+        return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous()
 
     def decode(self, latents: Tensor, first: bool = True) -> Tensor:
         """Latents -> pixels in [-1, 1]. `first`: the first latent opens the clip and gives one pixel frame, not `stride`."""
-        p, s = self.config.patch, self.config.stride
-        x = (latents.permute(0, 2, 3, 4, 1) / self.scale) @ self.basis + self.mean
-        x = x.unflatten(4, (3, s, p, p)).permute(0, 4, 1, 5, 2, 6, 3, 7)  # B 3 F s h p w p
-        video = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        return (video[:, :, s - 1 :] if first else video).clamp(-1, 1)
+        groups = (latents.transpose(1, 2).flatten(2) / self.scale) @ self.basis + self.mean
+        video = groups.unflatten(2, self.size).transpose(1, 2).flatten(2, 3)
+        return (video[:, :, self.config.stride - 1 :] if first else video).clamp(-1, 1)
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def small_report(**admitted: bool) -> dict:
         "device": {"threads": 2},
         "stages": {"data": {"seconds": 9.0, "fingerprint": "abc", "metrics": {"clips": 12, "nested": {"a": 1}}}},
         "systems": {name: system(1.0 + i) for i, name in enumerate(names)},
-        "floor": {"metrics": {"fid": score(0.5)}},
+        "floor": {"fid": score(0.5), "sync": score(0.77123)},
+        "codec": {"metrics": {"fid": score(0.6)}},
         "ratios": {"fid_student_over_teacher": target(0.94, at_most=1.1), "motion": target(0.5, at_least=0.85)},
         "protocol": protocol_card(EvalConfig(), geometry, "a" * 64, every, {"run": 1}),
         "admission": {"admitted": every, "cases": {"fid": {"real": 1.0, "decoded": 2.0}}},
@@ -112,9 +113,9 @@ def test_report_is_one_page_and_one_document(tmp_path):
 def test_systems_come_in_reading_order(tmp_path):
     _, page = read_page(write_report(small_report(), {}, {}, {}, tmp_path))
     first = next(i for i, row in enumerate(page.rows) if row and row[0] == "floor")
-    names = [row[0] for row in page.rows[first : first + 6]]
-    assert names == ["floor", "teacher", "teacher few step", "zero shot", "init", "student"]
-    assert page.rows[first + 5][1].startswith("1.00")
+    names = [row[0] for row in page.rows[first : first + 7]]
+    assert names == ["floor", "codec", "teacher", "teacher few step", "zero shot", "init", "student"]
+    assert page.rows[first + 6][1].startswith("1.00")
 
 
 def test_a_metric_that_was_not_admitted_is_no_score_anywhere(tmp_path):
@@ -125,6 +126,14 @@ def test_a_metric_that_was_not_admitted_is_no_score_anywhere(tmp_path):
     document = json.loads((tmp_path / "report.json").read_text())
     assert "sync" not in document["systems"]["student"]["metrics"]
     assert document["systems"]["student"]["not_admitted"]["sync"]["mean"] == pytest.approx(0.77123)
+
+
+def test_a_target_on_a_metric_that_was_not_admitted_is_not_judged(tmp_path):
+    text, page = read_page(write_report(small_report(motion=False, fid=False), {}, {}, {}, tmp_path))
+    assert ["FID student over teacher", "not admitted", "at most 1.1", ""] in page.rows
+    assert "0 of 1 targets are met" in text  # the other stands on motion, which no system was scored on here
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert document["ratios"]["fid_student_over_teacher"]["passed"] is None
 
 
 def test_an_almost_empty_report_still_renders(tmp_path):

@@ -1,6 +1,7 @@
-"""The session: pushes may be split anywhere, streams never mix, memory is bounded, and training's rollout is the same thing."""
+"""The session: pushes may be split anywhere, streams never mix, memory is bounded, training's rollout is the same."""
 
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def play(bundle, sound, cuts=(), seed=0, text="a person nods", close=True):
     """All chunks of a session that gets `sound` in the pieces between the cuts."""
     session, chunks = Session(bundle, a_portrait(), text, seed), []
     edges = [0, *cuts, len(sound)]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         session.push(sound[start:stop])
         chunks += session.frames()
     if close:

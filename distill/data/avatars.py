@@ -12,7 +12,7 @@ from distill.data.world import Clips, DataConfig
 from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
-from teachers.codecs import PatchCodec, to_float
+from teachers.codecs import EigenCodec, to_float
 from teachers.conditions import Conditions, pack_audio
 from teachers.flow import keyed_generator
 from teachers.senses import LogMel, TextEncoder
@@ -22,7 +22,7 @@ from teachers.senses import LogMel, TextEncoder
 class Senses:
     """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen)."""
 
-    codec: PatchCodec
+    codec: EigenCodec
     ears: LogMel
     text: TextEncoder
 
@@ -69,7 +69,7 @@ def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict
     first = held_out(config, seed, "train/0", min(size, total))
     if engine.is_main:
         if not (folder / "codec.safetensors").is_file():
-            codec = PatchCodec(config.codec).fit(to_float(first.video))
+            codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution).fit(to_float(first.video))
             save_tensors(folder / "codec.safetensors", codec.state_dict())
         if not (folder / "text" / "done").is_file():
             fit_text(config, first, keyed_generator(seed, "text")).save(folder / "text")
@@ -96,7 +96,7 @@ def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict
 
 def load_senses(config: DataConfig, folder: Path) -> Senses:
     """Codec, ears and text encoder of a finished data stage."""
-    codec = PatchCodec(config.codec)
+    codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution)
     codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
     text = TextEncoder.load(folder / "text", config.text.max_tokens)
     return Senses(codec, LogMel(config.audio, world.samples_per_frame(config.world)), text)

@@ -257,7 +257,7 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     soft = 1.0 / size
     image = colour["wall_high"] + (colour["wall_low"] - colour["wall_high"]) * ((gv + 1) / 2).unsqueeze(1)
     image = image.expand(-1, 3, frames, size, size)
-    hx, hy, angle = 0.13 * state["head_x"], 0.13 * state["head_y"], 0.22 * state["tilt"]
+    hx, hy, angle = 0.10 * state["head_x"], 0.10 * state["head_y"], 0.16 * state["tilt"]
     u0, v0 = (gu - off_x) / zoom, (gv - off_y) / zoom
     image = _paint(image, _ellipse(u0 - 0.3 * hx, v0, 0.0, 1.25, 0.95, 0.48, soft), colour["shirt"])
     image = _paint(image, _ellipse(u0 - 0.6 * hx, v0, 0.0, 0.80, 0.22, 0.28, soft), colour["skin"] * 0.82)

@@ -1,0 +1,135 @@
+"""The whole pipeline at its smallest, through the command line: every stage, killed and resumed, finished and run again."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.recipe import RECIPES
+from teachers import media
+
+RECIPE = RECIPES / "dmd_avatar.yaml"
+STAGES = ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate")
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    words = ("preset=smoke", "threads=1", f"run_dir={run_dir}", *overrides)
+    return [sys.executable, "-m", "distill", "run", str(RECIPE), *words]
+
+
+def run(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(run_dir, *overrides), capture_output=True, text=True, timeout=240)
+
+
+def results(run_dir: Path) -> dict[str, str]:
+    """sha256 of every lasting tensor file and of the scores (times and revision left out)."""
+    found = {}
+    for file in sorted(run_dir.rglob("*.safetensors")):
+        found[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    report = json.loads((run_dir / "report.json").read_text())
+    scores = {name: system["metrics"] for name, system in report["systems"].items()}
+    found["scores"] = json.dumps(scores, sort_keys=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    began = time.perf_counter()
+    done = run(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.perf_counter() - began < 90
+    return folder
+
+
+def test_every_stage_leaves_its_artifacts(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
+    for system in report["systems"].values():
+        scores = {**system["metrics"], **system.get("not_admitted", {})}
+        assert {"fid", "fvd", "kid", "sync", "sync_offset_frames", "identity", "motion", "diversity"} <= set(scores)
+        assert {"nfe_per_chunk", "seconds_per_video_second", "ttff_seconds", "fps"} <= set(system["cost"])
+    assert {"seconds", "fingerprint", "metrics"} <= set(report["stages"]["dmd"])
+    for name in STAGES:
+        assert (finished / "stages" / name / "fingerprint.json").is_file()
+    assert (finished / "student" / "spec.json").is_file()
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert len(list((finished / "samples").glob("*.mp4"))) > 0
+
+
+def test_a_finished_run_recomputes_nothing(finished):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    began = time.perf_counter()
+    done = run(finished)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.perf_counter() - began < 20
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+
+
+def test_another_seed_in_the_same_folder_is_refused(finished):
+    done = run(finished, "seed=1")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1 and "seed" in done.stderr
+
+
+def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
+    """SIGKILL once in data, teacher, trajectories, init, dmd and evaluate, each as soon as the stage has left something."""
+    folder = tmp_path / "run"
+    marks = [
+        ("data", "shard-*.safetensors"),
+        ("teacher", "checkpoint.pt"),
+        ("trajectories", "shard-*.safetensors"),
+        ("init", "checkpoint.pt"),
+        ("dmd", "checkpoint.pt"),
+        ("evaluate", "clips/*.safetensors"),
+    ]
+    killed = []
+    for stage, pattern in marks:
+        process = subprocess.Popen(
+            command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and not list((folder / "stages" / stage).glob(pattern)):
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed.append(stage)
+    assert len(killed) >= 5, killed
+    done = run(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(folder) == results(finished)
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "speech.wav"
+    from distill.data.speech import synthesise
+
+    samples = synthesise(1, 40_123, torch.Generator().manual_seed(0)).audio[0]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((samples * 32767).short().numpy().tobytes())
+    return path
+
+
+def test_sample_makes_a_film_as_long_as_its_sound(finished, wav, tmp_path):
+    from PIL import Image
+
+    image = tmp_path / "face.png"
+    Image.new("RGB", (40, 60), (200, 150, 120)).save(image)
+    out = tmp_path / "out.mp4"
+    words = ["sample", "--student", finished / "student", "--image", image, "--audio", wav, "--text", "smiles", "--out", out]
+    done = subprocess.run([sys.executable, "-m", "distill", *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    frames, fps = media.read_video(out)
+    assert abs(len(frames) / float(fps) - 40_123 / 16_000) <= 1 / float(fps)

@@ -1,0 +1,220 @@
+"""The loop: its average, its data order, accumulation, resume as replay, and a stop that names the step."""
+
+import pytest
+import torch
+from tiny import Ranks, randn
+from torch import nn
+
+from distill.methods import Batch, Loss
+from distill.run_folder import MetricsLog
+from distill.train import EMA, OptimizerConfig, TrainConfig, Trainer, batch_rows, learning_rate, train
+from teachers.errors import UserError
+
+DATA, TARGET = randn(24, 3), randn(24, 2, seed=1)
+
+
+class Regression:
+    """Roles a (twice a step) and b (every other step): linear regression, with noise from the generators if asked."""
+
+    def __init__(self, roles, noise: float = 0.0):
+        self.roles, self.noise = roles, noise
+
+    def roles_to_update(self, step: int) -> tuple[str, ...]:
+        return ("a", "a", "b") if step % 2 else ("a", "a")
+
+    def loss(self, role, batch, rng, shared) -> Loss:
+        x, y = batch.x0
+        x = x + self.noise * (torch.randn(x.shape, generator=rng) + torch.randn(1, generator=shared))
+        value = (self.roles[role](x) - y).square().mean()
+        return Loss(value, {"loss": value.detach()})
+
+
+def nets() -> dict[str, nn.Module]:
+    roles = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}
+    with torch.no_grad():
+        for i, net in enumerate(roles.values()):
+            net.weight.copy_(randn(2, 3, seed=i + 5))
+            net.bias.copy_(randn(2, seed=i + 9))
+    return roles
+
+
+def config(**changes) -> TrainConfig:
+    optimizer = OptimizerConfig(lr=0.05, warmup=2, final=0.1)
+    facts = {"num_steps": 6, "batch_size": 4, "log_every": 1, "checkpoint_every": 2, "ema_decay": 0.9}
+    return TrainConfig(**(facts | {"optimizers": {"a": optimizer, "b": optimizer}} | changes))
+
+
+def batches_of(size: int, until: int | None = None):
+    def batches(position: int) -> Batch:
+        if position == until:
+            raise KeyboardInterrupt
+        rows = batch_rows(24, size, position, seed=0)
+        return Batch(conditions=None, x0=(DATA[rows], TARGET[rows]))
+
+    return batches
+
+
+def run(folder, roles=None, batches=None, validate=None, noise: float = 0.3, **changes) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    roles = roles or nets()
+    trainer = Trainer(Ranks(), config(**changes), roles, "a", folder)
+    log = MetricsLog(folder / "metrics.jsonl")
+    train(trainer, Regression(roles, noise), batches or batches_of(4), stage="s", seed=0, log=log, validate=validate)
+    return trainer
+
+
+def everything(trainer: Trainer) -> dict:
+    """Every tensor and number that training leaves behind."""
+    out = {f"{role}.{k}": v for role, net in trainer.roles.items() for k, v in net.state_dict().items()}
+    out |= {f"ema.{k}": v for k, v in trainer.ema.shadow.items()}
+    for role, optimizer in trainer.optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            out |= {f"{role}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    return out | {"numbers": torch.tensor([trainer.step, trainer.position, *trainer.updates.values()])}
+
+
+def test_the_average_has_its_closed_form():
+    net = nn.Linear(1, 1, bias=False).double()
+    ema = EMA(net, decay=0.5)
+    expected = net.weight.item()
+    for n in range(1, 12):
+        with torch.no_grad():
+            net.weight.fill_(n)
+        ema.update(net)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+        assert float(ema.shadow["weight"]) == pytest.approx(expected, rel=1e-5)
+    assert ema.shadow["weight"].dtype == torch.float32
+    ema.copy_to(net)
+    assert net.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_steps_with_its_role_only(tmp_path):
+    roles = nets()
+    trainer = Trainer(Ranks(), config(), roles, "a", tmp_path)
+    method = Regression(roles)
+    before = {k: v.clone() for k, v in trainer.ema.shadow.items()}
+    trainer.update("b", method, batches_of(4), 0, 10)
+    assert all(torch.equal(before[k], v) for k, v in trainer.ema.shadow.items())
+    trainer.update("a", method, batches_of(4), 0, 10)
+    assert trainer.ema.num_updates == 1
+    assert not torch.equal(before["weight"], trainer.ema.shadow["weight"])
+
+
+def test_an_update_moves_its_role_only(tmp_path):
+    roles = nets()
+    trainer = Trainer(Ranks(), config(), roles, "a", tmp_path)
+    before = {role: net.weight.detach().clone() for role, net in roles.items()}
+    metrics = trainer.update("b", Regression(roles), batches_of(4), 0, 10)
+    assert torch.equal(roles["a"].weight, before["a"])
+    assert not torch.equal(roles["b"].weight, before["b"])
+    assert set(metrics) == {"b/loss", "b/grad_norm"}
+    assert all(p.grad is None for net in roles.values() for p in net.parameters())
+
+
+@pytest.mark.parametrize(("size", "batch", "world"), [(24, 4, 1), (24, 4, 3), (10, 4, 2), (7, 5, 1), (3, 8, 2)])
+def test_every_epoch_holds_every_row_once(size, batch, world):
+    num = 3 * size
+    rows = []
+    for position in range(-(-num // (batch * world))):
+        parts = [batch_rows(size, batch, position, 0, rank, world) for rank in range(world)]
+        assert all(len(part) == batch for part in parts)
+        rows += torch.cat(parts).tolist()
+    epochs = [rows[i * size : (i + 1) * size] for i in range(3)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    assert size < 7 or (epochs[0] != epochs[1] and epochs[0] != list(range(size)))
+    assert not torch.equal(batch_rows(24, 12, 0, 0), batch_rows(24, 12, 0, 1))
+
+
+def test_two_batches_of_four_are_one_of_eight(tmp_path):
+    small = run(tmp_path / "small", noise=0.0, batches=batches_of(4), accumulation=2)
+    large = run(tmp_path / "large", noise=0.0, batches=batches_of(8))
+    assert small.position == 2 * large.position
+    for name, net in small.roles.items():
+        assert torch.allclose(net.weight, large.roles[name].weight, atol=1e-5)
+    logs = [MetricsLog(tmp_path / name / "metrics.jsonl").rows("s") for name in ("small", "large")]
+    for one, other in zip(*logs, strict=True):
+        assert one.pop("stage") == other.pop("stage")
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_two_ranks_are_one_of_twice_the_batch(tmp_path):
+    """The mean of two ranks' gradients is the gradient of the joint batch: reduced by hand, as the engine does."""
+    joint = nets()["a"]
+    (joint(DATA[batch_rows(24, 8, 0, 0)]) - TARGET[batch_rows(24, 8, 0, 0)]).square().mean().backward()
+    grads = []
+    for rank in range(2):
+        net, rows = nets()["a"], batch_rows(24, 4, 0, 0, rank, 2)
+        (net(DATA[rows]) - TARGET[rows]).square().mean().backward()
+        grads.append(net.weight.grad)
+    assert torch.allclose(sum(grads) / 2, joint.weight.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("killed_at", [1, 5, 7, 9, 13])
+def test_killed_and_resumed_is_never_killed(tmp_path, killed_at):
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", batches=batches_of(4, until=killed_at))
+    again = run(tmp_path / "cut")
+    ours, theirs = everything(again), everything(whole)
+    assert list(ours) == list(theirs)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+    assert (tmp_path / "cut/metrics.jsonl").read_text() == (tmp_path / "whole/metrics.jsonl").read_text()
+    assert run(tmp_path / "cut", batches=batches_of(4, until=0)).step == 6, "a finished stage runs again"
+
+
+def test_the_best_average_is_kept_and_training_goes_on_from_the_weights(tmp_path):
+    scores, seen, roles = iter([3.0, 1.0, 2.0]), [], nets()
+
+    def validate():
+        seen.append(roles["a"].weight.detach().clone())
+        return {"score": next(scores), "sync": 0.5}
+
+    trainer = run(tmp_path / "validated", roles, validate=validate, validate_every=2)
+    plain = run(tmp_path / "plain")
+    assert torch.equal(roles["a"].weight, plain.roles["a"].weight), "validation changed the training"
+    assert trainer.best == {"score": 1.0, "sync": 0.5, "step": 4}
+    best = torch.load(tmp_path / "validated" / "best.pt", weights_only=True)
+    assert torch.equal(best["weight"], seen[1])
+    assert torch.equal(seen[2], trainer.ema.shadow["weight"])
+    rows = MetricsLog(tmp_path / "validated/metrics.jsonl").rows("s")
+    assert [row["step"] for row in rows if "validate/score" in row] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_stops_and_names_the_step(tmp_path, bad):
+    def batches(position: int) -> Batch:
+        x, y = batches_of(4)(position).x0
+        return Batch(conditions=None, x0=(x, y + bad if position >= 7 else y))
+
+    with pytest.raises(UserError, match=r"^training diverged: gradient of a is not finite at step 3; lower [^\n]*$"):
+        run(tmp_path, batches=batches)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_the_rate_warms_up_and_falls():
+    optimizer = OptimizerConfig(lr=1.0, warmup=4, final=0.1)
+    rates = [learning_rate(optimizer, i, 24) for i in range(25)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0
+    assert rates[14] == pytest.approx(0.55)
+    assert rates[24] == pytest.approx(0.1)
+    assert learning_rate(OptimizerConfig(lr=2.0), 0, 1) == 2.0
+
+
+def test_a_role_without_an_optimizer_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no optimizer for role 'b': give train\.optimizers\.b\.lr"):
+        Trainer(Ranks(), config(optimizers={"a": OptimizerConfig(lr=1.0)}), nets(), "a", tmp_path)
+
+
+def test_gradients_are_clipped(tmp_path):
+    roles, norms = nets(), []
+    optimizer = OptimizerConfig(lr=0.01, clip=1e-3)
+    trainer = Trainer(Ranks(), config(optimizers={"a": optimizer, "b": optimizer}), roles, "a", tmp_path)
+    trainer.optimizers["a"].register_step_pre_hook(
+        lambda *_: norms.append(torch.cat([p.grad.flatten() for p in roles["a"].parameters()]).norm())
+    )
+    metrics = trainer.update("a", Regression(roles), batches_of(4), 0, 10)
+    assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
+    assert metrics["a/grad_norm"] > 0.1
