@@ -18,7 +18,7 @@ def rollout(student: CausalWan, conditions: Conditions, noise: Noise, exit_step:
     With the last step as exit this is what the serving session computes, bit for bit.
     """
     n = student.spec.chunk_frames
-    state, chunks = student.open(), []
+    state, chunks = student.open(conditions.text), []
     count = conditions.num_frames // n
     for j in range(count):
         part = conditions.frames(j * n, (j + 1) * n)

@@ -24,6 +24,7 @@ class State:
     kept: tuple[tuple[int, tuple[KeyValue, ...]], ...] = ()
     past: tuple[KeyValue, ...] | None = None
     past_frames: int = 0
+    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values, read once for all steps without gradient
 
 
 class CausalWan(nn.Module):
@@ -33,9 +34,9 @@ class CausalWan(nn.Module):
         super().__init__()
         self.net, self.spec = net, spec
 
-    def open(self) -> State:
-        """The empty context; the reference is frame 0 of chunk 0."""
-        return State()
+    def open(self, text: Tensor | None = None) -> State:
+        """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] given here are read once for the stream."""
+        return State(text=None if text is None else self.net.read_text(text))
 
     def plan(self, state: State, conditions: Conditions) -> None:
         """A diffusion transformer plans nothing."""
@@ -46,9 +47,9 @@ class CausalWan(nn.Module):
     def forward(self, state: State, x: Tensor, sigma: Tensor, conditions: Conditions):
         known = self._known(state.chunk)
         x, inputs = with_reference(x, conditions, known)
-        out, cache = self.net(
-            inputs, sigma, conditions.text, conditions.audio, past=state.past, past_frames=state.past_frames
-        )
+        # A step with gradient reads the text itself: keys that were read without gradient would cut the text layers off.
+        text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
+        out, cache = self.net(inputs, sigma, text, conditions.audio, past=state.past, past_frames=state.past_frames)
         return to_x0(out, x, sigma, conditions, self.net.config.prediction, known), cache
 
     def denoise(self, state: State, plan: None, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

@@ -48,7 +48,7 @@ class Session:
         with torch.inference_mode():
             self.reference = bundle.codec.encode(reference[None, :, None].float())
             self.text = bundle.text([text])
-        self.state = bundle.student.open()
+            self.state = bundle.student.open(self.text.to(self.device))
         self.pending: tuple[Tensor, Conditions] | None = None  # the finished chunk that is not in the context yet
         self.chunk = 0
         self.samples = torch.zeros(0)

@@ -86,7 +86,8 @@ class AvatarBlock(WanTransformerBlock):
     """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
 
     def forward(self, x, text, temb, spans, rotary, past):
-        """x [B, N, D]; temb [B, F or 1, 6, D]; one (query tokens, key token slices, rotary) per span; past rotated keys.
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D]; one (query tokens, key token
+        slices) and rotary per span; past rotated keys and values.
 
         Returns the new x and this input's un-rotated keys and values.
         """
@@ -121,12 +122,17 @@ class AvatarBlock(WanTransformerBlock):
 
         attention = self.attn2
         query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
-        text_key = attention.norm_k(attention.to_k(text)).unflatten(2, split)
-        text_value = attention.to_v(text).unflatten(2, split)
-        x = x + attention.to_out[0](attend(query, text_key, text_value))
+        x = x + attention.to_out[0](attend(query, *(text if isinstance(text, tuple) else self.read(text))))
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
+
+
+    def read(self, text: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""
+        split = (self.attn2.heads, -1)
+        key = self.attn2.norm_k(self.attn2.to_k(text)).unflatten(2, split)
+        return key, self.attn2.to_v(text).unflatten(2, split)
 
 
 class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -180,6 +186,13 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
         self.gradient_checkpointing = False
 
+    def _time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding [B, F, D] and modulation [B, F, 6, D] of sigmas [B, F]; the network's time is 1000 sigma."""
+        embedder = self.condition_embedder
+        projected = embedder.timesteps_proj((levels * 1000.0).flatten()).unflatten(0, levels.shape)
+        time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
+        return time, embedder.time_proj(embedder.act_fn(time)).unflatten(2, (6, -1))
+
     def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
         rope = self.rope
@@ -198,17 +211,23 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
         return turns if self.dtype == torch.float64 else turns.to(torch.complex64)
 
+    @torch.no_grad()
+    def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
+        """Each block's keys and values of text features [B, L, D_text], to be given to `forward` in place of the features."""
+        embedded = self.condition_embedder.text_embedder(text)
+        return tuple(block.read(embedded) for block in self.blocks)
+
     def forward(
         self,
         x: Tensor,
         sigma: Tensor,
-        text: Tensor,
+        text: Tensor | Sequence[KeyValue],
         audio: Tensor | None = None,
         spans: Sequence[Span] | None = None,
         past: Sequence[KeyValue] | None = None,
         past_frames: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """x [B, C_in, F, H, W]; sigma [B] or [B, F]; text [B, L, D_text]; audio [B, F, stride, A].
+        """x [B, C_in, F, H, W]; sigma [B] or [B, F]; text [B, L, D_text] or `read_text` of it; audio [B, F, stride, A].
 
         Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
         """
@@ -225,15 +244,16 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layout.append((slices[-1], tuple(slices[:-1])))
         x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
         levels = sigma if sigma.ndim == 2 else sigma.unsqueeze(1)
-        time, temb, text, _ = self.condition_embedder((levels * 1000.0).flatten(), text, None, levels.shape[1])
-        temb = temb.unflatten(2, (6, -1))
+        time, temb = self._time(levels)
+        if isinstance(text, Tensor):
+            text = [self.condition_embedder.text_embedder(text)] * len(self.blocks)
         heard = self.audio_proj(audio) if self.audio_at else None
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
                 added = self.audio_cond_projs[self.audio_at.index(i)](heard)
                 x = (x.unflatten(1, (frames, tokens)) + added.unsqueeze(2)).flatten(1, 2)
-            inputs = (x, text, temb, layout, rotary, past[i] if past is not None else None)
+            inputs = (x, text[i], temb, layout, rotary, past[i] if past is not None else None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, kv = self._gradient_checkpointing_func(block, *inputs)
             else:

@@ -128,7 +128,7 @@ def test_dmd_vanishes_if_and_only_if_fake_is_real():
 
 
 def test_dmd_descends_from_fake_to_real():
-    """The step on x0 is real - fake: it raises x0 where the teacher's prediction lies higher. Frame 0 is never moved."""
+    """The step on x0 is real - fake: x0 rises where the teacher's prediction is higher; frame 0 is never moved."""
     method, batch = make_dmd(), batch_of_pool()
     grads = []
 

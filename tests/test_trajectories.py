@@ -29,7 +29,7 @@ def contents(folder):
 
 
 def test_states_are_the_ode_s_own():
-    """Against the closed form of a Gaussian teacher: the first state is the noise, each state lies on the exact path."""
+    """Against the closed form of a Gaussian teacher: the first state is the noise, each lies on the exact path."""
     teacher = autoregressive(torch.linspace(-1, 1, 6).view(2, 3, 1, 1), torch.tensor([[1.0, 0.3], [0.3, 0.8]]), 0.6)
     given = replace(some_conditions(5, 3), reference=randn(5, 2, 1, 1, 1))
     noise = randn(5, 2, 3, 1, 1, seed=1)

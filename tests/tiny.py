@@ -14,7 +14,7 @@ from students.causal_wan import CausalWan
 from students.checkpoint import Bundle, make_student
 from students.history import History
 from students.spec import Spec
-from teachers.codecs import CodecConfig, PatchCodec
+from teachers.codecs import CodecConfig, EigenCodec
 from teachers.conditions import Conditions
 from teachers.flow import sigma_grid
 from teachers.senses import AudioConfig, LogMel, TextConfig, TextEncoder
@@ -105,9 +105,10 @@ def text_encoder() -> TextEncoder:
 
 
 @lru_cache(maxsize=1)
-def fitted_codec() -> PatchCodec:
+def fitted_codec() -> EigenCodec:
     spec = make_spec()
-    return PatchCodec(spec.codec).fit(0.3 * randn(4, 3, 7, spec.height, spec.width, seed=5))
+    video = 0.3 * randn(32, 3, 7, spec.height, spec.width, seed=5)
+    return EigenCodec(spec.codec, spec.height, spec.width).fit(video)
 
 
 def a_bundle(history: History | None = None, seed: int = 0, prediction: str = "reference", **changes) -> Bundle:

@@ -20,7 +20,7 @@ from teachers.senses import AudioConfig, TextConfig
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
 FRAME_LABELS = ("mouth_open", "mouth_width", "blink", "gaze", "head_x", "head_y", "tilt", "light", "smile", "frown", "surprised")
-IDENTITY = 17  # parameters of one face: colours, shape, framing, ambient light
+IDENTITY = 14  # parameters of one face: colours, shape, framing, ambient light
 
 _SAY_EXPRESSION = (
     ("with a calm face", "looking neutral", "with a plain expression", "keeping a straight face"),
@@ -147,7 +147,7 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
     def sway(amplitude, low_hz, high_hz):
         return amplitude * torch.sin(2 * math.pi * (uniform(low_hz, high_hz) * time + uniform(0, 1)))
 
-    swing = torch.sin(2 * math.pi * uniform(1.5, 2.3) * time) * sign() * uniform(0.8, 1.1)
+    swing = torch.sin(2 * math.pi * uniform(1.7, 2.1) * time) * sign() * uniform(0.8, 1.1)
     asked_for = [(asked.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
     head_x = fade * sway(0.5, 0.15, 0.45) + asked_for[2] * swing
     head_y = fade * sway(0.25, 0.15, 0.45) + asked_for[1] * swing
@@ -198,16 +198,14 @@ def _paint(image: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
 
 def _palette(identity: Tensor) -> dict[str, Tensor]:
     p = identity.unbind(dim=1)
-    hue = torch.stack([p[3], p[4], p[5]], dim=1) * 0.75 + 0.15
-    low = torch.stack([p[5], p[3], p[4]], dim=1) * 0.5 + 0.1
     return {
-        "skin": _mix((0.36, 0.22, 0.15), (0.98, 0.82, 0.70), p[0]),
-        "hair": _mix((0.08, 0.06, 0.05), (0.85, 0.62, 0.25), p[1]),
+        "skin": _mix((0.42, 0.27, 0.19), (0.96, 0.80, 0.68), p[0]),
+        "hair": _mix((0.10, 0.07, 0.05), (0.80, 0.58, 0.25), p[1]),
         "lips": _mix((0.75, 0.20, 0.25), (0.60, 0.28, 0.25), p[2]),
-        "wall_high": hue.view(-1, 3, 1, 1, 1),
-        "wall_low": low.view(-1, 3, 1, 1, 1),
-        "shirt": torch.stack([p[6], p[7], p[8]], dim=1).mul(0.8).add(0.1).view(-1, 3, 1, 1, 1),
-        "iris": _mix((0.20, 0.12, 0.05), (0.20, 0.45, 0.65), p[9]),
+        "wall_high": _mix((0.40, 0.55, 0.72), (0.62, 0.50, 0.66), p[3]),
+        "wall_low": _mix((0.24, 0.34, 0.36), (0.40, 0.34, 0.30), p[4]),
+        "shirt": _mix((0.20, 0.32, 0.62), (0.66, 0.28, 0.30), p[5]),
+        "iris": _mix((0.20, 0.12, 0.05), (0.20, 0.45, 0.65), p[6]),
     }
 
 
@@ -250,8 +248,8 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     p = asked.identity
     state = {k: v[:, :, None, None] for k, v in state.items()}
     shape_of = lambda i, low, high: (p[:, i] * (high - low) + low).view(-1, 1, 1, 1)  # noqa: E731
-    zoom, off_x, off_y = shape_of(10, 0.86, 1.02), shape_of(11, -0.08, 0.08), shape_of(12, -0.02, 0.08)
-    shape = (shape_of(13, 0.52, 0.66), shape_of(14, -0.02, 0.14), shape_of(15, 0.22, 0.30))
+    zoom, off_x, off_y = shape_of(7, 0.96, 1.02), shape_of(8, -0.03, 0.03), shape_of(9, -0.01, 0.04)
+    shape = (shape_of(10, 0.57, 0.62), shape_of(11, 0.03, 0.09), shape_of(12, 0.25, 0.27))
     frames = state["blink"].shape[1]
     colour = _palette(p)
     soft = 1.0 / size
@@ -264,8 +262,8 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     pu, pv = u0 - hx, v0 - hy - 0.5  # turn about the neck
     u, v = torch.cos(angle) * pu + torch.sin(angle) * pv, torch.cos(angle) * pv - torch.sin(angle) * pu + 0.5
     image = _draw_head(image, u, v, shape, colour, state, soft)
-    ambient = shape_of(16, 0.78, 1.08).unsqueeze(1)
-    lit = ambient * (1.0 + 0.38 * state["light"].unsqueeze(1) * gu.unsqueeze(1).clamp(-0.8, 0.8))
+    ambient = shape_of(13, 0.90, 1.04).unsqueeze(1)
+    lit = ambient * (1.0 + 0.30 * state["light"].unsqueeze(1) * gu.unsqueeze(1).clamp(-0.8, 0.8))
     return (image * lit).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
