@@ -112,7 +112,7 @@ class AffineStudent(nn.Module):
         self.previous = nn.Parameter(torch.zeros(F, len(sigmas), C, C))
         self.bias = nn.Parameter(torch.zeros(F, len(sigmas), C))
 
-    def open(self):
+    def open(self, text=None):
         return 0, None
 
     def plan(self, state, conditions):

@@ -24,7 +24,7 @@ def level_of_each_chunk(batch: int = 2) -> torch.Tensor:
 
 def stream(student, x, sigma, conditions, clean):
     """The chunks one after another through the cache, each after the clean earlier ones."""
-    state, out = student.open(), []
+    state, out = student.open(conditions.text), []
     for i in range(CHUNKS):
         part, frames = conditions.frames(i * N, (i + 1) * N), slice(i * N, (i + 1) * N)
         out.append(student.denoise(state, None, x[:, :, frames], sigma[:, i], part))
@@ -120,6 +120,18 @@ def test_a_stream_has_no_last_position():
             outs[start, i] = student.denoise(state, None, x[i], sigma, given)
             state = student.commit(state, x[i], given)
     assert all(torch.equal(outs[0, i], outs[5, i]) for i in range(3))
+
+
+@torch.no_grad()
+def test_text_is_read_once_and_is_the_same():
+    student, given, x, sigma = a_student(), some_conditions(2, N), some_latents(2, N), torch.tensor([0.9, 0.3])
+    outs = []
+    for state in (student.open(), student.open(given.text)):
+        x0 = student.denoise(state, None, x, sigma, given)
+        outs += [(x0, student.denoise(student.commit(state, x0, given), None, x, sigma, given))]
+    for one, other in zip(*outs, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+    assert not torch.equal(outs[0][0], student.denoise(student.open(given.drop("text").text), None, x, sigma, given))
 
 
 @torch.no_grad()

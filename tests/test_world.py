@@ -72,6 +72,7 @@ def test_labels_are_in_the_picture():
     asked = world.draw_conditions(WORLD, 6, rng(1))
     rest = {name: torch.zeros(6, 2) for name in world.FRAME_LABELS}
     rest["mouth_width"] += 0.5
+    rest["mouth_open"] += 0.3
 
     def drawn(name: str, value: float):
         state = dict(rest, **{name: torch.tensor([[rest[name][0, 0], value]]).expand(6, 2)})

@@ -5,6 +5,7 @@ fake score trains before the student's first step, and guidance scales are effec
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,11 +23,13 @@ from teachers.wan import AvatarTeacher
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`fake_updates` fake-score steps precede each student step, `warmup` more come first. Scores are compared at sigma drawn
-    uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]."""
+    uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]. `exit_step`: random is Self Forcing's, one for all chunks
+    and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture."""
 
     guidance: Guidance = field(default_factory=Guidance)
     fake_updates: int = 5
     warmup: int = 20
+    exit_step: Literal["random", "last"] = "random"
     shift: float = 1.0
     sigma_min: float = 0.02
     sigma_max: float = 0.98
@@ -50,7 +53,8 @@ class DMD:
         return ("fake_score",) * (self.config.fake_updates + extra) + ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
-        exit_step = int(torch.randint(len(self.student.spec.sigmas), (1,), generator=shared))
+        steps = len(self.student.spec.sigmas)
+        exit_step = steps - 1 if self.config.exit_step == "last" else int(torch.randint(steps, (1,), generator=shared))
         return self._fake_score(batch, rng, exit_step) if role == "fake_score" else self._student(batch, rng, exit_step)
 
     def _sigma(self, like: Tensor, rng: torch.Generator) -> Tensor:
