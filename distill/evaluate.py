@@ -23,7 +23,7 @@ from teachers.codecs import to_float, to_uint8
 if TYPE_CHECKING:
     from distill.stages import Pipeline
 
-THROUGHPUT_BATCH = 16
+THROUGHPUT_BATCH = 64
 
 
 def evaluate(pipeline: "Pipeline", folder: Path) -> dict:

@@ -185,6 +185,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
             self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
         self.gradient_checkpointing = False
+        self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
     def _time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding [B, F, D] and modulation [B, F, 6, D] of sigmas [B, F]; the network's time is 1000 sigma."""
@@ -195,8 +196,10 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
-        rope = self.rope
-        last = first + count
+        rope, last = self.rope, first + count
+        key = (first, count, height, width, self.dtype, rope.freqs_cos.device)
+        if key in self._turns:
+            return self._turns[key]
         if last > rope.max_seq_len:
             raise ValueError(f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window")
         cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
@@ -209,7 +212,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x[:width].view(1, 1, width, -1).expand(grid),
         ]
         turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-        return turns if self.dtype == torch.float64 else turns.to(torch.complex64)
+        self._turns[key] = turns if self.dtype == torch.float64 else turns.to(torch.complex64)
+        return self._turns[key]
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
