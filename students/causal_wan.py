@@ -18,7 +18,8 @@ from teachers.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_
 @dataclass(frozen=True)
 class State:
     """The context of a stream: per visible chunk the un-rotated keys and values of each block, and `past`, the same made ready
-    (concatenated, keys rotated to their place in the window) for chunk number `chunk`."""
+    (concatenated, keys rotated to their place in the window) for chunk number `chunk`. With `text` the steps without gradient
+    hear the text that `open` was given, whatever their conditions say: another text is another `open`."""
 
     chunk: int = 0
     kept: tuple[tuple[int, tuple[KeyValue, ...]], ...] = ()

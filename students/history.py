@@ -9,7 +9,8 @@ from teachers.errors import UserError
 class History:
     """`sinks` first chunks that are never evicted, and the last `window` finished chunks (null: all).
 
-    `level` is the sigma at which finished chunks are put into the context (0: clean). Self Forcing is History(sinks=0,
+    `level` is the sigma that the network is told when a finished chunk is put into the context; the chunk itself stays clean, as in
+    Self Forcing's sampler (0: the clean pass). Self Forcing is History(sinks=0,
     window=None); LiveTalk's Anchor-Heavy Identity Sinks (9 sink frames of 15 that include the current chunk) is
     History(sinks=3, window=1) with chunks of 3 frames. Positions are relative to what is seen, so a stream has no last position.
     """

@@ -202,6 +202,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             return self._turns[key]
         if last > rope.max_seq_len:
             raise ValueError(f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window")
+        with torch.inference_mode(False):  # kept for training too, whoever asked first
+            self._turns[key] = self._make_turns(first, count, height, width)
+        return self._turns[key]
+
+    def _make_turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+        rope, last = self.rope, first + count
         cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
                     for table in (rope.freqs_cos, rope.freqs_sin))  # fmt: skip
         t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
@@ -212,8 +218,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x[:width].view(1, 1, width, -1).expand(grid),
         ]
         turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-        self._turns[key] = turns if self.dtype == torch.float64 else turns.to(torch.complex64)
-        return self._turns[key]
+        return turns if self.dtype == torch.float64 else turns.to(torch.complex64)
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
