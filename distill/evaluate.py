@@ -105,7 +105,9 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
 
         def clips(conditions, grid=grid):
             noise = judging.clip_noise(spec, conditions.text.shape[0], 0, "cost")
-            codec.decode(judging.teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch).cpu())
+            codec.decode(
+                judging.teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch).cpu()
+            )
 
         with one_thread():
             alone = measure(lambda: clips(one), min(warmup, 1), max(3, runs // 3))
@@ -122,7 +124,9 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
             codec.decode(judging.student_clips(student, many, noise, batch).cpu())
 
         together = measure(clips, 1, 5)
-        values = cost(alone["first"], alone["clip"], together["median"], spec.nfe_per_chunk, clip_seconds, frames, batch)
+        values = cost(
+            alone["first"], alone["clip"], together["median"], spec.nfe_per_chunk, clip_seconds, frames, batch
+        )
         costs[name] = values | {"p95_chunk_seconds": alone["p95"]}
     return costs
 
@@ -216,7 +220,10 @@ def ratios(systems: dict) -> dict[str, float]:
     def mean(system: str, name: str) -> float:
         return systems[system]["metrics"][name]["mean"]
 
-    out = {f"{name}_student_over_teacher": mean("student", name) / mean("teacher", name) for name in ("fid", "fvd", "sync", "motion")}
+    out = {
+        f"{name}_student_over_teacher": mean("student", name) / mean("teacher", name)
+        for name in ("fid", "fvd", "sync", "motion")
+    }
     out |= {f"{name}_student_over_init": mean("student", name) / mean("init", name) for name in ("fid", "fvd")}
     out |= {f"{name}_student_minus_init": mean("student", name) - mean("init", name) for name in ("diversity", "sync")}
     out |= {f"{name}_init_over_zero_shot": mean("init", name) / mean("zero_shot", name) for name in ("fid", "fvd")}

@@ -183,10 +183,14 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
 
         return generate
 
-    return {name: teacher(grid) for name, grid in grids.items()} | {name: student(stage) for name, stage in stages.items()}
+    return {name: teacher(grid) for name, grid in grids.items()} | {
+        name: student(stage) for name, stage in stages.items()
+    }
 
 
-def cached_clips(pipeline: "Pipeline", folder: Path, system: str, generate: Generate, conditions, seed: int, name: str) -> Tensor:
+def cached_clips(
+    pipeline: "Pipeline", folder: Path, system: str, generate: Generate, conditions, seed: int, name: str
+) -> Tensor:
     """Generated clips uint8 [N, 3, T, H, W], kept in the stage so that a killed evaluation goes on where it was."""
     file = folder / "clips" / f"{name}-{system}-{seed}.safetensors"
     if not file.is_file():

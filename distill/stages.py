@@ -192,11 +192,22 @@ class Pipeline:
     def _dmd(self, folder: Path) -> dict:
         from distill.judging import Validation
 
-        roles = {"student": self.student("init"), "fake_score": copy.deepcopy(self.teacher).train().requires_grad_(True)}
+        roles = {
+            "student": self.student("init"),
+            "fake_score": copy.deepcopy(self.teacher).train().requires_grad_(True),
+        }
         validation = Validation(self, roles["student"])
         grid = (*self.spec.sigmas, 0.0)
         return self._train(
-            "dmd", self.recipe.dmd, folder, roles, {"teacher": self.teacher}, self.pool.batch, len(self.pool), grid, validation
+            "dmd",
+            self.recipe.dmd,
+            folder,
+            roles,
+            {"teacher": self.teacher},
+            self.pool.batch,
+            len(self.pool),
+            grid,
+            validation,
         )
 
     def _train(self, stage, config, folder, roles, frozen, batch_of, size, grid=None, validate=None) -> dict:
@@ -222,7 +233,11 @@ class Pipeline:
                 state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
             save_tensors(folder / "model.safetensors", {k.removeprefix("net."): v for k, v in state.items()})
         parameters = sum(p.numel() for p in roles[average].parameters())
-        return {"steps": config.train.num_steps, "parameters": parameters, **({"best": trainer.best} if trainer.best else {})}
+        return {
+            "steps": config.train.num_steps,
+            "parameters": parameters,
+            **({"best": trainer.best} if trainer.best else {}),
+        }
 
     def bundle(self, student: CausalWan) -> Bundle:
         """A student with this run's senses, ready for a session."""
@@ -239,7 +254,10 @@ class Pipeline:
             )
             checkpoint.save_student(folder / "student", self.bundle(self.student("dmd")), card)
         self.engine.barrier()
-        return {"nfe_per_chunk": self.spec.nfe_per_chunk, "parameters": sum(p.numel() for p in self.student("dmd").parameters())}
+        return {
+            "nfe_per_chunk": self.spec.nfe_per_chunk,
+            "parameters": sum(p.numel() for p in self.student("dmd").parameters()),
+        }
 
     def publish(self) -> None:
         """The exported student at the top of the run folder; a copy of the export stage's."""

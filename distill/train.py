@@ -15,8 +15,8 @@ from tqdm import tqdm
 from distill.engine import Engine
 from distill.methods import Batch, Method
 from distill.run_folder import MetricsLog, replacing
-from teachers.flow import keyed_generator
 from teachers.errors import UserError
+from teachers.flow import keyed_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,9 @@ class Trainer:
             self.optimizers[name].load_state_dict(state["optimizers"][name])
         return True
 
-    def update(self, role: str, method: Method, batches: Callable[[int], Batch], seed: int, total: int) -> dict[str, Tensor]:
+    def update(
+        self, role: str, method: Method, batches: Callable[[int], Batch], seed: int, total: int
+    ) -> dict[str, Tensor]:
         """One optimizer step of one role: accumulate, average over processes, clip, step. Returns what to log."""
         engine, config, net = self.engine, self.config, self.roles[role]
         metrics: dict[str, Tensor] = {}

@@ -14,9 +14,9 @@ from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import atomic_write, load_tensors, save_tensors
 from teachers import flow
-from teachers.flow import keyed_generator
 from teachers.conditions import Guidance
 from teachers.errors import UserError
+from teachers.flow import keyed_generator
 from teachers.wan import AvatarTeacher
 
 

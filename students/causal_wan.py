@@ -25,7 +25,9 @@ class State:
     kept: tuple[tuple[int, tuple[KeyValue, ...]], ...] = ()
     past: tuple[KeyValue, ...] | None = None
     past_frames: int = 0
-    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values, read once for all steps without gradient
+    text: tuple[KeyValue, ...] | None = (
+        None  # cross-attention keys and values, read once for all steps without gradient
+    )
 
 
 class CausalWan(nn.Module):

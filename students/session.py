@@ -42,7 +42,9 @@ class Session:
     def __init__(self, bundle: Bundle, reference: Tensor, text: str, seed: int = 0):
         spec = bundle.spec
         if reference.shape != (3, spec.height, spec.width):
-            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {(3, spec.height, spec.width)}")
+            raise UserError(
+                f"reference image: got {tuple(reference.shape)}, the student draws {(3, spec.height, spec.width)}"
+            )
         self.bundle, self.spec, self.seed = bundle, spec, seed
         self.device = next(bundle.student.parameters()).device
         with torch.inference_mode():
@@ -61,7 +63,9 @@ class Session:
         if self.closed:
             raise UserError("push after close: this session takes no more audio; open another")
         if audio.ndim != 1 or not torch.isfinite(audio).all():
-            raise UserError(f"audio must be finite samples [S]: got shape {tuple(audio.shape)}; mix down and clean it first")
+            raise UserError(
+                f"audio must be finite samples [S]: got shape {tuple(audio.shape)}; mix down and clean it first"
+            )
         self.samples = torch.cat([self.samples, audio.detach().float().cpu()])
 
     def close(self) -> None:
@@ -124,7 +128,9 @@ class Session:
 
     def _forget(self) -> None:
         """Drop audio that no later chunk hears."""
-        keep_from = max(0, self.spec.pixel_frames(self.chunk)[0] * self.spec.samples_per_frame - self.bundle.ears.margin)
+        keep_from = max(
+            0, self.spec.pixel_frames(self.chunk)[0] * self.spec.samples_per_frame - self.bundle.ears.margin
+        )
         drop = min(max(0, keep_from - self.dropped), len(self.samples))
         self.samples = self.samples[drop:].clone()
         self.dropped += drop

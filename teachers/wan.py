@@ -98,7 +98,9 @@ class AvatarBlock(WanTransformerBlock):
             return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
 
         def gated(x, y, gate):
-            y = torch.addcmul(x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2))
+            y = torch.addcmul(
+                x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2)
+            )
             return y.flatten(1, 2).type_as(x)
 
         normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
@@ -126,7 +128,6 @@ class AvatarBlock(WanTransformerBlock):
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
-
 
     def read(self, text: Tensor) -> KeyValue:
         """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""
@@ -201,7 +202,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if key in self._turns:
             return self._turns[key]
         if last > rope.max_seq_len:
-            raise ValueError(f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window")
+            raise ValueError(
+                f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
+            )
         with torch.inference_mode(False):  # kept for training too, whoever asked first
             self._turns[key] = self._make_turns(first, count, height, width)
         return self._turns[key]
@@ -287,7 +290,9 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
     return x, torch.cat([x, reference, mask], dim=1)
 
 
-def to_x0(out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]) -> Tensor:
+def to_x0(
+    out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]
+) -> Tensor:
     """Raw network output -> x0 in fp32, the known frames replaced by the reference."""
     if prediction == "velocity":
         x0 = flow.x0_from_velocity(x, out, sigma)

@@ -128,8 +128,22 @@ def test_sample_makes_a_film_as_long_as_its_sound(finished, wav, tmp_path):
     image = tmp_path / "face.png"
     Image.new("RGB", (40, 60), (200, 150, 120)).save(image)
     out = tmp_path / "out.mp4"
-    words = ["sample", "--student", finished / "student", "--image", image, "--audio", wav, "--text", "smiles", "--out", out]
-    done = subprocess.run([sys.executable, "-m", "distill", *map(str, words)], capture_output=True, text=True, timeout=120)
+    words = [
+        "sample",
+        "--student",
+        finished / "student",
+        "--image",
+        image,
+        "--audio",
+        wav,
+        "--text",
+        "smiles",
+        "--out",
+        out,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", *map(str, words)], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     frames, fps = media.read_video(out)
     assert abs(len(frames) / float(fps) - 40_123 / 16_000) <= 1 / float(fps)

@@ -69,7 +69,9 @@ def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict
     first = held_out(config, seed, "train/0", min(size, total))
     if engine.is_main:
         if not (folder / "codec.safetensors").is_file():
-            codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution).fit(to_float(first.video))
+            codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution).fit(
+                to_float(first.video)
+            )
             save_tensors(folder / "codec.safetensors", codec.state_dict())
         if not (folder / "text" / "done").is_file():
             fit_text(config, first, keyed_generator(seed, "text")).save(folder / "text")

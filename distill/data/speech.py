@@ -44,7 +44,9 @@ def _syllables(num: int, num_ticks: int, rng: torch.Generator) -> dict[str, Tens
     count = int(num_ticks / 100 * MAX_SYLLABLES_PER_SECOND) + 4
     onset = torch.randint(3, 9, (num, count), generator=rng)
     length = torch.randint(12, 26, (num, count), generator=rng)
-    pause = torch.where(torch.rand(num, count, generator=rng) < 0.22, torch.randint(15, 50, (num, count), generator=rng), 0)
+    pause = torch.where(
+        torch.rand(num, count, generator=rng) < 0.22, torch.randint(15, 50, (num, count), generator=rng), 0
+    )
     kind = torch.randint(0, 3, (num, count), generator=rng)  # 0 closure (p, b, m), 1 fricative (s, f), 2 none
     onset = torch.where(kind == 2, 0, onset)
     vowel = torch.randint(0, len(VOWELS), (num, count), generator=rng)
@@ -88,7 +90,9 @@ def _excitation(num: int, num_samples: int, voiced: Tensor, rng: torch.Generator
     return pulses, torch.randn(num, num_samples, generator=rng)
 
 
-def _envelopes(syllables: dict[str, Tensor], scale: Tensor, tilt: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _envelopes(
+    syllables: dict[str, Tensor], scale: Tensor, tilt: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Magnitude responses [N, bins, ticks] of the vowel filter and of the fricative noise."""
     freqs = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1).view(1, 1, -1)
     table = torch.tensor([v[0] for v in VOWELS.values()], dtype=torch.float32)

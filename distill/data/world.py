@@ -19,7 +19,19 @@ from teachers.senses import AudioConfig, TextConfig
 
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
-FRAME_LABELS = ("mouth_open", "mouth_width", "blink", "gaze", "head_x", "head_y", "tilt", "light", "smile", "frown", "surprised")
+FRAME_LABELS = (
+    "mouth_open",
+    "mouth_width",
+    "blink",
+    "gaze",
+    "head_x",
+    "head_y",
+    "tilt",
+    "light",
+    "smile",
+    "frown",
+    "surprised",
+)
 IDENTITY = 14  # parameters of one face: colours, shape, framing, ambient light
 
 _SAY_EXPRESSION = (
@@ -128,7 +140,11 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Aske
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
     said = speech.synthesise(num, config.num_frames * samples_per_frame(config), rng)
     return Asked(
-        identity=torch.rand(num, IDENTITY, generator=rng), speech=said, text=text, expression=expression, gesture=gesture
+        identity=torch.rand(num, IDENTITY, generator=rng),
+        speech=said,
+        text=text,
+        expression=expression,
+        gesture=gesture,
     )
 
 
@@ -188,7 +204,9 @@ def _ellipse(u: Tensor, v: Tensor, cx, cy, rx, ry, soft: float) -> Tensor:
     """Anti-aliased coverage of an ellipse; `soft` is half a pixel in the units of u, v."""
     x, y = (u - cx) / rx, (v - cy) / ry
     radius = torch.sqrt(x**2 + y**2 + 1e-6)
-    slope = torch.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-6) / radius  # |grad radius|: distance to the edge to first order
+    slope = (
+        torch.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-6) / radius
+    )  # |grad radius|: distance to the edge to first order
     return ((1.0 - radius) / slope / (2 * soft) + 0.5).clamp(0, 1)
 
 
