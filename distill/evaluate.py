@@ -1,5 +1,6 @@
 """The last stage: every system on the same held-out conditions, what each costs, report.json and report.html."""
 
+import itertools
 import os
 import platform
 import time
@@ -120,10 +121,10 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
             alone = stream_cost(pipeline, student, test, runs, warmup)
         noise = judging.stream_noise(spec, batch, 0, "cost")
 
-        def clips(student=student, noise=noise):
+        def streams(student=student, noise=noise):
             codec.decode(judging.student_clips(student, many, noise, batch).cpu())
 
-        together = measure(clips, 1, 5)
+        together = measure(streams, 1, 5)
         values = cost(
             alone["first"], alone["clip"], together["median"], spec.nfe_per_chunk, clip_seconds, frames, batch
         )
@@ -169,7 +170,7 @@ def stream_cost(pipeline: "Pipeline", student, test: judging.HeldOut, runs: int,
         if run >= warmup:
             first.append(marks[0])
             clip.append(marks[-1])
-            chunks += [b - a for a, b in zip(marks[:-1], marks[1:], strict=True)]
+            chunks += [b - a for a, b in itertools.pairwise(marks)]
     return {
         "first": sorted(first)[len(first) // 2],
         "clip": sorted(clip)[len(clip) // 2],

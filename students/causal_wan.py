@@ -38,7 +38,7 @@ class CausalWan(nn.Module):
         self.net, self.spec = net, spec
 
     def open(self, text: Tensor | None = None) -> State:
-        """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] given here are read once for the stream."""
+        """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
         return State(text=None if text is None else self.net.read_text(text))
 
     def plan(self, state: State, conditions: Conditions) -> None:

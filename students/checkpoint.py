@@ -63,7 +63,7 @@ def load_student(folder: Path) -> Bundle:
         raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run") from error
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"damaged student: {folder / 'spec.json'} ({error}); export it again") from error
-    spec = convert(Spec, values, locate=lambda key: str(folder / "spec.json"))
+    spec = convert(Spec, values, locate=lambda _: str(folder / "spec.json"))
     if spec.format != 1:
         raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
     with torch.random.fork_rng(devices=[]):

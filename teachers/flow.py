@@ -5,6 +5,7 @@ Sigmas are numbers in [0, 1], 1 = noise; they are computed, never looked up. Dif
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -71,7 +72,7 @@ def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor
 def solve(denoise: Denoise, x: Tensor, grid: Sequence[float]) -> Iterator[Tensor]:
     """Euler solution of the probability-flow ODE along `grid`; yields the state at every grid point, x first."""
     yield x
-    for sigma, sigma_next in zip(grid[:-1], grid[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(grid):
         level = torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device)
         x = euler_step(x, denoise(x, level), sigma, sigma_next)
         yield x

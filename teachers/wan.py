@@ -143,8 +143,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["AvatarBlock"]
-    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
+    _no_split_modules = ["AvatarBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -161,7 +161,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch: int = 2,
         audio_hidden: int = 32,
         audio_blocks: tuple[int, ...] | None = None,
-        prediction: Literal["velocity", "reference"] = "velocity",
+        prediction: Literal["velocity", "reference"] = "velocity",  # noqa: ARG002, read from config
         reference: bool = True,
         eps: float = 1e-6,
         max_positions: int = 1024,

@@ -1,6 +1,8 @@
 """Trajectories: exact states on the student's sigmas, resumable shards, and labels that are checked at load."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -109,3 +111,23 @@ def test_ranks_share_the_shards_and_write_what_one_would(tmp_path):
     write(tmp_path / "other", seed=1)
     other = load_tensors(tmp_path / "other" / "shard-00000.safetensors")["states"]
     assert not torch.equal(other, load_tensors(tmp_path / "one" / "shard-00000.safetensors")["states"])
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    """The second shard does not fit: one line, no half shard; with room again the result is the undisturbed one."""
+    real, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=r"the disk is full: .*shard-00001.safetensors needs \d+ bytes"):
+            write(tmp_path / "a")
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["shard-00000.safetensors"]
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
