@@ -26,7 +26,7 @@ from teachers.codecs import to_float, to_uint8
 if TYPE_CHECKING:
     from distill.stages import Pipeline
 
-THROUGHPUT_BATCH = 64
+THROUGHPUT_BATCH = 96
 
 
 def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
@@ -112,7 +112,7 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
 
         with one_thread():
             alone = measure(lambda: clips(one), min(warmup, 1), max(3, runs // 3))
-        together = measure(lambda: clips(many), 0, 2)
+        together = measure(lambda: clips(many), 0, 1)
         nfe = (len(grid) - 1) * settings.guidance.passes
         costs[name] = cost(alone["median"], alone["median"], together["median"], nfe, clip_seconds, frames, batch)
     for name, stage in {"zero_shot": "teacher", "init": "init", "student": "dmd"}.items():
