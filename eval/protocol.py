@@ -15,14 +15,12 @@ EMBEDDED_NOTE = "embedded extractors; not comparable with published FID/FVD"
 class EvalConfig:
     """How systems are judged. Counts are clips unless the name says otherwise.
 
-    `num_conditions` fresh held-out conditions are generated `num_seeds` times (the many-step teacher `teacher_seeds`
-    times) and compared with `num_reference` other real clips. Diversity draws `diversity_seeds` noises for each of
-    `diversity_conditions`.
+    `num_conditions` fresh held-out conditions are generated `num_seeds` times and compared with `num_reference` other real
+    clips. Diversity draws `diversity_seeds` noises for each of `diversity_conditions`.
     """
 
     num_conditions: int = 144
     num_seeds: int = 3
-    teacher_seeds: int = 3
     num_reference: int = 288
     condition_seed: int = 555
     diversity_conditions: int = 12
@@ -34,7 +32,6 @@ class EvalConfig:
     probe_seed: int = 7
     admit_clips: int = 144
     max_lag: int = 4
-    bootstrap_rounds: int = 200
     latency_warmup: int = 2
     latency_runs: int = 9
     sheet_conditions: int = 4
@@ -49,7 +46,7 @@ class EvalConfig:
             "diversity_seeds": 2,
             "admit_clips": 8,
         }
-        may_be_zero = {"condition_seed", "probe_seed", "max_lag", "bootstrap_rounds", "latency_warmup", "num_samples"}
+        may_be_zero = {"condition_seed", "probe_seed", "max_lag", "latency_warmup", "num_samples"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             floor = least.get(field.name, 0 if field.name in may_be_zero or field.type is float else 1)
@@ -84,7 +81,7 @@ def protocol_card(
     display = {
         name: knobs.pop(name)
         for name in (
-            *("batch_size", "latency_warmup", "latency_runs", "bootstrap_rounds"),
+            *("batch_size", "latency_warmup", "latency_runs"),
             *("sheet_conditions", "sheet_frames", "num_samples"),
         )
     }

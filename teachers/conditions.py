@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-MODALITIES = ("text", "audio")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill.recipe import RECIPES
 from teachers import media
@@ -63,6 +64,24 @@ def test_every_stage_leaves_its_artifacts(finished):
     assert (finished / "student" / "spec.json").is_file()
     assert (finished / "report.html").stat().st_size > 10_000
     assert len(list((finished / "samples").glob("*.mp4"))) > 0
+
+
+def test_what_is_handed_on_is_the_average_then_the_best(finished):
+    """teacher and init hand on the averaged weights, not the raw ones; dmd its best; the exported student is dmd's."""
+    stages = finished / "stages"
+    for stage, role in (("teacher", "teacher"), ("init", "student")):
+        state = torch.load(stages / stage / "checkpoint.pt", weights_only=True)
+        given = load_file(stages / stage / "model.safetensors")
+        averaged = {name.removeprefix("net."): x for name, x in state["ema"]["shadow"].items()}
+        raw = {name.removeprefix("net."): x for name, x in state["roles"][role].items()}
+        assert set(averaged) <= set(given)
+        assert all(torch.equal(given[name], averaged[name]) for name in averaged)
+        assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
+    best = torch.load(stages / "dmd" / "best.pt", weights_only=True)
+    given = load_file(stages / "dmd" / "model.safetensors")
+    assert all(torch.equal(given[name.removeprefix("net.")], x) for name, x in best.items())
+    exported = load_file(finished / "student" / "model.safetensors")
+    assert all(torch.equal(exported[name], x) for name, x in given.items())
 
 
 def test_a_finished_run_recomputes_nothing(finished):
