@@ -4,7 +4,8 @@ Serving (`denoise`, `commit`) and training (`denoise_clip`) run the same blocks;
 A chunk's gradient never reaches earlier chunks through the context: `commit` runs without gradient.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +13,22 @@ from torch import Tensor, nn
 from students.spec import Spec
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
+from teachers.wan import AvatarTransformer, KeyValue, Span, Time, rotate, to_x0, with_reference
 
 
 @dataclass(frozen=True)
 class State:
     """The context of a stream: per visible chunk the un-rotated keys and values of each block, and `past`, the same made ready
-    (concatenated, keys rotated to their place in the window) for chunk number `chunk`. With `text` the steps without gradient
-    hear the text that `open` was given, whatever their conditions say: another text is another `open`."""
+    (concatenated, keys rotated to their place in the window) for chunk number `chunk`. `text` and `times` are read once for all
+    steps without gradient, which hear the text that `open` was given, whatever their conditions say: another text is another
+    `open`."""
 
     chunk: int = 0
     kept: tuple[tuple[int, tuple[KeyValue, ...]], ...] = ()
     past: tuple[KeyValue, ...] | None = None
     past_frames: int = 0
-    text: tuple[KeyValue, ...] | None = (
-        None  # cross-attention keys and values, read once for all steps without gradient
-    )
+    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
+    times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
 
 
 class CausalWan(nn.Module):
@@ -39,7 +40,12 @@ class CausalWan(nn.Module):
 
     def open(self, text: Tensor | None = None) -> State:
         """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
-        return State(text=None if text is None else self.net.read_text(text))
+        with torch.no_grad():
+            like = next(self.parameters())
+            times = {
+                s: self.net.read_time(like.new_full((1, 1), s)) for s in (*self.spec.sigmas, self.spec.history.level)
+            }
+        return State(text=None if text is None else self.net.read_text(text), times=times)
 
     def plan(self, state: State, conditions: Conditions) -> None:
         """A diffusion transformer plans nothing."""
@@ -47,23 +53,25 @@ class CausalWan(nn.Module):
     def _known(self, chunk: int) -> tuple[int, ...]:
         return (0,) if chunk == 0 else ()
 
-    def forward(self, state: State, x: Tensor, sigma: Tensor, conditions: Conditions):
+    def forward(self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions):
         known = self._known(state.chunk)
         x, inputs = with_reference(x, conditions, known)
-        # A step with gradient reads the text itself: keys that were read without gradient would cut the text layers off.
-        text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
-        out, cache = self.net(inputs, sigma, text, conditions.audio, past=state.past, past_frames=state.past_frames)
-        return to_x0(out, x, sigma, conditions, self.net.config.prediction, known), cache
+        # A step with gradient reads text and time itself: what was read without gradient would cut those layers off.
+        grad = torch.is_grad_enabled()
+        text = conditions.text if state.text is None or grad else state.text
+        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=x.dtype)
+        time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
+        out, cache = self.net(inputs, time, text, conditions.audio, past=state.past, past_frames=state.past_frames)
+        return to_x0(out, x, level, conditions, self.net.config.prediction, known), cache
 
-    def denoise(self, state: State, plan: None, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """x [B, C, n, H, W] of the state's chunk at sigma [B] -> x0; conditions are those of the chunk's frames."""
+    def denoise(self, state: State, plan: None, x: Tensor, sigma: Tensor | float, conditions: Conditions) -> Tensor:
+        """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number) -> x0; conditions are those of its frames."""
         return self(state, x, sigma, conditions)[0]
 
     @torch.no_grad()
     def commit(self, state: State, x0: Tensor, conditions: Conditions) -> State:
         """Put a finished chunk into the context at the history's level and return the state of the next chunk."""
-        level = torch.full((x0.shape[0],), self.spec.history.level, device=x0.device, dtype=x0.dtype)
-        _, cache = self(state, x0.detach(), level, conditions)
+        _, cache = self(state, x0.detach(), self.spec.history.level, conditions)
         chunk = state.chunk + 1
         see = self.spec.history.visible(chunk)
         kept = tuple(item for item in (*state.kept, (state.chunk, tuple(cache))) if item[0] in see)
@@ -120,9 +128,8 @@ def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_st
     plan = student.plan(state, conditions)
     x = noise(0)
     for i in range(last + 1):
-        level = torch.full((x.shape[0],), sigmas[i], device=x.device, dtype=x.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            x0 = student.denoise(state, plan, x, level, conditions)
+            x0 = student.denoise(state, plan, x, sigmas[i], conditions)
         if i < last:
-            x = flow.add_noise(x0, noise(i + 1), torch.full_like(level, sigmas[i + 1]))
+            x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
     return x0

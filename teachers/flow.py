@@ -48,9 +48,9 @@ def expand(sigma: Tensor, like: Tensor) -> Tensor:
     return sigma.view(sigma.shape[0], 1, -1, 1, 1).to(like.device)
 
 
-def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
-    """x_sigma; sigma [B] or [B, F]."""
-    level = expand(sigma, x0)
+def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
+    """x_sigma; sigma [B], [B, F] or one number for all."""
+    level = expand(sigma, x0) if isinstance(sigma, Tensor) else sigma
     return (1 - level) * x0 + level * eps
 
 

@@ -25,6 +25,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
+Time = tuple[Tensor, Tensor]  # embedding [B, F, D] and modulation [B, F, 6, D] of sigmas; B and F may be 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +189,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
-    def _time(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding [B, F, D] and modulation [B, F, 6, D] of sigmas [B, F]; the network's time is 1000 sigma."""
+    def read_time(self, levels: Tensor) -> Time:
+        """Time embedding and modulation of sigmas [B, F]; the network's time is 1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj((levels * 1000.0).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
@@ -232,14 +233,15 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self,
         x: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | None = None,
         spans: Sequence[Span] | None = None,
         past: Sequence[KeyValue] | None = None,
         past_frames: int = 0,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """x [B, C_in, F, H, W]; sigma [B] or [B, F]; text [B, L, D_text] or `read_text` of it; audio [B, F, stride, A].
+        """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
+        [B, F, stride, A].
 
         Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
         """
@@ -255,8 +257,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
         x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
-        levels = sigma if sigma.ndim == 2 else sigma.unsqueeze(1)
-        time, temb = self._time(levels)
+        if isinstance(sigma, Tensor):
+            sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
+        time, temb = sigma
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text)] * len(self.blocks)
         heard = self.audio_proj(audio) if self.audio_at else None
@@ -272,7 +275,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x, kv = block(*inputs)
             cache.append(kv)
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
-        normed = self.norm_out(x.float()).unflatten(1, (levels.shape[1], -1))
+        normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
         out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache

@@ -178,7 +178,7 @@ def test_dmd_compares_scores_of_one_noisy_clip():
 def test_dmd_draws_its_exit_step_from_the_shared_generator():
     method, batch = make_dmd(), batch_of_pool()
     exits = []
-    method.student.denoise = lambda state, plan, x, sigma, conditions: exits.append(float(sigma[0])) or x
+    method.student.denoise = lambda state, plan, x, sigma, conditions: exits.append(sigma) or x
     method.student.commit = lambda state, x0, conditions: state
     for own, shared in [(1, 2), (9, 2), (1, 3), (1, 5)]:
         exits.clear()

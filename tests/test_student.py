@@ -250,7 +250,7 @@ def test_the_sampler_renoises_to_the_next_sigma():
             return "plan"
 
         def denoise(self, state, plan, x, sigma, conditions):
-            seen.append((plan, x, float(sigma[0])))
+            seen.append((plan, x, sigma))
             return torch.full_like(x, len(seen))
 
     noise = [randn(1, 4, 2, 4, 4, seed=i) for i in range(3)]
@@ -272,3 +272,15 @@ def test_the_clock_of_a_spec():
     assert student_sigmas(3, 3.0) == spec.sigmas
     with pytest.raises(UserError, match="got 9 latent frames with chunk_frames=2"):
         a_student(horizon_frames=9)
+
+
+def test_a_number_and_a_tensor_are_the_same_sigma():
+    """The time embedding that `open` read equals the one read at each step, and a step with gradient trains the time layers."""
+    student, given, x = a_student(), some_conditions(1, 2), some_latents(1, 2)
+    state = student.open(given.text)
+    for sigma in (*student.spec.sigmas, student.spec.history.level, 0.321):
+        with torch.no_grad():
+            number = student.denoise(state, None, x, sigma, given)
+            assert torch.equal(number, student.denoise(state, None, x, torch.tensor([sigma]), given))
+    student.denoise(state, None, x, student.spec.sigmas[0], given).square().mean().backward()
+    assert student.net.condition_embedder.time_proj.weight.grad.abs().sum() > 0
