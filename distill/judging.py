@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from distill.stages import Pipeline
 
 Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, name of the set) -> x0
-VALIDATION_CLIPS = 96
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Validation:
 
     def __init__(self, pipeline: "Pipeline", student: CausalWan):
         self.pipeline, self.student = pipeline, student
-        self.test = HeldOut.draw(pipeline, "validate", min(VALIDATION_CLIPS, pipeline.recipe.eval.num_conditions))
+        self.test = HeldOut.draw(pipeline, "validate", 2 * pipeline.recipe.eval.num_conditions)
         config = pipeline.recipe.eval
         real = avatars.held_out(pipeline.recipe.data, config.condition_seed, "validate reference", config.num_reference)
         self.reference: Reference = benchmark.prepare_reference(pipeline.probes, real.video, self.test.decoded)

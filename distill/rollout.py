@@ -1,5 +1,6 @@
 """On-policy rollouts: the student's own step folded over a clip, gradient at one exit step per chunk (Self Forcing 2506.08009)."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -22,10 +23,11 @@ def rollout(student: CausalWan, conditions: Conditions, noise: Noise, exit_step:
     count = conditions.num_frames // n
     for j in range(count):
         part = conditions.frames(j * n, (j + 1) * n)
-        x0 = denoise_chunk(student, state, part, lambda step, j=j: noise(j, step), student.spec.sigmas, exit_step)
+        noises = functools.partial(noise, j)
+        x0, steps = denoise_chunk(student, state, part, noises, student.spec.sigmas, exit_step)
         chunks.append(x0)
         if j + 1 < count:
-            state = student.commit(state, x0, part)
+            state = student.commit(state, x0, part, steps)
     return torch.cat(chunks, dim=2)
 
 

@@ -1,15 +1,16 @@
 """The chunk-causal student: the teacher's network, its context a value.
 
 Serving (`denoise`, `commit`) and training (`denoise_clip`) run the same blocks; who sees whom comes from one History.
-A chunk's gradient never reaches earlier chunks through the context: `commit` runs without gradient.
+A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from students.ring import Entry, Ready, Ring, concatenate
 from students.spec import Spec
 from teachers import flow
 from teachers.conditions import Conditions
@@ -18,15 +19,14 @@ from teachers.wan import AvatarTransformer, KeyValue, Span, Time, rotate, to_x0,
 
 @dataclass(frozen=True)
 class State:
-    """The context of a stream: per visible chunk the un-rotated keys and values of each block, and `past`, the same made ready
-    (concatenated, keys rotated to their place in the window) for chunk number `chunk`. `text` and `times` are read once for all
-    steps without gradient, which hear the text that `open` was given, whatever their conditions say: another text is another
-    `open`."""
+    """The context of a stream before chunk number `chunk`: what is `kept` of the visible chunks, and the same made `ready` for
+    attention (in training; a serving stream has a `ring` for it). `text` and `times` are read once for all steps without
+    gradient, which hear the text that `open` was given, whatever their conditions say."""
 
     chunk: int = 0
-    kept: tuple[tuple[int, tuple[KeyValue, ...]], ...] = ()
-    past: tuple[KeyValue, ...] | None = None
-    past_frames: int = 0
+    kept: tuple[Entry, ...] = ()
+    ready: Ready = ()
+    ring: Ring | None = None
     text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
     times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
 
@@ -38,14 +38,19 @@ class CausalWan(nn.Module):
         super().__init__()
         self.net, self.spec = net, spec
 
+    @torch.no_grad()
     def open(self, text: Tensor | None = None) -> State:
         """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
-        with torch.no_grad():
-            like = next(self.parameters())
-            times = {
-                s: self.net.read_time(like.new_full((1, 1), s)) for s in (*self.spec.sigmas, self.spec.history.level)
-            }
-        return State(text=None if text is None else self.net.read_text(text), times=times)
+        like = next(self.parameters())
+        levels = {*self.spec.sigmas, self.spec.history.level}
+        times = {sigma: self.net.read_time(like.new_full((1, 1), sigma)) for sigma in levels}
+        ring = Ring(self.spec.history) if torch.is_inference_mode_enabled() else None
+        state = State(times=times, ring=ring)
+        return state if text is None else self.hear(state, text)
+
+    def hear(self, state: State, text: Tensor) -> State:
+        """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
+        return replace(state, text=self.net.read_text(text))
 
     def plan(self, state: State, conditions: Conditions) -> None:
         """A diffusion transformer plans nothing."""
@@ -53,7 +58,20 @@ class CausalWan(nn.Module):
     def _known(self, chunk: int) -> tuple[int, ...]:
         return (0,) if chunk == 0 else ()
 
-    def forward(self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions):
+    def _turn(self, keys: Tensor, place: int) -> Tensor:
+        """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
+        n = self.spec.chunk_frames
+        return rotate(keys, self.net.turns(place * n, n, *self.spec.token_grid))
+
+    def _past(self, state: State, step: int) -> Sequence[KeyValue] | None:
+        """Each block's rotated keys and values that a step of the state's chunk sees."""
+        if not state.kept:
+            return None
+        ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self._turn)
+        keys, values = ready[step if len(ready) > 1 else 0]
+        return list(zip(keys, values, strict=True))
+
+    def forward(self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0):
         known = self._known(state.chunk)
         x, inputs = with_reference(x, conditions, known)
         # A step with gradient reads text and time itself: what was read without gradient would cut those layers off.
@@ -61,40 +79,57 @@ class CausalWan(nn.Module):
         text = conditions.text if state.text is None or grad else state.text
         level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=x.dtype)
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
-        out, cache = self.net(inputs, time, text, conditions.audio, past=state.past, past_frames=state.past_frames)
+        past, seen = self._past(state, step), len(state.kept) * self.spec.chunk_frames
+        out, cache = self.net(inputs, time, text, conditions.audio, past=past, past_frames=seen, pose=conditions.pose)
         return to_x0(out, x, level, conditions, self.net.config.prediction, known), cache
 
-    def denoise(self, state: State, plan: None, x: Tensor, sigma: Tensor | float, conditions: Conditions) -> Tensor:
-        """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number) -> x0; conditions are those of its frames."""
-        return self(state, x, sigma, conditions)[0]
+    def denoise(
+        self, state: State, plan: None, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
+    ) -> tuple[Tensor, Sequence[KeyValue] | None]:
+        """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
+        `commit` may want to know of this step; conditions are those of the chunk's frames."""
+        x0, cache = self(state, x, sigma, conditions, step)
+        return x0, cache if self.spec.history.commit == "same_level" else None
 
     @torch.no_grad()
-    def commit(self, state: State, x0: Tensor, conditions: Conditions) -> State:
-        """Put a finished chunk into the context at the history's level and return the state of the next chunk."""
-        _, cache = self(state, x0.detach(), self.spec.history.level, conditions)
-        chunk = state.chunk + 1
-        see = self.spec.history.visible(chunk)
-        kept = tuple(item for item in (*state.kept, (state.chunk, tuple(cache))) if item[0] in see)
-        return self._ready(replace(state, chunk=chunk, kept=kept))
+    def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence = ()) -> State:
+        """Put a finished chunk into the context and return the state of the next chunk.
 
-    def _ready(self, state: State) -> State:
-        if not state.kept:
-            return replace(state, past=None, past_frames=0)
-        _, height, width = self.spec.latent_size
-        patch, frames = self.net.config.patch, self.spec.chunk_frames * len(state.kept)
-        turns = self.net.turns(0, frames, height // patch, width // patch)
-        past = []
-        for block in range(len(self.net.blocks)):
-            keys = torch.cat([cache[block][0] for _, cache in state.kept], dim=1)
-            values = torch.cat([cache[block][1] for _, cache in state.kept], dim=1)
-            past.append((rotate(keys, turns), values))
-        return replace(state, past=tuple(past), past_frames=frames)
+        `steps`: what `denoise` told of each step; only a same_level history needs it, a clean one makes its own pass.
+        """
+        history = self.spec.history
+        if history.commit == "clean":
+            steps = [self(state, x0.detach(), history.level, conditions)[1]]
+        elif len(steps) != len(self.spec.sigmas):
+            raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
+        keys = tuple(torch.stack([key.detach() for key, _ in cache]) for cache in steps)
+        values = tuple(torch.stack([value.detach() for _, value in cache]) for cache in steps)
+        return self.resume(state, (*state.kept, Entry(state.chunk, keys, values)), state.chunk + 1)
+
+    def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
+        """The state before chunk number `chunk` with those of `kept` that it sees, made ready."""
+        history = self.spec.history
+        see = history.visible(chunk)
+        kept, ready = tuple(entry for entry in kept if entry.chunk in see), ()
+        if kept and state.ring is not None:
+            state.ring.ready(kept, chunk, self._turn)
+        elif kept:
+            ready = concatenate(kept, chunk, history, self._turn)
+        return replace(state, chunk=chunk, kept=kept, ready=ready)
+
+    def recommit(self, text: Tensor, seen: Sequence[tuple[int, Tensor, Conditions]], chunk: int) -> State:
+        """The state before chunk number `chunk` of a stream under `text` that has only these finished chunks behind it:
+        (number, x0, conditions) in order of time."""
+        state = self.open(text)
+        for index, x0, conditions in seen:
+            state = self.commit(replace(state, chunk=index), x0, replace(conditions, text=text))
+        return self.resume(state, state.kept, chunk)
 
     def denoise_clip(self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None) -> Tensor:
         """All chunks at once, for training: x [B, C, F, H, W], sigma [B, num_chunks] -> x0.
 
-        With `clean` each chunk sees the clean earlier chunks (teacher forcing), as a stream does; without it the noisy ones
-        (diffusion forcing).
+        With `clean` each chunk sees the clean earlier chunks (teacher forcing), as a stream with a clean history does; without
+        it the noisy ones (diffusion forcing), as with a same_level history where all chunks have one sigma.
         """
         n, frames = self.spec.chunk_frames, x.shape[2]
         if frames % n:
@@ -102,34 +137,37 @@ class CausalWan(nn.Module):
         chunks = frames // n
         shown = sigma.repeat_interleave(n, dim=1)
         x, inputs = with_reference(x, conditions)
-        audio, spans = conditions.audio, []
+        audio, pose, spans = conditions.audio, conditions.pose, []
         see = [tuple((j * n, (j + 1) * n) for j in self.spec.history.visible(i)) for i in range(chunks)]
         offset = 0
         if clean is not None:
             _, context = with_reference(clean, conditions)
             inputs = torch.cat([context, inputs], dim=2)
             audio = torch.cat([audio, audio], dim=1)
+            pose = None if pose is None else torch.cat([pose, pose], dim=1)
             level = torch.full_like(shown, self.spec.history.level)
             spans = [Span(i * n, (i + 1) * n, see[i]) for i in range(chunks)]
             shown, offset = torch.cat([level, shown], dim=1), frames
         spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
-        out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans)
+        out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans, pose=pose)
         out = out[:, :, offset:]
         return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.config.prediction, (0,))
 
 
-def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None) -> Tensor:
+def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None):
     """The step that serving iterates and training folds: K denoising steps of one chunk, fresh noise between them.
 
     noise(i) [B, C, n, H, W] is the noise of step i; x0 is re-noised to the next sigma (the stochastic few-step sampler of
-    Self Forcing). Only the step `exit_step` (default the last) runs with gradient, and its x0 is returned.
+    Self Forcing). Only the step `exit_step` (default the last) runs with gradient. Returns its x0, and what each step told, for
+    `commit`.
     """
     last = len(sigmas) - 1 if exit_step is None else exit_step
     plan = student.plan(state, conditions)
-    x = noise(0)
+    x, steps = noise(0), []
     for i in range(last + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            x0 = student.denoise(state, plan, x, sigmas[i], conditions)
+            x0, told = student.denoise(state, plan, x, sigmas[i], conditions, i)
+        steps.append(told)
         if i < last:
             x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
-    return x0
+    return x0, steps

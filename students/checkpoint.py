@@ -1,7 +1,9 @@
 """A student as a folder: model.safetensors, codec.safetensors, text/, spec.json and a model card. Nothing is unpickled."""
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,6 +33,16 @@ class Bundle:
     def spec(self) -> Spec:
         return self.student.spec
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which student this is: a digest of the spec and of values spread over every weight."""
+        digest = hashlib.sha256(json.dumps(to_plain(self.spec), sort_keys=True).encode())
+        for name, weight in self.student.net.state_dict().items():
+            flat = weight.flatten()
+            some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
+        return digest.hexdigest()
+
 
 def make_student(spec: Spec) -> CausalWan:
     """An untrained student of this geometry."""
@@ -40,6 +52,7 @@ def make_student(spec: Spec) -> CausalWan:
         stride=spec.codec.stride,
         text_dim=spec.text.dim,
         audio_dim=spec.audio.num_mels * spec.samples_per_frame // spec.audio.hop,
+        pose_dim=spec.pose_dim,
     )
     return CausalWan(net, spec)
 

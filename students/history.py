@@ -1,33 +1,66 @@
 """What a chunk may see of the past: one policy value, used by training masks, rollouts and the serving session alike."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from teachers.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """`sinks` first chunks that are never evicted, and the last `window` finished chunks (null: all).
+    """`sinks` first chunks that are never evicted, the last `window` finished chunks (null: all), and of those that left the
+    window every `memory_every`th, the newest `memory` of them. All count chunks.
 
-    `level` is the sigma that the network is told when a finished chunk is put into the context; the chunk itself stays clean, as in
-    Self Forcing's sampler (0: the clean pass). Self Forcing is History(sinks=0,
-    window=None); LiveTalk's Anchor-Heavy Identity Sinks (9 sink frames of 15 that include the current chunk) is
-    History(sinks=3, window=1) with chunks of 3 frames. Positions are relative to what is seen, so a stream has no last position.
+    `commit`: clean puts a finished chunk into the context by one more pass, told the sigma `level` (the chunk itself stays clean,
+    as in Self Forcing's sampler). same_level needs no pass: denoising step i sees step i of the earlier chunks (LiveAvatar
+    2512.04677), which is what diffusion forcing at one sigma trains.
+
+    Self Forcing is History(sinks=0, window=None); LiveTalk's Anchor-Heavy Identity Sinks (9 sink frames of 15 that include the
+    current chunk) is History(sinks=3, window=1) with chunks of 3 frames. Positions are relative to what is seen, so a stream has
+    no last position.
     """
 
     sinks: int = 1
     window: int | None = 2
+    memory: int = 0
+    memory_every: int = 4
+    commit: Literal["clean", "same_level"] = "clean"
     level: float = 0.0
 
     def __post_init__(self):
-        if self.sinks < 0 or (self.window is not None and self.window < 0):
-            raise UserError(f"student.history: got sinks={self.sinks}, window={self.window}; both count chunks, from 0")
+        counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
+        for name, count in counts.items():
+            if count < 0:
+                raise UserError(f"student.history.{name}: got {count}; it counts chunks, from 0")
+        if self.memory_every < 1:
+            raise UserError(f"student.history.memory_every: got {self.memory_every}; every chunk is 1")
         if not 0.0 <= self.level < 1.0:
             raise UserError(f"student.history.level: got {self.level}; a context level is a sigma in [0, 1)")
+        if self.commit == "same_level" and self.level:
+            raise UserError(f"student.history.level: got {self.level}; same_level has no pass of its own, leave it 0")
 
     def visible(self, chunk: int) -> tuple[int, ...]:
-        """Indices of the earlier chunks that chunk number `chunk` sees, in order."""
+        """Indices of the earlier chunks that chunk number `chunk` sees, in order of time."""
         if self.window is None:
             return tuple(range(chunk))
-        recent = range(max(self.sinks, chunk - self.window), chunk)
-        return (*range(min(self.sinks, chunk)), *recent)
+        recent = max(min(self.sinks, chunk), chunk - self.window)
+        old = range(self._first_remembered, recent, self.memory_every)
+        return (*range(min(self.sinks, chunk)), *old[max(0, len(old) - self.memory) :], *range(recent, chunk))
+
+    def slot(self, index: int, chunk: int) -> int:
+        """Place of the visible chunk `index` in a buffer of fixed size, when number `chunk` is up: sinks, then the window as a
+        ring, then the memory as a ring. Places fill from 0 without a gap, and a chunk keeps its place while it is in the window."""
+        if self.window is None or index < self.sinks:
+            return index
+        if index >= chunk - self.window:
+            return self.sinks + (index - self.sinks) % self.window
+        return self.sinks + self.window + (index - self._first_remembered) // self.memory_every % self.memory
+
+    @property
+    def _first_remembered(self) -> int:
+        return -(-self.sinks // self.memory_every) * self.memory_every
+
+    @property
+    def capacity(self) -> int | None:
+        """Chunks seen at most; None grows without end."""
+        return None if self.window is None else self.sinks + self.window + self.memory

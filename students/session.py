@@ -1,28 +1,93 @@
-"""The chunked sampler: push audio, get frames. One step function, the same that training folds (causal_wan.denoise_chunk)."""
+"""The chunked sampler: push audio, pose and text as they come, get frames, for hours.
+
+One integer clock: a latent frame is a whole number of pixel frames, a pixel frame a whole number of 16 kHz samples. The step
+function is the one that training folds (causal_wan.denoise_chunk); the order of work is denoise, hand over, commit meanwhile.
+"""
 
 import time
+import warnings
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from students.beside import Beside
 from students.causal_wan import denoise_chunk
 from students.checkpoint import Bundle
-from teachers.codecs import to_uint8
-from teachers.conditions import Conditions, pack_audio
+from teachers.codecs import DecoderState, to_uint8
+from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.senses import SAMPLE_RATE
+from teachers.streams import LOUDEST_SAMPLE, Resampler, Stream
+
+IDLE = ("live", "hold", "wait")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Finished frames uint8 [t, H, W, 3]; `first_frame` counts from the start of the stream; seconds of each part of the work."""
+    """Finished frames uint8 [t, H, W, 3] and the 16 kHz samples [t * samples_per_frame] that are heard with them.
+
+    `first_frame` counts from the start of the stream; `idle`: for want of input, silence was put in (live) or the last frame
+    was held (hold). `seconds` of each part of the work; `wait` is for the commit of the chunk before.
+    """
 
     index: int
     first_frame: int
     frames: Tensor
+    audio: Tensor
     seconds: dict[str, float]
+    idle: Literal["", "live", "hold"] = ""
+
+
+@dataclass(frozen=True)
+class Starved:
+    """No chunk now, and nothing is lost: `missing` samples of audio or rows of pose; the viewer is `lead` chunks behind; or
+    the stream was closed and has come to its end. False where a chunk is true."""
+
+    reason: Literal["audio", "pose", "lead", "end"]
+    missing: int = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished chunk that is still seen: what is needed to commit it again."""
+
+    chunk: int
+    x0: Tensor
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class Point:
+    """Everything that a step changes, before chunk number `chunk`: a value, so that going back is taking an earlier one."""
+
+    chunk: int
+    frame: int  # handed over so far, held frames included
+    state: Any  # the student's
+    text: str
+    features: Tensor  # of the text
+    decoder: DecoderState | None = None
+    seen: tuple[Past, ...] = ()
+    last: Tensor | None = None  # the last frame [1, H, W, 3]
+    began: int = 0  # the first frame of what was handed over last
+
+
+@dataclass(frozen=True)
+class Event:
+    """A text that takes effect at chunk `at`."""
+
+    at: int
+    text: str
+    features: Tensor
+    how: str
 
 
 def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tensor:
@@ -33,109 +98,325 @@ def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tenso
 
 
 class Session:
-    """One stream of one avatar. Any split of the same audio into pushes gives the same frames.
+    """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
 
-    reference [3, H, W] in [-1, 1] is frame 0. Memory is bounded: the context by the student's History, the audio by what the
-    next chunk still needs.
+    reference [3, H, W] in [-1, 1] is frame 0. `lead`: at most so many chunks ahead of the viewer, who is told of by `played`;
+    so many can be taken back by `interrupt` (None: no bound, and nothing can be). `idle`: what a step does while input is
+    missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`: modalities that this stream never gets.
+    `timed` waits for the accelerator at each part of the work, so that a chunk's seconds are true there.
     """
 
-    def __init__(self, bundle: Bundle, reference: Tensor, text: str, seed: int = 0):
+    def __init__(
+        self,
+        bundle: Bundle,
+        reference: Tensor,
+        text: str,
+        seed: int = 0,
+        *,
+        lead: int | None = None,
+        idle: Literal["live", "hold", "wait"] = "wait",
+        drop: tuple[str, ...] = (),
+        timed: bool = False,
+    ):
         spec = bundle.spec
-        if reference.shape != (3, spec.height, spec.width):
+        size = (3, spec.height, spec.width)
+        if tuple(reference.shape) != size:
+            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
+        if idle not in IDLE or (lead is not None and lead < 1):
+            raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
+        if idle != "wait" and lead is None:
             raise UserError(
-                f"reference image: got {tuple(reference.shape)}, the student draws {(3, spec.height, spec.width)}"
+                f"session: idle={idle} without end; give lead, the chunks that may be made ahead of the viewer"
             )
-        self.bundle, self.spec, self.seed = bundle, spec, seed
+        self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
+        self.lead, self.idle, self.drop = lead, idle, tuple(drop)
         self.device = next(bundle.student.parameters()).device
-        with torch.inference_mode():
-            self.reference = bundle.codec.encode(reference[None, :, None].float())
-            self.text = bundle.text([text])
-            self.state = bundle.student.open(self.text.to(self.device))
-        self.pending: tuple[Tensor, Conditions] | None = None  # the finished chunk that is not in the context yet
-        self.chunk = 0
-        self.samples = torch.zeros(0)
-        self.dropped = 0  # samples in front of the buffer that nothing needs any more
+        self.beside = Beside(self.device)
+        self.audio = Stream()
+        self.pose = Stream((spec.pose_dim,))
+        self.resampler: Resampler | None = None
+        self.events: tuple[Event, ...] = ()
+        self.viewed = 0
         self.closed = False
-        self.end_frame: int | None = None
+        self.committing = None  # waits for the state that belongs to `point`
+        with torch.inference_mode():
+            self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
+            features = self._read(text)
+            self.point = Point(0, 0, bundle.student.open(features), text, features)
+        self.points = deque([self.point], maxlen=1 + (lead or 0))
 
-    def push(self, audio: Tensor) -> None:
-        """Append 16 kHz mono samples [S] in [-1, 1]."""
+    # ---- input
+
+    def push(self, audio: Tensor | None = None, pose: Tensor | None = None, rate: int = SAMPLE_RATE) -> None:
+        """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P], one a pixel frame.
+
+        Refused input (UserError) changes nothing.
+        """
         if self.closed:
-            raise UserError("push after close: this session takes no more audio; open another")
-        if audio.ndim != 1 or not torch.isfinite(audio).all():
+            raise UserError("push after close: this session takes no more input; open another")
+        sound = None if audio is None else self._checked(audio, rate)
+        if pose is not None:
+            if not self.spec.pose_dim:
+                raise UserError("pose: this student takes none; push audio alone")
+            if pose.ndim != 2 or pose.shape[1] != self.spec.pose_dim or not torch.isfinite(pose).all():
+                raise UserError(
+                    f"pose must be finite rows [T, {self.spec.pose_dim}], one a pixel frame: got {tuple(pose.shape)}"
+                )
+            self.pose.push(pose)
+        if sound is not None:
+            self.audio.push(self._resampled(sound, rate))
+
+    def _checked(self, audio: Tensor, rate: int) -> Tensor:
+        if audio.ndim not in (1, 2) or (audio.ndim == 2 and audio.shape[0] > 8) or not audio.is_floating_point():
             raise UserError(
-                f"audio must be finite samples [S]: got shape {tuple(audio.shape)}; mix down and clean it first"
+                f"audio must be float samples [S] or [channels, S]: got {tuple(audio.shape)} {audio.dtype}; convert it"
             )
-        self.samples = torch.cat([self.samples, audio.detach().float().cpu()])
+        if not torch.isfinite(audio).all():
+            raise UserError("audio must be finite samples: got NaN or infinity; clean it first")
+        if audio.numel() and audio.abs().max() > LOUDEST_SAMPLE:
+            raise UserError(f"audio must lie in [-1, 1]: got a peak of {audio.abs().max():.0f}; divide by full scale")
+        if not 1000 <= rate <= 768_000:
+            raise UserError(f"audio rate: got {rate} Hz; give that of the samples, such as 16000 or 48000")
+        return audio.mean(dim=0) if audio.ndim == 2 else audio
+
+    def _resampled(self, sound: Tensor, rate: int) -> Tensor:
+        if self.resampler is not None and self.resampler.source_rate != rate:
+            self.audio.push(self.resampler.push(sound.new_zeros(0), end=True))
+            self.resampler = None
+        if rate == SAMPLE_RATE:
+            return sound
+        if self.resampler is None:
+            self.resampler = Resampler(rate, SAMPLE_RATE)
+        return self.resampler.push(sound.cpu())
+
+    def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
+        """Another text from chunk `at` on. keep: what was shown stays in the context as it is; recache: the visible chunks are
+        committed again under the new text, so the change is quicker."""
+        at = self.point.chunk if at == "next" else at
+        if at < self.point.chunk:
+            raise UserError(f"text at chunk {at}: chunk {self.point.chunk - 1} is already drawn; give a later one")
+        if how not in ("keep", "recache"):
+            raise UserError(f"text how={how!r}: keep or recache")
+        if how == "recache" and self.spec.history.commit != "clean":
+            raise UserError("text how=recache: this student's history has no clean pass to repeat; use keep")
+        with torch.inference_mode():
+            event = Event(at, text, self._read(text), how)
+        self.events = (*(event for event in self.events if event.at != at), event)
 
     def close(self) -> None:
-        """No more audio: what is left plays to its end, padded with silence to a whole chunk."""
+        """No more input: what is left plays to its end, padded with silence to a whole chunk."""
+        if self.resampler is not None and not self.closed:
+            self.audio.push(self.resampler.push(torch.zeros(0), end=True))
         self.closed = True
-        total = self.dropped + len(self.samples)
-        self.end_frame = -(-total // self.spec.samples_per_frame)
 
-    def ready(self) -> bool:
-        """Whether the next chunk's audio is there (or the session is closed and the chunk begins before its end)."""
-        start, stop = self.spec.pixel_frames(self.chunk)
-        if self.end_frame is not None:
-            return start < self.end_frame
-        return self.dropped + len(self.samples) >= stop * self.spec.samples_per_frame + self.bundle.ears.margin
+    def played(self, frame: int) -> None:
+        """The viewer has seen all frames before `frame`."""
+        self._check_drawn(frame)
+        self.viewed = max(self.viewed, frame)
 
-    def _conditions(self) -> Conditions:
-        """The next chunk's conditions from the buffered audio."""
-        spec, ears = self.spec, self.bundle.ears
-        start, stop = spec.pixel_frames(self.chunk)
-        per_frame = spec.samples_per_frame
-        begin, end = start * per_frame - ears.margin, stop * per_frame + ears.margin
-        window = self.samples[max(begin - self.dropped, 0) : end - self.dropped]
-        left = torch.zeros(max(0, -begin))
-        window = torch.cat([left, window])
-        window = torch.nn.functional.pad(window, (0, end - begin - len(window)))
-        rows = ears(torch.nn.functional.pad(window, (per_frame - ears.margin, 0)), 1, stop - start + 1)[None]
-        stride = spec.codec.stride
-        audio = pack_audio(rows, stride) if self.chunk == 0 else rows.unflatten(1, (-1, stride))
-        return Conditions(text=self.text, audio=audio, reference=self.reference).to(self.device)
+    # ---- output
 
-    def step(self) -> Chunk | None:
-        """The next chunk, or None while its audio is not there: denoise, decode and hand over; the commit follows at the next
-        step, off the first frame's path."""
+    def step(self) -> Chunk | Starved:
+        """The next chunk, or why there is none."""
         with torch.inference_mode():
-            return self._step() if self.ready() else None
+            starved = self._starved()
+            if starved is None:
+                return self._advance()
+            if starved.reason not in ("audio", "pose") or self.idle == "wait":
+                return starved
+            return self._hold(starved) if self.idle == "hold" else self._live()
 
-    def _step(self) -> Chunk:
-        student, spec, index = self.bundle.student, self.spec, self.chunk
-        clock = [time.perf_counter()]
-        if self.pending is not None:
-            self.state = student.commit(self.state, *self.pending)
-        clock.append(time.perf_counter())
-        conditions = self._conditions()
-        clock.append(time.perf_counter())
+    def frames(self) -> Iterator[Chunk]:
+        """Every chunk that can be drawn now."""
+        while isinstance(chunk := self.step(), Chunk):
+            yield chunk
+
+    def interrupt(self, played: int | None = None, keep_input: bool = False) -> int:
+        """Take back what the viewer has not seen: go back to the end of the chunk that holds frame `played` - 1 (default: what
+        `played` told), drop the input after it, and return the frame from which the stream goes on.
+
+        What follows equals a session that never drew the dropped chunks. `keep_input` keeps it, so that a new text may use it.
+        """
+        self._settle()
+        viewed = self.viewed if played is None else played
+        self._check_drawn(viewed)
+        points = [point for point in self.points if point.frame >= viewed]
+        if viewed <= points[0].began and points[0].frame > 0:
+            raise UserError(
+                f"interrupt: frame {viewed} is too long ago, the earliest to return to is {points[0].frame}; "
+                "open the session with a larger lead"
+            )
+        self.point = points[0]
+        while self.points[-1] is not self.point:
+            self.points.pop()
+        self.viewed = min(viewed, self.point.frame)
+        if not keep_input:
+            start = self.spec.pixel_frames(self.point.chunk)[0]
+            self.audio.cut(start * self.spec.samples_per_frame)
+            self.pose.cut(start)
+            self.resampler, self.closed = None, False
+        return self.point.frame
+
+    def save(self, path: Path, how: Literal["exact", "light"] = "exact") -> None:
+        """Write the session to one safetensors file: exact holds the context and goes on bit for bit; light holds the visible
+        latents and commits them again, so what left the window is forgotten a little."""
+        from students.snapshot import save
+
+        save(self, Path(path), how)
+
+    @classmethod
+    def load(cls, bundle: Bundle, path: Path) -> "Session":
+        """The session that `save` wrote, with the same student; UserError for another one's or a damaged file."""
+        from students.snapshot import load
+
+        return load(bundle, Path(path))
+
+    # ---- inside
+
+    def _read(self, text: str) -> Tensor:
+        """Features of a text [1, L, D]; a long one is cut at the student's token limit, with a warning."""
+        tokens, limit = self.bundle.text.count(text), self.spec.text.max_tokens
+        if tokens > limit:
+            warnings.warn(f"text of {tokens} tokens: the student reads the first {limit}", stacklevel=3)
+        return self.bundle.text([text]).to(self.device)
+
+    def _span(self) -> tuple[int, int]:
+        return self.spec.pixel_frames(self.point.chunk)
+
+    def _check_drawn(self, frame: int) -> None:
+        if not 0 <= frame <= self.point.frame:
+            raise UserError(f"played={frame}: {self.point.frame} frames were drawn; give how many of them were seen")
+
+    def _starved(self) -> Starved | None:
+        start, stop = self._span()
+        per_frame = self.spec.samples_per_frame
+        if self.closed and start * per_frame >= self.audio.end:
+            return Starved("end")
+        if self.lead is not None and sum(point.frame > self.viewed for point in self.points) >= self.lead:
+            return Starved("lead")
+        if self.closed:
+            return None
+        missing = stop * per_frame + self.bundle.ears.lookahead - self.audio.end
+        if missing > 0 and "audio" not in self.drop:
+            return Starved("audio", missing)
+        if self._takes_pose and stop > self.pose.end:
+            return Starved("pose", stop - self.pose.end)
+        return None
+
+    @property
+    def _takes_pose(self) -> bool:
+        return self.spec.pose_dim > 0 and "pose" not in self.drop
+
+    def _conditions(self, point: Point) -> Conditions:
+        """The conditions of the next chunk from what is buffered."""
+        spec, ears = self.spec, self.bundle.ears
+        start, stop = self._span()
+        stride, per_frame = spec.codec.stride, spec.samples_per_frame
+
+        def packed(rows: Tensor) -> Tensor:
+            return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
+
+        window = self.audio.read(start * per_frame - ears.lookback, stop * per_frame + ears.lookahead)
+        audio = packed(ears.rows(window.to(self.device), start, stop))
+        pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
+        conditions = Conditions(text=point.features, audio=audio, reference=self.reference, pose=pose).to(self.device)
+        return conditions.drop(*(name for name in self.drop if name != "pose" or spec.pose_dim))
+
+    def _settle(self) -> None:
+        """Wait for the commit of the last chunk."""
+        if self.committing is not None:
+            settled = replace(self.point, state=self.committing())
+            if self.points[-1] is self.point:
+                self.points[-1] = settled
+            self.point, self.committing = settled, None
+
+    def _told(self) -> Point:
+        """The point with the texts of this chunk in effect."""
+        point, student = self.point, self.bundle.student
+        for event in self.events:
+            if event.at == point.chunk:
+                if event.how == "recache":
+                    seen = [(past.chunk, past.x0, past.conditions) for past in point.seen]
+                    state = student.recommit(event.features, seen, point.chunk)
+                else:
+                    state = student.hear(point.state, event.features)
+                point = replace(point, state=state, text=event.text, features=event.features)
+        return point
+
+    def _advance(self, idle: Literal["", "live"] = "") -> Chunk:
+        student, spec, codec = self.bundle.student, self.spec, self.bundle.codec
+        clock = [self._now()]
+        self._settle()
+        clock.append(self._now())
+        point = self._told()
+        conditions, index = self._conditions(point), point.chunk
+        clock.append(self._now())
 
         def noise(step: int) -> Tensor:
             return chunk_noise(spec, self.seed, index, step).to(self.device)
 
-        x0 = denoise_chunk(student, self.state, conditions, noise, spec.sigmas)
-        clock.append(time.perf_counter())
-        pixels = self.bundle.codec.decode(x0, first=index == 0)
-        frames = to_uint8(pixels)[0].permute(1, 2, 3, 0).cpu().contiguous()
-        clock.append(time.perf_counter())
-        self.pending = (x0, conditions)
-        self.chunk += 1
+        x0, steps = denoise_chunk(student, point.state, conditions, noise, spec.sigmas)
+        clock.append(self._now())
+
+        def decode() -> tuple[Tensor, DecoderState]:
+            pixels, decoder = codec.decode_chunk(x0, point.decoder)
+            return to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous().cpu(), decoder
+
+        def commit():
+            return student.commit(point.state, x0, conditions, steps)
+
+        (frames, decoder), self.committing = self.beside.run(decode, commit)
+        clock.append(self._now())
+        visible = spec.history.visible(index + 1)
+        seen = tuple(past for past in (*point.seen, Past(index, x0, conditions)) if past.chunk in visible)
+        start, stop = self._span()
+        audio = self.audio.read(start * spec.samples_per_frame, stop * spec.samples_per_frame)
+        self.point = replace(
+            point,
+            chunk=index + 1,
+            frame=point.frame + len(frames),
+            decoder=decoder,
+            seen=seen,
+            last=frames[-1:].clone(),
+            began=point.frame,
+        )
+        self.points.append(self.point)
         self._forget()
-        parts = ("commit", "encode", "denoise", "decode")
+        parts = ("wait", "encode", "denoise", "decode")
         seconds = {name: b - a for name, a, b in zip(parts, clock[:-1], clock[1:], strict=True)}
-        return Chunk(index, spec.pixel_frames(index)[0], frames, seconds)
+        return Chunk(index, point.frame, frames, audio, seconds, idle)
+
+    def _live(self) -> Chunk:
+        """The next chunk, the missing input made up: silence, and the last pose."""
+        start, stop = self._span()
+        need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
+        self.audio.push(torch.zeros(max(0, need)))
+        if self._takes_pose:
+            last = self.pose.read(self.pose.end - 1, self.pose.end)
+            self.pose.push(last.expand(max(0, stop - self.pose.end), -1))
+        return self._advance("live")
+
+    def _hold(self, starved: Starved) -> Chunk | Starved:
+        """The last frame once more, for as long as a chunk lasts; nothing is drawn."""
+        self._settle()
+        point, count = self.point, self.spec.codec.stride * self.spec.chunk_frames
+        if point.last is None:
+            return starved
+        frames = point.last.expand(count, -1, -1, -1)
+        self.point = replace(point, frame=point.frame + count, began=point.frame)
+        self.points.append(self.point)
+        silence = torch.zeros(count * self.spec.samples_per_frame)
+        return Chunk(point.chunk - 1, point.frame, frames, silence, {}, "hold")
 
     def _forget(self) -> None:
-        """Drop audio that no later chunk hears."""
-        keep_from = max(
-            0, self.spec.pixel_frames(self.chunk)[0] * self.spec.samples_per_frame - self.bundle.ears.margin
-        )
-        drop = min(max(0, keep_from - self.dropped), len(self.samples))
-        self.samples = self.samples[drop:].clone()
-        self.dropped += drop
+        """Drop input that no chunk hears any more, not even after an interrupt, and the events before it."""
+        oldest = self.points[0].chunk
+        start = self.spec.pixel_frames(oldest)[0]
+        self.audio.forget(start * self.spec.samples_per_frame - self.bundle.ears.lookback)
+        self.pose.forget(start - 1)
+        self.events = tuple(event for event in self.events if event.at >= oldest)
 
-    def frames(self) -> Iterator[Chunk]:
-        """Every chunk that the pushed audio allows."""
-        while (chunk := self.step()) is not None:
-            yield chunk
+    def _now(self) -> float:
+        if self.timed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

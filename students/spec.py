@@ -35,6 +35,7 @@ class Spec:
     codec: CodecConfig
     audio: AudioConfig
     text: TextConfig
+    pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     format: int = 1
 
     def __post_init__(self):
@@ -67,9 +68,15 @@ class Spec:
         return self.codec.channels, self.height // self.codec.patch, self.width // self.codec.patch
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Height and width of a latent frame in tokens."""
+        _, height, width = self.latent_size
+        return height // self.network.patch, width // self.network.patch
+
+    @property
     def nfe_per_chunk(self) -> int:
-        """Network evaluations for one chunk, the context pass included."""
-        return len(self.sigmas) + 1
+        """Network evaluations for one chunk, the context pass included where the history has one."""
+        return len(self.sigmas) + (self.history.commit == "clean")
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

@@ -14,6 +14,8 @@ class CodecConfig:
     patch: int = 16
     channels: int = 48
 
+DecoderState = tuple[Tensor, ...]  # what a streaming decoder knows of the past: a value, () where it needs nothing
+
 
 class EigenCodec(nn.Module):
     """Principal components of [3, stride, H, W] frame groups, scaled by eigenvalue^-1/4 (half whitening).
@@ -69,11 +71,16 @@ class EigenCodec(nn.Module):
         coded = (self._groups(video) - self.mean) @ self.basis.T * self.scale
         return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous()
 
-    def decode(self, latents: Tensor, first: bool = True) -> Tensor:
-        """Latents -> pixels in [-1, 1]. `first`: the first latent opens the clip and gives one pixel frame, not `stride`."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]."""
+        return self.decode_chunk(latents)[0]
+
+    def decode_chunk(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream begins, and
+        its first latent gives one pixel frame, not `stride`."""
         groups = (latents.transpose(1, 2).flatten(2) / self.scale) @ self.basis + self.mean
         video = groups.unflatten(2, self.size).transpose(1, 2).flatten(2, 3)
-        return (video[:, :, self.config.stride - 1 :] if first else video).clamp(-1, 1)
+        return (video[:, :, self.config.stride - 1 :] if state is None else video).clamp(-1, 1), ()
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -12,12 +12,18 @@ class Conditions:
     """Features on the latent clock.
 
     text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame;
-    reference [B, C, 1, H, W], the latent of the reference image. A dropped modality is all zeros.
+    reference [B, C, 1, H, W], the latent of the reference image; pose [B, F, stride, P] where the network takes one. A dropped
+    modality is all zeros.
     """
 
     text: Tensor
     audio: Tensor
     reference: Tensor
+    pose: Tensor | None = None
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Conditions(**{name: None if value is None else change(value) for name, value in given.items()})
 
     def drop(self, *names: str) -> "Conditions":
         """The same conditions without these modalities (the unconditional branch of guidance)."""
@@ -33,25 +39,26 @@ class Conditions:
 
     def frames(self, start: int, stop: int) -> "Conditions":
         """The conditions of latent frames start..stop-1."""
-        return replace(self, audio=self.audio[:, start:stop])
+        pose = None if self.pose is None else self.pose[:, start:stop]
+        return replace(self, audio=self.audio[:, start:stop], pose=pose)
 
     def index(self, rows) -> "Conditions":
         """Select batch rows."""
-        return Conditions(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return self._map(lambda value: value[rows])
 
     def to(self, *args, **kwargs) -> "Conditions":
-        return Conditions(**{f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)})
+        return self._map(lambda value: value.to(*args, **kwargs))
 
     @property
     def num_frames(self) -> int:
         return self.audio.shape[1]
 
 
-def pack_audio(features: Tensor, stride: int) -> Tensor:
+def pack_rows(features: Tensor, stride: int) -> Tensor:
     """Pixel-frame rows [B, T, A] -> [B, F, stride, A]; row 0 is repeated in front so that latent i covers
     pixel frames stride*i-(stride-1) .. stride*i (OmniAvatar's first-frame rule). T = 1 + stride (F - 1)."""
     if (features.shape[1] - 1) % stride:
-        raise ValueError(f"audio rows: got T={features.shape[1]}, need T = 1 + {stride} (F - 1)")
+        raise ValueError(f"rows: got T={features.shape[1]}, need T = 1 + {stride} (F - 1)")
     lead = features[:, :1].expand(-1, stride - 1, -1)
     return torch.cat([lead, features], dim=1).unflatten(1, (-1, stride))
 

@@ -21,8 +21,8 @@ class AudioConfig:
 class LogMel(nn.Module):
     """Bounded-window audio features, the same whole-clip or streaming.
 
-    Row t of [.., T, A] covers samples t*n - margin .. (t+1)*n + margin, n = samples_per_frame: `margin` is its look-back and its
-    look-ahead. Nothing is normalised over the clip, so a stream needs no future.
+    Row t of [.., T, A] covers samples t*n - lookback .. (t+1)*n + lookahead, n = samples_per_frame. Nothing is normalised over
+    the clip, so a stream needs no more future than that.
     """
 
     def __init__(self, config: AudioConfig, samples_per_frame: int):
@@ -34,7 +34,7 @@ class LogMel(nn.Module):
         self.config, self.samples_per_frame = config, samples_per_frame
         self.columns = samples_per_frame // config.hop
         self.dim = self.columns * config.num_mels
-        self.margin = (config.window - config.hop) // 2
+        self.lookback = self.lookahead = (config.window - config.hop) // 2
         bank = mel_filter_bank(
             config.window // 2 + 1, config.num_mels, 60.0, 7600.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
         )
@@ -45,11 +45,14 @@ class LogMel(nn.Module):
         """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A]; samples outside the clip are silence."""
         n = self.samples_per_frame
         last = -(-audio.shape[-1] // n) if last is None else last
-        start, stop = first * n - self.margin, last * n + self.margin
+        start, stop = first * n - self.lookback, last * n + self.lookahead
         inner = audio[..., max(start, 0) : min(max(stop, 0), audio.shape[-1])]
         left = min(max(-start, 0), stop - start)
-        inner = nn.functional.pad(inner, (left, stop - start - left - inner.shape[-1]))
-        columns = inner.unfold(-1, self.config.window, self.config.hop) * self.taper
+        return self.rows(nn.functional.pad(inner, (left, stop - start - left - inner.shape[-1])), first, last)
+
+    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
+        """The same rows from exactly the samples that they need: window [.., lookback + (last - first) n + lookahead]."""
+        columns = window.unfold(-1, self.config.window, self.config.hop) * self.taper
         power = torch.fft.rfft(columns).abs().square() @ self.bank
         mel = (torch.log(power + 1e-7) + 8.0) / 6.0
         return mel.unflatten(-2, (last - first, self.columns)).flatten(-2)
@@ -102,6 +105,10 @@ class TextEncoder(nn.Module):
             )
         )
         return cls(tokenizer, model, config.max_tokens)
+
+    def count(self, text: str) -> int:
+        """Tokens of a text, uncut."""
+        return len(self.tokenizer(text)["input_ids"])
 
     def tokens(self, text: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, L], padded to max_tokens and cut there."""

@@ -164,6 +164,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         audio_blocks: tuple[int, ...] | None = None,
         prediction: Literal["velocity", "reference"] = "velocity",  # noqa: ARG002, read from config
         reference: bool = True,
+        pose_dim: int = 0,
         eps: float = 1e-6,
         max_positions: int = 1024,
     ):
@@ -186,6 +187,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.audio_at = tuple(rule)
             self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
             self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
+        if pose_dim:
+            self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
+            self.pose_cond_proj = nn.Linear(audio_hidden, width)
         self.gradient_checkpointing = False
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
@@ -239,9 +243,10 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         spans: Sequence[Span] | None = None,
         past: Sequence[KeyValue] | None = None,
         past_frames: int = 0,
+        pose: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A].
+        [B, F, stride, A]; pose [B, F, stride, P] where pose_dim asks for it.
 
         Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
         """
@@ -257,6 +262,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
         x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        if self.config.pose_dim:
+            moved = self.pose_cond_proj(self.pose_proj(pose))
+            x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
         if isinstance(sigma, Tensor):
             sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
         time, temb = sigma
@@ -286,9 +294,9 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
     frames = x.shape[2]
     mask = x.new_ones(x.shape[0], 1, frames, *x.shape[3:])
     reference = conditions.reference.to(x).expand(-1, -1, frames, -1, -1)
+    for frame in known:
+        mask[:, :, frame] = 0.0
     if known:
-        index = torch.tensor(list(known), device=x.device)
-        mask = mask.index_fill(2, index, 0.0)
         x = torch.where(mask == 0, reference, x)
     return x, torch.cat([x, reference, mask], dim=1)
 
@@ -313,7 +321,7 @@ class AvatarTeacher(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, inputs = with_reference(x, conditions)
-        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio)
+        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio, pose=conditions.pose)
         return to_x0(out, x, sigma, conditions, self.net.config.prediction, (0,))
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -321,11 +329,10 @@ class AvatarTeacher(nn.Module):
         return self(x, sigma, conditions)
 
 
-def build_network(config: NetworkConfig, *, latent_channels: int, stride: int, text_dim: int, audio_dim: int):
-    """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero)."""
-    net = AvatarTransformer(
-        latent_channels=latent_channels, stride=stride, text_dim=text_dim, audio_dim=audio_dim, **vars(config)
-    )
+def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:
+    """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero). dims: latent_channels,
+    stride, text_dim, audio_dim and, where it is steered, pose_dim."""
+    net = AvatarTransformer(**dims, **vars(config))
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

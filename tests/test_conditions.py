@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import randn, some_conditions
 
-from teachers.conditions import Guidance, pack_audio
+from teachers.conditions import Guidance, pack_rows
 
 
 def test_a_dropped_modality_is_zero_and_the_rest_is_untouched():
@@ -40,10 +40,10 @@ def test_frames_and_rows_are_selected():
 def test_audio_rows_are_packed_on_the_latent_clock():
     """Latent i covers pixel frames stride i - (stride - 1) .. stride i; the first row is repeated in front."""
     rows = torch.arange(7.0).view(1, 7, 1)
-    assert pack_audio(rows, 2)[0, :, :, 0].tolist() == [[0, 0], [1, 2], [3, 4], [5, 6]]
-    assert pack_audio(rows[:, :5], 4)[0, :, :, 0].tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
+    assert pack_rows(rows, 2)[0, :, :, 0].tolist() == [[0, 0], [1, 2], [3, 4], [5, 6]]
+    assert pack_rows(rows[:, :5], 4)[0, :, :, 0].tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
     with pytest.raises(ValueError, match=r"got T=6, need T = 1 \+ 2 \(F - 1\)"):
-        pack_audio(rows[:, :6], 2)
+        pack_rows(rows[:, :6], 2)
 
 
 @pytest.mark.parametrize(

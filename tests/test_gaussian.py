@@ -118,15 +118,14 @@ class AffineStudent(nn.Module):
     def plan(self, state, conditions):
         return None
 
-    def denoise(self, state, plan, x, sigma, conditions):
+    def denoise(self, state, plan, x, sigma, conditions, step):
         chunk, past = state
         if chunk == 0:
-            return conditions.reference
-        (step,) = flow.on_grid([sigma], self.spec.sigmas)
+            return conditions.reference, None
         seen = x.flatten(1) @ self.own[chunk, step].T + past.flatten(1) @ self.previous[chunk, step].T
-        return (seen + self.bias[chunk, step]).view_as(x)
+        return (seen + self.bias[chunk, step]).view_as(x), None
 
-    def commit(self, state, x0, conditions):
+    def commit(self, state, x0, conditions, steps):
         return state[0] + 1, x0.detach()
 
 

@@ -178,8 +178,8 @@ def test_dmd_compares_scores_of_one_noisy_clip():
 def test_dmd_draws_its_exit_step_from_the_shared_generator():
     method, batch = make_dmd(), batch_of_pool()
     exits = []
-    method.student.denoise = lambda state, plan, x, sigma, conditions: exits.append(sigma) or x
-    method.student.commit = lambda state, x0, conditions: state
+    method.student.denoise = lambda state, plan, x, sigma, conditions, step: (exits.append(sigma) or x, None)
+    method.student.commit = lambda state, x0, conditions, steps: state
     for own, shared in [(1, 2), (9, 2), (1, 3), (1, 5)]:
         exits.clear()
         method.loss("fake_score", batch, rng(own), rng(shared))

@@ -18,7 +18,7 @@ def test_a_row_hears_its_frame_and_the_margin_alone():
     rows = ear(sound)
     assert rows.shape == (10, ear.dim) == (10, 80)
     edge = 5 * N
-    for offset, reaches in [(-ear.margin - 3, {4}), (-ear.margin + 5, {4, 5}), (ear.margin - 3, {4, 5})]:
+    for offset, reaches in [(-ear.lookahead - 3, {4}), (-ear.lookahead + 5, {4, 5}), (ear.lookback - 3, {4, 5})]:
         changed = sound.clone()
         changed[edge + offset] += 0.5
         moved = (ear(changed) != rows).any(dim=1).nonzero().flatten().tolist()
@@ -30,8 +30,8 @@ def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
     whole = ear(sound[None])
     for first, last in [(0, 1), (0, 5), (3, 7), (11, 12)]:
         assert torch.allclose(ear(sound[None], first, last), whole[:, first:last], atol=1e-5)
-    cut = torch.nn.functional.pad(sound[3 * N - ear.margin : 7 * N + ear.margin], (N - ear.margin, 0))
-    assert torch.allclose(ear(cut, 1, 5), whole[0, 3:7], atol=1e-5)
+    window = sound[3 * N - ear.lookback : 7 * N + ear.lookahead]
+    assert torch.allclose(ear.rows(window, 3, 7), whole[0, 3:7], atol=1e-5)
 
 
 def test_outside_the_clip_is_silence():

@@ -13,7 +13,7 @@ from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
 from teachers.codecs import EigenCodec, to_float
-from teachers.conditions import Conditions, pack_audio
+from teachers.conditions import Conditions, pack_rows
 from teachers.flow import keyed_generator
 from teachers.senses import LogMel, TextEncoder
 
@@ -30,7 +30,7 @@ class Senses:
     def conditions(self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int) -> Conditions:
         """audio [N, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames."""
         rows = self.ears(audio, 0, num_frames)
-        return Conditions(text=self.text(text), audio=pack_audio(rows, self.codec.config.stride), reference=reference)
+        return Conditions(text=self.text(text), audio=pack_rows(rows, self.codec.config.stride), reference=reference)
 
     @torch.no_grad()
     def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:

@@ -86,4 +86,6 @@ class DMD:
 
 
 def build(config: Config, roles: dict, grid=None) -> DMD:
+    if config.exit_step == "random" and roles["student"].spec.history.commit == "same_level":
+        raise UserError("dmd.exit_step: random leaves steps out that a same_level history keeps; use exit_step: last")
     return DMD(config, roles["student"], roles["teacher"], roles["fake_score"])

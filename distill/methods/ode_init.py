@@ -13,6 +13,7 @@ from distill import losses
 from distill.methods import Batch, Loss
 from students.causal_wan import CausalWan
 from teachers import flow
+from teachers.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +52,6 @@ class ODEInit:
 
 
 def build(config: Config, roles: dict, grid: tuple[float, ...]) -> ODEInit:
+    if config.context == "clean" and roles["student"].spec.history.commit == "same_level":
+        raise UserError("init.context: clean is not what a same_level history serves; use context: noisy")
     return ODEInit(config, roles["student"], grid)
