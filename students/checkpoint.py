@@ -33,6 +33,12 @@ class Bundle:
     def spec(self) -> Spec:
         return self.student.spec
 
+    def to(self, device: torch.device | str) -> "Bundle":
+        """The same parts, moved."""
+        for part in (self.student, self.codec, self.ears, self.text):
+            part.to(device)
+        return self
+
     @cached_property
     def fingerprint(self) -> str:
         """Which student this is: a digest of the spec and of values spread over every weight."""

@@ -388,7 +388,7 @@ class Session:
 
     def _live(self) -> Chunk:
         """The next chunk, the missing input made up: silence, and the last pose."""
-        start, stop = self._span()
+        _, stop = self._span()
         need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
         self.audio.push(torch.zeros(max(0, need)))
         if self._takes_pose:

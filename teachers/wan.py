@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
@@ -77,14 +78,12 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d]."""
-    out = nn.functional.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2).flatten(2)
-
-
 class AvatarBlock(WanTransformerBlock):
     """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
+        return dispatch_attention_fn(query, key, value, backend=self.attn1.processor._attention_backend).flatten(2)
 
     def forward(self, x, text, temb, spans, rotary, past):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D]; one (query tokens, key token
@@ -119,13 +118,13 @@ class AvatarBlock(WanTransformerBlock):
             k = rotate(k, turns)
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-            seen.append(attend(q, k, v))
+            seen.append(self.attend(q, k, v))
         attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
         x = gated(x, attended, gate)
 
         attention = self.attn2
         query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
-        x = x + attention.to_out[0](attend(query, *(text if isinstance(text, tuple) else self.read(text))))
+        x = x + attention.to_out[0](self.attend(query, *(text if isinstance(text, tuple) else self.read(text))))
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
@@ -193,17 +192,23 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.gradient_checkpointing = False
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
+        return self.patch_embedding.weight.dtype
+
     def read_time(self, levels: Tensor) -> Time:
         """Time embedding and modulation of sigmas [B, F]; the network's time is 1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj((levels * 1000.0).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
-        return time, embedder.time_proj(embedder.act_fn(time)).unflatten(2, (6, -1))
+        modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
+        return time, modulation.unflatten(2, (6, -1))
 
     def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
         rope, last = self.rope, first + count
-        key = (first, count, height, width, self.dtype, rope.freqs_cos.device)
+        key = (first, count, height, width, self.compute_dtype, rope.freqs_cos.device)
         if key in self._turns:
             return self._turns[key]
         if last > rope.max_seq_len:
@@ -226,12 +231,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x[:width].view(1, 1, width, -1).expand(grid),
         ]
         turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-        return turns if self.dtype == torch.float64 else turns.to(torch.complex64)
+        return turns if self.compute_dtype == torch.float64 else turns.to(torch.complex64)
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
         """Each block's keys and values of text features [B, L, D_text], to be given to `forward` in place of the features."""
-        embedded = self.condition_embedder.text_embedder(text)
+        embedded = self.condition_embedder.text_embedder(text.to(self.compute_dtype))
         return tuple(block.read(embedded) for block in self.blocks)
 
     def forward(
@@ -261,16 +266,17 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             rotary.append(self.turns(past_frames, count, height, width))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
-        x = self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+        dtype = self.compute_dtype
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
         if self.config.pose_dim:
-            moved = self.pose_cond_proj(self.pose_proj(pose))
+            moved = self.pose_cond_proj(self.pose_proj(pose.to(dtype)))
             x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
         if isinstance(sigma, Tensor):
             sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
         time, temb = sigma
         if isinstance(text, Tensor):
-            text = [self.condition_embedder.text_embedder(text)] * len(self.blocks)
-        heard = self.audio_proj(audio) if self.audio_at else None
+            text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
+        heard = self.audio_proj(audio.to(dtype)) if self.audio_at else None
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:

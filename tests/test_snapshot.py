@@ -2,9 +2,13 @@
 
 import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_session import HISTORIES, PER_FRAME, film
 from tiny import a_bundle, a_portrait, some_sound
 
@@ -154,3 +158,32 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
     with pytest.raises(UserError, match=r"^save how='small': exact or light$"):
         session.save(path, "small")
     assert sorted(os.listdir(tmp_path)) == ["cut", "other", "session", "text"]
+
+
+OTHER_PROCESS = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from tiny import a_bundle
+from students.session import Session
+torch.set_num_threads(2)
+folder = sys.argv[1]
+session = Session.load(a_bundle(), f"{folder}/session")
+session.push(load_file(f"{folder}/sound")["sound"])
+save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f"{folder}/frames")
+"""
+
+
+def test_another_process_with_other_threads_draws_the_same(tmp_path):
+    sound = some_sound(40 * PER_FRAME)
+    session = a_session(a_bundle())
+    session.push(sound[: 15 * PER_FRAME])
+    list(session.frames())
+    session.save(tmp_path / "session")
+    save_file({"sound": sound[15 * PER_FRAME :].clone()}, tmp_path / "sound")
+    root = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(root), str(root.parent)])
+    subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESS, str(tmp_path)], check=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    session.push(sound[15 * PER_FRAME :])
+    assert torch.equal(film(session.frames()), load_file(tmp_path / "frames")["frames"])
