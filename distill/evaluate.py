@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill import judging
 from distill.data import avatars
-from distill.run_folder import versions
+from distill.run_folder import load_tensors, versions
 from eval import benchmark
 from eval.latency import measure
 from eval.protocol import Geometry, protocol_card
@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from distill.stages import Pipeline
 
 THROUGHPUT_BATCH = 96
+SYSTEMS = ("teacher", "teacher_few_step", "zero_shot", "init", "student")
 
 
 def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     """Score floor, codec and the five systems, measure costs, write the report; returns the scores."""
     config = pipeline.recipe.eval
     test = judging.HeldOut.draw(pipeline, "test", config.num_conditions)
+    sets = {"test": (test.conditions, config.num_seeds), "diversity": (spread_conditions(pipeline), 1)}
+    judging.generate_all(pipeline, folder, sets)
+    if not pipeline.engine.is_main:
+        return {}
     world = world_spread(pipeline)
     real = avatars.held_out(pipeline.recipe.data, config.condition_seed, "reference", config.num_reference)
     reference = benchmark.prepare_reference(pipeline.probes, real.video, test.decoded)
@@ -43,17 +48,15 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
 
     floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
-    for name, generate in judging.systems(pipeline).items():
-        seeds = [
-            judging.cached_clips(pipeline, folder, name, generate, test.conditions, seed, "test")
-            for seed in range(config.num_seeds)
-        ]
-        conditions = spread_conditions(pipeline)
-        spread = judging.cached_clips(pipeline, folder, name, generate, conditions, 0, "diversity")
+
+    def clips(name: str, system: str, seed: int) -> Tensor:
+        return load_tensors(judging.clips_file(folder, name, system, seed))["video"]
+
+    for name in SYSTEMS:
+        seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
+        spread = clips("diversity", name, 0)
         scores[name] = score(torch.stack(seeds), spread.unflatten(0, (-1, config.diversity_seeds)))
         sheets[name] = seeds[0]
-    if not pipeline.engine.is_main:
-        return {}
     costs = measure_costs(pipeline, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     report = assemble(pipeline, systems, floor)
@@ -276,7 +279,7 @@ def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, Path
             if name == "real":
                 video = test.clips.video[i]
             else:
-                video = judging.load_tensors(stage / "clips" / f"test-{name}-0.safetensors")["video"][i]
+                video = load_tensors(judging.clips_file(stage, "test", name, 0))["video"][i]
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
             media.write_video(path, frames, pipeline.spec.fps, test.clips.audio[i], upscale=6, smooth=True)

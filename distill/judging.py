@@ -12,7 +12,7 @@ from tqdm import tqdm
 from distill.data import avatars
 from distill.data.world import Clips
 from distill.rollout import Noise, rollout
-from distill.run_folder import load_tensors, save_tensors
+from distill.run_folder import save_tensors
 from distill.trajectories import solve_states
 from eval import benchmark
 from eval.benchmark import Asked, Reference
@@ -187,15 +187,24 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
     }
 
 
-def cached_clips(
-    pipeline: "Pipeline", folder: Path, system: str, generate: Generate, conditions, seed: int, name: str
-) -> Tensor:
-    """Generated clips uint8 [N, 3, T, H, W], kept in the stage so that a killed evaluation goes on where it was."""
-    file = folder / "clips" / f"{name}-{system}-{seed}.safetensors"
-    if not file.is_file():
-        x0 = generate(conditions, seed, name)
-        if pipeline.engine.is_main:
-            file.parent.mkdir(exist_ok=True)
+def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Conditions, int]]) -> None:
+    """Every system's clips of every set (name -> conditions, noise seeds), shared out over the ranks and kept in the stage, so
+    that a killed evaluation goes on where it was."""
+    jobs = [
+        (generate, conditions, seed, name, clips_file(folder, name, system, seed))
+        for system, generate in systems(pipeline).items()
+        for name, (conditions, seeds) in sets.items()
+        for seed in range(seeds)
+    ]
+    engine = pipeline.engine
+    (folder / "clips").mkdir(exist_ok=True)
+    for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
+        if not file.is_file():
+            x0 = generate(conditions, seed, name)
             save_tensors(file, {"video": to_uint8(pipeline.senses.codec.decode(x0.cpu()))})
-        pipeline.engine.barrier()
-    return load_tensors(file)["video"]
+    engine.barrier()
+
+
+def clips_file(folder: Path, name: str, system: str, seed: int) -> Path:
+    """Where a system's clips uint8 [N, 3, T, H, W] of one set and noise seed lie."""
+    return folder / "clips" / f"{name}-{system}-{seed}.safetensors"

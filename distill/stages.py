@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill import trajectories
 from distill.data import avatars
@@ -25,7 +25,7 @@ from students.checkpoint import Bundle, make_student
 from students.spec import Spec, student_sigmas
 from teachers.flow import keyed_generator
 from teachers.typed import module_name, to_plain
-from teachers.wan import AvatarTeacher, NetworkConfig, build_network
+from teachers.wan import AvatarTeacher, AvatarTransformer, NetworkConfig, build_network
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -119,7 +119,7 @@ class Pipeline:
 
         return Probes.load(self.folder.stage_dir("extractors"))
 
-    def _new_network(self) -> nn.Module:
+    def _new_network(self) -> AvatarTransformer:
         """An untrained network, initialised from the recipe's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
@@ -146,9 +146,9 @@ class Pipeline:
         self._filled(student.net, stage)
         return student.to(self.engine.device)
 
-    def _filled(self, net: nn.Module, stage: str) -> nn.Module:
+    def _filled(self, net: AvatarTransformer, stage: str) -> AvatarTransformer:
         checkpoint.fill(net, self._weights(stage), self.folder.stage_dir(stage) / "model.safetensors")
-        return net.to(self.engine.device)
+        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
 
     @property
     def teacher_hash(self) -> str:

@@ -158,7 +158,7 @@ class Trainer:
                 metrics[f"{role}/{name}"] = metrics.get(f"{role}/{name}", 0.0) + value / config.accumulation
             self.position += 1
         params = [p for p in net.parameters() if p.grad is not None]
-        engine.all_reduce_mean([p.grad for p in params])
+        engine.all_reduce_mean([p.grad for p in params if p.grad is not None])
         norm = nn.utils.clip_grad_norm_(params, config.optimizers[role].clip)
         if not torch.isfinite(norm):
             raise UserError(

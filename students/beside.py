@@ -6,7 +6,8 @@ from typing import TypeVar
 
 import torch
 
-First, Second = TypeVar("First"), TypeVar("Second")
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 
 class Beside:
@@ -15,17 +16,22 @@ class Beside:
     def __init__(self, device: torch.device):
         self.device = device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = None if self.side else ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="commit") if self.side is None else None
 
     def run(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Callable[[], Second]]:
         """The first one's result as soon as it is there, and what waits for the second one's."""
-        if self.pool is not None:
-            future = self.pool.submit(torch.inference_mode()(second))
-            return first(), future.result
+        return self._on_cuda(self.side, first, second) if self.side else self._on_cpu(first, second)
+
+    def _on_cpu(self, first, second):
+        assert self.pool is not None
+        future = self.pool.submit(torch.inference_mode()(second))
+        return first(), future.result
+
+    def _on_cuda(self, side: torch.cuda.Stream, first, second):
         with torch.cuda.device(self.device):
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
                 out = first()
             value = second()
-            self.side.synchronize()
+            side.synchronize()
         return out, lambda: value

@@ -81,7 +81,7 @@ class CausalWan(nn.Module):
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
         past, seen = self._past(state, step), len(state.kept) * self.spec.chunk_frames
         out, cache = self.net(inputs, time, text, conditions.audio, past=past, past_frames=seen, pose=conditions.pose)
-        return to_x0(out, x, level, conditions, self.net.config.prediction, known), cache
+        return to_x0(out, x, level, conditions, self.net.prediction, known), cache
 
     def denoise(
         self, state: State, plan: None, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
@@ -151,7 +151,7 @@ class CausalWan(nn.Module):
         spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
         out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans, pose=pose)
         out = out[:, :, offset:]
-        return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.config.prediction, (0,))
+        return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, (0,))
 
 
 def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None):

@@ -72,7 +72,7 @@ class AvatarPipeline(DiffusionPipeline):
         session.close()
         count = -(-session.audio.end // spec.samples_per_frame)
         frames, heard = [], []
-        with self.progress_bar(total=count) as bar:
+        with self.progress_bar(total=count) as bar:  # pyright: ignore[reportCallIssue]  # a bound method
             for chunk in session.frames():
                 frames.append(chunk.frames)
                 heard.append(chunk.audio)

@@ -125,8 +125,8 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     start, student = session.point, session.bundle.student
     seen = []
     for i, chunk in enumerate(facts["seen"]):
-        given = {name: tensors.get(f"seen.{i}.{name}") for name in ("audio", "pose")}
-        conditions = Conditions(text=start.features, reference=session.reference, **given)
+        audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
+        conditions = Conditions(text=start.features, audio=audio, reference=session.reference, pose=pose)
         seen.append(Past(chunk, tensors[f"seen.{i}.x0"], conditions))
     if facts["how"] == "exact":
         kept = tuple(

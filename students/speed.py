@@ -52,7 +52,11 @@ def cast(net: AvatarTransformer, dtype: torch.dtype) -> None:
 
 def _quantise(net: AvatarTransformer, weights: str) -> None:
     try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # optional
+            Float8WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
     except ImportError as error:
         raise UserError(f"weights={weights}: torchao is not installed; pip install torchao") from error
     quantize_(net.blocks, Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig())

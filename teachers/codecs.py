@@ -26,6 +26,10 @@ class EigenCodec(nn.Module):
     what it was fitted on; a foreign picture becomes its projection.
     """
 
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+
     def __init__(self, config: CodecConfig, height: int, width: int):
         super().__init__()
         self.config, self.size = config, (3, config.stride, height, width)

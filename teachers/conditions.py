@@ -23,7 +23,7 @@ class Conditions:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Conditions(**{name: None if value is None else change(value) for name, value in given.items()})
+        return replace(self, **{name: change(value) for name, value in given.items() if value is not None})
 
     def drop(self, *names: str) -> "Conditions":
         """The same conditions without these modalities (the unconditional branch of guidance)."""

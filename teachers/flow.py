@@ -7,6 +7,7 @@ Sigmas are numbers in [0, 1], 1 = noise; they are computed, never looked up. Dif
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from teachers.errors import UserError
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, F, H, W], sigma [B]) -> x0
 
 
-def shift_sigma(s: Tensor | float, shift: float) -> Tensor | float:
+Sigma = TypeVar("Sigma", Tensor, float)
+
+
+def shift_sigma(s: Sigma, shift: float) -> Sigma:
     """Time shift of Esser et al. 2403.03206, eq. 23: sigma = shift s / (1 + (shift - 1) s)."""
     return shift * s / (1 + (shift - 1) * s)
 

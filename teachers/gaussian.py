@@ -14,6 +14,13 @@ class GaussianTeacher(nn.Module):
     algebra is fp64 in the eigenbasis of S = V diag(l) V^T; results have the type of the input.
     """
 
+    given: Tensor
+    mean: Tensor
+    gain: Tensor
+    covariance: Tensor
+    values: Tensor
+    vectors: Tensor
+
     def __init__(self, mean: Tensor, covariance: Tensor):
         super().__init__()
         self.shape = mean.shape

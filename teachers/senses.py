@@ -25,6 +25,9 @@ class LogMel(nn.Module):
     the clip, so a stream needs no more future than that.
     """
 
+    bank: Tensor
+    taper: Tensor
+
     def __init__(self, config: AudioConfig, samples_per_frame: int):
         super().__init__()
         from transformers.audio_utils import mel_filter_bank

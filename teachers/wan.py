@@ -5,9 +5,9 @@ the names of diffusers' WanTransformer3DModel; without audio and spans its outpu
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -83,7 +83,8 @@ class AvatarBlock(WanTransformerBlock):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
-        return dispatch_attention_fn(query, key, value, backend=self.attn1.processor._attention_backend).flatten(2)
+        backend = getattr(self.attn1.processor, "_attention_backend", None)
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
     def forward(self, x, text, temb, spans, rotary, past):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D]; one (query tokens, key token
@@ -161,7 +162,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         patch: int = 2,
         audio_hidden: int = 32,
         audio_blocks: tuple[int, ...] | None = None,
-        prediction: Literal["velocity", "reference"] = "velocity",  # noqa: ARG002, read from config
+        prediction: Literal["velocity", "reference"] = "velocity",
         reference: bool = True,
         pose_dim: int = 0,
         eps: float = 1e-6,
@@ -189,6 +190,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if pose_dim:
             self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
+        self.patch, self.prediction, self.pose_dim = patch, prediction, pose_dim
         self.gradient_checkpointing = False
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
@@ -222,7 +224,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def _make_turns(self, first: int, count: int, height: int, width: int) -> Tensor:
         rope, last = self.rope, first + count
         cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
-                    for table in (rope.freqs_cos, rope.freqs_sin))  # fmt: skip
+                    for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
         t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
         grid = (count, height, width, -1)
         parts = [
@@ -237,7 +239,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
         """Each block's keys and values of text features [B, L, D_text], to be given to `forward` in place of the features."""
         embedded = self.condition_embedder.text_embedder(text.to(self.compute_dtype))
-        return tuple(block.read(embedded) for block in self.blocks)
+        return tuple(cast(AvatarBlock, block).read(embedded) for block in self.blocks)
 
     def forward(
         self,
@@ -255,7 +257,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
         Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
         """
-        frames, patch = x.shape[2], self.config.patch
+        frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
         tokens = height * width
         spans = spans or (Span(0, frames),)
@@ -268,7 +270,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             layout.append((slices[-1], tuple(slices[:-1])))
         dtype = self.compute_dtype
         x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
-        if self.config.pose_dim:
+        if self.pose_dim:
+            assert pose is not None
             moved = self.pose_cond_proj(self.pose_proj(pose.to(dtype)))
             x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
         if isinstance(sigma, Tensor):
@@ -276,7 +279,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time, temb = sigma
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
-        heard = self.audio_proj(audio.to(dtype)) if self.audio_at else None
+        heard = self.audio_proj(audio.to(dtype)) if audio is not None and self.audio_at else None
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
@@ -284,7 +287,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 x = (x.unflatten(1, (frames, tokens)) + added.unsqueeze(2)).flatten(1, 2)
             inputs = (x, text[i], temb, layout, rotary, past[i] if past is not None else None)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, kv = self._gradient_checkpointing_func(block, *inputs)
+                checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
+                x, kv = checkpoint(block, *inputs)
             else:
                 x, kv = block(*inputs)
             cache.append(kv)
@@ -328,7 +332,7 @@ class AvatarTeacher(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, inputs = with_reference(x, conditions)
         out, _ = self.net(inputs, sigma, conditions.text, conditions.audio, pose=conditions.pose)
-        return to_x0(out, x, sigma, conditions, self.net.config.prediction, (0,))
+        return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference."""

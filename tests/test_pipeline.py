@@ -51,6 +51,16 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_two_processes_make_one_run(tmp_path):
+    """Data parallel over gloo, from the first stage to the report, which says how many processes it was."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(RECIPE)]
+    words += ["preset=smoke", "threads=1", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["device"]["processes"] == 2
+    assert (tmp_path / "run" / "student" / "spec.json").is_file()
+
+
 def test_every_stage_leaves_its_artifacts(finished):
     report = json.loads((finished / "report.json").read_text())
     assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}

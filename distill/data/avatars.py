@@ -130,7 +130,8 @@ def fit_text(config: DataConfig, clips: Clips, rng: torch.Generator) -> TextEnco
             keep = torch.rand(len(words), generator=rng) > 0.05
             said.append(" ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept))
         pooled = encoder(said).mean(dim=1)
-        loss = sum(nn.functional.cross_entropy(heads[name](pooled), clips.labels[name][rows]) for name in heads)
+        losses = [nn.functional.cross_entropy(heads[name](pooled), clips.labels[name][rows]) for name in heads]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

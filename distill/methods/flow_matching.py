@@ -32,6 +32,7 @@ class FlowMatching:
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
         x0, config = batch.x0, self.config
+        assert x0 is not None
         num = x0.shape[0]
         strata = (torch.arange(num) + torch.rand(num, generator=rng)) / num
         sigma = flow.shift_sigma(strata[torch.randperm(num, generator=rng)], config.shift).to(x0)

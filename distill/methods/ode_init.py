@@ -38,6 +38,7 @@ class ODEInit:
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
         spec, states = self.student.spec, batch.states
+        assert states is not None
         num, device = states.shape[0], states.device
         index = torch.randint(len(self.sigmas), (num, spec.num_chunks), generator=rng)
         per_frame = index.repeat_interleave(spec.chunk_frames, dim=1).to(device)
