@@ -190,3 +190,17 @@ def test_another_process_draws_the_same(threads, tmp_path):
     gap = (film(session.frames()).int() - load_file(tmp_path / "frames")["frames"].int()).abs()
     assert gap.max() <= (0 if threads == torch.get_num_threads() else 1)
     assert gap.float().mean() < 0.01
+
+
+def test_a_closed_session_stays_closed(bundle, tmp_path):
+    session = a_session(bundle)
+    session.push(some_sound(12 * PER_FRAME))
+    session.close()
+    session.step()
+    session.save(tmp_path / "session")
+    again = Session.load(bundle, tmp_path / "session")
+    with pytest.raises(UserError, match=r"^push after close[^\n]*$"):
+        again.push(torch.zeros(10))
+    films = [film(one.frames()) for one in (session, again)]
+    assert len(films[0]) == 12
+    assert torch.equal(*films)
