@@ -35,7 +35,7 @@ def weights_folder() -> Path:
 def report() -> int:
     """Print one line a check; 0 when the embedded pipeline can run here, 1 when something it needs is missing."""
     complete = True
-    for mark, line in (*_software(), *_machine(), *_codecs(), *_weights()):
+    for mark, line in (*_software(), *_machine(), *_codecs(), *_weights(), *_teacher_parts()):
         print(f"{mark:<8} {line}")
         complete = complete and mark != "MISSING"
     print("ready" if complete else "not ready: mend the lines marked MISSING")
@@ -96,6 +96,19 @@ def _weights() -> Iterator[tuple[str, str]]:
             yield "ok", f"{use}: {file}"
         else:
             yield "optional", f"{use}: {file} is another file (sha256 differs from {digest[:12]}...); replace it"
+
+
+def _teacher_parts() -> Iterator[tuple[str, str]]:
+    """What a published teacher needs beside its own weights, and where it comes from; a path is given where it is used."""
+    from teachers import taehv, umt5, wan_vae, wav2vec
+
+    for use, source in {
+        "ears of OmniAvatar": wav2vec.SOURCE,
+        "text of Wan": f"{umt5.DIFFUSERS}; or {umt5.ORIGINAL}",
+        "codec of Wan": wan_vae.WHERE,
+        "tiny decoder": taehv.WHERE,
+    }.items():
+        yield "optional", f"{use}: {source}"
 
 
 def _sha256(file: Path) -> str:

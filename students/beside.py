@@ -1,4 +1,4 @@
-"""Two pieces of work of one chunk side by side: the decoder's, which somebody waits for, and the commit, which nobody does."""
+"""Two pieces of work of one chunk: the decoder's, which somebody waits for, and the commit, which nobody does yet."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +11,22 @@ Second = TypeVar("Second")
 
 
 class Beside:
-    """On CUDA the first runs on a stream of its own, on a CPU the second in a worker thread."""
+    """On CUDA the first runs on a stream of its own beside the second. On a CPU the second runs in a worker thread if
+    `threaded`, else when it is asked for: where the first is short, changing threads costs more than it hides (LOG.md)."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, threaded: bool):
         self.device = device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="commit") if self.side is None else None
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="commit") if threaded and self.side is None else None
 
     def run(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Callable[[], Second]]:
-        """The first one's result as soon as it is there, and what waits for the second one's."""
-        return self._on_cuda(self.side, first, second) if self.side else self._on_cpu(first, second)
-
-    def _on_cpu(self, first, second):
-        assert self.pool is not None
-        future = self.pool.submit(torch.inference_mode()(second))
+        """The first one's result as soon as it is there, and what gives the second one's (asked once)."""
+        if self.side is not None:
+            return self._on_cuda(self.side, first, second)
+        second = torch.inference_mode()(second)
+        if self.pool is None:
+            return first(), second
+        future = self.pool.submit(second)
         return first(), future.result
 
     def _on_cuda(self, side: torch.cuda.Stream, first, second):

@@ -68,8 +68,7 @@ class CausalWan(nn.Module):
         if not state.kept:
             return None
         ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self._turn)
-        keys, values = ready[step if len(ready) > 1 else 0]
-        return list(zip(keys, values, strict=True))
+        return ready[step if len(ready) > 1 else 0]
 
     def forward(self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0):
         known = self._known(state.chunk)

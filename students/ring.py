@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from students.history import History
+from teachers.wan import KeyValue
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,19 @@ class Entry:
     values: tuple[Tensor, ...]
 
 
-Ready = tuple[tuple[Tensor, Tensor], ...]  # per pass: rotated keys and values [L, B, N, M, d] of all that is seen
+Ready = tuple[tuple[KeyValue, ...], ...]  # per pass and block: rotated keys and values [B, N, M, d] of all that is seen
 Turn = Callable[[Tensor, int], Tensor]  # keys of a chunk and its place in time among the visible ones -> rotated keys
 
 
 def concatenate(kept: Sequence[Entry], chunk: int, history: History, turn: Turn) -> Ready:
     """The context of chunk number `chunk` as new tensors, in the order of History.slot."""
     order = sorted(range(len(kept)), key=lambda i: history.slot(kept[i].chunk, chunk))
-    return tuple(
-        (
-            torch.cat([turn(kept[i].keys[step], i) for i in order], dim=2),
-            torch.cat([kept[i].values[step] for i in order], dim=2),
-        )
-        for step in range(len(kept[0].keys))
-    )
+    ready = []
+    for step in range(len(kept[0].keys)):
+        keys = torch.cat([turn(kept[i].keys[step], i) for i in order], dim=2)
+        values = torch.cat([kept[i].values[step] for i in order], dim=2)
+        ready.append(tuple(zip(keys, values, strict=True)))
+    return tuple(ready)
 
 
 class Ring:
@@ -46,6 +46,7 @@ class Ring:
         self.history = history
         self.buffers: list[tuple[Tensor, Tensor]] = []
         self.held: dict[int, tuple[Entry, int]] = {}  # slot -> entry and its place in time
+        self.views: dict[int, Ready] = {}  # tokens -> the front of the buffers, cut into blocks
 
     def ready(self, kept: Sequence[Entry], chunk: int, turn: Turn) -> Ready:
         """The context of chunk number `chunk`: views of the buffers, valid until the next call."""
@@ -63,7 +64,11 @@ class Ring:
                     values[:, :, where] = entry.values[step]
             self.held[slot] = (entry, place)
         tokens = len(kept) * size
-        return tuple((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.buffers)
+        if tokens not in self.views:
+            self.views[tokens] = tuple(
+                tuple(zip(keys[:, :, :tokens], values[:, :, :tokens], strict=True)) for keys, values in self.buffers
+            )
+        return self.views[tokens]
 
     def _allocate(self, like: Entry, count: int) -> None:
         """Buffers for every slot; without a bound they double."""
@@ -73,7 +78,7 @@ class Ring:
             return
         room = self.history.capacity or max(2 * room, count, 4)
         layers, batch, _, *rest = like.keys[0].shape
-        self.held = {}
+        self.held, self.views = {}, {}
         self.buffers = [
             (key.new_zeros(layers, batch, room * size, *rest), value.new_zeros(layers, batch, room * size, *rest))
             for key, value in zip(like.keys, like.values, strict=True)

@@ -131,7 +131,8 @@ class Session:
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
         self.device = next(bundle.student.parameters()).device
-        self.beside = Beside(self.device)
+        # A decoder that is a network takes long enough to work beside it.
+        self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
         self.audio = Stream()
         self.pose = Stream((spec.pose_dim,))
         self.resampler: Resampler | None = None
@@ -320,7 +321,8 @@ class Session:
         audio = packed(ears.rows(window.to(self.device), start, stop))
         pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
         conditions = Conditions(text=point.features, audio=audio, reference=self.reference, pose=pose).to(self.device)
-        return conditions.drop(*(name for name in self.drop if name != "pose" or spec.pose_dim))
+        drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
+        return conditions.drop(*drop) if drop else conditions
 
     def _settle(self) -> None:
         """Wait for the commit of the last chunk."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 
 from students.history import History
 from teachers import flow
@@ -45,7 +46,7 @@ class Spec:
                 f"with chunk_frames={self.chunk_frames}"
             )
 
-    @property
+    @cached_property
     def samples_per_frame(self) -> int:
         """16 kHz audio samples of one pixel frame."""
         samples = SAMPLE_RATE / self.fps

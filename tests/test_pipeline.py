@@ -111,14 +111,16 @@ def test_another_seed_in_the_same_folder_is_refused(finished):
 
 
 def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
-    """SIGKILL once in data, teacher, trajectories, init, dmd and evaluate, each as soon as the stage has left something."""
+    """SIGKILL once in every stage, each as soon as it has left something (extractors and export: as soon as it began)."""
     folder = tmp_path / "run"
     marks = [
         ("data", "shard-*.safetensors"),
+        ("extractors", "started.json"),
         ("teacher", "checkpoint.pt"),
         ("trajectories", "shard-*.safetensors"),
         ("init", "checkpoint.pt"),
         ("dmd", "checkpoint.pt"),
+        ("export", "started.json"),
         ("evaluate", "clips/*.safetensors"),
     ]
     killed = []
@@ -132,7 +134,7 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             killed.append(stage)
-    assert len(killed) >= 5, killed
+    assert len(killed) >= 7, killed
     done = run(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(folder) == results(finished)

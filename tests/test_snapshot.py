@@ -1,5 +1,7 @@
 """Save, load and interrupt: what follows equals never having done it."""
 
+import copy
+import dataclasses
 import os
 import struct
 import subprocess
@@ -203,4 +205,22 @@ def test_a_closed_session_stays_closed(bundle, tmp_path):
         again.push(torch.zeros(10))
     films = [film(one.frames()) for one in (session, again)]
     assert len(films[0]) == 12
+    assert torch.equal(*films)
+
+
+def test_a_decoder_that_is_a_network_works_beside_the_commit():
+    """The worker thread changes no frame, whether the next step waits for it, a save or an interrupt does."""
+    sound, films = some_sound(27 * PER_FRAME), []
+    for threaded in (False, True):
+        bundle = a_bundle()
+        codec = copy.deepcopy(bundle.codec)
+        if threaded:
+            codec.weight = torch.nn.Parameter(torch.zeros(1))
+        session = a_session(dataclasses.replace(bundle, codec=codec), lead=9)
+        assert (session.beside.pool is not None) == threaded
+        session.push(sound)
+        frames = [film(session.frames())]
+        session.interrupt(played=9, keep_input=True)
+        frames.append(film(session.frames()))
+        films.append(torch.cat(frames))
     assert torch.equal(*films)
