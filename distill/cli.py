@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs itself, so that --help answers at once."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,12 @@ from pathlib import Path
 from teachers.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
+MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
+    "sample": ("distill.sample", "a talking video from a portrait, a sound file and a text"),
+    "bench": ("distill.bench", "first frame, chunk times, real-time factor and roofline of a student"),
+    "drift": ("distill.drift", "long streams of a run's student, scored minute by minute"),
+    "convert": ("distill.convert", "checkpoints between the published layouts and ours"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,12 +53,12 @@ def _parser(words: Sequence[str]) -> Parser:
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
     run.set_defaults(command=_run)
 
-    sample = commands.add_parser("sample", help="a talking video from a portrait, a sound file and a text")
-    if words[:1] == ["sample"]:
-        from distill.sample import add_arguments
-
-        add_arguments(sample)
-    sample.set_defaults(command=_sample)
+    for name, (module, summary) in MODULES.items():
+        command = commands.add_parser(name, help=summary)
+        if words[:1] == [name]:
+            implementation = importlib.import_module(module)
+            implementation.add_arguments(command)
+            command.set_defaults(command=implementation.run)
 
     doctor = commands.add_parser("doctor", help="what is installed, what is missing and where it goes")
     doctor.set_defaults(command=_doctor)
@@ -64,12 +71,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
     run(load_recipe(arguments.recipe, arguments.overrides))
     return 0
-
-
-def _sample(arguments: argparse.Namespace) -> int:
-    from distill.sample import run
-
-    return run(arguments) or 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -1,21 +1,32 @@
-"""`distill sample`: a portrait, a sound and a text through the chunked session of a student, to an mp4 with sound."""
+"""`distill sample`: a portrait, a sound and a text through the chunked session of a student, to an mp4 with sound.
+
+Sound is read, drawn and written piece by piece, so that length is bounded by the disk and memory does not follow it.
+"""
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from teachers import media
 from teachers.errors import UserError
 
+if TYPE_CHECKING:
+    from students.session import Session
+
 LARGEST_SEED = 2**63 - 1
 CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
+PIECE_MS, REALTIME_PIECE_MS = 1000, 20
+LEAD_CHUNKS = 2  # how far --realtime draws ahead of the viewer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,53 +43,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, default=256, help="enlarge by a whole factor until the short side is this (default 256)"
     )
+    parser.add_argument(
+        "--push-ms",
+        type=int,
+        metavar="N",
+        help=f"feed the sound in pieces of N ms, which changes no frame (default {PIECE_MS}, {REALTIME_PIECE_MS} in realtime)",
+    )
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="feed the sound no faster than it is spoken, and count the stalls of somebody who watches meanwhile",
+    )
 
 
-def run(
-    args: argparse.Namespace,
-    load_student: Callable[[Path], Any] | None = None,
-    open_session: Callable[..., Any] | None = None,
-) -> int:
-    """Write the film that `args` ask for and return 0: ceil(samples / samples_per_frame) frames, as long as the sound.
+def run(args: argparse.Namespace) -> int:
+    """Write the film that `args` ask for and return 0: as many frames as the sound lasts, the last one begun included.
 
-    Every input is read, and the output's folder tried, before the student loads. `load_student` and `open_session`
-    default to `students.checkpoint.load_student` and `students.session.Session`. Raises UserError in one line.
+    Every input is opened, and the output's folder tried, before the student loads. Raises UserError in one line, and leaves
+    no film, also for a place of the sound that turns out to be damaged later.
     """
     _check_options(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
-    sound, sound_rate = media.decode_audio(args.audio)
-    if load_student is None or open_session is None:
-        from students.checkpoint import load_student as load_student_folder
+    with closing(media.AudioReader(args.audio)) as sound:
+        from students.checkpoint import load_student
         from students.session import Session
 
-        load_student, open_session = load_student or load_student_folder, open_session or Session
-    bundle = load_student(args.student)
-    spec = bundle.spec
-    heard = media.resample(sound, sound_rate, spec.sample_rate)
-    num_frames = math.ceil(len(heard) / spec.samples_per_frame)
-    reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
-    session = open_session(bundle, reference, args.text, args.seed)
-    upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-    started = time.perf_counter()
-    with (
-        media.VideoWriter(args.out, spec.fps, sound, sound_rate, upscale, smooth=True) as writer,
-        tqdm(total=num_frames, unit="frame", desc="sample", file=sys.stderr) as progress,
-    ):
-        session.push(audio=heard)
-        session.close()
-        first_frame_seconds = None
-        for frames in _chunks(session, num_frames):
-            if first_frame_seconds is None:
-                first_frame_seconds = time.perf_counter() - started
-                progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
-            for frame in frames:
-                writer.write(frame)
-            progress.update(len(frames))
+        bundle = load_student(args.student)
+        spec = bundle.spec
+        reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
+        viewer = Viewer(spec.fps) if args.realtime else None
+        lead = LEAD_CHUNKS if args.realtime else None
+        session = Session(bundle, reference, args.text, args.seed, lead=lead, drop=("pose",))
+        push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
+        upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+        expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
+        started, first_frame_seconds = time.perf_counter(), 0.0
+        with (
+            media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
+            tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
+        ):
+            for frames in _film(session, sound, push_ms, viewer, writer):
+                if writer.num_frames == 0:
+                    first_frame_seconds = time.perf_counter() - started
+                    progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
+                for frame in frames:
+                    writer.write(frame)
+                progress.update(len(frames))
+            progress.total = writer.num_frames  # what the file claims is an estimate
     seconds = time.perf_counter() - started
     sys.stdout.write(
-        f"{args.out}: {num_frames} frames, {float(num_frames / spec.fps):.2f} s, "
-        f"first frame after {first_frame_seconds:.2f} s, {num_frames / seconds:.1f} frames/s\n"
+        f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
+        f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"
+        f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
     )
     return 0
 
@@ -89,18 +106,96 @@ def _check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
     if not 1 <= args.size <= 4096:
         raise UserError(f"--size must lie in 1..4096 pixels: got {args.size}; choose another (256 is the default)")
+    if args.push_ms is not None and args.push_ms < 1:
+        raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
     for name in ("image", "audio"):
         if args.out.resolve() == getattr(args, name).resolve():
             raise UserError(f"--out would replace the file of --{name}: {args.out}; name another film")
 
 
-def _chunks(session: Any, num_frames: int) -> Iterator[Tensor]:
-    """The session's finished chunks uint8 [t, H, W, 3], the last one cut, until `num_frames` frames were given."""
-    remaining = num_frames
-    for chunk in session.frames():
-        frames = chunk.frames[:remaining]
-        remaining -= len(frames)
-        yield frames
-        if remaining == 0:
+class Viewer:
+    """Somebody who watches from the first frame's hand-over on, at `fps`, by the clock in seconds that each call is given.
+
+    A chunk that comes after its first frame was due is a stall: the picture stands until then, and all later ones are due later.
+    """
+
+    def __init__(self, fps: Fraction):
+        self.fps = fps
+        self.frames = self.stalls = 0
+        self.due: float | None = None  # when the frame after the last one should be there
+        self.stalled_seconds = 0.0
+
+    def show(self, num_frames: int, now: float) -> None:
+        """The next chunk is there."""
+        if self.due is not None and now > self.due:
+            self.stalls += 1
+            self.stalled_seconds += now - self.due
+        start = now if self.due is None else max(now, self.due)
+        self.due = start + float(num_frames / self.fps)
+        self.frames += num_frames
+
+    def seen(self, now: float) -> int:
+        """Frames that were shown, the one that is being shown included."""
+        left = 0 if self.due is None else math.floor((self.due - now) * self.fps)
+        return min(max(self.frames - left, 0), self.frames)
+
+
+def _film(
+    session: "Session", sound: media.AudioReader, push_ms: int, viewer: Viewer | None, writer: media.VideoWriter
+) -> Iterator[Tensor]:
+    """Frames uint8 [t, H, W, 3] of each chunk as soon as it is drawn, as many in all as the sound lasts, rounded up.
+
+    The writer hears each piece before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
+    """
+    started, num_samples, num_frames = time.perf_counter(), 0, 0
+    for piece in _pieces(sound, sound.rate, push_ms):
+        num_samples += len(piece)
+        spoken = 0.0 if viewer is None else started + num_samples / sound.rate
+        for frames in _drawn(session, viewer, spoken):
+            num_frames += len(frames)
+            yield frames
+        if viewer is not None:
+            time.sleep(max(0.0, spoken - time.perf_counter()))
+        writer.hear(piece)
+        session.push(audio=piece, rate=sound.rate)
+    session.close()
+    remaining = math.ceil(num_samples * session.spec.fps / sound.rate) - num_frames
+    for frames in _drawn(session, viewer, math.inf):
+        yield frames[:remaining]
+        remaining -= len(frames[:remaining])
+    if remaining:
+        raise RuntimeError(f"the session ended {remaining} frames before its sound")
+
+
+def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:
+    """Sound [n] at `rate` Hz cut anew: each piece ends at a whole multiple of `push_ms`, the last one with the sound."""
+    parts: list[Tensor] = []
+    held, start, number = 0, 0, 1
+    for block in blocks:
+        parts.append(block)
+        held += len(block)
+        while held >= (length := number * push_ms * rate // 1000 - start):
+            joined = torch.cat(parts)
+            yield joined[:length]
+            parts, held, start, number = [joined[length:]], held - length, start + length, number + 1
+    if held:
+        yield torch.cat(parts)
+
+
+def _drawn(session: "Session", viewer: Viewer | None, until: float) -> Iterator[Tensor]:
+    """The frames of every chunk that can be drawn now; a viewer who is too far behind is waited for, no longer than `until`."""
+    from students.session import Chunk
+
+    while True:
+        if viewer is not None:
+            session.played(viewer.seen(time.perf_counter()))
+        chunk = session.step()
+        now = time.perf_counter()
+        if isinstance(chunk, Chunk):
+            if viewer is not None:
+                viewer.show(len(chunk.frames), now)
+            yield chunk.frames
+        elif chunk.reason == "lead" and now < until:
+            time.sleep(min(until - now, float(1 / session.spec.fps)))
+        else:
             return
-    raise RuntimeError(f"the session ended {remaining} frames before its sound, of {num_frames}")

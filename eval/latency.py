@@ -1,12 +1,21 @@
-"""Wall time of a callable."""
+"""Time against the clock: of any callable, of a session's chunks, and of the bare work inside a chunk."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
+from students.checkpoint import Bundle
+from students.session import Chunk, Session
+from teachers.codecs import DecoderState, to_uint8
 from teachers.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def measure(call: Callable[[], object], warmup: int = 2, runs: int = 9) -> dict[str, float]:
@@ -20,10 +29,10 @@ def measure(call: Callable[[], object], warmup: int = 2, runs: int = 9) -> dict[
         call()
     seconds = []
     for _ in range(runs):
-        _wait()
+        wait()
         start = time.perf_counter()
         call()
-        _wait()
+        wait()
         seconds.append(time.perf_counter() - start)
     return {
         "runs": float(runs),
@@ -44,6 +53,178 @@ def _ranks(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _wait() -> None:
+def wait(device: torch.device | None = None) -> None:
+    """Wait for all that was asked of the accelerator, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device if device is not None and device.type == "cuda" else None)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that at least `percent` of all are not above (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(percent / 100 * len(values)) - 1)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, min and max."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def interleave(blocks: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Run all blocks in turn, `rounds` times (A B A B ...), so that what else the machine does hits all of them; results by
+    name and round."""
+    results: dict[str, list[Result]] = {name: [] for name in blocks}
+    for _ in range(rounds):
+        for name, block in blocks.items():
+            results[name].append(block())
+    return results
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock on the wall, and of all threads' CPU time."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def clocked(call: Callable[[], object], repeats: int = 1) -> Took:
+    """What one of `repeats` calls takes, the accelerator's work included."""
+    wait()
+    began = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    wait()
+    return Took((time.perf_counter() - began[0]) / repeats, (time.process_time() - began[1]) / repeats)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a stream is given: reference [3, H, W] in [-1, 1], text, sound [S] at 16 kHz, seed."""
+
+    reference: Tensor
+    text: str
+    sound: Tensor
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """The first chunks of a session: seconds to open it (reference and text are read), what each step took as who waits for the
+    frames sees it, and what all took until the last commit was done."""
+
+    opening: float
+    steps: tuple[Took, ...]
+    chunks: tuple[Chunk, ...]
+    took: Took
+
+
+def stream(bundle: Bundle, scene: Scene, num_chunks: int, timed: bool = False) -> Streamed:
+    """Open a session, push the whole sound, step `num_chunks` times. With `timed` the parts of each chunk are true on an
+    accelerator too, at the price of more waiting. A pose is dropped."""
+    opening, steps, chunks = [], [], []
+
+    def play() -> None:
+        start = time.perf_counter()
+        session = open_session(bundle, scene, timed)
+        wait()
+        opening.append(time.perf_counter() - start)
+        for _ in range(num_chunks):
+            start = time.perf_counter(), time.process_time()
+            chunk = session.step()
+            steps.append(Took(time.perf_counter() - start[0], time.process_time() - start[1]))
+            if not isinstance(chunk, Chunk):
+                raise UserError(
+                    f"sound too short: {len(chunks)} of {num_chunks} chunks could be drawn; give a longer one"
+                )
+            chunks.append(chunk)
+        session.settle()
+
+    took = clocked(play)
+    return Streamed(opening[0], tuple(steps), tuple(chunks), took)
+
+
+def open_session(bundle: Bundle, scene: Scene, timed: bool = False) -> Session:
+    """A session that has all of the scene's sound and gets no pose."""
+    drop = ("pose",) if bundle.spec.pose_dim else ()
+    session = Session(bundle, scene.reference, scene.text, scene.seed, drop=drop, timed=timed)
+    session.push(audio=scene.sound)
+    return session
+
+
+@dataclass(frozen=True)
+class ChunkWork:
+    """The work of one chunk with its inputs prepared, without the session around it: repeatable, in one thread."""
+
+    bundle: Bundle
+    calls: list[tuple[tuple, dict]]  # of the network: each denoising step, then the context pass
+    span: tuple[int, int]
+    window: Tensor
+    x0: Tensor
+    decoder: DecoderState | None
+
+    def network(self) -> None:
+        """The network's calls."""
+        with torch.inference_mode():
+            for inputs, named in self.calls:
+                self.bundle.student.net(*inputs, **named)
+
+    def senses(self) -> Tensor:
+        """The ears."""
+        with torch.inference_mode():
+            return self.bundle.ears.rows(self.window.to(self.x0.device), *self.span)
+
+    def decode(self) -> Tensor:
+        """The codec: frames uint8 [t, H, W, 3]."""
+        with torch.inference_mode():
+            pixels, _ = self.bundle.codec.decode_chunk(self.x0, self.decoder)
+            return to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous().cpu()
+
+    def all(self) -> None:
+        """Senses, network and codec, one after the other."""
+        self.senses()
+        self.network()
+        self.decode()
+
+
+def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
+    """Draw a session's chunks before number `chunk`, then that one, and keep what its network calls were given."""
+    session, spec, ears = open_session(bundle, scene), bundle.spec, bundle.ears
+    for _ in range(chunk):
+        session.step()
+    session.settle()
+    calls, copies = [], {}
+
+    def keep(_: torch.nn.Module, inputs: tuple, named: dict) -> None:
+        calls.append((_copied(inputs, copies), _copied(named, copies)))
+
+    decoder, (start, stop) = session.point.decoder, spec.pixel_frames(chunk)
+    window = session.audio.read(
+        start * spec.samples_per_frame - ears.lookback, stop * spec.samples_per_frame + ears.lookahead
+    )
+    handle = bundle.student.net.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        session.step()
+        session.settle()
+    finally:
+        handle.remove()
+    return ChunkWork(bundle, calls, (start, stop), window, session.point.seen[-1].x0, decoder)
+
+
+def settled_chunks(spec: Any, num_chunks: int) -> list[int]:
+    """Of the first `num_chunks`, those that see as many earlier chunks as the last of them."""
+    seen = [len(spec.history.visible(i)) for i in range(num_chunks)]
+    return [i for i in range(1, num_chunks) if seen[i] == seen[-1]]
+
+
+def _copied(value: Any, copies: dict) -> Any:
+    """Nested tuples, lists and dicts with every tensor copied once (the context's buffers are written in place)."""
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if key not in copies:
+            copies[key] = (value, value.clone())  # the original is held, so that no other tensor takes its address
+        return copies[key][1]
+    if isinstance(value, dict):
+        return {name: _copied(item, copies) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item, copies) for item in value)
+    return value

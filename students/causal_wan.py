@@ -41,9 +41,9 @@ class CausalWan(nn.Module):
     @torch.no_grad()
     def open(self, text: Tensor | None = None) -> State:
         """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
-        like = next(self.parameters())
+        device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
         levels = {*self.spec.sigmas, self.spec.history.level}
-        times = {sigma: self.net.read_time(like.new_full((1, 1), sigma)) for sigma in levels}
+        times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
         ring = Ring(self.spec.history) if torch.is_inference_mode_enabled() else None
         state = State(times=times, ring=ring)
         return state if text is None else self.hear(state, text)

@@ -97,6 +97,13 @@ def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tenso
     return torch.randn(batch, channels, spec.chunk_frames, height, width, generator=rng)
 
 
+def _on_host(frames: Tensor) -> Tensor:
+    """Frames in the host's memory; from a CUDA device as a queued copy, which is there when its stream is waited for."""
+    if frames.device.type != "cuda":
+        return frames.cpu()
+    return torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+
+
 class Session:
     """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
 
@@ -238,7 +245,7 @@ class Session:
 
         What follows equals a session that never drew the dropped chunks. `keep_input` keeps it, so that a new text may use it.
         """
-        self._settle()
+        self.settle()
         viewed = self.viewed if played is None else played
         self._check_drawn(viewed)
         points = [point for point in self.points if point.frame >= viewed]
@@ -324,8 +331,8 @@ class Session:
         drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
         return conditions.drop(*drop) if drop else conditions
 
-    def _settle(self) -> None:
-        """Wait for the commit of the last chunk."""
+    def settle(self) -> None:
+        """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
         if self.committing is not None:
             settled = replace(self.point, state=self.committing())
             if self.points[-1] is self.point:
@@ -348,7 +355,7 @@ class Session:
     def _advance(self, idle: Literal["", "live"] = "") -> Chunk:
         student, spec, codec = self.bundle.student, self.spec, self.bundle.codec
         clock = [self._now()]
-        self._settle()
+        self.settle()
         clock.append(self._now())
         point = self._told()
         conditions, index = self._conditions(point), point.chunk
@@ -362,7 +369,7 @@ class Session:
 
         def decode() -> tuple[Tensor, DecoderState]:
             pixels, decoder = codec.decode_chunk(x0, point.decoder)
-            return to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous().cpu(), decoder
+            return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():
             return student.commit(point.state, x0, conditions, steps)
@@ -400,7 +407,7 @@ class Session:
 
     def _hold(self, starved: Starved) -> Chunk | Starved:
         """The last frame once more, for as long as a chunk lasts; nothing is drawn."""
-        self._settle()
+        self.settle()
         point, count = self.point, self.spec.codec.stride * self.spec.chunk_frames
         if point.last is None:
             return starved

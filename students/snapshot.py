@@ -26,7 +26,7 @@ def save(session: Session, path: Path, how: str) -> None:
     if how not in ("exact", "light"):
         raise UserError(f"save how={how!r}: exact or light")
     with torch.inference_mode():
-        session._settle()
+        session.settle()
     point, tensors = session.point, {"reference": session.reference}
     for name, stream in (("audio", session.audio), ("pose", session.pose)):
         tensors[name] = stream.read(stream.start, stream.end)

@@ -38,6 +38,9 @@ def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
     if speed.weights != "none":
         _quantise(net, speed.weights)
     if speed.compile != "none":
+        # One graph for each length of the context until it is full; past the limit the step would silently run uncompiled.
+        capacity = bundle.spec.history.capacity or 16
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * capacity + 8)
         net.compile(mode=speed.compile, dynamic=False)
     return bundle
 

@@ -14,6 +14,7 @@ class CodecConfig:
     patch: int = 16
     channels: int = 48
 
+
 DecoderState = tuple[Tensor, ...]  # what a streaming decoder knows of the past: a value, () where it needs nothing
 
 

@@ -116,7 +116,8 @@ class Architecture:
 
 
 SAYS = {
-    "ours": {"audio_in", "pose_in", "head_dim", "stride", "audio_blocks", "prediction", "eps", "max_positions"},
+    "ours": {"audio_in", "pose_in", "image_dim", "head_dim", "stride", "audio_blocks"}
+    | {"prediction", "eps", "max_positions"},
     "wan": {"audio_in", "image_dim", "head_dim", "eps"},
     "diffusers": {"image_dim", "head_dim", "eps", "max_positions"},
     "self-forcing": {"audio_in", "image_dim"},
@@ -265,12 +266,13 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
 def check_room(architecture: Architecture, layout: str, where: Any) -> None:
     """UserError where `layout` has no place for what the checkpoint is: nothing is dropped silently."""
     a, lost = architecture, []
+    has_stride = a.audio_in or a.pose_in or a.image_dim
     for field in fields(a):
         is_extra = any(field.name in said for said in SAYS.values()) and field.name not in SAYS[layout]
-        if is_extra and getattr(a, field.name) != field.default and (field.name != "stride" or a.audio_in or a.pose_in):
+        if is_extra and getattr(a, field.name) != field.default and (field.name != "stride" or has_stride):
             lost.append(f"{field.name} {getattr(a, field.name)}")
     if layout == "ours":
-        if a.in_channels not in (a.out_channels, 2 * a.out_channels + 1):
+        if a.in_channels not in (a.out_channels, 2 * a.out_channels + (a.stride if a.image_dim else 1)):
             lost.append(f"{a.in_channels} input channels for {a.out_channels}")
         if a.patch[0] != 1 or a.patch[1] != a.patch[2]:
             lost.append(f"patches of {a.patch}")
@@ -296,6 +298,7 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
             "stride": a.stride, "audio_dim": a.audio_in // a.stride, "audio_hidden": a.packed or 32,
             "audio_blocks": None if a.audio_blocks is None else list(a.audio_blocks),
             **({"pose_dim": a.pose_in // a.stride} if a.pose_in else {}),
+            **({"image_dim": a.image_dim} if a.image_dim else {}),
             "prediction": a.prediction, "max_positions": a.max_positions,
         }  # fmt: skip
     if layout == "diffusers":

@@ -7,10 +7,13 @@ Files are opened as streams of bytes and may only refer to other local files, so
 import math
 import os
 import secrets
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,10 @@ from av.stream import Disposition
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.streams import LOUDEST_SAMPLE
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
-LOUDEST_SAMPLE = 8.0  # a peak above this is a file in other units, not a loud one
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 
@@ -66,36 +69,69 @@ def read_audio(path: Path, sample_rate: int = 16000) -> Tensor:
 
 
 def decode_audio(path: Path) -> tuple[Tensor, int]:
-    """Sound of `path` as float32 mono [S] in [-1, 1], and its own rate in Hz.
+    """The whole sound of `path` as float32 mono [S] in [-1, 1], and its own rate in Hz; raises as `AudioReader` does."""
+    reader = AudioReader(path)
+    return torch.cat(list(reader)), reader.rate
 
-    The track of a film starts where its pictures start: silence is put before a late one. Raises UserError when the
-    file is missing, empty, damaged, without sound, 0 seconds long, or holds values not finite or far outside [-1, 1].
+
+class AudioReader:
+    """The sound of a file as it is decoded: iterate, once, for blocks float32 mono [n] in [-1, 1] at `rate` Hz.
+
+    The track of a film starts where its pictures start: silence is put before a late one. `seconds` is the length that the
+    file claims, None where it claims none. UserError when the file is missing, empty, damaged, without sound, 0 seconds long,
+    or holds values not finite or far outside [-1, 1]: at once for what the first block shows, later for what comes later.
     """
-    with _opened(path, "audio file") as container:
-        if not container.streams.audio:
-            raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a film with sound")
-        stream = container.streams.audio[0]
-        film = _film_stream(container)
-        to_float = AudioResampler(format="fltp")
-        parts: list[np.ndarray] = []
-        rate, start = 0, Fraction(0)
-        for frame in container.decode(stream):
-            rate = rate or frame.sample_rate
-            if not parts and film is not None and film.time_base is not None and frame.time is not None:
-                start = Fraction(frame.time) - (film.start_time or 0) * film.time_base
-            parts.extend(_mono(part) for part in to_float.resample(frame))
-        limit = None
-        if "mp4" in container.format.name and stream.duration is not None and stream.time_base is not None:
-            limit = round(stream.duration * stream.time_base * rate)
-    samples = np.concatenate(parts)[:limit] if parts else np.zeros(0, np.float32)
-    if samples.size == 0:
-        raise UserError(f"audio file holds 0 seconds of sound: {path}; record or export it again")
-    _check_samples(samples, str(path))
-    lead = round(start * rate)
-    samples = np.concatenate([np.zeros(max(lead, 0), np.float32), samples[max(-lead, 0) :]])
-    if samples.size == 0:
-        raise UserError(f"audio track ends before the pictures start: {path}; give the sound as a file of its own")
-    return torch.from_numpy(samples).clamp_(-1.0, 1.0), rate
+
+    def __init__(self, path: Path):
+        self.rate, self.seconds = 0, None
+        self._blocks = self._decode(Path(path))
+        self._all = chain([next(self._blocks)], self._blocks)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._all
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._blocks.close()
+
+    def _decode(self, path: Path) -> Generator[Tensor, None, None]:
+        with _opened(path, "audio file") as container:
+            if not container.streams.audio:
+                raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a film with sound")
+            stream, to_float = container.streams.audio[0], AudioResampler(format="fltp")
+            place, late, end = 0, 0, sys.maxsize  # samples of the track: decoded, after the pictures' start, that count
+            for frame in container.decode(stream):
+                if not self.rate:
+                    self.rate = frame.sample_rate
+                    late, end = self._extent(container, stream, frame)
+                    for start in range(0, late, self.rate):
+                        yield torch.zeros(min(self.rate, late - start))
+                for part in to_float.resample(frame):
+                    samples = _mono(part)[: max(0, end - place)]
+                    _check_samples(samples, str(path), place)
+                    kept = samples[max(0, -late - place) :]
+                    place += len(samples)
+                    if len(kept):
+                        yield torch.from_numpy(kept).clamp_(-1.0, 1.0)
+            if place == 0:
+                raise UserError(f"audio file holds 0 seconds of sound: {path}; record or export it again")
+            if place <= -late:
+                raise UserError(
+                    f"audio track ends before the pictures start: {path}; give the sound as a file of its own"
+                )
+
+    def _extent(self, container: InputContainer, stream: av.AudioStream, first: av.AudioFrame) -> tuple[int, int]:
+        """Samples by which the track starts after the pictures, and those of it that count: an mp4 pads its last frame."""
+        film, start, end = _film_stream(container), Fraction(0), sys.maxsize
+        if film is not None and film.time_base is not None and first.time is not None:
+            start = Fraction(first.time) - (film.start_time or 0) * film.time_base
+        if stream.duration is not None and stream.time_base is not None:
+            self.seconds = float(stream.duration * stream.time_base)
+            if "mp4" in container.format.name:
+                end = round(stream.duration * stream.time_base * self.rate)
+        elif container.duration is not None:
+            self.seconds = container.duration / av.time_base
+        return round(start * self.rate), end
 
 
 def _mono(frame: av.AudioFrame) -> np.ndarray:
@@ -103,13 +139,13 @@ def _mono(frame: av.AudioFrame) -> np.ndarray:
     return frame.to_ndarray().mean(axis=0, dtype=np.float32)
 
 
-def _check_samples(samples: np.ndarray, where: str) -> None:
-    """Raises UserError unless every sample is finite and none is far outside [-1, 1]."""
+def _check_samples(samples: np.ndarray, where: str, start: int = 0) -> None:
+    """Raises UserError unless every sample is finite and none far outside [-1, 1]; the first one is number `start`."""
     broken = ~np.isfinite(samples)
     if broken.any():
-        at = int(broken.argmax())
-        raise UserError(f"audio holds {int(broken.sum())} samples that are not finite, first at {at}: {where}; mend it")
-    peak = float(np.abs(samples).max())
+        at = start + int(broken.argmax())
+        raise UserError(f"audio holds samples that are not finite, first at {at}: {where}; mend it")
+    peak = float(np.abs(samples).max(initial=0.0))
     if peak > LOUDEST_SAMPLE:
         raise UserError(f"audio samples must lie in [-1, 1], got a peak of {peak:.4g}: {where}; normalise it")
 
@@ -118,16 +154,29 @@ def resample(samples: Tensor, source_rate: int, target_rate: int) -> Tensor:
     """`samples` [S] at `source_rate` Hz as max(1, round(S * target_rate / source_rate)) at `target_rate` Hz."""
     if source_rate == target_rate:
         return samples
-    signal = samples.numpy()
-    resampler = AudioResampler(format="fltp", layout="mono", rate=target_rate)
-    parts = []
-    for start in range(0, len(signal), source_rate):
-        parts += resampler.resample(_audio_frame(signal[start : start + source_rate], start, source_rate))
-    parts += resampler.resample(None)
-    output = np.concatenate([_mono(part) for part in parts]) if parts else np.zeros(0, np.float32)
+    signal, converter = samples.numpy(), _Converter(source_rate, target_rate)
+    parts = [converter.push(signal[start : start + source_rate]) for start in range(0, len(signal), source_rate)]
+    output = np.concatenate([*parts, converter.push(None)])
     length = max(1, round(len(signal) * Fraction(target_rate, source_rate)))
     padded = np.pad(output[:length], (0, max(0, length - len(output))))
     return torch.from_numpy(padded).clamp_(-1.0, 1.0)
+
+
+class _Converter:
+    """A mono signal at another rate, as it comes (libswresample)."""
+
+    def __init__(self, source_rate: int, target_rate: int):
+        self.source_rate, self.num_samples = source_rate, 0
+        self.resampler = AudioResampler(format="fltp", layout="mono", rate=target_rate)
+
+    def push(self, samples: np.ndarray | None) -> np.ndarray:
+        """The next samples [n], or None at the end -> those of the target rate that they complete."""
+        frame = None
+        if samples is not None:
+            frame = _audio_frame(samples, self.num_samples, self.source_rate)
+            self.num_samples += len(samples)
+        parts = [_mono(part) for part in self.resampler.resample(frame)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def _audio_frame(samples: np.ndarray, start: int, sample_rate: int) -> av.AudioFrame:
@@ -252,40 +301,35 @@ def write_video(
     when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or is full) and
     for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
     """
-    with VideoWriter(path, fps, audio, sample_rate, upscale, smooth) as writer:
+    with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth) as writer:
+        if audio is not None:
+            writer.hear(audio)
         for frame in frames:
             writer.write(frame)
     return writer.num_frames
 
 
 class VideoWriter:
-    """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place."""
+    """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place.
+
+    With a `sample_rate` it has sound, that of `hear`, which may come before its pictures or after them. Held are the sound
+    that has no pictures yet and, by the encoders, some seconds of film; the index of the file grows by 10 to 20 MB an hour.
+    """
 
     def __init__(
-        self,
-        path: Path,
-        fps: Fraction,
-        audio: Tensor | None = None,
-        sample_rate: int = 16000,
-        upscale: int = 1,
-        smooth: bool = False,
+        self, path: Path, fps: Fraction, sample_rate: int | None = None, upscale: int = 1, smooth: bool = False
     ):
         check_output(path)
         self.path, self.fps, self.upscale, self.smooth = Path(path), Fraction(fps), upscale, smooth
         self.num_frames = 0
-        self._num_samples = 0
         self._size: torch.Size | None = None
-        self._audio: np.ndarray | None = None
-        self._rate = sample_rate
-        if audio is not None:
-            if audio.ndim != 1:
-                raise ValueError(f"audio must be mono [S]: got shape {tuple(audio.shape)}")
-            signal = audio.detach().float().cpu()
-            if len(signal):
-                _check_samples(signal.numpy(), "the sound to write")
-            if sample_rate not in AAC_SAMPLE_RATES:
-                signal, self._rate = resample(signal, sample_rate, FALLBACK_SAMPLE_RATE), FALLBACK_SAMPLE_RATE
-            self._audio = signal.clamp(-1.0, 1.0).numpy()
+        self._heard = self._num_samples = 0  # samples that came, samples that were encoded
+        self._waiting: deque[np.ndarray] = deque()  # the sound between them
+        self._has_sound, self._rate, self._converter = sample_rate is not None, FALLBACK_SAMPLE_RATE, None
+        if sample_rate in AAC_SAMPLE_RATES:
+            self._rate = sample_rate
+        elif sample_rate is not None:
+            self._converter = _Converter(sample_rate, self._rate)
         self._temporary = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
         ticks = math.lcm(self.fps.numerator, self._rate)
         options = {"movflags": "+faststart", "movie_timescale": str(ticks if ticks < 2**31 else self._rate)}
@@ -324,7 +368,18 @@ class VideoWriter:
         picture.pts, picture.time_base = self.num_frames, 1 / self.fps
         self._mux(self._video.encode, picture)
         self.num_frames += 1
-        self._write_audio(int(self.num_frames / self.fps * self._rate) if self._audio is not None else 0)
+        self._write_audio(int(self.num_frames / self.fps * self._rate))
+
+    def hear(self, samples: Tensor) -> None:
+        """Append sound [n] in [-1, 1]; ValueError unless it is mono and a rate was given, UserError as `write_video`."""
+        if samples.ndim != 1 or not self._has_sound:
+            raise ValueError(f"sound must be mono [n], in a film with a sample rate: got shape {tuple(samples.shape)}")
+        signal = samples.detach().float().cpu().numpy()
+        _check_samples(signal, "the sound to write", self._heard)
+        self._heard += len(signal)
+        if not len(signal):
+            return
+        self._wait(signal if self._converter is None else self._converter.push(signal))
 
     def _enlarged(self, pixels: Tensor) -> np.ndarray:
         """`pixels` uint8 [H, W, 3] at `upscale` times the size, both sides even."""
@@ -345,17 +400,23 @@ class VideoWriter:
         context.time_base = 1 / self.fps
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
-        if self._audio is not None:
+        if self._has_sound:
             self._sound = self._container.add_stream("aac", rate=self._rate, layout="mono")
 
+    def _wait(self, samples: np.ndarray) -> None:
+        """Append a copy of sound at the film's own rate."""
+        if len(samples):
+            self._waiting.append(samples.clip(-1.0, 1.0))
+
     def _write_audio(self, until: int) -> None:
-        """Encode samples up to number `until`; silence stands for those after the end of the sound."""
-        if self._audio is None or until <= self._num_samples:
-            return
-        samples = self._audio[self._num_samples : until]
-        samples = np.pad(samples, (0, until - self._num_samples - len(samples)))
-        self._mux(self._sound.encode, _audio_frame(samples, self._num_samples, self._rate))
-        self._num_samples = until
+        """Encode the sound that came, up to sample number `until`."""
+        while self._waiting and self._num_samples < until:
+            block, length = self._waiting.popleft(), until - self._num_samples
+            if length < len(block):
+                self._waiting.appendleft(block[length:])
+                block = block[:length]
+            self._mux(self._sound.encode, _audio_frame(block, self._num_samples, self._rate))
+            self._num_samples += len(block)
 
     def _mux(self, encode: Callable[[Any], list[av.Packet]], frame: av.VideoFrame | av.AudioFrame | None) -> None:
         try:
@@ -368,14 +429,24 @@ class VideoWriter:
         if self.num_frames == 0:
             raise ValueError(f"a video needs at least one frame: got none for {self.path}")
         self._mux(self._video.encode, None)
-        if self._audio is not None:
-            self._write_audio(round(self.num_frames / self.fps * self._rate))
-            self._mux(self._sound.encode, None)
+        if self._has_sound:
+            self._finish_sound()
         try:
             self._container.close()
             os.replace(self._temporary, self.path)
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
+
+    def _finish_sound(self) -> None:
+        """Cut the sound to the pictures' length or pad it with silence."""
+        if self._converter is not None:
+            self._wait(self._converter.push(None))
+        end = round(self.num_frames / self.fps * self._rate)
+        self._write_audio(end)
+        while self._num_samples < end:
+            self._wait(np.zeros(min(self._rate, end - self._num_samples), np.float32))
+            self._write_audio(end)
+        self._mux(self._sound.encode, None)
 
     def _failed(self, error: Exception) -> UserError:
         reason = getattr(error, "strerror", None) or type(error).__name__

@@ -1,7 +1,8 @@
 """The avatar DiT: diffusers' Wan transformer with reference and mask channels and OmniAvatar's audio pack.
 
 One network serves teacher, fake score and student: who sees whom is an argument (`spans`, `past`), not a subclass. Weights keep
-the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class (a test holds it).
+the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
+(tests hold it).
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
@@ -26,7 +27,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
-Time = tuple[Tensor, Tensor]  # embedding [B, F, D] and modulation [B, F, 6, D] of sigmas; B and F may be 1
+Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,14 +87,15 @@ class AvatarBlock(WanTransformerBlock):
         backend = getattr(self.attn1.processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
-    def forward(self, x, text, temb, spans, rotary, past):
-        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D]; one (query tokens, key token
-        slices) and rotary per span; past rotated keys and values.
+    def forward(self, x, text, temb, spans, rotary, past, image=None):
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
+        one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], whose attention
+        is added to the text's.
 
         Returns the new x and this input's un-rotated keys and values.
         """
         frames = temb.shape[1]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
 
         def modulate(norm, shift, scale):
             return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
@@ -125,7 +127,10 @@ class AvatarBlock(WanTransformerBlock):
 
         attention = self.attn2
         query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
-        x = x + attention.to_out[0](self.attend(query, *(text if isinstance(text, tuple) else self.read(text))))
+        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
+        if image is not None:
+            attended = attended + self.attend(query, *self.look(image))
+        x = x + attention.to_out[0](attended)
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
@@ -136,11 +141,21 @@ class AvatarBlock(WanTransformerBlock):
         key = self.attn2.norm_k(self.attn2.to_k(text)).unflatten(2, split)
         return key, self.attn2.to_v(text).unflatten(2, split)
 
+    def look(self, image: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, K, M, d] of embedded image tokens [B, K, D]."""
+        attention, split = self.attn2, (self.attn2.heads, -1)
+        assert attention.add_k_proj is not None
+        assert attention.add_v_proj is not None
+        key = attention.norm_added_k(attention.add_k_proj(image)).unflatten(2, split)
+        return key, attention.add_v_proj(image).unflatten(2, split)
+
 
 class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Wan's transformer over [noisy | reference | mask] channels, audio added before chosen blocks.
 
-    `audio_dim` 0 makes it plain Wan (with in_channels = latent channels, no reference).
+    `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
+    `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
+    text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
     """
 
     _supports_gradient_checkpointing = True
@@ -165,18 +180,21 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         prediction: Literal["velocity", "reference"] = "velocity",
         reference: bool = True,
         pose_dim: int = 0,
+        image_dim: int = 0,
         eps: float = 1e-6,
         max_positions: int = 1024,
     ):
         super().__init__()
         width = num_heads * head_dim
-        in_channels = 2 * latent_channels + 1 if reference else latent_channels
+        in_channels = 2 * latent_channels + (stride if image_dim else 1) if reference else latent_channels
         size = (1, patch, patch)
+        added = width if image_dim else None
         self.rope = WanRotaryPosEmbed(head_dim, size, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
-        self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim)
+        self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
         self.blocks = nn.ModuleList(
-            AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps) for _ in range(num_layers)
+            AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
+            for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(width, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(width, latent_channels * patch * patch)
@@ -190,7 +208,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if pose_dim:
             self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
-        self.patch, self.prediction, self.pose_dim = patch, prediction, pose_dim
+        self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
         self.gradient_checkpointing = False
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
@@ -205,7 +223,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         projected = embedder.timesteps_proj((levels * 1000.0).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
-        return time, modulation.unflatten(2, (6, -1))
+        modulation = modulation.unflatten(2, (6, -1)).float()
+        return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
 
     def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
@@ -251,12 +270,17 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         past: Sequence[KeyValue] | None = None,
         past_frames: int = 0,
         pose: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A]; pose [B, F, stride, P] where pose_dim asks for it.
+        [B, F, stride, A]; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim] where image_dim does.
 
-        Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block.
+        Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block. ValueError for an image
+        that is missing or not asked for.
         """
+        if (image is None) == bool(self.image_dim):
+            wrong = "given, image_dim is 0: leave them out" if image is not None else "missing: give [B, K, image_dim]"
+            raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
         tokens = height * width
@@ -279,13 +303,15 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time, temb = sigma
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
+        if image is not None:
+            image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
         heard = self.audio_proj(audio.to(dtype)) if audio is not None and self.audio_at else None
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
                 added = self.audio_cond_projs[self.audio_at.index(i)](heard)
                 x = (x.unflatten(1, (frames, tokens)) + added.unsqueeze(2)).flatten(1, 2)
-            inputs = (x, text[i], temb, layout, rotary, past[i] if past is not None else None)
+            inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
                 x, kv = checkpoint(block, *inputs)
@@ -301,14 +327,19 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
     """Write the clean reference over the known frames; return (x, network input [noisy | reference | mask], 0 = known)."""
-    frames = x.shape[2]
+    x, frames = write_reference(x, conditions, known), x.shape[2]
     mask = x.new_ones(x.shape[0], 1, frames, *x.shape[3:])
-    reference = conditions.reference.to(x).expand(-1, -1, frames, -1, -1)
     for frame in known:
         mask[:, :, frame] = 0.0
-    if known:
-        x = torch.where(mask == 0, reference, x)
-    return x, torch.cat([x, reference, mask], dim=1)
+    return x, torch.cat([x, conditions.reference.to(x).expand(-1, -1, frames, -1, -1), mask], dim=1)
+
+
+def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
+    """x [B, C, F, H, W] with the clean reference in the place of the known frames."""
+    x = x.clone() if known else x
+    for frame in known:
+        x[:, :, frame] = conditions.reference[:, :, 0].to(x)
+    return x
 
 
 def to_x0(
@@ -319,7 +350,7 @@ def to_x0(
         x0 = flow.x0_from_velocity(x, out, sigma)
     else:
         x0 = conditions.reference.float() + out.float()
-    return with_reference(x0, conditions, known)[0] if known else x0
+    return write_reference(x0, conditions, known)
 
 
 class AvatarTeacher(nn.Module):
@@ -341,7 +372,7 @@ class AvatarTeacher(nn.Module):
 
 def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:
     """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero). dims: latent_channels,
-    stride, text_dim, audio_dim and, where it is steered, pose_dim."""
+    stride, text_dim, audio_dim and, where it is steered, pose_dim; image_dim for image-to-video."""
     net = AvatarTransformer(**dims, **vars(config))
     for module in net.modules():
         if isinstance(module, nn.Linear):

@@ -41,7 +41,7 @@ SIGMA = torch.tensor([0.9, 0.4])
 
 
 @pytest.mark.parametrize(
-    "architecture", [TEXT_TO_VIDEO, replace(TEXT_TO_VIDEO, in_channels=9)], ids=["text", "reference"]
+    "architecture", [TEXT_TO_VIDEO, replace(TEXT_TO_VIDEO, in_channels=9), IMAGE], ids=["text", "reference", "image"]
 )
 def test_wan_ours_diffusers_ours_wan_is_bit_equal(tmp_path, architecture):
     put_wan(tmp_path / "wan", architecture)
@@ -57,7 +57,7 @@ def test_wan_ours_diffusers_ours_wan_is_bit_equal(tmp_path, architecture):
         assert files[0].stat().st_mode == files[1].stat().st_mode
 
 
-@pytest.mark.parametrize("architecture", [TEXT_TO_VIDEO, AVATAR], ids=["text", "avatar"])
+@pytest.mark.parametrize("architecture", [TEXT_TO_VIDEO, AVATAR, IMAGE], ids=["text", "avatar", "image"])
 def test_self_forcing_ours_self_forcing_is_bit_equal(tmp_path, architecture):
     torch.save({"generator": some_weights(architecture, "self-forcing")}, tmp_path / "model.pt")
     convert(tmp_path / "model.pt", tmp_path / "ours", "ours")
@@ -69,7 +69,7 @@ def test_self_forcing_ours_self_forcing_is_bit_equal(tmp_path, architecture):
     assert_equal(read_back(tmp_path / "b"), read_back(tmp_path / "ours"))
 
 
-def test_an_image_to_video_network_goes_between_wan_and_diffusers(tmp_path):
+def test_an_image_to_video_network_goes_from_wan_to_diffusers_and_back(tmp_path):
     put_wan(tmp_path / "wan", IMAGE)
     convert(tmp_path / "wan", tmp_path / "a", "diffusers")
     net, told = WanTransformer3DModel.from_pretrained(tmp_path / "a", output_loading_info=True)
@@ -82,18 +82,20 @@ def test_an_image_to_video_network_goes_between_wan_and_diffusers(tmp_path):
 
 
 @torch.no_grad()
-def test_the_converted_network_is_diffusers_wan(tmp_path):
-    put_wan(tmp_path / "wan")
+@pytest.mark.parametrize("architecture", [TEXT_TO_VIDEO, IMAGE], ids=["text", "image"])
+def test_the_converted_network_is_diffusers_wan(tmp_path, architecture):
+    put_wan(tmp_path / "wan", architecture)
     convert(tmp_path / "wan", tmp_path / "ours", "ours")
     convert(tmp_path / "ours", tmp_path / "diffusers", "diffusers")
     theirs, told = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers", output_loading_info=True)
     assert not any(told.values())
     ours = load_network(tmp_path / "ours")
-    x, text = randn(2, 4, 3, 4, 6, seed=1), randn(2, 5, 16, seed=2)
-    expected = theirs(x, SIGMA * 1000, text).sample
+    x, text = randn(2, architecture.in_channels, 3, 4, 6, seed=1), randn(2, 512, 16, seed=2)
+    image = randn(2, 7, 24, seed=3) if architecture.image_dim else None
+    expected = theirs(x, SIGMA * 1000, text, image).sample
     assert expected.abs().mean() > 0.1
-    assert torch.allclose(ours(x, SIGMA, text)[0], expected, atol=1e-5)
-    assert ours.config.reference is False
+    assert torch.allclose(ours(x, SIGMA, text, image=image)[0], expected, atol=1e-5)
+    assert ours.config.reference is (architecture is IMAGE)
     assert ours.config.audio_dim == 0
 
 

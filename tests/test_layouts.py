@@ -7,14 +7,17 @@ from math import prod
 
 import pytest
 import torch
+import yaml
 from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
+from distill.recipe import RECIPES
 from teachers import layouts
 from teachers.errors import UserError
 from teachers.layouts import Architecture
-from teachers.wan import AvatarTransformer
+from teachers.typed import convert
+from teachers.wan import AvatarTransformer, NetworkConfig, build_network
 
 WAN_1B = Architecture(
     width=1536, in_channels=16, out_channels=16, patch=(1, 2, 2), num_layers=30, ffn_dim=8960, text_dim=4096, freq_dim=256
@@ -70,7 +73,7 @@ def own(network: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["wan 1.3B", "wan 14B", "avatar 1.3B", "avatar 14B", "steered 1.3B"])
+@pytest.mark.parametrize("name", ["wan 1.3B", "wan 14B", "wan image 14B", "avatar 1.3B", "avatar 14B", "steered 1.3B"])
 def test_ours_are_the_names_and_shapes_of_the_network_at_full_size(name):
     architecture, _, num_parameters = PARAMETERS[name]
     with init_empty_weights():
@@ -78,6 +81,28 @@ def test_ours_are_the_names_and_shapes_of_the_network_at_full_size(name):
     assert own(network) == layouts.tensors(architecture, "ours")
     assert sum(p.numel() for p in network.parameters()) == num_parameters
     assert network.audio_at == (tuple(range(2, architecture.num_layers // 2 + 1)) if architecture.audio_in else ())
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "dims"),
+    [
+        ("omniavatar_1_3b", "avatar 1.3B", {"audio_dim": 10752}),
+        ("omniavatar_14b", "avatar 14B", {"audio_dim": 10752}),
+        ("wan_t2v_1_3b", "wan 1.3B", {"audio_dim": 0, "reference": False}),
+    ],
+)
+def test_the_sizes_in_the_recipes_are_the_published_networks(file, name, dims):
+    architecture, _, num_parameters = PARAMETERS[name]
+    group = yaml.safe_load((RECIPES / "teacher" / f"{file}.yaml").read_text(encoding="utf-8"))
+    assert group["network"].keys() == NetworkConfig.__dataclass_fields__.keys()
+    config = convert(NetworkConfig, group["network"])
+    with init_empty_weights():
+        network = build_network(config, latent_channels=16, stride=4, text_dim=4096, **dims)
+    assert own(network) == layouts.tensors(architecture, "ours")
+    assert sum(p.numel() for p in network.parameters()) == num_parameters
+    told = layouts.make_config(architecture, "ours")
+    assert told is not None
+    assert config == convert(NetworkConfig, {key: told[key] for key in group["network"]})
 
 
 @pytest.mark.parametrize("name", ["wan 1.3B", "wan 14B", "wan image 14B"])
@@ -175,7 +200,9 @@ def test_every_fault_is_listed_under_the_names_of_the_source():
     ("architecture", "layout", "words"),
     [
         (AVATAR_1B, "diffusers", "layout diffusers has no place for audio_in 43008"),
-        (IMAGE_14B, "ours", "layout ours has no place for image_dim 1280, 36 input channels for 16"),
+        (replace(IMAGE_14B, in_channels=33), "ours", "layout ours has no place for 33 input channels for 16"),
+        (replace(WAN_14B, in_channels=36), "ours", "layout ours has no place for 36 input channels for 16"),
+        (replace(IMAGE_14B, stride=2, in_channels=34), "diffusers", "no place for stride 2"),
         (replace(WAN_1B, prediction="reference"), "wan", "no place for prediction reference"),
         (replace(WAN_1B, head_dim=64), "self-forcing", "no place for head_dim 64"),
         (replace(AVATAR_1B, audio_blocks=(1,)), "wan", r"no place for audio_blocks \(1,\)"),
@@ -192,5 +219,6 @@ def test_nothing_is_dropped_for_want_of_a_place(architecture, layout, words):
 def test_what_has_a_place_is_let_through():
     for layout in layouts.LAYOUTS:
         layouts.check_room(replace(WAN_1B, stride=2), layout, "here")
-    layouts.check_room(IMAGE_14B, "self-forcing", "here")
+        layouts.check_room(IMAGE_14B, layout, "here")
+    layouts.check_room(replace(IMAGE_14B, stride=2, in_channels=34), "ours", "here")
     layouts.check_room(AVATAR_14B, "wan", "here")

@@ -128,24 +128,63 @@ def test_unreadable_sound_is_one_line(tmp_path):
     assert "no audio track" in message(picture)
 
 
-def test_late_track_of_a_film_is_padded(tmp_path):
-    path = tmp_path / "late.mp4"
+@pytest.mark.parametrize(("starts", "codec"), [(0.5, "aac"), (2.5, "aac"), (-0.32, "pcm_s16le")])
+def test_track_of_a_film_starts_with_its_pictures(tmp_path, starts, codec):
+    """Silence is put before a late track; what comes before the pictures is left out."""
+    path = film_with_track(tmp_path / f"film.{'mp4' if codec == 'aac' else 'mkv'}", codec, starts)
+    samples = media.read_audio(path)
+    first = int((samples.abs() > 0.2).nonzero()[0])
+    assert abs(first - round((starts if starts > 0 else 0.6 + starts) * RATE)) < 200
+    assert abs(len(samples) - round((1.0 + starts) * RATE)) < 1200
+
+
+def test_track_before_the_pictures_is_refused(tmp_path):
+    with pytest.raises(UserError, match="ends before the pictures start"):
+        media.AudioReader(film_with_track(tmp_path / "film.mkv", "pcm_s16le", -1.2))
+
+
+def film_with_track(path: Path, codec: str, starts: float) -> Path:
+    """Two seconds of pictures and one of sound (0.1 s, a pause, from 0.6 s on), which starts so many seconds after them."""
+    sound = np.concatenate([tone(0.1, RATE), np.zeros(RATE // 2, np.float32), tone(0.4, RATE)])
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=FPS)
         video.width = video.height = 32
         video.pix_fmt = "yuv420p"
-        sound = container.add_stream("aac", rate=RATE, layout="mono")
+        track = container.add_stream(codec, rate=RATE, layout="mono")
         for number in range(25):
             picture = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
-            picture.pts, picture.time_base = number, 1 / FPS
+            picture.pts, picture.time_base = round(max(-starts, 0.0) * 1000) + 80 * number, Fraction(1, 1000)
             container.mux(video.encode(picture))
-        frame = av.AudioFrame.from_ndarray(tone(1.0, RATE)[None], format="fltp", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = RATE, RATE // 2, Fraction(1, RATE)
-        container.mux(sound.encode(frame))
+        frame = av.AudioFrame.from_ndarray(sound[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = RATE, round(max(starts, 0.0) * RATE), Fraction(1, RATE)
+        container.mux(track.encode(frame))
         container.mux(video.encode(None))
-        container.mux(sound.encode(None))
-    samples = media.read_audio(path)
-    assert abs(int((samples.abs() > 0.2).nonzero()[0]) - RATE // 2) < 200
+        container.mux(track.encode(None))
+    return path
+
+
+def test_sound_is_read_as_it_is_needed(tmp_path):
+    """Blocks of a second at most; a fault far behind is told when it is reached, and the file can be let go before."""
+    broken = tone(20.0, RATE)
+    broken[15 * RATE] = np.inf
+    path = encode_audio(tmp_path / "a.wav", "pcm_f32le", "flt", RATE, [broken])
+    reader = media.AudioReader(path)
+    assert (reader.rate, reader.seconds) == (RATE, 20.0)
+    lengths = []
+    with pytest.raises(UserError, match=rf"^audio holds samples that are not finite, first at {15 * RATE}: "):
+        lengths.extend(len(block) for block in reader)
+    assert max(lengths) <= RATE
+    assert 14 * RATE < sum(lengths) <= 15 * RATE
+    if sys.platform == "linux":
+        reader = media.AudioReader(path)
+        assert is_open(path)
+        reader.close()
+        assert not is_open(path)
+
+
+def is_open(path: Path) -> bool:
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return any(os.readlink(link) == str(path) for link in links if link.is_symlink())
 
 
 def test_image_is_scaled_by_the_larger_ratio_and_cropped(tmp_path):
@@ -265,6 +304,33 @@ def test_sound_is_cut_or_padded_to_the_pictures(tmp_path, seconds):
     samples = media.read_audio(path)
     assert len(samples) == 2 * RATE
     assert samples[round(seconds * RATE) + 2048 :].abs().sum() < 1
+
+
+@pytest.mark.parametrize("sample_rate", [16000, 22000])
+def test_sound_may_come_in_any_pieces(tmp_path, sample_rate):
+    """Before its pictures or long after them, the same film."""
+    sound = torch.from_numpy(tone(2.1, sample_rate))
+    frames = torch.arange(25, dtype=torch.uint8)[:, None, None, None].expand(25, 16, 16, 3) * 9
+    media.write_video(tmp_path / "whole.mp4", frames, FPS, sound, sample_rate)
+    for name, ahead in [("ahead.mp4", 0.3), ("behind.mp4", -1.0)]:
+        heard = 0
+        with media.VideoWriter(tmp_path / name, FPS, sample_rate) as writer:
+            for number, frame in enumerate(frames):
+                until = max(heard, round((number / FPS + ahead) * sample_rate))
+                for piece in sound[heard:until].split(777):
+                    writer.hear(piece)
+                heard = until
+                writer.write(frame)
+            writer.hear(sound[heard:])
+        assert durations(tmp_path / name) == durations(tmp_path / "whole.mp4")
+        whole, pieces = media.decode_audio(tmp_path / "whole.mp4")[0], media.decode_audio(tmp_path / name)[0]
+        assert torch.equal(whole, pieces)
+        assert torch.equal(media.read_video(tmp_path / "whole.mp4")[0], media.read_video(tmp_path / name)[0])
+    with media.VideoWriter(tmp_path / "mute.mp4", FPS) as writer:
+        writer.write(frames[0])
+        with pytest.raises(ValueError, match="with a sample rate"):
+            writer.hear(sound)
+    assert list(durations(tmp_path / "mute.mp4")) == ["video"]
 
 
 def test_colours_and_pixels_survive(tmp_path):

@@ -194,7 +194,7 @@ def test_what_a_session_holds_does_not_grow(history):
         session.push(sound)
         for chunk in session.frames():
             session.played(chunk.first_frame + len(chunk.frames))
-            session._settle()
+            session.settle()
             sizes.append(stored_bytes({k: v for k, v in vars(session).items() if k not in ("bundle", "spec")}))
         longest = max(longest, session.audio.end - session.audio.start)
     assert len(sizes) == 60
