@@ -25,6 +25,7 @@ from teachers.errors import UserError
 from teachers.typed import dump, to_plain
 
 NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads")
+NEVER_REUSED = ("evaluate",)  # what it makes lies at the top of the run folder, and its times are this machine's
 FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
@@ -121,7 +122,8 @@ class RunFolder:
         if started is None or started["fingerprint"] != mark or (folder / "fingerprint.json").exists():
             _remove(folder)
             started = {"fingerprint": mark, "seconds": 0.0, "began": 0.0}
-            other = self.reuse / "stages" / folder.name if self.reuse else None
+            reusable = self.reuse and folder.name not in NEVER_REUSED
+            other = self.reuse / "stages" / folder.name if self.reuse and reusable else None
             stored = _read_json(other / "fingerprint.json") if other else None
             if other and stored and stored["fingerprint"] == mark:
                 _copy_folder(other, folder)

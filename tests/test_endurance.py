@@ -1,5 +1,6 @@
 """Hours: constant memory, constant step time, no last position."""
 
+import os
 import statistics
 import time
 
@@ -9,12 +10,12 @@ from tiny import a_bundle, a_portrait, some_sound
 from students.history import History
 from students.session import Session
 
-PER_FRAME, CHUNKS = 1280, 10_000
+PER_FRAME, CHUNKS = 1280, int(os.environ.get("ENDURANCE_CHUNKS", "3000"))
 
 
-def test_ten_thousand_chunks_in_constant_memory_and_time():
-    """20,000 latent frames, twenty times the position table: RSS grows < 1 MB per 1,000 chunks after warm-up. The time of the
-    last 100 steps is compared loosely here (other work may run); the exact ratio of an idle machine is in LOG.md."""
+def test_thousands_of_chunks_in_constant_memory_and_time():
+    """6,000 latent frames, six times the position table (ENDURANCE_CHUNKS=10000: twenty times): RSS grows < 1 MB per 1,000 chunks
+    after warm-up. The time of the last 100 steps is compared loosely, for other work may run; LOG.md has an idle machine's."""
     bundle = a_bundle(History(sinks=1, window=2))
     session = Session(bundle, a_portrait(), "a person nods", lead=2)
     process, resident, seconds = psutil.Process(), [], []
@@ -26,11 +27,11 @@ def test_ten_thousand_chunks_in_constant_memory_and_time():
         seconds.append(time.perf_counter() - began)
         session.played(chunk.first_frame + len(chunk.frames))
         session.push(sound)
-        if i % 1000 == 999:
+        if i % 500 == 499:
             resident.append(process.memory_info().rss)
     assert chunk.index == CHUNKS - 1
-    assert CHUNKS * bundle.spec.chunk_frames > 10 * bundle.student.net.rope.max_seq_len
-    assert (resident[-1] - resident[1]) / 8 < 2**20, [size >> 10 for size in resident]
+    assert CHUNKS * bundle.spec.chunk_frames > 5 * bundle.student.net.rope.max_seq_len
+    assert (resident[-1] - resident[1]) / (len(resident) - 2) < 2**19, [size >> 10 for size in resident]
     early, late = statistics.median(seconds[100:200]), statistics.median(seconds[-100:])
     assert late < 1.5 * early, (early, late)
     assert len(bundle.student.net._turns) <= 4
