@@ -1,6 +1,5 @@
 """`distill doctor`: what is installed, what this machine has, what is missing and where it goes."""
 
-import hashlib
 import importlib
 import logging
 import os
@@ -13,23 +12,12 @@ import psutil
 import torch
 
 from distill.run_folder import revision, versions
+from eval.weights import REGISTRY, locate
+from teachers.errors import UserError
 
 MODULES = ("torchvision", "peft", "deepspeed", "hydra", "torchmetrics", "lpips", "safetensors", "jinja2", "tqdm")
 GIB = 2**30
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 4.0
-WEIGHTS = {  # published extractors: file -> (what needs it, sha256)
-    "pt_inception-2015-12-05-6726825d.pth": (
-        "published FID",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-    "i3d_torchscript.pt": ("published FVD", "bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2"),
-}
-
-
-def weights_folder() -> Path:
-    """Where published metric weights are looked for: $AVATAR_DISTILL_WEIGHTS, else the user's cache folder."""
-    chosen = os.environ.get("AVATAR_DISTILL_WEIGHTS")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "avatar-distill" / "weights"
 
 
 def report() -> int:
@@ -88,14 +76,12 @@ def _codecs() -> Iterator[tuple[str, str]]:
 
 
 def _weights() -> Iterator[tuple[str, str]]:
-    for name, (use, digest) in WEIGHTS.items():
-        file = weights_folder() / name
-        if not file.is_file():
-            yield "optional", f"{use}: not there; put {name} (sha256 {digest[:12]}...) into {file.parent}"
-        elif _sha256(file) == digest:
-            yield "ok", f"{use}: {file}"
-        else:
-            yield "optional", f"{use}: {file} is another file (sha256 differs from {digest[:12]}...); replace it"
+    for name, weights in REGISTRY.items():
+        try:
+            line = "ok", f"{weights.metric}: {locate(name)}"
+        except UserError as error:
+            line = "optional", str(error)
+        yield line
 
 
 def _teacher_parts() -> Iterator[tuple[str, str]]:
@@ -109,8 +95,3 @@ def _teacher_parts() -> Iterator[tuple[str, str]]:
         "tiny decoder": taehv.WHERE,
     }.items():
         yield "optional", f"{use}: {source}"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
