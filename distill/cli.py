@@ -14,6 +14,8 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
     "sample": ("distill.sample", "a talking video from a portrait, a sound file and a text"),
     "bench": ("distill.bench", "first frame, chunk times, real-time factor and roofline of a student"),
     "drift": ("distill.drift", "long streams of a run's student, scored minute by minute"),
+    "plan": ("distill.plan", "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read"),
+    "data": ("distill.data.command", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.convert", "checkpoints between the published layouts and ours"),
 }
 

@@ -1,8 +1,12 @@
-"""What accelerate owns: processes, device, precision, reductions; and generators keyed by meaning, never global."""
+"""What accelerate owns: processes, device, precision, reductions; and generators keyed by meaning, never global.
 
+Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; how each holds a role is in `distill.engines`.
+"""
+
+import copy
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,39 +16,56 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from torch import Tensor
+from torch import Tensor, nn
 
+from distill.engines import Kind
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """`precision` is that of autocast (parameters and reductions stay fp32); a reduction moves `bucket_mib` at once."""
+    """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
+    reductions stay fp32); a reduction moves `bucket_mib` at once. `offload` keeps what is sharded in the host's memory. The
+    last `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward
+    pass in place of keeping what is inside it."""
 
+    kind: Kind | None = None
     precision: Literal["fp32", "bf16"]
     bucket_mib: int = 32
+    offload: bool = False
+    keep_checkpoints: int = 2
+    checkpointing: bool = False
 
     def __post_init__(self):
-        if self.bucket_mib < 1:
-            raise ValueError(f"bucket_mib must be at least 1, got {self.bucket_mib}")
+        for name in ("bucket_mib", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
+        if self.offload and self.kind == "ddp":
+            raise UserError(
+                "engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3"
+            )
 
 
 class Engine:
-    """One process among `world_size` equal ones: data parallel, gradients averaged once an accumulation.
+    """One process among `world_size` equal ones, which hold trained roles as `kind` says.
 
-    Raises UserError when the launcher asked for another number of processes, or for a strategy or precision, than the
+    Raises UserError when the launcher asked for another number of processes, or for another engine or precision, than the
     one that would run. `threads` sets torch's CPU threads of this process, shared among the local processes.
     """
 
     def __init__(self, config: EngineConfig, threads: int | None = None):
         self.config = config
         self.requested = requested_processes(os.environ, parent_command())
-        check_launcher(os.environ, config)
+        self.kind: Kind = check_launcher(os.environ, config)
         on_cpu = not torch.cuda.is_available()
         if "WORLD_SIZE" not in os.environ:
             check_world_size(self.requested, 1, on_cpu)
-        self.accelerator = Accelerator(cpu=on_cpu)
+        if self.requested > 1 and config.offload and not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cuda:nccl,cpu:gloo")  # shards in the host's memory are reduced there
+        with hidden_flags(os.environ):
+            self.accelerator = Accelerator(cpu=on_cpu)
         self.device = torch.device("cpu") if on_cpu else self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -54,6 +75,10 @@ class Engine:
             raise UserError(
                 f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
             )
+        self._alone = self.kind != "ddp" and not dist.is_initialized()
+        if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
+            os.environ["LOCAL_RANK"] = "0"
+            dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
         if threads is not None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
             torch.set_num_threads(max(1, threads // local))
@@ -78,6 +103,24 @@ class Engine:
             for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.detach().copy_(mean.view_as(tensor))
 
+    def freeze(self, net: nn.Module) -> nn.Module:
+        """The frozen network that a stage trains against: a copy in shards where the engine shards weights, else `net`.
+
+        Every rank must call a sharded network, together; so `net` itself stays whole for work that ranks do apart.
+        """
+        if self.kind not in ("fsdp2", "zero3"):
+            return net
+        net = copy.deepcopy(net).requires_grad_(False)
+        if self.kind == "fsdp2":
+            from distill.engines import fsdp
+
+            fsdp.shard(self, net)
+        else:
+            from distill.engines import zero
+
+            zero.partition(self, net)
+        return net
+
     def generator(
         self, seed: int, *keys: int | str, shared: bool = False, device: str | None = None
     ) -> torch.Generator:
@@ -94,6 +137,8 @@ class Engine:
         self.accelerator.wait_for_everyone()
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self._alone:
+            del os.environ["LOCAL_RANK"]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         PartialState._reset_state()
@@ -139,19 +184,74 @@ def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
         )
 
 
-def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> None:
-    """UserError when the launcher was told something that the recipe's engine would not do."""
-    on = {"1", "true", "yes"}
-    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
-        if environ.get(f"ACCELERATE_USE_{name}", "false").lower() in on:
-            flag = f"--use_{name.lower()}"
-            raise UserError(
-                f"{flag} would have no effect: launcher; leave it out, the recipe's engine is data parallel"
-            )
+def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
+    """The engine that recipe and launcher agree on; UserError when the launcher was told something that would not be done."""
+    kind, flags = launched_kind(environ)
+    if kind and config.kind and kind != config.kind:
+        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; leave one out")
+    offload = _offload_flag(environ)
+    if offload and not config.offload:
+        raise UserError(f"{offload} would have no effect: launcher; say engine.offload=true")
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; say train.accumulation")
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no" and asked != config.precision:
         mend = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
         raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; say {mend}")
+    kind = kind or config.kind or "ddp"
+    if kind == "ddp" and config.offload:
+        raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
+    return kind
+
+
+def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
+    """The engine that accelerate's flags name, and those flags; None where they name none. UserError for one we lack."""
+    if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("--use_megatron_lm would have no effect: launcher; leave it out, see engine=")
+    if _is_on(environ, "ACCELERATE_USE_FSDP"):
+        version = environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(
+                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, say --fsdp_version 2"
+            )
+        return "fsdp2", "--use_fsdp"
+    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("None", ""):
+            raise UserError(
+                f"--deepspeed_config_file {file} would have no effect: launcher; use engine= and --zero_stage"
+            )
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        kinds: dict[str, Kind] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
+        if stage not in kinds:
+            raise UserError(f"--zero_stage {stage} is none: launcher; it is 0, 1, 2 or 3")
+        return kinds[stage], f"--use_deepspeed --zero_stage {stage}"
+    return None, ""
+
+
+@contextmanager
+def hidden_flags(environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Without the flags that `check_launcher` reads: accelerate shall not wrap what `distill.engines` holds."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    found = {name: environ.pop(name) for name in names if name in environ}
+    try:
+        yield
+    finally:
+        environ.update(found)
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def _offload_flag(environ: Mapping[str, str]) -> str | None:
+    if _is_on(environ, "ACCELERATE_USE_FSDP") and _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
+        return "--fsdp_offload_params true"
+    for what in ("optimizer", "param") if _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ():
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none").lower()
+        if device != "none":
+            return f"--offload_{what}_device {device}"
+    return None
 
 
 def _right_command(count: int, on_cpu: bool) -> str:

@@ -1,10 +1,12 @@
 """The last stage: every system on the same held-out conditions, what each costs, report.json and report.html."""
 
 import itertools
+import math
 import os
 import platform
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,12 +18,13 @@ from distill import judging
 from distill.data import avatars
 from distill.run_folder import load_tensors, versions
 from eval import benchmark
-from eval.latency import measure
+from eval.latency import clocked, interleave, measure, percentile
 from eval.protocol import Geometry, protocol_card
 from eval.report import target, write_report
+from students.checkpoint import Bundle
 from students.session import Session
 from teachers import flow, media
-from teachers.codecs import to_float, to_uint8
+from teachers.codecs import to_float
 
 if TYPE_CHECKING:
     from distill.stages import Pipeline
@@ -66,18 +69,19 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     captions = test.clips.text[: config.sheet_conditions]
     write_report(report, curves, shown, samples, pipeline.folder.path, captions, config.sheet_frames)
     flat = {name: {k: v["mean"] for k, v in metrics.items()} for name, metrics in scores.items()}
-    return {"scores": flat, "ratios": report["ratios"]}
+    found = {name: value if math.isfinite(value) else None for name, value in report["ratios"].items()}
+    return {"scores": flat, "ratios": found}
 
 
 def world_spread(pipeline: "Pipeline") -> Tensor:
     """The world's own clips for the diversity conditions, other nuisance each, through the codec: uint8 [C, K, 3, T, H, W]."""
-    config, codec = pipeline.recipe.eval, pipeline.senses.codec
+    config, senses = pipeline.recipe.eval, pipeline.senses
     out = []
     for motion in range(config.diversity_seeds):
         clips = avatars.held_out(
             pipeline.recipe.data, config.condition_seed, "diversity", config.diversity_conditions, motion
         )
-        out.append(to_uint8(codec.decode(codec.encode(to_float(clips.video)))))
+        out.append(senses.decode(senses.encode(clips.video)))
     return torch.stack(out, dim=1)
 
 
@@ -92,47 +96,42 @@ def spread_conditions(pipeline: "Pipeline"):
 def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict]:
     """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput).
 
-    A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so.
+    A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
+    so that what else the machine does hits all of them.
     """
-    spec, recipe, codec = pipeline.spec, pipeline.recipe, pipeline.senses.codec
-    clip_seconds = recipe.data.world.num_frames / float(spec.fps)
-    settings, frames = recipe.trajectories, recipe.data.world.num_frames
-    runs, warmup = recipe.eval.latency_runs, recipe.eval.latency_warmup
+    spec, recipe, senses = pipeline.spec, pipeline.recipe, pipeline.senses
+    settings, warmup = recipe.trajectories, recipe.eval.latency_warmup
     batch = min(THROUGHPUT_BATCH, len(test.clips.text))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
+    alone: dict[str, Callable[[], list[float]]] = {}
+    together, nfe = {}, {}
     grids = {
         "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
         "teacher_few_step": (*spec.sigmas, 0.0),
     }
-    costs = {}
     for name, grid in grids.items():
 
         def clips(conditions, grid=grid):
             noise = judging.clip_noise(spec, conditions.text.shape[0], 0, "cost")
-            codec.decode(
-                judging.teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch).cpu()
-            )
+            made = judging.teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch)
+            senses.decode(made)
 
-        with one_thread():
-            alone = measure(lambda: clips(one), min(warmup, 1), max(3, runs // 3))
-        together = measure(lambda: clips(many), 0, 1)
-        nfe = (len(grid) - 1) * settings.guidance.passes
-        costs[name] = cost(alone["median"], alone["median"], together["median"], nfe, clip_seconds, frames, batch)
-    for name, stage in {"zero_shot": "teacher", "init": "init", "student": "dmd"}.items():
+        alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
+        together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
+        nfe[name] = (len(grid) - 1) * settings.guidance.passes
+    for name, stage in {"zero_shot": pipeline.origin, "init": "init", "student": "dmd"}.items():
         student = pipeline.student(stage).eval().requires_grad_(False)
-        with one_thread():
-            alone = stream_cost(pipeline, student, test, runs, warmup)
-        noise = judging.stream_noise(spec, batch, 0, "cost")
+        bundle, noise = pipeline.bundle(student), judging.stream_noise(spec, batch, 0, "cost")
 
         def streams(student=student, noise=noise):
-            codec.decode(judging.student_clips(student, many, noise, batch).cpu())
+            senses.decode(judging.student_clips(student, many, noise, batch))
 
-        together = measure(streams, 1, 5)
-        values = cost(
-            alone["first"], alone["clip"], together["median"], spec.nfe_per_chunk, clip_seconds, frames, batch
-        )
-        costs[name] = values | {"p95_chunk_seconds": alone["p95"]}
-    return costs
+        alone[name] = lambda bundle=bundle: stream_marks(bundle, test)
+        together[name] = measure(streams, 1, 5)["median"]
+        nfe[name] = spec.nfe_per_chunk
+    with one_thread():
+        marks = {name: runs[warmup:] for name, runs in interleave(alone, warmup + recipe.eval.latency_runs).items()}
+    return {name: cost(marks[name], together[name] / batch, nfe[name], pipeline) for name in alone}
 
 
 @contextmanager
@@ -146,53 +145,51 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def cost(first: float, clip: float, together: float, nfe: int, clip_seconds: float, frames: int, batch: int) -> dict:
-    """Cost numbers of one system from seconds to the first frame, for one clip alone, and for a batch of clips."""
-    return {
-        "nfe_per_chunk": nfe,
-        "ttff_seconds": first,
-        "seconds_per_video_second": clip / clip_seconds,
-        "fps": frames / clip,
-        "batch": batch,
-        "batch_seconds_per_video_second": together / batch / clip_seconds,
-        "batch_fps": batch * frames / together,
-    }
+def stream_marks(bundle: Bundle, test: judging.HeldOut) -> list[float]:
+    """Seconds from the start to each chunk of the first clip, through the serving session.
 
-
-def stream_cost(pipeline: "Pipeline", student, test: judging.HeldOut, runs: int, warmup: int) -> dict[str, float]:
-    """Median seconds to the first frames and for a clip's frames through the serving session, and the 95th percentile chunk."""
-    bundle = pipeline.bundle(student)
-    portrait = to_float(test.clips.video[0, :, 0])
-    first, clip, chunks = [], [], []
-    for run in range(warmup + runs):
-        session = Session(bundle, portrait, test.clips.text[0], seed=run)
+    The second of two streams: a server's caches hold its weights, where the other systems of the round have just been.
+    """
+    marks: list[float] = []
+    for _ in range(2):
+        portrait = to_float(test.clips.video[0, :, 0]) if bundle.spec.network.reference else None
+        session = Session(bundle, portrait, test.clips.text[0])
         session.push(audio=test.clips.audio[0])
         session.close()
         began = time.perf_counter()
         marks = [time.perf_counter() - began for _ in session.frames()]
-        if run >= warmup:
-            first.append(marks[0])
-            clip.append(marks[-1])
-            chunks += [b - a for a, b in itertools.pairwise(marks)]
+    return marks
+
+
+def cost(marks: list[list[float]], together: float, nfe: int, pipeline: "Pipeline") -> dict[str, float]:
+    """Cost numbers of one system from the seconds to each part of a clip alone, run by run, and a clip's seconds in a batch."""
+    frames = pipeline.recipe.data.world.num_frames
+    clip_seconds = frames / float(pipeline.spec.fps)
+    clip = statistics.median(run[-1] for run in marks)
+    chunks = [b - a for run in marks for a, b in itertools.pairwise(run)]
     return {
-        "first": sorted(first)[len(first) // 2],
-        "clip": sorted(clip)[len(clip) // 2],
-        "p95": sorted(chunks)[int(0.95 * (len(chunks) - 1))],
-    }
+        "nfe_per_chunk": nfe,
+        "ttff_seconds": statistics.median(run[0] for run in marks),
+        "seconds_per_video_second": clip / clip_seconds,
+        "fps": frames / clip,
+        "batch": min(THROUGHPUT_BATCH, pipeline.recipe.eval.num_conditions),
+        "batch_seconds_per_video_second": together / clip_seconds,
+        "batch_fps": frames / together,
+    } | ({"p95_chunk_seconds": percentile(chunks, 95)} if chunks else {})
 
 
 def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
     """report.json as design section 6 has it."""
     recipe, done = pipeline.recipe, pipeline.folder.finished
     stages = {}
-    for name in ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export"):
+    for name in pipeline.names[:-1]:
         facts = done(name) or {}
         stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
     extractors = stages["extractors"]["metrics"]
     world = recipe.data.world
     card = protocol_card(
         recipe.eval,
-        Geometry(frames=world.num_frames, height=world.resolution, width=world.resolution, fps=pipeline.spec.fps),
+        Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=pipeline.spec.fps),
         extractors["sha256"],
         extractors["admitted"],
         {"conditions": recipe.eval.condition_seed, "training": recipe.seed},
@@ -219,18 +216,20 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
 
 
 def ratios(systems: dict) -> dict[str, float]:
-    """Student against teacher and against init, and what the student saves."""
+    """Student against teacher and against init, and what the student saves; NaN over a score of 0."""
 
     def mean(system: str, name: str) -> float:
         return systems[system]["metrics"][name]["mean"]
 
+    def over(name: str, system: str, other: str) -> float:
+        return mean(system, name) / mean(other, name) if mean(other, name) else math.nan
+
     out = {
-        f"{name}_student_over_teacher": mean("student", name) / mean("teacher", name)
-        for name in ("fid", "fvd", "sync", "motion")
+        f"{name}_student_over_teacher": over(name, "student", "teacher") for name in ("fid", "fvd", "sync", "motion")
     }
-    out |= {f"{name}_student_over_init": mean("student", name) / mean("init", name) for name in ("fid", "fvd")}
+    out |= {f"{name}_student_over_init": over(name, "student", "init") for name in ("fid", "fvd")}
     out |= {f"{name}_student_minus_init": mean("student", name) - mean("init", name) for name in ("diversity", "sync")}
-    out |= {f"{name}_init_over_zero_shot": mean("init", name) / mean("zero_shot", name) for name in ("fid", "fvd")}
+    out |= {f"{name}_init_over_zero_shot": over(name, "init", "zero_shot") for name in ("fid", "fvd")}
     out["diversity_init_minus_zero_shot"] = mean("init", "diversity") - mean("zero_shot", "diversity")
     teacher, student = systems["teacher"]["cost"], systems["student"]["cost"]
     out["cost_teacher_over_student"] = teacher["seconds_per_video_second"] / student["seconds_per_video_second"]

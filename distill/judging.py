@@ -19,9 +19,9 @@ from eval.benchmark import Asked, Reference
 from eval.extractors import Probes
 from students.causal_wan import CausalWan
 from teachers import flow
-from teachers.codecs import to_float, to_uint8
 from teachers.conditions import Conditions
 from teachers.flow import keyed_generator
+from teachers.senses import AudioConfig, LogMel
 
 if TYPE_CHECKING:
     from distill.stages import Pipeline
@@ -44,14 +44,20 @@ class HeldOut:
         data, seed = pipeline.recipe.data, pipeline.recipe.eval.condition_seed
         clips = avatars.held_out(data, seed, name, num)
         x0, conditions = pipeline.senses.of_clips(clips)
-        rows = pipeline.senses.ears(clips.audio, 0, clips.video.shape[2])
+        rows = heard(pipeline, clips)
         asked = Asked(
             audio_features=rows,
             gesture=clips.labels["gesture"],
             expression=clips.labels["expression"],
             portrait=clips.video[:, :, 0],
         )
-        return cls(clips, to_uint8(pipeline.senses.codec.decode(x0)), conditions.to(pipeline.engine.device), asked)
+        return cls(clips, pipeline.senses.decode(x0), conditions.to(pipeline.engine.device), asked)
+
+
+def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
+    """What the metrics hear, rows [N, T, A] of log-mel columns, whatever the student's ears are."""
+    samples = pipeline.spec.samples_per_frame
+    return LogMel(AudioConfig(hop=samples // 4), samples)(clips.audio, 0, clips.video.shape[2])
 
 
 def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
@@ -59,8 +65,7 @@ def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
     config, data, engine = pipeline.recipe.eval, pipeline.recipe.data, pipeline.engine
     if engine.is_main:
         clips = avatars.held_out(data, config.probe_seed, "probes", data.world.num_train)
-        decoded = to_uint8(pipeline.senses.codec.decode(pipeline.senses.codec.encode(to_float(clips.video))))
-        rows = pipeline.senses.ears(clips.audio, 0, clips.video.shape[2])
+        decoded, rows = pipeline.senses.decode(pipeline.senses.encode(clips.video)), heard(pipeline, clips)
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
@@ -143,7 +148,7 @@ class Validation:
         pipeline, num = self.pipeline, len(self.test.clips.text)
         noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "validate")
         x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
-        video = to_uint8(pipeline.senses.codec.decode(x0.cpu()))
+        video = pipeline.senses.decode(x0)
         scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
         return {name: scores[name]["mean"] for name in ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")}
 
@@ -163,7 +168,7 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
         "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
         "teacher_few_step": (*spec.sigmas, 0.0),
     }
-    stages = {"zero_shot": "teacher", "init": "init", "student": "dmd"}
+    stages = {"zero_shot": pipeline.origin, "init": "init", "student": "dmd"}
 
     def teacher(grid) -> Generate:
         def generate(conditions, seed, name):
@@ -201,7 +206,7 @@ def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Condi
     for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
         if not file.is_file():
             x0 = generate(conditions, seed, name)
-            save_tensors(file, {"video": to_uint8(pipeline.senses.codec.decode(x0.cpu()))})
+            save_tensors(file, {"video": pipeline.senses.decode(x0)})
     engine.barrier()
 
 

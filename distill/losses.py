@@ -1,29 +1,32 @@
 """Pure functions of tensors: no networks, no config, no randomness; fp32 whatever comes in."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from teachers import flow
 
 
 def frame_mean(x: Tensor, start: int = 1) -> Tensor:
-    """Mean over all but the batch of x [B, C, F, H, W], frames from `start` on (frame 0 is given, not generated)."""
+    """Mean over all but the batch of x [B, C, F, H, W], frames from `start` on (those before are given, not generated)."""
     return x[:, :, start:].flatten(1).mean(dim=1)
 
 
-def denoising(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float, floor: float) -> Tensor:
+def denoising(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float, floor: float, start: int = 1) -> Tensor:
     """|x0_hat - x0|^2 / max(sigma, floor)^power, mean over generated elements.
 
     power 2 is the velocity (flow matching) loss, eq. 14 of Lipman et al. 2210.02747 with x0-prediction; power 1 weighs noise
     levels as embedded networks like it. sigma [B] or [B, F].
     """
     error = (x0_hat.float() - x0.float()).square() / flow.expand(sigma, x0).float().clamp(min=floor) ** power
-    return frame_mean(error).mean()
+    return frame_mean(error, start).mean()
 
 
-def regression(x0_hat: Tensor, x0: Tensor) -> Tensor:
+def regression(x0_hat: Tensor, x0: Tensor, start: int = 1) -> Tensor:
     """Mean squared error to the trajectory's end, generated frames only (ODE init, CausVid 2412.07772 eq. 5)."""
-    return frame_mean((x0_hat.float() - x0.float()).square()).mean()
+    return frame_mean((x0_hat.float() - x0.float()).square(), start).mean()
 
 
 def dmd_gradient(x0: Tensor, real: Tensor, fake: Tensor, start: int = 1, eps: float = 1e-6) -> Tensor:
@@ -43,3 +46,50 @@ def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose gradient with respect to x0 is `gradient` / its number of elements; its value means nothing."""
     target = (x0.float() - gradient).detach()
     return 0.5 * torch.nn.functional.mse_loss(x0.float(), target)
+
+
+def sid(x0: Tensor, real: Tensor, fake: Tensor, alpha: float, start: int = 1, eps: float = 1e-6) -> Tensor:
+    """Score identity distillation, (real - fake) ((real - x0) - alpha (real - fake)) / mean |x0 - real|, generated frames only.
+
+    Zhou et al. 2404.04057 in x0 predictions: the same as (1 - alpha) |real - fake|^2 + (real - fake)(fake - x0), with DMD's
+    normaliser as in Self Forcing (2506.08009); gradient runs through real and fake too, not through the normaliser.
+    """
+    x0, real, fake = x0.float(), real.float(), fake.float()
+    scale = frame_mean((x0 - real).abs(), start).detach()
+    gap = real - fake
+    return (frame_mean(gap * ((real - x0) - alpha * gap), start) / (scale + eps)).mean()
+
+
+def discrimination(real: Tensor, fake: Tensor) -> Tensor:
+    """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3)."""
+    return softplus(-real.float()).mean() + softplus(fake.float()).mean()
+
+
+def fooling(fake: Tensor) -> Tensor:
+    """The generator's side of it: softplus(-fake) of the logits, which is -log D."""
+    return softplus(-fake.float()).mean()
+
+
+def unit_tangent(tangent: Tensor, softening: float, start: int = 1) -> Tensor:
+    """tangent / (rms + softening) per sample, generated frames only, fp32; the given frames before `start` get none.
+
+    Tangent normalisation of Lu & Song 2410.11081, with a root mean square in place of the norm, so that `softening` knows no size.
+    """
+    tangent = tangent.float()
+    rms = frame_mean(tangent.square(), start).sqrt().view(-1, 1, 1, 1, 1)
+    out = tangent / (rms + softening)
+    out[:, :, :start] = 0.0
+    return out
+
+
+def input_gradient(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+    """d loss_of(x0) / d x0 in fp32, through networks that are left without a gradient; their graph is freed before it returns."""
+    with torch.enable_grad():
+        leaf = x0.detach().float().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(leaf), leaf)
+    return gradient
+
+
+def carry(x0: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to x0 is `gradient` itself; its value means nothing."""
+    return (x0.float() * gradient.detach()).sum()

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 import distill
 from distill.data.world import DataConfig
 from distill.engine import EngineConfig
-from distill.stages import MethodStage, TeacherStage
+from distill.pretrained import TeacherStage
+from distill.stages import MethodStage
 from distill.trajectories import TrajectoriesConfig
 from eval.protocol import EvalConfig
 from students.spec import StudentConfig
@@ -32,7 +33,12 @@ RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run, resolved. `reuse` names another run folder whose finished stages with equal fingerprints are copied."""
+    """One run, resolved. `reuse` names another run folder whose finished stages with equal fingerprints are copied.
+
+    `base`: the network that student and fake score start from, where that is not the teacher. `ar_teacher`: how an autoregressive
+    teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
+    layouts are written where the paths point.
+    """
 
     name: str
     seed: int
@@ -47,6 +53,9 @@ class Recipe:
     dmd: MethodStage
     engine: EngineConfig
     eval: EvalConfig
+    base: TeacherStage | None = None
+    ar_teacher: MethodStage | None = None
+    tiny: bool = False
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -80,6 +89,8 @@ def compose_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any]
             own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             values = OmegaConf.to_container(own, resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
+            raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error
     assert isinstance(values, dict)
     locate = _locator(path, parsed, choices)

@@ -1,7 +1,8 @@
 """On-policy rollouts: the student's own step folded over a clip, gradient at one exit step per chunk (Self Forcing 2506.08009)."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,30 +13,61 @@ from teachers.conditions import Conditions
 Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
 
 
-def rollout(student: CausalWan, conditions: Conditions, noise: Noise, exit_step: int | None = None) -> Tensor:
-    """Generate a clip chunk by chunk -> x0 [B, C, F, H, W].
+def rollout(
+    student: CausalWan,
+    conditions: Conditions,
+    noise: Noise,
+    exit_step: int | Sequence[int] | None = None,
+    *,
+    sigmas: Callable[[int], Sequence[float]] | None = None,
+    start: int = 0,
+    corrupt: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Generate a clip chunk by chunk -> x0 [B, C, F, H, W] of the chunks from `start` on.
 
     Chunk j's gradient reaches the weights through its own exit-step call alone: earlier steps and every commit run without.
-    With the last step as exit this is what the serving session computes, bit for bit.
+    With the last step as exit (None) this is what the serving session computes, bit for bit. exit_step may be one for each
+    chunk; sigmas(chunk) are its denoising steps, by default the spec's; chunks before `start` are context, without gradient;
+    corrupt(chunk, x0) is committed in the place of x0.
     """
     n = student.spec.chunk_frames
     state, chunks = student.open(conditions.text), []
     count = conditions.num_frames // n
     for j in range(count):
         part = conditions.frames(j * n, (j + 1) * n)
-        noises = functools.partial(noise, j)
-        x0, steps = denoise_chunk(student, state, part, noises, student.spec.sigmas, exit_step)
-        chunks.append(x0)
+        levels = student.spec.steps(j) if sigmas is None else sigmas(j)
+        last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
+        with torch.set_grad_enabled(torch.is_grad_enabled() and j >= start):
+            x0, steps = denoise_chunk(student, state, part, functools.partial(noise, j), levels, last)
+        if j >= start:
+            chunks.append(x0)
         if j + 1 < count:
-            state = student.commit(state, x0, part, steps)
+            state = student.commit(state, x0 if corrupt is None else corrupt(j, x0), part, steps)
     return torch.cat(chunks, dim=2)
 
 
-def draw_noise(student: CausalWan, batch: int, rng: torch.Generator, num_chunks: int | None = None) -> Noise:
+def draw_noise(
+    student: CausalWan, batch: int, rng: torch.Generator, num_chunks: int | None = None, num_steps: int | None = None
+) -> Noise:
     """Noise of every chunk and step from `rng`, drawn on its device."""
     spec = student.spec
     device = next(student.parameters()).device
     channels, height, width = spec.latent_size
-    shape = (num_chunks or spec.num_chunks, len(spec.sigmas), batch, channels, spec.chunk_frames, height, width)
+    counts = (num_chunks or spec.num_chunks, num_steps or len(spec.sigmas))
+    shape = (*counts, batch, channels, spec.chunk_frames, height, width)
     table = torch.randn(shape, generator=rng, device=rng.device).to(device)
     return lambda chunk, step: table[chunk, step]
+
+
+def of_length(conditions: Conditions, num_frames: int) -> Conditions:
+    """Conditions of a stream of `num_frames`: cut, or each clip goes on with the sound and the pose of the next rows of the batch
+    (without their frame 0, which is one pixel frame repeated). Text and reference stay."""
+
+    def continued(x: Tensor) -> Tensor:
+        parts = [x]
+        while sum(part.shape[1] for part in parts) < num_frames:
+            parts.append(x.roll(-len(parts), 0)[:, 1:])
+        return torch.cat(parts, dim=1)[:, :num_frames]
+
+    pose = None if conditions.pose is None else continued(conditions.pose)
+    return replace(conditions, audio=continued(conditions.audio), pose=pose)

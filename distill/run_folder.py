@@ -24,7 +24,8 @@ from distill import __version__
 from teachers.errors import UserError
 from teachers.typed import dump, to_plain
 
-NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads")
+NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads", "engine")
+THE_SAME_RUN = ("engine.precision",)
 NEVER_REUSED = ("evaluate",)  # what it makes lies at the top of the run folder, and its times are this machine's
 FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
@@ -283,7 +284,8 @@ def _check_same(file: Path, now: dict[str, Any]) -> None:
         raise UserError(f"damaged recipe: {file}; choose another run_dir= or delete the folder") from error
     old, new = _flatten(before), _flatten(now)
     for key in (*new, *(key for key in old if key not in new)):
-        if key.partition(".")[0] not in NOT_THE_SAME_RUN and old.get(key, "nothing") != new.get(key, "nothing"):
+        free = key.partition(".")[0] in NOT_THE_SAME_RUN and key not in THE_SAME_RUN
+        if not free and old.get(key, "nothing") != new.get(key, "nothing"):
             raise UserError(
                 f"another recipe's run folder: {file.parent} has {key}={old.get(key, 'nothing')}, "
                 f"now {key}={new.get(key, 'nothing')}; choose another run_dir= or delete the folder"

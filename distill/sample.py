@@ -31,7 +31,15 @@ LEAD_CHUNKS = 2  # how far --realtime draws ahead of the viewer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill sample`."""
-    parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--student", type=Path, metavar="DIR", help="folder of an exported student")
+    source.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="RECIPE",
+        help="one clip of a recipe's many-step teacher, to see that it loads right",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
     parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a film with sound")
     parser.add_argument("--text", required=True, metavar="STR", help='what happens, such as "smiles and nods"')
@@ -63,6 +71,11 @@ def run(args: argparse.Namespace) -> int:
     no film, also for a place of the sound that turns out to be damaged later.
     """
     _check_options(args)
+    if args.teacher is not None:
+        from distill.sample_teacher import run as run_teacher
+
+        args.anchor = CROPS[args.crop]
+        return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
     with closing(media.AudioReader(args.audio)) as sound:
@@ -102,6 +115,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Raises UserError for values that no sample can have."""
+    if args.student is not None and args.overrides:
+        raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; leave it out")
+    if args.teacher is not None and (args.push_ms or args.realtime):
+        raise UserError(
+            "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
+        )
     if not 0 <= args.seed <= LARGEST_SEED:
         raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
     if not 1 <= args.size <= 4096:

@@ -1,12 +1,11 @@
 """The pipeline: data -> teacher -> trajectories -> init -> dmd -> export -> evaluate, each stage fingerprinted and resumable."""
 
-import copy
-import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,29 +14,24 @@ from torch import Tensor
 
 from distill import trajectories
 from distill.data import avatars
+from distill.discriminator import Discriminator, build_discriminator
 from distill.engine import Engine
-from distill.methods import Batch
+from distill.methods import Batch, Needs
+from distill.methods.forcing import Forced
+from distill.pretrained import TeacherStage, digest, load_given, network_dims
 from distill.run_folder import MetricsLog, RunFolder, load_tensors, save_tensors
 from distill.train import TrainConfig, Trainer, batch_rows, train
 from students import checkpoint
 from students.causal_wan import CausalWan
-from students.checkpoint import Bundle, make_student
+from students.checkpoint import Bundle
 from students.spec import Spec, student_sigmas
+from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.typed import module_name, to_plain
-from teachers.wan import AvatarTeacher, AvatarTransformer, NetworkConfig, build_network
+from teachers.wan import AvatarTeacher, AvatarTransformer, build_network
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherStage:
-    """The teacher's network and how it is trained here."""
-
-    network: NetworkConfig
-    method: Any = field(metadata={"named": "distill.methods"})
-    train: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +47,7 @@ def run(recipe: "Recipe") -> Path:
     engine = Engine(recipe.engine, recipe.threads)
     try:
         pipeline = Pipeline(recipe, engine)
-        for name in ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate"):
+        for name in pipeline.names:
             pipeline.stage(name)
         pipeline.publish()
         return pipeline.folder.path
@@ -64,28 +58,53 @@ def run(recipe: "Recipe") -> Path:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
+    method = recipe.dmd.method
+    first = getattr(method, "first_sigmas", ())
+    codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
     return Spec(
-        height=data.world.resolution,
-        width=data.world.resolution,
+        height=data.world.size[0],
+        width=data.world.size[1],
         fps=Fraction(data.world.fps),
         chunk_frames=student.chunk_frames,
         sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift),
         horizon_frames=data.latent_frames,
         history=student.history,
-        network=recipe.teacher.network,
-        codec=data.codec,
-        audio=data.audio,
-        text=data.text,
+        first_sigmas=first,
+        first_chunks=method.first_chunks if first else 0,
+        network=(recipe.base or recipe.teacher).network,
+        codec=codec,
+        audio=audio,
+        text=text,
     )
 
 
+def _anywhere(part: Any) -> Any:
+    """The config with its path absolute, so that an exported student finds it from every folder."""
+    path = getattr(part, "path", None)
+    return part if path is None else replace(part, path=path.expanduser().resolve())
+
+
 class Pipeline:
-    """The stages of one recipe over one run folder; what a stage reads is loaded when it is first asked for."""
+    """The stages of one recipe over one run folder; what a stage reads is loaded when it is first asked for.
+
+    Student and fake score start from the weights of the stage `origin`: those of `recipe.base`, else the teacher's.
+    """
 
     def __init__(self, recipe: "Recipe", engine: Engine):
         self.recipe, self.engine = recipe, engine
         self.spec = spec_of(recipe)
+        self.origin = "teacher" if recipe.base is None else "base"
+        base = () if recipe.base is None else ("base",)
+        causal = () if recipe.ar_teacher is None else ("ar_teacher",)
+        pairs = () if self.needs("init").batch == "x0" else ("trajectories",)
+        self.names = ("data", "extractors", "teacher", *base, *causal, *pairs, "init", "dmd", "export", "evaluate")
+        self._check_roles()
         self.folder = RunFolder.open(recipe, engine)
+        if recipe.tiny and engine.is_main:
+            from distill.tiny import write_weights
+
+            write_weights(recipe, self.spec)
+        engine.barrier()
         self.log = MetricsLog(self.folder.path / "metrics.jsonl", engine.is_main)
 
     def stage(self, name: str) -> dict:
@@ -94,24 +113,75 @@ class Pipeline:
         student = {"student": recipe["student"], "seed": recipe["seed"]}
         probes = {k: v for k, v in recipe["eval"].items() if k.startswith("probe_")}
         config, inputs = {
-            "data": ({"data": recipe["data"], "seed": recipe["seed"]}, ()),
+            "data": ({"data": recipe["data"], "seed": recipe["seed"], **self._given_parts()}, ()),
             "extractors": (probes, ("data",)),
-            "teacher": ({"teacher": recipe["teacher"], "seed": recipe["seed"]}, ("data",)),
-            "trajectories": ({"trajectories": recipe["trajectories"], **student}, ("teacher",)),
-            "init": ({"init": recipe["init"], **student}, ("trajectories",)),
+            "teacher": (self._stage_config("teacher"), ("data",)),
+            "base": (self._stage_config("base"), ("data",)),
+            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, "data")),
+            "ar_teacher": ({"ar_teacher": recipe["ar_teacher"], **student}, (self.origin, "data")),
+            "init": ({"init": recipe["init"], **student}, self._init_inputs),
             "dmd": ({"dmd": recipe["dmd"], **student}, ("init", "extractors")),
             "export": ({}, ("dmd",)),
             "evaluate": ({"eval": recipe["eval"]}, ("export",)),
         }[name]
         return self.folder.stage(name, config, inputs, getattr(self, f"_{name}"))
 
+    @property
+    def _solver(self) -> str:
+        """The stage of the network that solves trajectories."""
+        role = self.recipe.trajectories.role
+        return self.origin if role == "base" else role
+
+    def needs(self, stage: str) -> Needs:
+        """What the method of a training stage asks for."""
+        method = getattr(self.recipe, stage).method
+        return import_module(f"distill.methods.{module_name(method)}").needs(method)
+
+    @property
+    def _init_inputs(self) -> tuple[str, ...]:
+        """The stages that `init` reads."""
+        needs = self.needs("init")
+        data = "data" if needs.batch == "x0" else "trajectories"
+        return (data, self.origin, *(("ar_teacher",) if "ar_teacher" in needs.frozen else ()))
+
+    def _check_roles(self) -> None:
+        """UserError where init and trajectories do not fit together or a teacher is missing."""
+        needs, role = self.needs("init"), self.recipe.trajectories.role
+        if needs.batch == "forced" and role != "ar_teacher":
+            raise UserError(f"trajectories.role: got {role}; init.method.context: data needs role: ar_teacher")
+        if needs.batch == "trajectories" and role == "ar_teacher":
+            raise UserError("trajectories.role: ar_teacher is for init.method.context: data; use teacher")
+        asks = "ar_teacher" in needs.frozen or needs.batch == "forced"
+        if asks and self.recipe.ar_teacher is None:
+            raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
+
+    def config(self, stage: str) -> TeacherStage:
+        """The config of `teacher` or `base`."""
+        config = self.recipe.base if stage == "base" else self.recipe.teacher
+        assert config is not None
+        return config
+
+    def _stage_config(self, stage: str) -> dict:
+        """What the stage of a network depends on: its config, and which files it reads."""
+        if stage == "base" and self.recipe.base is None:
+            return {}
+        config = self.config(stage)
+        given = {"weights": digest(config.path, config.wan)} if config.path else {}
+        return {stage: to_plain(config), "seed": self.recipe.seed, **given}
+
+    def _given_parts(self) -> dict:
+        """Which files the codec, ears and text encoder that are given read."""
+        paths = {f.name: getattr(getattr(self.recipe.data, f.name), "path", None) for f in fields(self.recipe.data)}
+        return {f"{name} weights": digest(path) for name, path in paths.items() if path is not None}
+
     @cached_property
     def senses(self) -> avatars.Senses:
-        return avatars.load_senses(self.recipe.data, self.folder.stage_dir("data"))
+        folder = self.folder.stage_dir("data")
+        return avatars.load_senses(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
 
     @cached_property
     def pool(self) -> avatars.Pool:
-        return avatars.load_pool(self.folder.stage_dir("data"))
+        return avatars.load_pool(self.folder.stage_dir("data"), self.spec.network.reference)
 
     @cached_property
     def probes(self):
@@ -119,41 +189,36 @@ class Pipeline:
 
         return Probes.load(self.folder.stage_dir("extractors"))
 
-    def _new_network(self) -> AvatarTransformer:
+    def _new_network(self, stage: str) -> AvatarTransformer:
         """An untrained network, initialised from the recipe's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
-            text, audio = self.recipe.data.text.dim, self.senses.ears.dim
-            return build_network(
-                self.recipe.teacher.network,
-                latent_channels=self.spec.codec.channels,
-                stride=self.spec.codec.stride,
-                text_dim=text,
-                audio_dim=audio,
-            )
+            return build_network(self.config(stage).network, **network_dims(self.spec))
 
-    def _weights(self, stage: str) -> dict[str, Tensor]:
-        return load_tensors(self.folder.stage_dir(stage) / "model.safetensors")
+    def network(self, stage: str, frozen: bool = True) -> AvatarTransformer:
+        """The network of a finished stage, on our device: given weights, or what was trained here."""
+        if stage in ("teacher", "base") and not self.config(stage).is_trained:
+            return load_given(self.config(stage), self.spec, self.engine.device, frozen)
+        net = self._new_network(stage if stage == "teacher" else self.origin)
+        file = self.folder.stage_dir(stage) / "model.safetensors"
+        checkpoint.fill(net, load_tensors(file), file)
+        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
 
     @cached_property
     def teacher(self) -> AvatarTeacher:
-        """The trained teacher, frozen."""
-        return AvatarTeacher(self._filled(self._new_network(), "teacher")).eval().requires_grad_(False)
+        """The teacher, frozen."""
+        return AvatarTeacher(self.network("teacher")).eval().requires_grad_(False)
 
     def student(self, stage: str) -> CausalWan:
-        """A student with the weights of a finished stage (teacher: untrained student, zero-shot)."""
-        student = make_student(self.spec)
-        self._filled(student.net, stage)
-        return student.to(self.engine.device)
-
-    def _filled(self, net: AvatarTransformer, stage: str) -> AvatarTransformer:
-        checkpoint.fill(net, self._weights(stage), self.folder.stage_dir(stage) / "model.safetensors")
-        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+        """A student with the weights of a finished stage; those of the stage `origin` are an untrained student's, zero-shot."""
+        return CausalWan(self.network(stage, frozen=False), self.spec)
 
     @property
-    def teacher_hash(self) -> str:
-        """sha256 of the teacher's weights file."""
-        return hashlib.sha256((self.folder.stage_dir("teacher") / "model.safetensors").read_bytes()).hexdigest()
+    def solver_hash(self) -> str:
+        """Which weights solved the trajectories."""
+        done = self.folder.finished(self._solver)
+        assert done is not None
+        return done["fingerprint"]
 
     def _data(self, folder: Path) -> dict:
         return avatars.prepare(self.recipe.data, self.recipe.seed, folder, self.engine)
@@ -163,15 +228,45 @@ class Pipeline:
 
         return fit_probes(self, folder)
 
-    def _teacher(self, folder: Path) -> dict:
-        config = self.recipe.teacher
-        teacher = AvatarTeacher(self._new_network()).to(self.engine.device)
-        return self._train("teacher", config, folder, {"teacher": teacher}, {}, self.pool.batch, len(self.pool))
+    def _teacher(self, folder: Path, stage: str = "teacher") -> dict:
+        config = self.config(stage)
+        if not config.is_trained:
+            net = load_given(config, self.spec, torch.device("meta"))  # names and shapes fit
+            return {"parameters": sum(p.numel() for p in net.parameters()), "path": str(config.path)}
+        net = (
+            load_given(config, self.spec, self.engine.device, frozen=False) if config.path else self._new_network(stage)
+        )
+        teacher = AvatarTeacher(net).to(self.engine.device)
+        return self._train(stage, config, folder, {"teacher": teacher}, {}, self.pool.batch, len(self.pool))
+
+    def _base(self, folder: Path) -> dict:
+        return self._teacher(folder, "base")
+
+    @cached_property
+    def ar_teacher(self) -> CausalWan:
+        """The autoregressive teacher, frozen."""
+        return self.student("ar_teacher").eval().requires_grad_(False)
+
+    def _ar_teacher(self, folder: Path) -> dict:
+        config = self.recipe.ar_teacher
+        roles = {"student": self.student(self.origin)}
+        return self._train("ar_teacher", config, folder, roles, {}, self.pool.batch, len(self.pool))
+
+    def _solver_of(self, batch: Batch) -> Any:
+        """What solves the trajectories of a batch."""
+        if self._solver == "ar_teacher":
+            assert batch.x0 is not None
+            return Forced(self.ar_teacher, batch.x0)
+        return self.teacher if self._solver == "teacher" else self._base_solver
+
+    @cached_property
+    def _base_solver(self) -> AvatarTeacher:
+        return AvatarTeacher(self.network(self._solver)).eval().requires_grad_(False)
 
     def _trajectories(self, folder: Path) -> dict:
         return trajectories.make(
-            self.teacher,
-            self.teacher_hash,
+            self._solver_of,
+            self.solver_hash,
             self.pool,
             self.recipe.trajectories,
             self.spec.sigmas,
@@ -181,21 +276,32 @@ class Pipeline:
         )
 
     def _init(self, folder: Path) -> dict:
-        pairs = trajectories.load(self.folder.stage_dir("trajectories"), self.spec.sigmas, self.teacher_hash)
+        needs, roles = self.needs("init"), {"student": self.student(self.origin)}
+        if needs.batch == "x0":
+            frozen = {name: getattr(self, name) for name in needs.frozen}
+            return self._train("init", self.recipe.init, folder, roles, frozen, self.pool.batch, len(self.pool))
+        pairs = trajectories.load(self.folder.stage_dir("trajectories"), self.spec.sigmas, self.solver_hash)
 
         def batch(rows: Tensor, device) -> Batch:
             return pairs.batch(self.pool, rows, device)
 
-        roles = {"student": self.student("teacher")}
         return self._train("init", self.recipe.init, folder, roles, {}, batch, len(pairs.rows), grid=pairs.sigmas)
+
+    def _new_discriminator(self) -> Discriminator:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_generator(self.recipe.seed, "discriminator").initial_seed())
+            blocks = self.recipe.dmd.method.gan_blocks
+            return build_discriminator(self.config(self.origin).network, blocks).to(self.engine.device)
 
     def _dmd(self, folder: Path) -> dict:
         from distill.judging import Validation
 
         roles = {
             "student": self.student("init"),
-            "fake_score": copy.deepcopy(self.teacher).train().requires_grad_(True),
+            "fake_score": AvatarTeacher(self.network(self.origin, frozen=False)).train().requires_grad_(True),
         }
+        if "discriminator" in self.needs("dmd").trained:
+            roles["discriminator"] = self._new_discriminator()
         validation = Validation(self, roles["student"])
         grid = (*self.spec.sigmas, 0.0)
         return self._train(
@@ -212,13 +318,17 @@ class Pipeline:
 
     def _train(self, stage, config, folder, roles, frozen, batch_of, size, grid=None, validate=None) -> dict:
         """Train `roles` with the stage's method; model.safetensors is the averaged (with validation: the best) weights."""
-        from importlib import import_module
-
         engine, seed = self.engine, self.recipe.seed
+        if engine.config.checkpointing:
+            for network in (part for role in roles.values() for part in role.modules()):
+                if isinstance(network, AvatarTransformer):
+                    network.enable_gradient_checkpointing()
+        average = next(iter(roles))
+        parameters = sum(p.numel() for p in roles[average].parameters())
+        frozen = {name: engine.freeze(net) for name, net in frozen.items()}
         method = import_module(f"distill.methods.{module_name(config.method)}").build(
             config.method, {**roles, **frozen}, grid
         )
-        average = next(iter(roles))
         trainer = Trainer(engine, config.train, roles, average, folder)
 
         def batches(position: int) -> Batch:
@@ -226,13 +336,11 @@ class Pipeline:
             return batch_of(rows, engine.device)
 
         train(trainer, method, batches, stage=stage, seed=seed, log=self.log, validate=validate)
+        state = trainer.averaged()
         if engine.is_main:
-            trainer.ema.copy_to(roles[average])
-            state = roles[average].state_dict()
             if trainer.best is not None:
                 state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
             save_tensors(folder / "model.safetensors", {k.removeprefix("net."): v for k, v in state.items()})
-        parameters = sum(p.numel() for p in roles[average].parameters())
         return {
             "steps": config.train.num_steps,
             "parameters": parameters,
@@ -248,7 +356,7 @@ class Pipeline:
             best = (self.folder.finished("dmd") or {}).get("metrics", {})
             card = (
                 f"# Student of {self.recipe.name}\n\nA causal {len(self.spec.sigmas)}-step audio-driven avatar student, distilled "
-                f"by avatar-distill from a teacher on the embedded procedural world. Not trained on faces of people.\n\n"
+                f"by avatar-distill. Data: {self.spec.width}x{self.spec.height} procedural avatars, no people.\n\n"
                 f"```json\n{json.dumps({'dmd': best}, indent=1)}\n```\n\n"
                 "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
             )

@@ -1,9 +1,10 @@
 """The ODE-pair factory: the teacher's trajectories, only the states the student needs, with labels that are checked."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,18 +18,20 @@ from teachers import flow
 from teachers.conditions import Guidance
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.wan import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoriesConfig:
-    """`num_pairs` solutions of `num_steps` Euler steps with this guidance; the student's sigmas must lie on the grid."""
+    """`num_pairs` solutions of `num_steps` Euler steps with this guidance; the student's sigmas must lie on the grid.
+    `role`: whose they are, the teacher's, those of the network that the student starts from, or those of the autoregressive
+    teacher under the data's clean chunks."""
 
     num_pairs: int
     num_steps: int = 48
     shift: float = 3.0
     guidance: Guidance = field(default_factory=Guidance)
     batch_size: int = 32
+    role: Literal["teacher", "base", "ar_teacher"] = "teacher"
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Trajectories:
     sigmas: tuple[float, ...]
 
     def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
-        conditions = pool.batch(self.rows[rows], device).conditions
-        return Batch(conditions=conditions, states=self.states[rows].float().to(device))
+        batch = pool.batch(self.rows[rows], device)
+        return Batch(conditions=batch.conditions, x0=batch.x0, states=self.states[rows].float().to(device))
 
 
 def make(
-    teacher: AvatarTeacher,
+    teacher_of: Callable[[Batch], Any],
     teacher_hash: str,
     pool: Pool,
     config: TrajectoriesConfig,
@@ -55,7 +58,10 @@ def make(
     folder: Path,
     engine: Engine,
 ) -> dict:
-    """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards."""
+    """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
+
+    `teacher_of` a batch of the pool is what denoises it.
+    """
     grid = flow.sigma_grid(config.num_steps, config.shift)
     keep = (*flow.on_grid(sigmas, grid), config.num_steps)
     facts = {
@@ -74,9 +80,9 @@ def make(
         rng = keyed_generator(seed, "trajectories", i)
         num = min(config.batch_size, config.num_pairs - i * config.batch_size)
         rows = torch.randint(0, len(pool), (num,), generator=rng)
-        conditions = pool.batch(rows, engine.device).conditions
+        batch = pool.batch(rows, engine.device)
         noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
-        states = solve_states(teacher, conditions, noise, grid, keep, config.guidance)
+        states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, config.guidance)
         save_tensors(file, {"states": states.half(), "rows": rows})
     engine.barrier()
     if engine.is_main:

@@ -157,6 +157,7 @@ class ChunkWork:
 
     bundle: Bundle
     calls: list[tuple[tuple, dict]]  # of the network: each denoising step, then the context pass
+    audio: Tensor  # which the steps read once, together
     span: tuple[int, int]
     window: Tensor
     x0: Tensor
@@ -165,6 +166,7 @@ class ChunkWork:
     def network(self) -> None:
         """The network's calls."""
         with torch.inference_mode():
+            self.bundle.student.net.read_audio(self.audio)
             for inputs, named in self.calls:
                 self.bundle.student.net(*inputs, **named)
 
@@ -207,7 +209,8 @@ def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
         session.settle()
     finally:
         handle.remove()
-    return ChunkWork(bundle, calls, (start, stop), window, session.point.seen[-1].x0, decoder)
+    drawn = session.point.seen[-1]
+    return ChunkWork(bundle, calls, drawn.conditions.audio, (start, stop), window, drawn.x0, decoder)
 
 
 def settled_chunks(spec: Any, num_chunks: int) -> list[int]:

@@ -33,7 +33,7 @@ class EvalConfig:
     admit_clips: int = 144
     max_lag: int = 4
     latency_warmup: int = 2
-    latency_runs: int = 9
+    latency_runs: int = 25
     sheet_conditions: int = 4
     sheet_frames: int = 8
     num_samples: int = 4

@@ -16,6 +16,8 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.wan import AvatarTransformer, KeyValue, Span, Time, rotate, to_x0, with_reference
 
+Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
+
 
 @dataclass(frozen=True)
 class State:
@@ -42,7 +44,7 @@ class CausalWan(nn.Module):
     def open(self, text: Tensor | None = None) -> State:
         """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
         device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
-        levels = {*self.spec.sigmas, self.spec.history.level}
+        levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
         ring = Ring(self.spec.history) if torch.is_inference_mode_enabled() else None
         state = State(times=times, ring=ring)
@@ -52,11 +54,9 @@ class CausalWan(nn.Module):
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
         return replace(state, text=self.net.read_text(text))
 
-    def plan(self, state: State, conditions: Conditions) -> None:
-        """A diffusion transformer plans nothing."""
-
-    def _known(self, chunk: int) -> tuple[int, ...]:
-        return (0,) if chunk == 0 else ()
+    def plan(self, state: State, conditions: Conditions) -> Plan:
+        """What a chunk's steps without gradient share: its audio as the blocks take it. Steps with gradient read it themselves."""
+        return None if torch.is_grad_enabled() else self.net.read_audio(conditions.audio)
 
     def _turn(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
@@ -70,25 +70,29 @@ class CausalWan(nn.Module):
         ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self._turn)
         return ready[step if len(ready) > 1 else 0]
 
-    def forward(self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0):
-        known = self._known(state.chunk)
+    def forward(
+        self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0, plan: Plan = None
+    ):
+        known = conditions.known if state.chunk == 0 else ()
         x, inputs = with_reference(x, conditions, known)
         # A step with gradient reads text and time itself: what was read without gradient would cut those layers off.
         grad = torch.is_grad_enabled()
         text = conditions.text if state.text is None or grad else state.text
-        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
         past, seen = self._past(state, step), len(state.kept) * self.spec.chunk_frames
-        out, cache = self.net(inputs, time, text, conditions.audio, past=past, past_frames=seen, pose=conditions.pose)
+        audio = conditions.audio if plan is None or grad else plan
+        out, cache = self.net(inputs, time, text, audio, past=past, past_frames=seen, pose=conditions.pose)
         return to_x0(out, x, level, conditions, self.net.prediction, known), cache
 
     def denoise(
-        self, state: State, plan: None, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
-    ) -> tuple[Tensor, Sequence[KeyValue] | None]:
+        self, state: State, plan: Plan, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
+    ) -> tuple[Tensor, KeyValue | None]:
         """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
         `commit` may want to know of this step; conditions are those of the chunk's frames."""
-        x0, cache = self(state, x, sigma, conditions, step)
-        return x0, cache if self.spec.history.commit == "same_level" else None
+        x0, cache = self(state, x, sigma, conditions, step, plan)
+        return x0, stacked(cache) if self.spec.history.commit == "same_level" else None
 
     @torch.no_grad()
     def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence = ()) -> State:
@@ -98,11 +102,10 @@ class CausalWan(nn.Module):
         """
         history = self.spec.history
         if history.commit == "clean":
-            steps = [self(state, x0.detach(), history.level, conditions)[1]]
+            steps = [stacked(self(state, x0.detach(), history.level, conditions)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
-        keys = tuple(torch.stack([key.detach() for key, _ in cache]) for cache in steps)
-        values = tuple(torch.stack([value.detach() for _, value in cache]) for cache in steps)
+        keys, values = zip(*steps, strict=True)
         return self.resume(state, (*state.kept, Entry(state.chunk, keys, values)), state.chunk + 1)
 
     def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
@@ -150,7 +153,13 @@ class CausalWan(nn.Module):
         spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
         out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans, pose=pose)
         out = out[:, :, offset:]
-        return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, (0,))
+        return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, conditions.known)
+
+
+def stacked(cache: Sequence[KeyValue]) -> KeyValue:
+    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
+    keys, values = zip(*cache, strict=True)
+    return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
 
 
 def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None):

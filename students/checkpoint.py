@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from students.causal_wan import CausalWan
 from students.spec import Spec
-from teachers.codecs import EigenCodec
 from teachers.errors import UserError
-from teachers.senses import LogMel, TextEncoder
+from teachers.kinds import Codec, Ears, Text
+from teachers.senses import TextEncoder
 from teachers.typed import convert, to_plain
 from teachers.wan import build_network
 
@@ -25,9 +25,9 @@ class Bundle:
     """Everything a session needs: the student with its spec, the codec, the ears and the text encoder."""
 
     student: CausalWan
-    codec: EigenCodec
-    ears: LogMel
-    text: TextEncoder
+    codec: Codec
+    ears: Ears
+    text: Text
 
     @property
     def spec(self) -> Spec:
@@ -57,18 +57,23 @@ def make_student(spec: Spec) -> CausalWan:
         latent_channels=spec.codec.channels,
         stride=spec.codec.stride,
         text_dim=spec.text.dim,
-        audio_dim=spec.audio.num_mels * spec.samples_per_frame // spec.audio.hop,
+        audio_dim=spec.audio_dim,
         pose_dim=spec.pose_dim,
     )
     return CausalWan(net, spec)
 
 
 def save_student(folder: Path, bundle: Bundle, card: str) -> None:
-    """Write the folder; spec.json comes last, so a folder without it is unfinished."""
+    """Write the folder; spec.json comes last, so a folder without it is unfinished.
+
+    Codec and text encoder that were given, not fitted, stay where their path says.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in bundle.student.net.state_dict().items()}, folder / "model.safetensors")
-    save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
-    bundle.text.save(folder / "text")
+    if bundle.spec.codec.fitted:
+        save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
+    if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
+        bundle.text.save(folder / "text")
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "spec.json").write_text(json.dumps(to_plain(bundle.spec), indent=1) + "\n", encoding="utf-8")
 
@@ -88,13 +93,8 @@ def load_student(folder: Path) -> Bundle:
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
     fill(student.net, _tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    codec = EigenCodec(spec.codec, spec.height, spec.width)
-    fill(codec, _tensors(folder / "codec.safetensors"), folder / "codec.safetensors")
-    try:
-        text = TextEncoder.load(folder / "text", spec.text.max_tokens)
-    except (OSError, ValueError) as error:
-        raise UserError(f"damaged student: {folder / 'text'} cannot be read; export it again") from error
-    ears = LogMel(spec.audio, spec.samples_per_frame)
+    codec = spec.codec.load(folder, spec.height, spec.width)
+    text, ears = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
     return Bundle(student.eval().requires_grad_(False), codec, ears, text)
 
 

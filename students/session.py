@@ -18,6 +18,7 @@ from torch import Tensor
 from students.beside import Beside
 from students.causal_wan import denoise_chunk
 from students.checkpoint import Bundle
+from students.spec import Spec
 from teachers.codecs import DecoderState, to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
@@ -107,16 +108,17 @@ def _on_host(frames: Tensor) -> Tensor:
 class Session:
     """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
 
-    reference [3, H, W] in [-1, 1] is frame 0. `lead`: at most so many chunks ahead of the viewer, who is told of by `played`;
-    so many can be taken back by `interrupt` (None: no bound, and nothing can be). `idle`: what a step does while input is
-    missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`: modalities that this stream never gets.
-    `timed` waits for the accelerator at each part of the work, so that a chunk's seconds are true there.
+    reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
+    ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
+    `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
+    modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
+    are true there.
     """
 
     def __init__(
         self,
         bundle: Bundle,
-        reference: Tensor,
+        reference: Tensor | None,
         text: str,
         seed: int = 0,
         *,
@@ -126,9 +128,7 @@ class Session:
         timed: bool = False,
     ):
         spec = bundle.spec
-        size = (3, spec.height, spec.width)
-        if tuple(reference.shape) != size:
-            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
+        self._check_reference(spec, reference)
         if idle not in IDLE or (lead is not None and lead < 1):
             raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
         if idle != "wait" and lead is None:
@@ -148,10 +148,21 @@ class Session:
         self.closed = False
         self.committing = None  # waits for the state that belongs to `point`
         with torch.inference_mode():
-            self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
+            self.reference = None
+            if reference is not None:
+                self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
             features = self._read(text)
             self.point = Point(0, 0, bundle.student.open(features), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
+
+    @staticmethod
+    def _check_reference(spec: Spec, reference: Tensor | None) -> None:
+        size = (3, spec.height, spec.width)
+        if spec.network.reference != (reference is not None):
+            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
+            raise UserError(f"reference image {wanted}")
+        if reference is not None and tuple(reference.shape) != size:
+            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
 
     # ---- input
 
@@ -364,7 +375,7 @@ class Session:
         def noise(step: int) -> Tensor:
             return chunk_noise(spec, self.seed, index, step).to(self.device)
 
-        x0, steps = denoise_chunk(student, point.state, conditions, noise, spec.sigmas)
+        x0, steps = denoise_chunk(student, point.state, conditions, noise, spec.steps(point.state.chunk))
         clock.append(self._now())
 
         def decode() -> tuple[Tensor, DecoderState]:

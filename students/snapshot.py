@@ -27,7 +27,9 @@ def save(session: Session, path: Path, how: str) -> None:
         raise UserError(f"save how={how!r}: exact or light")
     with torch.inference_mode():
         session.settle()
-    point, tensors = session.point, {"reference": session.reference}
+    point, tensors = session.point, {}
+    if session.reference is not None:
+        tensors["reference"] = session.reference
     for name, stream in (("audio", session.audio), ("pose", session.pose)):
         tensors[name] = stream.read(stream.start, stream.end)
     for i, past in enumerate(point.seen):
@@ -94,14 +96,14 @@ def load(bundle: Bundle, path: Path) -> Session:
     spec, device = bundle.spec, next(bundle.student.parameters()).device
     session = Session(
         bundle,
-        torch.zeros(3, spec.height, spec.width),
+        torch.zeros(3, spec.height, spec.width) if spec.network.reference else None,
         facts["text"],
         facts["seed"],
         lead=facts["lead"],
         idle=facts["idle"],
         drop=tuple(facts["drop"]),
     )
-    session.reference = tensors["reference"].to(device)
+    session.reference = tensors["reference"].to(device) if "reference" in tensors else None
     session.viewed, session.closed = facts["viewed"], facts["closed"]
     for name in ("audio", "pose"):
         stream = Stream(session.pose.row_shape if name == "pose" else (), facts["starts"][name])

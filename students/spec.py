@@ -5,10 +5,10 @@ from fractions import Fraction
 from functools import cached_property
 
 from students.history import History
-from teachers import flow
-from teachers.codecs import CodecConfig
+from teachers import flow, kinds
 from teachers.errors import UserError
-from teachers.senses import SAMPLE_RATE, AudioConfig, TextConfig
+from teachers.kinds import CodecKind, EarsKind, TextKind
+from teachers.senses import SAMPLE_RATE
 from teachers.wan import NetworkConfig
 
 
@@ -33,9 +33,11 @@ class Spec:
     horizon_frames: int  # latent frames of the training clips
     history: History
     network: NetworkConfig
-    codec: CodecConfig
-    audio: AudioConfig
-    text: TextConfig
+    codec: CodecKind = field(metadata={"kinds": kinds.CODECS})
+    audio: EarsKind = field(metadata={"kinds": kinds.EARS})
+    text: TextKind = field(metadata={"kinds": kinds.TEXTS})
+    first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
+    first_chunks: int = 0
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     format: int = 1
 
@@ -45,6 +47,11 @@ class Spec:
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
                 f"with chunk_frames={self.chunk_frames}"
             )
+
+    @property
+    def audio_dim(self) -> int:
+        """Numbers of an audio row, one row a pixel frame."""
+        return self.audio.dim(self.samples_per_frame)
 
     @cached_property
     def samples_per_frame(self) -> int:
@@ -73,6 +80,10 @@ class Spec:
         """Height and width of a latent frame in tokens."""
         _, height, width = self.latent_size
         return height // self.network.patch, width // self.network.patch
+
+    def steps(self, chunk: int) -> tuple[float, ...]:
+        """The denoising steps of chunk number `chunk`, sigmas going down, 0 left out."""
+        return self.first_sigmas if self.first_sigmas and chunk < self.first_chunks else self.sigmas
 
     @property
     def nfe_per_chunk(self) -> int:

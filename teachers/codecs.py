@@ -1,9 +1,13 @@
 """Pixels <-> latents. The embedded codec is linear: principal components of whole frames, fitted in closed form."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from teachers.weights import fill, read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +17,16 @@ class CodecConfig:
     stride: int = 2
     patch: int = 16
     channels: int = 48
+    fitted: ClassVar[bool] = True
+
+    def load(self, folder: Path, height: int, width: int) -> "EigenCodec":
+        """The codec of `folder`/codec.safetensors; UserError where it is missing, damaged or of another size."""
+        codec, path = EigenCodec(self, height, width), folder / "codec.safetensors"
+        fill(codec, read_tensors(path, MEND), path, MEND)
+        return codec
 
 
+MEND = "export the student again"
 DecoderState = tuple[Tensor, ...]  # what a streaming decoder knows of the past: a value, () where it needs nothing
 
 

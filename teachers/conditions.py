@@ -12,14 +12,21 @@ class Conditions:
     """Features on the latent clock.
 
     text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame;
-    reference [B, C, 1, H, W], the latent of the reference image; pose [B, F, stride, P] where the network takes one. A dropped
-    modality is all zeros.
+    reference [B, C, 1, H, W], the latent of the reference image, frame 0 of the clip (None: plain text-to-video, no frame is
+    known); pose [B, F, stride, P] where the network takes one. A dropped modality is all zeros; but where `negative` [B, L, D]
+    is given it takes the text's place (Wan's negative prompt).
     """
 
     text: Tensor
     audio: Tensor
-    reference: Tensor
+    reference: Tensor | None = None
     pose: Tensor | None = None
+    negative: Tensor | None = None
+
+    @property
+    def known(self) -> tuple[int, ...]:
+        """The latent frames of the clip that are given, not drawn."""
+        return () if self.reference is None else (0,)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -27,7 +34,10 @@ class Conditions:
 
     def drop(self, *names: str) -> "Conditions":
         """The same conditions without these modalities (the unconditional branch of guidance)."""
-        return replace(self, **{name: torch.zeros_like(getattr(self, name)) for name in names})
+        empty = {name: torch.zeros_like(getattr(self, name)) for name in names}
+        if "text" in empty and self.negative is not None:
+            empty["text"] = self.negative
+        return replace(self, **empty)
 
     def drop_rows(self, **rows: Tensor) -> "Conditions":
         """Drop a modality for the batch rows where the given bool mask [B] is set."""

@@ -361,6 +361,21 @@ def _widened(
     return replace(architecture, in_channels=wanted), wide
 
 
+def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
+    """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
+
+    One tensor is in memory at a time beside the network, whose types stay. UserError that lists what does not fit.
+    """
+    conversion = plan(source, "ours", base=base, widen=widen)
+    own = dict(net.named_parameters())
+    found = {name: tensor.shape for name, tensor in conversion.tensors.items()}
+    layouts.check(found, {n: tuple(p.shape) for n, p in own.items()}, conversion.source.names, conversion.source.path)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if not parameter.is_meta:  # an outline is only checked
+                parameter.copy_(conversion.tensors[name].read())
+
+
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
     """The network of a folder that `convert(..., to="ours")` wrote, with its adapter (named "default") where it has one.
 

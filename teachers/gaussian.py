@@ -42,8 +42,13 @@ class GaussianTeacher(nn.Module):
 
     def expectation(self, conditions: Conditions) -> Tensor:
         """E[clip | reference] [B, C, F, H, W] in fp64; frame 0 is the reference."""
-        reference = conditions.reference.double().flatten(1)
+        reference = self._reference(conditions)
         return self._join(reference, self.mean[~self.given] + (reference - self.mean[self.given]) @ self.gain.T)
+
+    @staticmethod
+    def _reference(conditions: Conditions) -> Tensor:
+        assert conditions.reference is not None
+        return conditions.reference.double().flatten(1)
 
     def _join(self, reference: Tensor, frames: Tensor) -> Tensor:
         flat = frames.new_empty(frames.shape[0], self.given.shape[0])
@@ -61,7 +66,7 @@ class GaussianTeacher(nn.Module):
         factor = (1 - s) * self.values / ((1 - s) ** 2 * self.values + s**2)
         centred = x.double().flatten(1)[:, ~self.given] - (1 - s) * mean
         x0 = mean + self._spectral(centred, factor)
-        return self._join(conditions.reference.double().flatten(1), x0).to(x.dtype)
+        return self._join(self._reference(conditions), x0).to(x.dtype)
 
     def solution(self, noise: Tensor, sigma: float, conditions: Conditions) -> Tensor:
         """The state at sigma of the probability-flow ODE that starts at `noise` at sigma 1.
@@ -72,12 +77,12 @@ class GaussianTeacher(nn.Module):
         factor = ((1 - sigma) ** 2 * self.values + sigma**2).sqrt()
         flat = noise.double().flatten(1)
         frames = (1 - sigma) * mean + self._spectral(flat[:, ~self.given], factor)
-        reference = (1 - sigma) * conditions.reference.double().flatten(1) + sigma * flat[:, self.given]
+        reference = (1 - sigma) * self._reference(conditions) + sigma * flat[:, self.given]
         return self._join(reference, frames).to(noise.dtype)
 
     def sample(self, conditions: Conditions, rng: torch.Generator) -> Tensor:
         """Exact clips [B, C, F, H, W] in fp64, one for each row of the conditions."""
-        noise = torch.randn(conditions.reference.shape[0], *self.shape, generator=rng, dtype=torch.float64)
+        noise = torch.randn(conditions.text.shape[0], *self.shape, generator=rng, dtype=torch.float64)
         return self.solution(noise.to(self.mean.device), 0.0, conditions)
 
 

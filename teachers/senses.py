@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from teachers.errors import UserError
 
 SAMPLE_RATE = 16_000
 
@@ -16,6 +19,44 @@ class AudioConfig:
     num_mels: int = 20
     hop: int = 320
     window: int = 512
+
+    def dim(self, samples_per_frame: int) -> int:
+        """Numbers of a row."""
+        return self.num_mels * samples_per_frame // self.hop
+
+    def load(self, samples_per_frame: int) -> "LogMel":
+        """The ears; they have no weights."""
+        return LogMel(self, samples_per_frame)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoEarsConfig:
+    """A network that hears nothing: plain text-to-video."""
+
+    def dim(self, samples_per_frame: int) -> int:
+        """Numbers of a row."""
+        return 0
+
+    def load(self, samples_per_frame: int) -> "NoEars":
+        """The ears; they have no weights."""
+        return NoEars(samples_per_frame)
+
+
+class NoEars(nn.Module):
+    """Rows [.., T, 0]: the sound sets the length and nothing else."""
+
+    dim = lookback = lookahead = 0
+
+    def __init__(self, samples_per_frame: int):
+        super().__init__()
+        self.samples_per_frame = samples_per_frame
+
+    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        last = -(-audio.shape[-1] // self.samples_per_frame) if last is None else last
+        return self.rows(audio, first, last)
+
+    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
+        return window.new_zeros(*window.shape[:-1], last - first, 0)
 
 
 class LogMel(nn.Module):
@@ -70,6 +111,14 @@ class TextConfig:
     dim: int = 64
     num_layers: int = 2
     num_heads: int = 4
+    fitted: ClassVar[bool] = True
+
+    def load(self, folder: Path) -> "TextEncoder":
+        """The encoder in `folder`/text; UserError where it cannot be read."""
+        try:
+            return TextEncoder.load(folder / "text", self.max_tokens)
+        except (OSError, ValueError) as error:
+            raise UserError(f"damaged student: {folder / 'text'} cannot be read; export it again") from error
 
 
 class TextEncoder(nn.Module):

@@ -4,14 +4,17 @@ Wan2.1's weights, `taew2_1`, decode some 25 times cheaper than Wan's own VAE and
 from the published layout; layers keep their published positions, which are the names of the weights.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from teachers.codecs import CodecConfig, DecoderState
 from teachers.errors import UserError
-from teachers.wan_vae import check_latents, check_video, fill, read_tensors, recording
+from teachers.wan_vae import check_geometry, check_latents, check_video, recording
+from teachers.weights import fill, read_tensors
 
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
 WHERE = "get taew2_1.pth or safetensors/taew2_1.safetensors of github.com/madebyollin/taehv"
@@ -60,6 +63,23 @@ class SoftClamp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TAEHVConfig:
+    """The tiny autoencoder of Wan2.1's latents in `path`, as `load_taehv` reads it."""
+
+    path: Path
+    stride: int = 4
+    patch: int = 8
+    channels: int = 16
+    fitted: ClassVar[bool] = False
+
+    def load(self, folder: Path, height: int, width: int) -> "TAEHV":
+        """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""
+        codec = load_taehv(self.path)
+        check_geometry(self, codec.config, self.path)
+        return codec
 
 
 class TAEHV(nn.Module):

@@ -127,8 +127,10 @@ def _dataclass(kind: Any, value: Any, key: str, locate: Locate) -> Any:
                 raise UserError(
                     f"missing key '{child}': {locate(key)}; give it as {child}=VALUE ({describe(hints[name])})"
                 )
-        elif "named" in field.metadata:
+        elif "named" in field.metadata and value[name] is not None:
             made[name] = _named(field.metadata["named"], value[name], child, locate)
+        elif "kinds" in field.metadata:
+            made[name] = _kind(field.metadata["kinds"], value[name], child, locate)
         else:
             made[name] = convert(hints[name], value[name], child, locate)
     try:
@@ -151,6 +153,29 @@ def _named(package: str, value: Any, key: str, locate: Locate) -> Any:
     return convert(config, {k: v for k, v in value.items() if k != "name"}, key, locate)
 
 
+def _kind(kinds: dict[str, str], value: Any, key: str, locate: Locate) -> Any:
+    """`{name: wan_vae, ...}` -> the config class that `kinds` has under that name; without a name the first of them."""
+    if dataclasses.is_dataclass(value):
+        return value
+    first = next(iter(kinds))
+    name = value.get("name", first) if isinstance(value, dict) else first
+    if name not in kinds:
+        raise UserError(f"unknown '{key}.name' {name!r}: {locate(f'{key}.name')}; {nearest(str(name), kinds)}")
+    given = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
+    return convert(_located(kinds[name]), given, key, locate)
+
+
+def _located(place: str) -> type:
+    module, _, config = place.partition(":")
+    return getattr(importlib.import_module(module), config)
+
+
+def kind_name(kinds: dict[str, str], config: Any) -> str:
+    """The name under which `kinds` has the class of `config`."""
+    place = f"{type(config).__module__}:{type(config).__name__}"
+    return next(name for name, there in kinds.items() if there == place)
+
+
 def module_name(config: Any) -> str:
     """The `name:` a named node was written with: `dmd` for an instance of `distill.methods.dmd.Config`."""
     return type(config).__module__.rpartition(".")[2]
@@ -162,14 +187,25 @@ def to_plain(value: Any) -> Any:
         plain = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            named = {"name": module_name(item)} if "named" in field.metadata else {}
-            plain[field.name] = {**named, **to_plain(item)} if named else to_plain(item)
+            name = _name_of(field, item)
+            plain[field.name] = {**name, **to_plain(item)} if name else to_plain(item)
         return plain
     if isinstance(value, dict):
         return {name: to_plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Fraction | Path) else value
+
+
+def _name_of(field: dataclasses.Field, item: Any) -> dict[str, str]:
+    """The `name` that a field's value is read back by; none for the first of its kinds."""
+    if item is None:
+        return {}
+    if "named" in field.metadata:
+        return {"name": module_name(item)}
+    kinds = field.metadata.get("kinds", {})
+    name = kind_name(kinds, item) if kinds else None
+    return {} if name is None or name == next(iter(kinds)) else {"name": name}
 
 
 def dump(recipe: Any) -> str:

@@ -3,7 +3,9 @@
 import html
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +51,26 @@ def clean(text: str) -> str:
     else:
         text = fix_text(text)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """umT5 in `path`: a diffusers folder of Wan (text_encoder/, tokenizer/), or Wan's own with models_t5_umt5-xxl-enc-bf16.pth."""
+
+    path: Path
+    max_tokens: int = 512
+    dim: int = 4096
+    fitted: ClassVar[bool] = False
+
+    def load(self, folder: Path) -> "UMT5":
+        """The frozen encoder in bf16, as published. UserError names what is missing or does not fit."""
+        if (own := self.path / "models_t5_umt5-xxl-enc-bf16.pth").is_file():
+            encoder = UMT5.load_original(own, self.path / "google" / "umt5-xxl", self.max_tokens)
+        else:
+            encoder = UMT5.load(self.path, self.max_tokens)
+        if (width := encoder.model.config.d_model) != self.dim:
+            raise UserError(f"umt5: dim={self.dim}, the weights have {width}: {self.path}; say the latter")
+        return encoder
 
 
 class UMT5(TextEncoder):

@@ -35,7 +35,7 @@ class NetworkConfig:
     """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
 
     `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner.
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given.
     """
 
     num_layers: int = 30
@@ -47,6 +47,7 @@ class NetworkConfig:
     audio_hidden: int = 32
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
+    reference: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class AudioPack(nn.Module):
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of x [B, n, M, d]: interleaved pairs as complex numbers times unit `turns` [1, n, 1, d/2]."""
+    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `turns` [1, n, 1, d/2]."""
     pairs = torch.view_as_complex(x.to(turns.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
 
@@ -114,11 +115,13 @@ class AvatarBlock(WanTransformerBlock):
         value = attention.to_v(normed).unflatten(2, split)
         seen = []
         for (tokens, context), turns in zip(spans, rotary, strict=True):
-            parts = (*context, tokens)
-            k = key[:, tokens] if len(parts) == 1 else torch.cat([key[:, s] for s in parts], dim=1)
-            v = value[:, tokens] if len(parts) == 1 else torch.cat([value[:, s] for s in parts], dim=1)
-            q = rotate(query[:, tokens], turns[:, -(tokens.stop - tokens.start) :])
-            k = rotate(k, turns)
+            if context:
+                parts = (*context, tokens)
+                k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
+                q, k = rotate(query[:, tokens], turns[:, -(tokens.stop - tokens.start) :]), rotate(k, turns)
+            else:
+                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), turns).unbind()
+                v = value[:, tokens]
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             seen.append(self.attend(q, k, v))
@@ -260,23 +263,33 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedded = self.condition_embedder.text_embedder(text.to(self.compute_dtype))
         return tuple(cast(AvatarBlock, block).read(embedded) for block in self.blocks)
 
+    def read_audio(self, audio: Tensor) -> tuple[Tensor, ...]:
+        """What audio [B, F, stride, A] adds to the tokens of a frame before each block of `audio_at`, [B, F, 1, D], to be given
+        to `forward` in place of the audio."""
+        if not self.audio_at:
+            return ()
+        packed = self.audio_proj(audio.to(self.compute_dtype))
+        return tuple(project(packed).unsqueeze(2) for project in self.audio_cond_projs)
+
     def forward(
         self,
         x: Tensor,
         sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
-        audio: Tensor | None = None,
+        audio: Tensor | Sequence[Tensor] | None = None,
         spans: Sequence[Span] | None = None,
         past: Sequence[KeyValue] | None = None,
         past_frames: int = 0,
         pose: Tensor | None = None,
         image: Tensor | None = None,
+        remember: bool = True,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A]; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim] where image_dim does.
+        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim]
+        where image_dim does.
 
-        Returns the raw output [B, C, F, H, W] and the un-rotated keys and values of each block. ValueError for an image
-        that is missing or not asked for.
+        Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
+        an image that is missing or not asked for.
         """
         if (image is None) == bool(self.image_dim):
             wrong = "given, image_dim is 0: leave them out" if image is not None else "missing: give [B, K, image_dim]"
@@ -305,19 +318,20 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
         if image is not None:
             image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
-        heard = self.audio_proj(audio.to(dtype)) if audio is not None and self.audio_at else None
+        heard = self.read_audio(audio) if isinstance(audio, Tensor) else audio
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
-                added = self.audio_cond_projs[self.audio_at.index(i)](heard)
-                x = (x.unflatten(1, (frames, tokens)) + added.unsqueeze(2)).flatten(1, 2)
+                assert heard is not None
+                x = (x.unflatten(1, (frames, tokens)) + heard[self.audio_at.index(i)]).flatten(1, 2)
             inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
                 x, kv = checkpoint(block, *inputs)
             else:
                 x, kv = block(*inputs)
-            cache.append(kv)
+            if remember:
+                cache.append(kv)
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
@@ -326,7 +340,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
-    """Write the clean reference over the known frames; return (x, network input [noisy | reference | mask], 0 = known)."""
+    """Write the clean reference over the known frames; return (x, network input [noisy | reference | mask], 0 = known).
+
+    Without a reference (plain text-to-video) the input is x alone.
+    """
+    if conditions.reference is None:
+        return x, x
     x, frames = write_reference(x, conditions, known), x.shape[2]
     mask = x.new_ones(x.shape[0], 1, frames, *x.shape[3:])
     for frame in known:
@@ -335,8 +354,10 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
 
 
 def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
-    """x [B, C, F, H, W] with the clean reference in the place of the known frames."""
-    x = x.clone() if known else x
+    """x [B, C, F, H, W] with the clean reference, where there is one, in the place of the known frames."""
+    if conditions.reference is None or not known:
+        return x
+    x = x.clone()
     for frame in known:
         x[:, :, frame] = conditions.reference[:, :, 0].to(x)
     return x
@@ -349,12 +370,13 @@ def to_x0(
     if prediction == "velocity":
         x0 = flow.x0_from_velocity(x, out, sigma)
     else:
+        assert conditions.reference is not None
         x0 = conditions.reference.float() + out.float()
     return write_reference(x0, conditions, known)
 
 
 class AvatarTeacher(nn.Module):
-    """The bidirectional denoiser over a whole clip; frame 0 is the reference. Teacher and fake score are both of this class."""
+    """The bidirectional denoiser over a whole clip; frame 0 is the reference, where one is given. Teacher and fake score alike."""
 
     def __init__(self, net: AvatarTransformer):
         super().__init__()
@@ -362,11 +384,11 @@ class AvatarTeacher(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, inputs = with_reference(x, conditions)
-        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio, pose=conditions.pose)
+        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio, pose=conditions.pose, remember=False)
         return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference."""
+        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference where there is one."""
         return self(x, sigma, conditions)
 
 

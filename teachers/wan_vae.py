@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -12,11 +14,29 @@ from torch import Tensor, nn
 
 from teachers.codecs import CodecConfig, DecoderState
 from teachers.errors import UserError
-from teachers.layouts import listed
-from teachers.weights import load_archive, read_safetensors
+from teachers.weights import fill, read_tensors
 
 ORIGINAL = "Wan2.1_VAE.pth"
 WHERE = f"get vae/ of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers or {ORIGINAL} of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanVAEConfig:
+    """Wan2.1's VAE in `path`, as `load_wan_vae` reads it."""
+
+    path: Path
+    stride: int = 4
+    patch: int = 8
+    channels: int = 16
+    fitted: ClassVar[bool] = False
+
+    def load(self, folder: Path, height: int, width: int) -> "WanVAE":
+        """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""
+        codec = load_wan_vae(self.path)
+        check_geometry(self, codec.config, self.path)
+        return codec
+
+
 NOTHING_YET = "Rep"  # diffusers' word in a temporal upsampler's slot after the first latent; a state has size 0 there
 
 
@@ -114,31 +134,11 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, different
     return codec.to(dtype)
 
 
-def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file. UserError for a missing or damaged file, or one with more than tensors."""
-    if not path.is_file():
-        raise UserError(f"no weights: {path}; {where}")
-    if path.suffix == ".safetensors":
-        return {name: tensor.read() for name, tensor in read_safetensors(path).items()}
-    tensors = load_archive(path)
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise UserError(f"not a table of tensors: {path}; {where}")
-    return tensors
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, where: str) -> None:
-    """Put `tensors` in the place of a module's own; UserError that lists what is missing, unexpected or of another shape."""
-    own = module.state_dict()
-    faults = [f"missing {name}" for name in own if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in own]
-    faults += [
-        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
-        for name, value in tensors.items()
-        if name in own and own[name].shape != value.shape
-    ]
-    if faults:
-        raise UserError(f"weights do not fit: {path}: {listed(faults)}; {where}")
-    module.load_state_dict(tensors, assign=True)
+def check_geometry(said, found: CodecConfig, path: Path) -> None:
+    """UserError unless a codec has the geometry that its config says."""
+    want, have = ((c.stride, c.patch, c.channels) for c in (said, found))
+    if want != have:
+        raise UserError(f"codec: (stride, patch, channels) is {want}, the weights have {have}: {path}; say the latter")
 
 
 def check_video(video: Tensor, config: CodecConfig) -> None:

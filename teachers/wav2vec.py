@@ -23,7 +23,7 @@ UNUSED = (r"lm_head\..*", r"masked_spec_embed")  # the published file has the fi
 
 @dataclass(frozen=True, kw_only=True)
 class Wav2VecConfig:
-    """Windows of a stream, in pixel frames.
+    """wav2vec2 in the local folder `path`, whose rows have `features` numbers, and the windows of a stream in pixel frames.
 
     Rows come in cells of `grid_frames` frames that begin at grid_start + k grid_frames, however the stream is cut. A cell is heard
     with at least `lookback_frames` before it and `lookahead_frames` after it. With grid_start = 1 - stride, a cell of stride frames
@@ -31,6 +31,8 @@ class Wav2VecConfig:
     look-back is what wav2vec2's positional convolution reaches.
     """
 
+    path: Path | None = None
+    features: int = 10752
     lookback_frames: int = 64
     lookahead_frames: int = 4
     grid_frames: int = 4
@@ -42,6 +44,21 @@ class Wav2VecConfig:
                 f"wav2vec2 windows: got lookback_frames={self.lookback_frames}, lookahead_frames={self.lookahead_frames}, "
                 f"grid_frames={self.grid_frames}; the first two are at least 0, the last is at least 1"
             )
+
+    def dim(self, samples_per_frame: int) -> int:
+        """Numbers of a row."""
+        return self.features
+
+    def load(self, samples_per_frame: int) -> "Wav2Vec":
+        """The frozen ears. UserError names what is missing or does not fit."""
+        if self.path is None:
+            raise UserError(f"wav2vec2: no path; give the folder of {SOURCE}")
+        ears = Wav2Vec.load(self.path, self, samples_per_frame)
+        if ears.dim != self.features:
+            raise UserError(
+                f"wav2vec2: features={self.features}, the weights give {ears.dim}: {self.path}; say the latter"
+            )
+        return ears
 
 
 class Wav2Vec(nn.Module):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teachers.errors import UserError
@@ -306,3 +306,30 @@ def staged(target: Path, num_bytes: int) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
+
+
+def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file. UserError for a missing or damaged file, or one with more than tensors."""
+    if not path.is_file():
+        raise UserError(f"no weights: {path}; {where}")
+    if path.suffix == ".safetensors":
+        return {name: tensor.read() for name, tensor in read_safetensors(path).items()}
+    tensors = load_archive(path)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"not a table of tensors: {path}; {where}")
+    return tensors
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, where: str) -> None:
+    """Put `tensors` in the place of a module's own; UserError that lists what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    faults = [f"missing {name}" for name in own if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in own]
+    faults += [
+        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    if faults:
+        raise UserError(f"weights do not fit: {path}: {listed(faults)}; {where}")
+    module.load_state_dict(tensors, assign=True)

@@ -8,4 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+LONG = ("test_pipeline.py", "test_engines.py", "test_real_recipes.py", "test_planner.py")
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that two workers end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)

@@ -14,6 +14,7 @@ from distill.engine import (
     _buckets,
     check_launcher,
     check_world_size,
+    hidden_flags,
     requested_processes,
 )
 from teachers.errors import UserError
@@ -116,11 +117,23 @@ def test_a_wrong_world_is_refused_with_the_right_command():
         check_world_size(2, 1, on_cpu=True)
 
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def zero(stage: str) -> dict[str, str]:
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+
+
 @pytest.mark.parametrize(
     ("environ", "words"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed would have no effect"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "--use_fsdp would have no effect"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm would have no effect"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "say --fsdp_version 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true .* say engine.offload=true"),
+        (zero("3") | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "--offload_param_device cpu"),
+        (zero("2") | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json"),
+        (zero("2") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "say train.accumulation"),
+        (zero("4"), "--zero_stage 4"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "say engine.precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "say --mixed_precision no"),
     ],
@@ -129,6 +142,43 @@ def test_a_setting_that_would_have_no_effect_is_refused(environ, words):
     with pytest.raises(UserError, match=words):
         check_launcher(environ, CONFIG)
     check_launcher({"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "kind", "runs"),
+    [
+        ({}, None, "ddp"),
+        ({}, "zero2", "zero2"),
+        (zero("3"), None, "zero3"),
+        (zero("1"), "zero1", "zero1"),
+        (zero("0"), None, "ddp"),
+        (FSDP2, None, "fsdp2"),
+        (FSDP2, "fsdp2", "fsdp2"),
+    ],
+)
+def test_recipe_and_launcher_agree_on_the_engine(environ, kind, runs):
+    assert check_launcher(environ, EngineConfig(kind=kind, precision="fp32")) == runs
+
+
+def test_recipe_and_launcher_at_odds_are_refused():
+    with pytest.raises(UserError, match="--use_fsdp asks for fsdp2, but engine=zero2"):
+        check_launcher(FSDP2, EngineConfig(kind="zero2", precision="fp32"))
+    with pytest.raises(UserError, match=r"engine\.offload: ddp keeps"):
+        check_launcher({}, EngineConfig(precision="fp32", offload=True))
+    check_launcher(zero("2") | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}, CONFIG)
+
+
+def test_accelerate_itself_does_not_see_the_flags():
+    environ = {**FSDP2, "RANK": "0"}
+    with hidden_flags(environ):
+        assert "ACCELERATE_USE_FSDP" not in environ
+    assert environ == {**FSDP2, "RANK": "0"}
+
+
+@pytest.mark.parametrize("change", [{"bucket_mib": 0}, {"keep_checkpoints": 0}, {"kind": "ddp", "offload": True}])
+def test_a_setting_that_cannot_be_is_refused(change):
+    with pytest.raises(UserError, match=r"^engine\."):
+        EngineConfig(**({"precision": "fp32"} | change))
 
 
 def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -107,7 +107,9 @@ class AffineStudent(nn.Module):
 
     def __init__(self, sigmas: tuple[float, ...]):
         super().__init__()
-        self.spec = SimpleNamespace(sigmas=sigmas, chunk_frames=1, num_chunks=F, latent_size=(C, 1, 1))
+        self.spec = SimpleNamespace(
+            sigmas=sigmas, steps=lambda chunk: sigmas, chunk_frames=1, num_chunks=F, latent_size=(C, 1, 1)
+        )
         self.own = nn.Parameter(0.3 * torch.eye(C).repeat(F, len(sigmas), 1, 1))
         self.previous = nn.Parameter(torch.zeros(F, len(sigmas), C, C))
         self.bias = nn.Parameter(torch.zeros(F, len(sigmas), C))

@@ -88,7 +88,8 @@ def test_ours_are_the_names_and_shapes_of_the_network_at_full_size(name):
     [
         ("omniavatar_1_3b", "avatar 1.3B", {"audio_dim": 10752}),
         ("omniavatar_14b", "avatar 14B", {"audio_dim": 10752}),
-        ("wan_t2v_1_3b", "wan 1.3B", {"audio_dim": 0, "reference": False}),
+        ("wan_t2v_1_3b", "wan 1.3B", {"audio_dim": 0}),
+        ("wan_t2v_14b", "wan 14B", {"audio_dim": 0}),
     ],
 )
 def test_the_sizes_in_the_recipes_are_the_published_networks(file, name, dims):

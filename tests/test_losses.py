@@ -71,3 +71,59 @@ def test_the_surrogate_s_gradient_is_the_gradient():
     x0, gradient = some_latents(2, 4).requires_grad_(), some_latents(2, 4, seed=1)
     losses.surrogate(x0, gradient).backward()
     assert torch.allclose(x0.grad * x0.numel(), gradient, atol=1e-5)
+
+
+def test_frames_that_are_not_given_count():
+    """start 0, where no frame is given: frame 0 has its part of every loss."""
+    x0, real, fake = (some_latents(2, 4, seed=i) for i in range(3))
+    assert torch.allclose(losses.regression(real, x0, start=0), (real - x0).square().mean())
+    assert torch.allclose(losses.denoising(real, x0, torch.ones(2), 1.0, 0.1, start=0), (real - x0).square().mean())
+    assert losses.dmd_gradient(x0, real, fake, start=0)[:, :, 0].all()
+    assert losses.unit_tangent(x0, 0.1, start=0)[:, :, 0].all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.2])
+def test_sid_is_its_expanded_form(alpha):
+    """(1 - alpha) |r - f|^2 + (r - f)(f - x0) over mean |x0 - r|, per sample."""
+    x0, real, fake = (some_latents(2, 4, seed=i) for i in range(3))
+    gap = (real - fake)[:, :, 1:]
+    terms = ((1 - alpha) * gap.square() + gap * (fake - x0)[:, :, 1:]).flatten(1).mean(1)
+    expected = (terms / (x0 - real)[:, :, 1:].abs().flatten(1).mean(1)).mean()
+    assert torch.allclose(losses.sid(x0, real, fake, alpha), expected, rtol=1e-4)
+    assert losses.sid(x0, real, real, alpha) == 0
+
+
+def test_the_gan_losses_are_logarithms():
+    """-log D(real) - log(1 - D(fake)), and -log D(fake) for the one who is judged."""
+    real, fake = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
+    expected = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
+    assert torch.allclose(losses.discrimination(real, fake), expected)
+    assert torch.allclose(losses.fooling(fake), -fake.sigmoid().log().mean())
+
+
+def test_a_unit_tangent_has_length_one_without_softening():
+    tangent = some_latents(2, 4) * torch.tensor([1.0, 50.0]).view(-1, 1, 1, 1, 1)
+    tangent[:, :, 0] = 1e4
+    for softening, length in ((1e-9, 1.0), (1.0, None)):
+        out = losses.unit_tangent(tangent, softening)
+        rms = tangent[:, :, 1:].square().flatten(1).mean(1).sqrt()
+        expected = torch.ones(2) if length else rms / (rms + softening)
+        assert torch.allclose(out[:, :, 1:].square().flatten(1).mean(1).sqrt(), expected, rtol=1e-4)
+        assert not out[:, :, 0].any()
+    assert not losses.unit_tangent(torch.zeros(1, 2, 3, 1, 1), 0.1).any()
+
+
+def test_an_input_gradient_leaves_the_network_alone():
+    net, x0 = torch.nn.Linear(4, 1), some_latents(2, 4).requires_grad_()
+    with torch.no_grad():
+        gradient = losses.input_gradient(lambda x: net(x).square().sum(), x0)
+    with torch.enable_grad():
+        (expected,) = torch.autograd.grad(net(x0).square().sum(), x0)
+    assert torch.allclose(gradient, expected)
+    assert net.weight.grad is None
+    assert x0.grad is None
+    plain = x0.detach().clone()
+    losses.input_gradient(lambda x: x.square().sum(), plain)
+    assert not plain.requires_grad
+    losses.carry(x0, gradient).backward()
+    assert torch.equal(x0.grad, gradient)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.engines import checkpoint
 from distill.recipe import RECIPES
 from teachers import media
 
@@ -80,10 +82,10 @@ def test_what_is_handed_on_is_the_average_then_the_best(finished):
     """teacher and init hand on the averaged weights, not the raw ones; dmd its best; the exported student is dmd's."""
     stages = finished / "stages"
     for stage, role in (("teacher", "teacher"), ("init", "student")):
-        state = torch.load(stages / stage / "checkpoint.pt", weights_only=True)
+        stored = checkpoint.Reader(checkpoint.saved(stages / stage)[-1])
         given = load_file(stages / stage / "model.safetensors")
-        averaged = {name.removeprefix("net."): x for name, x in state["ema"]["shadow"].items()}
-        raw = {name.removeprefix("net."): x for name, x in state["roles"][role].items()}
+        averaged = {name.removeprefix("net."): x for name, x in stored.stream("ema/")}
+        raw = {name.removeprefix("net."): x for name, x in stored.stream(f"{role}/weight/")}
         assert set(averaged) <= set(given)
         assert all(torch.equal(given[name], averaged[name]) for name in averaged)
         assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
@@ -94,12 +96,18 @@ def test_what_is_handed_on_is_the_average_then_the_best(finished):
     assert all(torch.equal(exported[name], x) for name, x in given.items())
 
 
+def cpu_seconds() -> float:
+    """What processes that this one started and that have ended took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_a_finished_run_recomputes_nothing(finished):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
-    began = time.perf_counter()
+    began = cpu_seconds()
     done = run(finished)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert time.perf_counter() - began < 20
+    assert cpu_seconds() - began < 20, "on an idle machine about as long by the clock"
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
 
 
@@ -116,10 +124,10 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
     marks = [
         ("data", "shard-*.safetensors"),
         ("extractors", "started.json"),
-        ("teacher", "checkpoint.pt"),
+        ("teacher", "checkpoint-*"),
         ("trajectories", "shard-*.safetensors"),
-        ("init", "checkpoint.pt"),
-        ("dmd", "checkpoint.pt"),
+        ("init", "checkpoint-*"),
+        ("dmd", "checkpoint-*"),
         ("export", "started.json"),
         ("evaluate", "clips/*.safetensors"),
     ]

@@ -183,10 +183,20 @@ SHIPPED = sorted(file for file in RECIPES.glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (RECIPES / "preset").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_shipped_recipe_loads_and_survives_dump(file, preset, tmp_path):
-    recipe = load_recipe(file, [f"preset={preset}", "seed=3"])
+def switches(file):
+    """The ways in which a shipped recipe is run: the embedded one by preset, those of real teachers by size."""
+    if "preset:" in file.read_text():
+        return [[f"preset={preset}"] for preset in PRESETS]
+    return [["teacher.path=/models/teacher"], ["size=tiny"]]
+
+
+@pytest.mark.parametrize(
+    ("file", "switch"),
+    [(file, switch) for file in SHIPPED for switch in switches(file)],
+    ids=lambda x: getattr(x, "stem", x[-1] if isinstance(x, list) else None),
+)
+def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
+    recipe = load_recipe(file, [*switch, "seed=3"])
     assert recipe.seed == 3
     assert recipe.run_dir == f"runs/{recipe.name}"
     again = tmp_path / "recipe.yaml"
@@ -209,3 +219,10 @@ def test_a_mistyped_override_of_the_shipped_recipe_is_one_line(override, words):
     with pytest.raises(UserError) as caught:
         load_recipe(RECIPES / "dmd_avatar.yaml", [override])
     assert words in str(caught.value)
+
+
+def test_a_recipe_of_a_real_teacher_says_what_it_wants():
+    with pytest.raises(UserError, match=r"missing value of 'teacher\.path': .*give it as teacher\.path=VALUE"):
+        load_recipe(RECIPES / "livetalk.yaml")
+    with pytest.raises(UserError, match=r"no weights of the teacher: give teacher\.path=FOLDER"):
+        load_recipe(RECIPES / "dmd_avatar.yaml", ["~teacher.method"])

@@ -21,7 +21,8 @@ CASES = [(prediction, sigma) for prediction in ("velocity", "reference") for sig
 
 def a_net(prediction: str = "velocity", audio_at: tuple[int, ...] = (0, 1), **dims):
     """Two layers of two heads over 2 x 3 tokens a frame: time, rows and columns turn differently."""
-    config = NetworkConfig(**NETWORK, audio_blocks=audio_at, prediction=prediction)
+    reference = dims.pop("reference", True)
+    config = NetworkConfig(**NETWORK, audio_blocks=audio_at, prediction=prediction, reference=reference)
     given = {"latent_channels": CHANNELS, "stride": STRIDE, "text_dim": TEXT, "audio_dim": AUDIO}
     return randomise(build_network(config, **given | dims))
 

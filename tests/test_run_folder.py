@@ -103,7 +103,9 @@ def test_a_stage_is_redone_when_its_input_was(toy):
 def test_an_evaluation_is_never_reused_for_its_report_lies_outside(toy, tmp_path):
     RunFolder.open(toy).stage("evaluate", {"n": 1}, (), Body())
     body = Body()
-    RunFolder.open(replace(toy, run_dir=str(tmp_path / "second"), reuse=toy.run_dir)).stage("evaluate", {"n": 1}, (), body)
+    RunFolder.open(replace(toy, run_dir=str(tmp_path / "second"), reuse=toy.run_dir)).stage(
+        "evaluate", {"n": 1}, (), body
+    )
     assert body.made == [0, 1, 2]
 
 

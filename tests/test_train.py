@@ -1,10 +1,18 @@
 """The loop: its average, its data order, accumulation, resume as replay, and a stop that names the step."""
 
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import Ranks, randn
 from torch import nn
 
+from distill import run_folder
+from distill.engines import checkpoint
 from distill.methods import Batch, Loss
 from distill.run_folder import MetricsLog
 from distill.train import EMA, OptimizerConfig, TrainConfig, Trainer, batch_rows, learning_rate, train
@@ -65,11 +73,7 @@ def run(folder, roles=None, batches=None, validate=None, noise: float = 0.3, **c
 
 def everything(trainer: Trainer) -> dict:
     """Every tensor and number that training leaves behind."""
-    out = {f"{role}.{k}": v for role, net in trainer.roles.items() for k, v in net.state_dict().items()}
-    out |= {f"ema.{k}": v for k, v in trainer.ema.shadow.items()}
-    for role, optimizer in trainer.optimizers.items():
-        for i, state in optimizer.state_dict()["state"].items():
-            out |= {f"{role}.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    out = {name: x.clone() for name, x in trainer.tensors()}
     return out | {"numbers": torch.tensor([trainer.step, trainer.position, *trainer.updates.values()])}
 
 
@@ -188,9 +192,11 @@ def test_a_number_that_is_not_finite_stops_and_names_the_step(tmp_path, bad):
         x, y = batches_of(4)(position).x0
         return Batch(conditions=None, x0=(x, y + bad if position >= 7 else y))
 
-    with pytest.raises(UserError, match=r"^training diverged: gradient of a is not finite at step 3; lower [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^training diverged: loss and gradient of a are not finite at step 3; lower [^\n]*$"
+    ):
         run(tmp_path, batches=batches)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000002"]
 
 
 def test_the_rate_warms_up_and_falls():
@@ -212,9 +218,128 @@ def test_gradients_are_clipped(tmp_path):
     roles, norms = nets(), []
     optimizer = OptimizerConfig(lr=0.01, clip=1e-3)
     trainer = Trainer(Ranks(), config(optimizers={"a": optimizer, "b": optimizer}), roles, "a", tmp_path)
-    trainer.optimizers["a"].register_step_pre_hook(
+    trainer.held["a"].optimizer.register_step_pre_hook(
         lambda *_: norms.append(torch.cat([p.grad.flatten() for p in roles["a"].parameters()]).norm())
     )
     metrics = trainer.update("a", Regression(roles), batches_of(4), 0, 10)
     assert float(norms[0]) == pytest.approx(1e-3, rel=1e-3)
     assert metrics["a/grad_norm"] > 0.1
+
+
+def test_a_metric_alone_that_is_not_finite_is_named(tmp_path):
+    trainer = Trainer(Ranks(), config(), nets(), "a", tmp_path)
+    before = trainer.roles["a"].weight.clone()
+
+    class Bad(Regression):
+        def loss(self, role, batch, rng, shared) -> Loss:
+            loss = super().loss(role, batch, rng, shared)
+            return Loss(loss.value * float("inf"), {"fine": loss.value.detach(), "spread": torch.tensor(float("nan"))})
+
+    with pytest.raises(UserError, match="spread and gradient of a are not finite at step 0"):
+        trainer.update("a", Bad(trainer.roles), batches_of(4), 0, 10)
+    assert torch.equal(trainer.roles["a"].weight, before), "a broken gradient was stepped"
+
+
+def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path):
+    trainer = run(tmp_path, checkpoint_every=1)
+    trainer.keep = 2
+    for trainer.step in (7, 8, 9):
+        trainer.save()
+    kept = checkpoint.saved(tmp_path)
+    assert [path.name for path in kept] == ["checkpoint-00000008", "checkpoint-00000009"]
+    file = kept[-1] / "tensors-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UserError, match=r"^damaged checkpoint: .*checkpoint-00000009[^\n]*delete it[^\n]*$"):
+        trainer.load()
+    shutil.rmtree(kept[-1])
+    assert trainer.load()
+    assert trainer.step == 8
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    trainer = run(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_file", full)
+    trainer.step = 7
+    with pytest.raises(UserError, match=r"^the disk is full: [^\n]*$"):
+        trainer.save()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    monkeypatch.undo()
+    assert run(tmp_path, num_steps=8).step == 8
+
+
+def test_a_checkpoint_being_written_is_not_one(tmp_path):
+    run(tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-00000006", tmp_path / ".checkpoint-00000007.tmp")
+    (tmp_path / "checkpoint-00000009").mkdir()
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000006"]
+
+
+def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
+    trainer = run(tmp_path)
+    files = checkpoint.Reader(checkpoint.saved(tmp_path)[-1]).facts["files"]
+    assert len(files) > 3
+    assert everything(run(tmp_path)).keys() == everything(trainer).keys()
+
+
+def test_another_network_in_the_folder_is_refused(tmp_path):
+    run(tmp_path)
+    other = {"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(3, 2)}
+    with pytest.raises(UserError, match=r"does not fit: a differs in bias"):
+        Trainer(Ranks(), config(), other, "a", tmp_path).load()
+
+
+def test_sigterm_saves_the_step_and_stops(tmp_path):
+    def batches(position: int) -> Batch:
+        if position == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches_of(4)(position)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "cut", batches=batches, checkpoint_every=0)
+    assert stopped.value.code == 143
+    assert [path.name for path in checkpoint.saved(tmp_path / "cut")] == ["checkpoint-00000003"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    ours, theirs = everything(run(tmp_path / "cut")), everything(run(tmp_path / "whole"))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize(("world", "batch", "steps"), [(1, 8, 3), (2, 4, 3), (3, 8, 1), (3, 2, 4)])
+def test_accumulation_follows_from_the_global_batch(world, batch, steps):
+    assert config(batch_size=batch, global_batch=24).micro_steps(world) == steps
+
+
+def test_a_global_batch_that_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^train.global_batch: 8 is no multiple of 6, 3 processes of batch_size 2; [^\n]*$"
+    ):
+        Trainer(Ranks(world_size=3), config(batch_size=2, global_batch=8), nets(), "a", tmp_path)
+    with pytest.raises(UserError, match="twice"):
+        config(accumulation=2, global_batch=8).micro_steps(1)
+
+
+def test_other_processes_continue_at_the_same_row(tmp_path):
+    run(tmp_path, num_steps=2)
+    trainer = Trainer(Ranks(world_size=2), config(batch_size=2), nets(), "a", tmp_path)
+    assert trainer.load()
+    assert trainer.position == 5, "five batches of 4 rows are five of 2 x 2"
+    with pytest.raises(UserError, match="after 20 rows, which 3 processes of batch_size 4 never reach"):
+        Trainer(Ranks(world_size=3), config(), nets(), "a", tmp_path).load()
+
+
+def test_frozen_parameters_stay_frozen_and_out_of_the_checkpoint(tmp_path):
+    roles = nets()
+    roles["a"].bias.requires_grad_(False)
+    before = roles["a"].bias.clone()
+    trainer = run(tmp_path, roles)
+    assert torch.equal(roles["a"].bias, before)
+    assert not roles["a"].bias.requires_grad
+    assert roles["b"].bias.requires_grad
+    assert set(trainer.ema.shadow) == {"weight"}
+    assert "a/weight/bias" not in dict(trainer.tensors())

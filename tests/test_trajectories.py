@@ -23,7 +23,8 @@ CONFIG = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
 
 def write(folder, sigmas=SIGMAS, seed=0, engine=None):
     folder.mkdir(exist_ok=True)
-    return make(a_teacher(), "abc", a_pool(), CONFIG, sigmas, seed=seed, folder=folder, engine=engine or Ranks())
+    teacher = a_teacher()
+    return make(lambda _: teacher, "abc", a_pool(), CONFIG, sigmas, seed=seed, folder=folder, engine=engine or Ranks())
 
 
 def contents(folder):

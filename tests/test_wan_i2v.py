@@ -94,8 +94,7 @@ def test_an_image_that_is_missing_or_not_asked_for_is_refused(pair):
 
 def test_the_input_channels_follow_from_the_config():
     dims = {"latent_channels": 16, "stride": 4, "text_dim": TEXT, "audio_dim": 0}
-    config = NetworkConfig(**NETWORK)
-    for given, channels in [({"reference": False}, 16), ({}, 33), ({"image_dim": IMAGE}, 36)]:
-        net = build_network(config, **dims, **given)
+    for reference, given, channels in [(False, {}, 16), (True, {}, 33), (True, {"image_dim": IMAGE}, 36)]:
+        net = build_network(NetworkConfig(**NETWORK, reference=reference), **dims, **given)
         assert net.patch_embedding.in_channels == channels
         assert AvatarTransformer.from_config(net.config).patch_embedding.in_channels == channels

@@ -124,5 +124,5 @@ def test_mistakes_are_named():
     assert world.samples_per_frame(replace(WORLD, fps="25")) == 640
     with pytest.raises(UserError, match=r"num_frames: got 16 with codec\.stride=2; use 1 \+ stride \* n"):
         replace(CONFIG, world=replace(WORLD, num_frames=16))
-    with pytest.raises(UserError, match=r"30 is no multiple of codec\.patch=\d+"):
+    with pytest.raises(UserError, match=r"\(30, 30\) is no multiple of codec\.patch=\d+"):
         replace(CONFIG, world=replace(WORLD, resolution=30))

@@ -17,7 +17,7 @@ from students.spec import Spec
 from teachers.codecs import CodecConfig, EigenCodec
 from teachers.conditions import Conditions
 from teachers.flow import sigma_grid
-from teachers.senses import AudioConfig, LogMel, TextConfig, TextEncoder
+from teachers.senses import AudioConfig, TextConfig, TextEncoder
 from teachers.wan import AvatarTeacher, NetworkConfig, build_network
 
 STRIDE, CHANNELS, SIDE, AUDIO, TOKENS, TEXT = 2, 4, 4, 20, 5, 16
@@ -115,7 +115,7 @@ def a_bundle(history: History | None = None, seed: int = 0, prediction: str = "r
     """A student with codec, ears and text encoder, ready for a session."""
     student = a_student(history, seed, prediction, **changes).eval().requires_grad_(False)
     spec = student.spec
-    return Bundle(student, fitted_codec(), LogMel(spec.audio, spec.samples_per_frame), text_encoder())
+    return Bundle(student, fitted_codec(), spec.audio.load(spec.samples_per_frame), text_encoder())
 
 
 def a_portrait(seed: int = 0) -> Tensor:

@@ -12,47 +12,82 @@ from distill.data.world import Clips, DataConfig
 from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
-from teachers.codecs import EigenCodec, to_float
+from teachers.codecs import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.flow import keyed_generator
-from teachers.senses import LogMel, TextEncoder
+from teachers.kinds import Codec, Ears, Text
+from teachers.senses import TextConfig, TextEncoder
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Senses:
-    """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen)."""
+    """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen).
 
-    codec: EigenCodec
-    ears: LogMel
-    text: TextEncoder
+    They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
+    `negative`: the prompt in the place of a dropped text.
+    """
+
+    codec: Codec
+    ears: Ears
+    text: Text
+    reference: bool = True
+    negative: str | None = None
+    device: torch.device = CPU
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w]."""
+        return self.codec.encode(to_float(video.to(self.device))).float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, F, h, w] -> uint8 [N, 3, T, H, W]."""
+        return to_uint8(self.codec.decode(latents.to(self.device))).cpu()
 
     @torch.no_grad()
     def conditions(self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int) -> Conditions:
         """audio [N, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames."""
-        rows = self.ears(audio, 0, num_frames)
-        return Conditions(text=self.text(text), audio=pack_rows(rows, self.codec.config.stride), reference=reference)
+        rows = self.ears(audio.to(self.device), 0, num_frames).float().cpu()
+        packed = pack_rows(rows, self.codec.config.stride)
+        given = reference if self.reference else None
+        return Conditions(text=self.read(text), audio=packed, reference=given, negative=self.negatives(len(text)))
 
     @torch.no_grad()
+    def read(self, text: list[str]) -> Tensor:
+        """Token features fp32 [N, L, D]."""
+        return self.text(text).float().cpu()
+
+    def negatives(self, count: int) -> Tensor | None:
+        """Features [N, L, D] of the negative prompt, None without one."""
+        return None if self.negative is None else self.read([self.negative]).expand(count, -1, -1)
+
     def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:
         """Latents and conditions of whole clips."""
-        x0 = self.codec.encode(to_float(clips.video))
+        x0 = self.encode(clips.video)
         return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2])
 
 
 @dataclass(frozen=True)
 class Pool:
-    """The training set in memory: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]."""
+    """The training set in memory: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D], and features
+    [1, L, D] of the negative prompt where there is one."""
 
     x0: Tensor
     audio: Tensor
     text: Tensor
+    negative: Tensor | None = None
+    reference: bool = True
 
     def __len__(self) -> int:
         return self.x0.shape[0]
 
     def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         x0 = self.x0[rows].float()
-        conditions = Conditions(text=self.text[rows], audio=self.audio[rows], reference=x0[:, :, :1])
+        negative = None if self.negative is None else self.negative.expand(len(rows), -1, -1)
+        given = x0[:, :, :1] if self.reference else None
+        conditions = Conditions(text=self.text[rows], audio=self.audio[rows], reference=given, negative=negative)
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
@@ -63,21 +98,20 @@ def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0
 
 
 def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict:
-    """Write codec, text encoder and training shards; what is there is not made again. Shards are split over processes."""
+    """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
+    split over processes."""
     size, total = config.world.shard_clips, config.world.num_train
     num_shards = -(-total // size)
     first = held_out(config, seed, "train/0", min(size, total))
     if engine.is_main:
-        if not (folder / "codec.safetensors").is_file():
-            codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution).fit(
-                to_float(first.video)
-            )
+        if isinstance(config.codec, CodecConfig) and not (folder / "codec.safetensors").is_file():
+            codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
             save_tensors(folder / "codec.safetensors", codec.state_dict())
-        if not (folder / "text" / "done").is_file():
-            fit_text(config, first, keyed_generator(seed, "text")).save(folder / "text")
+        if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
+            fit_text(config, config.text, first, keyed_generator(seed, "text")).save(folder / "text")
             (folder / "text" / "done").touch()
     engine.barrier()
-    senses = load_senses(config, folder)
+    senses = load_senses(config, folder, device=engine.device)
     mine = [i for i in range(num_shards) if i % engine.world_size == engine.rank]
     for i in tqdm(mine, desc="data", disable=not engine.is_main):
         file = folder / f"shard-{i:05d}.safetensors"
@@ -91,34 +125,41 @@ def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict
         x0, audio, text = (torch.cat(part) for part in zip(*both, strict=True))
         save_tensors(file, {"x0": x0, "audio": audio, "text": text})
     engine.barrier()
+    negative = senses.negatives(1)
+    if engine.is_main and negative is not None:
+        save_tensors(folder / "negative.safetensors", {"text": negative})
+    engine.barrier()
     original = to_float(first.video[:64])
-    error = (senses.codec.decode(senses.codec.encode(original)) - original).square().mean() / 4
+    error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
     return {"clips": 2 * total, "codec_psnr_db": float(-10 * torch.log10(error))}
 
 
-def load_senses(config: DataConfig, folder: Path) -> Senses:
-    """Codec, ears and text encoder of a finished data stage."""
-    codec = EigenCodec(config.codec, config.world.resolution, config.world.resolution)
-    codec.load_state_dict(load_tensors(folder / "codec.safetensors"))
-    text = TextEncoder.load(folder / "text", config.text.max_tokens)
-    return Senses(codec, LogMel(config.audio, world.samples_per_frame(config.world)), text)
+def load_senses(config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU) -> Senses:
+    """Codec, ears and text encoder of a finished data stage, on `device`."""
+    codec = config.codec.load(folder, *config.world.size)
+    ears, text = config.audio.load(world.samples_per_frame(config.world)), config.text.load(folder)
+    for part in (codec, ears, text):
+        part.to(device)
+    return Senses(codec, ears, text, reference, config.negative, device)
 
 
-def load_pool(folder: Path) -> Pool:
+def load_pool(folder: Path, reference: bool = True) -> Pool:
     """All shards of a finished data stage."""
     parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
-    return Pool(**{key: torch.cat([part[key] for part in parts]) for key in ("x0", "audio", "text")})
+    whole = {key: torch.cat([part[key] for part in parts]) for key in ("x0", "audio", "text")}
+    file = folder / "negative.safetensors"
+    return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
 
 
-def fit_text(config: DataConfig, clips: Clips, rng: torch.Generator) -> TextEncoder:
+def fit_text(config: DataConfig, size: TextConfig, clips: Clips, rng: torch.Generator) -> TextEncoder:
     """Tokenizer and text encoder, taught to tell what the world's texts mean (expression and gesture, words dropped at random)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
-        encoder = TextEncoder.build(config.text, clips.text)
+        encoder = TextEncoder.build(size, clips.text)
         heads = nn.ModuleDict(
             {
-                "expression": nn.Linear(config.text.dim, len(world.EXPRESSIONS)),
-                "gesture": nn.Linear(config.text.dim, len(world.GESTURES)),
+                "expression": nn.Linear(size.dim, len(world.EXPRESSIONS)),
+                "gesture": nn.Linear(size.dim, len(world.GESTURES)),
             }
         )
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3)

@@ -6,17 +6,18 @@ Frame 0 is the reference portrait at rest; motion fades in over the next frames.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from distill.data import speech
-from teachers.codecs import CodecConfig
+from teachers import kinds
 from teachers.errors import UserError
-from teachers.senses import AudioConfig, TextConfig
+from teachers.kinds import CodecKind, EarsKind, TextKind
 
+PIXELS_AT_ONCE = 64 * 15 * 32 * 32
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
 FRAME_LABELS = (
@@ -51,24 +52,33 @@ _SAY_WHO = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Size of the embedded world. `fps` is a fraction such as "25/2"; `num_frames` counts pixel frames of a clip."""
+    """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
+    `num_frames` counts pixel frames of a clip."""
 
     resolution: int = 32
+    width: int | None = None
     fps: str = "25/2"
     num_frames: int = 15
     num_train: int = 1536
     shard_clips: int = 256
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        return self.resolution, self.width or self.resolution
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The world and how it is coded: pixels to latents, sound and text to features. `text_steps` fits the text encoder."""
+    """The world and how it is coded: pixels to latents, sound and text to features. `text_steps` fits the text encoder, where it is
+    one that is fitted. `negative`: the prompt in the place of a dropped text (null: zeros)."""
 
     world: WorldConfig
-    codec: CodecConfig
-    audio: AudioConfig
-    text: TextConfig
+    codec: CodecKind = field(metadata={"kinds": kinds.CODECS})
+    audio: EarsKind = field(metadata={"kinds": kinds.EARS})
+    text: TextKind = field(metadata={"kinds": kinds.TEXTS})
     text_steps: int = 200
+    negative: str | None = None
 
     def __post_init__(self):
         world, codec = self.world, self.codec
@@ -76,8 +86,8 @@ class DataConfig:
             raise UserError(
                 f"data.world.num_frames: got {world.num_frames} with codec.stride={codec.stride}; use 1 + stride * n frames"
             )
-        if world.resolution % codec.patch:
-            raise UserError(f"data.world.resolution: {world.resolution} is no multiple of codec.patch={codec.patch}")
+        if any(side % codec.patch for side in world.size):
+            raise UserError(f"data.world.resolution: {world.size} is no multiple of codec.patch={codec.patch}")
 
     @property
     def latent_frames(self) -> int:
@@ -260,9 +270,10 @@ def _draw_head(image, u, v, shape, colour, state, soft):
 
 def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tensor:
     """Draw the frames, uint8 [N, 3, T, H, W]; labels are [N, T]."""
-    size = config.resolution
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    gu, gv = axis.view(1, 1, 1, -1), axis.view(1, 1, -1, 1)
+    height, width = config.size
+    size = min(height, width)  # -1..1 is the square in the middle
+    gu, gv = (((torch.arange(side) + 0.5) * 2 - side) / size for side in (width, height))
+    gu, gv = gu.view(1, 1, 1, -1), gv.view(1, 1, -1, 1)
     p = asked.identity
     state = {k: v[:, :, None, None] for k, v in state.items()}
     shape_of = lambda i, low, high: (p[:, i] * (high - low) + low).view(-1, 1, 1, 1)  # noqa: E731
@@ -272,7 +283,7 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     colour = _palette(p)
     soft = 1.0 / size
     image = colour["wall_high"] + (colour["wall_low"] - colour["wall_high"]) * ((gv + 1) / 2).unsqueeze(1)
-    image = image.expand(-1, 3, frames, size, size)
+    image = image.expand(-1, 3, frames, height, width)
     hx, hy, angle = 0.10 * state["head_x"], 0.10 * state["head_y"], 0.16 * state["tilt"]
     u0, v0 = (gu - off_x) / zoom, (gv - off_y) / zoom
     image = _paint(image, _ellipse(u0 - 0.3 * hx, v0, 0.0, 1.25, 0.95, 0.48, soft), colour["shirt"])
@@ -285,8 +296,9 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     return (image * lit).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def make_clips(config: WorldConfig, asked: Asked, rng: torch.Generator, batch: int = 64) -> Clips:
+def make_clips(config: WorldConfig, asked: Asked, rng: torch.Generator) -> Clips:
     """Render `asked` with nuisance drawn from `rng`."""
+    batch = max(1, PIXELS_AT_ONCE // (config.num_frames * config.size[0] * config.size[1]))
     state = draw_motion(config, asked, rng)
     video = []
     for start in range(0, asked.gesture.shape[0], batch):

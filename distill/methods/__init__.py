@@ -3,10 +3,11 @@
 A method does no backward, no optimizer step and no I/O, and draws only from the generators it is given: `rng`, this rank's own,
 and `shared`, the same on every rank (the exit step, say).
 `build(config, roles, grid)` makes it: roles are named networks, grid the sigmas of the stored trajectories (or None).
+`needs(config)` says beforehand which roles and which part of a batch a stage has to bring.
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,19 @@ class Batch:
     conditions: Conditions
     x0: Tensor | None = None
     states: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """`trained` roles, the first one averaged and handed on; `frozen` ones; and what a batch holds besides conditions.
+
+    Roles: student, teacher (bidirectional), ar_teacher (a causal network trained by `forcing`), fake_score, discriminator.
+    forced: trajectories are solved by the ar_teacher under the data's clean chunks, and come with that data as x0.
+    """
+
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    batch: Literal["x0", "trajectories", "forced"] = "x0"
 
 
 class Method(Protocol):

@@ -1,21 +1,37 @@
 """Distribution matching distillation over the student's own rollouts (DMD2 2405.14867, Self Forcing 2506.08009).
 
-Differences to the published recipes: the normaliser leaves out the given reference frame, the gradient is fp32 throughout, the
-fake score trains before the student's first step, and guidance scales are effective ones (teachers.conditions.Guidance).
+    x0 = rollout of the student;  x = (1-s) x0 + s eps;  d/dx0 = (fake(x, s) - real(x, s)) / mean |x0 - real|  (2311.18828)
+
+and the fake score learns to denoise rollouts. Differences to the published recipes: the normaliser and every loss leave out the
+given reference frame, the gradient is fp32 throughout, the fake score trains before the student's first step, and guidance scales
+are effective ones (teachers.conditions.Guidance). What else `Config` offers, and where it differs:
+
+objective sid       Score identity distillation (2404.04057) in place of the gradient above: `losses.sid`, through both scores.
+gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
+                    score's features; its own loss does not train the fake score, theirs does.
+exit_step           per_chunk: each chunk its own exit; Self Forcing has one for all.
+rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
+                    2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
+                    student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
+context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is told `history.level`.
+first_sigmas        More denoising steps for the first chunks (progressive step bootstrapping, JoyAvatar 2512.11423).
+guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
 """
 
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill import losses
-from distill.methods import Batch, Loss
-from distill.rollout import draw_noise, rollout
+from distill.discriminator import Discriminator
+from distill.methods import Batch, Loss, Needs
+from distill.rollout import draw_noise, of_length, rollout
 from students.causal_wan import CausalWan
 from teachers import flow
-from teachers.conditions import Guidance
+from teachers.conditions import Conditions, Guidance
 from teachers.errors import UserError
 from teachers.wan import AvatarTeacher
 
@@ -24,12 +40,23 @@ from teachers.wan import AvatarTeacher
 class Config:
     """`fake_updates` fake-score steps precede each student step, `warmup` more come first. Scores are compared at sigma drawn
     uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]. `exit_step`: random is Self Forcing's, one for all chunks
-    and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture."""
+    and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture.
+    A rollout has a random number of chunks up to `rollout_chunks`, 0: those of the conditions; the first `first_chunks` chunks
+    take `first_sigmas`, empty: the spec's."""
 
     guidance: Guidance = field(default_factory=Guidance)
+    guidance_band: tuple[float, float] = (0.0, 1.0)
+    objective: Literal["dmd", "sid"] = "dmd"
+    sid_alpha: float = 1.0
+    gan: float = 0.0
+    gan_blocks: tuple[int, ...] = ()
     fake_updates: int = 5
     warmup: int = 20
-    exit_step: Literal["random", "last"] = "random"
+    exit_step: Literal["random", "last", "per_chunk"] = "random"
+    rollout_chunks: int = 0
+    context_noise: float = 0.0
+    first_sigmas: tuple[float, ...] = ()
+    first_chunks: int = 1
     shift: float = 1.0
     sigma_min: float = 0.02
     sigma_max: float = 0.98
@@ -39,53 +66,165 @@ class Config:
     def __post_init__(self):
         if not 0.0 < self.sigma_min < self.sigma_max <= 1.0:
             raise UserError(f"dmd sigmas: got {self.sigma_min}..{self.sigma_max}; need 0 < sigma_min < sigma_max <= 1")
+        if not 0.0 <= self.context_noise < 1.0:
+            raise UserError(f"dmd.context_noise: got {self.context_noise}; it is a sigma in [0, 1)")
+        if not 0.0 <= self.guidance_band[0] <= self.guidance_band[1] <= 1.0:
+            raise UserError(f"dmd.guidance_band: got {list(self.guidance_band)}; two sigmas, the lower one first")
+        if self.gan < 0.0:
+            raise UserError(f"dmd.gan: got {self.gan}; it is a weight, 0 is off")
+        levels = (*self.first_sigmas, 0.0)
+        if self.first_sigmas and (levels[0] != 1.0 or any(a <= b for a, b in itertools.pairwise(levels))):
+            raise UserError(f"dmd.first_sigmas: got {list(self.first_sigmas)}; start at 1.0 and go down, without the 0")
 
 
 class DMD:
-    """Roles: `fake_score` (denoising loss on rollouts) and `student` (distribution-matching gradient); `teacher` is frozen."""
+    """Roles: `fake_score` (denoising loss on rollouts), `discriminator` (with gan) and `student`; `teacher` is frozen."""
 
-    def __init__(self, config: Config, student: CausalWan, teacher: AvatarTeacher, fake_score: AvatarTeacher):
+    def __init__(
+        self,
+        config: Config,
+        student: CausalWan,
+        teacher: AvatarTeacher,
+        fake_score: AvatarTeacher,
+        discriminator: Discriminator | None = None,
+    ):
         self.config, self.student, self.teacher, self.fake_score = config, student, teacher, fake_score
+        self.discriminator = discriminator
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
-        """The cadence: fake_score fake_updates times (step 0: warmup more), then the student."""
-        extra = self.config.warmup if step == 0 else 0
-        return ("fake_score",) * (self.config.fake_updates + extra) + ("student",)
+        """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student."""
+        judges = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
+        return judges * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
-        steps = len(self.student.spec.sigmas)
-        exit_step = steps - 1 if self.config.exit_step == "last" else int(torch.randint(steps, (1,), generator=shared))
-        return self._fake_score(batch, rng, exit_step) if role == "fake_score" else self._student(batch, rng, exit_step)
+        with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
+            x0, conditions = self._generate(batch.conditions, rng, shared)
+        raw = torch.rand(x0.shape[0], generator=rng)  # one score sigma per clip
+        sigma = flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(x0)
+        eps = torch.randn(x0.shape, generator=rng).to(x0)
+        if role == "student":
+            return self._student(x0, sigma, eps, conditions)
+        if role == "fake_score":
+            return self._fake_score(x0, sigma, eps, conditions)
+        return self._discriminator(x0, sigma, eps, conditions, batch, rng)
 
-    def _sigma(self, like: Tensor, rng: torch.Generator) -> Tensor:
-        """One score sigma per clip."""
-        raw = torch.rand(like.shape[0], generator=rng)
-        return flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(like)
+    def _generate(
+        self, conditions: Conditions, rng: torch.Generator, shared: torch.Generator
+    ) -> tuple[Tensor, Conditions]:
+        """A rollout's last clip length x0 [B, C, F, H, W], and the conditions that the scores are given with it."""
+        config, spec = self.config, self.student.spec
+        n, window = spec.chunk_frames, spec.num_chunks
+        count = conditions.num_frames // n
+        if config.rollout_chunks:
+            count = int(torch.randint(window, config.rollout_chunks + 1, (1,), generator=shared))
+            conditions = of_length(conditions, count * n)
+        start, num_steps = max(0, count - window), max(len(spec.sigmas), len(config.first_sigmas))
+        noise = draw_noise(self.student, conditions.text.shape[0], rng, count, num_steps)
+        dirt = draw_noise(self.student, conditions.text.shape[0], rng, count, 1) if config.context_noise else None
 
-    def _fake_score(self, batch: Batch, rng: torch.Generator, exit_step: int) -> Loss:
-        with torch.no_grad():
-            noise = draw_noise(self.student, batch.conditions.text.shape[0], rng)
-            x0 = rollout(self.student, batch.conditions, noise, exit_step)
-        sigma = self._sigma(x0, rng)
-        x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), sigma)
-        x0_hat = self.fake_score.denoise(x, sigma, batch.conditions)
-        value = losses.denoising(x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor)
+        def corrupt(chunk: int, x0: Tensor) -> Tensor:
+            return x0 if dirt is None else flow.add_noise(x0, dirt(chunk, 0).to(x0), config.context_noise)
+
+        exits = self._exits(start, count, shared)
+        x0 = rollout(self.student, conditions, noise, exits, sigmas=self._sigmas, start=start, corrupt=corrupt)
+        if start:
+            conditions = conditions.frames(start * n, count * n)
+            conditions = replace(conditions, reference=x0[:, :, :1].detach()) if conditions.known else conditions
+        return x0, conditions
+
+    def _sigmas(self, chunk: int) -> tuple[float, ...]:
+        first = self.config.first_sigmas and chunk < self.config.first_chunks
+        return self.config.first_sigmas if first else self.student.spec.sigmas
+
+    def _exits(self, start: int, count: int, shared: torch.Generator) -> list[int]:
+        """Exit step of every chunk: the same on every rank, so that all run the same number of passes."""
+        counts = [len(self._sigmas(j)) for j in range(count)]
+        if self.config.exit_step == "last":
+            return [num - 1 for num in counts]
+
+        def draw(num: int) -> int:
+            return int(torch.randint(num, (1,), generator=shared))
+
+        if self.config.exit_step == "per_chunk":
+            return [draw(num) if j >= start else num - 1 for j, num in enumerate(counts)]
+        common = {num: draw(num) for num in sorted(set(counts[start:]))}
+        return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
+
+    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
+        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
+        value = losses.denoising(
+            x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor, len(conditions.known)
+        )
         return Loss(value, {"loss": value.detach()})
 
-    def _student(self, batch: Batch, rng: torch.Generator, exit_step: int) -> Loss:
-        noise = draw_noise(self.student, batch.conditions.text.shape[0], rng)
-        x0 = rollout(self.student, batch.conditions, noise, exit_step)
-        with torch.no_grad():
-            sigma = self._sigma(x0, rng)
-            x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), sigma)
-            real = self.config.guidance(lambda c: self.teacher.denoise(x, sigma, c), batch.conditions)
-            fake = self.fake_score.denoise(x, sigma, batch.conditions)
-            gradient = losses.dmd_gradient(x0, real, fake)
-        value = losses.surrogate(x0, gradient)
-        return Loss(value, {"dmd_grad_abs": gradient.abs().mean()})
+    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
+        start = len(conditions.known)
+        if self.config.objective == "dmd":
+            with torch.no_grad():
+                gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), start)
+            value = losses.surrogate(x0, gradient)
+        else:
+            gradient = losses.input_gradient(
+                lambda clip: losses.sid(
+                    clip, *self._scores(clip, sigma, eps, conditions), self.config.sid_alpha, start
+                ),
+                x0,
+            )
+            value = losses.carry(x0, gradient)
+        metrics = {f"{self.config.objective}_grad_abs": gradient.abs().mean()}
+        if self.config.gan:
+            judge, net = self.discriminator, self.fake_score
+            assert judge is not None
+            gradient = losses.input_gradient(
+                lambda clip: losses.fooling(judge(net, flow.add_noise(clip, eps, sigma), sigma, conditions)), x0
+            )
+            value = value + self.config.gan * losses.carry(x0, gradient)
+            metrics["gan_grad_abs"] = gradient.abs().mean()
+        return Loss(value, metrics)
+
+    def _scores(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        """x0 predictions of the guided teacher (real) and of the fake score at one noisy x."""
+        x, (low, high) = flow.add_noise(x0, eps, sigma), self.config.guidance_band
+        full = self.teacher.denoise(x, sigma, conditions)
+        guided = self.config.guidance(
+            lambda c: full if c is conditions else self.teacher.denoise(x, sigma, c), conditions
+        )
+        inside = ((sigma >= low) & (sigma <= high)).view(-1, 1, 1, 1, 1)
+        return torch.where(inside, guided, full), self.fake_score.denoise(x, sigma, conditions)
+
+    def _discriminator(
+        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, rng: torch.Generator
+    ) -> Loss:
+        data = batch.x0
+        assert self.discriminator is not None
+        assert data is not None
+        other = torch.randn(data.shape, generator=rng).to(data)
+        real = self.discriminator(self.fake_score, flow.add_noise(data, other, sigma), sigma, batch.conditions)
+        fake = self.discriminator(self.fake_score, flow.add_noise(x0, eps, sigma), sigma, conditions)
+        value = losses.discrimination(real, fake)
+        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+
+
+def needs(config: Config) -> Needs:
+    extra = ("discriminator",) if config.gan else ()
+    return Needs(trained=("student", "fake_score", *extra), frozen=("teacher",))
 
 
 def build(config: Config, roles: dict, grid=None) -> DMD:
-    if config.exit_step == "random" and roles["student"].spec.history.commit == "same_level":
-        raise UserError("dmd.exit_step: random leaves steps out that a same_level history keeps; use exit_step: last")
-    return DMD(config, roles["student"], roles["teacher"], roles["fake_score"])
+    spec = roles["student"].spec
+    if spec.history.commit == "same_level":
+        if config.exit_step != "last":
+            raise UserError(
+                f"dmd.exit_step: {config.exit_step} leaves steps out that a same_level history keeps; use exit_step: last"
+            )
+        if config.context_noise or config.first_sigmas:
+            raise UserError(
+                "dmd.context_noise and dmd.first_sigmas: a same_level history has no pass for them; leave them out"
+            )
+    if 0 < config.rollout_chunks < spec.num_chunks:
+        raise UserError(
+            f"dmd.rollout_chunks: got {config.rollout_chunks}; a clip has {spec.num_chunks}, take at least that or 0"
+        )
+    if config.gan and "discriminator" not in roles:
+        raise UserError("dmd.gan: there is no role discriminator; give it one, or gan: 0")
+    return DMD(config, roles["student"], roles["teacher"], roles["fake_score"], roles.get("discriminator"))

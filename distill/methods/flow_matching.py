@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from distill import losses
-from distill.methods import Batch, Loss
+from distill.methods import Batch, Loss, Needs
 from teachers import flow
 from teachers.wan import AvatarTeacher
 
@@ -22,7 +22,7 @@ class Config:
 
 
 class FlowMatching:
-    """Role `teacher`: |x0_hat - x0|^2 / sigma^power on frames 1.. (frame 0 is the clean reference)."""
+    """Role `teacher`: |x0_hat - x0|^2 / sigma^power on the frames that are not given."""
 
     def __init__(self, config: Config, teacher: AvatarTeacher):
         self.config, self.teacher = config, teacher
@@ -43,8 +43,12 @@ class FlowMatching:
         }
         conditions = batch.conditions.drop_rows(**dropped)
         x0_hat = self.teacher.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor)
+        value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, len(conditions.known))
         return Loss(value, {"loss": value.detach()})
+
+
+def needs(config: Config) -> Needs:
+    return Needs(trained=("teacher",))
 
 
 def build(config: Config, roles: dict, grid=None) -> FlowMatching:

@@ -1,7 +1,12 @@
 """ODE initialisation: regress the end of the teacher's trajectories from their intermediate states (CausVid 2412.07772, eq. 5).
 
+    min E |D(x_j, sigma_j | context_j) - x0_j|^2, every chunk j with its own stored sigma_j and its trajectory's end x0_j
+
 As LiveTalk (2512.23576) from a bidirectional teacher; unlike its code the context is clean (teacher forcing, as in serving)
-unless `context: noisy`, and the given reference frame carries no loss.
+unless `context: noisy`, and the given reference frame carries no loss. As Causal Forcing (2602.02214) from an autoregressive
+teacher with `context: data`: a bidirectional trajectory's end depends on the noise of later chunks, which a causal student does
+not see, so that it learns a mean; an autoregressive one is a function of what the student sees. We differ: each chunk has its
+own sigma (chunks do not see each other's noise), theirs share one.
 """
 
 from dataclasses import dataclass
@@ -10,7 +15,7 @@ from typing import Literal
 import torch
 
 from distill import losses
-from distill.methods import Batch, Loss
+from distill.methods import Batch, Loss, Needs
 from students.causal_wan import CausalWan
 from teachers import flow
 from teachers.errors import UserError
@@ -18,9 +23,10 @@ from teachers.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`context`: each chunk sees the trajectory's clean end of earlier chunks, or their noisy states (diffusion forcing)."""
+    """`context`: each chunk sees the trajectory's clean end of earlier chunks, or their noisy states (diffusion forcing), or the
+    data that an autoregressive teacher's trajectory (`forcing.Forced`) was told."""
 
-    context: Literal["clean", "noisy"] = "clean"
+    context: Literal["clean", "noisy", "data"] = "clean"
 
 
 class ODEInit:
@@ -46,13 +52,18 @@ class ODEInit:
         frames = torch.arange(states.shape[3], device=device)
         x = states[rows, per_frame, :, frames].transpose(1, 2)  # [B, F, C, H, W] -> [B, C, F, H, W]
         x0 = states[:, -1]
-        clean = x0 if self.config.context == "clean" else None
+        clean = {"clean": x0, "noisy": None, "data": batch.x0}[self.config.context]
+        assert clean is not None or self.config.context == "noisy"
         x0_hat = self.student.denoise_clip(x, self.sigmas[index].to(states), batch.conditions, clean)
-        value = losses.regression(x0_hat, x0)
+        value = losses.regression(x0_hat, x0, len(batch.conditions.known))
         return Loss(value, {"loss": value.detach()})
 
 
+def needs(config: Config) -> Needs:
+    return Needs(trained=("student",), batch="forced" if config.context == "data" else "trajectories")
+
+
 def build(config: Config, roles: dict, grid: tuple[float, ...]) -> ODEInit:
-    if config.context == "clean" and roles["student"].spec.history.commit == "same_level":
-        raise UserError("init.context: clean is not what a same_level history serves; use context: noisy")
+    if config.context != "noisy" and roles["student"].spec.history.commit == "same_level":
+        raise UserError(f"init.context: {config.context} is not what a same_level history serves; use context: noisy")
     return ODEInit(config, roles["student"], grid)

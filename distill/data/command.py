@@ -1,0 +1,22 @@
+"""`distill data`: prepare, split and check data. Each verb is a module with add_arguments(parser) and run(arguments)."""
+
+import argparse
+import importlib
+
+VERBS = {
+    "prepare": ("distill.data.prepare", "HDTF, AVSpeech, CelebV-HQ or a folder of clips to training shards"),
+    "split": ("distill.data.split", "splits that share no identity, and fixed test lists"),
+    "check": ("distill.data.check", "whether prepared data are whole, and what is in them"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verbs of `distill data` and their arguments."""
+    verbs = parser.add_subparsers(dest="data_verb", metavar="VERB", required=True)
+    for name, (module, summary) in VERBS.items():
+        importlib.import_module(module).add_arguments(verbs.add_parser(name, help=summary))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the verb asks and return its exit status."""
+    return importlib.import_module(VERBS[args.data_verb][0]).run(args)

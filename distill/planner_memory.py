@@ -1,0 +1,161 @@
+"""Bytes that are alive while code runs on the meta device, where tensors have shapes but no memory."""
+
+import functools
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+Points = tuple[tuple[int, int], ...]
+"""(gradient elements held, most bytes of everything else but weights meanwhile): when activations and gradients meet."""
+
+
+_SHAPES: dict[Any, Any] = {}
+_VIEWS: set[Any] = set()  # operations whose result may share memory with an input
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the meta storages that are alive; `points` as a dict.
+
+    Networks repeat themselves and torch takes long to say what shape a result has: it is asked once for each operation and input.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.points: dict[int, int] = {}
+        self._held: dict[int, weakref.ref] = {}
+        self._own: set[int] = set()  # storages that count: neither weights nor gradients
+        self._live = self._gradients = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = self._run(func, args, kwargs or {})
+        self.count(_tensors(out))
+        return out
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """These are alive from now on, if they were not."""
+        for tensor in tensors:
+            if tensor.device.type == "meta":
+                self._hold(tensor, counts=True)
+        self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
+
+    def weigh(self, net: nn.Module) -> None:
+        """Parameters and buffers of `net` are weights, and what backward leaves in them gradients: not counted here."""
+        for tensor in (*net.parameters(), *net.buffers()):
+            self._hold(tensor, counts=False)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._claim)
+
+    def _run(self, func, args, kwargs) -> Any:
+        """func(*args, **kwargs), or an empty tensor as it would give."""
+        if func in _VIEWS:
+            return func(*args, **kwargs)
+        key = (func, _describe(args), _describe(tuple(kwargs.items())))
+        if key not in _SHAPES:
+            out = func(*args, **kwargs)
+            new = list(_tensors(out))
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
+            shares = any(tensor.untyped_storage()._cdata in given for tensor in new)
+            if shares or func._schema.is_mutable or any(result.alias_info for result in func._schema.returns):
+                _VIEWS.add(func)
+            elif new and all(tensor.device.type == "meta" for tensor in new) and _plain(out):
+                _SHAPES[key] = _describe(out)
+            return out
+        return _like(_SHAPES[key])
+
+    def _hold(self, tensor: Tensor, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._held:
+            return
+        forget = functools.partial(self._forget, address, storage.nbytes())
+        self._held[address] = weakref.ref(storage, forget)
+        if counts:
+            self._own.add(address)
+            self._live += storage.nbytes()
+
+    def _forget(self, address: int, size: int, _: weakref.ref) -> None:
+        del self._held[address]
+        if address in self._own:
+            self._own.remove(address)
+            self._live -= size
+
+    def _claim(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = parameter.grad.untyped_storage()
+        if storage._cdata in self._own:
+            self._own.remove(storage._cdata)
+            self._live -= storage.nbytes()
+            self._gradients += parameter.numel()
+            self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
+
+
+class OnMeta(TorchFunctionMode):
+    """Three functions as a plan wants them: attention as every real device computes it, without a matrix of all pairs; noise
+    that has no memory; and integers drawn from the generator `shared` at the quantile `quantile` of their range, 1 the largest."""
+
+    def __init__(self, shared: torch.Generator | None = None, quantile: float = 1.0):
+        super().__init__()
+        self.shared, self.quantile, self.draws = shared, quantile, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+        if func is torch.randn:
+            return torch.empty(*args, dtype=kwargs.get("dtype"), device="meta")
+        if func is torch.randint and self.shared is not None and kwargs.get("generator") is self.shared:
+            self.draws += 1
+            low, high, size = args if len(args) == 3 else (0, *args)
+            return torch.full(size, min(high - 1, low + int(self.quantile * (high - low))))
+        return func(*args, **kwargs)
+
+
+def checkpointed(block: nn.Module, *inputs) -> Any:
+    """What diffusers' checkpointing does, with our attention in the second forward too, which runs inside of backward."""
+    context = (nullcontext(), OnMeta())
+    return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=lambda: context)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_plain(item) for item in value)
+    return value is None or isinstance(value, Tensor)
+
+
+class _Shape(tuple):
+    """Size, strides, type and device of a tensor."""
+
+    __slots__ = ()
+
+
+def _describe(value: Any) -> Any:
+    """A hashable value that says of tensors what decides the shape of a result, and of numbers their type too."""
+    if isinstance(value, Tensor):
+        return _Shape((value.shape, value.stride(), value.dtype, value.device))
+    if isinstance(value, tuple | list):
+        return (type(value), *map(_describe, value))
+    return (type(value), value) if isinstance(value, int | float) else value
+
+
+def _like(shape: Any) -> Any:
+    if isinstance(shape, _Shape):
+        size, stride, dtype, device = shape
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+    return shape if shape is None else shape[0](_like(item) for item in shape[1:])

@@ -1,0 +1,86 @@
+"""The recipes of real teachers, run whole on random tiny weights in the published layouts, by the code that loads the real ones."""
+
+import json
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from distill.cli import main
+from distill.pretrained import load_given
+from distill.recipe import RECIPES, load_recipe
+from distill.stages import spec_of
+from students.checkpoint import load_student
+from students.session import Session
+from teachers import media
+from teachers.errors import UserError
+from teachers.wan_vae import WanVAE
+from teachers.wav2vec import Wav2Vec
+
+SYSTEMS = {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["livetalk", "self_forcing"])
+def test_a_recipe_runs_whole(name, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}"]) == 0
+    report = json.loads((run / "report.json").read_text())
+    assert set(report["systems"]) == SYSTEMS
+    bundle = load_student(run / "student")
+    assert isinstance(bundle.codec, WanVAE)
+    assert not list((run / "student").glob("codec*")), "what was given stays where it is"
+    hears = isinstance(bundle.ears, Wav2Vec)
+    assert hears == (name == "livetalk")
+    portrait = torch.zeros(3, bundle.spec.height, bundle.spec.width) if hears else None
+    session = Session(bundle, portrait, "a person nods", seed=1)
+    session.push(audio=0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))
+    session.close()
+    assert sum(len(chunk.frames) for chunk in session.frames()) >= 16
+    if hears:
+        check_sample(run, tmp_path, capsys)
+    check_changed_weights(name, run)
+
+
+def check_sample(run: Path, folder: Path, capsys) -> None:
+    """`distill sample --teacher` on the same weights."""
+    image, sound = folder / "face.png", folder / "speech.wav"
+    Image.new("RGB", (40, 40), (90, 60, 30)).save(image)
+    write_wav(sound)
+    words = ["sample", "--teacher", str(RECIPES / "livetalk.yaml"), "size=tiny", f"run_dir={run}"]
+    words += ["--image", str(image), "--audio", str(sound), "--text", "a person nods", "--out", str(folder / "t.mp4")]
+    assert main(words) == 0
+    video, fps = media.read_video(folder / "t.mp4")
+    assert video.shape[0] == 21
+    assert fps == 16
+    assert "21 frames" in capsys.readouterr().out
+
+
+def write_wav(path: Path) -> None:
+    sound = (torch.randn(20_000, generator=torch.Generator().manual_seed(2)) * 3000).short().numpy().tobytes()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(sound)
+
+
+def check_changed_weights(name: str, run: Path) -> None:
+    """Weights that changed under the same path are noticed: the network they would give is another."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["size=tiny", f"run_dir={run}"])
+    spec, base = spec_of(recipe), recipe.base
+    assert base is not None
+    before = load_given(base, spec, torch.device("cpu"))
+    file = Path(base.wan or base.path or "") / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["blocks.0.norm3.bias"] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    after = load_given(base, spec, torch.device("cpu"))
+    assert not torch.equal(before.blocks[0].norm2.bias, after.blocks[0].norm2.bias)
+    del tensors["blocks.0.norm3.bias"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"missing blocks\.0\.norm3\.bias"):
+        load_given(base, spec, torch.device("cpu"))
