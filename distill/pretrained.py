@@ -10,7 +10,6 @@ from accelerate import init_empty_weights
 
 from distill.train import TrainConfig
 from students.spec import Spec
-from teachers import weights
 from teachers.convert import fill_network
 from teachers.errors import UserError
 from teachers.wan import AvatarTransformer, NetworkConfig, build_network
@@ -92,10 +91,3 @@ def digest(*paths: Path | None) -> str:
                 content.seek(max(0, size - EDGE_BYTES))
                 found.update(content.read(EDGE_BYTES))
     return found.hexdigest()
-
-
-def check_given(stage: TeacherStage) -> None:
-    """UserError unless the weights that the stage names are there."""
-    for path in (stage.path, stage.wan):
-        if path is not None:
-            weights.find(path)

@@ -409,3 +409,21 @@ def test_pose_steers_and_waits_and_can_be_left_out():
         films.append(film([*chunks, *session.frames()]))
     assert len(films[0]) == len(films[2]) == 11
     assert len({frames.sum().item() for frames in films}) == 3
+
+
+def test_first_chunks_take_their_own_steps_in_rollout_and_stream():
+    """JoyAvatar's first sigmas: served as they are rolled out, bit for bit, and another film than without them."""
+    first = (1.0, 0.9, 0.8, 0.5)
+    films = []
+    for changes in ({"first_sigmas": first, "first_chunks": 1}, {}):
+        bundle = a_bundle(**changes)
+        session = Session(bundle, a_portrait(), "a person nods", seed=4)
+        session.push(audio=some_sound(6 * 2 * 2 * 1280))
+        drawn = [session.step() and session.point.seen[-1].x0 for _ in range(2)]
+        films.append(torch.cat(drawn, dim=2))
+        given = [past.conditions for past in session.point.seen]
+        whole = replace(given[0], audio=torch.cat([part.audio for part in given], dim=1))
+        with torch.inference_mode():
+            made = rollout(bundle.student, whole, lambda chunk, step, b=bundle: chunk_noise(b.spec, 4, chunk, step))
+        assert torch.equal(made, films[-1])
+    assert not torch.equal(*films)
