@@ -95,14 +95,17 @@ class CausalWan(nn.Module):
         return x0, stacked(cache) if self.spec.history.commit == "same_level" else None
 
     @torch.no_grad()
-    def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence = ()) -> State:
+    def commit(
+        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence = (), plan: Plan = None
+    ) -> State:
         """Put a finished chunk into the context and return the state of the next chunk.
 
-        `steps`: what `denoise` told of each step; only a same_level history needs it, a clean one makes its own pass.
+        `steps`: what `denoise` told of each step; only a same_level history needs it, a clean one makes its own pass, which
+        shares the chunk's `plan`.
         """
         history = self.spec.history
         if history.commit == "clean":
-            steps = [stacked(self(state, x0.detach(), history.level, conditions)[1])]
+            steps = [stacked(self(state, x0.detach(), history.level, conditions, plan=plan)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
@@ -162,15 +165,17 @@ def stacked(cache: Sequence[KeyValue]) -> KeyValue:
     return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
 
 
-def denoise_chunk(student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None):
+def denoise_chunk(
+    student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None, plan: Plan = None
+):
     """The step that serving iterates and training folds: K denoising steps of one chunk, fresh noise between them.
 
     noise(i) [B, C, n, H, W] is the noise of step i; x0 is re-noised to the next sigma (the stochastic few-step sampler of
-    Self Forcing). Only the step `exit_step` (default the last) runs with gradient. Returns its x0, and what each step told, for
-    `commit`.
+    Self Forcing). Only the step `exit_step` (default the last) runs with gradient. `plan` is made where none is given. Returns
+    the exit step's x0, and what each step told, for `commit`.
     """
     last = len(sigmas) - 1 if exit_step is None else exit_step
-    plan = student.plan(state, conditions)
+    plan = student.plan(state, conditions) if plan is None else plan
     x, steps = noise(0), []
     for i in range(last + 1):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):

@@ -375,7 +375,9 @@ class Session:
         def noise(step: int) -> Tensor:
             return chunk_noise(spec, self.seed, index, step).to(self.device)
 
-        x0, steps = denoise_chunk(student, point.state, conditions, noise, spec.steps(point.state.chunk))
+        plan = student.plan(point.state, conditions)
+        sigmas = spec.steps(point.state.chunk)
+        x0, steps = denoise_chunk(student, point.state, conditions, noise, sigmas, plan=plan)
         clock.append(self._now())
 
         def decode() -> tuple[Tensor, DecoderState]:
@@ -383,7 +385,7 @@ class Session:
             return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():
-            return student.commit(point.state, x0, conditions, steps)
+            return student.commit(point.state, x0, conditions, steps, plan)
 
         (frames, decoder), self.committing = self.beside.run(decode, commit)
         clock.append(self._now())
