@@ -1,16 +1,14 @@
 """On-policy rollouts: the student's own step folded over a clip, gradient at one exit step per chunk (Self Forcing 2506.08009)."""
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from students.causal_wan import CausalWan, denoise_chunk
+from students.causal_wan import CausalWan
+from students.schedule import Noise, advance
 from teachers.conditions import Conditions
-
-Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
 
 
 def rollout(
@@ -34,11 +32,11 @@ def rollout(
     state, chunks = student.open(conditions.text), []
     count = conditions.num_frames // n
     for j in range(count):
-        part = conditions.frames(j * n, (j + 1) * n)
+        part, ahead = (conditions.frames(j * n, min(j + k, count) * n) for k in (1, 1 + student.spec.chunks_ahead))
         levels = student.spec.steps(j) if sigmas is None else sigmas(j)
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
         with torch.set_grad_enabled(torch.is_grad_enabled() and j >= start):
-            x0, steps = denoise_chunk(student, state, part, functools.partial(noise, j), levels, last)
+            x0, steps = advance(student, state, ahead, noise, levels, last)
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:

@@ -33,8 +33,8 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": F
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The network that an adapter changes: `path` in any layout of `distill convert` (with `wan` and `widen` as there), or, `ours`, a
-    file of tensors under our names. `digest` of both paths."""
+    """The network that an adapter changes: `path` in any layout of `distill convert` (with `wan` and `widen` as there), or, where
+    `ours`, a file of tensors under our names. `digest` of both paths."""
 
     path: Path
     digest: str
@@ -87,7 +87,9 @@ def targeted(net: nn.Module, targets: Sequence[str], full: Sequence[str]) -> dic
         for name in ends:
             module = modules[name]
             if not isinstance(module, nn.Linear):
-                raise UserError(f"lora.targets: {name} is a {type(module).__name__}, no linear map; put it in lora.full")
+                raise UserError(
+                    f"lora.targets: {name} is a {type(module).__name__}, no linear map; put it in lora.full"
+                )
             if any(f"{name}.".startswith(f"{whole}.") for whole in full):
                 raise UserError(f"lora.full: {name} is in it and one of lora.targets too; leave one out")
             found[name] = module
@@ -124,8 +126,7 @@ def expected(net: nn.Module, rank: int, targets: Sequence[str], full: Sequence[s
 @torch.no_grad()
 def fold(net: AvatarTransformer, adapter: Adapter, source: Path) -> None:
     """Change the weights of a plain fp32 network in place; UserError that lists what does not fit."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
-    check_shapes(shapes, expected(net, adapter.rank, adapter.targets, adapter.full), source)
+    check_shapes(shapes_of(adapter.tensors), expected(net, adapter.rank, adapter.targets, adapter.full), source)
     given, own = adapter.tensors, dict(net.named_parameters())
     for name in targeted(net, adapter.targets, adapter.full):
         down, up, weight = given[f"{name}.lora_A.weight"], given[f"{name}.lora_B.weight"], own[f"{name}.weight"]
@@ -133,6 +134,11 @@ def fold(net: AvatarTransformer, adapter: Adapter, source: Path) -> None:
     for name, tensor in given.items():
         if name in own:
             own[name].copy_(tensor)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_shapes(given: Mapping[str, tuple], wanted: Mapping[str, tuple], source: Path) -> None:
@@ -193,7 +199,9 @@ def load_over_base(net: AvatarTransformer, folder: Path, base: Base, fill: Any) 
         if path is not None and not path.exists():
             raise UserError(f"{where} is not at {path}; put it there, or mend base in {folder / 'spec.json'}")
     if digest(base.path, base.wan) != base.digest:
-        raise UserError(f"{where} has changed: {base.path} holds other weights than it was trained over; bring those back")
+        raise UserError(
+            f"{where} has changed: {base.path} holds other weights than it was trained over; bring those back"
+        )
     if base.ours:
         fill(net, base.path)
     else:

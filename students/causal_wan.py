@@ -4,6 +4,7 @@ Serving (`denoise`, `commit`) and training (`denoise_clip`) run the same blocks;
 A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from students.ring import Entry, Ready, Ring, concatenate
+from students.schedule import InFlight, Told
 from students.spec import Spec
-from teachers import flow
 from teachers.conditions import Conditions
 from teachers.wan import AvatarTransformer, KeyValue, Span, Time, rotate, to_x0, with_reference
 
@@ -20,10 +21,22 @@ Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
 
 
 @dataclass(frozen=True)
+class Pending:
+    """A finished chunk x0 [B, C, n, H, W] that is not in the context yet, and its conditions."""
+
+    chunk: int
+    x0: Tensor
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
 class State:
     """The context of a stream before chunk number `chunk`: what is `kept` of the visible chunks, and the same made `ready` for
     attention (in training; a serving stream has a `ring` for it). `text` and `times` are read once for all steps without
-    gradient, which hear the text that `open` was given, whatever their conditions say."""
+    gradient, which hear the text that `open` was given, whatever their conditions say.
+
+    With a diagonal schedule the `flight` is on its way behind that chunk, and the `pending` chunk before it enters the context
+    within the next forward."""
 
     chunk: int = 0
     kept: tuple[Entry, ...] = ()
@@ -31,6 +44,8 @@ class State:
     ring: Ring | None = None
     text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
     times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
+    flight: tuple[InFlight, ...] = ()
+    pending: Pending | None = None
 
 
 class CausalWan(nn.Module):
@@ -46,7 +61,8 @@ class CausalWan(nn.Module):
         device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
-        ring = Ring(self.spec.history) if torch.is_inference_mode_enabled() else None
+        in_place = torch.is_inference_mode_enabled() and self.spec.schedule.depth == 1
+        ring = Ring(self.spec.history) if in_place else None
         state = State(times=times, ring=ring)
         return state if text is None else self.hear(state, text)
 
@@ -56,7 +72,9 @@ class CausalWan(nn.Module):
 
     def plan(self, state: State, conditions: Conditions) -> Plan:
         """What a chunk's steps without gradient share: its audio as the blocks take it. Steps with gradient read it themselves."""
-        return None if torch.is_grad_enabled() else self.net.read_audio(conditions.audio)
+        if torch.is_grad_enabled() or self.spec.schedule.depth > 1:
+            return None
+        return self.net.read_audio(conditions.audio)
 
     def _turn(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
@@ -104,12 +122,48 @@ class CausalWan(nn.Module):
         shares the chunk's `plan`.
         """
         history = self.spec.history
+        if isinstance(steps, Told):
+            state = state if steps.entry is None else self.settle(state, steps.entry)
+            pending = Pending(state.chunk, x0.detach(), conditions)
+            return self.resume(replace(state, pending=pending, flight=steps.flight), state.kept, state.chunk + 1)
         if history.commit == "clean":
             steps = [stacked(self(state, x0.detach(), history.level, conditions, plan=plan)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
         return self.resume(state, (*state.kept, Entry(state.chunk, keys, values)), state.chunk + 1)
+
+    def denoise_stream(
+        self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
+    ) -> tuple[Tensor, Entry | None]:
+        """Diagonal: x [B, C, k n, H, W] of the state's chunk and those behind it, each at its own of k sigmas; they see each
+        other and the context, which does not see them (FlowAct-R1's fake-causal mask) -> x0, and the pending chunk's entry."""
+        n, first = self.spec.chunk_frames, state.chunk == 0
+        shape, shown = x.shape, [sigma for sigma in sigmas for _ in range(n)]
+        x, inputs = with_reference(x, conditions, conditions.known if first else ())
+        audio, pose, spans, pending = conditions.audio, conditions.pose, None, state.pending
+        level = x.new_tensor(shown, dtype=torch.promote_types(x.dtype, torch.float32)).expand(shape[0], -1)
+        if pending is not None:
+            own, told = pending.conditions, [self.spec.history.level] * n
+            _, clean = with_reference(pending.x0, own, own.known if pending.chunk == 0 else ())
+            inputs, audio = torch.cat([clean, inputs], dim=2), torch.cat([own.audio, audio], dim=1)
+            if pose is not None and own.pose is not None:
+                pose = torch.cat([own.pose, pose], dim=1)
+            spans, shown = [Span(0, n), Span(n, inputs.shape[2], ((0, n),))], [*told, *shown]
+        text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
+        time = x.new_tensor(shown, dtype=level.dtype).expand(shape[0], -1)
+        past, seen = self._past(state, 0), len(state.kept) * n
+        out, cache = self.net(inputs, time, text, audio, spans=spans, past=past, past_frames=seen, pose=pose)
+        entry = None
+        if pending is not None:
+            out, tokens = out[:, :, n:], n * math.prod(self.spec.token_grid)
+            keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
+            entry = Entry(pending.chunk, (keys,), (values,))
+        return to_x0(out, x, level, conditions, self.net.prediction, conditions.known if first else ()), entry
+
+    def settle(self, state: State, entry: Entry) -> State:
+        """The state whose pending chunk is in the context, as `entry`."""
+        return self.resume(replace(state, pending=None), (*state.kept, entry), state.chunk)
 
     def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
         """The state before chunk number `chunk` with those of `kept` that it sees, made ready."""
@@ -163,24 +217,3 @@ def stacked(cache: Sequence[KeyValue]) -> KeyValue:
     """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
     keys, values = zip(*cache, strict=True)
     return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
-
-
-def denoise_chunk(
-    student, state, conditions: Conditions, noise, sigmas, exit_step: int | None = None, plan: Plan = None
-):
-    """The step that serving iterates and training folds: K denoising steps of one chunk, fresh noise between them.
-
-    noise(i) [B, C, n, H, W] is the noise of step i; x0 is re-noised to the next sigma (the stochastic few-step sampler of
-    Self Forcing). Only the step `exit_step` (default the last) runs with gradient. `plan` is made where none is given. Returns
-    the exit step's x0, and what each step told, for `commit`.
-    """
-    last = len(sigmas) - 1 if exit_step is None else exit_step
-    plan = student.plan(state, conditions) if plan is None else plan
-    x, steps = noise(0), []
-    for i in range(last + 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            x0, told = student.denoise(state, plan, x, sigmas[i], conditions, i)
-        steps.append(told)
-        if i < last:
-            x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
-    return x0, steps

@@ -1,4 +1,7 @@
-"""A student as a folder: model.safetensors, codec.safetensors, text/, spec.json and a model card. Nothing is unpickled."""
+"""A student as a folder: model.safetensors, codec.safetensors, text/, spec.json and a model card. Nothing is unpickled.
+
+In the place of model.safetensors there may be an adapter in peft's layout; spec.json then says where its base is.
+"""
 
 import hashlib
 import json
@@ -11,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from students.adapter import Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
 from students.causal_wan import CausalWan
 from students.spec import Spec
 from teachers.errors import UserError
@@ -63,19 +67,25 @@ def make_student(spec: Spec) -> CausalWan:
     return CausalWan(net, spec)
 
 
-def save_student(folder: Path, bundle: Bundle, card: str) -> None:
+def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, Base] | None = None) -> None:
     """Write the folder; spec.json comes last, so a folder without it is unfinished.
 
-    Codec and text encoder that were given, not fitted, stay where their path says.
+    Codec and text encoder that were given, not fitted, stay where their path says; so does the base, where an adapter over it is
+    written for the bundle's weights.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in bundle.student.net.state_dict().items()}, folder / "model.safetensors")
+    net, spec = bundle.student.net, to_plain(bundle.spec)
+    if over is None:
+        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
+    else:
+        write_adapter(folder, *over, net)
+        spec["base"] = to_plain(over[1])
     if bundle.spec.codec.fitted:
         save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
     if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
         bundle.text.save(folder / "text")
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "spec.json").write_text(json.dumps(to_plain(bundle.spec), indent=1) + "\n", encoding="utf-8")
+    (folder / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
 
 
 def load_student(folder: Path) -> Bundle:
@@ -87,12 +97,18 @@ def load_student(folder: Path) -> Bundle:
         raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run") from error
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"damaged student: {folder / 'spec.json'} ({error}); export it again") from error
+    values, base = (dict(values), values.get("base")) if isinstance(values, dict) else (values, None)
+    if base is not None:
+        base = convert(Base, values.pop("base"), "base", lambda _: str(folder / "spec.json"))
     spec = convert(Spec, values, locate=lambda _: str(folder / "spec.json"))
     if spec.format != 1:
         raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
-    fill(student.net, _tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    if base is None:
+        _fill_from(student.net, folder / "model.safetensors")
+    else:
+        load_over_base(student.net, folder, base, _fill_from)
     codec = spec.codec.load(folder, spec.height, spec.width)
     text, ears = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
     return Bundle(student.eval().requires_grad_(False), codec, ears, text)
@@ -101,16 +117,12 @@ def load_student(folder: Path) -> Bundle:
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     """Load a state dict; UserError that lists what is missing, unexpected or of another shape."""
     own = module.state_dict()
-    faults = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors if k not in own]
-    faults += [
-        f"{k} is {tuple(v.shape)}, expected {tuple(own[k].shape)}"
-        for k, v in tensors.items()
-        if k in own and own[k].shape != v.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"weights do not fit: {source}: {'; '.join(faults[:3])}{more}; is it the folder of this spec?")
+    check_shapes(shapes_of(tensors), shapes_of(own), source)
     module.load_state_dict(tensors)
+
+
+def _fill_from(module: nn.Module, path: Path) -> None:
+    fill(module, _tensors(path), path)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ One integer clock: a latent frame is a whole number of pixel frames, a pixel fra
 function is the one that training folds (causal_wan.denoise_chunk); the order of work is denoise, hand over, commit meanwhile.
 """
 
+import math
 import time
 import warnings
 from collections import deque
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from students.beside import Beside
-from students.causal_wan import denoise_chunk
+from students.schedule import advance
 from students.checkpoint import Bundle
 from students.spec import Spec
 from teachers.codecs import DecoderState, to_uint8
@@ -255,6 +256,7 @@ class Session:
         `played` told), drop the input after it, and return the frame from which the stream goes on.
 
         What follows equals a session that never drew the dropped chunks. `keep_input` keeps it, so that a new text may use it.
+        Chunks in flight (a diagonal schedule) have heard that input and start anew without `keep_input`.
         """
         self.settle()
         viewed = self.viewed if played is None else played
@@ -271,6 +273,8 @@ class Session:
         self.viewed = min(viewed, self.point.frame)
         if not keep_input:
             start = self.spec.pixel_frames(self.point.chunk)[0]
+            self.point = replace(self.point, state=replace(self.point.state, flight=()))  # it has heard what is forgotten
+            self.points[-1] = self.point
             self.audio.cut(start * self.spec.samples_per_frame)
             self.pose.cut(start)
             self.resampler, self.closed = None, False
@@ -302,12 +306,20 @@ class Session:
     def _span(self) -> tuple[int, int]:
         return self.spec.pixel_frames(self.point.chunk)
 
+    def _heard(self) -> int:
+        """The past-the-end pixel frame that the next step hears: that of its chunk, or of the last one in flight behind it."""
+        last = self.point.chunk + self.spec.chunks_ahead
+        heard = self.audio.end if self.closed else math.inf
+        while last > self.point.chunk and self.spec.pixel_frames(last)[0] * self.spec.samples_per_frame >= heard:
+            last -= 1
+        return self.spec.pixel_frames(last)[1]
+
     def _check_drawn(self, frame: int) -> None:
         if not 0 <= frame <= self.point.frame:
             raise UserError(f"played={frame}: {self.point.frame} frames were drawn; give how many of them were seen")
 
     def _starved(self) -> Starved | None:
-        start, stop = self._span()
+        start, stop = self._span()[0], self._heard()
         per_frame = self.spec.samples_per_frame
         if self.closed and start * per_frame >= self.audio.end:
             return Starved("end")
@@ -329,7 +341,7 @@ class Session:
     def _conditions(self, point: Point) -> Conditions:
         """The conditions of the next chunk from what is buffered."""
         spec, ears = self.spec, self.bundle.ears
-        start, stop = self._span()
+        start, stop = self._span()[0], self._heard()
         stride, per_frame = spec.codec.stride, spec.samples_per_frame
 
         def packed(rows: Tensor) -> Tensor:
@@ -358,6 +370,7 @@ class Session:
                 if event.how == "recache":
                     seen = [(past.chunk, past.x0, past.conditions) for past in point.seen]
                     state = student.recommit(event.features, seen, point.chunk)
+                    state = replace(state, flight=point.state.flight)
                 else:
                     state = student.hear(point.state, event.features)
                 point = replace(point, state=state, text=event.text, features=event.features)
@@ -369,15 +382,15 @@ class Session:
         self.settle()
         clock.append(self._now())
         point = self._told()
-        conditions, index = self._conditions(point), point.chunk
+        ahead, index = self._conditions(point), point.chunk
         clock.append(self._now())
 
-        def noise(step: int) -> Tensor:
-            return chunk_noise(spec, self.seed, index, step).to(self.device)
+        def noise(chunk: int, step: int) -> Tensor:
+            return chunk_noise(spec, self.seed, chunk, step).to(self.device)
 
-        plan = student.plan(point.state, conditions)
-        sigmas = spec.steps(point.state.chunk)
-        x0, steps = denoise_chunk(student, point.state, conditions, noise, sigmas, plan=plan)
+        plan = student.plan(point.state, ahead)
+        x0, steps = advance(student, point.state, ahead, noise, spec.steps(point.state.chunk), plan=plan)
+        conditions = ahead.frames(0, spec.chunk_frames) if spec.chunks_ahead else ahead
         clock.append(self._now())
 
         def decode() -> tuple[Tensor, DecoderState]:
@@ -410,7 +423,7 @@ class Session:
 
     def _live(self) -> Chunk:
         """The next chunk, the missing input made up: silence, and the last pose."""
-        _, stop = self._span()
+        stop = self._heard()
         need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
         self.audio.push(torch.zeros(max(0, need)))
         if self._takes_pose:

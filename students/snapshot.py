@@ -3,6 +3,7 @@
 import json
 import os
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from students.causal_wan import Pending
 from students.checkpoint import Bundle
 from students.ring import Entry
+from students.schedule import InFlight
 from students.session import Event, Past, Point, Session
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import SAMPLE_RATE
 from teachers.streams import Resampler, Stream
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(session: Session, path: Path, how: str) -> None:
@@ -37,6 +40,7 @@ def save(session: Session, path: Path, how: str) -> None:
         tensors[f"seen.{i}.audio"] = past.conditions.audio  # text and reference are the session's own
         if past.conditions.pose is not None:
             tensors[f"seen.{i}.pose"] = past.conditions.pose
+    tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
     resampler = session.resampler
@@ -59,6 +63,8 @@ def save(session: Session, path: Path, how: str) -> None:
         "seen": [past.chunk for past in point.seen],
         "kept": [entry.chunk for entry in point.state.kept] if how == "exact" else [],
         "passes": len(point.state.kept[0].keys) if point.state.kept else 0,
+        "flight": [chunk.done for chunk in point.state.flight],
+        "pending": how == "exact" and point.state.pending is not None,
         "decoder": None if point.decoder is None else len(point.decoder),
         "events": [
             {"at": event.at, "text": event.text, "how": event.how}
@@ -142,6 +148,9 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
             start.features, [(past.chunk, past.x0, past.conditions) for past in seen], facts["chunk"]
         )
         decoder = _warm(session, seen, facts["chunk"])
+    flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
+    pending = Pending(seen[-1].chunk, seen[-1].x0, seen[-1].conditions) if facts["pending"] else None
+    state = replace(state, flight=flight, pending=pending)
     return Point(
         facts["chunk"],
         facts["frame"],

@@ -5,6 +5,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from students.history import History
+from students.schedule import Schedule
 from teachers import flow, kinds
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
@@ -14,11 +15,13 @@ from teachers.wan import NetworkConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, and history."""
+    """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
+    schedule."""
 
     chunk_frames: int
     num_steps: int
     history: History = field(default_factory=History)
+    schedule: Schedule = field(default_factory=Schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class Spec:
     text: TextKind = field(metadata={"kinds": kinds.TEXTS})
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
+    schedule: Schedule = field(default_factory=Schedule)
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     format: int = 1
 
@@ -47,6 +51,18 @@ class Spec:
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
                 f"with chunk_frames={self.chunk_frames}"
             )
+        if self.schedule.forwards(len(self.sigmas)) != len(self.sigmas):
+            self._check_diagonal()
+
+    def _check_diagonal(self) -> None:
+        history = self.history
+        if history.commit != "clean" or history.window == 0:
+            raise UserError(
+                f"student.history: got commit={history.commit}, window={history.window}; chunks in flight together "
+                "want commit: clean and a window from 1"
+            )
+        if self.first_sigmas:
+            raise UserError("dmd.first_sigmas: chunks in flight together take the same steps; leave it out")
 
     @property
     def audio_dim(self) -> int:
@@ -87,8 +103,15 @@ class Spec:
 
     @property
     def nfe_per_chunk(self) -> int:
-        """Network evaluations for one chunk, the context pass included where the history has one."""
+        """Network evaluations for one chunk, the context pass included where the history has one of its own."""
+        if self.schedule.depth > 1:
+            return self.schedule.forwards(len(self.sigmas))
         return len(self.sigmas) + (self.history.commit == "clean")
+
+    @property
+    def chunks_ahead(self) -> int:
+        """Chunks whose sound is heard before a chunk is finished."""
+        return self.schedule.depth - 1
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

@@ -8,7 +8,7 @@ import torch
 from tiny import a_student, some_conditions, some_latents
 
 from distill.methods import dmd, ode_init
-from students.causal_wan import denoise_chunk
+from students.schedule import denoise_chunk
 from students.history import History
 from teachers.errors import UserError
 

@@ -16,7 +16,7 @@ from distill.discriminator import Discriminator, build_discriminator, hidden_tok
 from distill.methods import Batch, dmd
 from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, of_length, rollout
-from students.causal_wan import denoise_chunk
+from students.schedule import denoise_chunk
 from students.history import History
 from teachers import flow
 from teachers.conditions import Conditions, Guidance

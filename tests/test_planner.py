@@ -44,7 +44,7 @@ from distill.run_folder import load_tensors
 from distill.stages import MethodStage
 from distill.train import OptimizerConfig, TrainConfig, Trainer
 from distill.trajectories import TrajectoriesConfig
-from students.causal_wan import denoise_chunk
+from students.schedule import denoise_chunk
 from students.checkpoint import make_student
 from students.history import History
 from students.spec import Spec, student_sigmas

@@ -9,7 +9,7 @@ import torch
 from tiny import a_bundle, a_portrait, randn, rng, some_sound
 
 from distill.rollout import rollout
-from students.causal_wan import denoise_chunk
+from students.schedule import denoise_chunk
 from students.history import History
 from students.ring import Ring
 from students.session import Session, Starved, chunk_noise

@@ -1,0 +1,133 @@
+"""In which order a stream's chunks and denoising steps are walked, and the one function that serving iterates and training folds."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from teachers import flow
+from teachers.conditions import Conditions
+from teachers.errors import UserError
+
+Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """`depth` chunks are in flight at once. 1 is sequential (Self Forcing, LiveTalk, MIDAS): a chunk takes all its steps, then
+    enters the context. More is diagonal (FlowAct-R1 2601.10103: 3): each forward moves every chunk in flight one step and the
+    front one, which is `num_steps / depth` forwards from done, is handed over; the price is to hear depth - 1 chunks ahead.
+    """
+
+    depth: int = 1
+
+    def __post_init__(self):
+        if self.depth < 1:
+            raise UserError(f"student.schedule.depth: got {self.depth}; it counts chunks in flight, from 1")
+
+    def forwards(self, num_steps: int) -> int:
+        """Forwards for one more finished chunk; UserError where the steps do not divide."""
+        if num_steps % self.depth:
+            raise UserError(
+                f"student.schedule.depth: {num_steps} denoising steps are no multiple of {self.depth} chunks in flight"
+            )
+        return num_steps // self.depth
+
+    def walk(self, num_chunks: int, num_steps: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Every forward of a stream of `num_chunks`: the front chunk's number, and how many steps each chunk in flight has done."""
+        each, done = self.forwards(num_steps), []
+        for front in range(num_chunks):
+            while not done or done[0] < num_steps:
+                if len(done) < self.depth and front + len(done) < num_chunks:
+                    done.append(0)
+                for _ in range(each):
+                    yield front, tuple(done)
+                    done = [count + 1 for count in done]
+            done.pop(0)
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A chunk that has done `done` steps: x [B, C, n, H, W] at the sigma of its next one."""
+
+    x: Tensor
+    done: int
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if it was made."""
+
+    flight: tuple[InFlight, ...]
+    entry: object | None
+
+
+def advance(
+    student,
+    state,
+    conditions: Conditions,
+    noise: Noise,
+    sigmas: Sequence[float],
+    exit_step: int | None = None,
+    plan=None,
+):
+    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` wants to be told.
+
+    `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
+    at the end of a clip). x0 is re-noised to the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing).
+    Only the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient.
+    """
+    if student.spec.schedule.depth == 1:
+        own = functools.partial(noise, state.chunk)
+        return denoise_chunk(student, state, conditions, own, sigmas, exit_step, plan)
+    if exit_step not in (None, len(sigmas) - 1):
+        raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
+    return move_flight(student, state, conditions, noise, sigmas)
+
+
+def denoise_chunk(
+    student, state, conditions: Conditions, noise, sigmas: Sequence[float], exit_step: int | None = None, plan=None
+):
+    """Sequential: K denoising steps of one chunk; noise(i) [B, C, n, H, W] is that of step i. `plan` is made where none is given.
+    Returns the exit step's x0, and what each step told."""
+    last = len(sigmas) - 1 if exit_step is None else exit_step
+    plan = student.plan(state, conditions) if plan is None else plan
+    x, steps = noise(0), []
+    for i in range(last + 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
+            x0, told = student.denoise(state, plan, x, sigmas[i], conditions, i)
+        steps.append(told)
+        if i < last:
+            x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
+    return x0, steps
+
+
+def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float]):
+    """Diagonal: all chunks in flight move together until the front one is done; a new one enters behind them while there is room
+    and conditions for it. The chunk that was finished before enters the context within the first of these forwards."""
+    schedule, n, first = student.spec.schedule, student.spec.chunk_frames, state.chunk
+    each, room = schedule.forwards(len(sigmas)), min(schedule.depth, conditions.num_frames // n)
+    flight, told = list(state.flight), None
+    while not flight or flight[0].done < len(sigmas):
+        if len(flight) < room:
+            flight.append(InFlight(noise(first + len(flight), 0), 0))
+        heard = conditions.frames(0, len(flight) * n)
+        for _ in range(each):
+            last = flight[0].done == len(sigmas) - 1
+            with torch.set_grad_enabled(torch.is_grad_enabled() and last):
+                x = torch.cat([chunk.x for chunk in flight], dim=2)
+                x0, entry = student.denoise_stream(state, x, [sigmas[chunk.done] for chunk in flight], heard)
+            if entry is not None:
+                state, told = student.settle(state, entry), entry
+            moved = zip(x0.split(n, dim=2), flight, strict=True)
+            flight = [_next(x, chunk, noise, first + i, sigmas) for i, (x, chunk) in enumerate(moved)]
+    return flight[0].x, Told(tuple(flight[1:]), told)
+
+
+def _next(x0: Tensor, chunk: InFlight, noise: Noise, number: int, sigmas: Sequence[float]) -> InFlight:
+    done = chunk.done + 1
+    if done == len(sigmas):
+        return InFlight(x0, done)
+    return InFlight(flow.add_noise(x0.detach(), noise(number, done), sigmas[done]), done)
