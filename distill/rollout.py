@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from students.causal_wan import CausalWan
-from students.schedule import Noise, advance
+from students.schedule import Noise, Told, advance
 from teachers.conditions import Conditions
 
 
@@ -42,6 +43,18 @@ def rollout(
         if j + 1 < count:
             state = student.commit(state, x0 if corrupt is None else corrupt(j, x0), part, steps)
     return torch.cat(chunks, dim=2)
+
+
+@torch.no_grad()
+def context(student: CausalWan, clean: Tensor, conditions: Conditions, front: int) -> Any:
+    """The student's state before chunk number `front` of a stream whose chunks were clean [B, C, F, H, W], with a diagonal
+    schedule as in serving: the last of them is still pending."""
+    n, state = student.spec.chunk_frames, student.open(conditions.text)
+    for j in range(front):
+        told = Told((), None) if j == front - 1 and student.spec.schedule.depth > 1 else ()
+        x0 = clean[:, :, j * n : (j + 1) * n]
+        state = student.commit(state, x0, conditions.frames(j * n, (j + 1) * n), told)
+    return state
 
 
 def draw_noise(

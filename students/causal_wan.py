@@ -127,7 +127,8 @@ class CausalWan(nn.Module):
             pending = Pending(state.chunk, x0.detach(), conditions)
             return self.resume(replace(state, pending=pending, flight=steps.flight), state.kept, state.chunk + 1)
         if history.commit == "clean":
-            steps = [stacked(self(state, x0.detach(), history.level, conditions, plan=plan)[1])]
+            seen = self._seen_pending(state) if self.spec.schedule.depth > 1 else state
+            steps = [stacked(self(seen, x0.detach(), history.level, conditions, plan=plan)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
@@ -160,6 +161,10 @@ class CausalWan(nn.Module):
             keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
             entry = Entry(pending.chunk, (keys,), (values,))
         return to_x0(out, x, level, conditions, self.net.prediction, conditions.known if first else ()), entry
+
+    def _seen_pending(self, state: State) -> State:
+        """The state with that part of the context that the chunk sees once it is pending: what the next chunk sees of it."""
+        return replace(self.resume(state, state.kept, state.chunk + 1), chunk=state.chunk)
 
     def settle(self, state: State, entry: Entry) -> State:
         """The state whose pending chunk is in the context, as `entry`."""

@@ -221,6 +221,8 @@ def build(config: Config, roles: dict, grid=None) -> DMD:
             raise UserError(
                 "dmd.context_noise and dmd.first_sigmas: a same_level history has no pass for them; leave them out"
             )
+    if spec.schedule.depth > 1 and (config.exit_step != "last" or config.first_sigmas):
+        raise UserError("dmd.exit_step: chunks in flight together all run to their last step; use exit_step: last")
     if 0 < config.rollout_chunks < spec.num_chunks:
         raise UserError(
             f"dmd.rollout_chunks: got {config.rollout_chunks}; a clip has {spec.num_chunks}, take at least that or 0"

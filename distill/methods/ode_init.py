@@ -7,6 +7,9 @@ unless `context: noisy`, and the given reference frame carries no loss. As Causa
 teacher with `context: data`: a bidirectional trajectory's end depends on the noise of later chunks, which a causal student does
 not see, so that it learns a mean; an autoregressive one is a function of what the student sees. We differ: each chunk has its
 own sigma (chunks do not see each other's noise), theirs share one.
+
+A diagonal schedule (FlowAct-R1 2601.10103) is trained on the forwards it is served with, drawn uniformly: the chunks in flight,
+each at the sigma of its place (chunkwise diffusion forcing), see each other and the clean context.
 """
 
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import torch
 
 from distill import losses
 from distill.methods import Batch, Loss, Needs
+from distill.rollout import context
 from students.causal_wan import CausalWan
 from teachers import flow
 from teachers.errors import UserError
@@ -45,6 +49,8 @@ class ODEInit:
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
         spec, states = self.student.spec, batch.states
         assert states is not None
+        if spec.schedule.depth > 1:
+            return self._in_flight(batch, shared)
         num, device = states.shape[0], states.device
         index = torch.randint(len(self.sigmas), (num, spec.num_chunks), generator=rng)
         per_frame = index.repeat_interleave(spec.chunk_frames, dim=1).to(device)
@@ -58,6 +64,21 @@ class ODEInit:
         value = losses.regression(x0_hat, x0, len(batch.conditions.known))
         return Loss(value, {"loss": value.detach()})
 
+    def _in_flight(self, batch: Batch, shared: torch.Generator) -> Loss:
+        spec, states, n = self.student.spec, batch.states, self.student.spec.chunk_frames
+        assert states is not None
+        forwards = list(spec.schedule.walk(spec.num_chunks, len(self.sigmas)))
+        front, done = forwards[int(torch.randint(len(forwards), (1,), generator=shared))]
+        start, stop = front * n, (front + len(done)) * n
+        places = zip(done, range(start, stop, n), strict=True)
+        x = torch.cat([states[:, i, :, first : first + n] for i, first in places], dim=2)
+        clean = states[:, -1] if self.config.context == "clean" else batch.x0
+        state = context(self.student, clean, batch.conditions, front)
+        levels, heard = [spec.sigmas[i] for i in done], batch.conditions.frames(start, stop)
+        x0_hat, _ = self.student.denoise_stream(state, x, levels, heard)
+        value = losses.regression(x0_hat, states[:, -1, :, start:stop], len(batch.conditions.known) if front == 0 else 0)
+        return Loss(value, {"loss": value.detach()})
+
 
 def needs(config: Config) -> Needs:
     return Needs(trained=("student",), batch="forced" if config.context == "data" else "trajectories")
@@ -66,4 +87,6 @@ def needs(config: Config) -> Needs:
 def build(config: Config, roles: dict, grid: tuple[float, ...]) -> ODEInit:
     if config.context != "noisy" and roles["student"].spec.history.commit == "same_level":
         raise UserError(f"init.context: {config.context} is not what a same_level history serves; use context: noisy")
+    if config.context == "noisy" and roles["student"].spec.schedule.depth > 1:
+        raise UserError("init.context: noisy is not what a diagonal schedule is served with; use context: clean")
     return ODEInit(config, roles["student"], grid)
