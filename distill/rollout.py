@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from students.causal_wan import CausalWan
-from students.schedule import Noise, Told, advance
+from students.schedule import Told, advance
 from teachers.conditions import Conditions
+
+Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
 
 
 def rollout(
@@ -33,11 +35,11 @@ def rollout(
     state, chunks = student.open(conditions.text), []
     count = conditions.num_frames // n
     for j in range(count):
-        part, ahead = (conditions.frames(j * n, min(j + k, count) * n) for k in (1, 1 + student.spec.chunks_ahead))
+        part, ahead = (conditions.frames(j * n, min(j + k, count) * n) for k in (1, 1 + student.spec.schedule.ahead))
         levels = student.spec.steps(j) if sigmas is None else sigmas(j)
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
         with torch.set_grad_enabled(torch.is_grad_enabled() and j >= start):
-            x0, steps = advance(student, state, ahead, noise, levels, last)
+            x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last)
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:

@@ -1,4 +1,4 @@
-"""In which order a stream's chunks and denoising steps are walked, and the one function that serving iterates and training folds."""
+"""The order of a stream's chunks and denoising steps, and the one function that serving iterates and training folds."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 
-Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
+Noise = Callable[[int, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,11 @@ class Schedule:
                 f"student.schedule.depth: {num_steps} denoising steps are no multiple of {self.depth} chunks in flight"
             )
         return num_steps // self.depth
+
+    @property
+    def ahead(self) -> int:
+        """Chunks behind the front one, whose sound is heard before it is finished."""
+        return self.depth - 1
 
     def walk(self, num_chunks: int, num_steps: int) -> Iterator[tuple[int, tuple[int, ...]]]:
         """Every forward of a stream of `num_chunks`: the front chunk's number, and how many steps each chunk in flight has done."""
@@ -58,7 +63,7 @@ class InFlight:
 
 @dataclass(frozen=True)
 class Told:
-    """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if it was made."""
+    """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if made."""
 
     flight: tuple[InFlight, ...]
     entry: object | None
@@ -76,12 +81,12 @@ def advance(
     """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` wants to be told.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
-    at the end of a clip). x0 is re-noised to the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing).
+    at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to
+    the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing).
     Only the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient.
     """
     if student.spec.schedule.depth == 1:
-        own = functools.partial(noise, state.chunk)
-        return denoise_chunk(student, state, conditions, own, sigmas, exit_step, plan)
+        return denoise_chunk(student, state, conditions, functools.partial(noise, 0), sigmas, exit_step, plan)
     if exit_step not in (None, len(sigmas) - 1):
         raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
     return move_flight(student, state, conditions, noise, sigmas)
@@ -107,12 +112,12 @@ def denoise_chunk(
 def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float]):
     """Diagonal: all chunks in flight move together until the front one is done; a new one enters behind them while there is room
     and conditions for it. The chunk that was finished before enters the context within the first of these forwards."""
-    schedule, n, first = student.spec.schedule, student.spec.chunk_frames, state.chunk
+    schedule, n = student.spec.schedule, student.spec.chunk_frames
     each, room = schedule.forwards(len(sigmas)), min(schedule.depth, conditions.num_frames // n)
     flight, told = list(state.flight), None
     while not flight or flight[0].done < len(sigmas):
         if len(flight) < room:
-            flight.append(InFlight(noise(first + len(flight), 0), 0))
+            flight.append(InFlight(noise(len(flight), 0), 0))
         heard = conditions.frames(0, len(flight) * n)
         for _ in range(each):
             last = flight[0].done == len(sigmas) - 1
@@ -122,12 +127,12 @@ def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Se
             if entry is not None:
                 state, told = student.settle(state, entry), entry
             moved = zip(x0.split(n, dim=2), flight, strict=True)
-            flight = [_next(x, chunk, noise, first + i, sigmas) for i, (x, chunk) in enumerate(moved)]
+            flight = [_next(x, chunk, noise, i, sigmas) for i, (x, chunk) in enumerate(moved)]
     return flight[0].x, Told(tuple(flight[1:]), told)
 
 
-def _next(x0: Tensor, chunk: InFlight, noise: Noise, number: int, sigmas: Sequence[float]) -> InFlight:
+def _next(x0: Tensor, chunk: InFlight, noise: Noise, place: int, sigmas: Sequence[float]) -> InFlight:
     done = chunk.done + 1
     if done == len(sigmas):
         return InFlight(x0, done)
-    return InFlight(flow.add_noise(x0.detach(), noise(number, done), sigmas[done]), done)
+    return InFlight(flow.add_noise(x0.detach(), noise(place, done), sigmas[done]), done)

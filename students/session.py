@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from students.beside import Beside
-from students.schedule import advance
 from students.checkpoint import Bundle
+from students.schedule import advance
 from students.spec import Spec
 from teachers.codecs import DecoderState, to_uint8
 from teachers.conditions import Conditions, pack_rows
@@ -273,7 +273,9 @@ class Session:
         self.viewed = min(viewed, self.point.frame)
         if not keep_input:
             start = self.spec.pixel_frames(self.point.chunk)[0]
-            self.point = replace(self.point, state=replace(self.point.state, flight=()))  # it has heard what is forgotten
+            self.point = replace(
+                self.point, state=replace(self.point.state, flight=())
+            )  # it has heard what is forgotten
             self.points[-1] = self.point
             self.audio.cut(start * self.spec.samples_per_frame)
             self.pose.cut(start)
@@ -308,7 +310,7 @@ class Session:
 
     def _heard(self) -> int:
         """The past-the-end pixel frame that the next step hears: that of its chunk, or of the last one in flight behind it."""
-        last = self.point.chunk + self.spec.chunks_ahead
+        last = self.point.chunk + self.spec.schedule.ahead
         heard = self.audio.end if self.closed else math.inf
         while last > self.point.chunk and self.spec.pixel_frames(last)[0] * self.spec.samples_per_frame >= heard:
             last -= 1
@@ -385,12 +387,12 @@ class Session:
         ahead, index = self._conditions(point), point.chunk
         clock.append(self._now())
 
-        def noise(chunk: int, step: int) -> Tensor:
-            return chunk_noise(spec, self.seed, chunk, step).to(self.device)
+        def noise(place: int, step: int) -> Tensor:
+            return chunk_noise(spec, self.seed, index + place, step).to(self.device)
 
         plan = student.plan(point.state, ahead)
         x0, steps = advance(student, point.state, ahead, noise, spec.steps(point.state.chunk), plan=plan)
-        conditions = ahead.frames(0, spec.chunk_frames) if spec.chunks_ahead else ahead
+        conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
         clock.append(self._now())
 
         def decode() -> tuple[Tensor, DecoderState]:

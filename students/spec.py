@@ -108,11 +108,6 @@ class Spec:
             return self.schedule.forwards(len(self.sigmas))
         return len(self.sigmas) + (self.history.commit == "clean")
 
-    @property
-    def chunks_ahead(self) -> int:
-        """Chunks whose sound is heard before a chunk is finished."""
-        return self.schedule.depth - 1
-
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""
         stride, n = self.codec.stride, self.chunk_frames

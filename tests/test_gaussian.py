@@ -12,6 +12,7 @@ from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, rollout
 from distill.run_folder import MetricsLog
 from distill.train import OptimizerConfig, TrainConfig, Trainer, train
+from students.schedule import Schedule
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.gaussian import GaussianTeacher, autoregressive
@@ -108,7 +109,12 @@ class AffineStudent(nn.Module):
     def __init__(self, sigmas: tuple[float, ...]):
         super().__init__()
         self.spec = SimpleNamespace(
-            sigmas=sigmas, steps=lambda chunk: sigmas, chunk_frames=1, num_chunks=F, latent_size=(C, 1, 1)
+            schedule=Schedule(),
+            sigmas=sigmas,
+            steps=lambda chunk: sigmas,
+            chunk_frames=1,
+            num_chunks=F,
+            latent_size=(C, 1, 1),
         )
         self.own = nn.Parameter(0.3 * torch.eye(C).repeat(F, len(sigmas), 1, 1))
         self.previous = nn.Parameter(torch.zeros(F, len(sigmas), C, C))

@@ -16,6 +16,7 @@ from distill.methods.flow_matching import Config as FlowConfig
 from distill.methods.flow_matching import FlowMatching
 from distill.methods.ode_init import Config as ODEConfig
 from distill.methods.ode_init import ODEInit
+from students.schedule import Schedule
 from students.spec import student_sigmas
 from teachers import flow
 from teachers.conditions import Guidance
@@ -28,7 +29,7 @@ class RecordingStudent:
     """Keeps what denoise_clip was given and answers with the clean end."""
 
     def __init__(self, answer):
-        self.spec = SimpleNamespace(sigmas=SIGMAS, chunk_frames=2, num_chunks=4)
+        self.spec = SimpleNamespace(schedule=Schedule(), sigmas=SIGMAS, chunk_frames=2, num_chunks=4)
         self.answer = answer
 
     def denoise_clip(self, x, sigma, conditions, clean=None):

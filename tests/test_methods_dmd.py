@@ -16,8 +16,8 @@ from distill.discriminator import Discriminator, build_discriminator, hidden_tok
 from distill.methods import Batch, dmd
 from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, of_length, rollout
-from students.schedule import denoise_chunk
 from students.history import History
+from students.schedule import Schedule, denoise_chunk
 from teachers import flow
 from teachers.conditions import Conditions, Guidance
 from teachers.errors import UserError
@@ -92,7 +92,12 @@ class CellStudent(nn.Module):
     def __init__(self, num_chunks: int = 12, num_steps: int = 6):
         super().__init__()
         self.spec = SimpleNamespace(
-            sigmas=(1.0, 0.75, 0.5), chunk_frames=1, num_chunks=CHUNKS, latent_size=(2, 1, 1), history=History()
+            schedule=Schedule(),
+            sigmas=(1.0, 0.75, 0.5),
+            chunk_frames=1,
+            num_chunks=CHUNKS,
+            latent_size=(2, 1, 1),
+            history=History(),
         )
         self.cells = nn.Parameter(torch.linspace(0.3, 0.6, num_chunks * num_steps).view(num_chunks, num_steps))
         self.seen, self.graphs, self.committed = [], [], []
@@ -229,7 +234,7 @@ def test_a_stream_goes_on_with_the_sound_of_the_next_rows():
 
 def test_context_noise_is_put_on_what_is_committed():
     method, x0s = cell_dmd(exit_step="last", context_noise=0.3), []
-    keep = rollouts.denoise_chunk
+    keep = rollouts.advance
 
     def spy(*args):
         out = keep(*args)
@@ -237,7 +242,7 @@ def test_context_noise_is_put_on_what_is_committed():
         return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollouts, "denoise_chunk", spy)
+        patch.setattr(rollouts, "advance", spy)
         method.loss("student", Batch(conditions=sound(400, CHUNKS)), rng(1), rng(2))
     noises = [(c - 0.7 * x0).detach() / 0.3 for c, x0 in zip(method.student.committed, x0s, strict=False)]
     assert len(noises) == CHUNKS - 1

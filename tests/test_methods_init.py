@@ -13,6 +13,7 @@ from distill.methods.forcing import Forced, Forcing, strata
 from distill.methods.ode_init import ODEInit
 from distill.trajectories import solve_states
 from students.history import History
+from students.schedule import Schedule
 from students.spec import student_sigmas
 from teachers import flow
 from teachers.conditions import Conditions, Guidance
@@ -32,7 +33,7 @@ class ARGaussian(nn.Module):
     def __init__(self, is_map: bool, exact: bool):
         super().__init__()
         history = History(sinks=0, window=1)
-        self.spec = SimpleNamespace(sigmas=SIGMAS, chunk_frames=1, num_chunks=F, history=history)
+        self.spec = SimpleNamespace(schedule=Schedule(), sigmas=SIGMAS, chunk_frames=1, num_chunks=F, history=history)
         self.is_map = is_map
         gain, bias, variance = torch.zeros(C, F), torch.zeros(C, F), torch.full((C, F), 0.25)
         if exact:
@@ -98,7 +99,7 @@ class Recorder:
 
     def __init__(self, answer, history: History | None = None):
         history = history or History()
-        self.spec = SimpleNamespace(sigmas=SIGMAS, chunk_frames=2, num_chunks=4, history=history)
+        self.spec = SimpleNamespace(schedule=Schedule(), sigmas=SIGMAS, chunk_frames=2, num_chunks=4, history=history)
         self.answer, self.calls = answer, []
 
     def denoise_clip(self, x, sigma, conditions, clean=None):

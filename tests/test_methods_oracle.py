@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distill.methods import Batch
 from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, of_length, rollout
+from students.schedule import Schedule
 from teachers.gaussian import autoregressive
 
 
@@ -56,7 +57,12 @@ class SteadyStudent(nn.Module):
     def __init__(self):
         super().__init__()
         self.spec = SimpleNamespace(
-            sigmas=(1.0,), steps=lambda chunk: (1.0,), chunk_frames=1, num_chunks=F, latent_size=(C, 1, 1)
+            schedule=Schedule(),
+            sigmas=(1.0,),
+            steps=lambda chunk: (1.0,),
+            chunk_frames=1,
+            num_chunks=F,
+            latent_size=(C, 1, 1),
         )
         self.own = nn.Parameter(0.3 * torch.eye(C))
         self.previous, self.bias = nn.Parameter(torch.zeros(C, C)), nn.Parameter(torch.zeros(C))

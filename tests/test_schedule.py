@@ -16,7 +16,11 @@ from teachers import flow
 from teachers.errors import UserError
 
 N = 2
-HISTORIES = [History(sinks=1, window=1), History(sinks=0, window=2), History(sinks=1, window=1, memory=2, memory_every=2)]
+HISTORIES = [
+    History(sinks=1, window=1),
+    History(sinks=0, window=2),
+    History(sinks=1, window=1, memory=2, memory_every=2),
+]
 
 
 def diagonal(history=HISTORIES[0], depth=3, **changes):
@@ -155,7 +159,10 @@ def test_the_context_of_training_is_that_of_a_stream():
         (lambda: Schedule(depth=0), r"student\.schedule\.depth: got 0"),
         (lambda: diagonal(History(sinks=1, window=2, commit="same_level")), r"want commit: clean"),
         (lambda: diagonal(History(sinks=1, window=0)), r"a window from 1"),
-        (lambda: build(Config(context="noisy"), {"student": diagonal()}, (*diagonal().spec.sigmas, 0.0)), r"use context: clean"),
+        (
+            lambda: build(Config(context="noisy"), {"student": diagonal()}, (*diagonal().spec.sigmas, 0.0)),
+            r"use context: clean",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(build_it, message):
