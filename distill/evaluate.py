@@ -8,18 +8,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from distill import judging
-from distill.data import avatars
+from distill.health import seam_frames
 from distill.run_folder import load_tensors, versions
 from eval import benchmark
 from eval.latency import clocked, interleave, measure, percentile
-from eval.protocol import Geometry, protocol_card
+from eval.protocol import EvalConfig, Geometry, protocol_card
 from eval.report import target, write_report
 from students.checkpoint import Bundle
 from students.session import Session
@@ -37,17 +38,23 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     """Score floor, codec and the five systems, measure costs, write the report; returns the scores."""
     config = pipeline.recipe.eval
     test = judging.HeldOut.draw(pipeline, "test", config.num_conditions)
-    sets = {"test": (test.conditions, config.num_seeds), "diversity": (spread_conditions(pipeline), 1)}
+    varied = "diversity" not in pipeline.source.left_out
+    sets = {"test": (test.conditions, config.num_seeds)}
+    if varied:
+        sets["diversity"] = (spread_conditions(pipeline), 1)
     judging.generate_all(pipeline, folder, sets)
     if not pipeline.engine.is_main:
         return {}
-    world = world_spread(pipeline)
-    real = avatars.held_out(pipeline.recipe.data, config.condition_seed, "reference", config.num_reference)
+    world = world_spread(pipeline) if varied else None
+    real = pipeline.source.draw(config.condition_seed, "reference", config.num_reference)
     reference = benchmark.prepare_reference(pipeline.probes, real.video, test.decoded)
+    borders = seam_frames(pipeline.spec)
 
     def score(videos: Tensor, spread: Tensor | None = None) -> dict:
         own = world if spread is not None else None
-        return benchmark.evaluate_videos(pipeline.probes, videos, reference, test.asked, spread, own, config.max_lag)
+        return benchmark.evaluate_videos(
+            pipeline.probes, videos, reference, test.asked, spread, own, config.max_lag, borders
+        )
 
     floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
@@ -57,20 +64,24 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
 
     for name in SYSTEMS:
         seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
-        spread = clips("diversity", name, 0)
-        scores[name] = score(torch.stack(seeds), spread.unflatten(0, (-1, config.diversity_seeds)))
+        spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
+        scores[name] = score(torch.stack(seeds), spread)
         sheets[name] = seeds[0]
     costs = measure_costs(pipeline, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
-    report = assemble(pipeline, systems, floor)
+    counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
+    report = assemble(pipeline, systems, floor, counted)
     samples = write_samples(pipeline, test)
     curves = read_curves(pipeline.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
-    captions = test.clips.text[: config.sheet_conditions]
+    captions = named(test.clips.text)[: config.sheet_conditions]
     write_report(report, curves, shown, samples, pipeline.folder.path, captions, config.sheet_frames)
-    flat = {name: {k: v["mean"] for k, v in metrics.items()} for name, metrics in scores.items()}
-    found = {name: value if math.isfinite(value) else None for name, value in report["ratios"].items()}
-    return {"scores": flat, "ratios": found}
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    flat = {name: {k: finite(v["mean"]) for k, v in metrics.items()} for name, metrics in scores.items()}
+    return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
 
 
 def world_spread(pipeline: "Pipeline") -> Tensor:
@@ -78,9 +89,7 @@ def world_spread(pipeline: "Pipeline") -> Tensor:
     config, senses = pipeline.recipe.eval, pipeline.senses
     out = []
     for motion in range(config.diversity_seeds):
-        clips = avatars.held_out(
-            pipeline.recipe.data, config.condition_seed, "diversity", config.diversity_conditions, motion
-        )
+        clips = pipeline.source.draw(config.condition_seed, "diversity", config.diversity_conditions, motion)
         out.append(senses.decode(senses.encode(clips.video)))
     return torch.stack(out, dim=1)
 
@@ -131,7 +140,7 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
         nfe[name] = spec.nfe_per_chunk
     with one_thread():
         marks = {name: runs[warmup:] for name, runs in interleave(alone, warmup + recipe.eval.latency_runs).items()}
-    return {name: cost(marks[name], together[name] / batch, nfe[name], pipeline) for name in alone}
+    return {name: cost(marks[name], together[name] / batch, batch, nfe[name], pipeline) for name in alone}
 
 
 @contextmanager
@@ -161,8 +170,8 @@ def stream_marks(bundle: Bundle, test: judging.HeldOut) -> list[float]:
     return marks
 
 
-def cost(marks: list[list[float]], together: float, nfe: int, pipeline: "Pipeline") -> dict[str, float]:
-    """Cost numbers of one system from the seconds to each part of a clip alone, run by run, and a clip's seconds in a batch."""
+def cost(marks: list[list[float]], together: float, batch: int, nfe: int, pipeline: "Pipeline") -> dict[str, float]:
+    """Cost numbers of one system from the seconds to each part of a clip alone, run by run, and a clip's seconds in a `batch`."""
     frames = pipeline.recipe.data.world.num_frames
     clip_seconds = frames / float(pipeline.spec.fps)
     clip = statistics.median(run[-1] for run in marks)
@@ -172,14 +181,14 @@ def cost(marks: list[list[float]], together: float, nfe: int, pipeline: "Pipelin
         "ttff_seconds": statistics.median(run[0] for run in marks),
         "seconds_per_video_second": clip / clip_seconds,
         "fps": frames / clip,
-        "batch": min(THROUGHPUT_BATCH, pipeline.recipe.eval.num_conditions),
+        "batch": batch,
         "batch_seconds_per_video_second": together / clip_seconds,
         "batch_fps": frames / together,
     } | ({"p95_chunk_seconds": percentile(chunks, 95)} if chunks else {})
 
 
-def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
-    """report.json as design section 6 has it."""
+def assemble(pipeline: "Pipeline", systems: dict, floor: dict, counted: EvalConfig) -> dict:
+    """report.json as design section 6 has it; `counted` says how many clips there were."""
     recipe, done = pipeline.recipe, pipeline.folder.finished
     stages = {}
     for name in pipeline.names[:-1]:
@@ -188,7 +197,7 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
     extractors = stages["extractors"]["metrics"]
     world = recipe.data.world
     card = protocol_card(
-        recipe.eval,
+        counted,
         Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=pipeline.spec.fps),
         extractors["sha256"],
         extractors["admitted"],
@@ -209,14 +218,28 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict) -> dict:
         "systems": systems,
         "floor": floor["real"],
         "codec": floor["codec"],
+        "health": health_panels(stages),
         "ratios": ratios(systems),
         "targets": targets(systems),
         "protocol": card,
+        **({"left_out": dict(pipeline.source.left_out)} if pipeline.source.left_out else {}),
     }
 
 
+def health_panels(stages: dict) -> dict[str, Any]:
+    """The health panels that the stages left: teacher, ar_teacher, init, student; and the verdict of init."""
+    found: dict[str, Any] = {}
+    for name in ("init", "ar_teacher"):
+        found |= ((stages.get(name) or {}).get("metrics") or {}).get("health") or {}
+    best = ((stages["dmd"].get("metrics") or {}).get("best")) or {}
+    student = {name.removeprefix("health/"): x for name, x in best.items() if name.startswith("health/")}
+    return found | ({"student": student} if student else {})
+
+
 def ratios(systems: dict) -> dict[str, float]:
-    """Student against teacher and against init, and what the student saves; NaN over a score of 0."""
+    """Student against teacher and against init, and what the student saves; NaN over a score of 0. What was left out is in none."""
+
+    known = systems["student"]["metrics"]
 
     def mean(system: str, name: str) -> float:
         return systems[system]["metrics"][name]["mean"]
@@ -225,12 +248,19 @@ def ratios(systems: dict) -> dict[str, float]:
         return mean(system, name) / mean(other, name) if mean(other, name) else math.nan
 
     out = {
-        f"{name}_student_over_teacher": over(name, "student", "teacher") for name in ("fid", "fvd", "sync", "motion")
+        f"{name}_student_over_teacher": over(name, "student", "teacher")
+        for name in ("fid", "fvd", "sync", "motion")
+        if name in known
     }
     out |= {f"{name}_student_over_init": over(name, "student", "init") for name in ("fid", "fvd")}
-    out |= {f"{name}_student_minus_init": mean("student", name) - mean("init", name) for name in ("diversity", "sync")}
+    out |= {
+        f"{name}_student_minus_init": mean("student", name) - mean("init", name)
+        for name in ("diversity", "sync")
+        if name in known
+    }
     out |= {f"{name}_init_over_zero_shot": over(name, "init", "zero_shot") for name in ("fid", "fvd")}
-    out["diversity_init_minus_zero_shot"] = mean("init", "diversity") - mean("zero_shot", "diversity")
+    if "diversity" in known:
+        out["diversity_init_minus_zero_shot"] = mean("init", "diversity") - mean("zero_shot", "diversity")
     teacher, student = systems["teacher"]["cost"], systems["student"]["cost"]
     out["cost_teacher_over_student"] = teacher["seconds_per_video_second"] / student["seconds_per_video_second"]
     out["batch_cost_teacher_over_student"] = (
@@ -260,8 +290,10 @@ TARGETS = {  # what the recipe promises; least and most
 def targets(systems: dict) -> dict[str, dict]:
     """Each promise with its value and whether it is kept."""
     found = ratios(systems)
-    out = {name: target(found[name], at_least=low, at_most=high) for name, (low, high) in TARGETS.items()}
-    out["teacher_sync"] = target(systems["teacher"]["metrics"]["sync"]["mean"], at_least=0.88)
+    judged = {name: bounds for name, bounds in TARGETS.items() if name in found}
+    out = {name: target(found[name], at_least=low, at_most=high) for name, (low, high) in judged.items()}
+    if "sync" in systems["teacher"]["metrics"]:
+        out["teacher_sync"] = target(systems["teacher"]["metrics"]["sync"]["mean"], at_least=0.88)
     for name in ("motion_energy", "sharpness"):
         out[f"student_{name}"] = target(systems["student"]["metrics"][name]["mean"], at_least=0.88, at_most=1.15)
     return out
@@ -282,16 +314,23 @@ def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, Path
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
             media.write_video(path, frames, pipeline.spec.fps, test.clips.audio[i], upscale=6, smooth=True)
-            samples[f"{name}: {test.clips.text[i]}"] = path
+            samples[f"{name}: {named(test.clips.text)[i]}"] = path
     return samples
 
 
+def named(texts: list[str]) -> list[str]:
+    """The texts themselves; numbered where two clips have the same, or none."""
+    if len(set(texts)) == len(texts) and all(texts):
+        return texts
+    return [f"clip {i} {text}".strip() for i, text in enumerate(texts)]
+
+
 def read_curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Rows of metrics.jsonl as curves: "stage: quantity" -> role -> (step, value) pairs."""
+    """Rows of metrics.jsonl as curves: "stage: quantity" -> role -> (step, value) pairs; the health panel has a table."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, value in row.items():
-            if name not in ("stage", "step"):
+            if name not in ("stage", "step") and not name.startswith("health/"):
                 role, _, quantity = name.rpartition("/")
                 title = f"{row['stage']}: {role} {quantity}" if role == "validate" else f"{row['stage']}: {quantity}"
                 curves.setdefault(title, {}).setdefault(role, []).append((row["step"], value))

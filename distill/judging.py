@@ -1,6 +1,6 @@
 """The embedded evaluation: what is generated for which held-out conditions, validation while training, and the final report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.data import avatars
 from distill.data.world import Clips
+from distill.health import Checkup, reasons
 from distill.rollout import Noise, rollout
 from distill.run_folder import save_tensors
 from distill.trajectories import solve_states
@@ -31,7 +31,7 @@ Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out conditions as the metrics want them: the world's clips, their codec ceiling, conditions and what was asked."""
+    """Held-out conditions as the metrics want them: real clips, their codec ceiling, conditions and what was asked."""
 
     clips: Clips
     decoded: Tensor
@@ -40,15 +40,14 @@ class HeldOut:
 
     @classmethod
     def draw(cls, pipeline: "Pipeline", name: str, num: int) -> "HeldOut":
-        """Fresh clips, the same for every training seed of a recipe: only `eval.condition_seed` and `name` decide."""
-        data, seed = pipeline.recipe.data, pipeline.recipe.eval.condition_seed
-        clips = avatars.held_out(data, seed, name, num)
+        """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
+        clips = pipeline.source.draw(pipeline.recipe.eval.condition_seed, name, num)
         x0, conditions = pipeline.senses.of_clips(clips)
         rows = heard(pipeline, clips)
         asked = Asked(
             audio_features=rows,
-            gesture=clips.labels["gesture"],
-            expression=clips.labels["expression"],
+            gesture=clips.labels.get("gesture"),
+            expression=clips.labels.get("expression"),
             portrait=clips.video[:, :, 0],
         )
         return cls(clips, pipeline.senses.decode(x0), conditions.to(pipeline.engine.device), asked)
@@ -61,10 +60,10 @@ def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
 
 
 def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
-    """The extractors stage: train the embedded probes on the world and show that they rank known cases right."""
-    config, data, engine = pipeline.recipe.eval, pipeline.recipe.data, pipeline.engine
+    """The extractors stage: train the embedded probes on the training clips and show that they rank known cases right."""
+    config, source, engine = pipeline.recipe.eval, pipeline.source, pipeline.engine
     if engine.is_main:
-        clips = avatars.held_out(data, config.probe_seed, "probes", data.world.num_train)
+        clips = source.draw(config.probe_seed, "probes", source.num_train)
         decoded, rows = pipeline.senses.decode(pipeline.senses.encode(clips.video)), heard(pipeline, clips)
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
@@ -79,7 +78,7 @@ def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
     engine.barrier()
     probes = Probes.load(folder)
     test = HeldOut.draw(pipeline, "admit", config.admit_clips)
-    reference = avatars.held_out(data, config.condition_seed, "reference", config.num_reference)
+    reference = source.draw(config.condition_seed, "reference", config.num_reference)
     rng = keyed_generator(config.probe_seed, "admit")
     result = benchmark.admit(
         probes, test.clips.video, test.decoded, test.asked.audio_features, test.asked.gesture, reference.video, rng
@@ -133,16 +132,19 @@ class Validation:
     """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
 
     score = fid/fid_0 + fvd/fvd_0 + |energy - 1| + |sharpness - 1| + 2 max(0, sync_0 - sync): overshoot is a fault like
-    stillness. The conditions are not those of the report.
+    stillness; without labels of the mouth there is no sync. The conditions are not those of the report. The health panel comes
+    with them as `health/...`.
     """
 
-    def __init__(self, pipeline: "Pipeline", student: CausalWan):
+    def __init__(self, pipeline: "Pipeline", student: CausalWan, folder: Path):
         self.pipeline, self.student = pipeline, student
         self.test = HeldOut.draw(pipeline, "validate", 2 * pipeline.recipe.eval.num_conditions)
         config = pipeline.recipe.eval
-        real = avatars.held_out(pipeline.recipe.data, config.condition_seed, "validate reference", config.num_reference)
+        real = pipeline.source.draw(config.condition_seed, "validate reference", config.num_reference)
         self.reference: Reference = benchmark.prepare_reference(pipeline.probes, real.video, self.test.decoded)
         self.start = self._measure()
+        self.checkup = Checkup(pipeline)
+        self.teacher = self.checkup.teacher(folder)
 
     def _measure(self) -> dict[str, float]:
         pipeline, num = self.pipeline, len(self.test.clips.text)
@@ -150,13 +152,22 @@ class Validation:
         x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
         video = pipeline.senses.decode(x0)
         scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
-        return {name: scores[name]["mean"] for name in ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")}
+        wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
+        return {name: scores[name]["mean"] for name in wanted if name in scores}
 
     def __call__(self) -> dict[str, float]:
         now, then = self._measure(), self.start
-        score = now["fid"] / then["fid"] + now["fvd"] / then["fvd"] + 2 * max(0.0, then["sync"] - now["sync"])
+        lost = max(0.0, then["sync"] - now["sync"]) if "sync" in now else 0.0
+        score = now["fid"] / then["fid"] + now["fvd"] / then["fvd"] + 2 * lost
         score += abs(now["motion_energy"] - 1) + abs(now["sharpness"] - 1)
-        return {**now, "score": score}
+        panel = self.checkup.student(self.student)
+        return {**now, "score": score, **{f"health/{name}": value for name, value in panel.items()}}
+
+    def collapse(self, values: Mapping[str, float]) -> str | None:
+        """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""
+        config = self.pipeline.recipe.health
+        own = {name.removeprefix("health/"): value for name, value in values.items() if name.startswith("health/")}
+        return "; ".join(reasons(own, self.teacher, config.collapse)) or None if config.stop else None
 
 
 def systems(pipeline: "Pipeline") -> dict[str, Generate]:

@@ -59,7 +59,7 @@ def as_text(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
 
 def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float) -> dict[str, Any]:
     """The report's numbers: bytes, parameters, forwards. ranks[count][engine][update] without and with checkpointing."""
-    from distill.planner import rank_bytes, remedy
+    from distill.planner import is_possible, rank_bytes, remedy
 
     def parts(engine: str, count: int) -> dict[str, Any]:
         return {
@@ -84,7 +84,7 @@ def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
         "trajectory_bytes": plan.trajectories,
         "forwards_per_trajectory": plan.trajectory_forwards,
         "forwards_per_step": {stage: dict(roles) for stage, roles in plan.forwards.items()},
-        "ranks": {str(count): {engine: parts(engine, count) for engine in engines} for count in counts},
+        "ranks": {str(count): {e: parts(e, count) for e in engines if is_possible(plan, e)} for count in counts},
         "fits_with": {str(count): {engine: fits(engine, count) for engine in engines} for count in counts},
     }
 
@@ -110,6 +110,9 @@ def _facts(plan: "Plan") -> Iterator[str]:
         told = role not in frozen and (role in plan.adapted or plan.lora[role] < count)
         adapters = f", {'' if role in plan.adapted else 'as '}a LoRA of {plan.lora[role]:,}" if told else ""
         yield f"{role:<12} {count:,} parameters{adapters}"
+    if plan.adapted & plan.backbone:
+        shared = plan.backbone & (plan.adapted | frozen)
+        yield f"backbone     one set of weights for {', '.join(role for role in plan.parameters if role in shared)}"
     for solver in (update.role for update in plan.updates if update.stage == "trajectories"):
         each = f"forwards for one: {solver} {plan.trajectory_forwards}"
         yield f"trajectories {_gib(plan.trajectories)} GiB on disk; {each}"
@@ -121,11 +124,12 @@ def _facts(plan: "Plan") -> Iterator[str]:
 
 def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator[str]:
     """Rows of parts, columns of engines; a part that differs between updates is shown at its largest."""
-    from distill.planner import rank_bytes
+    from distill.planner import is_possible, rank_bytes
 
     def row(label: str, cells: list[str]) -> str:
         return f"{label:<36}" + "".join(f"{cell:>10}" for cell in cells)
 
+    asked, engines = engines, [engine for engine in engines if is_possible(plan, engine)]
     yield row(f"{count} GPU{'s' if count > 1 else ''}, GiB a rank", [WORDS[engine] for engine in engines])
     try:
         micro_steps = {update.stage: update.micro_steps(count) for update in plan.updates}
@@ -139,7 +143,8 @@ def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator
     saved = {(e, u.name): rank_bytes(plan, u, e, count, ("checkpointing",)) for e in engines for u in plan.updates}
     found = {part for parts in plain.values() for part in parts}
     order = [f"{role} {part}" for role in plan.parameters for part in ("weights", "masters", "average", "moments")]
-    for part in (part for part in (*order, "idle gradients", "bf16 copies", "gathered") if part in found):
+    order = ["backbone weights", *order, "idle gradients", "bf16 copies", "gathered"]
+    for part in (part for part in order if part in found):
         sizes = [max(plain[e, u.name].get(part, 0.0) for u in plan.updates) for e in engines]
         yield row(part, [_gib(size) if size else "-" for size in sizes])
     for update in plan.updates:
@@ -153,14 +158,16 @@ def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator
         yield row(f"{update.name} peak", [_gib(plain[e, update.name]["peak"]) for e in engines])
         if update.trained:
             yield row("    checkpointed", [_gib(saved[e, update.name]["peak"]) for e in engines])
-    for engine in engines:
+    for engine in asked:
         yield f"{WORDS[engine]:<7} {_verdict(plan, engine, count, gib)}"
 
 
 def _verdict(plan: "Plan", engine: str, count: int, gib: float) -> str:
     """Whether everything fits, or else what does not and the first switches that mend it."""
-    from distill.planner import rank_bytes, remedy
+    from distill.planner import is_possible, rank_bytes, remedy
 
+    if not is_possible(plan, engine):
+        return "shards weights, which LoRA roles share: use ddp, zero1 or zero2"
     found = remedy(plan, engine, count, gib * 2**30)
     if found == ():
         return f"fits into {gib:g} GiB"

@@ -5,20 +5,25 @@ backward on the meta device, and what is alive is added up (`planner_trace`). So
 rollout, the context, what a checkpointed block keeps.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from distill.lora import ENGINES as LORA_ENGINES
+from distill.lora import TARGETS
 from distill.planner_memory import Points
-from distill.planner_trace import CHECKPOINTING, LORA, Job, forwards, inner, make_network, meta_networks, trace
+from distill.planner_trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards, inner, meta_networks, trace
 from distill.stages import spec_of
 from distill.train import TrainConfig
+from students.adapter import expected
 from students.spec import Spec
 from students.speed import DTYPES
 from teachers import flow
 from teachers.errors import UserError
+from teachers.wan import AvatarTransformer
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -66,8 +71,8 @@ class Update:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` it is what the job says), and
-    `split_blocks`; frozen roles in `half` are held in bf16. forwards of a training micro-step, by stage and role; bytes of
-    context, by stage, and of trajectories."""
+    `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
+    frozen weights. forwards of a training micro-step, by stage and role; bytes of context, by stage, and of trajectories."""
 
     precision: Literal["fp32", "bf16"]
     bucket_mib: int
@@ -77,6 +82,7 @@ class Plan:
     outside: Mapping[str, int]
     updates: tuple[Update, ...]
     adapted: frozenset[str] = frozenset()
+    backbone: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
     context: Mapping[str, int] = field(default_factory=dict)
     trajectories: int = 0
@@ -99,11 +105,12 @@ def make_plan(job: Job) -> Plan:
     return Plan(
         precision=job.precision,
         bucket_mib=job.bucket_mib,
-        parameters={role: num_parameters(nets[role]) for role in order},
-        lora={role: num_lora_parameters(job, role) for role in order},
+        parameters={role: num_parameters(nets[role]) - num_adapters(nets[role]) for role in order},
+        lora={role: num_lora_parameters(job, role, nets[role]) for role in order},
         blocks={role: split_blocks(nets[role])[0] for role in order},
         outside={role: split_blocks(nets[role])[1] for role in order},
         adapted=frozenset(job.lora),
+        backbone=job.backbone,
         half=job.half,
         updates=tuple(update for stage in names for update in _updates(job, stage)),
         context={stage: context_bytes(job, stage) for stage in on_policy},
@@ -118,9 +125,17 @@ def num_parameters(net: nn.Module, trained: bool = False) -> int:
     return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad or not trained)
 
 
-def num_lora_parameters(job: Job, role: str) -> int:
-    """What is trained of a role as a LoRA on every matrix of both attentions and the MLP; all of a role without blocks."""
-    return num_parameters(make_network(job, role, lora=True), trained=True)
+def num_adapters(net: nn.Module) -> int:
+    """Elements of a LoRA's own matrices."""
+    return sum(parameter.numel() for name, parameter in net.named_parameters() if ".lora_" in name)
+
+
+def num_lora_parameters(job: Job, role: str, net: nn.Module) -> int:
+    """What is trained of a role as a LoRA, by default on every matrix of attentions and MLP; all of a role without blocks."""
+    network = inner(net)
+    if role in job.lora or not isinstance(network, AvatarTransformer):
+        return num_parameters(net, trained=role in job.lora)
+    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, TARGETS, ()).values())
 
 
 def split_blocks(net: nn.Module) -> tuple[int, int]:
@@ -191,10 +206,15 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
     keep = part if sharded else 1.0
     parts: dict[str, float] = {}
     learned = {role: _learned(plan, role, switches) for role in update.trained}
+    adapters = {role for role in update.trained if role in plan.adapted or LORA in switches}
+    shared = plan.backbone & {*adapters, *update.frozen} if plan.backbone & (plan.adapted | adapters) else frozenset()
+    if shared:
+        parts["backbone weights"] = keep * size * plan.parameters[max(shared)]
     for role in (*update.trained, *update.frozen):
         count, learns = plan.parameters[role], learned.get(role, 0)
-        frozen = 0 if learns == count else count
-        parts[f"{role} weights"] = keep * (frozen * (2 if role in plan.half and not learns else 4) + 4 * learns)
+        frozen = 0 if learns == count or role in shared else count
+        held = size if role in adapters else 2 if role in plan.half else 4
+        parts[f"{role} weights"] = keep * (frozen * held + 4 * learns)
         if not learns:
             continue
         if role == update.trained[0]:
@@ -205,7 +225,8 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
         if engine == "zero3" and role != update.role:  # its buffer is there all the time
             parts["idle gradients"] = parts.get("idle gradients", 0.0) + part * 4 * learns
     if mixed and not sharded and update.role in learned:
-        parts["bf16 copies"] = size * float(learned[update.role] if LORA in switches else plan.parameters[update.role])
+        copied = learned if update.role in adapters else plan.parameters
+        parts["bf16 copies"] = size * float(copied[update.role])
     if sharded:
         parts["gathered"] = max(_gathered(plan, role, engine) for role in (*update.trained, *update.frozen))
     return parts, learned
@@ -227,7 +248,15 @@ def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()
 
 def remedy(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
     """The first switches of LADDER with which everything fits into `limit` bytes a rank; None where nothing helps."""
-    return next((switches for switches in LADDER if peak_bytes(plan, engine, ranks, switches) <= limit), None)
+    ladder = [switches for switches in LADDER if LORA not in switches or engine in LORA_ENGINES]
+    if not is_possible(plan, engine):
+        return None
+    return next((switches for switches in ladder if peak_bytes(plan, engine, ranks, switches) <= limit), None)
+
+
+def is_possible(plan: Plan, engine: str) -> bool:
+    """Whether an engine can hold the roles: LoRAs share weights, which some cut to pieces."""
+    return not plan.adapted or engine in LORA_ENGINES
 
 
 def job_of(recipe: "Recipe") -> Job:
@@ -242,7 +271,18 @@ def job_of(recipe: "Recipe") -> Job:
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
         bucket_mib=recipe.engine.bucket_mib,
+        backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
+        **_lora_of(recipe),
     )
+
+
+def _lora_of(recipe: "Recipe") -> dict:
+    """What a job says of a recipe's LoRA roles."""
+    lora = recipe.lora
+    if lora is None:
+        return {}
+    ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
+    return {"lora": ranks, "targets": lora.targets, "full": lora.full}
 
 
 class Traced(dict):

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 
 from distill import trajectories
+from distill.lora import TARGETS
 from distill.methods import Batch, Needs
 from distill.planner_memory import LiveBytes, OnMeta, Points, checkpointed
 from distill.trajectories import TrajectoriesConfig
+from students.adapter import targeted
 from students.causal_wan import CausalWan
 from students.checkpoint import make_student
 from students.spec import Spec
@@ -23,14 +25,15 @@ from teachers.wan import AvatarTeacher, NetworkConfig
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")  # and its targets: attentions and MLP
 CAUSAL = ("student", "ar_teacher")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A run as far as its needs go. `networks` by role where they differ from the student's, which is in `spec`; `stages` have a
-    `method` and a `train`, in order; `lora`: the rank of a role that is trained as a LoRA; `half`: frozen roles held in bf16."""
+    `method` and a `train`, in order; `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the
+    modules `full` as a whole; `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles
+    held in bf16."""
 
     spec: Spec
     stages: Mapping[str, Any]
@@ -38,6 +41,9 @@ class Job:
     networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
     trajectories: TrajectoriesConfig | None = None
     lora: Mapping[str, int] = field(default_factory=dict)
+    targets: tuple[str, ...] = TARGETS
+    full: tuple[str, ...] = ()
+    backbone: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
     bucket_mib: int = 32
 
@@ -159,7 +165,7 @@ def meta_batch(job: Job, stage: str) -> Batch:
 
 
 def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_layers: int | None = None) -> Any:
-    """A role's network on the meta device; as a LoRA its adapters alone require gradients."""
+    """A role's network on the meta device; as a LoRA what is trained alone requires gradients."""
     own = (
         role not in ("student", "base") and stage != "base"
     )  # the network of the stage base has the role teacher in it
@@ -178,8 +184,12 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_l
         if lora:
             from peft import LoraConfig
 
-            rank = job.lora.get(role, LORA_RANK)  # add_adapter freezes all else
-            student.net.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS)))
+            given = role in job.lora
+            rank, targets, full = (job.lora[role], job.targets, job.full) if given else (LORA_RANK, TARGETS, ())
+            targeted(student.net, targets, full)
+            student.net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
+            for name in full:
+                student.net.get_submodule(name).requires_grad_(True)
     return CausalWan(student.net, job.spec) if role in CAUSAL else AvatarTeacher(student.net)
 
 

@@ -1,6 +1,5 @@
 """Networks that are given: weights on disk in any published layout, in the place of training a teacher here."""
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +8,13 @@ import torch
 from accelerate import init_empty_weights
 
 from distill.train import TrainConfig
+from students.adapter import digest
 from students.spec import Spec
 from teachers.convert import fill_network
 from teachers.errors import UserError
 from teachers.wan import AvatarTransformer, NetworkConfig, build_network
 
-EDGE_BYTES = 1 << 20
+__all__ = ["TeacherStage", "digest", "load_given", "network_dims"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +72,3 @@ def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bo
         setattr(net.get_submodule(module), own, torch.nn.Parameter(made))
     fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
     return net.to(device)
-
-
-def digest(*paths: Path | None) -> str:
-    """Which files `paths` hold: a hash of names, sizes, first and last MiB; folders are read whole. UserError for none."""
-    found = hashlib.sha256()
-    for path in paths:
-        if path is None:
-            continue
-        if not path.exists():
-            raise UserError(f"no weights: {path} does not exist; give the folder or file that holds them")
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-        for file in files:
-            size = file.stat().st_size
-            found.update(f"{file.relative_to(path)} {size}\n".encode())
-            with file.open("rb") as content:
-                found.update(content.read(EDGE_BYTES))
-                content.seek(max(0, size - EDGE_BYTES))
-                found.update(content.read(EDGE_BYTES))
-    return found.hexdigest()

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import distill
+from distill.data.degraded import Degraded
 from distill.data.world import DataConfig
 from distill.engine import EngineConfig
+from distill.health import HealthConfig
+from distill.lora import LoraRoles
 from distill.pretrained import TeacherStage
 from distill.stages import MethodStage
+from distill.tracking import Kind as TrackerKind
 from distill.trajectories import TrajectoriesConfig
 from eval.protocol import EvalConfig
 from students.spec import StudentConfig
@@ -27,25 +31,29 @@ from teachers.typed import Locate, convert, dump, nearest, to_plain
 
 __all__ = ["RECIPES", "Recipe", "dump", "load_recipe", "to_dict"]
 
+DATA = {"avatars": "distill.data.world:DataConfig", "folder": "distill.data.clips:FolderConfig"}
+"""Where clips come from; `data.name` says which, the first without a name."""
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run, resolved. `reuse` names another run folder whose finished stages with equal fingerprints are copied.
+    """One run, resolved. `reuse` names other run folders, or sweeps, whose finished stages with equal fingerprints are copied.
 
     `base`: the network that student and fake score start from, where that is not the teacher. `ar_teacher`: how an autoregressive
     teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
-    layouts are written where the paths point.
+    layouts are written where the paths point. `degraded`: what is done to the clips that trajectories, init and dmd take their
+    conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
+    `lora`: students and fake score are trained as adapters over one network.
     """
 
     name: str
     seed: int
     run_dir: str
-    reuse: str | None
+    reuse: str | tuple[str, ...] | None
     threads: int
-    data: DataConfig
+    data: DataConfig = field(metadata={"kinds": DATA})
     teacher: TeacherStage
     student: StudentConfig
     trajectories: TrajectoriesConfig
@@ -55,7 +63,11 @@ class Recipe:
     eval: EvalConfig
     base: TeacherStage | None = None
     ar_teacher: MethodStage | None = None
+    health: HealthConfig = field(default_factory=HealthConfig)
     tiny: bool = False
+    degraded: Degraded | None = None
+    tracker: TrackerKind = "none"
+    lora: LoraRoles | None = None
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -109,7 +121,10 @@ def _parse(text: str) -> Override:
     if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
         raise UserError(f"'{text}' would have no effect: command line; leave hydra's own settings out")
     if override.is_sweep_override():
-        raise UserError(f"several values in '{text}': command line; give one value, or quote it if it holds a comma")
+        mend = "give one value, quote it if it holds a comma, or add -m for a run of each"
+        raise UserError(f"several values in '{text}': command line; {mend}")
+    if override.key_or_group in ("sweep", "sweep_dir", "launcher"):
+        raise UserError(f"'{text}' would have no effect: command line; it is for a sweep, add -m")
     return override
 
 

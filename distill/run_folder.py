@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import yaml
@@ -24,9 +24,13 @@ from distill import __version__
 from teachers.errors import UserError
 from teachers.typed import dump, to_plain
 
-NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads", "engine")
+if TYPE_CHECKING:
+    from distill.tracking import Tracker
+
+NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads", "engine", "health", "tracker")
 THE_SAME_RUN = ("engine.precision",)
 NEVER_REUSED = ("evaluate",)  # what it makes lies at the top of the run folder, and its times are this machine's
+SWEEP = "sweep.yaml"  # what makes a folder of run folders a sweep's
 FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
@@ -51,7 +55,7 @@ class Alone:
 class RunFolder:
     """`run_dir` with recipe.yaml, stages/<stage>/, metrics.jsonl; made by `RunFolder.open`."""
 
-    def __init__(self, path: Path, reuse: Path | None, ranks: Ranks):
+    def __init__(self, path: Path, reuse: tuple[Path, ...], ranks: Ranks):
         self.path = path
         self.reuse = reuse
         self.ranks = ranks
@@ -60,12 +64,14 @@ class RunFolder:
     def open(cls, recipe: Any, ranks: Ranks | None = None) -> "RunFolder":
         """Make or reopen `recipe.run_dir`; UserError if it holds another recipe, or `recipe.reuse` is no run folder."""
         ranks = ranks or Alone()
-        run = cls(Path(recipe.run_dir), Path(recipe.reuse) if recipe.reuse else None, ranks)
-        if run.reuse and not (run.reuse / "recipe.yaml").is_file():
-            raise UserError(f"no run folder: {run.reuse}; reuse= takes the run_dir of an earlier run")
+        reuse = (recipe.reuse,) if isinstance(recipe.reuse, str) else recipe.reuse or ()
+        run = cls(Path(recipe.run_dir), tuple(map(Path, reuse)), ranks)
+        for other in run.reuse:
+            if not (other / "recipe.yaml").is_file() and not (other / SWEEP).is_file():
+                raise UserError(f"no run folder: {other}; reuse= takes the run_dir of an earlier run, or a sweep_dir")
         file = run.path / "recipe.yaml"
         if file.is_file():
-            _check_same(file, to_plain(recipe))
+            check_same(file, to_plain(recipe))
         elif ranks.is_main and _is_taken(run.path):
             raise UserError(f"not a run folder: {run.path} holds something else; choose another run_dir=")
         ranks.barrier()
@@ -123,16 +129,23 @@ class RunFolder:
         if started is None or started["fingerprint"] != mark or (folder / "fingerprint.json").exists():
             _remove(folder)
             started = {"fingerprint": mark, "seconds": 0.0, "began": 0.0}
-            reusable = self.reuse and folder.name not in NEVER_REUSED
-            other = self.reuse / "stages" / folder.name if self.reuse and reusable else None
-            stored = _read_json(other / "fingerprint.json") if other else None
-            if other and stored and stored["fingerprint"] == mark:
-                _copy_folder(other, folder)
-                return
+            for other in self._reusable(folder.name):
+                stored = _read_json(other / "fingerprint.json")
+                if stored and stored["fingerprint"] == mark:
+                    _copy_folder(other, folder)
+                    return
         make_folder(folder)
         worked = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
         started["seconds"] += max([0.0, *(when - started["began"] for when in worked)])
         atomic_write(folder / "started.json", json.dumps({**started, "began": time.time()}))
+
+    def _reusable(self, name: str) -> Iterator[Path]:
+        """Where other runs keep the stage `name`: those named by reuse=, and the jobs of the sweeps among them."""
+        if name in NEVER_REUSED:
+            return
+        for other in self.reuse:
+            runs = sorted(file.parent for file in other.glob("*/recipe.yaml")) if (other / SWEEP).is_file() else [other]
+            yield from (run / "stages" / name for run in runs)
 
     def _run(
         self,
@@ -156,11 +169,16 @@ class RunFolder:
 
 
 class MetricsLog:
-    """Append-only JSON lines {"stage", "step", name: value...}; `resume` forgets what a killed run logged ahead."""
+    """Append-only JSON lines {"stage", "step", name: value...}; `resume` forgets what a killed run logged ahead.
 
-    def __init__(self, path: Path, is_main: bool = True):
+    A `tracker` is given every row once: resume is replay, so what it was given before is not given again.
+    """
+
+    def __init__(self, path: Path, is_main: bool = True, tracker: "Tracker | None" = None):
         self.path = path
         self.is_main = is_main
+        self.tracker = tracker
+        self._numbers: dict[str, int] = {}  # rows of a stage, for the tracker
 
     def resume(self, stage: str, step: int) -> None:
         """Drop the lines of `stage` with a step >= `step` (and a torn last line): they will be logged again."""
@@ -170,6 +188,7 @@ class MetricsLog:
         kept = [
             line for line in lines if (row := _parse_line(line)) and not (row["stage"] == stage and row["step"] >= step)
         ]
+        self._numbers[stage] = sum(json.loads(line)["stage"] == stage for line in kept)
         if kept != lines:
             atomic_write(self.path, "".join(kept))
 
@@ -178,6 +197,14 @@ class MetricsLog:
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
+            self._numbers[stage] = self._numbers.get(stage, 0) + 1
+            if self.tracker:
+                self.tracker.log(stage, step, values, number=self._numbers[stage])
+
+    def close(self) -> None:
+        """Let the tracker hand over what it still has."""
+        if self.tracker:
+            self.tracker.close()
 
     def rows(self, stage: str | None = None) -> list[dict[str, Any]]:
         """All rows, or those of one stage, in the order they were logged."""
@@ -277,15 +304,16 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot make the folder: {path} ({error.strerror}); choose another run_dir=") from error
 
 
-def _check_same(file: Path, now: dict[str, Any]) -> None:
+def check_same(file: Path, now: dict[str, Any]) -> None:
+    """UserError that names the first key in which the recipe.yaml of a run folder differs; what is absent is null."""
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"damaged recipe: {file}; choose another run_dir= or delete the folder") from error
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     for key in (*new, *(key for key in old if key not in new)):
         free = key.partition(".")[0] in NOT_THE_SAME_RUN and key not in THE_SAME_RUN
-        if not free and old.get(key, "nothing") != new.get(key, "nothing"):
+        if not free and old.get(key) != new.get(key):
             raise UserError(
                 f"another recipe's run folder: {file.parent} has {key}={old.get(key, 'nothing')}, "
                 f"now {key}={new.get(key, 'nothing')}; choose another run_dir= or delete the folder"
@@ -297,10 +325,11 @@ def _is_taken(path: Path) -> bool:
     return path.exists() and (not path.is_dir() or any(item.suffix != ".tmp" for item in path.iterdir()))
 
 
-def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+def flatten(value: Any, key: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
     if isinstance(value, dict) and value:
         return {
-            k: v for name, item in value.items() for k, v in _flatten(item, f"{key}.{name}" if key else name).items()
+            k: v for name, item in value.items() for k, v in flatten(item, f"{key}.{name}" if key else name).items()
         }
     return {key: value}
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from distill import trajectories
-from distill.data import avatars
+from distill import lora, tracking, trajectories
+from distill.data import avatars, world
+from distill.data.degraded import degrade
 from distill.discriminator import Discriminator, build_discriminator
 from distill.engine import Engine
 from distill.methods import Batch, Needs
@@ -22,8 +26,10 @@ from distill.pretrained import TeacherStage, digest, load_given, network_dims
 from distill.run_folder import MetricsLog, RunFolder, load_tensors, save_tensors
 from distill.train import TrainConfig, Trainer, batch_rows, train
 from students import checkpoint
+from students.adapter import Adapter, Base, fold
 from students.causal_wan import CausalWan
 from students.checkpoint import Bundle
+from students.schedule import Schedule
 from students.spec import Spec, student_sigmas
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -44,12 +50,16 @@ class MethodStage:
 
 def run(recipe: "Recipe") -> Path:
     """Run every stage that is not done and return the run folder. Raises UserError for a user's mistake."""
+    tracking.check(recipe.tracker)
     engine = Engine(recipe.engine, recipe.threads)
     try:
         pipeline = Pipeline(recipe, engine)
-        for name in pipeline.names:
-            pipeline.stage(name)
-        pipeline.publish()
+        try:
+            for name in pipeline.names:
+                pipeline.stage(name)
+            pipeline.publish()
+        finally:
+            pipeline.log.close()
         return pipeline.folder.path
     finally:
         engine.close()
@@ -69,6 +79,7 @@ def spec_of(recipe: "Recipe") -> Spec:
         sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift),
         horizon_frames=data.latent_frames,
         history=student.history,
+        schedule=student.schedule,
         first_sigmas=first,
         first_chunks=method.first_chunks if first else 0,
         network=(recipe.base or recipe.teacher).network,
@@ -93,11 +104,15 @@ class Pipeline:
     def __init__(self, recipe: "Recipe", engine: Engine):
         self.recipe, self.engine = recipe, engine
         self.spec = spec_of(recipe)
+        self.source = recipe.data.open()
         self.origin = "teacher" if recipe.base is None else "base"
         base = () if recipe.base is None else ("base",)
         causal = () if recipe.ar_teacher is None else ("ar_teacher",)
         pairs = () if self.needs("init").batch == "x0" else ("trajectories",)
-        self.names = ("data", "extractors", "teacher", *base, *causal, *pairs, "init", "dmd", "export", "evaluate")
+        self._pool_stage = "data" if recipe.degraded is None else "conditions"
+        worse = () if recipe.degraded is None else ("conditions",)
+        given = ("data", "extractors", "teacher", *base, *causal, *worse)
+        self.names = (*given, *pairs, "init", "dmd", "export", "evaluate")
         self._check_roles()
         self.folder = RunFolder.open(recipe, engine)
         if recipe.tiny and engine.is_main:
@@ -105,23 +120,29 @@ class Pipeline:
 
             write_weights(recipe, self.spec)
         engine.barrier()
-        self.log = MetricsLog(self.folder.path / "metrics.jsonl", engine.is_main)
+        tracker = tracking.open_tracker(recipe, self.folder.path) if engine.is_main else None
+        self.log = MetricsLog(self.folder.path / "metrics.jsonl", engine.is_main, tracker)
 
     def stage(self, name: str) -> dict:
         """Run the stage `name` unless it is done; returns its metrics."""
         recipe = to_plain(self.recipe)
-        student = {"student": recipe["student"], "seed": recipe["seed"]}
+        facts = recipe["student"]
+        if self.spec.schedule == Schedule():  # a fingerprint names what differs from the plain student
+            facts = {key: value for key, value in facts.items() if key != "schedule"}
+        student = {"student": facts, "seed": recipe["seed"]}
+        adapters, export = self._adapters()
         probes = {k: v for k, v in recipe["eval"].items() if k.startswith("probe_")}
         config, inputs = {
-            "data": ({"data": recipe["data"], "seed": recipe["seed"], **self._given_parts()}, ()),
+            "data": ({"data": recipe["data"], "seed": recipe["seed"], **self._given_parts(), **self.source.given}, ()),
             "extractors": (probes, ("data",)),
             "teacher": (self._stage_config("teacher"), ("data",)),
             "base": (self._stage_config("base"), ("data",)),
-            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, "data")),
-            "ar_teacher": ({"ar_teacher": recipe["ar_teacher"], **student}, (self.origin, "data")),
-            "init": ({"init": recipe["init"], **student}, self._init_inputs),
-            "dmd": ({"dmd": recipe["dmd"], **student}, ("init", "extractors")),
-            "export": ({}, ("dmd",)),
+            "conditions": ({"degraded": recipe["degraded"]}, ("data",)),
+            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, self._pool_stage)),
+            "ar_teacher": ({"ar_teacher": recipe["ar_teacher"], **student, **adapters}, (self.origin, "data")),
+            "init": ({"init": recipe["init"], **student, **adapters}, self._init_inputs),
+            "dmd": ({"dmd": recipe["dmd"], **student, **adapters}, ("init", "extractors")),
+            "export": (export, ("dmd",)),
             "evaluate": ({"eval": recipe["eval"]}, ("export",)),
         }[name]
         return self.folder.stage(name, config, inputs, getattr(self, f"_{name}"))
@@ -140,9 +161,14 @@ class Pipeline:
     @property
     def _init_inputs(self) -> tuple[str, ...]:
         """The stages that `init` reads."""
+        data = self._pool_stage if self.needs("init").batch == "x0" else "trajectories"
+        return (data, self._start)
+
+    @property
+    def _start(self) -> str:
+        """The stage whose weights `init` starts from: an autoregressive teacher's, where the method has one."""
         needs = self.needs("init")
-        data = "data" if needs.batch == "x0" else "trajectories"
-        return (data, self.origin, *(("ar_teacher",) if "ar_teacher" in needs.frozen else ()))
+        return "ar_teacher" if "ar_teacher" in needs.frozen or needs.batch == "forced" else self.origin
 
     def _check_roles(self) -> None:
         """UserError where init and trajectories do not fit together or a teacher is missing."""
@@ -151,9 +177,19 @@ class Pipeline:
             raise UserError(f"trajectories.role: got {role}; init.method.context: data needs role: ar_teacher")
         if needs.batch == "trajectories" and role == "ar_teacher":
             raise UserError("trajectories.role: ar_teacher is for init.method.context: data; use teacher")
-        asks = "ar_teacher" in needs.frozen or needs.batch == "forced"
-        if asks and self.recipe.ar_teacher is None:
+        if self._start == "ar_teacher" and self.recipe.ar_teacher is None:
             raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
+        if self.recipe.lora is not None:
+            lora.check(self.config(self.origin).precision, self.engine.config.precision, self.engine.kind)
+            if getattr(self.recipe.init.method, "kind", "") == "continuous" and self.engine.config.precision != "fp32":
+                raise UserError("lora: init.method.kind continuous differentiates in fp32; say fp32 in both precisions")
+
+    def _adapters(self) -> tuple[dict, dict]:
+        """What LoRA roles add to the configs of the stages that train them, and of export; nothing without them."""
+        if self.recipe.lora is None:
+            return {}, {}
+        values = to_plain(self.recipe.lora)
+        return {"lora": {k: v for k, v in values.items() if k != "export"}}, {"export": values["export"]}
 
     def config(self, stage: str) -> TeacherStage:
         """The config of `teacher` or `base`."""
@@ -181,7 +217,12 @@ class Pipeline:
 
     @cached_property
     def pool(self) -> avatars.Pool:
-        return avatars.load_pool(self.folder.stage_dir("data"), self.spec.network.reference)
+        return avatars.load_pool(self.folder.stage_dir("data"), self.senses.mark, self.spec.network.reference)
+
+    @cached_property
+    def given(self) -> avatars.Pool:
+        """What the student is distilled on: the pool, or its degraded clips."""
+        return avatars.load_pool(self.folder.stage_dir(self._pool_stage), self.senses.mark, self.spec.network.reference)
 
     @cached_property
     def probes(self):
@@ -196,22 +237,48 @@ class Pipeline:
             return build_network(self.config(stage).network, **network_dims(self.spec))
 
     def network(self, stage: str, frozen: bool = True) -> AvatarTransformer:
-        """The network of a finished stage, on our device: given weights, or what was trained here."""
+        """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
             return load_given(self.config(stage), self.spec, self.engine.device, frozen)
+        if self.recipe.lora is not None and stage not in ("teacher", "base"):
+            net, file = self.network(self.origin, frozen=False), self.folder.stage_dir(stage) / "model.safetensors"
+            fold(net, self.recipe.lora.adapter(load_tensors(file)), file)
+            return net
         net = self._new_network(stage if stage == "teacher" else self.origin)
         file = self.folder.stage_dir(stage) / "model.safetensors"
         checkpoint.fill(net, load_tensors(file), file)
         return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
 
     @cached_property
+    def backbone(self) -> AvatarTransformer:
+        """The frozen network whose tensors all LoRA roles share."""
+        return lora.make_backbone(self.network(self.origin), self.engine.config.precision)
+
+    def _adapted(self, role: str, stage: str) -> AvatarTransformer:
+        """A LoRA role over the backbone, with the adapter of a finished stage or, at `origin`, a fresh one."""
+        assert self.recipe.lora is not None
+        net = lora.adapt(self.backbone, self.recipe.lora, self.recipe.seed, role)
+        if stage != self.origin:
+            file = self.folder.stage_dir(stage) / "model.safetensors"
+            lora.load(net, load_tensors(file), file)
+        return net
+
+    @cached_property
     def teacher(self) -> AvatarTeacher:
-        """The teacher, frozen."""
-        return AvatarTeacher(self.network("teacher")).eval().requires_grad_(False)
+        """The teacher, frozen; with LoRA roles the backbone itself, where that is the same network."""
+        base, own = self.recipe.base, self.recipe.teacher
+        shared = self.recipe.lora is not None and (base is None or (base == own and not own.is_trained))
+        return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
 
     def student(self, stage: str) -> CausalWan:
         """A student with the weights of a finished stage; those of the stage `origin` are an untrained student's, zero-shot."""
         return CausalWan(self.network(stage, frozen=False), self.spec)
+
+    def trainee(self, stage: str) -> CausalWan:
+        """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
+        if self.recipe.lora is None:
+            return self.student(stage)
+        return CausalWan(self._adapted("student", stage), self.spec)
 
     @property
     def solver_hash(self) -> str:
@@ -221,7 +288,17 @@ class Pipeline:
         return done["fingerprint"]
 
     def _data(self, folder: Path) -> dict:
-        return avatars.prepare(self.recipe.data, self.recipe.seed, folder, self.engine)
+        return avatars.prepare(self.recipe.data, self.source, self.recipe.seed, folder, self.engine)
+
+    def _conditions(self, folder: Path) -> dict:
+        seed, worse = self.recipe.seed, self.recipe.degraded
+        assert worse is not None
+
+        def clips(shards: Sequence[int]) -> Iterator[world.Clips]:
+            for shard, own in zip(shards, self.source.train(seed, shards), strict=True):
+                yield degrade(worse, own, keyed_generator(seed, "degraded", shard))
+
+        return {"clips": avatars.write_shards(self.source, folder, self.engine, self.senses, clips)}
 
     def _extractors(self, folder: Path) -> dict:
         from distill.judging import fit_probes
@@ -245,12 +322,13 @@ class Pipeline:
     @cached_property
     def ar_teacher(self) -> CausalWan:
         """The autoregressive teacher, frozen."""
-        return self.student("ar_teacher").eval().requires_grad_(False)
+        return self.trainee("ar_teacher").eval().requires_grad_(False)
 
     def _ar_teacher(self, folder: Path) -> dict:
         config = self.recipe.ar_teacher
-        roles = {"student": self.student(self.origin)}
-        return self._train("ar_teacher", config, folder, roles, {}, self.pool.batch, len(self.pool))
+        roles = {"student": self.trainee(self.origin)}
+        metrics = self._train("ar_teacher", config, folder, roles, {}, self.pool.batch, len(self.pool))
+        return metrics | self._health("ar_teacher", folder)
 
     def _solver_of(self, batch: Batch) -> Any:
         """What solves the trajectories of a batch."""
@@ -261,13 +339,14 @@ class Pipeline:
 
     @cached_property
     def _base_solver(self) -> AvatarTeacher:
-        return AvatarTeacher(self.network(self._solver)).eval().requires_grad_(False)
+        net = self.network(self._solver) if self.recipe.lora is None else self.backbone
+        return AvatarTeacher(net).eval().requires_grad_(False)
 
     def _trajectories(self, folder: Path) -> dict:
         return trajectories.make(
             self._solver_of,
             self.solver_hash,
-            self.pool,
+            self.given,
             self.recipe.trajectories,
             self.spec.sigmas,
             seed=self.recipe.seed,
@@ -276,16 +355,36 @@ class Pipeline:
         )
 
     def _init(self, folder: Path) -> dict:
-        needs, roles = self.needs("init"), {"student": self.student(self.origin)}
+        needs, roles = self.needs("init"), {"student": self.trainee(self._start)}
         if needs.batch == "x0":
             frozen = {name: getattr(self, name) for name in needs.frozen}
-            return self._train("init", self.recipe.init, folder, roles, frozen, self.pool.batch, len(self.pool))
+            metrics = self._train("init", self.recipe.init, folder, roles, frozen, self.given.batch, len(self.given))
+            return metrics | self._health("init", folder)
         pairs = trajectories.load(self.folder.stage_dir("trajectories"), self.spec.sigmas, self.solver_hash)
 
         def batch(rows: Tensor, device) -> Batch:
-            return pairs.batch(self.pool, rows, device)
+            return pairs.batch(self.given, rows, device)
 
-        return self._train("init", self.recipe.init, folder, roles, {}, batch, len(pairs.rows), grid=pairs.sigmas)
+        metrics = self._train("init", self.recipe.init, folder, roles, {}, batch, len(pairs.rows), grid=pairs.sigmas)
+        return metrics | self._health("init", folder)
+
+    def _health(self, stage: str, folder: Path) -> dict:
+        """The health panel of the student that a stage has trained; of `init` beside the teacher's, with a verdict that is told."""
+        from distill.health import Checkup, verdict
+
+        self.engine.barrier()  # its weights are on the disk
+        checkup = Checkup(self)
+        own = checkup.student(self.student(stage).eval())
+        found: dict[str, Any] = {"num_conditions": checkup.num, stage: own}
+        if not any("health/noise" in row for row in self.log.rows(stage)):
+            steps = getattr(self.recipe, stage).train.num_steps
+            self.log.write(stage, steps, {f"health/{name}": value for name, value in own.items()})
+        if stage == "init":
+            found["teacher"] = checkup.teacher(folder)
+            found["verdict"] = verdict(own, found["teacher"], self.recipe.health.ready)
+            if self.engine.is_main:
+                tqdm.write(f"distill: init: {found['verdict']}", file=sys.stderr)
+        return {"health": found}
 
     def _new_discriminator(self) -> Discriminator:
         with torch.random.fork_rng(devices=[]):
@@ -296,13 +395,14 @@ class Pipeline:
     def _dmd(self, folder: Path) -> dict:
         from distill.judging import Validation
 
-        roles = {
-            "student": self.student("init"),
-            "fake_score": AvatarTeacher(self.network(self.origin, frozen=False)).train().requires_grad_(True),
-        }
+        if self.recipe.lora is None:
+            score = self.network(self.origin, frozen=False).train().requires_grad_(True)
+        else:
+            score = self._adapted("fake_score", self.origin)
+        roles = {"student": self.trainee("init"), "fake_score": AvatarTeacher(score)}
         if "discriminator" in self.needs("dmd").trained:
             roles["discriminator"] = self._new_discriminator()
-        validation = Validation(self, roles["student"])
+        validation = Validation(self, roles["student"], folder)
         grid = (*self.spec.sigmas, 0.0)
         return self._train(
             "dmd",
@@ -310,13 +410,16 @@ class Pipeline:
             folder,
             roles,
             {"teacher": self.teacher},
-            self.pool.batch,
-            len(self.pool),
+            self.given.batch,
+            len(self.given),
             grid,
             validation,
+            validation.collapse,
         )
 
-    def _train(self, stage, config, folder, roles, frozen, batch_of, size, grid=None, validate=None) -> dict:
+    def _train(
+        self, stage, config, folder, roles, frozen, batch_of, size, grid=None, validate=None, alarm=None
+    ) -> dict:
         """Train `roles` with the stage's method; model.safetensors is the averaged (with validation: the best) weights."""
         engine, seed = self.engine, self.recipe.seed
         if engine.config.checkpointing:
@@ -335,15 +438,17 @@ class Pipeline:
             rows = batch_rows(size, config.train.batch_size, position, seed, engine.rank, engine.world_size)
             return batch_of(rows, engine.device)
 
-        train(trainer, method, batches, stage=stage, seed=seed, log=self.log, validate=validate)
+        train(trainer, method, batches, stage=stage, seed=seed, log=self.log, validate=validate, alarm=alarm)
         state = trainer.averaged()
         if engine.is_main:
             if trainer.best is not None:
                 state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
-            save_tensors(folder / "model.safetensors", {k.removeprefix("net."): v for k, v in state.items()})
+            named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
+            save_tensors(folder / "model.safetensors", named)
         return {
             "steps": config.train.num_steps,
             "parameters": parameters,
+            **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if self.recipe.lora else {}),
             **({"best": trainer.best} if trainer.best else {}),
         }
 
@@ -356,16 +461,27 @@ class Pipeline:
             best = (self.folder.finished("dmd") or {}).get("metrics", {})
             card = (
                 f"# Student of {self.recipe.name}\n\nA causal {len(self.spec.sigmas)}-step audio-driven avatar student, distilled "
-                f"by avatar-distill. Data: {self.spec.width}x{self.spec.height} procedural avatars, no people.\n\n"
+                f"by avatar-distill. Data: {self.spec.width}x{self.spec.height} {self.source.description}.\n\n"
                 f"```json\n{json.dumps({'dmd': best}, indent=1)}\n```\n\n"
                 "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
             )
-            checkpoint.save_student(folder / "student", self.bundle(self.student("dmd")), card)
+            checkpoint.save_student(folder / "student", self.bundle(self.student("dmd")), card, self._over())
         self.engine.barrier()
         return {
             "nfe_per_chunk": self.spec.nfe_per_chunk,
             "parameters": sum(p.numel() for p in self.student("dmd").parameters()),
         }
+
+    def _over(self) -> tuple[Adapter, Base] | None:
+        """The student's adapter and where its base is, if that is to be exported."""
+        if self.recipe.lora is None or self.recipe.lora.export == "merged":
+            return None
+        config, file = self.config(self.origin), self.folder.stage_dir(self.origin) / "model.safetensors"
+        path, wan = (file, None) if config.is_trained else (config.path, config.wan)
+        assert path is not None
+        path, wan = path.expanduser().resolve(), wan and wan.expanduser().resolve()
+        base = Base(path=path, wan=wan, widen=config.widen, ours=config.is_trained, digest=digest(path, wan))
+        return self.recipe.lora.adapter(load_tensors(self.folder.stage_dir("dmd") / "model.safetensors")), base
 
     def publish(self) -> None:
         """The exported student at the top of the run folder; a copy of the export stage's."""

@@ -299,11 +299,13 @@ def train(
     seed: int,
     log: MetricsLog,
     validate: Callable[[], dict[str, float]] | None = None,
+    alarm: Callable[[Mapping[str, float]], str | None] | None = None,
 ) -> None:
     """Run `method` to config.num_steps, from the newest checkpoint if there is one. The average is in trainer.ema.
 
     validate() sees the averaged weights loaded into the averaged role and returns numbers with a "score" (lower is better);
-    the best weights stay in folder/best.pt. On SIGTERM the step is finished and saved, then SystemExit(143) is raised.
+    the best weights stay in folder/best.pt. Where alarm(those numbers) gives a reason to stop, UserError says it, the best and the
+    last checkpoint being older. On SIGTERM the step is finished and saved, then SystemExit(143) is raised.
     """
     config, engine = trainer.config, trainer.engine
     trainer.load()
@@ -325,7 +327,7 @@ def train(
                 log.write(stage, trainer.step, values)
                 bar.set_postfix({k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if "grad_norm" not in k})
             if validate and (done or (config.validate_every and trainer.step % config.validate_every == 0)):
-                _validate(trainer, validate, stage, log)
+                _validate(trainer, validate, alarm, stage, log)
             stop = checkpoint.any_rank(engine, bool(told))
             if done or stop or (config.checkpoint_every and trainer.step % config.checkpoint_every == 0):
                 trainer.save()
@@ -354,12 +356,27 @@ def terminations() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _validate(trainer: Trainer, validate: Callable[[], dict[str, float]], stage: str, log: MetricsLog) -> None:
-    """Score the averaged weights and keep them if they are the best so far."""
-    narrow = trainer.engine.autocast() if trainer.kind == "fsdp2" else nullcontext()  # its blocks are gathered in bf16
+def _validate(
+    trainer: Trainer,
+    validate: Callable[[], dict[str, float]],
+    alarm: Callable[[Mapping[str, float]], str | None] | None,
+    stage: str,
+    log: MetricsLog,
+) -> None:
+    """Score the averaged weights and keep them if they are the best so far; UserError when they set off the alarm."""
+    # fsdp2 gathers blocks in bf16, and what is under an adapter may be held in it
+    held = {p.dtype for p in trainer.roles[trainer.average].parameters()}
+    narrow = trainer.engine.autocast() if trainer.kind == "fsdp2" or len(held) > 1 else nullcontext()
     with trainer.showing_average(), narrow:
         values = validate()
-    log.write(stage, trainer.step, {f"validate/{name}": value for name, value in values.items()})
+    log.write(stage, trainer.step, {x if "/" in x else f"validate/{x}": value for x, value in values.items()})
+    reason = alarm(values) if alarm else None
+    if checkpoint.any_rank(trainer.engine, reason is not None):
+        kept = "this was the first validation: there are no better weights"
+        if trainer.best:
+            kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {trainer.folder / 'best.pt'}"
+        reason = reason or "another rank says why"
+        raise UserError(f"{stage} collapsed at step {trainer.step}: {reason}; {kept}; health.stop=false goes on")
     if trainer.best is None or values["score"] < trainer.best["score"]:
         trainer.best = {**values, "step": trainer.step}
         trainer.save_best()

@@ -1,7 +1,7 @@
 """Clips of one system x all metrics -> one dict of scores; and the admission of each metric on known cases."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -18,6 +18,7 @@ from eval.motion import (
     sharpness_energies,
     spread_over_noise,
 )
+from eval.quality import Frames, measure, seam_ratio
 from eval.sync import mouth_sync
 from teachers.errors import UserError
 
@@ -27,6 +28,8 @@ NEEDS = {  # these stand and fall with another metric
     "motion_probability": "motion",
     "expression": "motion",
 }
+WEIGHT_FREE = ("seam",)
+"""These need no probe, so nothing has to admit them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +45,11 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the N conditions asked for."""
+    """What the N conditions asked for; None where nobody did."""
 
     audio_features: Tensor  # [N, T, A]
-    gesture: Tensor  # [N] long
-    expression: Tensor  # [N] long
+    gesture: Tensor | None  # [N] long
+    expression: Tensor | None  # [N] long
     portrait: Tensor  # [N, 3, H, W] uint8: the given reference frame
 
 
@@ -68,22 +71,27 @@ def evaluate_videos(
     spread_videos: UInt8[Tensor, "c k 3 t h w"] | None = None,
     world_videos: UInt8[Tensor, "c j 3 t h w"] | None = None,
     max_lag: int = 4,
+    seams: Sequence[int] = (),
 ) -> dict[str, dict]:
     """Scores of one system on N conditions, S noise seeds each: name -> {mean, spread, error, seeds}.
 
     `spread` is half the range over seeds, `error` the mean jackknife error over clips of one seed. With
     `spread_videos` (K noises of each of C conditions) and the world's own `world_videos`, `diversity` is added with
-    its `parts`. Names: design section 6, and `motion_probability`, `expression`, `sync_width`. Raises UserError on
-    counts that do not agree.
+    its `parts`; with `seams`, the pixel frames that begin a chunk, `seam`. Names: design section 6, and
+    `motion_probability`, `expression`, `sync_width`. What the probes have not learned, or nobody asked for, has no score.
+    Raises UserError on counts that do not agree.
     """
-    if videos.ndim != 6 or videos.shape[1] != len(asked.gesture):
+    if videos.ndim != 6 or videos.shape[1] != len(asked.portrait):
         raise UserError(
-            f"scores need [seeds, conditions, ...]: got {tuple(videos.shape)} for {len(asked.gesture)} conditions"
+            f"scores need [seeds, conditions, ...]: got {tuple(videos.shape)} for {len(asked.portrait)} conditions"
         )
-    heard = probes.hear(asked.audio_features)
+    heard = probes.hear(asked.audio_features) if probes.knows_mouth else None
     still = asked.portrait[:, :, None].expand(-1, -1, 2, -1, -1)
     portrait = probes.read(still).identity[:, 0]
     runs = [_one_seed(probes.read(clips), clips, reference, asked, heard, portrait, max_lag) for clips in videos]
+    if seams:
+        for run, clips in zip(runs, videos, strict=True):
+            run["seam"] = seam_jump(measure(clips), seams)
     scores = {name: _summary([run[name] for run in runs]) for name in runs[0]}
     if spread_videos is not None and world_videos is not None:
         scores["diversity"] = _diversity(probes, spread_videos, world_videos)
@@ -94,23 +102,36 @@ def _one_seed(
     reading: Reading, clips: Tensor, reference: Reference, asked: Asked, heard, portrait, max_lag: int
 ) -> dict:
     frames = reading.frame_features[:, 1:]
-    sync = mouth_sync(reading.mouth, heard, max_lag)
-    motion, motion_error, probability = class_agreement(reading.gesture, asked.gesture)
-    late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1)
-    return {
+    found = {
         "fid": frechet_with_error(frames, reference.moments[0]),
         "fvd": frechet_with_error(reading.clip_features, reference.moments[1]),
         "kid": kid_with_error(frames[:, ::3], reference.frame_features[:, ::3]),
-        "sync": (sync["sync"], sync["error"]),
-        "sync_offset_frames": (sync["sync_offset_frames"], float("nan")),
-        "sync_width": (sync["sync_width"], float("nan")),
-        "identity": identity_agreement(reading.identity, portrait),
-        "motion": (motion, motion_error),
-        "motion_probability": (probability, float("nan")),
-        "expression": class_agreement(late, asked.expression)[:2],
-        "motion_energy": ratio_with_error(motion_energies(clips), reference.motion),
-        "sharpness": ratio_with_error(sharpness_energies(clips), reference.sharpness),
     }
+    if heard is not None:
+        sync = mouth_sync(reading.mouth, heard, max_lag)
+        found["sync"] = (sync["sync"], sync["error"])
+        found["sync_offset_frames"] = (sync["sync_offset_frames"], float("nan"))
+        found["sync_width"] = (sync["sync_width"], float("nan"))
+    if portrait.shape[1]:
+        found["identity"] = identity_agreement(reading.identity, portrait)
+    if asked.gesture is not None:
+        motion, motion_error, probability = class_agreement(reading.gesture, asked.gesture)
+        found["motion"] = (motion, motion_error)
+        found["motion_probability"] = (probability, float("nan"))
+    if asked.expression is not None:
+        late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1)
+        found["expression"] = class_agreement(late, asked.expression)[:2]
+    found["motion_energy"] = ratio_with_error(motion_energies(clips), reference.motion)
+    found["sharpness"] = ratio_with_error(sharpness_energies(clips), reference.sharpness)
+    return found
+
+
+def seam_jump(frames: Frames, first_frames: Sequence[int]) -> tuple[float, float]:
+    """`eval.quality.seam_ratio` and its error; NaN for clips that stand still between their seams."""
+    inside = [step for step in range(frames.change.shape[1]) if step + 1 not in first_frames]
+    if not frames.change[:, inside].any():
+        return float("nan"), float("nan")
+    return seam_ratio(frames, first_frames)
 
 
 def _summary(values: list[tuple[float, float]]) -> dict:
@@ -181,7 +202,7 @@ def admit(
     real: UInt8[Tensor, "n 3 t h w"],
     decoded: UInt8[Tensor, "n 3 t h w"],
     audio_features: Float[Tensor, "n t a"],
-    gesture: Int[Tensor, " n"],
+    gesture: Int[Tensor, " n"] | None,
     reference_real: UInt8[Tensor, "m 3 t h w"],
     generator: torch.Generator,
 ) -> dict[str, dict]:
@@ -191,7 +212,8 @@ def admit(
     invisible to a small extractor. fvd: the same and decoded < frozen, shuffled. sync: in sync >
     shifted by 3 frames and > swapped sound; at the best lag shifted > swapped, and the lag is found (at lag 0 a shift
     by half a syllable is below a swap: the two are anti-phase). identity: own > swapped. motion, motion_energy: real
-    > static. sharpness: real > decoded > blurred. diversity needs what fid reads and is admitted with it.
+    > static. sharpness: real > decoded > blurred. diversity needs what fid reads and is admitted with it. Only what the
+    probes have learned, and was asked for, is tried.
     """
     videos = known_cases(real, decoded, generator)
     readings = {name: probes.read(clips) for name, clips in videos.items()}
@@ -201,31 +223,11 @@ def admit(
         name: kid_with_error(x.frame_features[:, 1::3], base.frame_features[:, ::3])[0] for name, x in readings.items()
     }
     fvd = {name: frechet_distance(x.clip_features, base.clip_features) for name, x in readings.items()}
-    heard, mouth = probes.hear(audio_features), readings["real"].mouth
-    late = torch.cat((mouth[:, :1].expand(-1, 3, -1), mouth[:, :-3]), dim=1)
-    shifted = mouth_sync(late[:, 3:], heard[:, 3:])
-    swapped = mouth_sync(mouth, heard.roll(1, 0))
-    sync = {
-        "real": mouth_sync(mouth, heard)["sync"],
-        "decoded": mouth_sync(readings["decoded"].mouth, heard)["sync"],
-        "shifted": shifted["sync"],
-        "swapped": swapped["sync"],
-        "shifted_at_offset": shifted["sync_at_offset"],
-        "swapped_at_offset": swapped["sync_at_offset"],
-        "shifted_offset": shifted["sync_offset_frames"],
-    }
-    portraits = readings["real"].identity[:, 0]
-    identity = {
-        "real": identity_agreement(readings["real"].identity, portraits)[0],
-        "decoded": identity_agreement(readings["decoded"].identity, portraits)[0],
-        "swapped": identity_agreement(readings["real"].identity.roll(1, 0), portraits)[0],
-    }
-    motion = {name: class_agreement(readings[name].gesture, gesture)[0] for name in ("real", "decoded", "static")}
     energy = {
         name: ratio_with_error(motion_energies(videos[name]), base.motion)[0] for name in ("real", "static", "noisy")
     }
     sharp = {name: ratio_with_error(sharpness_energies(x), base.sharpness)[0] for name, x in videos.items()}
-    real_reading = readings["real"]
+    real_reading, portraits = readings["real"], readings["real"].identity[:, 0]
     errors = {
         "fid": frechet_with_error(real_reading.frame_features[:, 1:], base.moments[0])[1],
         "kid": kid_with_error(real_reading.frame_features[:, 1::3], base.frame_features[:, ::3])[1],
@@ -240,19 +242,52 @@ def admit(
         "fid": common("fid", fid),
         "kid": common("kid", kid),
         "fvd": common("fvd", fvd) and fvd["decoded"] < min(fvd["frozen"], fvd["shuffled"]),
-        "sync": min(sync["real"], sync["decoded"]) > max(0.5, sync["shifted"], sync["swapped"])
-        and sync["shifted_at_offset"] > sync["swapped_at_offset"] + 0.2
-        and sync["shifted_offset"] == 3,
-        "identity": min(identity["real"], identity["decoded"]) > 0.5 > identity["swapped"],
-        "motion": min(motion["real"], motion["decoded"]) > 0.8 and motion["decoded"] > motion["static"],
+    }
+    cases = {"fid": fid, "kid": kid, "fvd": fvd}
+    if probes.knows_mouth:
+        cases["sync"], admitted["sync"] = _admit_sync(readings, probes.hear(audio_features))
+    if portraits.shape[1]:
+        identity = cases["identity"] = {
+            "real": identity_agreement(readings["real"].identity, portraits)[0],
+            "decoded": identity_agreement(readings["decoded"].identity, portraits)[0],
+            "swapped": identity_agreement(readings["real"].identity.roll(1, 0), portraits)[0],
+        }
+        admitted["identity"] = min(identity["real"], identity["decoded"]) > 0.5 > identity["swapped"]
+    if gesture is not None:
+        known = ("real", "decoded", "static")
+        motion = cases["motion"] = {name: class_agreement(readings[name].gesture, gesture)[0] for name in known}
+        admitted["motion"] = min(motion["real"], motion["decoded"]) > 0.8 and motion["decoded"] > motion["static"]
+    admitted |= {
         "motion_energy": energy["static"] < 0.1 < energy["real"] < energy["noisy"],
         "sharpness": sharp["noisy"] > sharp["real"] > sharp["decoded"] > sharp["blurred"],
     }
-    admitted["diversity"] = admitted["fid"]
-    cases = {"fid": fid, "kid": kid, "fvd": fvd, "sync": sync, "identity": identity, "motion": motion}
+    if gesture is not None:
+        admitted["diversity"] = admitted["fid"]
     return {"admitted": admitted, "cases": {**cases, "motion_energy": energy, "sharpness": sharp}}
+
+
+def _admit_sync(readings: Mapping[str, Reading], heard: Tensor) -> tuple[dict[str, float], bool]:
+    """The cases of sync, and whether it ranks them right."""
+    mouth = readings["real"].mouth
+    late = torch.cat((mouth[:, :1].expand(-1, 3, -1), mouth[:, :-3]), dim=1)
+    shifted = mouth_sync(late[:, 3:], heard[:, 3:])
+    swapped = mouth_sync(mouth, heard.roll(1, 0))
+    sync = {
+        "real": mouth_sync(mouth, heard)["sync"],
+        "decoded": mouth_sync(readings["decoded"].mouth, heard)["sync"],
+        "shifted": shifted["sync"],
+        "swapped": swapped["sync"],
+        "shifted_at_offset": shifted["sync_at_offset"],
+        "swapped_at_offset": swapped["sync_at_offset"],
+        "shifted_offset": shifted["sync_offset_frames"],
+    }
+    return sync, (
+        min(sync["real"], sync["decoded"]) > max(0.5, sync["shifted"], sync["swapped"])
+        and sync["shifted_at_offset"] > sync["swapped_at_offset"] + 0.2
+        and sync["shifted_offset"] == 3
+    )
 
 
 def is_admitted(name: str, admitted: Mapping[str, bool]) -> bool:
     """Whether `name` may be shown as a score: itself, or the metric it stands on, passed; unknown names may not."""
-    return bool(admitted.get(NEEDS.get(name, name), False))
+    return name in WEIGHT_FREE or bool(admitted.get(NEEDS.get(name, name), False))

@@ -1,4 +1,4 @@
-"""Embedded extractors: three small networks trained on the procedural world, in place of Inception, I3D and SyncNet.
+"""Embedded extractors: three small networks trained on the clips at hand, in place of Inception, I3D and SyncNet.
 
 The protocol is named "embedded". Distances in their feature spaces rank systems of one run; they are NEVER comparable
 with published FID/FVD or Sync-C, whose networks, preprocessing and data are others. A metric built on them is shown
@@ -124,6 +124,11 @@ class Probes:
     def device(self) -> torch.device:
         return next(self.frame.parameters()).device
 
+    @property
+    def knows_mouth(self) -> bool:
+        """Whether they have learned to see and hear the mouth."""
+        return all(name in self.names for name in MOUTH)
+
     @staticmethod
     def fit(
         video: UInt8[Tensor, "n 3 t h w"],
@@ -137,7 +142,7 @@ class Probes:
         """Train all three on real clips and their codec-decoded copies, both blurred and noised.
 
         The result is a function of `generator` alone. labels: every float [N, T] is read a frame; `expression` and
-        `gesture` [N] long, `identity` [N, I] float.
+        `gesture` [N] long, `identity` [N, I] float. Clips without all of these and the mouth's have none of them.
         """
         from eval.probe_training import fit
 
@@ -179,11 +184,14 @@ class Probes:
 
     def check(self, video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> dict[str, float]:
         """Agreement with known labels over frames 1..: correlations, and accuracy of expression and gesture."""
-        reading, heard = self.read(video), self.hear(audio_features)
+        reading = self.read(video)
         scores = {name: correlation(reading.labels[name][:, 1:], labels[name][:, 1:]) for name in self.names}
+        if "expression" not in labels:
+            return scores
         late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1).argmax(1)
         scores["expression"] = float((late == labels["expression"].cpu()).double().mean())
         scores["gesture"] = float((reading.gesture.argmax(1) == labels["gesture"].cpu()).double().mean())
+        heard = self.hear(audio_features)
         for index, name in enumerate(MOUTH):
             scores[f"heard_{name}"] = correlation(heard[:, 1:, index], labels[name][:, 1:])
         return scores

@@ -15,6 +15,7 @@ Network = TypeVar("Network", bound=nn.Module)
 CLIP_BATCH = 64
 CLIP_ROWS = 448  # clips whose frame features are cached for the clip probe
 NOISE = 0.2  # standard deviation of the strongest added noise, in units where pixels span 2
+NOBODY = {"identity_mean": torch.zeros(0), "identity_std": torch.ones(0)}
 WEIGHTS = {"mouth_open": 2.0, "mouth_width": 4.0}  # all other per-frame labels count once
 
 
@@ -29,21 +30,22 @@ def fit(
 ) -> Probes:
     """See `Probes.fit`. Raises UserError when labels are missing or counts do not agree."""
     names = _label_names(video, labels, audio_features)
-    num = [int(labels[key].max()) + 1 for key in ("expression", "gesture")]
+    num = [int(labels[key].max()) + 1 if key in labels else 0 for key in ("expression", "gesture")]
     per_frame = torch.stack([labels[name].float() for name in names], dim=2)
     scales = {
         **_scale("label", per_frame),
-        **_scale("identity", labels["identity"].float()),
+        **(_scale("identity", labels["identity"].float()) if "identity" in labels else NOBODY),
         **_scale("audio", audio_features.float()),
     }
-    frame = _build(lambda: FrameProbe(len(names), num[0], labels["identity"].shape[1]), generator)
+    frame = _build(lambda: FrameProbe(len(names), num[0], scales["identity_mean"].shape[0]), generator)
     clip = _build(lambda: ClipProbe(len(names), num[1]), generator)
     ear = _build(lambda: Ear(audio_features.shape[2]), generator)
     probes = Probes(frame, clip, ear, names, scales)
     sources = (video, video if degraded_video is None else degraded_video)
     targets = (per_frame - scales["label_mean"]) / scales["label_std"]
     trainer = _Trainer(config, generator, progress)
-    trainer.run(ear, _ear_loss(probes, audio_features, targets, generator), 0)
+    if probes.knows_mouth:
+        trainer.run(ear, _ear_loss(probes, audio_features, targets, generator), 0)
     trainer.run(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), 1)
     trainer.run(clip, _clip_loss(probes, sources, labels, targets, generator), 2)
     return probes
@@ -51,8 +53,9 @@ def fit(
 
 def _label_names(video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> tuple[str, ...]:
     num, frames, height, width = video.shape[0], *video.shape[2:]
-    missing = [key for key in (*MOUTH, "expression", "gesture", "identity") if key not in labels]
-    if missing:
+    asked = (*MOUTH, "expression", "gesture", "identity")
+    missing = [key for key in asked if key not in labels]
+    if missing and (len(missing) < len(asked) or not labels):
         raise UserError(
             f"the probes need the label {missing[0]}: the clips have {', '.join(sorted(labels))}; render it"
         )
@@ -68,7 +71,7 @@ def _label_names(video: Tensor, labels: Mapping[str, Tensor], audio_features: Te
 
 
 def _scale(name: str, values: Tensor) -> dict[str, Tensor]:
-    flat = values.reshape(-1, values.shape[-1])
+    flat = values.flatten(0, -2)
     return {f"{name}_mean": flat.mean(0), f"{name}_std": flat.std(0).clamp_min(1e-3)}
 
 
@@ -120,7 +123,9 @@ class _Trainer:
 
 def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch.Generator) -> Callable[[], Tensor]:
     num, frames, num_labels = targets.shape
-    identity = (labels["identity"].float() - probes.scales["identity_mean"]) / probes.scales["identity_std"]
+    identity = None
+    if "identity" in labels:
+        identity = (labels["identity"].float() - probes.scales["identity_mean"]) / probes.scales["identity_std"]
     weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in probes.names])
     probes.frame.to(memory_format=torch.channels_last)
     both = torch.stack(sources)
@@ -131,14 +136,14 @@ def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch
         time = torch.randint(frames, (batch,), generator=rng)
         shown, quality = _degrade(as_float(both[source, clip, :, time]), rng)
         _, read, expression, who, soiled = probes.frame(shown.contiguous(memory_format=torch.channels_last))
-        late = (time >= frames // 3).float()  # the expression fades in after the portrait
-        named = F.cross_entropy(expression, labels["expression"][clip], reduction="none")
-        return (
-            (weights * F.mse_loss(read, targets[clip, time], reduction="none")).sum() / (batch * num_labels)
-            + 0.2 * (named * late).mean()
-            + 0.4 * F.mse_loss(who, identity[clip])
-            + 0.5 * F.mse_loss(soiled, quality)
-        )
+        value = (weights * F.mse_loss(read, targets[clip, time], reduction="none")).sum() / (batch * num_labels)
+        if "expression" in labels:
+            late = (time >= frames // 3).float()  # the expression fades in after the portrait
+            named = F.cross_entropy(expression, labels["expression"][clip], reduction="none")
+            value = value + 0.2 * (named * late).mean()
+        if identity is not None:
+            value = value + 0.4 * F.mse_loss(who, identity[clip])
+        return value + 0.5 * F.mse_loss(soiled, quality)
 
     return loss
 
@@ -155,7 +160,7 @@ def _ear_loss(probes, audio_features: Tensor, targets: Tensor, rng: torch.Genera
 
 
 def _clip_loss(probes, sources, labels, targets: Tensor, rng: torch.Generator) -> Callable[[], Tensor]:
-    """Gestures and speeds on natural clips; shuffled, frozen and flickering copies told apart, 3 of 8 in a batch."""
+    """Speeds and known gestures on natural clips; shuffled, frozen and flickering copies told apart, 3 of 8 in a batch."""
     num = min(len(targets), CLIP_ROWS)
     natural, corrupt = _sequences(probes, [source[:num] for source in sources], rng)
     speed = targets.diff(dim=1).abs().mean(1)
@@ -169,9 +174,10 @@ def _clip_loss(probes, sources, labels, targets: Tensor, rng: torch.Generator) -
         broken = corrupt[(tempo - 1).clamp_min(0), rows]
         sequence = torch.where((tempo == 0)[:, None, None], natural[variant, rows], broken)
         _, gesture, seen_tempo, seen_speed = probes.clip(sequence)
-        asked = F.cross_entropy(gesture, labels["gesture"][rows], reduction="none")
         drift = F.mse_loss(seen_speed, speed[rows], reduction="none").mean(1)
-        return (is_natural * (asked + drift)).mean() + 0.3 * F.cross_entropy(seen_tempo, tempo)
+        if "gesture" in labels:
+            drift = F.cross_entropy(gesture, labels["gesture"][rows], reduction="none") + drift
+        return (is_natural * drift).mean() + 0.3 * F.cross_entropy(seen_tempo, tempo)
 
     return loss
 

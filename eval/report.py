@@ -35,6 +35,7 @@ TABLES = {
         "motion_energy": "1 is right",
         "sharpness": "1 is right",
         "diversity": "1 is right",
+        "seam": "the codec's is right",
     },
     COST: {
         "nfe_per_chunk": "evaluations",
@@ -43,6 +44,17 @@ TABLES = {
         "ttff_seconds": "lower is better",
         "fps": "higher is better",
     },
+}
+HEALTH = {
+    "black": "share of frames",
+    "frozen": "share of frames",
+    "clipped": "share of pixels",
+    "saturation": "grey levels",
+    "motion_energy": "grey levels",
+    "seam": "1 is none",
+    "noise": "grey levels",
+    "audio": "over noise",
+    "text": "over noise",
 }
 PARTS = {"pixels": "", "head_spread": "", "light_spread": "", "gaze_spread": "", "blink_rate": ""}
 DOTS = {
@@ -90,6 +102,8 @@ def write_report(
         "note": EMBEDDED_NOTE,
         "checks": [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()],
         "tables": _tables(clean),
+        "health": _health(clean.get("health") or {}),
+        "left_out": {plain(name): why for name, why in clean.get("left_out", {}).items()},
         "dots": _dots(clean),
         "curves": [_curve(title, series) for title, series in curves.items() if any(series.values())],
         "sheets": _sheets(sheets, captions, sheet_frames),
@@ -225,6 +239,12 @@ def _table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Map
         for name, values, withheld in rows
     ]
     return {"title": title, "columns": [{"name": plain(n), "hint": h} for n, h in columns.items()], "rows": shown}
+
+
+def _health(panels: Mapping) -> dict | None:
+    """The health panel as a table, with the verdict of init."""
+    rows = [(name, panels[name], {}) for name in ("teacher", "ar_teacher", "init", "student") if name in panels]
+    return {"verdict": panels.get("verdict"), "table": _table("Health", HEALTH, rows)} if rows else None
 
 
 def _cell(score, refused: bool) -> dict:

@@ -24,33 +24,48 @@ SYSTEMS = {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["livetalk", "self_forcing"])
+@pytest.mark.parametrize("name", ["livetalk", "self_forcing", "omniavatar_one_gpu"])
 def test_a_recipe_runs_whole(name, tmp_path, capsys):
     run = tmp_path / "run"
-    assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}"]) == 0
+    adapters = ["lora.rank=4", "lora.alpha=2", "lora.export=adapter"] if name == "omniavatar_one_gpu" else []
+    assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}", *adapters]) == 0
     report = json.loads((run / "report.json").read_text())
     assert set(report["systems"]) == SYSTEMS
     bundle = load_student(run / "student")
     assert isinstance(bundle.codec, WanVAE)
     assert not list((run / "student").glob("codec*")), "what was given stays where it is"
     hears = isinstance(bundle.ears, Wav2Vec)
-    assert hears == (name == "livetalk")
+    assert hears == (name != "self_forcing")
     portrait = torch.zeros(3, bundle.spec.height, bundle.spec.width) if hears else None
     session = Session(bundle, portrait, "a person nods", seed=1)
     session.push(audio=0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))
     session.close()
     assert sum(len(chunk.frames) for chunk in session.frames()) >= 16
     if hears:
-        check_sample(run, tmp_path, capsys)
+        check_sample(name, run, tmp_path, capsys)
     check_changed_weights(name, run)
+    if adapters:
+        check_adapters(run)
 
 
-def check_sample(run: Path, folder: Path, capsys) -> None:
+def check_adapters(run: Path) -> None:
+    """What the stages and the student hold, whose base has just been changed."""
+    for file in ("stages/init/model.safetensors", "stages/dmd/model.safetensors", "student/adapter_model.safetensors"):
+        names = [name.removeprefix("base_model.model.") for name in load_file(run / file)]
+        # ten matrices in each of six blocks; patch embedding, audio pack, two audio projections
+        assert len(names) == 2 * 10 * 6 + 2 + 4 + 2 * 2
+        assert all(".lora_" in name or name.startswith(("patch_embedding.", "audio_")) for name in names)
+    assert not (run / "student" / "model.safetensors").exists()
+    with pytest.raises(UserError, match=r"base of the adapter .*student has changed: .*teacher holds other weights"):
+        load_student(run / "student")
+
+
+def check_sample(name: str, run: Path, folder: Path, capsys) -> None:
     """`distill sample --teacher` on the same weights."""
     image, sound = folder / "face.png", folder / "speech.wav"
     Image.new("RGB", (40, 40), (90, 60, 30)).save(image)
     write_wav(sound)
-    words = ["sample", "--teacher", str(RECIPES / "livetalk.yaml"), "size=tiny", f"run_dir={run}"]
+    words = ["sample", "--teacher", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}"]
     words += ["--image", str(image), "--audio", str(sound), "--text", "a person nods", "--out", str(folder / "t.mp4")]
     assert main(words) == 0
     video, fps = media.read_video(folder / "t.mp4")
@@ -71,8 +86,7 @@ def write_wav(path: Path) -> None:
 def check_changed_weights(name: str, run: Path) -> None:
     """Weights that changed under the same path are noticed: the network they would give is another."""
     recipe = load_recipe(RECIPES / f"{name}.yaml", ["size=tiny", f"run_dir={run}"])
-    spec, base = spec_of(recipe), recipe.base
-    assert base is not None
+    spec, base = spec_of(recipe), recipe.base or recipe.teacher
     before = load_given(base, spec, torch.device("cpu"))
     file = Path(base.wan or base.path or "") / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)

@@ -1,19 +1,24 @@
-"""The embedded world as training data: resumable shards of latents and features, and fresh held-out clips on demand."""
+"""Clips as training data: resumable shards of latents and features, and how batches are read from them. The embedded world."""
 
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data import world
-from distill.data.world import Clips, DataConfig
+from distill.data.world import Clips, DataConfig, Source
 from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
 from teachers.codecs import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import Conditions, pack_rows
+from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.kinds import Codec, Ears, Text
 from teachers.senses import TextConfig, TextEncoder
@@ -26,7 +31,7 @@ class Senses:
     """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen).
 
     They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
-    `negative`: the prompt in the place of a dropped text.
+    `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_mark`).
     """
 
     codec: Codec
@@ -35,6 +40,7 @@ class Senses:
     reference: bool = True
     negative: str | None = None
     device: torch.device = CPU
+    mark: str = ""
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -69,14 +75,30 @@ class Senses:
         return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2])
 
 
+class Stored:
+    """Rows of tensors [n, ...] that stay on disk (safetensors maps its files into memory); indexed by rows [B] as one tensor is."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+        self.starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        self.shape = torch.Size((int(self.starts[-1]), *parts[0].shape[1:]))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.shape[0]:
+            raise IndexError(f"rows of {self.shape[0]}: got {rows.tolist()}")
+        of_part = torch.searchsorted(self.starts, rows, right=True) - 1
+        pairs = zip(of_part.tolist(), (rows - self.starts[of_part]).tolist(), strict=True)
+        return torch.stack([self.parts[part][row] for part, row in pairs])
+
+
 @dataclass(frozen=True)
 class Pool:
-    """The training set in memory: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D], and features
+    """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D], and features
     [1, L, D] of the negative prompt where there is one."""
 
-    x0: Tensor
-    audio: Tensor
-    text: Tensor
+    x0: Tensor | Stored
+    audio: Tensor | Stored
+    text: Tensor | Stored
     negative: Tensor | None = None
     reference: bool = True
 
@@ -97,41 +119,88 @@ def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0
     return world.make_clips(config.world, asked, keyed_generator(seed, "motion", name, motion))
 
 
-def prepare(config: DataConfig, seed: int, folder: Path, engine: Engine) -> dict:
+class World:
+    """The procedural world as a source of clips: see `distill.data.world.Source`. It can draw whatever is asked for."""
+
+    left_out: Mapping[str, str] = {}
+    given: Mapping[str, str] = {}
+    facts: Mapping[str, Any] = {}
+    description = "procedural avatars, no people"
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.num_train = config.world.num_train
+        self.num_shards = -(-self.num_train // config.world.shard_clips)
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """There are no files."""
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+        """See `held_out`."""
+        return held_out(self.config, seed, name, num, motion)
+
+    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
+        """The clips of these training shards; there is nothing to decode."""
+        size = self.config.world.shard_clips
+        for i in numbers:
+            yield held_out(self.config, seed, f"train/{i}", min(size, self.num_train - i * size))
+
+    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
+        """Expression and gesture."""
+        known = {"expression": world.EXPRESSIONS, "gesture": world.GESTURES}
+        return {name: (clips.labels[name], len(words)) for name, words in known.items()}
+
+
+def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
-    size, total = config.world.shard_clips, config.world.num_train
-    num_shards = -(-total // size)
-    first = held_out(config, seed, "train/0", min(size, total))
+    source.verify(engine.rank, engine.world_size)
+    (first,) = source.train(seed, [0])
     if engine.is_main:
         if isinstance(config.codec, CodecConfig) and not (folder / "codec.safetensors").is_file():
             codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
             save_tensors(folder / "codec.safetensors", codec.state_dict())
         if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
-            fit_text(config, config.text, first, keyed_generator(seed, "text")).save(folder / "text")
+            rng = keyed_generator(seed, "text")
+            fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(folder / "text")
             (folder / "text" / "done").touch()
     engine.barrier()
     senses = load_senses(config, folder, device=engine.device)
-    mine = [i for i in range(num_shards) if i % engine.world_size == engine.rank]
-    for i in tqdm(mine, desc="data", disable=not engine.is_main):
+
+    def clips_of(numbers: Sequence[int]) -> Iterator[Clips]:
+        yield from [first] if 0 in numbers else []
+        yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
+
+    clips = write_shards(source, folder, engine, senses, clips_of)
+    original = to_float(first.video[:64])
+    error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
+    return {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
+
+
+def write_shards(
+    source: Source, folder: Path, engine: Engine, senses: Senses, clips_of: Callable[[Sequence[int]], Iterable[Clips]]
+) -> int:
+    """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and their mirror
+    images, and the negative prompt; returns the number of clips."""
+    mine, mark = range(engine.rank, source.num_shards, engine.world_size), senses.mark
+    files = [folder / f"shard-{i:05d}.safetensors" for i in mine]
+    missing = [i for i, file in zip(mine, files, strict=True) if not file.is_file()]
+    done = len(mine) - len(missing)
+    bar = tqdm(missing, desc=folder.name, total=len(mine), initial=done, disable=not engine.is_main)
+    for i, clips in zip(bar, clips_of(missing), strict=True):
         file = folder / f"shard-{i:05d}.safetensors"
-        if file.is_file():
-            continue
-        clips = first if i == 0 else held_out(config, seed, f"train/{i}", min(size, total - i * size))
         both = []
         for video in (clips.video, clips.video.flip(-1)):
             x0, conditions = senses.of_clips(Clips(video=video, audio=clips.audio, text=clips.text, labels={}))
             both.append((x0.half(), conditions.audio, conditions.text))
         x0, audio, text = (torch.cat(part) for part in zip(*both, strict=True))
-        save_tensors(file, {"x0": x0, "audio": audio, "text": text})
+        save_tensors(file, {"x0": x0, "audio": audio, "text": text}, {"senses": mark})
     engine.barrier()
     negative = senses.negatives(1)
     if engine.is_main and negative is not None:
         save_tensors(folder / "negative.safetensors", {"text": negative})
     engine.barrier()
-    original = to_float(first.video[:64])
-    error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
-    return {"clips": 2 * total, "codec_psnr_db": float(-10 * torch.log10(error))}
+    return 2 * source.num_train
 
 
 def load_senses(config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU) -> Senses:
@@ -140,38 +209,58 @@ def load_senses(config: DataConfig, folder: Path, reference: bool = True, device
     ears, text = config.audio.load(world.samples_per_frame(config.world)), config.text.load(folder)
     for part in (codec, ears, text):
         part.to(device)
-    return Senses(codec, ears, text, reference, config.negative, device)
+    return Senses(codec, ears, text, reference, config.negative, device, fitted_mark(folder))
 
 
-def load_pool(folder: Path, reference: bool = True) -> Pool:
-    """All shards of a finished data stage."""
-    parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
-    whole = {key: torch.cat([part[key] for part in parts]) for key in ("x0", "audio", "text")}
+def fitted_mark(folder: Path) -> str:
+    """Which fitted codec and text encoder a data stage holds: a hash of their files. Those given are in the stage's fingerprint."""
+    digest = hashlib.sha256()
+    for file in (folder / "codec.safetensors", *sorted((folder / "text").glob("*"))):
+        if file.is_file():
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
+    """All shards of a finished data stage; they stay on disk. UserError for one that senses of another `mark` made."""
+    files = sorted(folder.glob("shard-*.safetensors"))
+    for file in files:
+        if (made := _made_by(file)) not in (None, mark):
+            raise UserError(
+                f"stale features: {file} was made by another codec or text encoder ({made[:12]}) than the data stage holds "
+                f"({mark[:12]}); delete {folder} and run again"
+            )
+    parts = [load_tensors(file) for file in files]
+    whole = {key: Stored([part[key] for part in parts]) for key in ("x0", "audio", "text")}
     file = folder / "negative.safetensors"
     return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
 
 
-def fit_text(config: DataConfig, size: TextConfig, clips: Clips, rng: torch.Generator) -> TextEncoder:
-    """Tokenizer and text encoder, taught to tell what the world's texts mean (expression and gesture, words dropped at random)."""
+def _made_by(file: Path) -> str | None:
+    """The mark of the senses that made a shard, None where it says none."""
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return header.get("__metadata__", {}).get("senses")
+
+
+def fit_text(
+    size: TextConfig, texts: list[str], meanings: Mapping[str, tuple[Tensor, int]], steps: int, rng: torch.Generator
+) -> TextEncoder:
+    """Tokenizer and text encoder, taught for `steps` to tell what texts mean (see `Source.meanings`), words dropped at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
-        encoder = TextEncoder.build(size, clips.text)
-        heads = nn.ModuleDict(
-            {
-                "expression": nn.Linear(size.dim, len(world.EXPRESSIONS)),
-                "gesture": nn.Linear(size.dim, len(world.GESTURES)),
-            }
-        )
+        encoder = TextEncoder.build(size, texts)
+        heads = nn.ModuleDict({name: nn.Linear(size.dim, num) for name, (_, num) in meanings.items()})
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3)
-    for _ in range(config.text_steps):
-        rows = torch.randint(0, len(clips.text), (32,), generator=rng)
+    for _ in range(steps):
+        rows = torch.randint(0, len(texts), (32,), generator=rng)
         said = []
         for i in rows.tolist():
-            words = clips.text[i].split()
+            words = texts[i].split()
             keep = torch.rand(len(words), generator=rng) > 0.05
             said.append(" ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept))
         pooled = encoder(said).mean(dim=1)
-        losses = [nn.functional.cross_entropy(heads[name](pooled), clips.labels[name][rows]) for name in heads]
+        losses = [nn.functional.cross_entropy(heads[name](pooled), of[rows]) for name, (of, _) in meanings.items()]
         loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -16,9 +16,10 @@ from statistics import median
 from typing import Any
 
 import av
+import torch
 from tqdm import tqdm
 
-from distill.data import shards
+from distill.data import page, shards
 from distill.data.film import SAMPLE_RATE
 from distill.data.manifest import Manifest
 from distill.data.workers import shared_out
@@ -26,6 +27,15 @@ from distill.run_folder import atomic_write
 from teachers.errors import UserError
 
 NOT_WHOLE = 3
+TABLES = {
+    "sizes": "height x width",
+    "fps": "frames a second",
+    "source_sizes": "height x width of the sources",
+    "source_fps": "frames a second of the sources",
+    "splits": "splits",
+}
+MOST_PROBLEMS = 200  # on a page
+BAR = 160  # pixels of the longest bar
 FACTS = ("id", "fps", "frames", "size", "samples", "source_fps", "source_size", "loudness_dbfs", "identity", "split")
 
 
@@ -42,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `distill data check`."""
     parser.add_argument("data", type=Path, metavar="DIR", help="what distill data prepare wrote")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and problems there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and pictures there")
     parser.add_argument("--quick", action="store_true", help="checksums and indices only, nothing is decoded")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0 works in this one (one a core)"
@@ -53,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 0:
         raise UserError(f"--workers must be 0 or more: got {args.workers}")
     with tqdm(unit="shard", desc="check", file=sys.stderr) as progress:
-        checked = check(args.data, decode=not args.quick, workers=args.workers, tick=progress.update)
+        checked = check(
+            args.data, decode=not args.quick, workers=args.workers, tick=progress.update, pictures=args.html is not None
+        )
     totals = summary(checked)
     if args.json is not None:
         try:
@@ -62,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"report cannot be written ({error.strerror}): {args.json}; choose another place"
             ) from error
+    if args.html is not None:
+        page.write_page(args.html, "check.html.j2", page_context(args.data, checked, quick=args.quick))
     for problem in checked.problems:
         sys.stderr.write(f"{problem}\n")
     lines = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in totals.items() if name != "problems"]
@@ -69,9 +84,16 @@ def run(args: argparse.Namespace) -> int:
     return NOT_WHOLE if checked.problems else 0
 
 
-def check(folder: Path, decode: bool = True, workers: int = 0, tick: Callable[[], object] = lambda: None) -> Checked:
+def check(
+    folder: Path,
+    decode: bool = True,
+    workers: int = 0,
+    tick: Callable[[], object] = lambda: None,
+    pictures: bool = False,
+) -> Checked:
     """Compare prepared data with their checksums, indices and manifest, and (`decode`) every film and sound with its facts.
 
+    With `pictures` the facts of what is decoded have a small JPEG of the middle frame, `thumbnail`.
     Raises UserError when `folder` holds no prepared data; everything else that is wrong is a problem in the result.
     """
     folder, checked = Path(folder), Checked()
@@ -82,7 +104,8 @@ def check(folder: Path, decode: bool = True, workers: int = 0, tick: Callable[[]
     for name in sorted(sums.keys() - set(listed)):
         checked.problems.extend(_compared(folder / name, sums[name]))
     tasks = [folder / name for name in listed]
-    for path, result in shared_out(partial(_check_shard, sums=sums, decode=decode), tasks, workers):
+    work = partial(_check_shard, sums=sums, decode=decode, pictures=pictures)
+    for path, result in shared_out(work, tasks, workers):
         tick()
         if result is None:
             checked.problems.append(f"{path.name}: the decoder crashed on it")
@@ -116,7 +139,7 @@ def _compared(path: Path, digest: str) -> list[str]:
         return [f"{path.name}: cannot be read ({error.strerror})"]
 
 
-def _check_shard(path: Path, sums: dict[str, str], decode: bool) -> Checked:
+def _check_shard(path: Path, sums: dict[str, str], decode: bool, pictures: bool) -> Checked:
     """The samples of one shard against its index."""
     checked = Checked(problems=_compared(path, sums[path.name]))
     try:
@@ -130,7 +153,10 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool) -> Checked:
                 problems.append("is not in the index")
             checked.problems.extend(f"{path.name}: {key}: {problem}" for problem in problems)
             if facts and not problems:
-                checked.samples.append({name: facts.get(name) for name in FACTS})
+                sample = {name: facts.get(name) for name in FACTS}
+                if decode and pictures:
+                    sample["thumbnail"] = _picture(members["mp4"], facts["frames"] // 2)
+                checked.samples.append(sample)
         checked.problems.extend(f"{path.name}: {key}: missing" for key in sorted(expected.keys() - found))
     except UserError as error:
         checked.problems.append(f"{path.name}: {error}")
@@ -175,6 +201,15 @@ def _film_facts(data: bytes) -> tuple[tuple[int, int], int, Fraction]:
         return (stream.width, stream.height), num_frames, Fraction(stream.average_rate or 0)
 
 
+def _picture(data: bytes, number: int) -> bytes:
+    """A small JPEG of one frame of an mp4."""
+    with av.open(io.BytesIO(data), "r") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        frame = next(frame for at, frame in enumerate(container.decode(stream)) if at == number)
+        return page.thumbnail(torch.from_numpy(frame.to_ndarray(format="rgb24")))
+
+
 def _sound_facts(data: bytes) -> tuple[int, int]:
     """Rate and samples of a FLAC file, all of it decoded."""
     with av.open(io.BytesIO(data), "r") as container:
@@ -214,6 +249,52 @@ def summary(checked: Checked) -> dict[str, Any]:
         "source_fps": _histogram(facts["source_fps"] for facts in checked.samples),
         "splits": _histogram(facts["split"] or "none" for facts in checked.samples),
         "problems": checked.problems,
+    }
+
+
+def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[str, Any]:
+    """What the page shows of prepared data."""
+    totals, samples = summary(checked), checked.samples
+    seconds = [float(facts["frames"] / Fraction(facts["fps"])) for facts in samples]
+    loudness = [facts["loudness_dbfs"] for facts in samples if facts["loudness_dbfs"] is not None]
+    tables = [
+        {
+            "name": title,
+            "rows": [(value, count, round(BAR * count / len(samples))) for value, count in totals[name].items()],
+        }
+        for name, title in TABLES.items()
+    ]
+    shown = page.spaced([facts for facts in samples if "thumbnail" in facts])
+    cards = [
+        {
+            "id": facts["id"],
+            "thumbnail": facts["thumbnail"],
+            "facts": f"{float(facts['frames'] / Fraction(facts['fps'])):.2f} s, "
+            + (f"{facts['loudness_dbfs']:.1f} dBFS" if facts["loudness_dbfs"] is not None else "no sound heard"),
+        }
+        for facts in shown
+    ]
+    notes = {
+        "nothing was decoded (--quick), so there are no pictures": quick,
+        f"{len(cards)} of {len(samples)}, evenly spaced by id; the middle frame of each": len(cards) < len(samples),
+    }
+    num = len(checked.problems)
+    return {
+        "title": "Prepared data",
+        "lead": f"{folder}: {totals['clips']} clips, {totals['hours']:.4g} hours, {totals['refused']} refused by prepare",
+        "verdict": f"{num} problem{'s' if num > 1 else ''}" if num else "Whole: nothing is missing or changed.",
+        "problems": checked.problems[:MOST_PROBLEMS],
+        "num_more_problems": max(0, num - MOST_PROBLEMS),
+        "counts": [
+            (name, _words(value)) for name, value in totals.items() if name != "problems" and name not in TABLES
+        ],
+        "plots": [
+            {"name": "seconds a clip", "svg": page.histogram(seconds, unit=" s")},
+            {"name": "loudness", "svg": page.histogram(loudness, unit=" dBFS")},
+        ],
+        "tables": tables,
+        "cards": cards,
+        "cards_note": next((words for words, true in notes.items() if true), ""),
     }
 
 

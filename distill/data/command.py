@@ -1,4 +1,4 @@
-"""`distill data`: prepare, split and check data. Each verb is a module with add_arguments(parser) and run(arguments)."""
+"""`distill data`: prepare, split, check and curate data. Each verb is a module with add_arguments(parser) and run(arguments)."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ VERBS = {
     "prepare": ("distill.data.prepare", "HDTF, AVSpeech, CelebV-HQ or a folder of clips to training shards"),
     "split": ("distill.data.split", "splits that share no identity, and fixed test lists"),
     "check": ("distill.data.check", "whether prepared data are whole, and what is in them"),
+    "curate": ("distill.data.curate", "scores of clips as conditions, which of them are kept, and pages to look at"),
 }
 
 

@@ -25,6 +25,7 @@ from teachers.media import resample
 
 SAMPLE_RATE = 16_000
 SEEK_MARGIN = Fraction(1, 2)  # seconds: demuxers seek by decoding time, which is earlier than that of presentation
+NEEDED = Fraction(1)  # seconds before a moment in which all pictures are decoded: upper temporal layers lean on them
 CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch: codecs and resampler look back and ahead
 GAP = Fraction(1, 25)  # seconds by which a sound frame may be off its place before the hole counts
 
@@ -56,7 +57,7 @@ def pictures(path: Path, start: Fraction = Fraction(0)) -> Generator[Picture, No
             stream.codec_context.thread_count = 1
             if seek and not _sought(container, stream, start - SEEK_MARGIN):
                 continue
-            timed = _timed(container, stream, path)
+            timed = _timed(container, stream, path, start)
             first = next(timed, None)
             if seek and (first is None or first.time > start):
                 continue
@@ -82,16 +83,25 @@ def _sought(container: Any, stream: av.VideoStream | av.AudioStream, seconds: Fr
     return True
 
 
-def _timed(container: Any, stream: av.VideoStream, path: Path) -> Iterator[Picture]:
+def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) -> Iterator[Picture]:
+    """Decoded pictures with their times; of those well before `start` only the ones that others are predicted from."""
     zero, base, last = _zero(stream), Fraction(stream.time_base or 1), None
     usual = 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
-    for frame in container.decode(stream):
+    for frame in _decoded(container, stream, math.floor((zero + start - NEEDED) / base)):
         if frame.pts is None:
             raise UserError(f"pictures without presentation times: {path}; put them in an mp4")
         time = frame.pts * base - zero
         if last is None or time > last:
             yield Picture(time, (frame.duration or 0) * base or usual, frame, stream.average_rate)
             last = time
+
+
+def _decoded(container: Any, stream: av.VideoStream, first: int) -> Iterator[av.VideoFrame]:
+    """The pictures of a film without some before time `first` (in the stream's units) that no other one is predicted from."""
+    for packet in container.demux(stream):
+        early = packet.pts is not None and packet.pts < first
+        stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+        yield from packet.decode()
 
 
 def read_sound(path: Path, first: int, count: int) -> tuple[Tensor, int, int] | None:

@@ -2,7 +2,7 @@
 
     OUT/prepare.json            what was asked for; another request for the same folder is refused
     OUT/NAME-000000.tar         a shard: <key>.mp4 (film), <key>.flac (16 kHz mono), <key>.json (facts), key = id with "+" for "."
-    OUT/NAME-000000.json        its index: key, id, offset and bytes of every sample, the clips that were refused and why
+    OUT/NAME-000000.json        its index: key, id, place, frames and size of every sample, the clips that were refused and why
     OUT/manifest.parquet        the clips that are in the shards; manifest.refused.jsonl: all others, the reader's included
     OUT/SHA256SUMS              of all of these but prepare.json; written last: without it the run has not ended
     OUT/.work/                  finished samples of unfinished shards
@@ -229,6 +229,7 @@ def _members(task: Task, film: Path, record: dict[str, Any]) -> dict[str, bytes 
         record["refused"] = f"cannot be cut: {type(error).__name__}: {error}"
     else:
         record.update(frames=piece.num_frames, seconds=float(piece.num_frames / task.config.fps))
+        record.update(size=piece.facts["size"], sound=piece.sound is not None)
         return {"mp4": film, "json": f"{facts}\n".encode(), **sound}
     return None
 

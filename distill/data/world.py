@@ -6,8 +6,10 @@ Frame 0 is the reference portrait at rest; motion fades in over the next frames.
 """
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ _SAY_GESTURE = (
     ("shakes the head", "keeps shaking the head", "shakes the head in disagreement", "turns left and right"),
     ("tilts the head", "keeps tilting the head", "rocks the head sideways", "sways the head from side to side"),
 )
-_SAY_WHO = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a character")
+SAY_WHO = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a character")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +96,67 @@ class DataConfig:
         """F of a training clip."""
         return 1 + (self.world.num_frames - 1) // self.codec.stride
 
+    def open(self) -> "Source":
+        """Where the clips come from: here the procedural world."""
+        from distill.data.avatars import World
+
+        return World(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """video uint8 [N, 3, T, H, W]; audio [N, S]; text; labels per frame [N, T] and per clip [N]."""
+    """video uint8 [N, 3, T, H, W]; audio [N, S]; text; labels per frame [N, T] and per clip [N], those that are known."""
 
     video: Tensor
     audio: Tensor
     text: list[str]
     labels: dict[str, Tensor]
+
+
+class Source(Protocol):
+    """Where clips come from: the procedural world (`avatars.World`) or a folder (`clips.Folder`).
+
+    A set of clips has a name; the same seed and name are the same clips. Sets that are compared with each other share no clip.
+    """
+
+    num_train: int
+    num_shards: int
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Measures that cannot be had here, and why."""
+        ...
+
+    @property
+    def given(self) -> Mapping[str, str]:
+        """Which files the clips are read from, for fingerprints."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is worth knowing of the clips, as plain data."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """The clips in words, for a model card."""
+        ...
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """UserError where files differ from their checksums; processes share the work."""
+        ...
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+        """`num` clips (or fewer, where there are no more) of the set `name`; another `motion` is the same conditions again."""
+        ...
+
+    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
+        """The clips of these training shards, `world.shard_clips` each, the last one of `num_shards` shorter."""
+        ...
+
+    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
+        """What a text encoder is taught to tell apart: name -> class of each clip [N], and how many classes there are."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +198,7 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Aske
     picks = torch.randint(0, 1 << 30, (num, 4), generator=rng).tolist()
     text = []
     for e, g, (who, say_e, say_g, order) in zip(expression.tolist(), gesture.tolist(), picks, strict=True):
-        person = _SAY_WHO[who % len(_SAY_WHO)]
+        person = SAY_WHO[who % len(SAY_WHO)]
         face = _SAY_EXPRESSION[e][say_e % len(_SAY_EXPRESSION[e])]
         move = _SAY_GESTURE[g][say_g % len(_SAY_GESTURE[g])]
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
