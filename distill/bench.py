@@ -42,7 +42,7 @@ MIB, GIGA = 2**20, 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A student of published size that is drawn at random: Wan 2.1 1.3B with OmniAvatar's audio pack, Wan's latents, TAEHV."""
+    """A student that is drawn at random, by default of Wan 2.1 1.3B's size with OmniAvatar's audio pack, Wan's latents, TAEHV."""
 
     height: int
     width: int
@@ -76,6 +76,14 @@ class Shape:
 SHAPES = {
     "livetalk": Shape(height=512, width=512, history=History(sinks=3, window=1)),
     "480x832": Shape(height=480, width=832, history=History(sinks=0, window=6)),
+    "cpu": Shape(  # LiveTalk's in small: 64 tokens a latent frame, 40 M parameters
+        height=128,
+        width=128,
+        history=History(sinks=3, window=1),
+        network=NetworkConfig(num_layers=8, num_heads=4, ffn_dim=2048),
+        decoder_widths=(64, 32, 16, 16),
+        encoder_width=16,
+    ),
 }
 
 
@@ -145,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill bench`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--student", type=Path, metavar="DIR", help="folder of an exported student")
-    source.add_argument("--shape", choices=tuple(SHAPES), help="a 1.3B student of this shape with random weights")
+    source.add_argument("--shape", choices=tuple(SHAPES), help="a student of this shape with random weights")
     parser.add_argument("--json", type=Path, required=True, metavar="OUT", help="file for all numbers")
     parser.add_argument("--audio", type=Path, metavar="WAV", help="speech, repeated as needed (default: made)")
     parser.add_argument("--chunks", type=int, default=24, metavar="N", help="chunks of a stream (default 24)")

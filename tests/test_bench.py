@@ -189,7 +189,7 @@ def test_a_scene_is_long_enough_and_reproducible():
     assert torch.equal(bench.make_scene(spec, 7, given).sound[5000:10000], given)
 
 
-@pytest.mark.parametrize("name", bench.SHAPES)
+@pytest.mark.parametrize("name", ["livetalk", "480x832"])
 def test_shapes_are_the_published_sizes(name):
     """Wan 2.1 1.3B has 1.42e9 parameters; OmniAvatar's audio pack takes 4 x 10752 features, its input 33 channels."""
     spec = bench.SHAPES[name].spec
