@@ -1,0 +1,181 @@
+"""A viewer in Python: what the page does, without a picture on a screen. For benchmarks and tests."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from distill.live import protocol
+from teachers.errors import UserError
+
+TOLD_EVERY = 0.05  # seconds between two reports of the playhead
+BUFFER = 0.03  # seconds between a first chunk's arrival and its sound, as on the page
+
+
+@dataclass
+class Answer:
+    """One turn, by this viewer's clock (seconds): when the user's turn ended, when the chunk with the first talking frame came,
+    when that frame and the first audible sound were due; its frames; where the time went, in ms."""
+
+    number: int
+    asked: float
+    frame: int | None = None
+    end: int | None = None
+    arrived: float | None = None
+    seen: float | None = None
+    audible: float | None = None
+    parts_ms: dict[str, float] = field(default_factory=dict)
+
+    def split(self) -> dict[str, float]:
+        """The server's parts, the rest until the chunk was here (`transport`), and until its first frame was due (`playout`)."""
+        if self.arrived is None or self.seen is None:
+            return self.parts_ms
+        transport = 1000 * (self.arrived - self.asked) - sum(self.parts_ms.values())
+        return {**self.parts_ms, "transport": transport, "playout": 1000 * (self.seen - self.arrived)}
+
+    @property
+    def latency(self) -> float:
+        return (self.seen or np.inf) - self.asked
+
+    @property
+    def dead(self) -> float:
+        return (self.audible or np.inf) - self.asked
+
+
+class Client:
+    """Connects at once; UserError where nobody answers or the house is full. `frames` and `sound` keep what was to be seen, by
+    frame number, if `keep` says so; `strict`: a message of an error raises one. Call `pump` all the time: it
+    reads, plays and reports."""
+
+    def __init__(self, url: str, keep: bool = True, timeout: float = 10.0, strict: bool = False, **options):
+        try:
+            socket = connect(url, open_timeout=timeout, max_size=2**26, compression=None, proxy=None, **options)
+            self.stack = ExitStack()
+            self.socket = self.stack.enter_context(socket)
+            self.hello = json.loads(self.socket.recv(timeout=timeout))
+        except (OSError, TimeoutError, ConnectionClosed) as error:
+            raise UserError(f"no server at {url} ({error}); start distill serve first") from error
+        if self.hello["type"] != "hello":
+            raise UserError(self.hello.get("message", "refused"))
+        self.strict = strict
+        self.keep, self.fps, self.samples = keep, self.hello["fps"], self.hello["samples_per_frame"]
+        self.size = (self.hello["height"], self.hello["width"])
+        self.frames: dict[int, np.ndarray] = {}
+        self.sound: dict[int, np.ndarray] = {}
+        self.answers: dict[int, Answer] = {}
+        self.told: list[dict] = []  # every other message
+        self.origin: float | None = None  # the time at which frame 0 was due
+        self.last, self.epoch, self.stalls, self.stalled, self.bytes = -1, 0, 0, 0.0, 0
+        self.asked = self.next_report = 0.0
+
+    def send(self, **message) -> None:
+        """A JSON message."""
+        self.socket.send(json.dumps(message))
+
+    def open(self, portrait: int = 0, text: str = "a person talks", seed: int = 0) -> None:
+        """Begin the stream and wait for its first frame."""
+        self.send(type="open", portrait=portrait, text=text, seed=seed)
+        self.until(lambda: self.origin is not None, 20.0)
+
+    def ask(self, text: str) -> int:
+        """A typed turn; its number."""
+        before = max(self.answers, default=0)
+        self.asked = time.monotonic()
+        self.send(type="say", text=text)
+        self.until(lambda: max(self.answers, default=0) > before, 10.0)
+        return max(self.answers)
+
+    def converse(self, text: str, timeout: float = 60.0) -> Answer:
+        """A typed turn, played to its end."""
+        answer = self.answers[self.ask(text)]
+        self.until(lambda: answer.end is not None and self.place() >= answer.end, timeout)
+        return answer
+
+    def until(self, ready: Callable[[], bool], timeout: float) -> None:
+        """Pump until `ready`; TimeoutError after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while not ready():
+            if time.monotonic() > end:
+                raise TimeoutError(f"nothing after {timeout} s; told: {self.told[-3:]}")
+            self.pump(0.01)
+
+    def pump(self, seconds: float) -> None:
+        """Read and report for so long."""
+        end = time.monotonic() + seconds
+        while True:
+            now = time.monotonic()
+            if now >= self.next_report and self.origin is not None:
+                self.next_report = now + TOLD_EVERY
+                seen = min(int(self.place()) + 1, self.last + 1)
+                self.send(type="played", frame=max(seen, 0), epoch=self.epoch)
+            for answer in self.answers.values():
+                if answer.frame is not None and answer.seen is None and answer.frame <= min(self.place(), self.last):
+                    answer.seen = now
+            if now >= end:
+                return
+            try:
+                self._take(self.socket.recv(timeout=min(end - now, 0.01)))
+            except TimeoutError:
+                continue
+
+    def place(self) -> float:
+        """The playhead, in frames."""
+        return -1.0 if self.origin is None else (time.monotonic() - self.origin) * self.fps
+
+    def close(self) -> None:
+        """Leave."""
+        self.stack.close()
+
+    def _take(self, data: str | bytes) -> None:
+        now = time.monotonic()
+        if isinstance(data, bytes):
+            self.bytes += len(data)
+            self._play(protocol.read_chunk(data, self.size), now)
+            return
+        message = json.loads(data)
+        kind, number = message["type"], message.get("turn")
+        if kind == "opened":
+            self.epoch, self.origin, self.last = message["epoch"], None, -1
+        elif kind == "rewind":
+            self.epoch, self.last = message["epoch"], message["frame"] - 1
+        elif kind == "thinking":
+            self.answers[number] = Answer(number, self.asked or now)
+            self.asked = 0.0
+        elif kind == "turn":
+            self.answers[number].frame = message["frame"]
+        elif kind == "answer":
+            self.answers[number].parts_ms = message["parts_ms"]
+        elif kind == "done":
+            self.answers[number].end = message["frame"]
+        else:
+            self.told.append(message)
+            if kind == "error" and self.strict:
+                raise UserError(f"the server refused: {message['message']}")
+
+    def _play(self, chunk: protocol.Received, now: float) -> None:
+        if chunk.epoch != self.epoch:
+            return
+        for answer in self.answers.values():
+            if answer.frame == chunk.first_frame and answer.arrived is None:
+                answer.arrived = now
+        due = chunk.first_frame / self.fps
+        if self.origin is None:
+            self.origin = now + BUFFER - due
+        elif (late := now - self.origin - due) > 0:
+            self.stalls, self.stalled, self.origin = self.stalls + 1, self.stalled + late, now - due
+        self.last = chunk.first_frame + len(chunk.frames) - 1
+        sounds = np.split(chunk.sound, len(chunk.frames))
+        for i, (frame, sound) in enumerate(zip(chunk.frames, sounds, strict=True)):
+            number = chunk.first_frame + i
+            for answer in self.answers.values():
+                if answer.frame is not None and answer.audible is None and number >= answer.frame:
+                    loud = np.flatnonzero(np.abs(sound) > 0.01)
+                    if len(loud):
+                        answer.audible = self.origin + (number + loud[0] / self.samples) / self.fps
+            if self.keep:
+                self.frames[number], self.sound[number] = frame, sound

@@ -1,0 +1,240 @@
+"""What a page and the server say to each other over one WebSocket, and every limit on it.
+
+The page sends JSON messages (the dataclasses below) and binary ones, whose first byte says what follows: SOUND, microphone samples
+(s16le, mono, 16 kHz), IMAGE or FILE, a whole picture or sound file. No file name is ever sent. The server sends JSON and one
+binary message a chunk, laid out by `pack_chunk`.
+"""
+
+import io
+import json
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from students.session import Chunk
+from teachers import media
+from teachers.errors import UserError
+from teachers.senses import SAMPLE_RATE
+from teachers.typed import convert
+
+MAX_JSON = 16_384  # characters
+MAX_TEXT = 600
+MAX_MESSAGE = 8 * 2**20  # bytes
+MAX_PIXELS = 16_000_000
+MAX_FILE_SECONDS = 120
+MAX_SOUND_SAMPLES = SAMPLE_RATE  # of one microphone message
+SOUND, IMAGE, FILE = 0, 1, 2
+RAW, JPEG = 0, 1
+RAW_PIXELS = 128 * 128  # up to here frames are sent as they are
+HEADER = struct.Struct("<BBHIII")  # layout version, frame format, frames, first frame, epoch, samples
+PICTURES = ("PNG", "JPEG", "WEBP", "BMP")
+SOUND_MARKS = (
+    (0, b"RIFF"),
+    (0, b"fLaC"),
+    (0, b"OggS"),
+    (0, b"ID3"),
+    (0, b"\xff\xfb"),
+    (4, b"ftyp"),
+    (0, b"\x1aE\xdf\xa3"),
+)
+
+
+@dataclass(frozen=True)
+class Open:
+    """Begin: portrait number (null: the picture that was sent last), text condition, seed of the noise."""
+
+    portrait: int | None = 0
+    text: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Say:
+    """A typed turn of the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SetText:
+    """Another text condition from the next chunk on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Interrupt:
+    """Be quiet and go idle."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """All frames before `frame` were seen; `epoch` counts the rewinds that the page had been told of."""
+
+    frame: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The first talking frame of a turn was drawn `ms` after the user's turn ended, by the page's clock."""
+
+    turn: int
+    ms: float
+
+
+@dataclass(frozen=True)
+class Microphone:
+    """The microphone was switched."""
+
+    on: bool
+
+
+MESSAGES = {
+    "open": Open,
+    "say": Say,
+    "text": SetText,
+    "interrupt": Interrupt,
+    "played": Played,
+    "seen": Seen,
+    "microphone": Microphone,
+}
+
+
+def parse(text: str) -> Any:
+    """One of the messages above; UserError for anything else."""
+    if len(text) > MAX_JSON:
+        raise UserError(f"message of {len(text)} characters; {MAX_JSON} are allowed")
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"message is no JSON ({type(error).__name__}); send an object") from error
+    if not isinstance(values, dict) or not isinstance(values.get("type"), str) or values["type"] not in MESSAGES:
+        raise UserError(f"message needs a type; known: {', '.join(MESSAGES)}")
+    kind = values.pop("type")
+    message = convert(MESSAGES[kind], values, kind, lambda _: "message")
+    said = getattr(message, "text", "")
+    if len(said) > MAX_TEXT or "\x00" in said or any("\ud800" <= letter <= "\udfff" for letter in said):
+        raise UserError(
+            f"text of {len(said)} characters; {MAX_TEXT} are allowed, no zero bytes and no halves of characters"
+        )
+    if isinstance(message, Open) and not 0 <= message.seed < 2**63:
+        raise UserError("seed must lie in 0..2**63-1; choose another")
+    return message
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(name)
+
+
+def unpack(data: bytes) -> tuple[int, bytes]:
+    """Kind and content of a binary message of the page; UserError for an unknown or empty one."""
+    if len(data) < 2 or data[0] not in (SOUND, IMAGE, FILE):
+        raise UserError("binary message needs its kind (0 sound, 1 picture, 2 sound file) and a content")
+    if len(data) > MAX_MESSAGE:
+        raise UserError(f"file of {len(data) / 2**20:.0f} MiB; {MAX_MESSAGE // 2**20} are allowed")
+    return data[0], data[1:]
+
+
+def to_sound(data: bytes) -> Tensor:
+    """Samples [n] in [-1, 1] of a microphone message."""
+    if len(data) % 2 or len(data) > 2 * MAX_SOUND_SAMPLES:
+        raise UserError(f"microphone message of {len(data)} bytes; send whole s16 samples, at most a second")
+    return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
+
+
+def decode_picture(data: bytes, size: tuple[int, int]) -> Tensor:
+    """A picture file as [3, H, W] in [-1, 1]; its size is judged before a pixel is decoded. UserError for anything else."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data), formats=PICTURES) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"picture of {image.width} x {image.height}; {MAX_PIXELS // 10**6} megapixels are allowed"
+                )
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except UserError:
+        raise
+    except Exception as error:  # PIL raises what it likes on a hostile file
+        raise UserError("picture cannot be read; give a whole png, jpeg, webp or bmp file") from error
+    white = Image.new("RGBA", upright.size, "white")
+    pixels = np.array(Image.alpha_composite(white, upright).convert("RGB"))
+    return media.fit_image(torch.from_numpy(pixels), size, anchor=0.0)
+
+
+def decode_file(data: bytes) -> Tensor:
+    """A sound file as mono [S] at 16 kHz; UserError for what is no common sound file or is too long."""
+    if not any(data[place:].startswith(mark) for place, mark in SOUND_MARKS):
+        raise UserError("sound file cannot be read; give a wav, flac, ogg, mp3, m4a or webm file")
+    with tempfile.NamedTemporaryFile(prefix="distill-") as file:
+        file.write(data)
+        file.flush()
+        try:
+            reader, parts, count = media.AudioReader(Path(file.name)), [], 0
+            for part in reader:
+                parts.append(part)
+                count += len(part)
+                if count > MAX_FILE_SECONDS * reader.rate:
+                    raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
+            return media.resample(torch.cat(parts), reader.rate, SAMPLE_RATE)
+        except UserError as error:
+            told = (
+                str(error)
+                if "longer" in str(error)
+                else "sound file cannot be read; give a whole wav, flac or mp3 file"
+            )
+            raise UserError(told) from None
+
+
+def pack_chunk(chunk: Chunk, epoch: int) -> bytes:
+    """HEADER, the frames, the sound (s16le, mono, 16 kHz). Frames are RGB rows, or each its length (u32) and a JPEG."""
+    frames = chunk.frames.numpy()
+    count, height, width, _ = frames.shape
+    raw = height * width <= RAW_PIXELS
+    sound = (chunk.audio.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
+    head = HEADER.pack(1, RAW if raw else JPEG, count, chunk.first_frame, epoch, len(chunk.audio))
+    return b"".join([head, frames.tobytes() if raw else b"".join(_jpeg(frame) for frame in frames), sound])
+
+
+def _jpeg(frame: np.ndarray) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=90)
+    return struct.pack("<I", file.tell()) + file.getvalue()
+
+
+@dataclass(frozen=True)
+class Received:
+    """A chunk message, read: frames uint8 [t, H, W, 3], sound [n] in [-1, 1]."""
+
+    first_frame: int
+    epoch: int
+    frames: np.ndarray
+    sound: np.ndarray
+
+
+def read_chunk(data: bytes, size: tuple[int, int]) -> Received:
+    """The inverse of `pack_chunk`, for a client in Python; `size` is (H, W)."""
+    from PIL import Image
+
+    _, kind, count, first, epoch, samples = HEADER.unpack_from(data)
+    place, pictures = HEADER.size, []
+    for _ in range(count):
+        length = size[0] * size[1] * 3
+        if kind == JPEG:
+            (length,) = struct.unpack_from("<I", data, place)
+            place += 4
+            pictures.append(np.array(Image.open(io.BytesIO(data[place : place + length]))))
+        else:
+            pictures.append(np.frombuffer(data, np.uint8, length, place).reshape(*size, 3))
+        place += length
+    sound = np.frombuffer(data, "<i2", samples, place).astype(np.float32) / 32767
+    return Received(first, epoch, np.stack(pictures), sound)

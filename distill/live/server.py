@@ -1,0 +1,318 @@
+"""The web server: the page, portraits, metrics, and a WebSocket for each viewer.
+
+Only pages of this very server may open the WebSocket (Origin must be the Host that was asked), and on a loopback address only
+loopback names are answered, so no other site's page gets in by DNS. A slow reader is cut off, never waited for.
+"""
+
+import asyncio
+import io
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
+from torch import Tensor
+
+from distill.live import protocol
+from distill.live.engine import Engine
+from distill.live.viewer import Viewer
+from eval.latency import percentile
+from teachers.codecs import to_uint8
+from teachers.errors import UserError
+
+log = logging.getLogger(__name__)
+QUEUE = 64  # messages on their way to a page
+MAX_MISTAKES = 20
+SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
+OPEN_SECONDS = 60.0  # and one that never opens a stream
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+FULL, POLICY, GONE = 1013, 1008, 1001
+PAGE = Path(__file__).with_name("page.html")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
+    " img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+def build_app(engine: Engine, portraits: list[Tensor], host: str) -> Starlette:
+    """The application; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. `host` is the address that is bound."""
+    server = Server(engine, portraits)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette):
+        engine.start()
+        yield
+        await asyncio.to_thread(engine.stop)
+
+    routes = [
+        Route("/", server.page),
+        Route("/portraits/{number:int}.png", server.portrait),
+        Route("/metrics", server.metrics),
+        WebSocketRoute("/live", server.live),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.add_middleware(SameSite, loopback=host in LOOPBACK)
+    return app
+
+
+def settings(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
+    """uvicorn's configuration: bounded messages, a viewer who vanished is noticed in 4 s, 3 s to say good-bye."""
+    return uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        ws="websockets-sansio",
+        ws_max_size=protocol.MAX_MESSAGE + 1,
+        ws_ping_interval=2.0,
+        ws_ping_timeout=2.0,
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=3,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+    )
+
+
+@contextmanager
+def running(engine: Engine, portraits: list[Tensor]) -> Iterator[str]:
+    """Serve on a free loopback port in a thread; gives "127.0.0.1:PORT"."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(settings(build_app(engine, portraits, "127.0.0.1"), "127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server", daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"127.0.0.1:{bound.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        bound.close()
+
+
+class SameSite:
+    """Middleware: refuses names that are not ours, and another site's pages."""
+
+    def __init__(self, app: ASGIApp, loopback: bool):
+        self.app, self.loopback = app, loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            host, origin = headers.get(b"host", ""), headers.get(b"origin")
+            name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
+            if self.loopback and name.strip("[]").lower() not in LOOPBACK:
+                return await self._refuse(scope, receive, send, "this address is not served")
+            if origin is not None and origin.partition("://")[2] != host:
+                return await self._refuse(scope, receive, send, "pages of other sites are refused")
+        await self.app(scope, receive, send)
+
+    @staticmethod
+    async def _refuse(scope: Scope, receive: Receive, send: Send, why: str) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": POLICY, "reason": why})
+        else:
+            await PlainTextResponse(f"{why}\n", 403)(scope, receive, send)
+
+
+class Server:
+    """The endpoints."""
+
+    def __init__(self, engine: Engine, portraits: list[Tensor]):
+        self.engine, self.portraits = engine, portraits
+        self.pictures = [_png(portrait) for portrait in portraits]
+        self.started = time.time()
+        self.seen_ms: list[float] = []
+        self.mistakes = 0
+
+    async def page(self, _: Request) -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
+
+    async def portrait(self, request: Request) -> Response:
+        number = request.path_params["number"]
+        if number >= len(self.pictures):
+            return PlainTextResponse("no such portrait\n", 404)
+        return Response(self.pictures[number], media_type="image/png", headers=HEADERS)
+
+    async def metrics(self, _: Request) -> Response:
+        totals = self.engine.totals
+        values: dict[str, Any] = {
+            "viewers": len(self.engine.viewers),
+            "viewers_limit": self.engine.max_viewers,
+            "streams_opened_total": totals.opened,
+            "viewers_refused_total": totals.refused,
+            "chunks_total": totals.chunks,
+            "stalls_total": totals.stalls,
+            "turns_total": totals.turns,
+            "stream_errors_total": totals.errors,
+            "refused_messages_total": self.mistakes,
+            "uptime_seconds": round(time.time() - self.started, 1),
+            "resident_bytes": psutil.Process().memory_info().rss,
+        }
+        for name, series in (
+            ("chunk_seconds", list(totals.seconds)),
+            ("answer_seconds", list(totals.answers)),
+            ("seen_seconds", [ms / 1000 for ms in self.seen_ms]),
+        ):
+            for percent in (50, 95):
+                if series:
+                    values[f'{name}{{quantile="{percent / 100}"}}'] = round(percentile(series, percent), 5)
+        return PlainTextResponse("".join(f"distill_{name} {value}\n" for name, value in values.items()))
+
+    async def live(self, page: WebSocket) -> None:
+        """One viewer, from the handshake to the end."""
+        await page.accept()
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue(QUEUE)
+        ended = asyncio.Event()
+
+        def put(message: dict | bytes) -> None:
+            if queue.full():
+                ended.set()  # does not read: cut off
+            else:
+                queue.put_nowait(message)
+
+        def emit(message: dict | bytes) -> None:  # from the engine's thread
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(put, message)
+
+        viewer = await self._ask(self.engine.join, emit)
+        if viewer is None:
+            most = self.engine.max_viewers
+            await page.send_json({"type": "full", "message": f"full: {most} viewers are here; try again later"})
+            await page.close(FULL)
+            return
+        tasks = [
+            asyncio.create_task(self._send(page, queue)),
+            asyncio.create_task(self._receive(page, viewer, put)),
+            asyncio.create_task(ended.wait()),
+        ]
+        try:
+            put(self._hello(viewer))
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await self._ask(self.engine.leave, viewer)
+            for fault in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(fault, Exception) and not isinstance(fault, WebSocketDisconnect | OSError | RuntimeError):
+                    log.error("a viewer's connection failed", exc_info=fault)
+        with suppress(RuntimeError, WebSocketDisconnect, OSError, TimeoutError):  # closed already
+            await asyncio.wait_for(page.close(GONE), 1.0)
+
+    def _hello(self, viewer: Viewer) -> dict[str, Any]:
+        spec = viewer.spec
+        return {
+            "type": "hello",
+            "width": spec.width,
+            "height": spec.height,
+            "fps": float(spec.fps),
+            "samples_per_frame": spec.samples_per_frame,
+            "lead": viewer.lead,
+            "portraits": len(self.portraits),
+            "talker": self.engine.talker.name,
+            "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
+        }
+
+    async def _ask(self, function: Any, *given: Any) -> Any:
+        return await asyncio.wrap_future(self.engine.call(function, *given))
+
+    @staticmethod
+    async def _send(page: WebSocket, queue: asyncio.Queue) -> None:
+        while True:
+            message = await queue.get()
+            if isinstance(message, bytes):
+                await page.send_bytes(message)
+            else:
+                await page.send_text(json.dumps(message))
+
+    async def _receive(self, page: WebSocket, viewer: Viewer, put: Any) -> None:
+        """Message after message, each done before the next is read."""
+        picture: list[Tensor] = []
+        mistakes = 0
+        while mistakes < MAX_MISTAKES:
+            patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
+            try:
+                message = await asyncio.wait_for(page.receive(), patience)
+            except TimeoutError:
+                put({"type": "error", "message": f"nothing was heard of this page for {patience:.0f} s: closed"})
+                await asyncio.sleep(0.1)
+                return
+            if message["type"] == "websocket.disconnect":
+                return
+            try:
+                if message.get("bytes") is not None:
+                    await self._binary(viewer, message["bytes"], picture, put)
+                else:
+                    await self._told(viewer, protocol.parse(message.get("text") or ""), picture)
+            except UserError as error:
+                mistakes += 1
+                self.mistakes += 1
+                put({"type": "error", "message": str(error)[:300]})
+        put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
+        await asyncio.sleep(0.1)
+
+    async def _binary(self, viewer: Viewer, data: bytes, picture: list[Tensor], put: Any) -> None:
+        kind, content = protocol.unpack(data)
+        if kind == protocol.IMAGE:
+            size = (viewer.spec.height, viewer.spec.width)
+            picture[:] = [await asyncio.to_thread(protocol.decode_picture, content, size)]
+            put({"type": "portrait"})
+        elif kind == protocol.FILE:
+            sound = await asyncio.to_thread(protocol.decode_file, content)
+            await self._ask(viewer.say, sound, time.monotonic())
+        else:
+            await self._ask(lambda: viewer.hear(protocol.to_sound(content), time.monotonic()))
+
+    async def _told(self, viewer: Viewer, message: Any, picture: list[Tensor]) -> None:
+        now = time.monotonic()
+        if isinstance(message, protocol.Open):
+            await self._ask(viewer.open, self._reference(message, picture), message.text, message.seed, now)
+        elif isinstance(message, protocol.Say):
+            if not message.text.strip():
+                raise UserError("nothing to say: the sentence is empty")
+            await self._ask(viewer.say, message.text, now)
+        elif isinstance(message, protocol.SetText):
+            await self._ask(lambda: viewer.set_text(message.text, time.monotonic()))
+        elif isinstance(message, protocol.Interrupt):
+            await self._ask(lambda: viewer.interrupt(time.monotonic()))
+        elif isinstance(message, protocol.Played):
+            await self._ask(viewer.played, message.frame, message.epoch, now)
+        elif isinstance(message, protocol.Microphone):
+            await self._ask(viewer.microphone, message.on, now)
+        elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
+            self.seen_ms = [*self.seen_ms[-999:], message.ms]
+
+    def _reference(self, message: protocol.Open, picture: list[Tensor]) -> Tensor:
+        if message.portrait is None and picture:
+            return picture[0]
+        if message.portrait is None or not 0 <= message.portrait < len(self.portraits):
+            raise UserError(
+                f"no portrait {message.portrait}: choose 0..{len(self.portraits) - 1} or send a picture first"
+            )
+        return self.portraits[message.portrait]
+
+
+def _png(portrait: Tensor) -> bytes:
+    file = io.BytesIO()
+    pixels = np.ascontiguousarray(to_uint8(portrait[None])[0].permute(1, 2, 0).numpy())
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

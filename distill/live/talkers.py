@@ -1,0 +1,199 @@
+"""Who answers: a talker turns what the user typed or said into sound, piece by piece.
+
+A talker is any object with `conversation()`, which gives a viewer's own `turn(heard)`: an iterator of float samples [n] in [-1, 1]
+at 16 kHz, given out as they are made; heard is a typed sentence or the user's sound [S] at 16 kHz.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distill.live import voice
+from teachers.errors import UserError
+from teachers.senses import SAMPLE_RATE
+from teachers.streams import Resampler
+
+PIECE = SAMPLE_RATE // 10
+BUILT_IN = ("auto", "espeak", "formant", "echo")
+OMNI = {
+    "qwen2_5_omni": ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniProcessor"),
+    "qwen3_omni_moe": ("Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeProcessor"),
+}
+
+
+class Conversation(Protocol):
+    """One viewer's talker; turns come one after the other."""
+
+    def turn(self, heard: str | Tensor) -> Iterator[Tensor]: ...
+
+
+class Talker(Protocol):
+    """What `distill serve --talker` names."""
+
+    name: str
+
+    def conversation(self) -> Conversation: ...
+
+
+def load_talker(name: str, device: str = "cpu") -> Talker:
+    """`auto` (espeak-ng where it is installed, else formant), `espeak`, `formant`, `echo`, or a folder with a transformers audio
+    language model or text-to-speech model. UserError for anything else."""
+    if name == "auto":
+        name = "espeak" if voice.has_espeak() else "formant"
+    if name == "espeak" and not voice.has_espeak():
+        raise UserError("talker espeak: espeak-ng is not installed; apt-get install espeak-ng, or use --talker formant")
+    if name in ("espeak", "formant"):
+        return Voice(name)
+    if name == "echo":
+        return Echo()
+    folder = Path(name)
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"no talker: {name} is none of {', '.join(BUILT_IN)} and no folder with a config.json; download the model there"
+        ) from error
+    if kind in OMNI:
+        return Omni.load(folder, kind, device)
+    if kind == "vits":
+        return TextToSpeech.load(folder, device)
+    raise UserError(f"talker of model_type {kind!r}: {folder}; known are {', '.join([*OMNI, 'vits'])}")
+
+
+@dataclass
+class Voice:
+    """A typed sentence is spoken, spoken sound is said again: the avatar is a puppet. `name`: espeak or formant."""
+
+    name: str
+
+    def conversation(self) -> "Voice":
+        return self
+
+    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(heard, Tensor):
+            yield from heard.split(PIECE)
+        else:
+            yield from (voice.espeak_voice if self.name == "espeak" else voice.formant_voice)(heard)
+
+
+@dataclass
+class Echo:
+    """For tests: a sound comes back as it is, a sentence as a beep of 200 ms a word with 200 ms of silence after it."""
+
+    name: str = "echo"
+
+    def conversation(self) -> "Echo":
+        return self
+
+    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(heard, Tensor):
+            yield from heard.split(PIECE)
+            return
+        beep = 0.4 * torch.sin(torch.arange(SAMPLE_RATE // 5) * (2 * math.pi * 400 / SAMPLE_RATE))
+        for _ in heard.split():
+            yield beep
+            yield torch.zeros_like(beep)
+
+
+@dataclass
+class TextToSpeech:
+    """A local VITS model: each clause is spoken as it is ready. Sound is said again, as `Voice` does."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> "TextToSpeech":
+        from transformers import VitsModel, VitsTokenizer
+
+        model, tokenizer = _read(folder, VitsModel, VitsTokenizer)
+        return cls(folder.name, model.to(device), tokenizer)
+
+    def conversation(self) -> "TextToSpeech":
+        return self
+
+    @torch.inference_mode()
+    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(heard, Tensor):
+            yield from heard.split(PIECE)
+            return
+        for clause in heard.replace("!", ".").replace("?", ".").split("."):
+            if clause.strip():
+                inputs = self.tokenizer(clause, return_tensors="pt").to(self.model.device)
+                if inputs["input_ids"].shape[1]:
+                    yield from _at_16k(self.model(**inputs).waveform[0], self.model.config.sampling_rate)
+
+
+@dataclass
+class Omni:
+    """A local Qwen-Omni model: thinker writes the answer, talker speaks it. transformers gives the sound of a whole answer at once,
+    so its latency is that of the answer; a streaming vocoder would come in as another `turn`."""
+
+    name: str
+    model: Any
+    processor: Any
+    options: dict[str, Any] = field(
+        default_factory=lambda: {"thinker_max_new_tokens": 128, "talker_max_new_tokens": 1024}
+    )
+
+    @classmethod
+    def load(cls, folder: Path, kind: str, device: str) -> "Omni":
+        import transformers
+
+        model_class, processor_class = (getattr(transformers, name) for name in OMNI[kind])
+        model, processor = _read(folder, model_class, processor_class)
+        return cls(folder.name, model.to(device), processor)
+
+    def conversation(self) -> "OmniConversation":
+        return OmniConversation(self)
+
+
+@dataclass
+class OmniConversation:
+    """The turns so far, which every answer is made from; sounds are kept for the last `remembered` turns."""
+
+    talker: Omni
+    remembered: int = 8
+    history: list[dict] = field(default_factory=list)
+
+    @torch.inference_mode()
+    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
+        talker = self.talker
+        part = {"type": "text", "text": heard} if isinstance(heard, str) else {"type": "audio", "audio": heard.numpy()}
+        said = [*self.history, {"role": "user", "content": [part]}]
+        prompt = talker.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        sounds = [p["audio"] for message in said for p in message["content"] if p["type"] == "audio"]
+        inputs = talker.processor(text=prompt, audio=sounds or None, return_tensors="pt", padding=True)
+        inputs = inputs.to(talker.model.device)
+        answer, sound = talker.model.generate(**inputs, generation_mode="audio", **talker.options)
+        new = answer[:, inputs["input_ids"].shape[1] :]
+        text = talker.processor.batch_decode(new, skip_special_tokens=True)[0]
+        answered = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        self.history = [*said, answered][-2 * self.remembered :]
+        yield from _at_16k(sound.flatten(), 24_000)
+
+
+def _at_16k(samples: Tensor, rate: int) -> Iterator[Tensor]:
+    samples = samples.detach().float().cpu().clamp(-1, 1)
+    if rate != SAMPLE_RATE:
+        samples = Resampler(rate, SAMPLE_RATE).push(samples, end=True).clamp(-1, 1)
+    yield from samples.split(PIECE)
+
+
+def _read(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
+    """Both from a local folder; safetensors alone, nothing unpickled, nothing downloaded."""
+    try:
+        return (
+            model.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(),
+            processor.from_pretrained(folder, local_files_only=True),
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"talker cannot be read ({told}): {folder}; download the whole model again") from error

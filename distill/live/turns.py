@@ -1,0 +1,138 @@
+"""Who speaks: the end of the user's spoken turn, the avatar's turn as its sound comes, and where the viewer is."""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from teachers.senses import SAMPLE_RATE
+
+MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then waits too
+
+
+@dataclass
+class Playhead:
+    """Where the viewer is, from what it told last: frames seen `frame`, at the time `at`; runs on by itself."""
+
+    fps: Fraction
+    frame: int = 0
+    at: float | None = None
+
+    def tell(self, frame: int, now: float) -> None:
+        self.frame, self.at = frame, now
+
+    def place(self, now: float, drawn: int) -> float:
+        """Frames seen by now, no more than were drawn."""
+        if self.at is None:
+            return 0.0
+        return min(self.frame + (now - self.at) * float(self.fps), float(drawn))
+
+    def dry(self, now: float, drawn: int) -> float:
+        """The time at which the last drawn frame has been shown; now, before the viewer began."""
+        return now if self.at is None else self.at + (drawn - self.frame) / float(self.fps)
+
+
+class Turn:
+    """The avatar's turn: a talker's pieces on their way to the session. `cancel` makes the talker stop at its next piece."""
+
+    def __init__(self, number: int, ended: float):
+        self.number, self.ended = number, ended  # ended: when the user's turn did
+        self.pieces: deque[Tensor] = deque()
+        self.held = 0
+        self.first_piece: float | None = None
+        self.finished = self.begun = self.shown = False
+        self.failed = ""
+        self.first_frame = 0
+        self.end: int | None = None  # past its last frame, once that is known
+        self.cancelled = threading.Event()
+        self.parts: dict[str, float] = {}
+
+    def fill(self, pieces: Callable[[], Iterator[Tensor]], woken: Callable[[], None], clock=time.monotonic) -> None:
+        """Run the talker (in a thread of its own) until it is done or cancelled."""
+        try:
+            for piece in pieces():
+                while self.held > MAX_HELD and not self.cancelled.is_set():
+                    time.sleep(0.05)
+                if self.cancelled.is_set():
+                    break
+                self.put(piece, clock())
+                woken()
+        except Exception as error:  # a talker is a plug-in: whatever it raises ends its turn alone
+            self.failed = f"{type(error).__name__}: {error}"
+        self.finished = True
+        woken()
+
+    def put(self, piece: Tensor, now: float) -> None:
+        """Append samples [n]."""
+        if len(piece):
+            self.first_piece = now if self.first_piece is None else self.first_piece
+            self.pieces.append(piece)
+            self.held += len(piece)
+
+    def take(self) -> Tensor:
+        """The oldest piece."""
+        piece = self.pieces.popleft()
+        self.held -= len(piece)
+        return piece
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    @property
+    def over(self) -> bool:
+        """Nothing more will come."""
+        return self.finished and not self.pieces
+
+
+@dataclass
+class Endpointer:
+    """Begin and end of a spoken turn by energy: it begins when 100 ms are 12 dB above the noise floor and above -50 dBFS, and ends
+    after 500 ms below that. `hear` gives "begin", then the turn's samples with 200 ms before them."""
+
+    window: int = SAMPLE_RATE // 50
+    begin_windows: int = 5
+    end_windows: int = 25
+    above: float = 10 ** (12 / 20)
+    least: float = 10 ** (-50 / 20)
+    longest: int = 30 * SAMPLE_RATE
+    floor: float = 1e-4
+    speaking: bool = False
+    _loud: int = 0
+    _quiet: int = 0
+    _rest: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _kept: deque = field(default_factory=deque)
+
+    def hear(self, samples: Tensor) -> list[str | Tensor]:
+        """Microphone samples [n] -> what happened, in order."""
+        samples = torch.cat([self._rest, samples])
+        whole = len(samples) // self.window * self.window
+        self._rest, found = samples[whole:], []
+        for window in samples[:whole].split(self.window) if whole else ():
+            found += self._window(window)
+        return found
+
+    def _window(self, window: Tensor) -> list[str | Tensor]:
+        level = math.sqrt(float(window.square().mean()))
+        loud = level > max(self.least, self.floor * self.above)
+        self._kept.append(window)
+        self._loud, self._quiet = (self._loud + 1, 0) if loud else (0, self._quiet + 1)
+        if not self.speaking:
+            self.floor += (level - self.floor) * (0.05 if level > self.floor else 0.3)
+            while len(self._kept) > self.begin_windows + 10:
+                self._kept.popleft()
+            if self._loud < self.begin_windows:
+                return []
+            self.speaking = True
+            return ["begin"]
+        if self._quiet < self.end_windows and len(self._kept) * self.window < self.longest:
+            return []
+        said = torch.cat(list(self._kept))
+        self._kept.clear()
+        self.speaking, self._loud = False, 0
+        return [said[: len(said) - (self._quiet - 5) * self.window] if self._quiet > 5 else said]

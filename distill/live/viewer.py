@@ -1,0 +1,238 @@
+"""One viewer's stream: a session, the avatar's turn, the viewer's playhead. No clock, no threads, no network: `now` is given."""
+
+import math
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.live import protocol
+from distill.live.turns import Endpointer, Playhead, Turn
+from eval.latency import percentile
+from students.checkpoint import Bundle
+from students.session import Chunk, Session
+from teachers.errors import UserError
+
+SLACK = 0.12  # seconds before the picture would stand still at which missing speech is no longer waited for
+KEPT = 200  # chunk times of the panel
+
+
+class Viewer:
+    """`emit` takes what goes to the page: a dict (JSON) or bytes (a chunk). `start` runs a turn's talker somewhere else, given the
+    turn and what was heard. `margin` gives the seconds that a new chunk needs to reach the viewer."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        lead: int,
+        emit: Callable[[dict | bytes], None],
+        start: Callable[[Turn, str | Tensor], None],
+        margin: Callable[[], float] = lambda: 0.06,
+    ):
+        self.bundle, self.spec, self.lead = bundle, bundle.spec, lead
+        self.emit, self.start, self.margin = emit, start, margin
+        self.session: Session | None = None
+        self.turn: Turn | None = None
+        self.playhead = Playhead(self.spec.fps)
+        self.endpointer = Endpointer()
+        self.epoch = self.turns = self.chunks = self.stalls = 0
+        self.opened = self.ttff = 0.0
+        self.waited = False  # for the viewer's playhead, since the last chunk
+        self.seconds: deque[float] = deque(maxlen=KEPT)
+        self.answered: dict[int, float] = {}  # seconds from the turn's end to the handing over of its first chunk
+
+    # ---- what the viewer does
+
+    def open(self, reference: Tensor, text: str, seed: int, now: float) -> None:
+        """Begin the stream; an earlier one of this viewer ends."""
+        self._drop_turn()
+        session = self._noting(
+            lambda: Session(self.bundle, reference, text, seed, lead=self.lead, idle="live", drop=("pose",))
+        )
+        self.session, self.playhead = session, Playhead(self.spec.fps)
+        self.endpointer, self.waited = Endpointer(), False
+        self.epoch += 1
+        self.opened, self.ttff, self.chunks = now, 0.0, 0
+        self.emit({"type": "opened", "epoch": self.epoch, "text": text})
+
+    def say(self, heard: str | Tensor, now: float) -> int:
+        """The user's turn has ended with a sentence or a sound: the number of the avatar's turn that begins. What the avatar was
+        saying is broken off."""
+        self._open()
+        if self.turn is not None:
+            self.interrupt(now)
+        self.turns += 1
+        self.turn = Turn(self.turns, now)
+        self.emit({"type": "thinking", "turn": self.turns})
+        self.start(self.turn, heard)
+        return self.turns
+
+    def hear(self, samples: Tensor, now: float) -> None:
+        """Microphone samples: a voice interrupts the avatar, its end is the end of a turn."""
+        for found in self.endpointer.hear(samples):
+            if isinstance(found, Tensor):
+                self.say(found, now)
+            elif self.turn is not None:
+                self.interrupt(now)
+
+    def microphone(self, on: bool, now: float) -> None:
+        """The microphone was switched: a turn that was being spoken ends here."""
+        if not on and self.endpointer.speaking:
+            self.hear(torch.zeros(self.endpointer.window * (self.endpointer.end_windows + 1)), now)
+        self.endpointer = Endpointer()
+
+    def interrupt(self, now: float) -> None:
+        """Be quiet from the first frame on that can still reach the viewer."""
+        self._drop_turn()
+        self._rewind(now, keep_input=False)
+
+    def set_text(self, text: str, now: float) -> None:
+        """Another text condition, felt from the next chunk on that can still reach the viewer."""
+        session = self._open()
+        how = "recache" if self.spec.history.commit == "clean" else "keep"
+        self._rewind(now, keep_input=True)
+        self._noting(lambda: session.set(text, how=how))
+        self.emit({"type": "text", "text": text})
+
+    def played(self, frame: int, epoch: int, now: float) -> None:
+        """The page has shown all frames before `frame`."""
+        if self.session is not None and epoch == self.epoch:
+            self.session.played(frame)
+            self.playhead.tell(frame, now)
+            self.waited = False
+            if self.turn is not None and self.turn.end is not None and frame >= self.turn.end:
+                self.turn = None
+
+    def close(self) -> None:
+        """Free everything."""
+        self._drop_turn()
+        self.session = None
+
+    # ---- what the engine asks
+
+    def due(self, now: float) -> float | None:
+        """When the next chunk must be there, None while none can or need be drawn."""
+        session, turn = self.session, self.turn
+        if session is None or self.waited:
+            return None
+        if turn is not None and not turn.begun and self._ready(turn):
+            return -math.inf  # an answer is waiting: first of all
+        dry = self.playhead.dry(now, session.point.frame)
+        if turn is not None and turn.begun and not turn.over and self._missing(turn) > 0 and dry - now > SLACK:
+            return None
+        return dry
+
+    def step(self, now: float, clock: Callable[[], float]) -> Chunk | None:
+        """Draw and hand over the next chunk, if the viewer is near enough."""
+        session, turn = self._open(), self.turn
+        if turn is not None and not turn.begun and self._ready(turn):
+            self._begin(turn, now)
+        if turn is not None and turn.begun:
+            while turn.pieces and self._missing(None) > 0:
+                session.push(audio=turn.take())
+        dry = self.playhead.dry(now, session.point.frame)
+        began = clock()
+        chunk = session.step()
+        if not isinstance(chunk, Chunk):
+            self.waited = True
+            return None
+        ended = clock()
+        self.emit(protocol.pack_chunk(chunk, self.epoch))
+        self.seconds.append(ended - began)
+        self.chunks += 1
+        self.stalls += self.playhead.at is not None and ended > dry
+        self.ttff = self.ttff or ended - self.opened
+        if turn is not None and turn.begun:
+            self._tell(turn, chunk, now, ended)
+        return chunk
+
+    def settle(self) -> None:
+        """Commit the last chunk, while nobody waits."""
+        if self.session is not None:
+            self.session.settle()
+
+    def panel(self, now: float) -> dict[str, Any]:
+        """Numbers for the page."""
+        drawn = self.session.point.frame if self.session is not None else 0
+        mean = sum(self.seconds) / len(self.seconds) if self.seconds else 0.0
+        length = self.spec.codec.stride * self.spec.chunk_frames / float(self.spec.fps)
+        return {
+            "type": "stats",
+            "ttff_ms": 1000 * self.ttff,
+            "p50_ms": 1000 * percentile(self.seconds, 50) if self.seconds else 0.0,
+            "p95_ms": 1000 * percentile(self.seconds, 95) if self.seconds else 0.0,
+            "rtf": mean / length,
+            "lead_ms": 1000 * (drawn - self.playhead.place(now, drawn)) / float(self.spec.fps),
+            "stalls": self.stalls,
+        }
+
+    # ---- inside
+
+    def _open(self) -> Session:
+        if self.session is None:
+            raise UserError("no stream yet: send open first")
+        return self.session
+
+    def _noting(self, call: Callable[[], Any]) -> Any:
+        """`call()`; what it warns of (a text that is cut) is told to the page."""
+        with warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always", UserWarning)
+            result = call()
+        for note in noted:
+            self.emit({"type": "note", "message": str(note.message)})
+        return result
+
+    def _drop_turn(self) -> None:
+        if self.turn is not None:
+            self.turn.cancel()
+            self.turn = None
+
+    def _rewind(self, now: float, keep_input: bool) -> int:
+        """Take back what cannot have been seen when the next chunk arrives."""
+        session, drawn = self._open(), self._open().point.frame
+        place = self.playhead.place(now, drawn) + self.margin() * float(self.spec.fps)
+        frame = session.interrupt(min(max(math.ceil(place), session.viewed), drawn), keep_input=keep_input)
+        if frame < drawn:
+            self.epoch += 1
+            self.emit({"type": "rewind", "frame": frame, "epoch": self.epoch, "speech": keep_input})
+        self.waited = False
+        return frame
+
+    def _missing(self, turn: Turn | None) -> int:
+        """Samples that the next chunk lacks, those that a turn holds not counted."""
+        session = self._open()
+        stop = self.spec.pixel_frames(session.point.chunk + self.spec.schedule.ahead)[1]
+        have = session.audio.end + (turn.held if turn is not None else 0)
+        return stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - have
+
+    def _ready(self, turn: Turn) -> bool:
+        """Enough of the answer is there for a chunk, and for those in flight behind it."""
+        chunks = 1 + self.spec.schedule.ahead
+        length = chunks * self.spec.codec.stride * self.spec.chunk_frames * self.spec.samples_per_frame
+        return turn.finished or turn.held >= length + self.bundle.ears.lookahead
+
+    def _begin(self, turn: Turn, now: float) -> None:
+        """The answer takes the place of the idle frames that were not seen."""
+        turn.begun = True
+        turn.parts["talker"] = (turn.first_piece or now) - turn.ended
+        turn.parts["queue"] = now - (turn.first_piece or now)
+        if turn.held:
+            turn.first_frame = self._rewind(now, keep_input=False)
+            self.emit({"type": "turn", "turn": turn.number, "frame": turn.first_frame})
+
+    def _tell(self, turn: Turn, chunk: Chunk, now: float, ended: float) -> None:
+        if not turn.shown and chunk.first_frame >= turn.first_frame and turn.first_piece is not None:
+            turn.shown = True
+            turn.parts |= {name: chunk.seconds[name] for name in ("wait", "encode", "denoise", "decode")}
+            turn.parts["rest"] = ended - now - sum(chunk.seconds.values())
+            self.answered[turn.number] = ended - turn.ended
+            ms = {name: 1000 * seconds for name, seconds in turn.parts.items()}
+            self.emit({"type": "answer", "turn": turn.number, "frame": chunk.first_frame, "parts_ms": ms})
+        if turn.over and turn.end is None:
+            if turn.failed:
+                self.emit({"type": "error", "message": f"the talker failed ({turn.failed[:200]})"})
+            turn.end = -(-self._open().audio.end // self.spec.samples_per_frame)
+            self.emit({"type": "done", "turn": turn.number, "frame": turn.end})
