@@ -74,6 +74,10 @@ class RunFolder:
             check_same(file, to_plain(recipe))
         elif ranks.is_main and _is_taken(run.path):
             raise UserError(f"not a run folder: {run.path} holds something else; choose another run_dir=")
+        if ranks.is_main and file.is_file():
+            for left in run.path.rglob(".*.tmp"):  # of a killed start
+                if left.is_file():
+                    left.unlink()
         ranks.barrier()
         if ranks.is_main and not file.is_file():
             make_folder(run.path)
@@ -305,19 +309,21 @@ def make_folder(path: Path) -> None:
 
 
 def check_same(file: Path, now: dict[str, Any]) -> None:
-    """UserError that names the first key in which the recipe.yaml of a run folder differs; what is absent is null."""
+    """UserError that names the keys in which the recipe.yaml of a run folder differs; what is absent is null."""
     try:
         before = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"damaged recipe: {file}; choose another run_dir= or delete the folder") from error
     old, new = flatten(before), flatten(now)
-    for key in (*new, *(key for key in old if key not in new)):
-        free = key.partition(".")[0] in NOT_THE_SAME_RUN and key not in THE_SAME_RUN
-        if not free and old.get(key) != new.get(key):
-            raise UserError(
-                f"another recipe's run folder: {file.parent} has {key}={old.get(key, 'nothing')}, "
-                f"now {key}={new.get(key, 'nothing')}; choose another run_dir= or delete the folder"
-            )
+    changed = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
+    changed = [key for key in changed if key.partition(".")[0] not in NOT_THE_SAME_RUN or key in THE_SAME_RUN]
+    if changed:
+        key, *others = changed
+        more = f" ({', '.join(others[:8])}{', ..' if len(others) > 8 else ''} changed too)" if others else ""
+        raise UserError(
+            f"another recipe's run folder: {file.parent} has {key}={old.get(key, 'nothing')}, "
+            f"now {key}={new.get(key, 'nothing')}{more}; choose another run_dir= or delete the folder"
+        )
 
 
 def _is_taken(path: Path) -> bool:

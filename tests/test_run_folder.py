@@ -123,11 +123,25 @@ def test_reuse_takes_a_finished_stage_of_another_run(toy, tmp_path):
         RunFolder.open(replace(toy, run_dir=str(tmp_path / "third"), reuse=str(tmp_path / "nowhere")))
 
 
-def test_another_recipe_s_folder_is_refused_with_the_first_difference(toy):
+def test_another_recipe_s_folder_is_refused_with_every_difference(toy):
     RunFolder.open(toy)
     RunFolder.open(replace(toy, threads=4))
     with pytest.raises(UserError, match=r"has net\.width=8, now net\.width=9; choose another run_dir="):
         RunFolder.open(replace(toy, net=Inner(width=9)))
+    with pytest.raises(
+        UserError, match=r"now seed=5 \(net\.width changed too\); choose|now net\.width=9 \(seed changed too\); choose"
+    ):
+        RunFolder.open(replace(toy, net=Inner(width=9), seed=5))
+
+
+def test_what_a_killed_start_left_half_written_is_gone(toy):
+    folder = RunFolder.open(toy).path
+    (folder / "stages" / "data").mkdir(parents=True)
+    left = folder / "stages" / "data" / ".fingerprint.json.99.tmp"
+    left.write_text("{")
+    RunFolder.open(toy)
+    assert not left.exists()
+    assert (folder / "recipe.yaml").is_file()
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
