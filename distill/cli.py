@@ -12,8 +12,10 @@ from teachers.errors import UserError
 USER_ERROR, INTERRUPTED = 2, 130
 MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
     "sample": ("distill.sample", "a talking video from a portrait, a sound file and a text"),
+    "serve": ("distill.serve", "a live page in the browser: the student listens, talks and idles"),
     "bench": ("distill.bench", "first frame, chunk times, real-time factor and roofline of a student"),
     "drift": ("distill.drift", "long streams of a run's student, scored minute by minute"),
+    "eval": ("distill.eval_command", "scores of generated clips against real ones under a protocol card; compare, benchmark"),
     "plan": ("distill.plan", "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read"),
     "data": ("distill.data.command", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.convert", "checkpoints between the published layouts and ours"),
@@ -25,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:  # some launchers add their rank
         words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+        if many := [word for word in words if word in ("-m", "--multirun")]:  # argparse wants options before positionals
+            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
     try:
         arguments = _parser(words).parse_args(words)
         return arguments.command(arguments) or 0
@@ -53,6 +57,7 @@ def _parser(words: Sequence[str]) -> Parser:
     run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, dmd, export, evaluate")
     run.add_argument("recipe", type=Path, metavar="RECIPE")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
+    run.add_argument("-m", "--multirun", action="store_true", help="a sweep: a=1,2 b=x,y or sweep=NAME [sweep_dir=DIR]")
     run.set_defaults(command=_run)
 
     for name, (module, summary) in MODULES.items():
@@ -63,11 +68,16 @@ def _parser(words: Sequence[str]) -> Parser:
             command.set_defaults(command=implementation.run)
 
     doctor = commands.add_parser("doctor", help="what is installed, what is missing and where it goes")
+    doctor.add_argument("--golden", action="store_true", help="do the metrics' weights give what their authors print?")
     doctor.set_defaults(command=_doctor)
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.multirun:
+        from distill import sweep
+
+        return sweep.run(arguments.recipe, arguments.overrides)
     from distill.recipe import load_recipe
     from distill.stages import run
 
@@ -76,7 +86,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    del arguments
     from distill.doctor import report
 
-    return report()
+    return report(arguments.golden)

@@ -20,13 +20,18 @@ GIB = 2**30
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 4.0
 
 
-def report() -> int:
-    """Print one line a check; 0 when the embedded pipeline can run here, 1 when something it needs is missing."""
+def report(golden: bool = False) -> int:
+    """Print one line a check; 0 when the embedded pipeline can run here, 1 when something it needs is missing.
+
+    With `golden`, also whether the published metric weights give their authors' numbers; 1 when one is missing or off.
+    """
     complete = True
     for mark, line in (*_software(), *_machine(), *_codecs(), *_weights(), *_teacher_parts()):
         print(f"{mark:<8} {line}")
         complete = complete and mark != "MISSING"
-    print("ready" if complete else "not ready: mend the lines marked MISSING")
+    if golden:
+        complete = _golden() and complete
+    print("ready" if complete else "not ready: mend the lines marked MISSING or FAILED")
     return 0 if complete else 1
 
 
@@ -82,6 +87,18 @@ def _weights() -> Iterator[tuple[str, str]]:
         except UserError as error:
             line = "optional", str(error)
         yield line
+
+
+def _golden() -> bool:
+    """Print one line a golden number; whether all passed."""
+    from eval.golden import run
+
+    results = run()
+    for result in results:
+        mark = "MISSING" if result.passed is None else "ok" if result.passed else "FAILED"
+        told = result.found if result.passed is None else f"expected {result.expected}, found {result.found}"
+        print(f"{mark:<8} golden {result.name}: {told}")
+    return all(result.passed for result in results)
 
 
 def _teacher_parts() -> Iterator[tuple[str, str]]:

@@ -117,4 +117,6 @@ def _data_config(folder: Path):
         values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"no run: {folder} has no recipe.yaml; give the folder of a finished run") from error
+    if values["data"].get("name", "avatars") != "avatars":
+        raise UserError(f"drift is measured on the procedural world: {folder} was trained on other clips; give another run")
     return convert(DataConfig, values["data"], "data", lambda _: str(folder / "recipe.yaml"))

@@ -66,6 +66,14 @@ REGISTRY = {
         source="model.safetensors of huggingface.co/facebook/dinov2-base",
         licence="Apache-2.0",
     ),
+    "alexnet": Weights(
+        metric="LPIPS",
+        file="alexnet-owt-7be5be79.pth",
+        sha256="7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+        num_bytes=244_408_911,
+        source="https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        licence="BSD-3-Clause (torchvision)",
+    ),
     "syncnet_example": Weights(
         metric="the golden example of SyncNet",
         file="example.avi",

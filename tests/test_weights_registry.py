@@ -36,7 +36,7 @@ def put(monkeypatch, folder: Path, name: str, content: bytes = b"some weights", 
 
 
 def test_every_entry_is_complete_and_no_two_are_alike():
-    assert {*NETWORKS, "syncnet_example"} == set(REGISTRY)
+    assert {*NETWORKS, "alexnet", "syncnet_example"} == set(REGISTRY)
     for entry in REGISTRY.values():
         assert re.fullmatch("[0-9a-f]{64}", entry.sha256)
         assert all((entry.metric, entry.source, entry.licence))
