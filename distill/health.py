@@ -106,7 +106,8 @@ def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
         "noise": (conditions, 1),
     }
     if conditions.audio.numel():
-        out["audio"] = (replace(conditions, audio=conditions.audio.roll(1, 0)), 0)
+        heard = {"audio": conditions.audio, "clip_audio": conditions.clip_audio}
+        out["audio"] = (replace(conditions, **{k: v.roll(1, 0) for k, v in heard.items() if v is not None}), 0)
     return out
 
 

@@ -83,4 +83,5 @@ def of_length(conditions: Conditions, num_frames: int) -> Conditions:
         return torch.cat(parts, dim=1)[:, :num_frames]
 
     pose = None if conditions.pose is None else continued(conditions.pose)
-    return replace(conditions, audio=continued(conditions.audio), pose=pose)
+    clip_audio = None if conditions.clip_audio is None else continued(conditions.clip_audio)
+    return replace(conditions, audio=continued(conditions.audio), pose=pose, clip_audio=clip_audio)

@@ -14,7 +14,8 @@ class Conditions:
     text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame;
     reference [B, C, 1, H, W], the latent of the reference image, frame 0 of the clip (None: plain text-to-video, no frame is
     known); pose [B, F, stride, P] where the network takes one. A dropped modality is all zeros; but where `negative` [B, L, D]
-    is given it takes the text's place (Wan's negative prompt).
+    is given it takes the text's place (Wan's negative prompt). `clip_audio`, as audio, is what bidirectional networks hear in its
+    place where their ears need the whole clip.
     """
 
     text: Tensor
@@ -22,6 +23,7 @@ class Conditions:
     reference: Tensor | None = None
     pose: Tensor | None = None
     negative: Tensor | None = None
+    clip_audio: Tensor | None = None
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -35,6 +37,8 @@ class Conditions:
     def drop(self, *names: str) -> "Conditions":
         """The same conditions without these modalities (the unconditional branch of guidance)."""
         empty = {name: torch.zeros_like(getattr(self, name)) for name in names}
+        if "audio" in empty and self.clip_audio is not None:
+            empty["clip_audio"] = torch.zeros_like(self.clip_audio)
         if "text" in empty and self.negative is not None:
             empty["text"] = self.negative
         return replace(self, **empty)
@@ -42,6 +46,8 @@ class Conditions:
     def drop_rows(self, **rows: Tensor) -> "Conditions":
         """Drop a modality for the batch rows where the given bool mask [B] is set."""
         out = {}
+        if "audio" in rows and self.clip_audio is not None:
+            rows = {**rows, "clip_audio": rows["audio"]}
         for name, mask in rows.items():
             value = getattr(self, name)
             out[name] = value * (~mask).view(-1, *[1] * (value.ndim - 1)).to(value)
@@ -50,7 +56,8 @@ class Conditions:
     def frames(self, start: int, stop: int) -> "Conditions":
         """The conditions of latent frames start..stop-1."""
         pose = None if self.pose is None else self.pose[:, start:stop]
-        return replace(self, audio=self.audio[:, start:stop], pose=pose)
+        clip_audio = None if self.clip_audio is None else self.clip_audio[:, start:stop]
+        return replace(self, audio=self.audio[:, start:stop], pose=pose, clip_audio=clip_audio)
 
     def index(self, rows) -> "Conditions":
         """Select batch rows."""

@@ -59,7 +59,8 @@ class CodecKind(Geometry, Protocol):
 
 
 class Ears(Module, Protocol):
-    """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it."""
+    """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it; `of_clip` for
+    bidirectional networks, where they hear something else."""
 
     dim: int
     lookback: int
@@ -67,6 +68,7 @@ class Ears(Module, Protocol):
 
     def __call__(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor: ...
     def rows(self, window: Tensor, first: int, last: int) -> Tensor: ...
+    def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None: ...
 
 
 class EarsKind(Protocol):

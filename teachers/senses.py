@@ -58,6 +58,9 @@ class NoEars(nn.Module):
     def rows(self, window: Tensor, first: int, last: int) -> Tensor:
         return window.new_zeros(*window.shape[:-1], last - first, 0)
 
+    def of_clip(self, audio: Tensor, num_frames: int) -> None:
+        """A whole clip has the same rows."""
+
 
 class LogMel(nn.Module):
     """Bounded-window audio features, the same whole-clip or streaming.
@@ -84,6 +87,9 @@ class LogMel(nn.Module):
         )
         self.register_buffer("bank", torch.tensor(bank, dtype=torch.float32), persistent=False)
         self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
+
+    def of_clip(self, audio: Tensor, num_frames: int) -> None:
+        """A whole clip has the same rows."""
 
     def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A]; samples outside the clip are silence."""

@@ -384,7 +384,8 @@ class AvatarTeacher(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, inputs = with_reference(x, conditions)
-        out, _ = self.net(inputs, sigma, conditions.text, conditions.audio, pose=conditions.pose, remember=False)
+        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
+        out, _ = self.net(inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False)
         return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

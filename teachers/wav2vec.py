@@ -29,6 +29,9 @@ class Wav2VecConfig:
     with at least `lookback_frames` before it and `lookahead_frames` after it. With grid_start = 1 - stride, a cell of stride frames
     is one latent frame and a cell of stride * chunk_frames is one chunk; larger cells are fewer windows a second. The default
     look-back is what wav2vec2's positional convolution reaches.
+
+    With `whole_clip` bidirectional networks (teacher, fake score) hear the published rows of the whole clip, after
+    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk; the causal student hears the windows.
     """
 
     path: Path | None = None
@@ -37,6 +40,8 @@ class Wav2VecConfig:
     lookahead_frames: int = 4
     grid_frames: int = 4
     grid_start: int = -3
+    whole_clip: bool = True
+    prefix_frames: int = 0
 
     def __post_init__(self):
         if self.grid_frames < 1 or self.lookback_frames < 0 or self.lookahead_frames < 0:
@@ -125,6 +130,10 @@ class Wav2Vec(nn.Module):
             nn.functional.interpolate(features, size=num_frames - prefix, mode="linear", align_corners=True)
         )
         return nn.functional.pad(rows, (0, 0, prefix, 0)).reshape(*audio.shape[:-1], num_frames, self.dim)
+
+    def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None:
+        """What bidirectional networks hear of a clip, [.., num_frames, A]; None where that is what a stream has."""
+        return self.whole(audio, num_frames, self.config.prefix_frames) if self.config.whole_clip else None
 
     def silence(self, num_frames: int) -> Tensor:
         """Rows [num_frames, A] of a silent wave, as OmniAvatar's training drops audio. Not zeros: those are in its guidance."""

@@ -1,5 +1,7 @@
 """Conditions and guidance: what is dropped is gone, scales are effective ones, and no pass is spent for nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import randn, some_conditions
@@ -26,6 +28,17 @@ def test_rows_are_dropped_one_by_one():
     assert torch.equal(dropped.text[1:], given.text[1:])
 
 
+def test_what_bidirectional_networks_hear_goes_with_the_audio():
+    given = some_conditions(batch=3)
+    given = replace(given, clip_audio=given.audio + 1)
+    assert not given.drop("audio").clip_audio.any()
+    assert torch.equal(given.drop("text").clip_audio, given.clip_audio)
+    dropped = given.drop_rows(audio=torch.tensor([False, True, False]))
+    assert [bool(row.any()) for row in dropped.clip_audio] == [True, False, True]
+    assert torch.equal(given.frames(2, 4).clip_audio, given.clip_audio[:, 2:4])
+    assert torch.equal(given.index([1]).clip_audio, given.clip_audio[1:2])
+
+
 def test_frames_and_rows_are_selected():
     given = some_conditions(batch=3, frames=8)
     part = given.frames(2, 4)
@@ -39,9 +52,9 @@ def test_frames_and_rows_are_selected():
 
 def test_audio_rows_are_packed_on_the_latent_clock():
     """Latent i covers pixel frames stride i - (stride - 1) .. stride i; the first row is repeated in front."""
-    rows = torch.arange(7.0).view(1, 7, 1)
-    assert pack_rows(rows, 2)[0, :, :, 0].tolist() == [[0, 0], [1, 2], [3, 4], [5, 6]]
-    assert pack_rows(rows[:, :5], 4)[0, :, :, 0].tolist() == [[0, 0, 0, 0], [1, 2, 3, 4]]
+    rows = torch.arange(1.0, 8.0).view(1, 7, 1)
+    assert pack_rows(rows, 2)[0, :, :, 0].tolist() == [[1, 1], [2, 3], [4, 5], [6, 7]]
+    assert pack_rows(rows[:, :5], 4)[0, :, :, 0].tolist() == [[1, 1, 1, 1], [2, 3, 4, 5]]
     with pytest.raises(ValueError, match=r"got T=6, need T = 1 \+ 2 \(F - 1\)"):
         pack_rows(rows[:, :6], 2)
 

@@ -11,6 +11,7 @@ from tiny import (
     NETWORK,
     STRIDE,
     TEXT,
+    a_student,
     a_teacher,
     make_net,
     randn,
@@ -157,3 +158,13 @@ def test_audio_enters_where_the_published_rule_says():
 def test_positions_past_the_table_are_refused():
     with pytest.raises(ValueError, match="1030 latent frames attend at once, the table has 1024"):
         make_net().turns(1020, 10, 2, 2)
+
+
+def test_a_bidirectional_network_hears_the_whole_clip_and_a_causal_one_does_not():
+    teacher, student, given = a_teacher(), a_student(), some_conditions()
+    other = replace(given, clip_audio=given.audio.roll(1, 0))
+    x, sigma = some_latents(), torch.tensor([0.7, 0.4])
+    assert torch.equal(teacher(x, sigma, other), teacher(x, sigma, replace(given, audio=other.clip_audio)))
+    assert not torch.equal(teacher(x, sigma, other), teacher(x, sigma, given))
+    levels = sigma.unsqueeze(1).expand(-1, student.spec.num_chunks)
+    assert torch.equal(student.denoise_clip(x, levels, other), student.denoise_clip(x, levels, given))

@@ -1,7 +1,9 @@
 """wav2vec2: whole clips equal the published path, a stream is the same however it is cut, a folder is read strictly."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import reference_audio as reference
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import randn, randomise, rng, some_sound
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
+from distill.data.avatars import Senses
 from teachers.conditions import pack_rows
 from teachers.errors import UserError
 from teachers.wan import AudioPack
@@ -380,3 +383,22 @@ def test_damaged_files_and_another_sampling_rate_are_one_line(tmp_path):
     Wav2Vec2FeatureExtractor(sampling_rate=8000).save_pretrained(folder)
     with pytest.raises(UserError, match=r"sampling_rate is 8000, not 16000"):
         Wav2Vec.load(folder, WINDOWS, N)
+
+
+def test_a_clip_for_bidirectional_networks_is_the_published_whole_clip():
+    """Through the data stage's senses: the pool's rows for teacher and fake score are `whole`, with the zero row where asked."""
+    sound = randn(2, 9 * N, seed=3)
+    for config in (WINDOWS, replace(WINDOWS, prefix_frames=1), replace(WINDOWS, whole_clip=False)):
+        ears = an_ear(config)
+        senses = Senses(
+            codec=SimpleNamespace(config=SimpleNamespace(stride=4)), ears=ears, text=lambda t: torch.zeros(len(t), 1, 1)
+        )
+        given = senses.conditions(sound, ["a", "b"], torch.zeros(2, 1, 1, 1, 1), 9)
+        if not config.whole_clip:
+            assert given.clip_audio is None
+            continue
+        expected = pack_rows(ears.whole(sound, 9, config.prefix_frames), 4)
+        assert torch.equal(given.clip_audio, expected)
+        assert given.clip_audio.shape == given.audio.shape
+        assert not torch.equal(given.clip_audio, given.audio)
+        assert bool(given.clip_audio[:, 0].any()) == (config.prefix_frames == 0)

@@ -23,7 +23,7 @@ from teachers.flow import keyed_generator
 from teachers.kinds import Codec, Ears, Text
 from teachers.senses import TextConfig, TextEncoder
 
-CPU = torch.device("cpu")
+CPU, CLIP_AUDIO = torch.device("cpu"), "clip_audio"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,16 @@ class Senses:
     @torch.no_grad()
     def conditions(self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int) -> Conditions:
         """audio [N, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames."""
-        rows = self.ears(audio.to(self.device), 0, num_frames).float().cpu()
-        packed = pack_rows(rows, self.codec.config.stride)
-        given = reference if self.reference else None
-        return Conditions(text=self.read(text), audio=packed, reference=given, negative=self.negatives(len(text)))
+        audio, stride = audio.to(self.device), self.codec.config.stride
+        packed = pack_rows(self.ears(audio, 0, num_frames).float().cpu(), stride)
+        whole = self.ears.of_clip(audio, num_frames)
+        return Conditions(
+            text=self.read(text),
+            audio=packed,
+            reference=reference if self.reference else None,
+            negative=self.negatives(len(text)),
+            clip_audio=None if whole is None else pack_rows(whole.float().cpu(), stride),
+        )
 
     @torch.no_grad()
     def read(self, text: list[str]) -> Tensor:
@@ -93,14 +99,15 @@ class Stored:
 
 @dataclass(frozen=True)
 class Pool:
-    """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D], and features
-    [1, L, D] of the negative prompt where there is one."""
+    """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]; where there are such,
+    features [1, L, D] of the negative prompt and the rows that bidirectional networks hear."""
 
     x0: Tensor | Stored
     audio: Tensor | Stored
     text: Tensor | Stored
     negative: Tensor | None = None
     reference: bool = True
+    clip_audio: Tensor | Stored | None = None
 
     def __len__(self) -> int:
         return self.x0.shape[0]
@@ -109,7 +116,10 @@ class Pool:
         x0 = self.x0[rows].float()
         negative = None if self.negative is None else self.negative.expand(len(rows), -1, -1)
         given = x0[:, :, :1] if self.reference else None
-        conditions = Conditions(text=self.text[rows], audio=self.audio[rows], reference=given, negative=negative)
+        whole = None if self.clip_audio is None else self.clip_audio[rows]
+        conditions = Conditions(
+            text=self.text[rows], audio=self.audio[rows], reference=given, negative=negative, clip_audio=whole
+        )
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
@@ -192,9 +202,14 @@ def write_shards(
         both = []
         for video in (clips.video, clips.video.flip(-1)):
             x0, conditions = senses.of_clips(Clips(video=video, audio=clips.audio, text=clips.text, labels={}))
-            both.append((x0.half(), conditions.audio, conditions.text))
-        x0, audio, text = (torch.cat(part) for part in zip(*both, strict=True))
-        save_tensors(file, {"x0": x0, "audio": audio, "text": text}, {"senses": mark})
+            parts = {
+                "x0": x0.half(),
+                "audio": conditions.audio,
+                "text": conditions.text,
+                CLIP_AUDIO: conditions.clip_audio,
+            }
+            both.append({name: part for name, part in parts.items() if part is not None})
+        save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
     engine.barrier()
     negative = senses.negatives(1)
     if engine.is_main and negative is not None:
@@ -231,7 +246,9 @@ def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
                 f"({mark[:12]}); delete {folder} and run again"
             )
     parts = [load_tensors(file) for file in files]
-    whole = {key: Stored([part[key] for part in parts]) for key in ("x0", "audio", "text")}
+    whole = {
+        key: Stored([part[key] for part in parts]) for key in ("x0", "audio", "text", CLIP_AUDIO) if key in parts[0]
+    }
     file = folder / "negative.safetensors"
     return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
 
