@@ -100,15 +100,15 @@ def test_the_bare_work_is_the_sessions_own(commit, scene):
 
 
 def flops_by_hand(spec, queries: int, keys: int) -> int:
-    """A chunk of `queries` tokens that see `keys` tokens, text and time being read: three steps that read the sound together, and
-    the context pass; a multiply-add is two."""
+    """A chunk of `queries` tokens that see `keys` tokens, text and time being read: three steps and the context pass, which
+    read the sound together; a multiply-add is two."""
     net, (channels, *_), n = spec.network, spec.latent_size, spec.chunk_frames
     width, area = net.num_heads * net.head_dim, net.patch**2
     rows = spec.codec.stride * spec.audio.num_mels * spec.samples_per_frame // spec.audio.hop
     block = queries * width * (6 * width + 2 * net.ffn_dim) + 2 * queries * width * (keys + spec.text.max_tokens)
     heard = n * rows * net.audio_hidden + n * net.audio_hidden * width * len(net.audio_blocks)
     doors = queries * width * area * (2 * channels + 1) + queries * width * area * channels
-    return 2 * (4 * (net.num_layers * block + doors) + 2 * heard)
+    return 2 * (4 * (net.num_layers * block + doors) + heard)
 
 
 def test_flops_are_those_counted_by_hand(bundle, scene):
