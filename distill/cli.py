@@ -15,7 +15,10 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
     "serve": ("distill.serve", "a live page in the browser: the student listens, talks and idles"),
     "bench": ("distill.bench", "first frame, chunk times, real-time factor and roofline of a student"),
     "drift": ("distill.drift", "long streams of a run's student, scored minute by minute"),
-    "eval": ("distill.eval_command", "scores of generated clips against real ones under a protocol card; compare, benchmark"),
+    "eval": (
+        "distill.eval_command",
+        "scores of generated clips against real ones under a protocol card; compare, benchmark",
+    ),
     "plan": ("distill.plan", "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read"),
     "data": ("distill.data.command", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.convert", "checkpoints between the published layouts and ours"),
@@ -27,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["run"]:  # some launchers add their rank
         words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
-        if many := [word for word in words if word in ("-m", "--multirun")]:  # argparse wants options before positionals
+        if many := [
+            word for word in words if word in ("-m", "--multirun")
+        ]:  # argparse wants options before positionals
             words = ["run", "-m", *(word for word in words[1:] if word not in many)]
     try:
         arguments = _parser(words).parse_args(words)

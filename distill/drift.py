@@ -118,5 +118,7 @@ def _data_config(folder: Path):
     except OSError as error:
         raise UserError(f"no run: {folder} has no recipe.yaml; give the folder of a finished run") from error
     if values["data"].get("name", "avatars") != "avatars":
-        raise UserError(f"drift is measured on the procedural world: {folder} was trained on other clips; give another run")
+        raise UserError(
+            f"drift is measured on the procedural world: {folder} was trained on other clips; give another run"
+        )
     return convert(DataConfig, values["data"], "data", lambda _: str(folder / "recipe.yaml"))

@@ -29,7 +29,10 @@ VERBS = {
     "compare": ("distill.eval_compare", "two reports of one protocol, clip by clip"),
     "benchmark": ("distill.eval_benchmark", "students on data sets, beside the rows that papers print"),
     "clips": ("distill.eval_clips", "real clips of a run's procedural world, to score its student with"),
-    "multiturn": ("distill.live.multiturn", "scripted conversations with a served student: latency, drift, sync, a judge"),
+    "multiturn": (
+        "distill.live.multiturn",
+        "scripted conversations with a served student: latency, drift, sync, a judge",
+    ),
 }
 SHEETS, SHEET_SIDE = 3, 128
 

@@ -8,10 +8,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-LONG = ("test_pipeline.py", "test_engines.py", "test_real_recipes.py", "test_planner.py")
+LONG = (
+    "test_real_recipes.py",
+    "test_pipeline.py",
+    "test_engines.py",
+    "test_planner.py",
+    "test_sweep.py",
+    "test_data_folder.py",
+    "test_speed.py",
+    "test_gaussian.py",
+)
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that two workers end together."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))

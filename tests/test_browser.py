@@ -54,7 +54,8 @@ def chromium(tmp_path_factory):
     except ImportError:
         pytest.fail(HOW, pytrace=False)
     if path is None:  # playwright's own, which it fetches itself where there is a net
-        fetched = subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], capture_output=True)
+        words = [sys.executable, "-m", "playwright", "install", "chromium"]
+        fetched = subprocess.run(words, capture_output=True, check=False)
         if fetched.returncode:
             pytest.fail(HOW, pytrace=False)
     said = tmp_path_factory.mktemp("microphone") / "said.wav"

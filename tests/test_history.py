@@ -8,8 +8,8 @@ import torch
 from tiny import a_student, some_conditions, some_latents
 
 from distill.methods import dmd, ode_init
-from students.schedule import denoise_chunk
 from students.history import History
+from students.schedule import denoise_chunk
 from teachers.errors import UserError
 
 N = 2

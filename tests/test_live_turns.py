@@ -42,6 +42,16 @@ def test_clicks_and_a_louder_room_are_no_turn():
     assert endpointer.hear(room) == []
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_a_voice_of_soft_syllables_is_a_turn(noise):
+    """The noise floor must not rise with a voice that begins softly."""
+    said = torch.cat([torch.zeros(RATE), *voice.formant_voice("hello mama papa"), torch.zeros(2 * RATE)])
+    rustle = noise * torch.randn(len(said), generator=torch.Generator().manual_seed(0))
+    found = Endpointer().hear(0.3 * said + rustle)
+    assert found[0] == "begin"
+    assert len(found) == 2
+
+
 def test_a_turn_without_end_is_cut_after_30_seconds():
     found = Endpointer().hear(torch.cat([torch.zeros(RATE), 0.3 * torch.ones(31 * RATE)]))
     assert len(found[1]) == pytest.approx(30 * RATE, abs=RATE)

@@ -44,9 +44,9 @@ from distill.run_folder import load_tensors
 from distill.stages import MethodStage
 from distill.train import OptimizerConfig, TrainConfig, Trainer
 from distill.trajectories import TrajectoriesConfig
-from students.schedule import denoise_chunk
 from students.checkpoint import make_student
 from students.history import History
+from students.schedule import denoise_chunk
 from students.spec import Spec, student_sigmas
 from teachers.codecs import CodecConfig
 from teachers.conditions import Conditions, Guidance

@@ -9,9 +9,9 @@ import torch
 from tiny import a_bundle, a_portrait, randn, rng, some_sound
 
 from distill.rollout import rollout
-from students.schedule import denoise_chunk
 from students.history import History
 from students.ring import Ring
+from students.schedule import denoise_chunk
 from students.session import Session, Starved, chunk_noise
 from teachers.codecs import to_uint8
 from teachers.conditions import Conditions, pack_rows

@@ -8,8 +8,8 @@ import torch
 from tiny import Ranks, a_student, randn, some_conditions, some_latents
 
 from distill.rollout import draw_noise, rollout
-from students.schedule import denoise_chunk
 from students.history import History
+from students.schedule import denoise_chunk
 from students.spec import student_sigmas
 from teachers.errors import UserError
 

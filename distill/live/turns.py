@@ -123,7 +123,8 @@ class Endpointer:
         self._kept.append(window)
         self._loud, self._quiet = (self._loud + 1, 0) if loud else (0, self._quiet + 1)
         if not self.speaking:
-            self.floor += (level - self.floor) * (0.05 if level > self.floor else 0.3)
+            rate = 0.005 if level > self.floor else 0.3  # noise rises slower than a voice begins
+            self.floor += (level - self.floor) * rate
             while len(self._kept) > self.begin_windows + 10:
                 self._kept.popleft()
             if self._loud < self.begin_windows:

@@ -86,8 +86,11 @@ class Viewer:
 
     def interrupt(self, now: float) -> None:
         """Be quiet from the first frame on that can still reach the viewer."""
+        turn = self.turn
         self._drop_turn()
-        self._rewind(now, keep_input=False)
+        frame = self._rewind(now, keep_input=False)
+        if turn is not None:  # also where nothing could be taken back: the page must know that it is over
+            self.emit({"type": "done", "turn": turn.number, "frame": frame})
 
     def set_text(self, text: str, now: float) -> None:
         """Another text condition, felt from the next chunk on that can still reach the viewer."""
