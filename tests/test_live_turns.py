@@ -204,6 +204,7 @@ class Letters:
 
 
 def test_a_qwen_omni_model_answers_and_remembers():
+    torch.manual_seed(0)  # its weights and what it draws
     letters = Letters()
     options = {"thinker_max_new_tokens": 4, "talker_max_new_tokens": 12, "talker_eos_token_id": [111, 112]}
     conversation = Omni("tiny", a_tiny_omni(), letters, options).conversation()
