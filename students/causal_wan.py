@@ -114,7 +114,7 @@ class CausalWan(nn.Module):
 
     @torch.no_grad()
     def commit(
-        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence = (), plan: Plan = None
+        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence | Told = (), plan: Plan = None
     ) -> State:
         """Put a finished chunk into the context and return the state of the next chunk.
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Told:
     """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if made."""
 
     flight: tuple[InFlight, ...]
-    entry: object | None
+    entry: Any
 
 
 def advance(

@@ -73,6 +73,7 @@ class ODEInit:
         places = zip(done, range(start, stop, n), strict=True)
         x = torch.cat([states[:, i, :, first : first + n] for i, first in places], dim=2)
         clean = states[:, -1] if self.config.context == "clean" else batch.x0
+        assert clean is not None
         state = context(self.student, clean, batch.conditions, front)
         levels, heard = [spec.sigmas[i] for i in done], batch.conditions.frames(start, stop)
         x0_hat, _ = self.student.denoise_stream(state, x, levels, heard)
