@@ -26,7 +26,7 @@ from eval.frechet import (
     mean_with_error,
 )
 from eval.identity import identity_agreement
-from eval.lip_sync import LipSync, resample_frames, summarise, sync_scores
+from eval.lip_sync import LipSync, from_curve, resample_frames, summarise, sync_scores
 from eval.mfcc import mfcc, to_int16
 from eval.motion import sharpness_energies
 from eval.quality import failure_rates, flickers, measure
@@ -329,15 +329,7 @@ def _from_curve(clip: Features, max_lag: int) -> LipSync | None:
     curve = clip["curve"]
     if len(curve) == 0:
         return None
-    least, best = float(curve.min()), int(curve.argmin())
-    return LipSync(
-        sync_c=float(curve.median()) - least,
-        sync_d=least,
-        offset_frames=max_lag - best,
-        distance_at_zero=float(curve[max_lag]),
-        curve=tuple(curve.tolist()),
-        num_windows=int(clip["windows"]),
-    )
+    return from_curve(curve, max_lag, int(clip["windows"]))
 
 
 def _embedded_sync(clips: Sequence[Features], card: Card) -> Scores:

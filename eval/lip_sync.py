@@ -71,7 +71,11 @@ def sync_scores(lip: Float[Tensor, "v d"], audio: Float[Tensor, "v d"], max_lag:
     """Scores from the features of one clip. Silent windows count like others."""
     if max_lag < 1:
         raise UserError(f"max_lag must be at least 1 frame: got {max_lag}; the published value is {MAX_LAG}")
-    curve = lag_distances(lip, audio, max_lag).mean(0).double().cpu()
+    return from_curve(lag_distances(lip, audio, max_lag).mean(0).double().cpu(), max_lag, len(lip))
+
+
+def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
+    """Scores from the mean distance at every lag [2 max_lag + 1]."""
     least, best = float(curve.min()), int(curve.argmin())
     return LipSync(
         sync_c=float(curve.median()) - least,
@@ -79,7 +83,7 @@ def sync_scores(lip: Float[Tensor, "v d"], audio: Float[Tensor, "v d"], max_lag:
         offset_frames=max_lag - best,
         distance_at_zero=float(curve[max_lag]),
         curve=tuple(curve.tolist()),
-        num_windows=len(lip),
+        num_windows=num_windows,
     )
 
 
