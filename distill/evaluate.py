@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from distill.stages import Pipeline
 
 THROUGHPUT_BATCH = 96
-SYSTEMS = ("teacher", "teacher_few_step", "zero_shot", "init", "student")
+SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")  # the third: own_network
 
 
 def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
-    """Score floor, codec and the five systems, measure costs, write the report; returns the scores."""
+    """Score floor, codec and the systems, measure costs, write the report; returns the scores."""
     config = pipeline.recipe.eval
     test = judging.HeldOut.draw(pipeline, "test", config.num_conditions)
     varied = "diversity" not in pipeline.source.left_out
@@ -62,7 +62,7 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     def clips(name: str, system: str, seed: int) -> Tensor:
         return load_tensors(judging.clips_file(folder, name, system, seed))["video"]
 
-    for name in SYSTEMS:
+    for name in (name for name in SYSTEMS if name != "ar_teacher" or pipeline.own_network):
         seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
         spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
         scores[name] = score(torch.stack(seeds), spread)
@@ -128,7 +128,17 @@ def measure_costs(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, dict
         alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
         together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
         nfe[name] = (len(grid) - 1) * settings.guidance.passes
-    for name, stage in {"zero_shot": pipeline.origin, "init": "init", "student": "dmd"}.items():
+    if pipeline.own_network:
+        grid, noise = grids["teacher"], judging.stream_noise(spec, batch, 0, "cost")
+
+        def own(conditions):
+            made = judging.many_step_clips(pipeline.ar_teacher, conditions, noise, grid, settings.guidance, batch)
+            senses.decode(made)
+
+        alone["ar_teacher"] = lambda: [clocked(lambda: own(one)).seconds]
+        together["ar_teacher"] = measure(lambda: own(many), 0, 1)["median"]
+        nfe["ar_teacher"] = len(grid) * settings.guidance.passes  # the plans included
+    for name, stage in {"zero_shot": pipeline.untrained, "init": "init", "student": "dmd"}.items():
         student = pipeline.student(stage).eval().requires_grad_(False)
         bundle, noise = pipeline.bundle(student), judging.stream_noise(spec, batch, 0, "cost")
 
@@ -252,6 +262,11 @@ def ratios(systems: dict) -> dict[str, float]:
         for name in ("fid", "fvd", "sync", "motion")
         if name in known
     }
+    if "ar_teacher" in systems:
+        names = ("fid", "fvd", "sync", "motion")
+        out |= {
+            f"{name}_student_over_ar_teacher": over(name, "student", "ar_teacher") for name in names if name in known
+        }
     out |= {f"{name}_student_over_init": over(name, "student", "init") for name in ("fid", "fvd")}
     out |= {
         f"{name}_student_minus_init": mean("student", name) - mean("init", name)

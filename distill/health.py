@@ -16,8 +16,8 @@ from torch import Tensor
 from distill.run_folder import load_tensors, save_tensors
 from eval.benchmark import seam_jump
 from eval.quality import Frames, failure_rates, measure
-from students.causal_wan import CausalWan
 from students.spec import Spec
+from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
@@ -198,7 +198,7 @@ class Checkup:
         self.conditions = pipeline.senses.of_clips(clips)[1].to(pipeline.engine.device)
         self.seams = seam_frames(pipeline.spec)
 
-    def student(self, net: CausalWan) -> dict[str, float]:
+    def student(self, net: Student) -> dict[str, float]:
         """A student's panel by its own rollouts; under FSDP every rank calls it."""
         from distill.judging import stream_noise, student_clips
 

@@ -17,9 +17,9 @@ from distill.trajectories import solve_states
 from eval import benchmark
 from eval.benchmark import Asked, Reference
 from eval.extractors import Probes
-from students.causal_wan import CausalWan
+from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions
+from teachers.conditions import Conditions, Guidance
 from teachers.flow import keyed_generator
 from teachers.senses import AudioConfig, LogMel
 
@@ -106,13 +106,48 @@ def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
 
 
 @torch.inference_mode()
-def student_clips(student: CausalWan, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
+def student_clips(student: Student, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
     """x0 of whole clips by the student's own rollout, the function that serving runs."""
     num, device, parts = conditions.text.shape[0], conditions.text.device, []
     for start in range(0, num, batch):
         rows = slice(start, min(start + batch, num))
         parts.append(rollout(student, conditions.index(rows), lambda c, s, rows=rows: noise(c, s)[rows].to(device)))
     return torch.cat(parts)
+
+
+@torch.inference_mode()
+def many_step_clips(
+    student: Student, conditions: Conditions, noise: Noise, grid, guidance: Guidance, batch: int
+) -> Tensor:
+    """x0 of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`, every branch
+    of the guidance with a context of its own."""
+    device, parts = conditions.text.device, []
+    for start in range(0, conditions.text.shape[0], batch):
+        rows = slice(start, start + batch)
+        parts.append(
+            _solve_stream(student, conditions.index(rows), lambda c, r=rows: noise(c, 0)[r].to(device), grid, guidance)
+        )
+    return torch.cat(parts)
+
+
+def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: Guidance) -> Tensor:
+    branches: list[Conditions] = []
+    guidance(lambda c: branches.append(c) or c.text, conditions)  # which conditions it asks for, in order
+    n, states, done = student.spec.chunk_frames, [student.open(c.text) for c in branches], []
+    for j in range(conditions.num_frames // n):
+        told = [c.frames(j * n, (j + 1) * n) for c in branches]
+        plans = [student.plan(state, c) for state, c in zip(states, told, strict=True)]
+
+        def denoise(x, level, states=states, plans=plans, told=told):
+            found = (
+                student.denoise(*given[:2], x, level, given[2])[0] for given in zip(states, plans, told, strict=True)
+            )
+            return guidance(lambda _: next(found), told[0])
+
+        *_, x0 = flow.solve(denoise, noise(j), grid)
+        states = [student.commit(s, x0, c, plan=p) for s, c, p in zip(states, told, plans, strict=True)]
+        done.append(x0)
+    return torch.cat(done, dim=2)
 
 
 @torch.inference_mode()
@@ -136,7 +171,7 @@ class Validation:
     with them as `health/...`.
     """
 
-    def __init__(self, pipeline: "Pipeline", student: CausalWan, folder: Path):
+    def __init__(self, pipeline: "Pipeline", student: Student, folder: Path):
         self.pipeline, self.student = pipeline, student
         self.test = HeldOut.draw(pipeline, "validate", 2 * pipeline.recipe.eval.num_conditions)
         config = pipeline.recipe.eval
@@ -171,7 +206,8 @@ class Validation:
 
 
 def systems(pipeline: "Pipeline") -> dict[str, Generate]:
-    """The five systems of the report: how each generates x0 for conditions, a noise seed and a set's name."""
+    """The systems of the report: how each generates x0 for conditions, a noise seed and a set's name. A student with a network of
+    its own has its own many-step teacher among them."""
     recipe, spec = pipeline.recipe, pipeline.spec
     settings = recipe.trajectories
     batch = recipe.eval.batch_size
@@ -179,7 +215,7 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
         "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
         "teacher_few_step": (*spec.sigmas, 0.0),
     }
-    stages = {"zero_shot": pipeline.origin, "init": "init", "student": "dmd"}
+    stages = {"zero_shot": pipeline.untrained, "init": "init", "student": "dmd"}
 
     def teacher(grid) -> Generate:
         def generate(conditions, seed, name):
@@ -198,9 +234,15 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
 
         return generate
 
-    return {name: teacher(grid) for name, grid in grids.items()} | {
-        name: student(stage) for name, stage in stages.items()
-    }
+    def own_teacher(conditions, seed, name):
+        noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
+        return many_step_clips(pipeline.ar_teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
+
+    return (
+        {name: teacher(grid) for name, grid in grids.items()}
+        | ({"ar_teacher": own_teacher} if pipeline.own_network else {})
+        | {name: student(stage) for name, stage in stages.items()}
+    )
 
 
 def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Conditions, int]]) -> None:

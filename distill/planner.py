@@ -261,6 +261,10 @@ def is_possible(plan: Plan, engine: str) -> bool:
 
 def job_of(recipe: "Recipe") -> Job:
     """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
+    if recipe.student.network is not None:
+        raise UserError(
+            "student.network: the plan knows students that share the teacher's network; leave it out to plan the rest"
+        )
     given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
     trained = {name: stage for name, stage in given.items() if stage.is_trained}
     return Job(

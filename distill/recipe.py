@@ -105,6 +105,8 @@ def compose_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any]
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error
     assert isinstance(values, dict)
+    if "method" not in (values.get("ar_teacher") or {"method"}):
+        del values["ar_teacher"]  # a preset shortens a stage that this recipe does not have
     locate = _locator(path, parsed, choices)
     for name in values:
         if name not in Recipe.__dataclass_fields__:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.causal_wan import CausalWan
 from students.schedule import Told, advance
+from students.student import Student
 from teachers.conditions import Conditions
 
 Noise = Callable[[int, int], Tensor]  # (chunk, step) -> [B, C, n, H, W]
 
 
 def rollout(
-    student: CausalWan,
+    student: Student,
     conditions: Conditions,
     noise: Noise,
     exit_step: int | Sequence[int] | None = None,
@@ -48,7 +48,7 @@ def rollout(
 
 
 @torch.no_grad()
-def context(student: CausalWan, clean: Tensor, conditions: Conditions, front: int) -> Any:
+def context(student: Student, clean: Tensor, conditions: Conditions, front: int) -> Any:
     """The student's state before chunk number `front` of a stream whose chunks were clean [B, C, F, H, W], with a diagonal
     schedule as in serving: the last of them is still pending."""
     n, state = student.spec.chunk_frames, student.open(conditions.text)
@@ -60,7 +60,7 @@ def context(student: CausalWan, clean: Tensor, conditions: Conditions, front: in
 
 
 def draw_noise(
-    student: CausalWan, batch: int, rng: torch.Generator, num_chunks: int | None = None, num_steps: int | None = None
+    student: Student, batch: int, rng: torch.Generator, num_chunks: int | None = None, num_steps: int | None = None
 ) -> Noise:
     """Noise of every chunk and step from `rng`, drawn on its device."""
     spec = student.spec

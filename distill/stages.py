@@ -29,11 +29,13 @@ from students import checkpoint
 from students.adapter import Adapter, Base, fold
 from students.causal_wan import CausalWan
 from students.checkpoint import Bundle
+from students.midas_net import MidasNet
 from students.schedule import Schedule
-from students.spec import Spec, student_sigmas
+from students.spec import NETWORKS, Spec, student_sigmas
+from students.student import Student
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.typed import module_name, to_plain
+from teachers.typed import kind_name, module_name, to_plain
 from teachers.wan import AvatarTeacher, AvatarTransformer, build_network
 
 if TYPE_CHECKING:
@@ -80,9 +82,10 @@ def spec_of(recipe: "Recipe") -> Spec:
         horizon_frames=data.latent_frames,
         history=student.history,
         schedule=student.schedule,
+        history_noise=student.history_noise,
         first_sigmas=first,
         first_chunks=method.first_chunks if first else 0,
-        network=(recipe.base or recipe.teacher).network,
+        network=student.network or (recipe.base or recipe.teacher).network,
         codec=codec,
         audio=audio,
         text=text,
@@ -126,9 +129,9 @@ class Pipeline:
     def stage(self, name: str) -> dict:
         """Run the stage `name` unless it is done; returns its metrics."""
         recipe = to_plain(self.recipe)
-        facts = recipe["student"]
-        if self.spec.schedule == Schedule():  # a fingerprint names what differs from the plain student
-            facts = {key: value for key, value in facts.items() if key != "schedule"}
+        plain = {"schedule": to_plain(Schedule()), "history_noise": None, "network": None}
+        # A fingerprint names what differs from the plain student.
+        facts = {key: value for key, value in recipe["student"].items() if key not in plain or value != plain[key]}
         student = {"student": facts, "seed": recipe["seed"]}
         adapters, export = self._adapters()
         probes = {k: v for k, v in recipe["eval"].items() if k.startswith("probe_")}
@@ -166,9 +169,20 @@ class Pipeline:
 
     @property
     def _start(self) -> str:
-        """The stage whose weights `init` starts from: an autoregressive teacher's, where the method has one."""
+        """The stage whose weights `init` starts from: an autoregressive teacher's, where the method or the network has one."""
         needs = self.needs("init")
-        return "ar_teacher" if "ar_teacher" in needs.frozen or needs.batch == "forced" else self.origin
+        causal = self.own_network or "ar_teacher" in needs.frozen or needs.batch == "forced"
+        return "ar_teacher" if causal else self.origin
+
+    @property
+    def own_network(self) -> bool:
+        """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
+        return self.recipe.student.network is not None
+
+    @property
+    def untrained(self) -> str:
+        """The stage whose weights are the zero-shot student's: the teacher's; where it can have none, its own teacher's."""
+        return "ar_teacher" if self.own_network else self.origin
 
     def _check_roles(self) -> None:
         """UserError where init and trajectories do not fit together or a teacher is missing."""
@@ -179,6 +193,16 @@ class Pipeline:
             raise UserError("trajectories.role: ar_teacher is for init.method.context: data; use teacher")
         if self._start == "ar_teacher" and self.recipe.ar_teacher is None:
             raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
+        if self.own_network and needs.batch == "trajectories":
+            raise UserError(
+                "init: a student with a network of its own has a teacher of its own: add method@init=ode_init_causal"
+            )
+        whole = self.recipe.lora is None and self.engine.kind not in ("fsdp2", "zero3")
+        if self.own_network and not whole:
+            kind = kind_name(NETWORKS, self.spec.network)
+            raise UserError(
+                f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1 or zero2"
+            )
         if self.recipe.lora is not None:
             lora.check(self.config(self.origin).precision, self.engine.config.precision, self.engine.kind)
             if getattr(self.recipe.init.method, "kind", "") == "continuous" and self.engine.config.precision != "fp32":
@@ -270,11 +294,23 @@ class Pipeline:
         shared = self.recipe.lora is not None and (base is None or (base == own and not own.is_trained))
         return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
 
-    def student(self, stage: str) -> CausalWan:
+    def student(self, stage: str) -> Student:
         """A student with the weights of a finished stage; those of the stage `origin` are an untrained student's, zero-shot."""
-        return CausalWan(self.network(stage, frozen=False), self.spec)
+        if not self.own_network:
+            return CausalWan(self.network(stage, frozen=False), self.spec)
+        student = self._new_student()
+        if stage != self.origin:
+            file = self.folder.stage_dir(stage) / "model.safetensors"
+            checkpoint.fill(student.net, load_tensors(file), file)
+        return student.to(self.engine.device)
 
-    def trainee(self, stage: str) -> CausalWan:
+    def _new_student(self) -> Student:
+        """An untrained student with a network of its own, initialised from the recipe's seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_generator(self.recipe.seed, "student").initial_seed())
+            return checkpoint.make_student(self.spec)
+
+    def trainee(self, stage: str) -> Student:
         """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
         if self.recipe.lora is None:
             return self.student(stage)
@@ -320,7 +356,7 @@ class Pipeline:
         return self._teacher(folder, "base")
 
     @cached_property
-    def ar_teacher(self) -> CausalWan:
+    def ar_teacher(self) -> Student:
         """The autoregressive teacher, frozen."""
         return self.trainee("ar_teacher").eval().requires_grad_(False)
 
@@ -424,7 +460,7 @@ class Pipeline:
         engine, seed = self.engine, self.recipe.seed
         if engine.config.checkpointing:
             for network in (part for role in roles.values() for part in role.modules()):
-                if isinstance(network, AvatarTransformer):
+                if isinstance(network, AvatarTransformer | MidasNet):
                     network.enable_gradient_checkpointing()
         average = next(iter(roles))
         parameters = sum(p.numel() for p in roles[average].parameters())
@@ -452,7 +488,7 @@ class Pipeline:
             **({"best": trainer.best} if trainer.best else {}),
         }
 
-    def bundle(self, student: CausalWan) -> Bundle:
+    def bundle(self, student: Student) -> Bundle:
         """A student with this run's senses, ready for a session."""
         return Bundle(student.eval(), self.senses.codec, self.senses.ears, self.senses.text)
 

@@ -36,15 +36,24 @@ class TrajectoriesConfig:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """states fp16 [N, K+1, C, F, h, w], the last one x0; rows [N] of the training pool; sigmas of the states."""
+    """N trajectories in shards [n, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk (mapped, read when a batch
+    asks for them); rows [N] of the training pool; sigmas of the states."""
 
-    states: Tensor
+    shards: tuple[Tensor, ...]
     rows: Tensor
     sigmas: tuple[float, ...]
 
+    def states(self, index: Tensor) -> Tensor:
+        """States [B, K+1, C, F, h, w] of the trajectories number `index` [B]."""
+        ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
+        at = torch.bucketize(index, ends, right=True).tolist()
+        return torch.stack(
+            [self.shards[i][n - int(ends[i])] for i, n in zip(at, index.tolist(), strict=True)]  # counted from the end
+        )
+
     def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
         batch = pool.batch(self.rows[rows], device)
-        return Batch(conditions=batch.conditions, x0=batch.x0, states=self.states[rows].float().to(device))
+        return Batch(conditions=batch.conditions, x0=batch.x0, states=self.states(rows).float().to(device))
 
 
 def make(
@@ -113,5 +122,5 @@ def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectori
     if facts["teacher"] != teacher_hash:
         raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
     parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
-    states, rows = (torch.cat([part[key] for part in parts]) for key in ("states", "rows"))
-    return Trajectories(states=states, rows=rows, sigmas=tuple(facts["sigmas"]))
+    rows = torch.cat([part["rows"] for part in parts])
+    return Trajectories(tuple(part["states"] for part in parts), rows, tuple(facts["sigmas"]))

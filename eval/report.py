@@ -17,7 +17,7 @@ from eval.figures import curve_svg, dot_svg, number, plain, sheet_png
 from eval.protocol import EMBEDDED_NOTE
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
-SYSTEMS = ("teacher", "teacher_few_step", "zero_shot", "init", "student")
+SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
 EMBED_LIMIT = 12_000_000  # bytes of samples that are put into the page; above it the page links to the files
 COST = "Cost"
 TABLES = {

@@ -5,51 +5,24 @@ A chunk's gradient never reaches earlier chunks through the context: it is made 
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from students.ring import Entry, Ready, Ring, concatenate
-from students.schedule import InFlight, Told
+from students.ring import Entry
+from students.schedule import Told
 from students.spec import Spec
+from students.student import Pending, State, Student, stacked
 from teachers.conditions import Conditions
-from teachers.wan import AvatarTransformer, KeyValue, Span, Time, rotate, to_x0, with_reference
+from teachers.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
 
 Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A finished chunk x0 [B, C, n, H, W] that is not in the context yet, and its conditions."""
-
-    chunk: int
-    x0: Tensor
-    conditions: Conditions
-
-
-@dataclass(frozen=True)
-class State:
-    """The context of a stream before chunk number `chunk`: what is `kept` of the visible chunks, and the same made `ready` for
-    attention (in training; a serving stream has a `ring` for it). `text` and `times` are read once for all steps without
-    gradient, which hear the text that `open` was given, whatever their conditions say.
-
-    With a diagonal schedule the `flight` is on its way behind that chunk, and the `pending` chunk before it enters the context
-    within the next forward."""
-
-    chunk: int = 0
-    kept: tuple[Entry, ...] = ()
-    ready: Ready = ()
-    ring: Ring | None = None
-    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
-    times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
-    flight: tuple[InFlight, ...] = ()
-    pending: Pending | None = None
-
-
-class CausalWan(nn.Module):
-    """Student contract of the design: open, plan, denoise, commit, and denoise_clip for training."""
+class CausalWan(Student):
+    """The avatar DiT, chunk by chunk."""
 
     def __init__(self, net: AvatarTransformer, spec: Spec):
         super().__init__()
@@ -61,9 +34,7 @@ class CausalWan(nn.Module):
         device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
-        in_place = torch.is_inference_mode_enabled() and self.spec.schedule.depth == 1
-        ring = Ring(self.spec.history) if in_place else None
-        state = State(times=times, ring=ring)
+        state = replace(self.new_state(), times=times)
         return state if text is None else self.hear(state, text)
 
     def hear(self, state: State, text: Tensor) -> State:
@@ -76,17 +47,10 @@ class CausalWan(nn.Module):
             return None
         return self.net.read_audio(conditions.audio)
 
-    def _turn(self, keys: Tensor, place: int) -> Tensor:
+    def turn(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
         n = self.spec.chunk_frames
         return rotate(keys, self.net.turns(place * n, n, *self.spec.token_grid))
-
-    def _past(self, state: State, step: int) -> Sequence[KeyValue] | None:
-        """Each block's rotated keys and values that a step of the state's chunk sees."""
-        if not state.kept:
-            return None
-        ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self._turn)
-        return ready[step if len(ready) > 1 else 0]
 
     def forward(
         self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0, plan: Plan = None
@@ -99,7 +63,7 @@ class CausalWan(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
-        past, seen = self._past(state, step), len(state.kept) * self.spec.chunk_frames
+        past, seen = self.past(state, step), len(state.kept) * self.spec.chunk_frames
         audio = conditions.audio if plan is None or grad else plan
         out, cache = self.net(inputs, time, text, audio, past=past, past_frames=seen, pose=conditions.pose)
         return to_x0(out, x, level, conditions, self.net.prediction, known), cache
@@ -153,7 +117,7 @@ class CausalWan(nn.Module):
             spans, shown = [Span(0, n), Span(n, inputs.shape[2], ((0, n),))], [*told, *shown]
         text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
         time = x.new_tensor(shown, dtype=level.dtype).expand(shape[0], -1)
-        past, seen = self._past(state, 0), len(state.kept) * n
+        past, seen = self.past(state), len(state.kept) * n
         out, cache = self.net(inputs, time, text, audio, spans=spans, past=past, past_frames=seen, pose=pose)
         entry = None
         if pending is not None:
@@ -170,30 +134,14 @@ class CausalWan(nn.Module):
         """The state whose pending chunk is in the context, as `entry`."""
         return self.resume(replace(state, pending=None), (*state.kept, entry), state.chunk)
 
-    def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
-        """The state before chunk number `chunk` with those of `kept` that it sees, made ready."""
-        history = self.spec.history
-        see = history.visible(chunk)
-        kept, ready = tuple(entry for entry in kept if entry.chunk in see), ()
-        if kept and state.ring is not None:
-            state.ring.ready(kept, chunk, self._turn)
-        elif kept:
-            ready = concatenate(kept, chunk, history, self._turn)
-        return replace(state, chunk=chunk, kept=kept, ready=ready)
-
-    def recommit(self, text: Tensor, seen: Sequence[tuple[int, Tensor, Conditions]], chunk: int) -> State:
-        """The state before chunk number `chunk` of a stream under `text` that has only these finished chunks behind it:
-        (number, x0, conditions) in order of time."""
-        state = self.open(text)
-        for index, x0, conditions in seen:
-            state = self.commit(replace(state, chunk=index), x0, replace(conditions, text=text))
-        return self.resume(state, state.kept, chunk)
-
-    def denoise_clip(self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None) -> Tensor:
+    def denoise_clip(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
         """All chunks at once, for training: x [B, C, F, H, W], sigma [B, num_chunks] -> x0.
 
         With `clean` each chunk sees the clean earlier chunks (teacher forcing), as a stream with a clean history does; without
-        it the noisy ones (diffusion forcing), as with a same_level history where all chunks have one sigma.
+        it the noisy ones (diffusion forcing), as with a same_level history where all chunks have one sigma. `level`
+        [B, num_chunks]: what the clean chunks are told to be at, where that is not the history's own.
         """
         n, frames = self.spec.chunk_frames, x.shape[2]
         if frames % n:
@@ -209,16 +157,12 @@ class CausalWan(nn.Module):
             inputs = torch.cat([context, inputs], dim=2)
             audio = torch.cat([audio, audio], dim=1)
             pose = None if pose is None else torch.cat([pose, pose], dim=1)
-            level = torch.full_like(shown, self.spec.history.level)
+            told = (
+                torch.full_like(shown, self.spec.history.level) if level is None else level.repeat_interleave(n, dim=1)
+            )
             spans = [Span(i * n, (i + 1) * n, see[i]) for i in range(chunks)]
-            shown, offset = torch.cat([level, shown], dim=1), frames
+            shown, offset = torch.cat([told, shown], dim=1), frames
         spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
         out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans, pose=pose)
         out = out[:, :, offset:]
         return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, conditions.known)
-
-
-def stacked(cache: Sequence[KeyValue]) -> KeyValue:
-    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
-    keys, values = zip(*cache, strict=True)
-    return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])

@@ -16,19 +16,22 @@ from torch import Tensor, nn
 
 from students.adapter import Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
 from students.causal_wan import CausalWan
+from students.midas import Midas
+from students.midas_net import MidasConfig, MidasNet
 from students.spec import Spec
+from students.student import Student
 from teachers.errors import UserError
 from teachers.kinds import Codec, Ears, Text
 from teachers.senses import TextEncoder
 from teachers.typed import convert, to_plain
-from teachers.wan import build_network
+from teachers.wan import NetworkConfig, build_network
 
 
 @dataclass(frozen=True)
 class Bundle:
     """Everything a session needs: the student with its spec, the codec, the ears and the text encoder."""
 
-    student: CausalWan
+    student: Student
     codec: Codec
     ears: Ears
     text: Text
@@ -54,17 +57,15 @@ class Bundle:
         return digest.hexdigest()
 
 
-def make_student(spec: Spec) -> CausalWan:
+def make_student(spec: Spec) -> Student:
     """An untrained student of this geometry."""
-    net = build_network(
-        spec.network,
-        latent_channels=spec.codec.channels,
-        stride=spec.codec.stride,
-        text_dim=spec.text.dim,
-        audio_dim=spec.audio_dim,
-        pose_dim=spec.pose_dim,
-    )
-    return CausalWan(net, spec)
+    channels, stride = spec.codec.channels, spec.codec.stride
+    dims = {"text_dim": spec.text.dim, "audio_dim": spec.audio_dim, "pose_dim": spec.pose_dim}
+    if isinstance(spec.network, MidasConfig):
+        rows = dims | {"audio_dim": stride * spec.audio_dim, "pose_dim": stride * spec.pose_dim}
+        return Midas(MidasNet(spec.network, channels, **rows), spec)
+    assert isinstance(spec.network, NetworkConfig)
+    return CausalWan(build_network(spec.network, latent_channels=channels, stride=stride, **dims), spec)
 
 
 def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, Base] | None = None) -> None:

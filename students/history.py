@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from teachers.errors import UserError
 
 
@@ -64,3 +67,39 @@ class History:
     def capacity(self) -> int | None:
         """Chunks seen at most; None grows without end."""
         return None if self.window is None else self.sinks + self.window + self.memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class HistoryNoise:
+    """Noise on the finished latents that a student reads while it is trained, so that it forgives its own (MIDAS 2508.19320).
+
+    `buckets` sigmas from 0 to `most`; a chunk's is the first, no noise, with probability `p_clean`, else any of the others. The
+    student is told which. Serving is bucket 0. MIDAS has 20; their spacing and the largest are not published.
+    """
+
+    buckets: int = 20
+    most: float = 0.5
+    p_clean: float = 0.1
+
+    def __post_init__(self):
+        if self.buckets < 2 or not 0.0 < self.most < 1.0 or not 0.0 <= self.p_clean <= 1.0:
+            raise UserError(
+                f"student.history_noise: got buckets={self.buckets}, most={self.most}, p_clean={self.p_clean}; "
+                "need buckets from 2, a sigma most in (0, 1) and a probability p_clean"
+            )
+
+    def draw(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Sigmas of the buckets that chunks of this shape fall into."""
+        index = torch.randint(1, self.buckets, shape, generator=rng)
+        index[torch.rand(shape, generator=rng) < self.p_clean] = 0
+        return index * (self.most / (self.buckets - 1))
+
+    def bucket(self, level: Tensor) -> Tensor:
+        """The buckets of sigmas; ValueError for one that is none of them."""
+        index = level.double() * ((self.buckets - 1) / self.most)
+        near = index.round()
+        if (index - near).abs().max() > 1e-3 or near.min() < 0 or near.max() >= self.buckets:
+            raise ValueError(
+                f"history noise: got sigmas {level.flatten().tolist()[:4]}.., the buckets end at {self.most}"
+            )
+        return near.long()

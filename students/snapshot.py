@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from students.causal_wan import Pending
 from students.checkpoint import Bundle
 from students.ring import Entry
 from students.schedule import InFlight
 from students.session import Event, Past, Point, Session
+from students.student import Pending
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import SAMPLE_RATE
@@ -149,7 +149,7 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         )
         decoder = _warm(session, seen, facts["chunk"])
     flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
-    pending = Pending(seen[-1].chunk, seen[-1].x0, seen[-1].conditions) if facts["pending"] else None
+    pending = Pending(seen[-1].chunk, seen[-1].x0, seen[-1].conditions) if facts["pending"] else state.pending
     state = replace(state, flight=flight, pending=pending)
     return Point(
         facts["chunk"],

@@ -3,25 +3,30 @@
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
-from students.history import History
+from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, kinds
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
 from teachers.senses import SAMPLE_RATE
-from teachers.wan import NetworkConfig
+
+NETWORKS = {"wan": "teachers.wan:NetworkConfig", "midas": "students.midas_net:MidasConfig"}
+"""The kinds of network that a student can be, the first without a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
-    schedule."""
+    schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher."""
 
     chunk_frames: int
     num_steps: int
     history: History = field(default_factory=History)
     schedule: Schedule = field(default_factory=Schedule)
+    history_noise: HistoryNoise | None = None
+    network: Any = field(default=None, metadata={"kinds": NETWORKS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +40,14 @@ class Spec:
     sigmas: tuple[float, ...]
     horizon_frames: int  # latent frames of the training clips
     history: History
-    network: NetworkConfig
+    network: Any = field(metadata={"kinds": NETWORKS})
     codec: CodecKind = field(metadata={"kinds": kinds.CODECS})
     audio: EarsKind = field(metadata={"kinds": kinds.EARS})
     text: TextKind = field(metadata={"kinds": kinds.TEXTS})
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
     schedule: Schedule = field(default_factory=Schedule)
+    history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     format: int = 1
 

@@ -82,6 +82,11 @@ def solve(denoise: Denoise, x: Tensor, grid: Sequence[float]) -> Iterator[Tensor
         yield x
 
 
+def network_time(sigma: Tensor) -> Tensor:
+    """The time that a network is told: t = 1000 sigma."""
+    return sigma * 1000.0
+
+
 def keyed_generator(seed: int, *keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """torch.Generator seeded with 63 bits of blake2b over (seed, keys): stable over runs, machines and call order."""
     digest = hashlib.blake2b(repr((seed, *keys)).encode(), digest_size=8).digest()

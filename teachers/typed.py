@@ -129,7 +129,7 @@ def _dataclass(kind: Any, value: Any, key: str, locate: Locate) -> Any:
                 )
         elif "named" in field.metadata and value[name] is not None:
             made[name] = _named(field.metadata["named"], value[name], child, locate)
-        elif "kinds" in field.metadata:
+        elif "kinds" in field.metadata and value[name] is not None:
             made[name] = _kind(field.metadata["kinds"], value[name], child, locate)
         else:
             made[name] = convert(hints[name], value[name], child, locate)

@@ -223,7 +223,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def read_time(self, levels: Tensor) -> Time:
         """Time embedding and modulation of sigmas [B, F]; the network's time is 1000 sigma."""
         embedder = self.condition_embedder
-        projected = embedder.timesteps_proj((levels * 1000.0).flatten()).unflatten(0, levels.shape)
+        projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()

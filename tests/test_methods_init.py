@@ -33,7 +33,9 @@ class ARGaussian(nn.Module):
     def __init__(self, is_map: bool, exact: bool):
         super().__init__()
         history = History(sinks=0, window=1)
-        self.spec = SimpleNamespace(schedule=Schedule(), sigmas=SIGMAS, chunk_frames=1, num_chunks=F, history=history)
+        self.spec = SimpleNamespace(
+            schedule=Schedule(), sigmas=SIGMAS, chunk_frames=1, num_chunks=F, history=history, history_noise=None
+        )
         self.is_map = is_map
         gain, bias, variance = torch.zeros(C, F), torch.zeros(C, F), torch.full((C, F), 0.25)
         if exact:
@@ -43,8 +45,11 @@ class ARGaussian(nn.Module):
         self.gain, self.bias = nn.Parameter(gain), nn.Parameter(bias)
         self.log_variance = nn.Parameter(variance.log())
 
-    def denoise_clip(self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None) -> Tensor:
+    def denoise_clip(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
         assert clean is not None
+        assert level is None
         assert sigma.shape == (x.shape[0], F)
         s, variance = sigma.unsqueeze(1), self.log_variance.exp()
         mean = self.gain * clean[..., 0, 0].roll(1, 2) + self.bias
@@ -99,10 +104,13 @@ class Recorder:
 
     def __init__(self, answer, history: History | None = None):
         history = history or History()
-        self.spec = SimpleNamespace(schedule=Schedule(), sigmas=SIGMAS, chunk_frames=2, num_chunks=4, history=history)
+        self.spec = SimpleNamespace(
+            schedule=Schedule(), sigmas=SIGMAS, chunk_frames=2, num_chunks=4, history=history, history_noise=None
+        )
         self.answer, self.calls = answer, []
 
-    def denoise_clip(self, x, sigma, conditions, clean=None):
+    def denoise_clip(self, x, sigma, conditions, clean=None, level=None):
+        assert level is None
         self.calls.append(SimpleNamespace(x=x, sigma=sigma, conditions=conditions, clean=clean))
         return self.answer
 

@@ -84,7 +84,7 @@ def _call(student, state, x, sigma, given):
 
     known = given.known if state.chunk == 0 else ()
     x, inputs = with_reference(x, given, known)
-    past, seen = student._past(state, 0), len(state.kept) * N
+    past, seen = student.past(state, 0), len(state.kept) * N
     out, _ = student.net(inputs, sigma, given.text, given.audio, past=past, past_frames=seen)
     return to_x0(out, x, sigma, given, student.net.prediction, known)
 

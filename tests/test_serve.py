@@ -138,7 +138,7 @@ with connect({url!r}) as page:
                 seconds = eventually(lambda: not engine.viewers, 20.0)
             finally:
                 process.kill()
-        assert seconds < 15
+        assert seconds < 5
     still_answers(url)
 
 

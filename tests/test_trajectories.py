@@ -5,11 +5,12 @@ import json
 import os
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
-from tiny import Ranks, a_pool, a_teacher, randn, some_conditions
+from tiny import Ranks, a_pool, a_teacher, randn, rng, some_conditions
 
-from distill.run_folder import load_tensors
+from distill.run_folder import load_tensors, save_tensors
 from distill.trajectories import TrajectoriesConfig, load, make, solve_states
 from students.spec import student_sigmas
 from teachers import flow
@@ -59,18 +60,33 @@ def test_a_round_trip(tmp_path):
     assert metrics == {"pairs": 10, "nfe": 8}
     assert sorted(contents(tmp_path)) == ["manifest.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     pairs = load(tmp_path, SIGMAS, "abc")
-    assert pairs.states.shape == (10, 5, 4, 8, 4, 4)
-    assert pairs.states.dtype == torch.float16
+    states = pairs.states(torch.arange(10))
+    assert states.shape == (10, 5, 4, 8, 4, 4)
+    assert states.dtype == torch.float16
     assert pairs.sigmas == pytest.approx((*SIGMAS, 0.0))
-    assert torch.isfinite(pairs.states.float()).all()
+    assert torch.isfinite(states.float()).all()
     pool = a_pool()
     batch = pairs.batch(pool, torch.tensor([3, 7]), "cpu")
     assert torch.equal(batch.conditions.audio, pool.audio[pairs.rows[[3, 7]]])
-    assert torch.equal(batch.states, pairs.states[[3, 7]].float())
+    assert torch.equal(batch.states, states[[3, 7]].float())
     assert torch.allclose(batch.states[:, -1, :, :1], batch.conditions.reference, atol=2e-3)
-    noise = pairs.states[:, 0].float()
+    noise = states[:, 0].float()
     assert len({float(x.sum()) for x in noise}) == 10
     assert float(noise.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_pairs_stay_on_the_disk(tmp_path):
+    """64 MiB of states: loading maps them, a batch reads its own."""
+    shard = torch.randn(64, 4, 2**17, 1, 1, 1, generator=rng(0)).half()
+    save_tensors(tmp_path / "shard-00000.safetensors", {"states": shard, "rows": torch.arange(64)})
+    facts = {"sigmas": [1.0, 0.75, 0.5, 0.0], "teacher": "abc"}
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pairs = load(tmp_path, [1.0, 0.75, 0.5], "abc")
+    assert process.memory_info().rss - before < 8 * 2**20
+    assert torch.equal(pairs.states(torch.tensor([63, 5])), shard[[63, 5]])
+    assert process.memory_info().rss - before < 24 * 2**20
 
 
 def test_sigmas_off_the_grid_are_refused_before_any_work(tmp_path):

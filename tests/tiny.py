@@ -13,6 +13,7 @@ from distill.engine import Engine
 from students.causal_wan import CausalWan
 from students.checkpoint import Bundle, make_student
 from students.history import History
+from students.midas_net import MidasConfig
 from students.spec import Spec
 from teachers.codecs import CodecConfig, EigenCodec
 from teachers.conditions import Conditions
@@ -22,6 +23,23 @@ from teachers.wan import AvatarTeacher, NetworkConfig, build_network
 
 STRIDE, CHANNELS, SIDE, AUDIO, TOKENS, TEXT = 2, 4, 4, 20, 5, 16
 NETWORK = {"num_layers": 2, "num_heads": 2, "head_dim": 16, "ffn_dim": 48, "freq_dim": 32, "audio_hidden": 8}
+
+
+MIDAS = MidasConfig(
+    num_layers=2,
+    width=32,
+    num_heads=4,
+    num_kv_heads=2,
+    ffn_dim=48,
+    head_layers=2,
+    head_width=24,
+    head_heads=2,
+    head_ffn_dim=48,
+    text_tokens=2,
+    freq_dim=32,
+    patch=2,
+    prediction="reference",
+)
 
 
 def rng(*keys: int) -> torch.Generator:

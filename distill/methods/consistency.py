@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from distill import losses
 from distill.methods import Batch, Loss, Needs
 from distill.methods.forcing import Forced, strata
-from students.causal_wan import CausalWan
+from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions, Guidance
 from teachers.errors import UserError
@@ -59,7 +59,7 @@ class Config:
 class Consistency:
     """Role `student`; `ar_teacher` is frozen. A batch holds data x0."""
 
-    def __init__(self, config: Config, student: CausalWan, ar_teacher: CausalWan):
+    def __init__(self, config: Config, student: Student, ar_teacher: Student):
         self.config, self.student, self.ar_teacher = config, student, ar_teacher
         self.grid = torch.tensor(flow.sigma_grid(config.num_steps, config.shift))
 

@@ -29,7 +29,7 @@ from distill import losses
 from distill.discriminator import Discriminator
 from distill.methods import Batch, Loss, Needs
 from distill.rollout import draw_noise, of_length, rollout
-from students.causal_wan import CausalWan
+from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions, Guidance
 from teachers.errors import UserError
@@ -83,7 +83,7 @@ class DMD:
     def __init__(
         self,
         config: Config,
-        student: CausalWan,
+        student: Student,
         teacher: AvatarTeacher,
         fake_score: AvatarTeacher,
         discriminator: Discriminator | None = None,

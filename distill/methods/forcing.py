@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill import losses
 from distill.methods import Batch, Loss, Needs
-from students.causal_wan import CausalWan
+from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
@@ -40,7 +40,7 @@ class Config:
 class Forcing:
     """Role `student`: one masked pass over a clip of data, a sigma per chunk."""
 
-    def __init__(self, config: Config, student: CausalWan):
+    def __init__(self, config: Config, student: Student):
         self.config, self.student = config, student
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
@@ -58,9 +58,19 @@ class Forcing:
         conditions = batch.conditions.drop_rows(**dropped)
         levels = sigma.repeat_interleave(n, dim=1)
         x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), levels)
-        x0_hat = self.student.denoise_clip(x, sigma, conditions, x0 if config.context == "clean" else None)
+        clean, told = self._history(x0, rng) if config.context == "clean" else (None, None)
+        x0_hat = self.student.denoise_clip(x, sigma, conditions, clean, told)
         value = losses.denoising(x0_hat, x0, levels, config.loss_power, config.loss_floor, len(conditions.known))
         return Loss(value, {"loss": value.detach()})
+
+    def _history(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """What each chunk is told of the past: the data, with the spec's history noise, and its levels [B, num_chunks]."""
+        spec = self.student.spec
+        if spec.history_noise is None:
+            return x0, None
+        level = spec.history_noise.draw((x0.shape[0], x0.shape[2] // spec.chunk_frames), rng).to(x0)
+        eps = torch.randn(x0.shape, generator=rng).to(x0)
+        return flow.add_noise(x0, eps, level.repeat_interleave(spec.chunk_frames, dim=1)), level
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class Forced:
     It has the verb of a bidirectional teacher, so `trajectories.solve_states` solves its chunks' ODEs side by side.
     """
 
-    net: CausalWan
+    net: Student
     clean: Tensor
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:

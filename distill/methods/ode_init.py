@@ -20,7 +20,7 @@ import torch
 from distill import losses
 from distill.methods import Batch, Loss, Needs
 from distill.rollout import context
-from students.causal_wan import CausalWan
+from students.student import Student
 from teachers import flow
 from teachers.errors import UserError
 
@@ -36,7 +36,7 @@ class Config:
 class ODEInit:
     """Role `student`: every chunk gets a random one of the stored sigmas; MSE between its x0 and the trajectory's end."""
 
-    def __init__(self, config: Config, student: CausalWan, grid: tuple[float, ...]):
+    def __init__(self, config: Config, student: Student, grid: tuple[float, ...]):
         self.config, self.student = config, student
         flow.on_grid(student.spec.sigmas, grid)
         if len(grid) != len(student.spec.sigmas) + 1:

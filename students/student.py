@@ -1,0 +1,123 @@
+"""The student contract: a stream's context is a value, a step is a function of it. What kinds of student share is here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from students.ring import Entry, Ready, Ring, concatenate
+from students.schedule import InFlight
+from students.spec import Spec
+from teachers.conditions import Conditions
+from teachers.wan import KeyValue, Time
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A finished chunk x0 [B, C, n, H, W] that is not in the context yet, and its conditions."""
+
+    chunk: int
+    x0: Tensor
+    conditions: Conditions
+
+
+@dataclass(frozen=True)
+class State:
+    """The context of a stream before chunk number `chunk`: what is `kept` of the visible chunks, and the same made `ready` for
+    attention (in training; a serving stream has a `ring` for it). `text` and `times` are read once for all steps without
+    gradient, which hear the text that `open` was given, whatever their conditions say.
+
+    The `pending` chunk before this one enters the context with the next forward (a diagonal schedule, MIDAS); with a diagonal
+    schedule the `flight` is on its way behind this chunk."""
+
+    chunk: int = 0
+    kept: tuple[Entry, ...] = ()
+    ready: Ready = ()
+    ring: Ring | None = None
+    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
+    times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
+    flight: tuple[InFlight, ...] = ()
+    pending: Pending | None = None
+
+
+class Student(nn.Module):
+    """open -> State; plan, denoise and commit turn it into the next chunk's; denoise_clip is the same under masks, for training.
+
+    A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient. A kind of student
+    has a network `net` and says what its keys' positions are (`turn`).
+    """
+
+    net: Any
+    spec: Spec
+
+    def open(self, text: Tensor | None = None) -> State:
+        """The empty context of a stream under text features [B, L, D]."""
+        raise NotImplementedError
+
+    def hear(self, state: State, text: Tensor) -> State:
+        """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
+        raise NotImplementedError
+
+    def plan(self, state: State, conditions: Conditions) -> Any:
+        """What the denoising steps of the state's chunk share, read once."""
+        raise NotImplementedError
+
+    def denoise(
+        self, state: State, plan: Any, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
+    ) -> tuple[Tensor, Any]:
+        """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
+        `commit` may want to know of this step; conditions are those of the chunk's frames."""
+        raise NotImplementedError
+
+    def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:
+        """Put a finished chunk into the context and return the state of the next chunk. `steps`: what `denoise` told."""
+        raise NotImplementedError
+
+    def denoise_clip(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
+    ) -> Tensor:
+        """All chunks at once: x [B, C, F, H, W], sigma [B, num_chunks] -> x0. With `clean` each chunk sees those earlier chunks,
+        which are told to be at `level` [B, num_chunks] (default: the history's)."""
+        raise NotImplementedError
+
+    def turn(self, keys: Tensor, place: int) -> Tensor:
+        """A chunk's un-rotated keys [L, B, n, M, d] at their place in time among the visible chunks."""
+        raise NotImplementedError
+
+    def new_state(self) -> State:
+        """The empty context; while serving (inference mode) in buffers of its own."""
+        in_place = torch.is_inference_mode_enabled() and self.spec.schedule.depth == 1
+        return State(ring=Ring(self.spec.history) if in_place else None)
+
+    def past(self, state: State, step: int = 0) -> Sequence[KeyValue] | None:
+        """Each block's rotated keys and values that a step of the state's chunk sees."""
+        if not state.kept:
+            return None
+        ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self.turn)
+        return ready[step if len(ready) > 1 else 0]
+
+    def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
+        """The state before chunk number `chunk` with those of `kept` that it sees, made ready."""
+        see = self.spec.history.visible(chunk)
+        kept, ready = tuple(entry for entry in kept if entry.chunk in see), ()
+        if kept and state.ring is not None:
+            state.ring.ready(kept, chunk, self.turn)
+        elif kept:
+            ready = concatenate(kept, chunk, self.spec.history, self.turn)
+        return replace(state, chunk=chunk, kept=kept, ready=ready)
+
+    def recommit(self, text: Tensor, seen: Sequence[tuple[int, Tensor, Conditions]], chunk: int) -> State:
+        """The state before chunk number `chunk` of a stream under `text` that has only these finished chunks behind it:
+        (number, x0, conditions) in order of time."""
+        state = self.open(text)
+        for index, x0, conditions in seen:
+            state = self.commit(replace(state, chunk=index), x0, replace(conditions, text=text))
+        return self.resume(state, state.kept, chunk)
+
+
+def stacked(cache: Sequence[KeyValue]) -> KeyValue:
+    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
+    keys, values = zip(*cache, strict=True)
+    return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
