@@ -121,9 +121,9 @@ def many_step_clips(
 ) -> Tensor:
     """x0 of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`, every branch
     of the guidance with a context of its own."""
-    device, parts = conditions.text.device, []
-    for start in range(0, conditions.text.shape[0], batch):
-        rows = slice(start, start + batch)
+    num, device, parts = conditions.text.shape[0], conditions.text.device, []
+    for start in range(0, num, batch):
+        rows = slice(start, min(start + batch, num))
         parts.append(
             _solve_stream(student, conditions.index(rows), lambda c, r=rows: noise(c, 0)[r].to(device), grid, guidance)
         )

@@ -100,7 +100,7 @@ def compose_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any]
             choices = dict(composed.hydra.runtime.choices)
             own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
             values = OmegaConf.to_container(own, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error

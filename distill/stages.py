@@ -16,27 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import lora, tracking, trajectories
+from distill.artifacts import Artifacts
 from distill.data import avatars, world
 from distill.data.degraded import degrade
 from distill.discriminator import Discriminator, build_discriminator
 from distill.engine import Engine
 from distill.methods import Batch, Needs
 from distill.methods.forcing import Forced
-from distill.pretrained import TeacherStage, digest, load_given, network_dims
+from distill.pretrained import digest, load_given
 from distill.run_folder import MetricsLog, RunFolder, load_tensors, save_tensors
 from distill.train import TrainConfig, Trainer, batch_rows, train
 from students import checkpoint
-from students.adapter import Adapter, Base, fold
-from students.causal_wan import CausalWan
-from students.checkpoint import Bundle
+from students.adapter import Adapter, Base
 from students.midas_net import MidasNet
 from students.schedule import Schedule
 from students.spec import NETWORKS, Spec, student_sigmas
-from students.student import Student
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.typed import kind_name, module_name, to_plain
-from teachers.wan import AvatarTeacher, AvatarTransformer, build_network
+from teachers.wan import AvatarTeacher, AvatarTransformer
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -98,21 +96,16 @@ def _anywhere(part: Any) -> Any:
     return part if path is None else replace(part, path=path.expanduser().resolve())
 
 
-class Pipeline:
-    """The stages of one recipe over one run folder; what a stage reads is loaded when it is first asked for.
-
-    Student and fake score start from the weights of the stage `origin`: those of `recipe.base`, else the teacher's.
-    """
+class Pipeline(Artifacts):
+    """The stages of one recipe over one run folder."""
 
     def __init__(self, recipe: "Recipe", engine: Engine):
         self.recipe, self.engine = recipe, engine
         self.spec = spec_of(recipe)
         self.source = recipe.data.open()
-        self.origin = "teacher" if recipe.base is None else "base"
         base = () if recipe.base is None else ("base",)
         causal = () if recipe.ar_teacher is None else ("ar_teacher",)
         pairs = () if self.needs("init").batch == "x0" else ("trajectories",)
-        self._pool_stage = "data" if recipe.degraded is None else "conditions"
         worse = () if recipe.degraded is None else ("conditions",)
         given = ("data", "extractors", "teacher", *base, *causal, *worse)
         self.names = (*given, *pairs, "init", "dmd", "export", "evaluate")
@@ -141,8 +134,11 @@ class Pipeline:
             "teacher": (self._stage_config("teacher"), ("data",)),
             "base": (self._stage_config("base"), ("data",)),
             "conditions": ({"degraded": recipe["degraded"]}, ("data",)),
-            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, self._pool_stage)),
-            "ar_teacher": ({"ar_teacher": recipe["ar_teacher"], **student, **adapters}, (self.origin, "data")),
+            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, self.pool_stage)),
+            "ar_teacher": (
+                {"ar_teacher": recipe["ar_teacher"], **student, **adapters, **self._language_model()},
+                (self.origin, "data"),
+            ),
             "init": ({"init": recipe["init"], **student, **adapters}, self._init_inputs),
             "dmd": ({"dmd": recipe["dmd"], **student, **adapters}, ("init", "extractors")),
             "export": (export, ("dmd",)),
@@ -164,7 +160,7 @@ class Pipeline:
     @property
     def _init_inputs(self) -> tuple[str, ...]:
         """The stages that `init` reads."""
-        data = self._pool_stage if self.needs("init").batch == "x0" else "trajectories"
+        data = self.pool_stage if self.needs("init").batch == "x0" else "trajectories"
         return (data, self._start)
 
     @property
@@ -173,16 +169,6 @@ class Pipeline:
         needs = self.needs("init")
         causal = self.own_network or "ar_teacher" in needs.frozen or needs.batch == "forced"
         return "ar_teacher" if causal else self.origin
-
-    @property
-    def own_network(self) -> bool:
-        """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
-        return self.recipe.student.network is not None
-
-    @property
-    def untrained(self) -> str:
-        """The stage whose weights are the zero-shot student's: the teacher's; where it can have none, its own teacher's."""
-        return "ar_teacher" if self.own_network else self.origin
 
     def _check_roles(self) -> None:
         """UserError where init and trajectories do not fit together or a teacher is missing."""
@@ -203,6 +189,9 @@ class Pipeline:
             raise UserError(
                 f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1 or zero2"
             )
+        if self.own_network:
+            with torch.device("meta"):
+                checkpoint.make_student(self.spec)  # its parts fit
         if self.recipe.lora is not None:
             lora.check(self.config(self.origin).precision, self.engine.config.precision, self.engine.kind)
             if getattr(self.recipe.init.method, "kind", "") == "continuous" and self.engine.config.precision != "fp32":
@@ -215,12 +204,6 @@ class Pipeline:
         values = to_plain(self.recipe.lora)
         return {"lora": {k: v for k, v in values.items() if k != "export"}}, {"export": values["export"]}
 
-    def config(self, stage: str) -> TeacherStage:
-        """The config of `teacher` or `base`."""
-        config = self.recipe.base if stage == "base" else self.recipe.teacher
-        assert config is not None
-        return config
-
     def _stage_config(self, stage: str) -> dict:
         """What the stage of a network depends on: its config, and which files it reads."""
         if stage == "base" and self.recipe.base is None:
@@ -229,92 +212,15 @@ class Pipeline:
         given = {"weights": digest(config.path, config.wan)} if config.path else {}
         return {stage: to_plain(config), "seed": self.recipe.seed, **given}
 
+    def _language_model(self) -> dict:
+        """Which file a student of its own network starts from."""
+        llm = getattr(self.recipe.student.network, "llm", None)
+        return {} if llm is None else {"language model": digest(llm)}
+
     def _given_parts(self) -> dict:
         """Which files the codec, ears and text encoder that are given read."""
         paths = {f.name: getattr(getattr(self.recipe.data, f.name), "path", None) for f in fields(self.recipe.data)}
         return {f"{name} weights": digest(path) for name, path in paths.items() if path is not None}
-
-    @cached_property
-    def senses(self) -> avatars.Senses:
-        folder = self.folder.stage_dir("data")
-        return avatars.load_senses(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
-
-    @cached_property
-    def pool(self) -> avatars.Pool:
-        return avatars.load_pool(self.folder.stage_dir("data"), self.senses.mark, self.spec.network.reference)
-
-    @cached_property
-    def given(self) -> avatars.Pool:
-        """What the student is distilled on: the pool, or its degraded clips."""
-        return avatars.load_pool(self.folder.stage_dir(self._pool_stage), self.senses.mark, self.spec.network.reference)
-
-    @cached_property
-    def probes(self):
-        from eval.extractors import Probes
-
-        return Probes.load(self.folder.stage_dir("extractors"))
-
-    def _new_network(self, stage: str) -> AvatarTransformer:
-        """An untrained network, initialised from the recipe's seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
-            return build_network(self.config(stage).network, **network_dims(self.spec))
-
-    def network(self, stage: str, frozen: bool = True) -> AvatarTransformer:
-        """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
-        if stage in ("teacher", "base") and not self.config(stage).is_trained:
-            return load_given(self.config(stage), self.spec, self.engine.device, frozen)
-        if self.recipe.lora is not None and stage not in ("teacher", "base"):
-            net, file = self.network(self.origin, frozen=False), self.folder.stage_dir(stage) / "model.safetensors"
-            fold(net, self.recipe.lora.adapter(load_tensors(file)), file)
-            return net
-        net = self._new_network(stage if stage == "teacher" else self.origin)
-        file = self.folder.stage_dir(stage) / "model.safetensors"
-        checkpoint.fill(net, load_tensors(file), file)
-        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
-
-    @cached_property
-    def backbone(self) -> AvatarTransformer:
-        """The frozen network whose tensors all LoRA roles share."""
-        return lora.make_backbone(self.network(self.origin), self.engine.config.precision)
-
-    def _adapted(self, role: str, stage: str) -> AvatarTransformer:
-        """A LoRA role over the backbone, with the adapter of a finished stage or, at `origin`, a fresh one."""
-        assert self.recipe.lora is not None
-        net = lora.adapt(self.backbone, self.recipe.lora, self.recipe.seed, role)
-        if stage != self.origin:
-            file = self.folder.stage_dir(stage) / "model.safetensors"
-            lora.load(net, load_tensors(file), file)
-        return net
-
-    @cached_property
-    def teacher(self) -> AvatarTeacher:
-        """The teacher, frozen; with LoRA roles the backbone itself, where that is the same network."""
-        base, own = self.recipe.base, self.recipe.teacher
-        shared = self.recipe.lora is not None and (base is None or (base == own and not own.is_trained))
-        return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
-
-    def student(self, stage: str) -> Student:
-        """A student with the weights of a finished stage; those of the stage `origin` are an untrained student's, zero-shot."""
-        if not self.own_network:
-            return CausalWan(self.network(stage, frozen=False), self.spec)
-        student = self._new_student()
-        if stage != self.origin:
-            file = self.folder.stage_dir(stage) / "model.safetensors"
-            checkpoint.fill(student.net, load_tensors(file), file)
-        return student.to(self.engine.device)
-
-    def _new_student(self) -> Student:
-        """An untrained student with a network of its own, initialised from the recipe's seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_generator(self.recipe.seed, "student").initial_seed())
-            return checkpoint.make_student(self.spec)
-
-    def trainee(self, stage: str) -> Student:
-        """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
-        if self.recipe.lora is None:
-            return self.student(stage)
-        return CausalWan(self._adapted("student", stage), self.spec)
 
     @property
     def solver_hash(self) -> str:
@@ -354,11 +260,6 @@ class Pipeline:
 
     def _base(self, folder: Path) -> dict:
         return self._teacher(folder, "base")
-
-    @cached_property
-    def ar_teacher(self) -> Student:
-        """The autoregressive teacher, frozen."""
-        return self.trainee("ar_teacher").eval().requires_grad_(False)
 
     def _ar_teacher(self, folder: Path) -> dict:
         config = self.recipe.ar_teacher
@@ -434,7 +335,7 @@ class Pipeline:
         if self.recipe.lora is None:
             score = self.network(self.origin, frozen=False).train().requires_grad_(True)
         else:
-            score = self._adapted("fake_score", self.origin)
+            score = self.adapted("fake_score", self.origin)
         roles = {"student": self.trainee("init"), "fake_score": AvatarTeacher(score)}
         if "discriminator" in self.needs("dmd").trained:
             roles["discriminator"] = self._new_discriminator()
@@ -487,10 +388,6 @@ class Pipeline:
             **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if self.recipe.lora else {}),
             **({"best": trainer.best} if trainer.best else {}),
         }
-
-    def bundle(self, student: Student) -> Bundle:
-        """A student with this run's senses, ready for a session."""
-        return Bundle(student.eval(), self.senses.codec, self.senses.ears, self.senses.text)
 
     def _export(self, folder: Path) -> dict:
         if self.engine.is_main:

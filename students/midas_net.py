@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teachers import flow
 from teachers.conditions import Conditions
+from teachers.errors import UserError
 from teachers.wan import KeyValue
 
 Attend = Callable[
@@ -295,3 +296,31 @@ def run_layer(layer: Any, x: Tensor, attend: Callable[..., Tensor]) -> tuple[Ten
     query, key, value = (project(normed).unflatten(-1, split) for project in (own.q_proj, own.k_proj, own.v_proj))
     x = x + own.o_proj(attend(query, key, value))
     return x + layer.mlp(layer.post_attention_layernorm(x)), (key, value)
+
+
+def read_language_model(net: MidasNet, folder: Path) -> None:
+    """The weights of a local Qwen2 folder (transformers' layout; vocabulary left out) in place of fresh ones; UserError where it
+    cannot be read or is of another size."""
+    from transformers import Qwen2Config, Qwen2Model
+
+    try:
+        config = Qwen2Config.from_pretrained(folder, local_files_only=True)
+        given: Any = Qwen2Model.from_pretrained(folder, config=config, local_files_only=True, dtype=net.dtype)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(
+            f"no language model: {folder} ({first}); give student.network.llm a local folder of Qwen2"
+        ) from error
+    asked, sizes = (
+        net.llm.config,
+        ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    )
+    wrong = [
+        f"{name} {getattr(config, name)} for {getattr(asked, name)}"
+        for name in sizes
+        if getattr(config, name) != getattr(asked, name)
+    ]
+    if wrong:
+        raise UserError(f"another language model: {folder} has {', '.join(wrong)}; set student.network to its sizes")
+    del given.embed_tokens
+    net.llm.load_state_dict(given.state_dict())

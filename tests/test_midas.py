@@ -10,7 +10,7 @@ from distill.methods import Batch, forcing
 from distill.rollout import context, draw_noise, rollout
 from students.checkpoint import load_student, make_student, save_student
 from students.history import History, HistoryNoise
-from students.midas_net import MidasConfig, MidasNet
+from students.midas_net import MidasConfig, MidasNet, read_language_model
 from students.schedule import Schedule
 from teachers.errors import UserError
 
@@ -186,6 +186,35 @@ def test_the_published_size():
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in net.named_children()}
     assert 2.76e9 < sizes["llm"] < 2.78e9
     assert 0.45e9 < sizes["head"] < 0.55e9
+
+
+def test_a_language_model_from_a_folder(tmp_path):
+    """Published Qwen2 folders hold a vocabulary and a head besides; the layers are taken, another size is refused."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    def write(folder, width=MIDAS.width):
+        config = Qwen2Config(
+            vocab_size=50,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        model = randomise(Qwen2ForCausalLM(config), 8)
+        model.save_pretrained(folder)
+        return model.model
+
+    net = MidasNet(MIDAS, CHANNELS, text_dim=4, audio_dim=3)
+    theirs = write(tmp_path / "qwen")
+    read_language_model(net, tmp_path / "qwen")
+    assert torch.equal(net.llm.layers[1].mlp.up_proj.weight, theirs.layers[1].mlp.up_proj.weight)
+    assert torch.equal(net.llm.norm.weight, theirs.norm.weight)
+    write(tmp_path / "wide", 64)
+    with pytest.raises(UserError, match="hidden_size 64 for 32"):
+        read_language_model(net, tmp_path / "wide")
+    with pytest.raises(UserError, match="no language model"):
+        read_language_model(net, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.cli import main
 from distill.engines import checkpoint
 from distill.recipe import RECIPES
+from students.checkpoint import load_student
+from students.session import Session
 from teachers import media
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
@@ -147,6 +150,46 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
     done = run(folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(folder) == results(finished)
+
+
+@pytest.mark.parametrize("name", ["midas_avatar", "flowact_avatar"])
+def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
+    """The stages that are equal are the finished run's; the student comes out of the same sampler."""
+    words = [f"run_dir={tmp_path / 'run'}", f"reuse={finished}", "preset=smoke", "threads=1"]
+    assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    own = {"ar_teacher"} if name == "midas_avatar" else set()
+    assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"} | own
+    assert ("fid_student_over_ar_teacher" in report["ratios"]) == bool(own)
+    assert report["systems"]["student"]["cost"]["nfe_per_chunk"] == {"midas_avatar": 5, "flowact_avatar": 1}[name]
+    bundle = load_student(tmp_path / "run" / "student")
+    session = Session(bundle, torch.zeros(3, bundle.spec.height, bundle.spec.width), "a person nods")
+    session.push(0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))
+    session.close()
+    assert 13 <= sum(len(chunk.frames) for chunk in session.frames()) <= 15  # to the end of a chunk
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("method@init=ode_init", "trajectories.role=teacher"),
+            "init: a student with a network of its own has a teacher of its own",
+        ),
+        (("~method@ar_teacher",), "method@ar_teacher=forcing"),
+        (("method@ar_teacher=null",), "Config group override must be a string"),
+        (("engine=fsdp2",), "student.network: midas is trained whole"),
+        (("student.network.depth=3",), "unknown key 'student.network.depth'"),
+        (("student.network.name=mida",), "did you mean 'midas'?"),
+        (("student.history_noise.buckets=30",), "student.history_noise.buckets: got 30"),
+    ],
+)
+def test_what_a_midas_recipe_cannot_be_is_one_line(tmp_path, capsys, words, told):
+    folder = tmp_path / "run"
+    assert main(["run", str(RECIPES / "midas_avatar.yaml"), "preset=smoke", f"run_dir={folder}", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert told in error[-1]
+    assert not folder.exists()
 
 
 @pytest.fixture(scope="module")

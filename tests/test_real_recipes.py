@@ -28,7 +28,7 @@ SYSTEMS = {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 def test_a_recipe_runs_whole(name, tmp_path, capsys):
     run = tmp_path / "run"
     adapters = ["lora.rank=4", "lora.alpha=2", "lora.export=adapter"] if name == "omniavatar_one_gpu" else []
-    assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}", *adapters]) == 0
+    assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", "threads=1", f"run_dir={run}", *adapters]) == 0
     report = json.loads((run / "report.json").read_text())
     assert set(report["systems"]) == SYSTEMS
     bundle = load_student(run / "student")
