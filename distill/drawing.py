@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -67,5 +68,7 @@ def draw(task: Drawing, entry: Entry, card: Card) -> Path:
     frames = torch.cat([chunk.frames.cpu() for chunk in session.frames()])
     count = -(-len(sound) // spec.samples_per_frame)
     video = frames[:count].permute(3, 0, 1, 2)
-    write_clip(path, video, spec.fps, sound, text, drawn=mark)
+    starts = (spec.pixel_frames(chunk)[0] for chunk in range(1, count))
+    chunks = " ".join(map(str, takewhile(lambda frame: frame < video.shape[1], starts)))
+    write_clip(path, video, spec.fps, sound, text, drawn=mark, chunks=chunks)
     return path

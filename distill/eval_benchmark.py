@@ -12,7 +12,7 @@ from distill.eval_command import REFUSED, add_settings, evaluate, setting
 from distill.run_folder import atomic_write, make_folder
 from distill.scoring import read_report
 from eval.cards import first_difference
-from eval.clip_scores import QUALITY
+from eval.clip_scores import WEIGHT_FREE
 from eval.score_report import HINTS, NAMES, markdown, page, published, table
 from teachers.errors import UserError
 
@@ -106,7 +106,7 @@ def _tables(name: str, reports: Sequence[dict[str, Any]], with_published: bool) 
     found = []
     for title, shown, free in ((name, [*rows, *theirs], False), (f"{name}, measures without a network", rows, True)):
         wanted = dict.fromkeys(
-            metric for _, row, _ in shown for metric in row["metrics"] if (metric in QUALITY) == free
+            metric for _, row, _ in shown for metric in row["metrics"] if (metric in WEIGHT_FREE) == free
         )
         columns = [*(m for m in HINTS if m in wanted), *(m for m in wanted if m not in HINTS)]
         if columns:

@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--student", type=Path, metavar="DIR", help="an exported student, which draws the clips first")
     source.add_argument("--generated", type=Path, metavar="DIR", help="clips that are there, named as the real ones")
-    parser.add_argument("--real", type=Path, metavar="DIR|MANIFEST", help="real clips: a folder, or a manifest.parquet")
-    parser.add_argument("--videos", type=Path, metavar="DIR", help="where a manifest's films lie (default: beside it)")
+    parser.add_argument("--real", type=Path, metavar="DIR|MANIFEST", help="clips, prepared shards or manifest.parquet")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="a manifest's films or shards (default: beside it)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="eval.json, eval.md, eval.html and kept features")
     parser.add_argument("--name", help="what the row is called (default: the folder's name)")
     parser.add_argument(

@@ -13,7 +13,7 @@ from distill.run_folder import load_tensors
 from distill.scoring import read_report
 from eval.cards import FROM_RUN, first_difference
 from eval.figures import number
-from eval.frechet import Moments, paired_difference
+from eval.frechet import Moments, kid_paired_difference, paired_difference
 from eval.score_report import HINTS
 from teachers.errors import UserError
 
@@ -89,12 +89,15 @@ def _change(metric: str, rows: tuple, values: list[float], reports: tuple, paths
             change, low, high = bootstrap(a, b)
             how = "paired bootstrap" + (f", {len(kept)} clips" if len(kept) < len(sides[0]) else "")
             return change, f"{_signed(low)} to {_signed(high)}", how
-    if metric in ("fid", "fvd"):
+    if metric in ("fid", "kid", "fvd"):
         features = _features(metric, reports, paths)
         if features is not None:
-            ddof = reports[0]["card"][metric]["ddof"]
-            reference = Moments.of(features[2]) if features[2].ndim == 3 else features[2]
-            change, error = paired_difference(features[0], features[1], reference, ddof)
+            if metric == "kid":
+                change, error = kid_paired_difference(*features)
+            else:
+                ddof = reports[0]["card"][metric]["ddof"]
+                reference = Moments.of(features[2]) if features[2].ndim == 3 else features[2]
+                change, error = paired_difference(features[0], features[1], reference, ddof)
             return change, f"{_signed(change - 1.96 * error)} to {_signed(change + 1.96 * error)}", "paired jackknife"
     return values[0] - values[1], "", "no values for single clips"
 
@@ -102,7 +105,8 @@ def _change(metric: str, rows: tuple, values: list[float], reports: tuple, paths
 def _features(metric: str, reports: tuple, paths: tuple[Path, Path]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Both systems' features and the real ones', where they still lie beside the reports and the real clips are the same."""
     card = reports[0]["card"]
-    group = "probes" if card[metric]["extractor"] == FROM_RUN else metric
+    rule = "fid" if metric == "kid" else metric
+    group = "probes" if card[rule]["extractor"] == FROM_RUN else rule
     if card["fid"] and metric == "fid" and card["fid"]["pooling"] == "pair":
         return None
     files = [report.get("features", {}).get(group) for report in reports]
@@ -113,8 +117,8 @@ def _features(metric: str, reports: tuple, paths: tuple[Path, Path]) -> tuple[Te
     try:
         for report, folder, side in ((0, 0, "generated"), (1, 1, "generated"), (0, 0, "real")):
             places = [folders[folder] / "features" / name for name in files[report][side]]
-            rows = [load_tensors(place)["frames" if metric == "fid" else "clip"] for place in places]
-            if metric == "fid" and group == "probes":
+            rows = [load_tensors(place)["frames" if rule == "fid" else "clip"] for place in places]
+            if rule == "fid" and group == "probes":
                 rows = [row[card["clips"]["given"] :: card["fid"]["every"]] for row in rows]
             found.append(torch.stack(rows))
     except UserError:

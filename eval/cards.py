@@ -127,7 +127,10 @@ class PairRule:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One protocol. `choices` lists what is ours because the source is silent; a rule that is null is not part of the protocol."""
+    """One protocol. `choices` lists what is ours because the source is silent; a rule that is null is not part of the protocol.
+
+    window_seconds: of the windows over which drift in a clip is a slope; clips of fewer than two have none
+    """
 
     name: str
     source: str
@@ -139,6 +142,7 @@ class Card:
     sync: SyncRule | None
     identity: IdentityRule | None
     pairs: PairRule | None
+    window_seconds: Fraction
     floor_splits: int
     errors: Literal["jackknife over clips"]
 
@@ -220,6 +224,8 @@ def _check(card: Card, where: str) -> None:
         raise UserError(f"'fvd.resize' {card.fvd.resize} is not for {card.fvd.extractor}: {where}")
     if card.fvd is not None and card.fvd.extractor == "i3d" and (card.clips.frames or i3d.MIN_FRAMES) < i3d.MIN_FRAMES:
         raise UserError(f"'clips.frames' must be at least {i3d.MIN_FRAMES} for FVD: {where}; give longer clips")
+    if card.window_seconds <= 0:
+        raise UserError(f"'window_seconds' must be above 0: {where}; 1 is usual")
     if card.floor_splits < 2:
         raise UserError(f"'floor_splits' must be at least 2: {where}; 8 is usual")
     if card.sync is not None:

@@ -22,14 +22,15 @@ from eval.frechet import (
     frechet_distance,
     frechet_floor,
     frechet_with_error,
+    kid_floor,
     kid_with_error,
     mean_with_error,
 )
 from eval.identity import identity_agreement
 from eval.lip_sync import LipSync, from_curve, resample_frames, summarise, sync_scores
 from eval.mfcc import mfcc, to_int16
-from eval.motion import sharpness_energies
-from eval.quality import failure_rates, flickers, measure
+from eval.motion import ratio_with_error, sharpness_energies
+from eval.quality import failure_rates, flickers, measure, slope_with_error, window_colour, window_identity
 from eval.sync import mouth_sync
 from eval.syncnet import crop_faces, windows_of
 from eval.weights import locate
@@ -42,6 +43,8 @@ RULE_OF |= {"psnr": "pairs", "ssim": "pairs", "lpips": "pairs"}
 PAIRED = ("psnr", "ssim", "lpips")
 """Metrics of a generated clip and its real one; the ground truth has none."""
 QUALITY = ("motion_energy", "sharpness", "flicker", "saturation", "black", "frozen", "flash")
+WEIGHT_FREE = (*QUALITY, "colour_slope", "seam")
+"""All of `quality`: the slope is of clips of two windows or more, seams are of clips that say where their chunks begin."""
 Score = tuple[float, float]
 Features = Mapping[str, Tensor]
 
@@ -49,12 +52,13 @@ Features = Mapping[str, Tensor]
 @dataclass(frozen=True, kw_only=True)
 class Take:
     """A clip as the card wants it: uint8 [3, T, H, W], its rate, sound [S] at 16 kHz (None without a track), and the real clip's
-    face box [4] in its pixels, None where no face was found."""
+    face box [4] in its pixels, None where no face was found; `seams`: frames that begin a chunk, where its maker says so."""
 
     video: Tensor
     fps: Fraction
     sound: Tensor | None
     box: Tensor | None
+    seams: tuple[int, ...] = ()
 
 
 class Extractors:
@@ -172,11 +176,25 @@ def _sync(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[st
 
 
 def _identity(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[str, Tensor]:
-    del card
     rows = extractors.dinov2.features(
         torch.cat((real.video[:, :1], take.video[:, 1:]), 1).transpose(0, 1), extractors.batch_size
     )
-    return {"cosine": F.cosine_similarity(rows[1:].double(), rows[:1].double())}
+    cosine = F.cosine_similarity(rows[1:].double(), rows[:1].double())
+    if (length := _window(take, card)) == 0:
+        return {"cosine": cosine}
+    windows = window_identity(rows[None, 1:], rows[:1], length)
+    return {"cosine": cosine, "slope": _a_second(windows, length, take)}
+
+
+def _window(take: Take, card: Card) -> int:
+    """Frames of the windows over which a drift is a slope; 0 for clips of fewer than two."""
+    length = round(card.window_seconds * take.fps)
+    return length if 2 <= length <= (take.video.shape[1] - 1) // 2 else 0
+
+
+def _a_second(windows: Tensor, length: int, take: Take) -> Tensor:
+    """Slope of one clip's windows [1, W]."""
+    return torch.tensor(slope_with_error(windows)[0] / float(length / take.fps), dtype=torch.float64)
 
 
 def _probes(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[str, Tensor]:
@@ -204,7 +222,7 @@ def _probes(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[
 
 
 def _quality(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[str, Tensor]:
-    del real, card, extractors
+    del real, extractors
     video = take.video[None]
     frames = measure(video)
     values = {
@@ -214,7 +232,15 @@ def _quality(take: Take, real: Take, card: Card, extractors: Extractors) -> dict
         "saturation": frames.saturation.mean(1),
         **failure_rates(frames),
     }
-    return {name: values[name][0] for name in QUALITY}
+    found = {name: values[name][0] for name in QUALITY}
+    if length := _window(take, card):
+        found["colour_slope"] = _a_second(window_colour(frames, length), length, take)
+    steps = [frame - 1 for frame in take.seams if frame < video.shape[2]]
+    if 0 < len(steps) < frames.change.shape[1]:
+        at = torch.zeros(frames.change.shape[1], dtype=torch.bool)
+        at[steps] = True
+        found |= {"at_seams": frames.change[0, at].mean(), "elsewhere": frames.change[0, ~at].mean()}
+    return found
 
 
 def _sharpness(video: Tensor, frames_at_once: int = 32) -> Tensor:
@@ -276,19 +302,27 @@ def set_scores(metric: str, clips: Sequence[Features], real: Sequence[Features] 
         faces, portraits = (torch.stack([clip[name] for clip in clips]) for name in ("identity", "portrait"))
         return Scores({"identity": identity_agreement(faces, portraits)}, {})
     if metric == "identity":
-        return _means({"identity": [float(clip["cosine"].mean()) for clip in clips]})
+        found = {"identity": [float(clip["cosine"].mean()) for clip in clips]}
+        if all("slope" in clip for clip in clips):
+            found["identity_slope"] = [float(clip["slope"]) for clip in clips]
+        return _means(found)
     if metric == "quality":
-        return _means({name: [float(clip[name]) for clip in clips] for name in QUALITY})
+        return _quality_scores(clips)
     return _means({metric: [float(clip[metric].double().mean()) for clip in clips]})
 
 
 def floor_scores(metric: str, real: Sequence[Features], card: Card) -> tuple[Score, int] | None:
     """(mean, spread) of the distance between random halves of the real clips, and the clips in a half; None without a floor."""
-    rule = card.fid if metric == "fid" else card.fvd if metric == "fvd" else None
-    if rule is None or len(real) < 4 or (metric == "fid" and card.fid is not None and card.fid.pooling == "pair"):
+    rule = {"fid": card.fid, "kid": card.fid, "fvd": card.fvd}.get(metric)
+    if rule is None or len(real) < (6 if metric == "kid" else 4):
         return None
-    rows = _rows(metric, real, card)
-    value, spread, num = frechet_floor(rows, torch.Generator().manual_seed(0), card.floor_splits, rule.ddof)
+    if metric == "fid" and card.fid is not None and card.fid.pooling == "pair":
+        return None
+    rows, generator = _rows(metric, real, card), torch.Generator().manual_seed(0)
+    if metric == "kid":
+        value, spread, num = kid_floor(rows, generator, card.floor_splits)
+    else:
+        value, spread, num = frechet_floor(rows, generator, card.floor_splits, rule.ddof)
     return (value, spread), num
 
 
@@ -330,6 +364,16 @@ def _from_curve(clip: Features, max_lag: int) -> LipSync | None:
     if len(curve) == 0:
         return None
     return from_curve(curve, max_lag, int(clip["windows"]))
+
+
+def _quality_scores(clips: Sequence[Features]) -> Scores:
+    names = [name for name in (*QUALITY, "colour_slope") if all(name in clip for clip in clips)]
+    scores = _means({name: [float(clip[name]) for clip in clips] for name in names})
+    if all("at_seams" in clip for clip in clips):
+        at, elsewhere = (torch.stack([clip[name] for clip in clips]) for name in ("at_seams", "elsewhere"))
+        if bool(elsewhere.any()):  # clips that stand still between their seams have no ratio
+            scores.metrics["seam"] = ratio_with_error(at, elsewhere)
+    return scores
 
 
 def _embedded_sync(clips: Sequence[Features], card: Card) -> Scores:

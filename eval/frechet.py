@@ -9,7 +9,7 @@ values are compared at equal N only (`check_counts`) and beside the real-vs-real
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from jaxtyping import Float
@@ -169,11 +169,24 @@ def frechet_floor(real: Tensor, generator: torch.Generator, splits: int = 8, ddo
 
     Returns the mean over `splits` splits, their standard deviation, and the clips in a half (the N at which it holds).
     """
+    return _floor(real, generator, splits, 2, lambda a, b: frechet_distance(a, b, ddof))
+
+
+def kid_floor(real: Tensor, generator: torch.Generator, splits: int = 8) -> tuple[float, float, int]:
+    """`frechet_floor` of the kernel distance, whose halves need 3 clips."""
+    return _floor(real, generator, splits, 3, kid)
+
+
+def _floor(
+    real: Tensor, generator: torch.Generator, splits: int, least: int, distance: Callable
+) -> tuple[float, float, int]:
     num = len(_by_clip(real)) // 2
-    if num < 2 or splits < 2:
-        raise UserError(f"a floor needs at least 4 clips and 2 splits: got {len(real)}, {splits}; give more real clips")
+    if num < least or splits < 2:
+        raise UserError(
+            f"a floor needs at least {2 * least} clips and 2 splits: got {len(real)}, {splits}; give more real clips"
+        )
     orders = [torch.randperm(len(real), generator=generator).to(real.device) for _ in range(splits)]
-    draws = [frechet_distance(real[order[:num]], real[order[num : 2 * num]], ddof) for order in orders]
+    draws = [distance(real[order[:num]], real[order[num : 2 * num]]) for order in orders]
     values = torch.tensor(draws, dtype=torch.float64)
     return float(values.mean()), float(values.std()), num
 
@@ -209,6 +222,12 @@ def kid_with_error(a: Tensor, b: Tensor) -> tuple[float, float]:
 
     a, b: [N, d] or [N, R, d]; pairs inside one clip are left out, so clips with several rows stay unbiased.
     """
+    value, left = _kid_without_each(a, b)
+    return value, jackknife_error(left)
+
+
+def _kid_without_each(a: Tensor, b: Tensor) -> tuple[float, Tensor]:
+    """The kernel distance, and those without each clip of a [N]."""
     clips_a, clips_b = _by_clip(a), _by_clip(b)
     within_a, within_b = _kernel_sums(clips_a, clips_a), _kernel_sums(clips_b, clips_b)
     within_a.fill_diagonal_(0)
@@ -219,7 +238,7 @@ def kid_with_error(a: Tensor, b: Tensor) -> tuple[float, float]:
     value = within_a.sum() / (n * (n - 1)) + constant - 2 * across.mean()
     left_a = (within_a.sum() - 2 * within_a.sum(1)) / ((n - 1) * (n - 2))
     left_across = (across.sum() - across.sum(1)) / ((n - 1) * m)
-    return float(value), jackknife_error(left_a + constant - 2 * left_across)
+    return float(value), left_a + constant - 2 * left_across
 
 
 def kid(a: Tensor, b: Tensor) -> float:
@@ -245,6 +264,13 @@ def paired_difference(a: Tensor, b: Tensor, reference: Tensor | Moments, ddof: i
     left = [_weighted(clips, leave_one_out, reference, ddof) for clips in (clips_a, clips_b)]
     difference = frechet_distance(a, reference, ddof) - frechet_distance(b, reference, ddof)
     return difference, jackknife_error(left[0] - left[1])
+
+
+def kid_paired_difference(a: Tensor, b: Tensor, reference: Tensor) -> tuple[float, float]:
+    """kid(a, reference) - kid(b, reference) for two systems on the SAME clips, and its jackknife error, as `paired_difference`."""
+    clips_a, clips_b = _paired(a, b)
+    (one, left_one), (two, left_two) = (_kid_without_each(clips, reference) for clips in (clips_a, clips_b))
+    return one - two, jackknife_error(left_one - left_two)
 
 
 def _paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

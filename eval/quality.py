@@ -121,6 +121,13 @@ def quality_scores(video: UInt8[Tensor, "n 3 t h w"]) -> dict[str, tuple[float, 
     return {name: mean_with_error(x) for name, x in values.items()}
 
 
+def window_colour(frames: Frames, length: int, start: Float[Tensor, "n 3"] | None = None) -> Float[Tensor, "n windows"]:
+    """Distance of each whole window's mean colour from `start`, or from the film's own first frame."""
+    count = frames.colour.shape[2] // length
+    means = frames.colour[:, :, : count * length].unflatten(2, (count, length)).mean(3)
+    return (means - (frames.colour[:, :, 0] if start is None else start)[:, :, None]).norm(dim=1)
+
+
 def window_quality(
     video: UInt8[Tensor, "n 3 t h w"], length: int, reference: UInt8[Tensor, "n 3 h w"] | None = None
 ) -> dict[str, Float[Tensor, "n windows"]]:
@@ -141,7 +148,7 @@ def window_quality(
 
     parts = video[:, :, : count * length].split(length, dim=2)
     return {
-        "colour": (windows(frames.colour) - start.colour[:, :, :1]).norm(dim=1),
+        "colour": window_colour(frames, length, start.colour[:, :, 0]),
         "luma": windows(frames.luma) - start.luma[:, :1],
         "saturation": windows(frames.saturation) - start.saturation[:, :1],
         "sharpness": torch.stack([sharpness_energies(part).cpu() for part in parts], dim=1),

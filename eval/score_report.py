@@ -35,6 +35,9 @@ HINTS = {
     "black": ("black", "share of frames"),
     "frozen": ("frozen", "share of steps"),
     "flash": ("flash", "share of steps"),
+    "colour_slope": ("colour drift", "levels a second, 0 is none"),
+    "identity_slope": ("identity drift", "a second, 0 is none"),
+    "seam": ("seams", "1 is none"),
     "iqa": ("IQA", "1 to 5"),
     "ase": ("ASE", "1 to 5"),
     "fps": ("frames/s", "higher"),
@@ -42,9 +45,13 @@ HINTS = {
 }
 TABLES = {
     "Fidelity, sync, identity": ("fid", "kid", "fvd", "sync_c", "sync_d", "sync", "sync_offset_frames", "identity"),
+    "Drift": ("identity_slope",),
     "Sync in detail": ("offset_frames", "distance_at_zero", "in_sync_rate", "detection_rate", "sync_c_penalised"),
     "Against the real frames": ("psnr", "ssim", "lpips"),
-    "Measures without a network": ("motion_energy", "sharpness", "flicker", "saturation", "black", "frozen", "flash"),
+    "Measures without a network": (
+        *("motion_energy", "sharpness", "flicker", "saturation", "black", "frozen", "flash"),
+        *("seam", "colour_slope"),
+    ),
 }
 NAMES = {"ground_truth": "ground truth", "floor": "real against real"}
 FLOOR = (
@@ -163,6 +170,13 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         lines.append(FLOOR)
     if "sync_c" in report["rows"]["ground_truth"]["metrics"]:
         lines.append(PAIRED)
+        values = report["rows"]["ground_truth"]["clips"]["sync_c"]
+        lost = [clip for clip, value in zip(report["clips"], values, strict=True) if value is None]
+        if lost:
+            named = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            lines.append(
+                f"No face in {len(lost)} of {report['n']} clips ({named}): Sync-C and Sync-D are means without them."
+            )
     uses = {card[rule]["extractor"] for rule in ("fid", "fvd", "sync", "identity") if card[rule]}
     for name, extractor in (("SyncNet example", "syncnet"), ("FVD vector", "i3d")):
         result = report["golden"].get(name)

@@ -13,6 +13,8 @@ from eval.frechet import (
     frechet_with_error,
     jackknife_error,
     kid,
+    kid_floor,
+    kid_paired_difference,
     kid_with_error,
     paired_bootstrap,
     paired_difference,
@@ -347,6 +349,27 @@ def test_kid_equals_its_definition():
     assert value == pytest.approx(float(expected), rel=1e-9)
     left = torch.tensor([kid(torch.cat((a[:i], a[i + 1 :])), b) for i in range(7)], dtype=torch.float64)
     assert error == pytest.approx(float((6 / 7 * (left - left.mean()).square().sum()).sqrt()), rel=1e-9)
+
+
+def test_a_paired_difference_of_kid_has_the_sign_and_error_of_its_definition():
+    a, b, reference = normal(8, 2, 3) + 0.4, normal(8, 2, 3, seed=1), normal(9, 2, 3, seed=2)
+    difference, error = kid_paired_difference(a, b, reference)
+    assert difference == pytest.approx(kid(a, reference) - kid(b, reference))
+    keep = [[j for j in range(8) if j != i] for i in range(8)]
+    left = [kid(a[rows], reference) - kid(b[rows], reference) for rows in keep]
+    assert error == pytest.approx(jackknife_error(torch.tensor(left, dtype=torch.float64)), rel=1e-9)
+    assert kid_paired_difference(a, a, reference) == (0, 0)
+    with pytest.raises(UserError, match="the same clips"):
+        kid_paired_difference(a, b[1:], reference)
+
+
+def test_the_floor_of_kid_is_around_0_at_half_the_clips():
+    real = normal(24, 2, 6)
+    floor, spread, num = kid_floor(real, rng(), 12)
+    assert num == 12
+    assert abs(floor) < spread
+    with pytest.raises(UserError, match="a floor needs at least 6 clips"):
+        kid_floor(real[:5], rng())
 
 
 def test_kid_leaves_out_pairs_of_one_clip():
