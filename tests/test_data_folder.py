@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from distill.cli import main
 from distill.data import avatars, world
 from distill.data.clips import LEFT_OUT, FolderConfig, measured
 from distill.data.cutting import CutConfig
 from distill.data.folder import read
 from distill.data.manifest import Manifest
 from distill.data.prepare import prepare
+from distill.engine import Engine
 from distill.recipe import RECIPES, load_recipe
-from distill.stages import run
+from distill.stages import Pipeline, run
 from students.checkpoint import load_student
 from teachers import media
 from teachers.codecs import to_float
@@ -317,3 +319,81 @@ def test_the_source_is_named_and_the_default_is_not(data):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["data=folder"])
     with pytest.raises(UserError, match=r"unknown 'data.name' 'folders'.*did you mean 'folder'"):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["data.name=folders"])
+
+
+MUTE = ("person_02", "person_09")
+
+
+@pytest.fixture(scope="module")
+def curated(films, tmp_path_factory):
+    """The films with two of them mute: prepared, and what `distill data curate` made of them."""
+    folder = tmp_path_factory.mktemp("curated")
+    shutil.copytree(films, folder / "films")
+    for name in MUTE:
+        path = folder / "films" / f"{name}.mp4"
+        frames, _ = media.read_video(path)
+        media.write_video(path, frames, FPS, torch.zeros(NUM * 1280))
+    shards, out = prepared(folder / "films", folder / "shards"), folder / "kept"
+    (folder / "thresholds.yaml").write_text("speech: {at_least: 0.3}")
+    words = ["--out", str(out), "--thresholds", str(folder / "thresholds.yaml"), "--workers", "0"]
+    assert main(["data", "curate", str(shards), *words]) == 0
+    kept = Manifest.load(out / "manifest.parquet")
+    assert len(kept.clips) == FILMS - len(MUTE)
+    return shards, out
+
+
+def recipe_of(shards, *words):
+    return load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, f"data.path={shards}", *words])
+
+
+def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
+    shards, out = curated
+    everything: Any = recipe_of(shards).data.open()
+    recipe = recipe_of(shards, f"data.manifest={out}", f"run_dir={tmp_path / 'run'}")
+    source: Any = recipe.data.open()
+    mute = {f"{name}.mp4" for name in MUTE}
+    assert (
+        people(source.training) | people(source.held) == (people(everything.training) | people(everything.held)) - mute
+    )
+    assert source.facts["unused_samples"] == {"it is not in data.manifest": len(MUTE)}
+    assert source.given != everything.given
+    heard = [source.draw(0, name, 100).audio for name in ("test", "reference", "probes")]
+    heard += [clips.audio for clips in source.train(0, range(source.num_shards))]
+    assert all(audio.any(dim=1).all() for audio in heard)
+    one_file = recipe_of(shards, f"data.manifest={out / 'manifest.parquet'}").data.open()
+    assert one_file.given == source.given
+    pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
+    assert pipeline.stage("data")["unused_samples"] == source.facts["unused_samples"]
+    assert len(pipeline.given) == 2 * source.num_train == 2 * len(source.training)
+    pipeline.log.close()
+
+
+def test_captions_of_the_manifest_are_what_is_trained_on(curated, tmp_path):
+    shards, out = curated
+    kept = Manifest.load(out / "manifest.parquet")
+    changed = tuple(
+        replace(clip, text=f"rewritten {clip.id}", identity="a b"[2 * (n % 2)]) for n, clip in enumerate(kept.clips)
+    )
+    Manifest(changed).save(tmp_path / "manifest.parquet")
+    source: Any = opened(shards, manifest=tmp_path)
+    said = {text for clips in source.train(0, range(source.num_shards)) for text in clips.text}
+    said |= {*source.draw(0, "test", 100).text, *source.draw(0, "reference", 100).text}
+    assert said == {clip.text for clip in changed}
+    assert source.given != opened(shards, manifest=out).given
+
+
+def test_a_manifest_of_other_clips_is_refused(curated, data, tmp_path):
+    shards, out = curated
+    kept = Manifest.load(out / "manifest.parquet")
+    Manifest(()).save(tmp_path / "none.parquet")
+    Manifest((replace(kept.clips[0], end=1.0),)).save(tmp_path / "moved.parquet")
+    Manifest((replace(kept.clips[0], id="stranger"),)).save(tmp_path / "stranger.parquet")
+    for path, words in (
+        (tmp_path / "none.parquet", "none.parquet keeps no clip; curate with other --thresholds"),
+        (tmp_path / "moved.parquet", f"clip {kept.clips[0].id} of .*moved.parquet is not in {shards}"),
+        (tmp_path / "stranger.parquet", f"clip stranger of .* is not in {shards}; curate that folder again"),
+        (tmp_path / "gone", "manifest not found: .*gone"),
+        (tmp_path, "manifest not found: .*manifest.parquet"),
+    ):
+        with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
+            opened(shards, manifest=path)

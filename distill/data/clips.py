@@ -4,11 +4,12 @@ Real clips know what is seen, heard and said in them; what was asked of a face, 
 procedural world knows. The measures that need that are left out by name (`LEFT_OUT`).
 """
 
+import hashlib
 import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 from distill.data import shards
 from distill.data.folder import Videos
 from distill.data.loader import Bucket, Index, Loader, Samples, Windows
-from distill.data.manifest import Manifest
+from distill.data.manifest import Clip, Manifest
 from distill.data.split import assign, place
 from distill.data.world import Clips, DataConfig
+from distill.run_folder import canonical_json
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -46,10 +48,13 @@ class FolderConfig(DataConfig):
     """Clips in `path`; `world` says their size, frame rate and length, and at most how many are trained on.
 
     `held_out`: the share of people who are kept for the evaluation, by hash; an official split of the manifest stands.
+    `manifest`: which of the clips are used, with the text, split and identity that they have there: the folder that `distill data
+    curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
 
     path: Path
     held_out: float = 0.1
+    manifest: Path | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,6 +80,7 @@ class Folder:
         self.fps = Fraction(world.fps)
         self._check_prepared()
         index = self.index = Index.read(config.path, self.fps)
+        self.clips = _used_clips(config)
         sides, self.unused = self._sides()
         self.training, self.held = (
             Windows(index, world.num_frames, self.fps, sides[name]) for name in ("train", "test")
@@ -91,7 +97,10 @@ class Folder:
     @property
     def given(self) -> dict[str, str]:
         """Which clips these are, for the fingerprint of what is made from them."""
-        return {"clips": self.index.sha256}
+        if self.config.manifest is None:
+            return {"clips": self.index.sha256}
+        facts = canonical_json([asdict(clip) for clip in self.clips])
+        return {"clips": self.index.sha256, "manifest": hashlib.sha256(facts.encode()).hexdigest()}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -108,7 +117,8 @@ class Folder:
     @property
     def description(self) -> str:
         """In words, for the model card."""
-        return f"clips of the folder {self.config.path.name}"
+        kept = "" if self.config.manifest is None else f", the {len(self.clips)} of a curated manifest"
+        return f"clips of the folder {self.config.path.name}{kept}"
 
     def verify(self, rank: int, world_size: int) -> None:
         """UserError where a shard differs from its checksum."""
@@ -121,19 +131,32 @@ class Folder:
         windows, rows = self._set(seed, name)
         found = [windows.batch(rows[start : start + 16]) for start in range(0, min(num, len(rows)), 16)]
         found = [_cut(samples, num - 16 * i) for i, samples in enumerate(found)]
-        return _clips(found, measured(torch.cat([_video(samples) for samples in found])))
+        return self._clips(found, measured(torch.cat([_video(samples) for samples in found])))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
         """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` processes."""
         size = self.config.world.shard_clips
         loader = Loader(self.training, size, seed, workers=workers)
         for number, samples in zip(numbers, loader.read(numbers), strict=True):
-            yield _clips([_cut(samples, self.num_train - number * size)], {})
+            yield self._clips([_cut(samples, self.num_train - number * size)], {})
 
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
         """What a text encoder learns to tell apart: texts that differ."""
         known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
         return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
+
+    def _clips(self, found: list[Samples], labels: dict[str, Tensor]) -> Clips:
+        """Decoded batches as clips, each with the text that its manifest has."""
+        audio = [samples.audio for samples in found if samples.audio is not None]
+        text = [self._text.get(name, own) for batch in found for name, own in zip(batch.ids, batch.text, strict=True)]
+        return Clips(
+            video=torch.cat([_video(samples) for samples in found]), audio=torch.cat(audio), text=text, labels=labels
+        )
+
+    @cached_property
+    def _text(self) -> dict[str, str]:
+        """Texts of the manifest that was given, by the id of their clips."""
+        return {} if self.config.manifest is None else {clip.id: clip.text for clip in self.clips}
 
     def _set(self, seed: int, name: str) -> tuple[Windows, Tensor]:
         """Where the clips of a set lie, shuffled by `seed`: sets that are compared share none."""
@@ -177,17 +200,18 @@ class Folder:
     def _sides(self) -> tuple[dict[str, list[int]], Counter]:
         """Index entries of the people trained on and of those held out; and why the others are not used, with their number."""
         index, config = self.index, self.config
-        manifest = Manifest.load(config.path / "manifest.parquet")
-        others = {clip.split for clip in manifest.clips} - {"", "train", "test"}
+        others = {clip.split for clip in self.clips} - {"", "train", "test"}
         fractions = {"train": 1 - config.held_out, "test": config.held_out}
-        divided = assign(manifest, {**dict.fromkeys(sorted(others), 0.0), **fractions})
+        divided = assign(Manifest(self.clips), {**dict.fromkeys(sorted(others), 0.0), **fractions})
         unused: Counter = Counter()
-        people = {clip.id: (clip.split, clip.identity or clip.source) for clip in divided.clips}
-        keys = {shards.sample_key(name): who for name, who in people.items()}
+        listed = {shards.sample_key(clip.id) for clip in self.clips}
+        keys = {shards.sample_key(clip.id): (clip.split, clip.identity or clip.source) for clip in divided.clips}
         found: list[tuple[str, str, int]] = []
         for entry in range(len(index.shard)):
             bucket, who = index.buckets[index.bucket[entry]], keys.get(index.key(entry))
-            if bucket != self._wanted:
+            if index.key(entry) not in listed:
+                unused["it is not in data.manifest"] += 1
+            elif bucket != self._wanted:
                 unused[_mismatch(bucket, self._wanted)] += 1
             elif who is None:
                 unused["its identity is officially on both sides"] += 1
@@ -202,7 +226,7 @@ class Folder:
                 f"films again with --fps {config.world.fps} --size {height}x{width}"
             )
         if not any(side == "test" for side, _, _ in found):
-            official = {clip.identity or clip.source for clip in manifest.clips if clip.split}
+            official = {clip.identity or clip.source for clip in self.clips if clip.split}
             free = {who for _, who, _ in found if who not in official}
             last = max(free, key=place) if len({who for _, who, _ in found}) > 1 and free else None
             found = [("test" if who == last else side, who, entry) for side, who, entry in found]
@@ -262,11 +286,23 @@ def _cut(samples: Samples, num: int) -> Samples:
     )
 
 
-def _clips(found: list[Samples], labels: dict[str, Tensor]) -> Clips:
-    audio = [samples.audio for samples in found if samples.audio is not None]
-    return Clips(
-        video=torch.cat([_video(samples) for samples in found]),
-        audio=torch.cat(audio),
-        text=[text for samples in found for text in samples.text],
-        labels=labels,
-    )
+def _used_clips(config: FolderConfig) -> tuple[Clip, ...]:
+    """The clips of `data.manifest`, of the whole folder without one; UserError unless they are clips of this folder."""
+    prepared = Manifest.load(config.path / "manifest.parquet").clips
+    if config.manifest is None:
+        return prepared
+    path = config.manifest / "manifest.parquet" if config.manifest.is_dir() else config.manifest
+    used, known = Manifest.load(path).clips, {_cut_out(clip) for clip in prepared}
+    if not used:
+        raise UserError(f"data.manifest: {path} keeps no clip; curate with other --thresholds")
+    for clip in used:
+        if _cut_out(clip) not in known:
+            raise UserError(
+                f"data.manifest: clip {clip.id} of {path} is not in {config.path}; curate that folder again"
+            )
+    return used
+
+
+def _cut_out(clip: Clip) -> Clip:
+    """Which piece of which film a clip is, whatever is said of it."""
+    return replace(clip, text="", licence="", split="", identity="")

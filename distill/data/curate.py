@@ -7,6 +7,7 @@
     OUT/references/<key>.png         first frames of the kept clips through a super-resolution model, where one is given
     OUT/scores.jsonl                 rows of a run that has not ended; the same command goes on from them
 
+A recipe trains on the kept clips with `data=folder data.path=DIR data.manifest=OUT` (`distill.data.clips`).
 A row is used again while its fingerprint (content, clip, face, version of the formulas) is the same.
 """
 
@@ -106,6 +107,10 @@ class Curated:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `distill data curate`."""
+    parser.epilog = (
+        "A recipe trains on the kept clips alone with data=folder data.path=DIR data.manifest=OUT. Of a manifest.parquet, give "
+        "OUT/manifest.parquet to distill data prepare as --annotations: it cuts the kept clips alone."
+    )
     parser.add_argument("data", type=Path, metavar="DIR", help="what distill data prepare wrote, or a manifest.parquet")
     parser.add_argument("--videos", type=Path, metavar="DIR", help="source videos of a manifest.parquet")
     parser.add_argument(

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from distill.data.face import Box, locate
 from distill.data.film import SAMPLE_RATE
+from distill.data.lips import mouth_motion, sync
 from distill.data.page import spaced
 
-VERSION = 1  # of the formulas: scores of another one are made again
+VERSION = 2  # of the formulas: scores of another one are made again
 SCORES = {
     "sharpness": "1 - the blur of Crete et al. 2007, median over the looks",
     "exposure": "share of well-exposed light (Mertens et al. 2007), the worst look",
@@ -31,7 +32,7 @@ SCORES = {
     "face_centring": "1 - twice the distance of the face's middle from the frame's, across",
     "speech": "active share of the time (ITU-T P.56)",
     "speech_rhythm": "share of the loudness's variation at 2 to 8 Hz, the syllables",
-    "sync": "correlation of the mouth's motion with the loudness, -1 to 1, within 120 ms of no delay",
+    "sync": "correlation of the mouth's motion with the voice's, -1 to 1, at the delays that nobody notices",
     "motion_text": "words of motion among those of motion and of looks",
 }
 LOOK_SECONDS = Fraction(1, 2)  # between the frames that are looked at closely
@@ -41,7 +42,6 @@ GRID = 8  # pixels of the blocks of JPEG and MPEG
 HEARD_DBFS = -60.0  # an active level below it is silence
 BLOCK_SECONDS = 0.005  # of the sound's envelope
 SMOOTH_SECONDS, HANGOVER_SECONDS, MARGIN_DB = 0.03, 0.2, 15.9  # ITU-T P.56, method B
-CELLS, RIDGE, FOLDS, NEAR_SECONDS, FAR_SECONDS = 3, 0.3, 5, 0.12, 0.6  # of `sync`
 MOTION = """talk speak say said sing whisper shout chat smil laugh grin frown chuckl pout grimac smirk nod shak tilt turn lean bow
     sway rais lift lower mov motion gestur gesticulat wav point clap shrug reach blink wink squint glanc gaz look star open clos
     purs part breath sigh yawn walk step danc jump ris swing express animat energetic liv quick slow rhythmic"""
@@ -224,55 +224,6 @@ def speech_rhythm(sound: np.ndarray) -> float:
     hertz = np.fft.rfftfreq(len(loudness), 0.01)
     total = power[(hertz >= 0.5) & (hertz <= 20)].sum()
     return float(power[(hertz >= 2) & (hertz <= 8)].sum() / total) if total > 1e-9 else 0.0
-
-
-def mouth_motion(small: Tensor, box: Box) -> np.ndarray:
-    """Log mean change of each cell of the lower half of the face, uint8 [T, h, w] -> [T, 9], smoothed over 3 frames."""
-    lower = Box(box.x, box.y + box.height / 2, box.width, 0.65 * box.height, box.confidence)
-    left, top, right, bottom = lower.pixels((small.shape[1], small.shape[2]))
-    change = small[:, top:bottom, left:right].float().diff(dim=0).abs()
-    cells = (F.adaptive_avg_pool2d(change[:, None], CELLS).flatten(1) + 0.3).log()
-    cells = torch.cat([cells[:1], cells])  # the first frame has no change
-    padded = F.pad(cells.T[None], (1, 1), mode="replicate")
-    return F.avg_pool1d(padded, 3, 1)[0].T.double().numpy()
-
-
-def sync(motion: np.ndarray, sound: np.ndarray, fps: Fraction) -> tuple[float | None, float | None]:
-    """How well the mouth's motion [T, n] foretells the loudness of the sound [S] under it, and its delay in ms.
-
-    A ridge regression of the log loudness of a frame on the motion, fitted on four fifths of the clip and judged on the last, by
-    turns: the correlation, for every lag up to 0.6 s. The score is the largest within 0.12 s; the delay is the best lag of
-    all, positive when the picture lags the sound (SyncNet's sign). A plain correlation is a ridge with one cell and no
-    judging apart. It is a proxy: noise is about 0.2 for 10 s, so short clips are not decided by it; None under 2 s.
-    """
-    samples = SAMPLE_RATE / fps
-    num = min(len(motion), int(len(sound) / samples))
-    far, near = round(FAR_SECONDS * fps), round(NEAR_SECONDS * fps)
-    if num < 2 * fps or num < 2 * far + 5 * FOLDS:
-        return None, None
-    edges = [round(number * samples) for number in range(num + 1)]
-    power = [float(np.square(sound[a:b], dtype=np.float64).mean()) for a, b in pairwise(edges)]
-    loud = np.log(np.sqrt(power) + 1e-3)
-    curve = {}
-    for lag in range(-far, far + 1):
-        seen, heard = motion[max(lag, 0) : num + min(lag, 0)], loud[max(-lag, 0) : num - max(lag, 0)]
-        curve[lag] = _foretold(seen, heard)
-    best = max(sorted(curve, key=abs), key=lambda lag: curve[lag])
-    return max(value for lag, value in curve.items() if abs(lag) <= near), 1000 * float(best / fps)
-
-
-def _foretold(seen: np.ndarray, heard: np.ndarray) -> float:
-    """Correlation of `heard` [T] with what a ridge regression on `seen` [T, n] says of it, each fifth told by the others."""
-    told, fold = np.zeros(len(heard)), np.arange(len(heard)) * FOLDS // len(heard)
-    for number in range(FOLDS):
-        known = fold != number
-        mean, spread = seen[known].mean(0), seen[known].std(0) + 1e-6
-        x, y = (seen[known] - mean) / spread, heard[known]
-        weights = np.linalg.solve(x.T @ x + RIDGE * len(y) * np.eye(x.shape[1]), x.T @ (y - y.mean()))
-        told[~known] = (seen[~known] - mean) / spread @ weights
-    a, b = told - told.mean(), heard - heard.mean()
-    size = math.sqrt(float((a * a).sum() * (b * b).sum()))
-    return float((a * b).sum()) / size if size > 1e-9 else 0.0
 
 
 def motion_text(text: str) -> float:
