@@ -351,7 +351,7 @@ def _plain_loops(
     bundle: Bundle, scene: Scene, num_chunks: int, warm: Streamed
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
     """The plain loops, run once, and how many grey levels their frames differ from the session's at most."""
-    if not can_run(bundle.spec.history):
+    if not can_run(bundle.spec):
         return {}, {}
     loops = {
         name: lambda keep_text=keep_text: naive_loop(bundle, scene, num_chunks, keep_text)

@@ -3,15 +3,19 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from students.causal_wan import CausalWan
 from students.checkpoint import Bundle
 from students.session import Chunk, Session
+from students.student import Student
 from teachers.codecs import DecoderState, to_uint8
 from teachers.errors import UserError
 
@@ -156,8 +160,10 @@ class ChunkWork:
     """The work of one chunk with its inputs prepared, without the session around it: repeatable, in one thread."""
 
     bundle: Bundle
-    calls: list[tuple[tuple, dict]]  # of the network: each denoising step, then the context pass
-    audio: Tensor  # which the steps read once, together
+    calls: list[
+        Callable[[], object]
+    ]  # of the network: each denoising step and the context pass, or the plan and each step
+    audio: Tensor  # which an avatar DiT's steps read once, together
     span: tuple[int, int]
     window: Tensor
     x0: Tensor
@@ -166,9 +172,10 @@ class ChunkWork:
     def network(self) -> None:
         """The network's calls."""
         with torch.inference_mode():
-            self.bundle.student.net.read_audio(self.audio)
-            for inputs, named in self.calls:
-                self.bundle.student.net(*inputs, **named)
+            if isinstance(self.bundle.student, CausalWan):
+                self.bundle.student.net.read_audio(self.audio)
+            for call in self.calls:
+                call()
 
     def senses(self) -> Tensor:
         """The ears."""
@@ -194,23 +201,45 @@ def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
     for _ in range(chunk):
         session.step()
     session.settle()
-    calls, copies = [], {}
-
-    def keep(_: torch.nn.Module, inputs: tuple, named: dict) -> None:
-        calls.append((_copied(inputs, copies), _copied(named, copies)))
-
     decoder, (start, stop) = session.point.decoder, spec.pixel_frames(chunk)
     window = session.audio.read(
         start * spec.samples_per_frame - ears.lookback, stop * spec.samples_per_frame + ears.lookahead
     )
-    handle = bundle.student.net.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with recorded(bundle.student) as calls:
         session.step()
         session.settle()
-    finally:
-        handle.remove()
     drawn = session.point.seen[-1]
     return ChunkWork(bundle, calls, drawn.conditions.audio, (start, stop), window, drawn.x0, decoder)
+
+
+@contextmanager
+def recorded(student: Student) -> Iterator[list[Callable[[], object]]]:
+    """The network's calls within, to be made again: those of an avatar DiT itself, of another student its `plan` and `denoise`."""
+    calls, copies = [], {}
+    if isinstance(student, CausalWan):
+
+        def keep(net: torch.nn.Module, inputs: tuple, named: dict) -> None:
+            calls.append(partial(net, *_copied(inputs, copies), **_copied(named, copies)))
+
+        handle = student.net.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+        return
+
+    def kept(verb: Callable, *inputs: Any, **named: Any):
+        calls.append(partial(verb, *inputs, **named))  # a state is a value: its buffers are written back
+        return verb(*inputs, **named)
+
+    verbs = ("plan", "denoise")
+    for name in verbs:
+        setattr(student, name, partial(kept, getattr(student, name)))
+    try:
+        yield calls
+    finally:
+        for name in verbs:
+            delattr(student, name)
 
 
 def settled_chunks(spec: Any, num_chunks: int) -> list[int]:

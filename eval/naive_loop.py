@@ -13,14 +13,13 @@ from torch import Tensor
 
 from eval.latency import Scene
 from students.checkpoint import Bundle
-from students.history import History
 from students.session import chunk_noise
 from students.spec import Spec
 from teachers import flow
 from teachers.codecs import to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
-from teachers.wan import KeyValue, rotate, to_x0, with_reference
+from teachers.wan import KeyValue, NetworkConfig, rotate, to_x0, with_reference
 
 
 @dataclass
@@ -33,16 +32,18 @@ class LayerCache:
     global_end: Tensor
 
 
-def can_run(history: History) -> bool:
-    """Whether the loop knows this history: sinks and a rolling window with a context pass."""
-    return history.commit == "clean" and history.memory == 0
+def can_run(spec: Spec) -> bool:
+    """Whether the loop knows this student: an avatar DiT with sinks and a rolling window, a context pass, one chunk at a time."""
+    history = spec.history
+    plain = history.commit == "clean" and history.memory == 0 and spec.schedule.depth == 1
+    return plain and isinstance(spec.network, NetworkConfig)
 
 
 @torch.no_grad()
 def naive_loop(bundle: Bundle, scene: Scene, num_chunks: int, keep_text: bool = False) -> Tensor:
     """All frames uint8 [T, H, W, 3] of `num_chunks` chunks, equal to the session's up to rounding."""
     spec, net, codec = bundle.spec, bundle.student.net, bundle.codec
-    if not can_run(spec.history):
+    if not can_run(spec):
         raise UserError(f"plain loop: it knows no {spec.history}; use one with a clean context pass and no memory")
     conditions = _conditions(bundle, scene, num_chunks)
     n, tokens = spec.chunk_frames, spec.token_grid[0] * spec.token_grid[1]

@@ -161,6 +161,8 @@ class MidasNet(nn.Module):
     has no last one. Without a past this equals transformers' Qwen2Model without its causal mask inside a chunk (tests hold it).
     """
 
+    _keep_in_fp32_modules = ("rotary_emb",)
+
     def __init__(self, config: MidasConfig, latent_channels: int, text_dim: int, audio_dim: int, pose_dim: int = 0):
         super().__init__()
         from transformers import Qwen2Config, Qwen2Model
@@ -195,6 +197,15 @@ class MidasNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.buckets.weight)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """Where most weights are: the layers of the language model."""
+        return self.llm.layers
+
+    def compile(self, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The head, which runs every step with the same shapes; the language model's context grows until it is full."""
+        self.head.compile(**options)
 
     def enable_gradient_checkpointing(self) -> None:
         """Each layer of the language model is run again in the backward pass."""

@@ -1,7 +1,7 @@
 """How fast a student is served: type of the matrices, compiled step, attention backend, quantised weights."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,8 @@ def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
     cast(net, DTYPES[speed.dtype])
     try:
         if speed.attention != "native":
+            if not isinstance(net, AvatarTransformer):
+                raise ValueError("this student's network has no choice")
             net.set_attention_backend(speed.attention)
     except (ValueError, ImportError, RuntimeError) as error:
         line = str(error).splitlines()[0]
@@ -45,7 +47,7 @@ def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
     return bundle
 
 
-def cast(net: AvatarTransformer, dtype: torch.dtype) -> None:
+def cast(net: Any, dtype: torch.dtype) -> None:
     """Every weight to `dtype`, but for those that the network keeps in fp32."""
     kept = net._keep_in_fp32_modules or ()
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
@@ -53,7 +55,7 @@ def cast(net: AvatarTransformer, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.to(dtype)
 
 
-def _quantise(net: AvatarTransformer, weights: str) -> None:
+def _quantise(net: Any, weights: str) -> None:
     try:
         from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # optional
             Float8WeightOnlyConfig,

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from tiny import a_bundle, a_portrait, some_sound
+from tiny import MIDAS, a_bundle, a_portrait, some_sound
 
 from eval import roofline
 from eval.latency import Scene, chunk_work, clocked, interleave, percentile, settled_chunks, spread, stream
@@ -179,6 +179,20 @@ def test_the_plain_loop_drops_a_pose_as_the_stream_does(scene):
     ids=str,
 )
 def test_the_plain_loop_refuses_a_history_that_it_does_not_know(history, scene):
-    assert not can_run(history)
+    bundle = a_bundle(history)
+    assert not can_run(bundle.spec)
     with pytest.raises(UserError, match=r"^plain loop: it knows no History"):
-        naive_loop(a_bundle(history), scene, 3)
+        naive_loop(bundle, scene, 3)
+
+
+def test_the_bare_work_of_a_language_model_student(scene):
+    """A plan and three steps, the same numbers again after the stream has gone on; no plain loop."""
+    bundle = a_bundle(network=MIDAS)
+    work = chunk_work(bundle, scene, 5)
+    assert [call.func.__name__ for call in work.calls] == ["plan", "denoise", "denoise", "denoise"]
+    assert not can_run(bundle.spec)
+    with torch.inference_mode():
+        first, again = (work.calls[-1]()[0] for _ in range(2))
+    assert torch.equal(first, again)
+    work.all()
+    assert "plan" not in vars(bundle.student), "what was recorded is put back"

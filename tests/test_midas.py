@@ -4,7 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CHANNELS, MIDAS, SIDE, a_bundle, make_spec, randn, randomise, rng, some_conditions, some_latents
+from tiny import (
+    CHANNELS,
+    MIDAS,
+    SIDE,
+    a_bundle,
+    a_portrait,
+    make_spec,
+    randn,
+    randomise,
+    rng,
+    some_conditions,
+    some_latents,
+    some_sound,
+)
 
 from distill.methods import Batch, forcing
 from distill.rollout import context, draw_noise, rollout
@@ -12,6 +25,8 @@ from students.checkpoint import load_student, make_student, save_student
 from students.history import History, HistoryNoise
 from students.midas_net import MidasConfig, MidasNet, read_language_model
 from students.schedule import Schedule
+from students.session import Session
+from students.speed import Speed, prepare
 from teachers.errors import UserError
 
 NOISE = HistoryNoise(buckets=5, most=0.4, p_clean=0.2)
@@ -241,3 +256,18 @@ def test_noise_that_is_none_is_refused():
 def test_a_plan_wants_finished_latents():
     with pytest.raises(ValueError, match="give clean"):
         a_midas().denoise_clip(some_latents(), torch.full((2, 8), 0.5), some_conditions())
+
+
+def test_served_in_bf16_it_draws_nearly_the_same():
+    def frames(bundle):
+        session = Session(bundle, a_portrait(), "a person nods")
+        session.push(some_sound(12 * 1280))
+        return torch.cat([chunk.frames for chunk in session.frames()]).float()
+
+    plain = frames(a_bundle(network=MIDAS, chunk_frames=1))
+    narrow = prepare(a_bundle(network=MIDAS, chunk_frames=1), "cpu", Speed(dtype="bf16"))
+    assert narrow.student.net.llm.rotary_emb.inv_freq.dtype == torch.float32
+    assert narrow.student.net.llm.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert 0 < (frames(narrow) - plain).abs().mean() < 2
+    with pytest.raises(UserError, match="no choice; native always works"):
+        prepare(narrow, "cpu", Speed(attention="sage"))
