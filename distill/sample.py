@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +21,8 @@ from teachers import media
 from teachers.errors import UserError
 
 if TYPE_CHECKING:
-    from students.session import Session
+    from students.session import Chunk, Session, Starved
+    from students.timeline import Planner, Script
 
 LARGEST_SEED = 2**63 - 1
 CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
@@ -42,7 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
     parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a film with sound")
-    parser.add_argument("--text", required=True, metavar="STR", help='what happens, such as "smiles and nods"')
+    parser.add_argument("--text", metavar="STR", help='what happens, such as "smiles and nods"')
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="YAML",
+        help="what happens when: a list of {at: SECONDS, do: speak, listen, think, idle, gesture or a text}; --text until then",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="film to write")
     parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
     parser.add_argument(
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     Every input is opened, and the output's folder tried, before the student loads. Raises UserError in one line, and leaves
     no film, also for a place of the sound that turns out to be damaged later.
     """
-    _check_options(args)
+    script = _check_options(args)
     if args.teacher is not None:
         from distill.sample_teacher import run as run_teacher
 
@@ -78,16 +85,22 @@ def run(args: argparse.Namespace) -> int:
         return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
+    planner = None if script is None else _planner(script)
     with closing(media.AudioReader(args.audio)) as sound:
         from students.checkpoint import load_student
         from students.session import Session
+        from students.timeline import Director
 
         bundle = load_student(args.student)
         spec = bundle.spec
+        if script is not None:
+            script.check(spec, args.timeline)
         reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
         viewer = Viewer(spec.fps) if args.realtime else None
         lead = LEAD_CHUNKS if args.realtime else None
-        session = Session(bundle, reference, args.text, args.seed, lead=lead, drop=("pose",))
+        text = args.text if script is None or not script.begins else script.timeline[0].do
+        session = Session(bundle, reference, text, args.seed, lead=lead, drop=("pose",))
+        step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
         upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
         expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
@@ -96,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
-            for frames in _film(session, sound, push_ms, viewer, writer):
+            for frames in _film(session, step, sound, push_ms, viewer, writer):
                 if writer.num_frames == 0:
                     first_frame_seconds = time.perf_counter() - started
                     progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
@@ -113,14 +126,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    """Raises UserError for values that no sample can have."""
+def _planner(script: "Script") -> "Planner":
+    """What tells the session its texts; UserError where a chat model cannot be read."""
+    from students.timeline import Timeline
+
+    if script.planner is None:
+        return Timeline(script.timeline)
+    from distill.chat_planner import ChatPlanner
+
+    return ChatPlanner(script.planner.folder, script.behaviours, script.planner.every, script.planner.how)
+
+
+def _check_options(args: argparse.Namespace) -> "Script | None":
+    """The timeline that is asked for. Raises UserError for values that no sample can have."""
     if args.student is not None and args.overrides:
         raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; leave it out")
     if args.teacher is not None and (args.push_ms or args.realtime):
         raise UserError(
             "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
         )
+    if args.teacher is not None and args.timeline is not None:
+        raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; leave it out")
     if not 0 <= args.seed <= LARGEST_SEED:
         raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
     if not 1 <= args.size <= 4096:
@@ -130,6 +156,15 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("image", "audio"):
         if args.out.resolve() == getattr(args, name).resolve():
             raise UserError(f"--out would replace the file of --{name}: {args.out}; name another film")
+    script = None
+    if args.timeline is not None:
+        from students.timeline import read_script
+
+        script = read_script(args.timeline)
+    if args.text is None and (script is None or not script.begins):
+        until = "" if script is None else f"; {args.timeline} says nothing of the beginning"
+        raise UserError(f"--text is missing{until}; say what happens")
+    return script
 
 
 class Viewer:
@@ -160,9 +195,14 @@ class Viewer:
 
 
 def _film(
-    session: "Session", sound: media.AudioReader, push_ms: int, viewer: Viewer | None, writer: media.VideoWriter
+    session: "Session",
+    step: Callable[[], "Chunk | Starved"],
+    sound: media.AudioReader,
+    push_ms: int,
+    viewer: Viewer | None,
+    writer: media.VideoWriter,
 ) -> Iterator[Tensor]:
-    """Frames uint8 [t, H, W, 3] of each chunk as soon as it is drawn, as many in all as the sound lasts, rounded up.
+    """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
 
     The writer hears each piece before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
     """
@@ -170,7 +210,7 @@ def _film(
     for piece in _pieces(sound, sound.rate, push_ms):
         num_samples += len(piece)
         spoken = 0.0 if viewer is None else started + num_samples / sound.rate
-        for frames in _drawn(session, viewer, spoken):
+        for frames in _drawn(session, step, viewer, spoken):
             num_frames += len(frames)
             yield frames
         if viewer is not None:
@@ -179,7 +219,7 @@ def _film(
         session.push(audio=piece, rate=sound.rate)
     session.close()
     remaining = math.ceil(num_samples * session.spec.fps / sound.rate) - num_frames
-    for frames in _drawn(session, viewer, math.inf):
+    for frames in _drawn(session, step, viewer, math.inf):
         yield frames[:remaining]
         remaining -= len(frames[:remaining])
     if remaining:
@@ -201,14 +241,16 @@ def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tenso
         yield torch.cat(parts)
 
 
-def _drawn(session: "Session", viewer: Viewer | None, until: float) -> Iterator[Tensor]:
+def _drawn(
+    session: "Session", step: Callable[[], "Chunk | Starved"], viewer: Viewer | None, until: float
+) -> Iterator[Tensor]:
     """The frames of every chunk that can be drawn now; a viewer who is too far behind is waited for, no longer than `until`."""
     from students.session import Chunk
 
     while True:
         if viewer is not None:
             session.played(viewer.seen(time.perf_counter()))
-        chunk = session.step()
+        chunk = step()
         now = time.perf_counter()
         if isinstance(chunk, Chunk):
             if viewer is not None:

@@ -150,8 +150,8 @@ def check_shapes(given: Mapping[str, tuple], wanted: Mapping[str, tuple], source
         raise UserError(f"weights do not fit: {source}: {'; '.join(faults[:3])}{more}; is it the folder of this spec?")
 
 
-def write_adapter(folder: Path, adapter: Adapter, base: Base, net: AvatarTransformer) -> None:
-    """Write both files as peft does; `net` says what the modules of `full` are made of."""
+def write_adapter(folder: Path, adapter: Adapter, base: Base, net: AvatarTransformer, header: dict[str, str]) -> None:
+    """Write both files as peft does; `net` says what the modules of `full` are made of, `header` goes to the weights."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -164,7 +164,7 @@ def write_adapter(folder: Path, adapter: Adapter, base: Base, net: AvatarTransfo
     )
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata=header)
     (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that nobody else may read
     (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 

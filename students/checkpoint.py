@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from students.adapter import Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
+from students.adapter import WEIGHTS, Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
 from students.causal_wan import CausalWan
 from students.midas import Midas
 from students.midas_net import MidasConfig, MidasNet
 from students.spec import Spec
 from students.student import Student
+from students.trained import check, header
 from teachers.errors import UserError
 from teachers.kinds import Codec, Ears, Text
 from teachers.senses import TextEncoder
@@ -77,9 +78,10 @@ def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, B
     folder.mkdir(parents=True, exist_ok=True)
     net, spec = bundle.student.net, to_plain(bundle.spec)
     if over is None:
-        save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / "model.safetensors")
+        tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
+        save_file(tensors, folder / "model.safetensors", header(bundle.spec))
     else:
-        write_adapter(folder, *over, net)
+        write_adapter(folder, *over, net, header(bundle.spec))
         spec["base"] = to_plain(over[1])
     if bundle.spec.codec.fitted:
         save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
@@ -106,6 +108,7 @@ def load_student(folder: Path) -> Bundle:
         raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
+    check(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
     if base is None:
         _fill_from(student.net, folder / "model.safetensors")
     else:
