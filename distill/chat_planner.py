@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from distill.local_model import ask, load_local
 from students.timeline import Cue
 from teachers.codecs import to_uint8
 from teachers.errors import UserError
@@ -70,15 +71,7 @@ class ChatPlanner:
 
             picture = Image.fromarray(to_uint8(reference).permute(1, 2, 0).cpu().numpy())
             content.insert(0, {"type": "image", "image": picture})
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        return self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        return ask(self.model, self.processor, content, MAX_NEW_TOKENS)
 
 
 def named(answer: str, names: Mapping[str, str]) -> str | None:
@@ -89,18 +82,9 @@ def named(answer: str, names: Mapping[str, str]) -> str | None:
 
 def _loaded(folder: Path) -> tuple[Any, Any]:
     """The model of a folder, ready to be asked, and its processor; UserError in one line where it cannot be read."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no planner: {folder} has no config.json; give planner.folder a chat model that is there")
     from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-    try:
-        model = AutoModelForMultimodalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype="auto"
-        )
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of many kinds: wrong class, missing file, damaged weights, remote code
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"planner cannot be read ({reason}): {folder}; give a multimodal chat model") from error
+    model, processor = load_local("planner", folder, AutoModelForMultimodalLM, AutoProcessor)
     if getattr(processor, "chat_template", None) is None:
         raise UserError(f"planner has no chat template: {folder}; give a model that was taught to answer")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+    return model, processor

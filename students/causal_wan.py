@@ -14,7 +14,7 @@ from torch import Tensor
 from students.ring import Entry
 from students.schedule import Told
 from students.spec import Spec
-from students.student import Pending, State, Student, stacked
+from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
 
@@ -88,7 +88,7 @@ class CausalWan(Student):
         history = self.spec.history
         if isinstance(steps, Told):
             state = state if steps.entry is None else self.settle(state, steps.entry)
-            pending = Pending(state.chunk, x0.detach(), conditions)
+            pending = Finished(state.chunk, x0.detach(), conditions)
             return self.resume(replace(state, pending=pending, flight=steps.flight), state.kept, state.chunk + 1)
         if history.commit == "clean":
             seen = self._seen_pending(state) if self.spec.schedule.depth > 1 else state

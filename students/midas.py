@@ -13,7 +13,7 @@ from torch import Tensor
 from students.midas_net import MidasNet
 from students.ring import Entry
 from students.spec import Spec
-from students.student import Pending, State, Student, stacked
+from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.wan import to_x0, write_reference
@@ -107,19 +107,18 @@ class Midas(Student):
     ) -> State:
         """The chunk's plan enters the context, its latents wait for the next plan. Without plan and steps it is planned anew."""
         entry = steps[-1] if steps else (self.plan(state, conditions) if plan is None else plan).entry
-        pending = Pending(state.chunk, x0.detach(), conditions)
+        pending = Finished(state.chunk, x0.detach(), conditions)
         return self.resume(replace(state, pending=pending), (*state.kept, entry), state.chunk + 1)
 
-    def recommit(self, text: Tensor, seen: Sequence[tuple[int, Tensor, Conditions]], chunk: int) -> State:
+    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
         """As every student's; a chunk whose predecessor is forgotten cannot be planned again, and is left out of the context."""
         state, last = self.open(text), -1
-        for index, x0, conditions in seen:
-            given, pending = replace(conditions, text=text), Pending(index, x0, conditions)
-            if index in (0, last + 1):
-                state = self.commit(replace(state, chunk=index), x0, given)
+        for past in seen:
+            if past.chunk in (0, last + 1):
+                state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))
             else:
-                state = replace(state, pending=pending)
-            last = index
+                state = replace(state, pending=past)
+            last = past.chunk
         return self.resume(state, state.kept, chunk)
 
     def denoise_clip(

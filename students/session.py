@@ -20,6 +20,7 @@ from students.beside import Beside
 from students.checkpoint import Bundle
 from students.schedule import advance
 from students.spec import Spec
+from students.student import Finished
 from teachers.codecs import DecoderState, to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
@@ -59,15 +60,6 @@ class Starved:
 
 
 @dataclass(frozen=True)
-class Past:
-    """A finished chunk that is still seen: what is needed to commit it again."""
-
-    chunk: int
-    x0: Tensor
-    conditions: Conditions
-
-
-@dataclass(frozen=True)
 class Point:
     """Everything that a step changes, before chunk number `chunk`: a value, so that going back is taking an earlier one."""
 
@@ -77,7 +69,7 @@ class Point:
     text: str
     features: Tensor  # of the text
     decoder: DecoderState | None = None
-    seen: tuple[Past, ...] = ()
+    seen: tuple[Finished, ...] = ()
     last: Tensor | None = None  # the last frame [1, H, W, 3]
     began: int = 0  # the first frame of what was handed over last
 
@@ -370,8 +362,7 @@ class Session:
         for event in self.events:
             if event.at == point.chunk:
                 if event.how == "recache":
-                    seen = [(past.chunk, past.x0, past.conditions) for past in point.seen]
-                    state = student.recommit(event.features, seen, point.chunk)
+                    state = student.recommit(event.features, point.seen, point.chunk)
                     state = replace(state, flight=point.state.flight)
                 else:
                     state = student.hear(point.state, event.features)
@@ -405,7 +396,7 @@ class Session:
         (frames, decoder), self.committing = self.beside.run(decode, commit)
         clock.append(self._now())
         visible = spec.history.visible(index + 1)
-        seen = tuple(past for past in (*point.seen, Past(index, x0, conditions)) if past.chunk in visible)
+        seen = tuple(past for past in (*point.seen, Finished(index, x0, conditions)) if past.chunk in visible)
         start, stop = self._span()
         audio = self.audio.read(start * spec.samples_per_frame, stop * spec.samples_per_frame)
         self.point = replace(

@@ -14,8 +14,8 @@ from torch import Tensor
 from students.checkpoint import Bundle
 from students.ring import Entry
 from students.schedule import InFlight
-from students.session import Event, Past, Point, Session
-from students.student import Pending
+from students.session import Event, Point, Session
+from students.student import Finished
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import SAMPLE_RATE
@@ -135,7 +135,7 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     for i, chunk in enumerate(facts["seen"]):
         audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
         conditions = Conditions(text=start.features, audio=audio, reference=session.reference, pose=pose)
-        seen.append(Past(chunk, tensors[f"seen.{i}.x0"], conditions))
+        seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
     if facts["how"] == "exact":
         kept = tuple(
             Entry(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
@@ -144,12 +144,10 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         state = student.resume(start.state, kept, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:
-        state = student.recommit(
-            start.features, [(past.chunk, past.x0, past.conditions) for past in seen], facts["chunk"]
-        )
+        state = student.recommit(start.features, seen, facts["chunk"])
         decoder = _warm(session, seen, facts["chunk"])
     flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
-    pending = Pending(seen[-1].chunk, seen[-1].x0, seen[-1].conditions) if facts["pending"] else state.pending
+    pending = seen[-1] if facts["pending"] else state.pending
     state = replace(state, flight=flight, pending=pending)
     return Point(
         facts["chunk"],
@@ -164,7 +162,7 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     )
 
 
-def _warm(session: Session, seen: list[Past], chunk: int):
+def _warm(session: Session, seen: list[Finished], chunk: int):
     """A decoder that has seen the newest latents without a gap before chunk number `chunk`."""
     recent = [past for past in seen if all(any(p.chunk == k for p in seen) for k in range(past.chunk, chunk))]
     decoder = None

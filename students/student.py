@@ -15,8 +15,8 @@ from teachers.wan import KeyValue, Time
 
 
 @dataclass(frozen=True)
-class Pending:
-    """A finished chunk x0 [B, C, n, H, W] that is not in the context yet, and its conditions."""
+class Finished:
+    """A finished chunk x0 [B, C, n, H, W] and its conditions: what is needed to put it into a context, now or again."""
 
     chunk: int
     x0: Tensor
@@ -39,7 +39,7 @@ class State:
     text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
     times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
     flight: tuple[InFlight, ...] = ()
-    pending: Pending | None = None
+    pending: Finished | None = None
 
 
 class Student(nn.Module):
@@ -82,6 +82,16 @@ class Student(nn.Module):
         which are told to be at `level` [B, num_chunks] (default: the history's)."""
         raise NotImplementedError
 
+    def denoise_stream(
+        self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
+    ) -> tuple[Tensor, Entry | None]:
+        """Chunks in flight, each at its own sigma -> x0, and the pending chunk's entry; of students with a diagonal schedule."""
+        raise NotImplementedError
+
+    def settle(self, state: State, entry: Entry) -> State:
+        """The state whose pending chunk is in the context, as `entry`; of students with a diagonal schedule."""
+        raise NotImplementedError
+
     def turn(self, keys: Tensor, place: int) -> Tensor:
         """A chunk's un-rotated keys [L, B, n, M, d] at their place in time among the visible chunks."""
         raise NotImplementedError
@@ -108,12 +118,12 @@ class Student(nn.Module):
             ready = concatenate(kept, chunk, self.spec.history, self.turn)
         return replace(state, chunk=chunk, kept=kept, ready=ready)
 
-    def recommit(self, text: Tensor, seen: Sequence[tuple[int, Tensor, Conditions]], chunk: int) -> State:
-        """The state before chunk number `chunk` of a stream under `text` that has only these finished chunks behind it:
-        (number, x0, conditions) in order of time."""
+    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
+        """The state before chunk number `chunk` of a stream under `text` that has only these chunks behind it, in order of
+        time."""
         state = self.open(text)
-        for index, x0, conditions in seen:
-            state = self.commit(replace(state, chunk=index), x0, replace(conditions, text=text))
+        for past in seen:
+            state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))
         return self.resume(state, state.kept, chunk)
 
 

@@ -23,7 +23,7 @@ from students.midas import Midas
 from students.midas_net import MidasConfig
 from students.ring import Entry
 from students.spec import Spec, student_sigmas
-from students.student import Pending
+from students.student import Finished
 from teachers.codecs import CodecConfig
 from teachers.conditions import Conditions
 from teachers.umt5 import UMT5Config
@@ -112,7 +112,7 @@ def measure(student: Midas) -> dict[str, Cost]:
     chunk = SEEN // spec.chunk_frames + 1
     kept = tuple(Entry(i, (cached,), (cached,)) for i in spec.history.visible(chunk))
     state = student.resume(replace(student.open(), chunk=chunk), kept, chunk)
-    state = replace(state, pending=Pending(chunk - 1, x, given))
+    state = replace(state, pending=Finished(chunk - 1, x, given))
     with FlopCounterMode(display=False) as planned, WeightsRead(net) as read:
         plan = student.plan(state, given)
     context = 2 * len(kept) * cached.numel() * cached.element_size()

@@ -6,13 +6,13 @@ of the processor. Nothing is downloaded, no pickle is read and no code of a fold
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.local_model import ask, load_local
 from distill.run_folder import canonical_json
 from teachers.errors import UserError
 
@@ -30,19 +30,6 @@ def folder_mark(folder: Path, *more: str) -> str:
     return hashlib.sha256(canonical_json([files, config, *more]).encode()).hexdigest()
 
 
-def _loaded(kind: str, folder: Path, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
-    """The model of a folder, ready to be asked, and its processor; UserError in one line where it cannot be read."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no {kind} model: {folder} has no config.json; give a folder that save_pretrained wrote")
-    try:
-        model = model_class.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype="auto")
-        processor = processor_class.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # of many kinds: wrong class, missing file, damaged weights, remote code
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"{kind} model cannot be read ({reason}): {folder}; give a folder of that kind") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
-
-
 class CaptionRewriter:
     """Motion-focused captions by an image-text model (AutoModelForImageTextToText, AutoProcessor), always the likeliest words."""
 
@@ -50,7 +37,7 @@ class CaptionRewriter:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = Path(folder)
-        self.model, self.processor = _loaded("image-text", folder, AutoModelForImageTextToText, AutoProcessor)
+        self.model, self.processor = load_local("image-text model", folder, AutoModelForImageTextToText, AutoProcessor)
         self.mark = folder_mark(folder, INSTRUCTION)
 
     @torch.inference_mode()
@@ -58,16 +45,7 @@ class CaptionRewriter:
         """The new caption for a picture uint8 [H, W, 3] and the old text; UserError when the model says nothing."""
         asked = INSTRUCTION.format(text=text or "none")
         content = [{"type": "image", "image": Image.fromarray(picture.numpy())}, {"type": "text", "text": asked}]
-        inputs = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(self.model.device, self.model.dtype)
-        tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        words = " ".join(self.processor.batch_decode(new, skip_special_tokens=True)[0].split())
+        words = " ".join(ask(self.model, self.processor, content, MAX_NEW_TOKENS).split())
         if not words:
             raise UserError("the image-text model gave no words")
         return words
@@ -80,7 +58,9 @@ class Upscaler:
         from transformers import AutoImageProcessor, AutoModelForImageToImage
 
         folder = Path(folder)
-        self.model, self.processor = _loaded("super-resolution", folder, AutoModelForImageToImage, AutoImageProcessor)
+        self.model, self.processor = load_local(
+            "super-resolution model", folder, AutoModelForImageToImage, AutoImageProcessor
+        )
         self.factor = int(getattr(self.model.config, "upscale", 1))
         self.mark = folder_mark(folder)
 
