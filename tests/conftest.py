@@ -6,6 +6,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 LONG = (
@@ -25,3 +26,11 @@ def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that two workers end together."""
     order = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A run in this process sets its own number of threads, which must not outlive its test or fixture."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)

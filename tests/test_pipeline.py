@@ -23,6 +23,7 @@ from students.session import Session
 from teachers import media
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
+SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
 STAGES = ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate")
 
 
@@ -156,6 +157,8 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
 def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
     """The stages that are equal are the finished run's; the student comes out of the same sampler."""
     words = [f"run_dir={tmp_path / 'run'}", f"reuse={finished}", "preset=smoke", "threads=1"]
+    if name == "midas_avatar":
+        words += [f"student.network.{key}={size}" for key, size in SMALL.items()]
     assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     own = {"ar_teacher"} if name == "midas_avatar" else set()
