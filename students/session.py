@@ -1,7 +1,7 @@
 """The chunked sampler: push audio, pose and text as they come, get frames, for hours.
 
 One integer clock: a latent frame is a whole number of pixel frames, a pixel frame a whole number of 16 kHz samples. The step
-function is the one that training folds (causal_wan.denoise_chunk); the order of work is denoise, hand over, commit meanwhile.
+function is the one that training folds (schedule.advance); the order of work is denoise, hand over, commit meanwhile.
 """
 
 import math

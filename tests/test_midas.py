@@ -19,6 +19,7 @@ from tiny import (
     some_sound,
 )
 
+from distill.judging import many_step_clips
 from distill.methods import Batch, forcing
 from distill.rollout import context, draw_noise, rollout
 from students.checkpoint import load_student, make_student, save_student
@@ -27,6 +28,7 @@ from students.midas_net import MidasConfig, MidasNet, read_language_model
 from students.schedule import Schedule
 from students.session import Session
 from students.speed import Speed, prepare
+from teachers.conditions import Guidance
 from teachers.errors import UserError
 
 NOISE = HistoryNoise(buckets=5, most=0.4, p_clean=0.2)
@@ -143,6 +145,20 @@ def test_no_text_at_all_is_a_text():
     student, given, x = a_midas(), some_conditions(), some_latents()
     out = student.denoise_clip(x, torch.full((2, 8), 0.5), given.drop("text"), x)
     assert out.isfinite().all()
+
+
+def test_the_head_is_told_the_noise_level():
+    student, given, x = a_midas(), some_conditions(), some_latents()
+    drawn = [student.denoise_clip(x, torch.full((2, 8), sigma), given, x)[:, :, 1:] for sigma in (0.2, 0.8)]
+    assert (drawn[0] - drawn[1]).abs().max() > 0.05
+
+
+def test_a_padded_text_is_the_text():
+    """Tokens that are zero are not read: how far a text is padded changes nothing."""
+    student, given, x = a_midas(), some_conditions(), some_latents()
+    sigma = torch.full((2, 8), 0.5)
+    longer = replace(given, text=torch.nn.functional.pad(given.text, (0, 0, 0, 3)))
+    torch.testing.assert_close(student.denoise_clip(x, sigma, longer, x), student.denoise_clip(x, sigma, given, x))
 
 
 def test_buckets_of_history_noise():
@@ -271,3 +287,27 @@ def test_served_in_bf16_it_draws_nearly_the_same():
     assert 0 < (frames(narrow) - plain).abs().mean() < 2
     with pytest.raises(UserError, match="no choice; native always works"):
         prepare(narrow, "cpu", Speed(attention="sage"))
+
+
+def test_the_own_teacher_draws_with_guidance_in_every_context():
+    """One Euler step is one denoising: without guidance the plain rollout, with it branches that each keep a context."""
+    student, given = a_midas().eval(), some_conditions()
+    plain = draw_noise(student, 2, rng(6))
+    off = many_step_clips(student, given, plain, (1.0, 0.0), Guidance(), batch=1)
+    with torch.inference_mode():
+        apart = rollout(student, given.index(slice(0, 1)), lambda c, _: plain(c, 0)[:1], sigmas=lambda _: (1.0,))
+    torch.testing.assert_close(off[:1], apart, rtol=0, atol=1e-5)
+    guidance, expected = Guidance(text=2.0, audio=3.0), []
+    branches = (given, given.drop("text", "audio"), given.drop("audio"))
+    states = [student.open(c.text) for c in branches]
+    with torch.no_grad():
+        for j in range(8):
+            parts, x, level = [c.frames(j, j + 1) for c in branches], plain(j, 0), torch.ones(2)
+            full, none, text = (
+                student.denoise(s, student.plan(s, c), x, level, c)[0] for s, c in zip(states, parts, strict=True)
+            )
+            expected.append(none + 2.0 * (text - none) + 3.0 * (full - text))
+            states = [student.commit(s, expected[-1], c) for s, c in zip(states, parts, strict=True)]
+    on = many_step_clips(student, given, plain, (1.0, 0.0), guidance, batch=2)
+    torch.testing.assert_close(on, torch.cat(expected, dim=2), rtol=0, atol=1e-5)
+    assert (on - off).abs().max() > 0.01
