@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Artifacts:
-    """Of one run. Student and fake score start from the weights of the stage `origin`: those of `recipe.base`, else the teacher's."""
+    """Student and fake score start from the weights of the stage `origin`: those of `recipe.base`, else the teacher's."""
 
     recipe: "Recipe"
     engine: Engine
