@@ -21,6 +21,7 @@ from distill.run_folder import load_tensors, versions
 from eval import benchmark
 from eval.latency import clocked, interleave, measure, percentile
 from eval.protocol import EvalConfig, Geometry, protocol_card
+from eval.quality import teacher_gap
 from eval.report import target, write_report
 from students.checkpoint import Bundle
 from students.session import Session
@@ -67,6 +68,10 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
         spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
         scores[name] = score(torch.stack(seeds), spread)
         sheets[name] = seeds[0]
+    same = clips("test", judging.SAME_NOISE, 0)
+    for name in ("zero_shot", "init", "student"):
+        mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
+        scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
     costs = measure_costs(pipeline, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))

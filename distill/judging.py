@@ -26,6 +26,7 @@ from teachers.senses import AudioConfig, LogMel
 if TYPE_CHECKING:
     from distill.stages import Pipeline
 
+SAME_NOISE = "teacher_same_noise"
 Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, name of the set) -> x0
 
 
@@ -207,7 +208,8 @@ class Validation:
 
 def systems(pipeline: "Pipeline") -> dict[str, Generate]:
     """The systems of the report: how each generates x0 for conditions, a noise seed and a set's name. A student with a network of
-    its own has its own many-step teacher among them."""
+    its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
+    """
     recipe, spec = pipeline.recipe, pipeline.spec
     settings = recipe.trajectories
     batch = recipe.eval.batch_size
@@ -225,6 +227,11 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
 
         return generate
 
+    def same_noise(conditions, seed, name):
+        start = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
+        noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
+        return teacher_clips(pipeline.teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
+
     def student(stage) -> Generate:
         net = pipeline.student(stage).eval()
 
@@ -240,6 +247,7 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
 
     return (
         {name: teacher(grid) for name, grid in grids.items()}
+        | {SAME_NOISE: same_noise}
         | ({"ar_teacher": own_teacher} if pipeline.own_network else {})
         | {name: student(stage) for name, stage in stages.items()}
     )
@@ -253,6 +261,7 @@ def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Condi
         for system, generate in systems(pipeline).items()
         for name, (conditions, seeds) in sets.items()
         for seed in range(seeds)
+        if system != SAME_NOISE or (name == "test" and seed == 0)
     ]
     engine = pipeline.engine
     (folder / "clips").mkdir(exist_ok=True)

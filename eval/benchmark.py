@@ -28,7 +28,7 @@ NEEDS = {  # these stand and fall with another metric
     "motion_probability": "motion",
     "expression": "motion",
 }
-WEIGHT_FREE = ("seam",)
+WEIGHT_FREE = ("seam", "gap")
 """These need no probe, so nothing has to admit them."""
 
 

@@ -36,6 +36,7 @@ TABLES = {
         "sharpness": "1 is right",
         "diversity": "1 is right",
         "seam": "the codec's is right",
+        "gap": "to the teacher on the same noise; 1 is another draw",
     },
     COST: {
         "nfe_per_chunk": "evaluations",
