@@ -183,11 +183,11 @@ class Pipeline(Artifacts):
             raise UserError(
                 "init: a student with a network of its own has a teacher of its own: add method@init=ode_init_causal"
             )
-        whole = self.recipe.lora is None and self.engine.kind not in ("fsdp2", "zero3")
+        whole = self.recipe.lora is None and self.engine.kind != "zero3"
         if self.own_network and not whole:
             kind = kind_name(NETWORKS, self.spec.network)
             raise UserError(
-                f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1 or zero2"
+                f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1, zero2 or fsdp2"
             )
         if self.own_network:
             with torch.device("meta"):

@@ -65,8 +65,8 @@ class Midas(Student):
 
     def plan(self, state: State, conditions: Conditions) -> Plan:
         """The language model's pass over the chunk's conditions and the chunk before it, which is `pending`."""
-        inputs = self.net.inputs(self._before(state, conditions), conditions, 0, self._like(conditions))
-        hidden, kept = self.net.read(inputs, self.past(state), len(state.kept) * self._size)
+        inputs = self.net("inputs", self._before(state, conditions), conditions, 0, self._like(conditions))
+        hidden, kept = self.net("read", inputs, self.past(state), len(state.kept) * self._size)
         keys, values = stacked(kept)
         own = hidden[:, self.spec.chunk_frames * self.net.conditions.count :]
         return Plan(own, Entry(state.chunk, (keys,), (values,)))
@@ -98,7 +98,7 @@ class Midas(Student):
         level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
         known = conditions.known if state.chunk == 0 else ()
         x = write_reference(x, conditions, known)
-        out = self.net.latents_of(self.net.head(self.net.tokens(x), level, plan.hidden), x)
+        out = self.net.latents_of(self.net("head", self.net.tokens(x), level, plan.hidden), x)
         return to_x0(out, x, level, conditions, self.net.config.prediction, known), plan.entry
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class Midas(Student):
         x = write_reference(x, conditions, conditions.known)
         hidden = self._plans(write_reference(clean, conditions, conditions.known), conditions, level)
         tokens = self.net.tokens(x).unflatten(1, (chunks, -1)).flatten(0, 1)
-        out = self.net.head(tokens, sigma.flatten(), hidden.flatten(0, 1)).unflatten(0, (-1, chunks)).flatten(1, 2)
+        out = self.net("head", tokens, sigma.flatten(), hidden.flatten(0, 1)).unflatten(0, (-1, chunks)).flatten(1, 2)
         shown = sigma.repeat_interleave(n, dim=1)
         out = self.net.latents_of(out, x)
         return to_x0(out, x, shown, conditions, self.net.config.prediction, conditions.known)
@@ -144,9 +144,9 @@ class Midas(Student):
         for i in range(chunks):
             given = conditions.frames(i * n, (i + 1) * n)
             before = clean[:, :, (i - 1) * n : i * n] if i else self._before(State(), given)
-            inputs.append(self.net.inputs(before, given, self._bucket(level, i, clean), self._like(given)))
+            inputs.append(self.net("inputs", before, given, self._bucket(level, i, clean), self._like(given)))
         see = [self.spec.history.visible(i) for i in range(chunks)]
-        hidden = self.net.read_clip(torch.stack(inputs, dim=1), see)
+        hidden = self.net("read_clip", torch.stack(inputs, dim=1), see)
         return hidden[:, :, n * self.net.conditions.count :]
 
     def _bucket(self, level: Tensor | None, chunk: int, clean: Tensor) -> Tensor | int:

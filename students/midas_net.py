@@ -162,10 +162,13 @@ class MidasNet(nn.Module):
     """
 
     _keep_in_fp32_modules = ("rotary_emb",)
+    _no_split_modules = ("MidasLayer", "HeadBlock")
 
     def __init__(self, config: MidasConfig, latent_channels: int, text_dim: int, audio_dim: int, pose_dim: int = 0):
         super().__init__()
         from transformers import Qwen2Config, Qwen2Model
+
+        from students.midas_layer import MidasLayer
 
         self.config, size = config, latent_channels * config.patch**2
         self.llm: Any = Qwen2Model(
@@ -181,6 +184,8 @@ class MidasNet(nn.Module):
             )
         )
         del self.llm.embed_tokens
+        for layer in self.llm.layers:
+            layer.__class__ = MidasLayer  # the same weights and names, another forward
         self.conditions = ConditionProjector(config, text_dim, audio_dim, pose_dim)
         self.latents = nn.Linear(size, config.width)
         self.first = nn.Parameter(torch.randn(config.width) * 0.02)
@@ -202,6 +207,11 @@ class MidasNet(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """Where most weights are: the layers of the language model."""
         return self.llm.layers
+
+    def forward(self, verb: Literal["inputs", "read", "read_clip", "head"], *given: Any) -> Any:
+        """What the verb makes of what is given. Everything that reads weights passes here, where engines that keep them in shards
+        gather them."""
+        return getattr(self, verb)(*given)
 
     def compile(self, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The head, which runs every step with the same shapes; the language model's context grows until it is full."""
@@ -285,11 +295,11 @@ class MidasNet(nn.Module):
     def _run(self, x: Tensor, attend: Attend) -> tuple[Tensor, list[KeyValue]]:
         kept = []
         for i, layer in enumerate(self.llm.layers):
-            inputs = (layer, x, functools.partial(attend, i))
+            inputs = (x, functools.partial(attend, i))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x, own = checkpoint(run_layer, *inputs, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+                x, own = checkpoint(layer, *inputs, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                x, own = run_layer(*inputs)
+                x, own = layer(*inputs)
             kept.append(own)
         return self.llm.norm(x), kept
 
@@ -298,15 +308,6 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Softmax attention of [B, n, M, d] tensors, keys and values with fewer heads -> [B, n, M d]."""
     q, k, v = (part.transpose(1, 2) for part in (query, key, value))
     return functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
-
-
-def run_layer(layer: Any, x: Tensor, attend: Callable[..., Tensor]) -> tuple[Tensor, KeyValue]:
-    """A Qwen2DecoderLayer on x [B, N, D], its attention by `attend` -> the new x, and un-rotated keys and values."""
-    own, normed = layer.self_attn, layer.input_layernorm(x)
-    split = (-1, own.head_dim)
-    query, key, value = (project(normed).unflatten(-1, split) for project in (own.q_proj, own.k_proj, own.v_proj))
-    x = x + own.o_proj(attend(query, key, value))
-    return x + layer.mlp(layer.post_attention_layernorm(x)), (key, value)
 
 
 def read_language_model(net: MidasNet, folder: Path) -> None:

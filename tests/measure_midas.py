@@ -84,7 +84,7 @@ class WeightsRead:
 
     def __init__(self, module: nn.Module):
         self.bytes, self.calls = 0, []
-        for part in module.modules():
+        for part in (part for part in module.modules() if part is not module):  # which is only the door to its parts
             # Attention calls its output layer as a function; everywhere else a parameter belongs to the module that is called.
             whole = isinstance(part, nn.MultiheadAttention)
             size = sum(p.numel() * p.element_size() for p in part.parameters(recurse=whole))

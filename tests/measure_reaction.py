@@ -10,6 +10,7 @@ difference of the two films within a chunk, averaged over the streams; the whole
 import argparse
 import statistics
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,15 +18,16 @@ from torch import Tensor
 from distill.data import avatars, speech
 from distill.drift import _data_config
 from students.checkpoint import Bundle, load_student
-from students.session import Session
+from students.session import Chunk, Session
 from teachers.codecs import to_float
 from teachers.flow import keyed_generator
 
+How = Literal["keep", "recache"]
 SWITCH, LAST = 8, 48
 TEXTS = ("a person, neutral, talks and holds still", "a person, smiling, talks and nods")
 
 
-def film(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: str | None) -> list[Tensor]:
+def film(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: How | None) -> list[Tensor]:
     """Chunks [T, H, W, 3] of one stream; `how` None: without a switch."""
     session = Session(bundle, portrait, TEXTS[0], seed=seed)
     session.push(sound)
@@ -33,18 +35,20 @@ def film(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: str | 
     for index in range(LAST):
         if index == SWITCH and how is not None:
             session.set(text=TEXTS[1], how=how)
-        chunks.append(session.step().frames.float())
+        chunk = session.step()
+        assert isinstance(chunk, Chunk)
+        chunks.append(chunk.frames.float())
     return chunks
 
 
-def changes(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: str) -> list[float]:
+def changes(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: How) -> list[float]:
     """How much each chunk from the switch on differs."""
     pairs = zip(film(bundle, portrait, sound, seed, None), film(bundle, portrait, sound, seed, how), strict=True)
     return [float((a - b).abs().mean()) for a, b in pairs][SWITCH:]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--streams", type=int, default=16)
     args = parser.parse_args()
@@ -54,7 +58,7 @@ def main() -> None:
         spec = bundle.spec
         size = spec.pixel_frames(LAST + spec.schedule.ahead)[1] * spec.samples_per_frame + bundle.ears.lookahead
         shown = avatars.held_out(_data_config(run), 0, "reaction", args.streams).video[:, :, 0]
-        for how in ("keep", "recache"):
+        for how in get_args(How):
             curves = []
             for i in range(args.streams):
                 sound = speech.synthesise(1, size, keyed_generator(0, "reaction", i)).audio[0]

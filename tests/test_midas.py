@@ -1,6 +1,7 @@
 """The MIDAS student: Qwen2's own arithmetic, plans under a mask == plans of a stream, history noise, conditions, refusals."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,12 @@ def test_the_language_model_is_qwen2():
     """One token a chunk and every earlier chunk in sight is plain causal attention: transformers' own forward, to rounding."""
     net = randomise(MidasNet(MIDAS, CHANNELS, text_dim=4, audio_dim=3), 1).double()
     x = randn(2, 7, MIDAS.width, seed=2).double()
-    theirs = net.llm(inputs_embeds=x, use_cache=False).last_hidden_state
+    from transformers import Qwen2Model
+
+    whole: Any = Qwen2Model(net.llm.config).double()
+    del whole.embed_tokens
+    whole.load_state_dict(net.llm.state_dict())
+    theirs = whole(inputs_embeds=x, use_cache=False).last_hidden_state
     ours = net.read_clip(x.unsqueeze(2), [tuple(range(i)) for i in range(7)])[:, :, 0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     assert ours.std() > 0.1

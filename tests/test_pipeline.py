@@ -181,7 +181,7 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
         ),
         (("~method@ar_teacher",), "method@ar_teacher=forcing"),
         (("method@ar_teacher=null",), "Config group override must be a string"),
-        (("engine=fsdp2",), "student.network: midas is trained whole"),
+        (("engine=zero3",), "student.network: midas is trained whole"),
         (("student.network.depth=3",), "unknown key 'student.network.depth'"),
         (("student.network.name=mida",), "did you mean 'midas'?"),
         (("student.history_noise.buckets=30",), "student.history_noise.buckets: got 30"),
