@@ -85,7 +85,7 @@ def print_table(table: list[dict[str, float]], history: History) -> None:
 def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: tqdm) -> tuple[Tensor, Tensor]:
     """Frames uint8 [T, H, W, 3] and audio rows [T, A] of one stream; sound is made and pushed a minute at a time."""
     spec, total = bundle.spec, int(60 * bundle.spec.fps) * args.minutes
-    session, frames, rows = Session(bundle, to_float(portrait), text, seed=args.seed + index), [], []
+    session, frames, rows = Session(bundle, to_float(portrait), text, args.seed + index, drop=("pose",)), [], []
     count = 0
     for minute in range(args.minutes + 1):
         rng = keyed_generator(args.seed, "drift", index, minute)

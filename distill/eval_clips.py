@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.clips_out)
     for number, text in enumerate(clips.text):
         path = args.clips_out / f"{number:04d}.safetensors"
-        write_clip(path, clips.video[number], Fraction(config.world.fps), clips.audio[number], text)
+        write_clip(path, clips.video[number], Fraction(config.world.fps), clips.voice[number], text)
     sys.stdout.write(f"{args.clips_out}: {args.num} clips of {clips.video.shape[2]} frames\n")
     return 0

@@ -178,7 +178,7 @@ def stream_marks(bundle: Bundle, test: judging.HeldOut) -> list[float]:
     for _ in range(2):
         portrait = to_float(test.clips.video[0, :, 0]) if bundle.spec.network.reference else None
         session = Session(bundle, portrait, test.clips.text[0])
-        session.push(audio=test.clips.audio[0])
+        session.push(audio=test.clips.voice[0])
         session.close()
         began = time.perf_counter()
         marks = [time.perf_counter() - began for _ in session.frames()]
@@ -333,7 +333,7 @@ def write_samples(pipeline: "Pipeline", test: judging.HeldOut) -> dict[str, Path
                 video = load_tensors(judging.clips_file(stage, "test", name, 0))["video"][i]
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
-            media.write_video(path, frames, pipeline.spec.fps, test.clips.audio[i], upscale=6, smooth=True)
+            media.write_video(path, frames, pipeline.spec.fps, test.clips.mixed[i], upscale=6, smooth=True)
             samples[f"{name}: {named(test.clips.text)[i]}"] = path
     return samples
 

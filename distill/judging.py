@@ -57,7 +57,7 @@ class HeldOut:
 def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
     """What the metrics hear, rows [N, T, A] of log-mel columns, whatever the student's ears are."""
     samples = pipeline.spec.samples_per_frame
-    return LogMel(AudioConfig(hop=samples // 4), samples)(clips.audio, 0, clips.video.shape[2])
+    return LogMel(AudioConfig(hop=samples // 4), samples)(clips.voice, 0, clips.video.shape[2])
 
 
 def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:

@@ -50,7 +50,10 @@ class Bundle:
     @cached_property
     def fingerprint(self) -> str:
         """Which student this is: a digest of the spec and of values spread over every weight."""
-        digest = hashlib.sha256(json.dumps(to_plain(self.spec), sort_keys=True).encode())
+        facts = to_plain(self.spec)
+        if self.spec.speakers == 1:  # sessions of students from before there were two are still theirs
+            del facts["speakers"]
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for name, weight in self.student.net.state_dict().items():
             flat = weight.flatten()
             some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
@@ -64,7 +67,7 @@ def make_student(spec: Spec) -> Student:
     dims = {"text_dim": spec.text.dim, "audio_dim": spec.audio_dim, "pose_dim": spec.pose_dim}
     if isinstance(spec.network, MidasConfig):
         rows = dims | {"audio_dim": stride * spec.audio_dim, "pose_dim": stride * spec.pose_dim}
-        return Midas(MidasNet(spec.network, channels, **rows), spec)
+        return Midas(MidasNet(spec.network, channels, speakers=spec.speakers, **rows), spec)
     assert isinstance(spec.network, NetworkConfig)
     return CausalWan(build_network(spec.network, latent_channels=channels, stride=stride, **dims), spec)
 

@@ -36,7 +36,7 @@ Attend = Callable[
 @dataclass(frozen=True, kw_only=True)
 class MidasConfig:
     """Sizes: of the language model (defaults: Qwen2.5-3B's, `llm` a local folder with its weights, read when training starts), of
-    the head, and the condition tokens of a latent frame: `text_tokens`, one for audio, one for pose where the student has it.
+    the head, and the condition tokens of a latent frame: `text_tokens`, one for each speaker, one for pose where the student has it.
     `buckets`: embeddings of history noise, the first for none."""
 
     num_layers: int = 36
@@ -76,15 +76,17 @@ class TextQueries(nn.Module):
 
 
 class ConditionProjector(nn.Module):
-    """Conditions -> global instruction tokens of each latent frame in the language model's space: text, audio and pose."""
+    """Conditions -> global instruction tokens of each latent frame in the language model's space: text, the sound of each of 1 or 2
+    speakers (audio_dim numbers of a latent frame in all) and pose, each by a projection of its own."""
 
-    def __init__(self, config: MidasConfig, text_dim: int, audio_dim: int, pose_dim: int):
+    def __init__(self, config: MidasConfig, text_dim: int, audio_dim: int, pose_dim: int, speakers: int = 1):
         super().__init__()
-        width = config.width
+        width, self.speakers = config.width, speakers
         self.text = TextQueries(text_dim, width, config.text_tokens, config.num_heads)
-        self.audio = self._rows(audio_dim, width) if audio_dim else None
+        self.audio = self._rows(audio_dim // speakers, width) if audio_dim else None
         self.pose = self._rows(pose_dim, width) if pose_dim else None
-        self.count = config.text_tokens + bool(audio_dim) + bool(pose_dim)
+        self.other = self._rows(audio_dim // speakers, width) if audio_dim and speakers == 2 else None
+        self.count = config.text_tokens + speakers * bool(audio_dim) + bool(pose_dim)
         self.kind = nn.Parameter(torch.randn(self.count, width) * 0.02)
 
     @staticmethod
@@ -95,7 +97,8 @@ class ConditionProjector(nn.Module):
         """Tokens [B, F, count, D]."""
         frames, dtype = conditions.num_frames, self.kind.dtype
         parts = [self.text(conditions.text.to(dtype)).unsqueeze(1).expand(-1, frames, -1, -1)]
-        for project, rows in ((self.audio, conditions.audio), (self.pose, conditions.pose)):
+        voices = conditions.audio.chunk(self.speakers, dim=-1)
+        for project, rows in ((self.audio, voices[0]), (self.other, voices[-1]), (self.pose, conditions.pose)):
             if project is not None:
                 assert rows is not None
                 parts.append(project(rows.to(dtype).flatten(2)).unsqueeze(2))
@@ -164,7 +167,15 @@ class MidasNet(nn.Module):
     _keep_in_fp32_modules = ("rotary_emb",)
     _no_split_modules = ("MidasLayer", "HeadBlock")
 
-    def __init__(self, config: MidasConfig, latent_channels: int, text_dim: int, audio_dim: int, pose_dim: int = 0):
+    def __init__(
+        self,
+        config: MidasConfig,
+        latent_channels: int,
+        text_dim: int,
+        audio_dim: int,
+        pose_dim: int = 0,
+        speakers: int = 1,
+    ):
         super().__init__()
         from transformers import Qwen2Config, Qwen2Model
 
@@ -186,7 +197,7 @@ class MidasNet(nn.Module):
         del self.llm.embed_tokens
         for layer in self.llm.layers:
             layer.__class__ = MidasLayer  # the same weights and names, another forward
-        self.conditions = ConditionProjector(config, text_dim, audio_dim, pose_dim)
+        self.conditions = ConditionProjector(config, text_dim, audio_dim, pose_dim, speakers)
         self.latents = nn.Linear(size, config.width)
         self.first = nn.Parameter(torch.randn(config.width) * 0.02)
         self.buckets = nn.Embedding(config.buckets, config.width)

@@ -49,9 +49,12 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
+    speakers: int = 1  # 2: it also hears somebody else, beside its own voice
     format: int = 1
 
     def __post_init__(self):
+        if self.speakers not in (1, 2):
+            raise UserError(f"speakers: got {self.speakers}; a student hears one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
             raise UserError(
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
@@ -72,8 +75,8 @@ class Spec:
 
     @property
     def audio_dim(self) -> int:
-        """Numbers of an audio row, one row a pixel frame."""
-        return self.audio.dim(self.samples_per_frame)
+        """Numbers of an audio row, one row a pixel frame, all speakers side by side."""
+        return self.speakers * self.audio.dim(self.samples_per_frame)
 
     @cached_property
     def samples_per_frame(self) -> int:

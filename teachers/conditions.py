@@ -11,7 +11,8 @@ from torch import Tensor
 class Conditions:
     """Features on the latent clock.
 
-    text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame;
+    text [B, L, D] token features, zero where padded; audio [B, F, stride, A], one group of pixel-frame rows per latent frame, of
+    two speakers side by side in a row, the avatar's own first;
     reference [B, C, 1, H, W], the latent of the reference image, frame 0 of the clip (None: plain text-to-video, no frame is
     known); pose [B, F, stride, P] where the network takes one. A dropped modality is all zeros; but where `negative` [B, L, D]
     is given it takes the text's place (Wan's negative prompt). `clip_audio`, as audio, is what bidirectional networks hear in its
@@ -78,6 +79,11 @@ def pack_rows(features: Tensor, stride: int) -> Tensor:
         raise ValueError(f"rows: got T={features.shape[1]}, need T = 1 + {stride} (F - 1)")
     lead = features[:, :1].expand(-1, stride - 1, -1)
     return torch.cat([lead, features], dim=1).unflatten(1, (-1, stride))
+
+
+def side_by_side(rows: Tensor) -> Tensor:
+    """Rows of several speakers [.., speakers, T, A] -> [.., T, speakers A], as `Conditions.audio` has them."""
+    return rows.transpose(-3, -2).flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distill.data import world
+from distill.data import duplex, world
 from distill.data.world import Clips, DataConfig, Source
 from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
 from teachers.codecs import CodecConfig, EigenCodec, to_float, to_uint8
-from teachers.conditions import Conditions, pack_rows
+from teachers.conditions import Conditions, pack_rows, side_by_side
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.kinds import Codec, Ears, Text
@@ -53,17 +53,22 @@ class Senses:
         return to_uint8(self.codec.decode(latents.to(self.device))).cpu()
 
     @torch.no_grad()
-    def conditions(self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int) -> Conditions:
-        """audio [N, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames."""
+    def conditions(
+        self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int, pose: Tensor | None = None
+    ) -> Conditions:
+        """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]."""
         audio, stride = audio.to(self.device), self.codec.config.stride
-        packed = pack_rows(self.ears(audio, 0, num_frames).float().cpu(), stride)
-        whole = self.ears.of_clip(audio, num_frames)
+        rows, whole = self.ears(audio, 0, num_frames), self.ears.of_clip(audio, num_frames)
+        if audio.ndim == 3:
+            rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
+        packed = pack_rows(rows.float().cpu(), stride)
         return Conditions(
             text=self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
             negative=self.negatives(len(text)),
             clip_audio=None if whole is None else pack_rows(whole.float().cpu(), stride),
+            pose=None if pose is None else pack_rows(pose, stride),
         )
 
     @torch.no_grad()
@@ -78,7 +83,7 @@ class Senses:
     def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:
         """Latents and conditions of whole clips."""
         x0 = self.encode(clips.video)
-        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2])
+        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2], clips.pose)
 
 
 class Stored:
@@ -100,7 +105,7 @@ class Stored:
 @dataclass(frozen=True)
 class Pool:
     """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]; where there are such,
-    features [1, L, D] of the negative prompt and the rows that bidirectional networks hear."""
+    features [1, L, D] of the negative prompt, the rows that bidirectional networks hear, pose rows [N, F, stride, P]."""
 
     x0: Tensor | Stored
     audio: Tensor | Stored
@@ -108,6 +113,7 @@ class Pool:
     negative: Tensor | None = None
     reference: bool = True
     clip_audio: Tensor | Stored | None = None
+    pose: Tensor | Stored | None = None
 
     def __len__(self) -> int:
         return self.x0.shape[0]
@@ -118,7 +124,12 @@ class Pool:
         given = x0[:, :, :1] if self.reference else None
         whole = None if self.clip_audio is None else self.clip_audio[rows]
         conditions = Conditions(
-            text=self.text[rows], audio=self.audio[rows], reference=given, negative=negative, clip_audio=whole
+            text=self.text[rows],
+            audio=self.audio[rows],
+            reference=given,
+            negative=negative,
+            clip_audio=whole,
+            pose=None if self.pose is None else self.pose[rows],
         )
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
@@ -200,13 +211,15 @@ def write_shards(
     for i, clips in zip(bar, clips_of(missing), strict=True):
         file = folder / f"shard-{i:05d}.safetensors"
         both = []
-        for video in (clips.video, clips.video.flip(-1)):
-            x0, conditions = senses.of_clips(Clips(video=video, audio=clips.audio, text=clips.text, labels={}))
+        for video, pose in ((clips.video, clips.pose), (clips.video.flip(-1), duplex.mirrored(clips.pose))):
+            shown = Clips(video=video, audio=clips.audio, text=clips.text, labels={}, pose=pose)
+            x0, conditions = senses.of_clips(shown)
             parts = {
                 "x0": x0.half(),
                 "audio": conditions.audio,
                 "text": conditions.text,
                 CLIP_AUDIO: conditions.clip_audio,
+                "pose": conditions.pose,
             }
             both.append({name: part for name, part in parts.items() if part is not None})
         save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
@@ -247,7 +260,9 @@ def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
             )
     parts = [load_tensors(file) for file in files]
     whole = {
-        key: Stored([part[key] for part in parts]) for key in ("x0", "audio", "text", CLIP_AUDIO) if key in parts[0]
+        key: Stored([part[key] for part in parts])
+        for key in ("x0", "audio", "text", CLIP_AUDIO, "pose")
+        if key in parts[0]
     }
     file = folder / "negative.safetensors"
     return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)

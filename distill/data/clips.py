@@ -58,6 +58,11 @@ class FolderConfig(DataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.world.speakers != 1 or self.world.steered:
+            raise UserError(
+                "data.world: speakers and steered are of the procedural world; the clips of a folder have one sound and no "
+                "directions, leave both out"
+            )
         if not 0 < self.held_out < 1:
             raise UserError(f"data.held_out: got {self.held_out}; give the share of people to evaluate on, such as 0.1")
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distill.data import speech
+from distill.data import duplex, speech
 from teachers import kinds
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
@@ -55,7 +55,8 @@ SAY_WHO = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
-    `num_frames` counts pixel frames of a clip."""
+    `num_frames` counts pixel frames of a clip. `speakers` 2: the avatar and somebody else, in turns. `steered`: its head is sent
+    somewhere by a direction signal."""
 
     resolution: int = 32
     width: int | None = None
@@ -63,6 +64,13 @@ class WorldConfig:
     num_frames: int = 15
     num_train: int = 1536
     shard_clips: int = 256
+    speakers: int = 1
+    steered: bool = False
+
+    @property
+    def pose_dim(self) -> int:
+        """Numbers of a pose row."""
+        return duplex.POSE_DIM if self.steered else 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -88,6 +96,8 @@ class DataConfig:
             raise UserError(
                 f"data.world.num_frames: got {world.num_frames} with codec.stride={codec.stride}; use 1 + stride * n frames"
             )
+        if world.speakers not in (1, 2):
+            raise UserError(f"data.world.speakers: got {world.speakers}; 1, or 2 who take turns")
         if any(side % codec.patch for side in world.size):
             raise UserError(f"data.world.resolution: {world.size} is no multiple of codec.patch={codec.patch}")
 
@@ -105,12 +115,25 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
-    """video uint8 [N, 3, T, H, W]; audio [N, S]; text; labels per frame [N, T] and per clip [N], those that are known."""
+    """video uint8 [N, 3, T, H, W]; audio [N, S], of two speakers [N, 2, S], own voice first; text; labels per frame [N, T] and per
+    clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`."""
 
     video: Tensor
     audio: Tensor
     text: list[str]
     labels: dict[str, Tensor]
+    pose: Tensor | None = None
+    talk: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def voice(self) -> Tensor:
+        """The avatar's own sound [N, S]."""
+        return self.audio if self.audio.ndim == 2 else self.audio[:, 0]
+
+    @property
+    def mixed(self) -> Tensor:
+        """All that is heard [N, S]."""
+        return self.audio if self.audio.ndim == 2 else self.audio.sum(dim=1).clamp(-1, 1)
 
 
 class Source(Protocol):
@@ -161,25 +184,31 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What conditions fix: identity [N, IDENTITY] in [0, 1], sound with its mouth, text and its meaning."""
+    """What conditions fix: identity [N, IDENTITY] in [0, 1], sound with its mouth, text and its meaning; in a conversation the
+    other's sound and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
 
     identity: Tensor
     speech: speech.Speech
     text: list[str]
     expression: Tensor
     gesture: Tensor
+    other: speech.Speech | None = None
+    turn: Tensor | None = None
+    pose: Tensor | None = None
 
     def index(self, rows: Tensor) -> "Asked":
-        said = speech.Speech(
-            audio=self.speech.audio[rows], opening=self.speech.opening[rows], width=self.speech.width[rows]
-        )
-        text = [self.text[i] for i in rows.tolist()]
+        def of_rows(said: speech.Speech) -> speech.Speech:
+            return speech.Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
+
         return Asked(
             identity=self.identity[rows],
-            speech=said,
-            text=text,
+            speech=of_rows(self.speech),
+            text=[self.text[i] for i in rows.tolist()],
             expression=self.expression[rows],
             gesture=self.gesture[rows],
+            other=None if self.other is None else of_rows(self.other),
+            turn=None if self.turn is None else self.turn[rows],
+            pose=None if self.pose is None else self.pose[rows],
         )
 
 
@@ -202,20 +231,38 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Aske
         face = _SAY_EXPRESSION[e][say_e % len(_SAY_EXPRESSION[e])]
         move = _SAY_GESTURE[g][say_g % len(_SAY_GESTURE[g])]
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
-    said = speech.synthesise(num, config.num_frames * samples_per_frame(config), rng)
+    samples = config.num_frames * samples_per_frame(config)
+    said = speech.synthesise(num, samples, rng)
+    identity = torch.rand(num, IDENTITY, generator=rng)
+    other = turn = pose = None
+    if config.speakers == 2:
+        other, turn = speech.synthesise(num, samples, rng), duplex.draw_turns(num, said.opening.shape[1], rng)
+        said, other = duplex.in_turn(said, turn, duplex.OWN), duplex.in_turn(other, turn, duplex.OTHER)
+    if config.steered:
+        pose = duplex.draw_directions(num, config.num_frames, float(Fraction(config.fps)), rng)
     return Asked(
-        identity=torch.rand(num, IDENTITY, generator=rng),
+        identity=identity,
         speech=said,
         text=text,
         expression=expression,
         gesture=gesture,
+        other=other,
+        turn=turn,
+        pose=pose,
     )
 
 
+def frame_ticks(config: WorldConfig) -> Tensor:
+    """The tick of 10 ms in the middle of each pixel frame, [T]."""
+    fps = float(Fraction(config.fps))
+    time = torch.arange(config.num_frames) / fps
+    return ((time + 0.5 / fps) * (speech.SAMPLE_RATE / speech.HOP)).round().long()
+
+
 def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict[str, Tensor]:
-    """What conditions leave open, [N, T] each: sway, gesture phase, blinks, gaze, light, as per-frame labels."""
-    num, frames = asked.gesture.shape[0], config.num_frames
-    time = torch.arange(frames) / float(Fraction(config.fps))
+    """What conditions leave open, [N, T] each: sway, gesture phase, blinks, gaze, light; with what they fix, as labels."""
+    num, frames, fps = asked.gesture.shape[0], config.num_frames, float(Fraction(config.fps))
+    time = torch.arange(frames) / fps
     fade = 1.0 - torch.exp(-time / 0.10)
 
     def uniform(low, high):
@@ -229,8 +276,10 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
 
     swing = torch.sin(2 * math.pi * uniform(1.7, 2.1) * time) * sign() * uniform(0.8, 1.1)
     asked_for = [(asked.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
-    head_x = fade * sway(0.5, 0.15, 0.45) + asked_for[2] * swing
-    head_y = fade * sway(0.25, 0.15, 0.45) + asked_for[1] * swing
+    sway_x, sway_y = fade * sway(0.5, 0.15, 0.45), fade * sway(0.25, 0.15, 0.45)
+    if asked.pose is not None:
+        sway_x, sway_y = (duplex.REACH * duplex.follow(asked.pose[..., i], fps) for i in (0, 1))
+    head_x, head_y = sway_x + asked_for[2] * swing, sway_y + asked_for[1] * swing
     tilt = fade * sway(0.25, 0.15, 0.4) + asked_for[3] * swing
     light = fade * sign() * uniform(0.5, 1.0)
     saccade = uniform(0.0, float(time[-1]) * 1.3)
@@ -242,7 +291,10 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
     while bool((centre < time[-1] + 0.5).any()):
         blink = torch.maximum(blink, (1.45 - (time - centre).abs() / 0.10).clamp(0, 1))
         centre = centre + uniform(1.5, 3.5)
-    ticks = ((time + 0.5 / float(Fraction(config.fps))) * (speech.SAMPLE_RATE / speech.HOP)).round().long()
+    ticks = frame_ticks(config)
+    if asked.other is not None and asked.turn is not None:
+        head_y = head_y + duplex.NOD * duplex.follow(asked.other.opening[:, ticks], fps)
+        gaze = gaze * (asked.turn[:, ticks] != duplex.OTHER)
     opening, width = asked.speech.opening[:, ticks].clone(), asked.speech.width[:, ticks].clone()
     opening[:, 0], width[:, 0] = speech.REST  # frame 0 is the portrait
     return {
@@ -359,4 +411,9 @@ def make_clips(config: WorldConfig, asked: Asked, rng: torch.Generator) -> Clips
         rows = torch.arange(start, min(start + batch, asked.gesture.shape[0]))
         video.append(render(config, asked.index(rows), {k: v[rows] for k, v in state.items()}))
     labels = dict(state, expression=asked.expression, gesture=asked.gesture, identity=asked.identity)
-    return Clips(video=torch.cat(video), audio=asked.speech.audio, text=asked.text, labels=labels)
+    audio, talk = asked.speech.audio, {}
+    if asked.other is not None and asked.turn is not None:
+        ticks = frame_ticks(config)
+        audio = torch.stack([audio, asked.other.audio], dim=1)
+        talk = {"turn": asked.turn[:, ticks], "other_open": asked.other.opening[:, ticks]}
+    return Clips(video=torch.cat(video), audio=audio, text=asked.text, labels=labels, pose=asked.pose, talk=talk)

@@ -19,6 +19,7 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
+    drop_pose: float = 0.0
 
 
 class FlowMatching:
@@ -41,6 +42,8 @@ class FlowMatching:
             "text": torch.rand(num, generator=rng) < config.drop_text,
             "audio": torch.rand(num, generator=rng) < config.drop_audio,
         }
+        if config.drop_pose and batch.conditions.pose is not None:
+            dropped["pose"] = torch.rand(num, generator=rng) < config.drop_pose
         conditions = batch.conditions.drop_rows(**dropped)
         x0_hat = self.teacher.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
         value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, len(conditions.known))

@@ -35,6 +35,7 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
+    drop_pose: float = 0.0
 
 
 class Forcing:
@@ -55,6 +56,8 @@ class Forcing:
             "text": torch.rand(num, generator=rng) < config.drop_text,
             "audio": torch.rand(num, generator=rng) < config.drop_audio,
         }
+        if config.drop_pose and batch.conditions.pose is not None:
+            dropped["pose"] = torch.rand(num, generator=rng) < config.drop_pose
         conditions = batch.conditions.drop_rows(**dropped)
         levels = sigma.repeat_interleave(n, dim=1)
         x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), levels)
