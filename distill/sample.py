@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from teachers.errors import UserError
 
 if TYPE_CHECKING:
     from students.session import Chunk, Session, Starved
+    from distill.sample_inputs import Duet, Steering
     from students.timeline import Planner, Script
 
 LARGEST_SEED = 2**63 - 1
@@ -43,6 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
     parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a film with sound")
+    parser.add_argument(
+        "--other", type=Path, metavar="WAV", help="what somebody else says meanwhile, to a student of two speakers"
+    )
+    parser.add_argument(
+        "--pose",
+        type=Path,
+        metavar="FILE",
+        help="directions for a steered student: a text file, a line of numbers a pixel frame (the last line holds)",
+    )
     parser.add_argument("--text", metavar="STR", help='what happens, such as "smiles and nods"')
     parser.add_argument(
         "--timeline",
@@ -86,20 +96,23 @@ def run(args: argparse.Namespace) -> int:
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
     planner = None if script is None else _planner(script)
-    with closing(media.AudioReader(args.audio)) as sound:
+    with closing(_sound(args)) as sound:
+        from distill import sample_inputs
         from students.checkpoint import load_student
         from students.session import Session
         from students.timeline import Director
 
         bundle = load_student(args.student)
         spec = bundle.spec
+        sample_inputs.check(spec, args.other, args.pose)
+        steering = None if args.pose is None else sample_inputs.Steering(sample_inputs.read_pose(args.pose, spec.pose_dim))
         if script is not None:
             script.check(spec, args.timeline)
         reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
         viewer = Viewer(spec.fps) if args.realtime else None
         lead = LEAD_CHUNKS if args.realtime else None
         text = args.text if script is None or not script.begins else script.timeline[0].do
-        session = Session(bundle, reference, text, args.seed, lead=lead, drop=("pose",))
+        session = Session(bundle, reference, text, args.seed, lead=lead, drop=() if steering else ("pose",))
         step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
         upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
@@ -109,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
-            for frames in _film(session, step, sound, push_ms, viewer, writer):
+            for frames in _film(session, step, sound, push_ms, viewer, writer, steering):
                 if writer.num_frames == 0:
                     first_frame_seconds = time.perf_counter() - started
                     progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
@@ -124,6 +137,20 @@ def run(args: argparse.Namespace) -> int:
         f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
     )
     return 0
+
+
+def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
+    """The sound that is given, of two speakers [n, 2]."""
+    own = media.AudioReader(args.audio)
+    if args.other is None:
+        return own
+    from distill.sample_inputs import Duet
+
+    with ExitStack() as opened:
+        opened.callback(own.close)
+        duet = Duet(own, args.other)
+        opened.pop_all()
+    return duet
 
 
 def _planner(script: "Script") -> "Planner":
@@ -153,8 +180,8 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError(f"--size must lie in 1..4096 pixels: got {args.size}; choose another (256 is the default)")
     if args.push_ms is not None and args.push_ms < 1:
         raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
-    for name in ("image", "audio"):
-        if args.out.resolve() == getattr(args, name).resolve():
+    for name in ("image", "audio", "other", "pose"):
+        if getattr(args, name) is not None and args.out.resolve() == getattr(args, name).resolve():
             raise UserError(f"--out would replace the file of --{name}: {args.out}; name another film")
     script = None
     if args.timeline is not None:
@@ -197,10 +224,11 @@ class Viewer:
 def _film(
     session: "Session",
     step: Callable[[], "Chunk | Starved"],
-    sound: media.AudioReader,
+    sound: "media.AudioReader | Duet",
     push_ms: int,
     viewer: Viewer | None,
     writer: media.VideoWriter,
+    steering: "Steering | None" = None,
 ) -> Iterator[Tensor]:
     """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
 
@@ -215,8 +243,10 @@ def _film(
             yield frames
         if viewer is not None:
             time.sleep(max(0.0, spoken - time.perf_counter()))
-        writer.hear(piece)
-        session.push(audio=piece, rate=sound.rate)
+        _push(session, writer, piece, sound.rate)
+        if steering is not None:  # ahead of the sound by a chunk, which is drawn whole
+            ahead = session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
+            session.push(pose=steering.until(math.ceil(num_samples * session.spec.fps / sound.rate) + ahead))
     session.close()
     remaining = math.ceil(num_samples * session.spec.fps / sound.rate) - num_frames
     for frames in _drawn(session, step, viewer, math.inf):
@@ -226,8 +256,18 @@ def _film(
         raise RuntimeError(f"the session ended {remaining} frames before its sound")
 
 
+def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, rate: int) -> None:
+    """Sound [n], of two speakers [n, 2], to the session; the film has all that is heard."""
+    if piece.ndim == 1:
+        writer.hear(piece)
+        session.push(audio=piece, rate=rate)
+    else:
+        writer.hear(piece.sum(dim=1).clamp(-1, 1))
+        session.push(audio=piece[:, 0], other=piece[:, 1], rate=rate)
+
+
 def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:
-    """Sound [n] at `rate` Hz cut anew: each piece ends at a whole multiple of `push_ms`, the last one with the sound."""
+    """Sound [n, ...] at `rate` Hz cut anew: each piece ends at a whole multiple of `push_ms`, the last one with the sound."""
     parts: list[Tensor] = []
     held, start, number = 0, 0, 1
     for block in blocks:

@@ -15,6 +15,7 @@ from distill.judging import clip_noise
 from distill.pretrained import load_given, network_dims
 from distill.recipe import Recipe, load_recipe
 from distill.run_folder import load_tensors
+from distill.sample_inputs import Steering, check, read_pose
 from distill.stages import spec_of
 from students import checkpoint
 from students.spec import Spec
@@ -29,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     media.check_output(args.out)
     recipe = load_recipe(args.teacher, args.overrides)
     spec, device = spec_of(recipe), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(spec, args.other, args.pose)
     sound = media.read_audio(args.audio)
+    other = None if args.other is None else media.read_audio(args.other)
+    steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
     portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
     teacher = load_teacher(recipe, spec, device)
     reference = recipe.teacher.network.reference
@@ -37,8 +41,16 @@ def run(args: argparse.Namespace) -> int:
     num_frames = recipe.data.world.num_frames
     wanted = num_frames * spec.samples_per_frame
     sound = torch.nn.functional.pad(sound[:wanted], (0, max(0, wanted - len(sound))))
+    voices = sound[None]
+    if spec.speakers == 2:
+        other = sound.new_zeros(0) if other is None else other[:wanted]
+        voices = torch.stack([sound, torch.nn.functional.pad(other, (0, wanted - len(other)))])[None]
+        sound = voices[0].sum(dim=0).clamp(-1, 1)
+    pose = steering.until(num_frames)[None] if steering else None
+    if spec.pose_dim and pose is None:
+        pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
     given = senses.codec.encode(portrait[None, :, None].to(device)).float().cpu()
-    conditions = senses.conditions(sound[None], [args.text], given, num_frames).to(device)
+    conditions = senses.conditions(voices, [args.text], given, num_frames, pose).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
     grid = flow.sigma_grid(settings.num_steps, settings.shift)
     began = time.perf_counter()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from students.causal_wan import CausalWan
 from students.checkpoint import Bundle
+from students.hearing import hear
 from students.session import Chunk, Session
 from students.student import Student
 from teachers.codecs import DecoderState, to_uint8
@@ -180,7 +181,7 @@ class ChunkWork:
     def senses(self) -> Tensor:
         """The ears."""
         with torch.inference_mode():
-            return self.bundle.ears.rows(self.window.to(self.x0.device), *self.span)
+            return hear(self.bundle.ears, self.window.to(self.x0.device), *self.span)
 
     def decode(self) -> Tensor:
         """The codec: frames uint8 [t, H, W, 3]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eval.latency import Scene
 from students.checkpoint import Bundle
+from students.hearing import hear
 from students.session import chunk_noise
 from students.spec import Spec
 from teachers import flow
@@ -86,7 +87,10 @@ def _conditions(bundle: Bundle, scene: Scene, num_chunks: int) -> Conditions:
     device = next(bundle.student.parameters()).device
     stop = spec.pixel_frames(num_chunks - 1)[1]
     sound = scene.sound[: stop * spec.samples_per_frame + ears.lookahead]
-    rows = ears.rows(torch.nn.functional.pad(sound, (ears.lookback, 0)).to(device), 0, stop)
+    window = torch.nn.functional.pad(sound, (ears.lookback, 0)).to(device)
+    if spec.speakers > 1:  # the other one is silent
+        window = torch.stack([window, torch.zeros_like(window)], dim=1)
+    rows = hear(ears, window, 0, stop)
     audio = pack_rows(rows[None], spec.codec.stride)
     return Conditions(
         text=bundle.text([scene.text]).to(device),

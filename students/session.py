@@ -18,6 +18,7 @@ from torch import Tensor
 
 from students.beside import Beside
 from students.checkpoint import Bundle
+from students.hearing import check_pose, checked_sound, hear
 from students.schedule import advance
 from students.spec import Spec
 from students.student import Finished
@@ -26,14 +27,14 @@ from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.senses import SAMPLE_RATE
-from teachers.streams import LOUDEST_SAMPLE, Resampler, Stream
+from teachers.streams import Resampler, Stream
 
 IDLE = ("live", "hold", "wait")
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Finished frames uint8 [t, H, W, 3] and the 16 kHz samples [t * samples_per_frame] that are heard with them.
+    """Finished frames uint8 [t, H, W, 3] and the 16 kHz samples [t * samples_per_frame] of the avatar's voice with them.
 
     `first_frame` counts from the start of the stream; `idle`: for want of input, silence was put in (live) or the last frame
     was held (hold). `seconds` of each part of the work; `wait` is for the commit of the chunk before.
@@ -133,7 +134,7 @@ class Session:
         self.device = next(bundle.student.parameters()).device
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
-        self.audio = Stream()
+        self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())  # samples, of two speakers side by side
         self.pose = Stream((spec.pose_dim,))
         self.resampler: Resampler | None = None
         self.events: tuple[Event, ...] = ()
@@ -159,46 +160,35 @@ class Session:
 
     # ---- input
 
-    def push(self, audio: Tensor | None = None, pose: Tensor | None = None, rate: int = SAMPLE_RATE) -> None:
+    def push(
+        self,
+        audio: Tensor | None = None,
+        pose: Tensor | None = None,
+        rate: int = SAMPLE_RATE,
+        other: Tensor | None = None,
+    ) -> None:
         """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P], one a pixel frame.
 
-        Refused input (UserError) changes nothing.
+        A student of two speakers hears its own voice in `audio`, somebody else's in `other`, of the same length: one that is not
+        given is silent meanwhile. Refused input (UserError) changes nothing.
         """
         if self.closed:
             raise UserError("push after close: this session takes no more input; open another")
-        sound = None if audio is None else self._checked(audio, rate)
+        sound = checked_sound(self.spec, audio, other, rate)
         if pose is not None:
-            if not self.spec.pose_dim:
-                raise UserError("pose: this student takes none; push audio alone")
-            if pose.ndim != 2 or pose.shape[1] != self.spec.pose_dim or not torch.isfinite(pose).all():
-                raise UserError(
-                    f"pose must be finite rows [T, {self.spec.pose_dim}], one a pixel frame: got {tuple(pose.shape)}"
-                )
+            check_pose(self.spec, pose)
             self.pose.push(pose)
         if sound is not None:
             self.audio.push(self._resampled(sound, rate))
 
-    def _checked(self, audio: Tensor, rate: int) -> Tensor:
-        if audio.ndim not in (1, 2) or (audio.ndim == 2 and audio.shape[0] > 8) or not audio.is_floating_point():
-            raise UserError(
-                f"audio must be float samples [S] or [channels, S]: got {tuple(audio.shape)} {audio.dtype}; convert it"
-            )
-        if not torch.isfinite(audio).all():
-            raise UserError("audio must be finite samples: got NaN or infinity; clean it first")
-        if audio.numel() and audio.abs().max() > LOUDEST_SAMPLE:
-            raise UserError(f"audio must lie in [-1, 1]: got a peak of {audio.abs().max():.0f}; divide by full scale")
-        if not 1000 <= rate <= 768_000:
-            raise UserError(f"audio rate: got {rate} Hz; give that of the samples, such as 16000 or 48000")
-        return audio.mean(dim=0) if audio.ndim == 2 else audio
-
     def _resampled(self, sound: Tensor, rate: int) -> Tensor:
         if self.resampler is not None and self.resampler.source_rate != rate:
-            self.audio.push(self.resampler.push(sound.new_zeros(0), end=True))
+            self.audio.push(self.resampler.finish())
             self.resampler = None
         if rate == SAMPLE_RATE:
             return sound
         if self.resampler is None:
-            self.resampler = Resampler(rate, SAMPLE_RATE)
+            self.resampler = Resampler(rate, SAMPLE_RATE, row_shape=self.audio.row_shape)
         return self.resampler.push(sound.cpu())
 
     def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
@@ -218,7 +208,7 @@ class Session:
     def close(self) -> None:
         """No more input: what is left plays to its end, padded with silence to a whole chunk."""
         if self.resampler is not None and not self.closed:
-            self.audio.push(self.resampler.push(torch.zeros(0), end=True))
+            self.audio.push(self.resampler.finish())
         self.closed = True
 
     def played(self, frame: int) -> None:
@@ -342,7 +332,7 @@ class Session:
             return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
 
         window = self.audio.read(start * per_frame - ears.lookback, stop * per_frame + ears.lookahead)
-        audio = packed(ears.rows(window.to(self.device), start, stop))
+        audio = packed(hear(ears, window.to(self.device), start, stop))
         pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
         conditions = Conditions(text=point.features, audio=audio, reference=self.reference, pose=pose).to(self.device)
         drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
@@ -399,6 +389,7 @@ class Session:
         seen = tuple(past for past in (*point.seen, Finished(index, x0, conditions)) if past.chunk in visible)
         start, stop = self._span()
         audio = self.audio.read(start * spec.samples_per_frame, stop * spec.samples_per_frame)
+        audio = audio if audio.ndim == 1 else audio[:, 0]
         self.point = replace(
             point,
             chunk=index + 1,
@@ -418,7 +409,7 @@ class Session:
         """The next chunk, the missing input made up: silence, and the last pose."""
         stop = self._heard()
         need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
-        self.audio.push(torch.zeros(max(0, need)))
+        self.audio.push(torch.zeros(max(0, need), *self.audio.row_shape))
         if self._takes_pose:
             last = self.pose.read(self.pose.end - 1, self.pose.end)
             self.pose.push(last.expand(max(0, stop - self.pose.end), -1))

@@ -112,11 +112,11 @@ def load(bundle: Bundle, path: Path) -> Session:
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
     session.viewed, session.closed = facts["viewed"], facts["closed"]
     for name in ("audio", "pose"):
-        stream = Stream(session.pose.row_shape if name == "pose" else (), facts["starts"][name])
+        stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
         stream.push(tensors[name])
         setattr(session, name, stream)
     if facts["resampler"] is not None:
-        resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE)
+        resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=session.audio.row_shape)
         resampler.tail = tensors["resampler"]
         resampler.first, resampler.made = facts["resampler"]["first"], facts["resampler"]["made"]
         session.resampler = resampler

@@ -47,12 +47,20 @@ class Stream:
 
 
 class Resampler:
-    """Band-limited resampling of a mono stream by a Kaiser-windowed sinc, polyphase; the same however the input is cut.
+    """Band-limited resampling of rows [n, ...] by a Kaiser-windowed sinc, polyphase; the same however the input is cut.
 
     Output n lies at input time n * source / target, so an event keeps its time exactly. (Smith, Digital Audio Resampling, CCRMA.)
     """
 
-    def __init__(self, source_rate: int, target_rate: int, crossings: int = 16, beta: float = 9.0):
+    def __init__(
+        self,
+        source_rate: int,
+        target_rate: int,
+        crossings: int = 16,
+        beta: float = 9.0,
+        row_shape: tuple[int, ...] = (),
+    ):
+        self.row_shape = row_shape
         shared = math.gcd(source_rate, target_rate)
         self.up, self.down = target_rate // shared, source_rate // shared
         self.source_rate = source_rate
@@ -67,21 +75,26 @@ class Resampler:
 
     def reset(self) -> None:
         """Forget the past: the next sample is the first."""
-        self.tail = torch.zeros(self.half, dtype=torch.float64)  # input before the next output's window ends
+        self.tail = torch.zeros(self.half, *self.row_shape, dtype=torch.float64)  # input before the next output's window ends
         self.first = -self.half  # place of tail[0]
         self.made = 0
 
+    def finish(self) -> Tensor:
+        """The last rows; there is no more input."""
+        return self.push(self.tail.new_zeros(0, *self.row_shape), end=True)
+
     def push(self, samples: Tensor, end: bool = False) -> Tensor:
-        """Samples [n] at the source rate -> those of the target rate that they complete; `end` completes the last ones too."""
+        """Rows at the source rate -> those of the target rate that they complete; `end` completes the last ones too."""
         self.tail = torch.cat([self.tail, samples.double()])
         seen = self.first + len(self.tail)
         if end:
-            self.tail = torch.cat([self.tail, self.tail.new_zeros(self.half)])
+            self.tail = torch.cat([self.tail, self.tail.new_zeros(self.half, *self.row_shape)])
         total = max(self.made, -(-(seen if end else seen - self.half) * self.up // self.down))
         n = torch.arange(self.made, total)
         base = n * self.down // self.up
         windows = self.tail[(base - self.first).unsqueeze(1) + torch.arange(1 - self.half, self.half + 1)]
-        out = (windows * self.taps[n * self.down % self.up]).sum(dim=1).float()
+        taps = self.taps[n * self.down % self.up]
+        out = (windows * taps.view(*taps.shape, *(1 for _ in self.row_shape))).sum(dim=1).float()
         self.made = total
         keep = min(total * self.down // self.up + 1 - self.half, seen)
         self.tail, self.first = self.tail[keep - self.first :], keep
