@@ -8,9 +8,9 @@ from tiny import MIDAS, Ranks, a_bundle, a_portrait, make_spec, randn, rng, some
 
 from distill.data import avatars, duplex, speech, world
 from distill.data.world import DataConfig, WorldConfig
-from students.checkpoint import make_student
 from students.session import Session, Starved
 from teachers.codecs import CodecConfig
+from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import AudioConfig, TextConfig
 from teachers.streams import Resampler
@@ -147,42 +147,33 @@ def test_a_world_of_three(speakers):
 # ---- networks
 
 
-def test_every_condition_has_its_own_weights_and_a_dropped_one_gets_no_gradient(bundle):
-    student = make_student(bundle.spec)
-    for parameter in student.net.parameters():
-        parameter.data.normal_(0, 0.3, generator=rng(3))
-    spec, side = bundle.spec, bundle.spec.latent_size
-    frames = spec.horizon_frames
-    given = bundle_conditions(bundle, frames)
-    x = randn(1, side[0], frames, *side[1:], seed=4)
-    sigma = torch.full((1, spec.num_chunks), 0.7)
-    size = given.audio.shape[-1] // 2
-
-    def gradients(conditions):
-        leaves = {"audio": conditions.audio.clone().requires_grad_(), "pose": conditions.pose.clone().requires_grad_()}
-        out = student.denoise_clip(x, sigma, replace(conditions, **leaves))
-        grads = torch.autograd.grad(out.square().sum(), list(leaves.values()))
-        return grads[0][..., :size].abs().sum(), grads[0][..., size:].abs().sum(), grads[1].abs().sum()
-
-    assert all(value > 0 for value in gradients(given))
-    outs = [student.denoise_clip(x, sigma, c) for c in (given, given.drop("pose"), given.drop("audio"))]
-    assert not torch.equal(outs[0], outs[1])
-    assert not torch.equal(outs[0], outs[2])
-    swapped = replace(given, audio=torch.cat([given.audio[..., size:], given.audio[..., :size]], dim=-1))
-    assert not torch.allclose(student.denoise_clip(x, sigma, swapped), outs[0], atol=1e-4), "who speaks is not lost"
-
-
-def bundle_conditions(bundle, frames):
-    from teachers.conditions import Conditions
-
-    spec = bundle.spec
-    stride, (channels, height, width) = spec.codec.stride, spec.latent_size
-    return Conditions(
+def test_every_condition_reaches_the_network_and_a_dropped_one_does_not(bundle):
+    student, spec = bundle.student, bundle.spec
+    frames, shape = spec.horizon_frames, spec.latent_size
+    given = Conditions(
         text=randn(1, spec.text.max_tokens, spec.text.dim, seed=1),
-        audio=randn(1, frames, stride, spec.audio_dim, seed=2),
-        reference=randn(1, channels, 1, height, width, seed=3),
-        pose=randn(1, frames, stride, spec.pose_dim, seed=6),
+        audio=randn(1, frames, spec.codec.stride, spec.audio_dim, seed=2),
+        reference=randn(1, shape[0], 1, *shape[1:], seed=3),
+        pose=randn(1, frames, spec.codec.stride, spec.pose_dim, seed=6),
     )
+    x, clean = (randn(1, shape[0], frames, *shape[1:], seed=seed) for seed in (4, 5))
+    sigma, size = torch.full((1, spec.num_chunks), 0.7), spec.audio_dim // 2
+
+    def drawn(conditions):
+        return student.denoise_clip(x, sigma, conditions, clean)
+
+    leaves = {name: getattr(given, name).clone().requires_grad_() for name in ("audio", "pose")}
+    heard, steered = torch.autograd.grad(drawn(replace(given, **leaves)).square().sum(), list(leaves.values()))
+    for part in (heard[..., :size], heard[..., size:], steered):
+        assert part.abs().sum() > 0
+    whole = drawn(given)
+    for name in ("audio", "pose"):
+        without = given.drop_rows(**{name: torch.tensor([True])})
+        assert torch.equal(drawn(without), drawn(given.drop(name)))
+        assert not torch.allclose(drawn(without), whole, atol=1e-4), name
+        assert torch.equal(drawn(replace(given, **{name: 2 * getattr(given, name)}).drop(name)), drawn(without)), name
+    swapped = torch.cat([given.audio[..., size:], given.audio[..., :size]], dim=-1)
+    assert not torch.allclose(drawn(replace(given, audio=swapped)), whole, atol=1e-4), "who speaks is not lost"
 
 
 # ---- the stream
