@@ -21,8 +21,8 @@ from teachers import media
 from teachers.errors import UserError
 
 if TYPE_CHECKING:
-    from students.session import Chunk, Session, Starved
     from distill.sample_inputs import Duet, Steering
+    from students.session import Chunk, Session, Starved
     from students.timeline import Planner, Script
 
 LARGEST_SEED = 2**63 - 1
@@ -105,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
         bundle = load_student(args.student)
         spec = bundle.spec
         sample_inputs.check(spec, args.other, args.pose)
-        steering = None if args.pose is None else sample_inputs.Steering(sample_inputs.read_pose(args.pose, spec.pose_dim))
+        steering = (
+            None if args.pose is None else sample_inputs.Steering(sample_inputs.read_pose(args.pose, spec.pose_dim))
+        )
         if script is not None:
             script.check(spec, args.timeline)
         reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])

@@ -100,6 +100,8 @@ class Steering:
 def check(spec: Spec, other: Path | None, pose: Path | None) -> None:
     """UserError where a network of this spec takes no second speaker or no directions."""
     if other is not None and spec.speakers == 1:
-        raise UserError("--other: this student hears one speaker; leave it out, or give one of recipes/midas_duplex.yaml")
+        raise UserError(
+            "--other: this student hears one speaker; leave it out, or give one of recipes/midas_duplex.yaml"
+        )
     if pose is not None and not spec.pose_dim:
         raise UserError("--pose: this student takes none; leave it out, or give one of recipes/midas_duplex.yaml")

@@ -36,7 +36,7 @@ Attend = Callable[
 @dataclass(frozen=True, kw_only=True)
 class MidasConfig:
     """Sizes: of the language model (defaults: Qwen2.5-3B's, `llm` a local folder with its weights, read when training starts), of
-    the head, and the condition tokens of a latent frame: `text_tokens`, one for each speaker, one for pose where the student has it.
+    the head, and the condition tokens of a latent frame: `text_tokens`, one a speaker, one for pose where the student has it.
     `buckets`: embeddings of history noise, the first for none."""
 
     num_layers: int = 36

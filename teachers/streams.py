@@ -75,7 +75,9 @@ class Resampler:
 
     def reset(self) -> None:
         """Forget the past: the next sample is the first."""
-        self.tail = torch.zeros(self.half, *self.row_shape, dtype=torch.float64)  # input before the next output's window ends
+        self.tail = torch.zeros(
+            self.half, *self.row_shape, dtype=torch.float64
+        )  # input before the next output's window ends
         self.first = -self.half  # place of tail[0]
         self.made = 0
 

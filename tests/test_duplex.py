@@ -1,14 +1,24 @@
 """Two speakers and a direction signal: in the world, in both kinds of network, in the stream, and refused by name."""
 
-from dataclasses import replace
+import wave
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from test_media import ramp_picture, save_image
 from tiny import MIDAS, Ranks, a_bundle, a_portrait, make_spec, randn, rng, some_sound
 
-from distill.data import avatars, duplex, speech, world
+from distill.cli import main
+from distill.data import avatars, duplex, world
+from distill.data.clips import FolderConfig
 from distill.data.world import DataConfig, WorldConfig
+from distill.sample_inputs import Duet
+from distill.stages import _said
+from students.checkpoint import load_student, save_student
 from students.session import Session, Starved
+from teachers import media
 from teachers.codecs import CodecConfig
 from teachers.conditions import Conditions
 from teachers.errors import UserError
@@ -186,7 +196,7 @@ def test_any_split_of_both_sounds_and_the_directions_gives_the_same_frames(bundl
     for seed in range(2):
         session, frames = opened(bundle), []
         cuts = [0, *torch.randint(0, len(own), (8,), generator=rng(seed)).sort().values.tolist(), len(own)]
-        for i, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for i, (start, stop) in enumerate(pairwise(cuts)):
             last = None if i == len(cuts) - 2 else 2 * i + 2
             session.push(audio=own[start:stop], other=other[start:stop], pose=pose[2 * i : last])
             frames += session.frames()
@@ -195,7 +205,10 @@ def test_any_split_of_both_sounds_and_the_directions_gives_the_same_frames(bundl
 
 def test_a_missing_voice_is_silence_of_the_same_length(bundle):
     own, other, pose = inputs(bundle)
-    for given, spelt in (((own, None), (own, torch.zeros_like(own))), ((None, other), (torch.zeros_like(other), other))):
+    for given, spelt in (
+        ((own, None), (own, torch.zeros_like(own))),
+        ((None, other), (torch.zeros_like(other), other)),
+    ):
         assert torch.equal(play(opened(bundle), *given, pose), play(opened(bundle), *spelt, pose))
     swapped = play(opened(bundle), other, own, pose)
     assert not torch.equal(swapped, play(opened(bundle), own, other, pose))
@@ -266,7 +279,10 @@ def test_it_lives_on_in_silence_and_its_sound_is_its_own_voice(bundle):
     assert torch.equal(heard[:size], own[:size])
     assert not heard[size:].any()
     stop = bundle.spec.pixel_frames(3)[1]
-    spelt = [torch.nn.functional.pad(part, (0, stop * PER_FRAME + bundle.ears.lookahead - len(part))) for part in (own, other)]
+    spelt = [
+        torch.nn.functional.pad(part, (0, stop * PER_FRAME + bundle.ears.lookahead - len(part)))
+        for part in (own, other)
+    ]
     held = torch.cat([pose, pose[-1:].expand(stop - len(pose), -1)])
     assert torch.equal(film(chunks), play(opened(bundle), *spelt, held))
 
@@ -287,7 +303,10 @@ def test_refused_input_changes_nothing(bundle):
     own, other, pose = inputs(bundle)
     session = opened(bundle)
     bad = (
-        (r"^audio and other are one stretch of time: got 100 and 99 samples", {"audio": own[:100], "other": other[:99]}),
+        (
+            r"^audio and other are one stretch of time: got 100 and 99 samples",
+            {"audio": own[:100], "other": other[:99]},
+        ),
         (r"^other must be finite", {"audio": own[:3], "other": torch.tensor([0.0, float("nan"), 0.0])}),
         (r"^other must lie in \[-1, 1\]", {"other": torch.full((4,), 90.0)}),
         (r"^pose must be finite rows \[T, 3\]", {"audio": own[:9], "other": other[:9], "pose": torch.zeros(4, 2)}),
@@ -303,3 +322,98 @@ def test_a_student_of_one_speaker_takes_no_other():
         one_line(r"^other: this student hears one speaker", session.push, other=sound, **given)
     assert session.audio.end == 0
     assert session.step() == Starved("audio", session.step().missing)
+
+
+# ---- distill sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student of two speakers, one of one, a portrait, two sounds of another rate and length, and directions."""
+    place = tmp_path_factory.mktemp("sample")
+    save_student(place / "duplex", a_bundle(speakers=2, pose_dim=duplex.POSE_DIM), "card")
+    save_student(place / "single", a_bundle(), "card")
+    save_image(place / "face.png", ramp_picture(20, 20), "png", "rgb24")
+    for name, rate, seconds, seed in (("own", 24000, 1.0, 1), ("other", 16000, 1.5, 2)):
+        write_wav(place / f"{name}.wav", some_sound(int(rate * seconds), seed), rate)
+    (place / "turn.csv").write_text("# right, down, steered\n" + "0, 0, 1\n" * 5 + "\n-1 0.5 1\n")
+    return place
+
+
+def write_wav(path, samples, rate):
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).short().numpy().tobytes())
+
+
+def sampled(folder, out, *words, student="duplex"):
+    given = ["--student", folder / student, "--image", folder / "face.png", "--audio", folder / "own.wav"]
+    code = main(
+        ["sample", *map(str, given), "--text", "a person nods", "--out", str(out), "--size", "16", *map(str, words)]
+    )
+    return code, media.read_video(out)[0] if out.exists() else None
+
+
+def test_a_film_of_two_voices_and_directions(folder, tmp_path, monkeypatch):
+    """To the bit the session's own frames, as long as the longer sound; the last direction holds; both are heard in the film."""
+    shown, frames = [], media.VideoWriter.write
+    monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: (shown.append(frame), frames(self, frame)))
+    both = ["--other", folder / "other.wav", "--pose", folder / "turn.csv"]
+    assert sampled(folder, tmp_path / "a.mp4", *both, "--push-ms", "70")[0] == 0
+    bundle, own = load_student(folder / "duplex"), media.decode_audio(folder / "own.wav")[0]
+    other = torch.cat([duet[:, 1] for duet in Duet(media.AudioReader(folder / "own.wav"), folder / "other.wav")])
+    assert len(other) == 36000
+    session = Session(bundle, media.read_image(folder / "face.png", (16, 16)), "a person nods")
+    pose = torch.tensor([[0.0, 0.0, 1.0]] * 5 + [[-1.0, 0.5, 1.0]] * 25)
+    session.push(audio=torch.nn.functional.pad(own, (0, 12000)), other=other, pose=pose, rate=24000)
+    session.close()
+    assert len(shown) == 19
+    assert torch.equal(torch.stack(shown), film(session.frames())[:19])
+    assert media.decode_audio(tmp_path / "a.mp4")[0][25000:].abs().max() > 0.05, "the other speaks on alone"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("0 0 1\n0 0\n", r"line 2 has '0 0', a frame has 3 numbers from -1 to 1"),
+        ("0 2 1\n", r"line 1 has '0 2 1', a frame has 3 numbers"),
+        ("0 nan 1\n", "line 1 has '0 nan 1'"),
+        ("0 left 1\n", "line 1 has a word that is no number"),
+        ("# nothing\n", "no line with numbers"),
+        (None, "no file of directions"),
+    ],
+)
+def test_directions_that_are_none(folder, tmp_path, capsys, text, words):
+    path = tmp_path / "pose.txt"
+    if text is not None:
+        path.write_text(text)
+    code, film = sampled(folder, tmp_path / "a.mp4", "--pose", path)
+    told = capsys.readouterr().err.strip().splitlines()
+    assert (code, film) == (2, None)
+    assert words in told[-1]
+
+
+def test_what_a_plain_student_cannot_hear_or_follow(folder, tmp_path, capsys):
+    for name, file, words in (
+        ("--other", "other.wav", "--other: this student hears one speaker"),
+        ("--pose", "turn.csv", "--pose: this student takes none"),
+    ):
+        assert sampled(folder, tmp_path / "a.mp4", name, folder / file, student="single") == (2, None)
+        assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_folder_of_films_has_one_voice():
+    given = {f.name: getattr(DATA, f.name) for f in fields(DATA)}
+    for change in ({"speakers": 2}, {"steered": True}):
+        world_ = replace(WORLD, **({"speakers": 1, "steered": False} | change))
+        one_line(r"^data\.world: speakers and steered", FolderConfig, **(given | {"world": world_}), path=Path("x"))
+
+
+def test_stages_from_before_are_still_good():
+    """A plain recipe's fingerprints do not name what it does not use."""
+    used = {"world": {"speakers": 2, "steered": False, "fps": "25/2"}, "method": {"drop_pose": 0.1}}
+    plain = {"world": {"speakers": 1, "steered": False, "fps": "25/2"}, "method": {"drop_pose": 0.0}}
+    assert _said(used) == {"world": {"speakers": 2, "fps": "25/2"}, "method": {"drop_pose": 0.1}}
+    assert _said(plain) == {"world": {"fps": "25/2"}, "method": {}}

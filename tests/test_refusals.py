@@ -146,6 +146,8 @@ def test_a_folder_edited_by_hand_is_refused(tmp_path):
     save_student(tmp_path, a_bundle(), "card")
     load_student(tmp_path)
     edited(tmp_path, schedule__depth=3)
-    one_line(r"^student not trained for this sampler: schedule\.depth is 3 in spec\.json, 1 in ", load_student, tmp_path)
+    one_line(
+        r"^student not trained for this sampler: schedule\.depth is 3 in spec\.json, 1 in ", load_student, tmp_path
+    )
     edited(tmp_path, schedule__depth=1, sigmas=[1.0, 0.5])
     one_line(r"sigmas is \[1, 0\.5\]", load_student, tmp_path)

@@ -8,7 +8,7 @@ head goes where it is sent, with a lag.
 import torch
 from torch import Tensor
 
-from distill.data.speech import HOP, REST, SAMPLE_RATE, Speech, _smooth
+from distill.data.speech import HOP, REST, SAMPLE_RATE, Speech, smooth
 
 OWN, OTHER, NOBODY = 0, 1, -1
 POSE_DIM = 3  # a row: right and down in [-1, 1], and 1 for "steered"; a dropped pose is zeros
@@ -33,9 +33,11 @@ def draw_turns(num: int, num_ticks: int, rng: torch.Generator) -> Tensor:
 
 def in_turn(said: Speech, turn: Tensor, speaker: int) -> Speech:
     """The speech of one of two: silence, and a mouth at rest, while it is not his turn [N, K]."""
-    gate = _smooth((turn == speaker).float(), 5)
+    gate = smooth((turn == speaker).float(), 5)
     loud = torch.nn.functional.interpolate(gate.unsqueeze(1), size=said.audio.shape[1], mode="linear").squeeze(1)
-    opening, width = (rest + (shape - rest) * gate for rest, shape in zip(REST, (said.opening, said.width), strict=True))
+    opening, width = (
+        rest + (shape - rest) * gate for rest, shape in zip(REST, (said.opening, said.width), strict=True)
+    )
     return Speech(audio=said.audio * loud, opening=opening, width=width)
 
 

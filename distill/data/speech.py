@@ -71,7 +71,7 @@ def _syllables(num: int, num_ticks: int, rng: torch.Generator) -> dict[str, Tens
     }
 
 
-def _smooth(x: Tensor, ticks: int) -> Tensor:
+def smooth(x: Tensor, ticks: int) -> Tensor:
     """Hann smoothing along the last axis over `ticks` control frames (edges replicated)."""
     window = torch.hann_window(ticks + 2, periodic=False)[1:-1]
     padded = torch.nn.functional.pad(x.unsqueeze(1), (ticks // 2, ticks - 1 - ticks // 2), mode="replicate")
@@ -82,7 +82,7 @@ def _excitation(num: int, num_samples: int, voiced: Tensor, rng: torch.Generator
     """Glottal pulses (pitch with jitter and a slow contour) and white noise, both [N, S]."""
     num_ticks = voiced.shape[1]
     base = _uniform((num, 1), 95.0, 230.0, rng)
-    contour = _smooth(torch.randn(num, num_ticks, generator=rng), 41) * 3.0
+    contour = smooth(torch.randn(num, num_ticks, generator=rng), 41) * 3.0
     pitch = base * (1.0 + 0.06 * contour).clamp(0.7, 1.4)
     pitch = torch.nn.functional.interpolate(pitch.unsqueeze(1), size=num_samples, mode="linear").squeeze(1)
     phase = torch.cumsum(pitch.double() / SAMPLE_RATE, dim=1) % 1.0
@@ -97,7 +97,7 @@ def _envelopes(
     freqs = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1).view(1, 1, -1)
     table = torch.tensor([v[0] for v in VOWELS.values()], dtype=torch.float32)
     formants = table[syllables["vowel"]] * scale.unsqueeze(-1)
-    formants = torch.stack([_smooth(formants[..., i], 7) for i in range(3)], dim=-1)
+    formants = torch.stack([smooth(formants[..., i], 7) for i in range(3)], dim=-1)
     response = torch.zeros(*formants.shape[:2], freqs.shape[-1])
     for i, (bandwidth, level) in enumerate(((90.0, 1.0), (120.0, 0.6), (170.0, 0.3))):
         centre = formants[..., i : i + 1]
@@ -121,8 +121,8 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
         return torch.stft(signal, N_FFT, HOP, window=window, return_complex=True)
 
     voice, hiss = _envelopes(syllables, scale, tilt, rng)
-    voiced_gain = _smooth(syllables["voiced"].float() * syllables["gain"], 5)
-    hiss_gain = _smooth(syllables["fricative"].float() * syllables["gain"] * 0.35, 3)
+    voiced_gain = smooth(syllables["voiced"].float() * syllables["gain"], 5)
+    hiss_gain = smooth(syllables["fricative"].float() * syllables["gain"] * 0.35, 3)
     spoken = spectrum(pulses)[..., :num_ticks] * voice * voiced_gain.unsqueeze(1)
     spoken = spoken + spectrum(noise)[..., :num_ticks] * hiss * hiss_gain.unsqueeze(1) * 0.5
     speech = torch.istft(spoken, N_FFT, HOP, window=window, length=num_samples)
@@ -130,7 +130,7 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
     # Non-speech: a steady noise floor and, in a third of the clips, loud broadband bursts while the mouth does what it does.
     floor = 10 ** (_uniform((num, 1), -55, -22, rng) / 20)
     bursts = (torch.rand(num, num_ticks, generator=rng) < 0.012).float() * (torch.rand(num, 1, generator=rng) < 0.35)
-    burst_gain = torch.nn.functional.interpolate(_smooth(bursts, 15).unsqueeze(1), size=num_samples).squeeze(1) * 8.0
+    burst_gain = torch.nn.functional.interpolate(smooth(bursts, 15).unsqueeze(1), size=num_samples).squeeze(1) * 8.0
     audio = speech + noise * (floor + burst_gain * 0.6)
     audio = audio * 10 ** (_uniform((num, 1), -30, -16, rng) / 20)
     mouth = torch.tensor([v[1] for v in VOWELS.values()])[syllables["vowel"]]
@@ -138,4 +138,4 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
     target = torch.where(syllables["voiced"].unsqueeze(-1), mouth, rest)
     fricative = torch.tensor([0.12, 0.75])
     target = torch.where(syllables["fricative"].unsqueeze(-1), fricative, target)
-    return Speech(audio=audio.clamp(-1, 1), opening=_smooth(target[..., 0], 9), width=_smooth(target[..., 1], 9))
+    return Speech(audio=audio.clamp(-1, 1), opening=smooth(target[..., 0], 9), width=smooth(target[..., 1], 9))

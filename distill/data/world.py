@@ -197,19 +197,20 @@ class Asked:
     pose: Tensor | None = None
 
     def index(self, rows: Tensor) -> "Asked":
-        def of_rows(said: speech.Speech) -> speech.Speech:
-            return speech.Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
-
         return Asked(
             identity=self.identity[rows],
-            speech=of_rows(self.speech),
+            speech=_of_rows(self.speech, rows),
             text=[self.text[i] for i in rows.tolist()],
             expression=self.expression[rows],
             gesture=self.gesture[rows],
-            other=None if self.other is None else of_rows(self.other),
+            other=None if self.other is None else _of_rows(self.other, rows),
             turn=None if self.turn is None else self.turn[rows],
             pose=None if self.pose is None else self.pose[rows],
         )
+
+
+def _of_rows(said: speech.Speech, rows: Tensor) -> speech.Speech:
+    return speech.Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
 
 
 def samples_per_frame(config: WorldConfig) -> int:
