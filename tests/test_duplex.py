@@ -8,12 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from test_media import ramp_picture, save_image
-from tiny import MIDAS, Ranks, a_bundle, a_portrait, make_spec, randn, rng, some_sound
+from tiny import (
+    MIDAS,
+    Ranks,
+    a_bundle,
+    a_portrait,
+    a_student,
+    make_spec,
+    randn,
+    rng,
+    some_conditions,
+    some_latents,
+    some_sound,
+)
 
 from distill.cli import main
 from distill.data import avatars, duplex, world
 from distill.data.clips import FolderConfig
 from distill.data.world import DataConfig, WorldConfig
+from distill.methods import Batch, flow_matching, forcing
 from distill.sample_inputs import Duet
 from distill.stages import _said
 from students.checkpoint import load_student, save_student
@@ -24,6 +37,7 @@ from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import AudioConfig, TextConfig
 from teachers.streams import Resampler
+from teachers.wan import AvatarTeacher
 
 PER_FRAME, CHUNKS = 1280, 7
 WORLD = WorldConfig(speakers=2, steered=True, num_train=6, shard_clips=4)
@@ -186,6 +200,27 @@ def test_every_condition_reaches_the_network_and_a_dropped_one_does_not(bundle):
     assert not torch.allclose(drawn(replace(given, audio=swapped)), whole, atol=1e-4), "who speaks is not lost"
 
 
+@pytest.mark.parametrize("method", [forcing, flow_matching])
+def test_directions_are_dropped_in_training_where_that_is_asked_for(method):
+    """With its probability, and without a draw where it is zero or there are none."""
+    steered = a_student(pose_dim=duplex.POSE_DIM)
+    roles = {"student": steered, "teacher": AvatarTeacher(steered.net)}
+    given = replace(some_conditions(), pose=randn(2, 8, 2, duplex.POSE_DIM, seed=8))
+
+    def loss(drop, pose, roles=roles):
+        trained = method.build(method.Config(drop_pose=drop), roles)
+        batch = Batch(conditions=replace(given, pose=pose), x0=some_latents())
+        with torch.no_grad():
+            return trained.loss(trained.roles_to_update(0)[0], batch, rng(1), rng(2)).value
+
+    none = torch.zeros_like(given.pose)
+    assert torch.equal(loss(1.0, given.pose), loss(1.0, none))
+    assert not torch.equal(loss(0.0, given.pose), loss(0.0, none))
+    plain = a_student()
+    roles = {"student": plain, "teacher": AvatarTeacher(plain.net)}
+    assert torch.equal(loss(0.9, None, roles), loss(0.0, None, roles))
+
+
 # ---- the stream
 
 
@@ -241,6 +276,8 @@ def test_saved_in_the_middle_it_goes_on_with_the_same_bits(bundle, tmp_path):
     assert len(early) > 0
     assert len(late) > 0
     assert torch.equal(torch.cat([early, late]), whole)
+    again.close()
+    assert again.audio.end == -(-len(own) * 16000 // 44100), "the last samples of both come out"
 
 
 def test_interrupted_it_forgets_both_voices_and_the_directions(bundle):
