@@ -59,16 +59,26 @@ class AvatarPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         sampling_rate: int = SAMPLE_RATE,
         output_type: str = "pil",
+        other: Tensor | np.ndarray | None = None,
+        pose: Tensor | np.ndarray | None = None,
     ) -> AvatarPipelineOutput:
         """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the film is as long
-        as the sound, to one frame. `generator` gives the stream's seed (initial_seed). output_type: pil, np or pt."""
+        as the sound, to one frame. `other`, as audio: what somebody else says meanwhile, to a student of two speakers; pose rows
+        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed). output_type: pil, np or pt."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0
         spec = self.bundle.spec
-        session = Session(self.bundle, self._reference(image), prompt, seed)
-        sound = torch.as_tensor(audio)
-        session.push(audio=sound, rate=sampling_rate)
+        drop = ("pose",) if pose is None else ()
+        session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop)
+        heard_too = None if other is None else torch.as_tensor(other)
+        session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=heard_too)
+        if pose is not None:
+            session.push(pose=torch.as_tensor(pose))
+            chunk = spec.codec.stride * spec.chunk_frames
+            missing = -(-session.audio.end // spec.samples_per_frame) + 2 * chunk - session.pose.end
+            last = session.pose.read(session.pose.end - 1, session.pose.end)
+            session.push(pose=last.expand(max(0, missing), -1))
         session.close()
         count = -(-session.audio.end // spec.samples_per_frame)
         frames, heard = [], []

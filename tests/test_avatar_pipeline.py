@@ -6,10 +6,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from test_session import PER_FRAME, film, play
-from tiny import a_bundle, a_portrait, some_sound
+from tiny import a_bundle, a_portrait, randn, some_sound
 
 from students.checkpoint import load_student, save_student
 from students.pipeline import AvatarPipeline
+from students.session import Session
 from teachers.errors import UserError
 
 
@@ -32,6 +33,23 @@ def test_a_call_is_a_session(folder):
     again = pipe(a_portrait(), sound.numpy(), "a person nods", torch.Generator().manual_seed(4), output_type="np")
     assert again.frames.shape == (9, 16, 16, 3)
     assert (again.frames != out.frames.numpy()).any()
+
+
+def test_a_call_with_two_voices_and_directions():
+    bundle = a_bundle(speakers=2, pose_dim=3)
+    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.ears, bundle.text)
+    pipe.set_progress_bar_config(disable=True)
+    own, other, pose = some_sound(9 * PER_FRAME), some_sound(9 * PER_FRAME, 5), randn(4, 3, seed=2).clamp(-1, 1)
+    out = pipe(a_portrait(), own, "a person nods", output_type="pt", other=other.numpy(), pose=pose)
+    session = Session(bundle, a_portrait(), "a person nods")
+    session.push(audio=own, other=other, pose=torch.cat([pose, pose[-1:].expand(20, -1)]))
+    session.close()
+    assert torch.equal(out.frames, film(session.frames())[:9])
+    assert torch.equal(out.audio, own)
+    free = pipe(a_portrait(), own, "a person nods", output_type="pt").frames
+    assert not torch.equal(free, out.frames)
+    with pytest.raises(UserError, match="^pose must be finite rows"):
+        pipe(a_portrait(), own, pose=torch.zeros(4, 2))
 
 
 def test_pictures_in_pictures_out(folder):
