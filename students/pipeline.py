@@ -64,7 +64,8 @@ class AvatarPipeline(DiffusionPipeline):
     ) -> AvatarPipelineOutput:
         """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the film is as long
         as the sound, to one frame. `other`, as audio: what somebody else says meanwhile, to a student of two speakers; pose rows
-        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed). output_type: pil, np or pt."""
+        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed
+        (initial_seed). output_type: pil, np or pt."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0

@@ -48,7 +48,7 @@ def test_a_call_with_two_voices_and_directions():
     assert torch.equal(out.audio, own)
     free = pipe(a_portrait(), own, "a person nods", output_type="pt").frames
     assert not torch.equal(free, out.frames)
-    with pytest.raises(UserError, match="^pose must be finite rows"):
+    with pytest.raises(UserError, match=r"^pose must be finite rows"):
         pipe(a_portrait(), own, pose=torch.zeros(4, 2))
 
 
