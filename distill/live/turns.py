@@ -90,6 +90,24 @@ class Turn:
         return self.finished and not self.pieces
 
 
+class Listening:
+    """What the user says, on its way to a student that hears two speakers: at most `slack` samples later than it was said."""
+
+    def __init__(self, slack: int = SAMPLE_RATE // 4):
+        self.slack, self.kept = slack, torch.zeros(0)
+
+    def put(self, samples: Tensor) -> None:
+        """Append samples [n] as they come; of what nobody takes the last second is kept."""
+        self.kept = torch.cat([self.kept, samples])[-SAMPLE_RATE:]
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` samples; silence before them where so many have not come, and the oldest are left out where they have
+        waited too long."""
+        kept = self.kept[-(count + self.slack) :]
+        self.kept = kept[count:]
+        return torch.nn.functional.pad(kept[:count], (count - len(kept[:count]), 0))
+
+
 @dataclass
 class Endpointer:
     """Begin and end of a spoken turn by energy: it begins when 100 ms are 12 dB above the noise floor and above -50 dBFS, and ends

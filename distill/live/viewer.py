@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.live import protocol
-from distill.live.turns import Endpointer, Playhead, Turn
+from distill.live.turns import Endpointer, Listening, Playhead, Turn
 from eval.latency import percentile
 from students.checkpoint import Bundle
 from students.session import Chunk, Session
@@ -37,7 +37,7 @@ class Viewer:
         self.session: Session | None = None
         self.turn: Turn | None = None
         self.playhead = Playhead(self.spec.fps)
-        self.endpointer = Endpointer()
+        self.endpointer, self.listening = Endpointer(), Listening()
         self.epoch = self.turns = self.chunks = self.stalls = 0
         self.opened = self.ttff = 0.0
         self.waited = False  # for the viewer's playhead, since the last chunk
@@ -53,7 +53,7 @@ class Viewer:
             lambda: Session(self.bundle, reference, text, seed, lead=self.lead, idle="live", drop=("pose",))
         )
         self.session, self.playhead = session, Playhead(self.spec.fps)
-        self.endpointer, self.waited = Endpointer(), False
+        self.endpointer, self.listening, self.waited = Endpointer(), Listening(), False
         self.epoch += 1
         self.opened, self.ttff, self.chunks = now, 0.0, 0
         self.emit({"type": "opened", "epoch": self.epoch, "text": text})
@@ -71,7 +71,10 @@ class Viewer:
         return self.turns
 
     def hear(self, samples: Tensor, now: float) -> None:
-        """Microphone samples: a voice interrupts the avatar, its end is the end of a turn."""
+        """Microphone samples: a voice interrupts the avatar, its end is the end of a turn. A student of two speakers hears them
+        too, while it listens and while it talks."""
+        if self.spec.speakers > 1:
+            self.listening.put(samples)
         for found in self.endpointer.hear(samples):
             if isinstance(found, Tensor):
                 self.say(found, now)
@@ -135,7 +138,10 @@ class Viewer:
             self._begin(turn, now)
         if turn is not None and turn.begun:
             while turn.pieces and self._missing(None) > 0:
-                session.push(audio=turn.take())
+                piece = turn.take()
+                self._let_in(piece, len(piece))
+        elif (missing := self._missing(None)) > 0 and self.spec.speakers > 1:
+            self._let_in(None, missing)
         dry = self.playhead.dry(now, session.point.frame)
         began = clock()
         chunk = session.step()
@@ -203,6 +209,10 @@ class Viewer:
             self.emit({"type": "rewind", "frame": frame, "epoch": self.epoch, "speech": keep_input})
         self.waited = False
         return frame
+
+    def _let_in(self, own: Tensor | None, count: int) -> None:
+        """The next `count` samples: the avatar's own voice, and to a student that hears two speakers the user's."""
+        self._open().push(audio=own, other=self.listening.take(count) if self.spec.speakers > 1 else None)
 
     def _missing(self, turn: Turn | None) -> int:
         """Samples that the next chunk lacks, those that a turn holds not counted."""
