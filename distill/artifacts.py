@@ -92,6 +92,8 @@ class Artifacts:
             fold(net, self.recipe.lora.adapter(load_tensors(file)), file)
             return net
         net = self._new_network(stage if stage == "teacher" else self.origin)
+        if self.spec.guidance is not None and stage in ("init", "dmd"):
+            net.add_guidance()
         file = self.folder.stage_dir(stage) / "model.safetensors"
         checkpoint.fill(net, load_tensors(file), file)
         return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.schedule import Told, advance
+from students.schedule import Told, advance, remembered
 from students.student import Student
 from teachers.conditions import Conditions
 
@@ -43,7 +43,8 @@ def rollout(
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:
-            state = student.commit(state, x0 if corrupt is None else corrupt(j, x0), part, steps)
+            kept = remembered(student, state, x0, part, steps, lambda k, i, j=j: noise(j + k, i), len(levels))
+            state = student.commit(state, kept if corrupt is None else corrupt(j, kept), part, steps)
     return torch.cat(chunks, dim=2)
 
 
@@ -66,7 +67,8 @@ def draw_noise(
     spec = student.spec
     device = next(student.parameters()).device
     channels, height, width = spec.latent_size
-    counts = (num_chunks or spec.num_chunks, num_steps or len(spec.sigmas))
+    refined = spec.history.refine_every > 0  # one more step
+    counts = (num_chunks or spec.num_chunks, (num_steps or len(spec.sigmas)) + refined)
     shape = (*counts, batch, channels, spec.chunk_frames, height, width)
     table = torch.randn(shape, generator=rng, device=rng.device).to(device)
     return lambda chunk, step: table[chunk, step]

@@ -9,7 +9,7 @@ from fractions import Fraction
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from students.schedule import Schedule
 from students.spec import NETWORKS, Spec, student_sigmas
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.typed import kind_name, module_name, to_plain
+from teachers.typed import ADDED, kind_name, module_name, to_plain
 from teachers.wan import AvatarTeacher, AvatarTransformer
 
 if TYPE_CHECKING:
@@ -42,10 +42,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodStage:
-    """A training stage of the student."""
+    """A training stage of the student. `start`, of init alone: the autoregressive teacher's weights, where the method does not ask
+    for them anyway."""
 
     method: Any = field(metadata={"named": "distill.methods"})
     train: TrainConfig
+    start: Literal["ar_teacher"] | None = field(default=None, metadata=ADDED)
 
 
 def run(recipe: "Recipe") -> Path:
@@ -71,6 +73,11 @@ def spec_of(recipe: "Recipe") -> Spec:
     method = recipe.dmd.method
     first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
+    network = student.network or (recipe.base or recipe.teacher).network
+    if student.guidance is not None:
+        if student.network is not None or recipe.lora is not None:
+            raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
+        network = replace(network, guidance=True)
     return Spec(
         height=data.world.size[0],
         width=data.world.size[1],
@@ -83,7 +90,8 @@ def spec_of(recipe: "Recipe") -> Spec:
         history_noise=student.history_noise,
         first_sigmas=first,
         first_chunks=method.first_chunks if first else 0,
-        network=student.network or (recipe.base or recipe.teacher).network,
+        network=network,
+        guidance=student.guidance,
         codec=codec,
         audio=audio,
         text=text,
@@ -180,12 +188,17 @@ class Pipeline(Artifacts):
     def _start(self) -> str:
         """The stage whose weights `init` starts from: an autoregressive teacher's, where the method or the network has one."""
         needs = self.needs("init")
-        causal = self.own_network or "ar_teacher" in needs.frozen or needs.batch == "forced"
+        forced = "ar_teacher" in needs.frozen or needs.batch == "forced"
+        causal = self.own_network or forced or self.recipe.init.start is not None
         return "ar_teacher" if causal else self.origin
 
     def _check_roles(self) -> None:
         """UserError where init and trajectories do not fit together or a teacher is missing."""
         needs, role = self.needs("init"), self.recipe.trajectories.role
+        if self.recipe.dmd.start or (self.recipe.ar_teacher and self.recipe.ar_teacher.start):
+            raise UserError("start: only init may start from the ar_teacher; leave it out of the other stages")
+        if self.spec.guidance is not None and needs.batch == "x0":
+            raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")
         if needs.batch == "forced" and role != "ar_teacher":
             raise UserError(f"trajectories.role: got {role}; init.method.context: data needs role: ar_teacher")
         if needs.batch == "trajectories" and role == "ar_teacher":
@@ -302,6 +315,7 @@ class Pipeline(Artifacts):
             seed=self.recipe.seed,
             folder=folder,
             engine=self.engine,
+            told=self.spec.guidance,
         )
 
     def _init(self, folder: Path) -> dict:
@@ -310,6 +324,8 @@ class Pipeline(Artifacts):
             frozen = {name: getattr(self, name) for name in needs.frozen}
             metrics = self._train("init", self.recipe.init, folder, roles, frozen, self.given.batch, len(self.given))
             return metrics | self._health("init", folder)
+        if self.spec.guidance is not None:
+            roles["student"].net.add_guidance()
         pairs = trajectories.load(self.folder.stage_dir("trajectories"), self.spec.sigmas, self.solver_hash)
 
         def batch(rows: Tensor, device) -> Batch:
@@ -347,6 +363,8 @@ class Pipeline(Artifacts):
 
         if self.recipe.lora is None:
             score = self.network(self.origin, frozen=False).train().requires_grad_(True)
+            if self.spec.guidance is not None:
+                score.add_guidance()
         else:
             score = self.adapted("fake_score", self.origin)
         roles = {"student": self.trainee("init"), "fake_score": AvatarTeacher(score)}

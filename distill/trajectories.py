@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +15,11 @@ from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import atomic_write, load_tensors, save_tensors
 from teachers import flow
-from teachers.conditions import Guidance
+from teachers.conditions import Conditions, Guidance, GuidanceRange, told_guidance
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+
+Guide = Callable[[Callable[[Conditions], Tensor], Conditions], Tensor]  # a Guidance, or told_guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +39,12 @@ class TrajectoriesConfig:
 @dataclass(frozen=True)
 class Trajectories:
     """N trajectories in shards [n, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk (mapped, read when a batch
-    asks for them); rows [N] of the training pool; sigmas of the states."""
+    asks for them); rows [N] of the training pool; sigmas of the states; the guidance scale [N] of each, where it was drawn."""
 
     shards: tuple[Tensor, ...]
     rows: Tensor
     sigmas: tuple[float, ...]
+    guidance: Tensor | None = None
 
     def states(self, index: Tensor) -> Tensor:
         """States [B, K+1, C, F, h, w] of the trajectories number `index` [B]."""
@@ -53,7 +56,10 @@ class Trajectories:
 
     def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
         batch = pool.batch(self.rows[rows], device)
-        return Batch(conditions=batch.conditions, x0=batch.x0, states=self.states(rows).float().to(device))
+        conditions = batch.conditions
+        if self.guidance is not None:
+            conditions = replace(conditions, guidance=self.guidance[rows].to(device))
+        return Batch(conditions=conditions, x0=batch.x0, states=self.states(rows).float().to(device))
 
 
 def make(
@@ -66,10 +72,13 @@ def make(
     seed: int,
     folder: Path,
     engine: Engine,
+    told: GuidanceRange | None = None,
 ) -> dict:
     """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
 
-    `teacher_of` a batch of the pool is what denoises it.
+    `teacher_of` a batch of the pool is what denoises it. With `told` each pair has a guidance scale of its own, drawn after its
+    noise and kept with it: the student regresses the guided solution as it is told the scale. Meng et al. 2210.03142 first match
+    the guided prediction at every sigma, then its steps; here both are one stage.
     """
     grid = flow.sigma_grid(config.num_steps, config.shift)
     keep = (*flow.on_grid(sigmas, grid), config.num_steps)
@@ -77,7 +86,7 @@ def make(
         "sigmas": [grid[i] for i in keep],
         "num_steps": config.num_steps,
         "shift": config.shift,
-        "guidance": asdict(config.guidance),
+        "guidance": asdict(told or config.guidance),
         "teacher": teacher_hash,
     }
     count = -(-config.num_pairs // config.batch_size)
@@ -91,17 +100,22 @@ def make(
         rows = torch.randint(0, len(pool), (num,), generator=rng)
         batch = pool.batch(rows, engine.device)
         noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
-        states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, config.guidance)
-        save_tensors(file, {"states": states.half(), "rows": rows})
+        conditions, extra = batch.conditions, {}
+        if told is not None:
+            extra = {"guidance": told.draw(num, rng)}
+            conditions = replace(conditions, guidance=extra["guidance"].to(engine.device))
+        guidance = config.guidance if told is None else told_guidance
+        states = solve_states(teacher_of(batch), conditions, noise, grid, keep, guidance)
+        save_tensors(file, {"states": states.half(), "rows": rows, **extra})
     engine.barrier()
     if engine.is_main:
         atomic_write(folder / "manifest.json", json.dumps(facts, indent=1) + "\n")
     engine.barrier()
-    return {"pairs": config.num_pairs, "nfe": config.num_steps * config.guidance.passes}
+    return {"pairs": config.num_pairs, "nfe": config.num_steps * (config.guidance.passes if told is None else 2)}
 
 
 @torch.no_grad()
-def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], guidance: Guidance) -> Tensor:
+def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], guidance: Guide) -> Tensor:
     """States [B, len(keep), C, F, h, w] of one guided Euler solution, fp32."""
 
     def denoise(x, sigma):
@@ -123,4 +137,5 @@ def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectori
         raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
     parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
     rows = torch.cat([part["rows"] for part in parts])
-    return Trajectories(tuple(part["states"] for part in parts), rows, tuple(facts["sigmas"]))
+    guidance = torch.cat([part["guidance"] for part in parts]) if "guidance" in parts[0] else None
+    return Trajectories(tuple(part["states"] for part in parts), rows, tuple(facts["sigmas"]), guidance)

@@ -33,6 +33,8 @@ class CausalWan(Student):
         """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
         device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
+        if self.net.guidance_embedder is not None:
+            levels = set()  # the scale is told with them
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
         state = replace(self.new_state(), times=times)
         return state if text is None else self.hear(state, text)
@@ -46,6 +48,13 @@ class CausalWan(Student):
         if torch.is_grad_enabled() or self.spec.schedule.depth > 1:
             return None
         return self.net.read_audio(conditions.audio)
+
+    def scale(self, conditions: Conditions) -> Tensor | None:
+        """The guidance scale [B] that the network is told: the conditions' own, or the spec's."""
+        told = self.spec.guidance
+        if told is None or conditions.guidance is not None:
+            return conditions.guidance
+        return conditions.text.new_full(conditions.text.shape[:1], told.served)
 
     def turn(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
@@ -65,7 +74,10 @@ class CausalWan(Student):
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
         past, seen = self.past(state, step), len(state.kept) * self.spec.chunk_frames
         audio = conditions.audio if plan is None or grad else plan
-        out, cache = self.net(inputs, time, text, audio, past=past, past_frames=seen, pose=conditions.pose)
+        scale = self.scale(conditions)
+        out, cache = self.net(
+            inputs, time, text, audio, past=past, past_frames=seen, pose=conditions.pose, guidance=scale
+        )
         return to_x0(out, x, level, conditions, self.net.prediction, known), cache
 
     def denoise(
@@ -118,7 +130,8 @@ class CausalWan(Student):
         text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
         time = x.new_tensor(shown, dtype=level.dtype).expand(shape[0], -1)
         past, seen = self.past(state), len(state.kept) * n
-        out, cache = self.net(inputs, time, text, audio, spans=spans, past=past, past_frames=seen, pose=pose)
+        told = {"past": past, "past_frames": seen, "pose": pose, "guidance": self.scale(conditions)}
+        out, cache = self.net(inputs, time, text, audio, spans=spans, **told)
         entry = None
         if pending is not None:
             out, tokens = out[:, :, n:], n * math.prod(self.spec.token_grid)
@@ -163,6 +176,39 @@ class CausalWan(Student):
             spans = [Span(i * n, (i + 1) * n, see[i]) for i in range(chunks)]
             shown, offset = torch.cat([told, shown], dim=1), frames
         spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
-        out, _ = self.net(inputs, shown, conditions.text, audio, spans=spans, pose=pose)
+        out, _ = self.net(
+            inputs, shown, conditions.text, audio, spans=spans, pose=pose, guidance=self.scale(conditions)
+        )
         out = out[:, :, offset:]
         return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, conditions.known)
+
+    def denoise_flight(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
+    ) -> Tensor:
+        """A forward of a diagonal stream in one masked pass, for training: x [B, C, k n, H, W], the last k chunks of the
+        conditions' frames in flight, each at its own sigma [B, k], see each other and the clean [B, C, m n, H, W] chunks before
+        them, which see those before themselves alone (FlowAct-R1's fake-causal mask) -> x0 [B, C, k n, H, W].
+
+        It equals `denoise_stream` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
+        what the clean chunks are told to be at, where that is not the history's own.
+        """
+        n, start, see = self.spec.chunk_frames, clean.shape[2], self.spec.history.visible
+        front, stop = start // n, conditions.num_frames
+        if start + x.shape[2] != stop or x.shape[2] != n * sigma.shape[1]:
+            raise ValueError(f"{start} latent frames of context, {x.shape[2]} in flight: the conditions hear {stop}")
+        known = () if front else conditions.known
+        x, inputs = with_reference(x, conditions, known)
+        shown, spans = sigma.repeat_interleave(n, dim=1), []
+        if front:
+            _, context = with_reference(clean, conditions)
+            inputs = torch.cat([context.to(inputs), inputs], dim=2)
+            told = shown.new_full((x.shape[0], front), self.spec.history.level) if level is None else level
+            shown = torch.cat([told.repeat_interleave(n, dim=1), shown], dim=1)
+            for j in range(front):
+                spans.append(Span(j * n, (j + 1) * n, tuple((i * n, (i + 1) * n) for i in see(j + 1) if i < j)))
+        spans.append(Span(start, stop, tuple((i * n, (i + 1) * n) for i in see(front))))
+        scale = self.scale(conditions)
+        out, _ = self.net(
+            inputs, shown, conditions.text, conditions.audio, spans=spans, pose=conditions.pose, guidance=scale
+        )
+        return to_x0(out[:, :, start:], x, shown[:, start:], conditions, self.net.prediction, known)

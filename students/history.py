@@ -1,12 +1,13 @@
 """What a chunk may see of the past: one policy value, used by training masks, rollouts and the serving session alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.typed import ADDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,10 @@ class History:
     `commit`: clean puts a finished chunk into the context by one more pass, told the sigma `level` (the chunk itself stays clean,
     as in Self Forcing's sampler). same_level needs no pass: denoising step i sees step i of the earlier chunks (LiveAvatar
     2512.04677), which is what diffusion forcing at one sigma trains.
+
+    With `refine_every` each so-manieth finished chunk is noised to the sigma `refine_level` once it was shown, and denoised once
+    more, seeing the context alone, before it becomes context (FlowAct-R1's memory refinement, 2601.10103; its period and level are
+    not published).
 
     Self Forcing is History(sinks=0, window=None); LiveTalk's Anchor-Heavy Identity Sinks (9 sink frames of 15 that include the
     current chunk) is History(sinks=3, window=1) with chunks of 3 frames. Positions are relative to what is seen, so a stream has
@@ -29,6 +34,8 @@ class History:
     memory_every: int = 4
     commit: Literal["clean", "same_level"] = "clean"
     level: float = 0.0
+    refine_every: int = field(default=0, metadata=ADDED)
+    refine_level: float = field(default=0.25, metadata=ADDED)
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
@@ -41,6 +48,17 @@ class History:
             raise UserError(f"student.history.level: got {self.level}; a context level is a sigma in [0, 1)")
         if self.commit == "same_level" and self.level:
             raise UserError(f"student.history.level: got {self.level}; same_level has no pass of its own, leave it 0")
+        if self.refine_every < 0 or not 0.0 < self.refine_level <= 1.0:
+            raise UserError(
+                f"student.history.refine_every, refine_level: got {self.refine_every}, {self.refine_level}; every so-manieth "
+                "chunk, 0 is off, at a sigma in (0, 1]"
+            )
+        if self.commit == "same_level" and self.refine_every:
+            raise UserError("student.history.refine_every: same_level keeps the steps as they were; leave it 0")
+
+    def refines(self, chunk: int) -> bool:
+        """Whether chunk number `chunk` is denoised once more before it becomes context, where any is."""
+        return (chunk + 1) % self.refine_every == 0
 
     def visible(self, chunk: int) -> tuple[int, ...]:
         """Indices of the earlier chunks that chunk number `chunk` sees, in order of time."""

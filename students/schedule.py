@@ -132,6 +132,25 @@ def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Se
     return flight[0].x, Told(tuple(flight[1:]), told)
 
 
+@torch.no_grad()
+def remembered(
+    student, state, x0: Tensor, conditions: Conditions, told, noise: Noise, num_steps: int, plan=None
+) -> Tensor:
+    """What the context gets of the state's chunk after its `num_steps` steps: x0, or where the history refines it, x0 noised and
+    denoised once more under the context alone, chunks in flight unseen. The same for serving and training, before `commit`.
+
+    `told` is what `advance` told, noise(0, num_steps) [B, C, n, H, W] the noise of this step.
+    """
+    history = student.spec.history
+    if not history.refine_every or not history.refines(state.chunk):
+        return x0
+    if isinstance(told, Told) and told.entry is not None:
+        state = student.settle(state, told.entry)
+    x = flow.add_noise(x0, noise(0, num_steps), history.refine_level)
+    plan = student.plan(state, conditions) if plan is None else plan
+    return student.denoise(state, plan, x, history.refine_level, conditions)[0]
+
+
 def _next(x0: Tensor, chunk: InFlight, noise: Noise, place: int, sigmas: Sequence[float]) -> InFlight:
     done = chunk.done + 1
     if done == len(sigmas):

@@ -19,7 +19,7 @@ from torch import Tensor
 from students.beside import Beside
 from students.checkpoint import Bundle
 from students.hearing import check_pose, checked_sound, hear
-from students.schedule import advance
+from students.schedule import advance, remembered
 from students.spec import Spec
 from students.student import Finished
 from teachers.codecs import DecoderState, to_uint8
@@ -105,7 +105,8 @@ class Session:
     reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
     ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
     `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
-    modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
+    modalities that this stream never gets. `guidance`: the scale that a student with an embedding of it is told, within its trained
+    range (None: the spec's). `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
     are true there.
     """
 
@@ -120,6 +121,7 @@ class Session:
         idle: Literal["live", "hold", "wait"] = "wait",
         drop: tuple[str, ...] = (),
         timed: bool = False,
+        guidance: float | None = None,
     ):
         spec = bundle.spec
         self._check_reference(spec, reference)
@@ -131,6 +133,7 @@ class Session:
             )
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
+        self.guidance = spec.scale(guidance)
         self.device = next(bundle.student.parameters()).device
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
@@ -319,6 +322,11 @@ class Session:
         return None
 
     @property
+    def _scale(self) -> Tensor | None:
+        """What the student is told of guidance [1]."""
+        return None if self.guidance is None else torch.tensor([self.guidance], device=self.device)
+
+    @property
     def _takes_pose(self) -> bool:
         return self.spec.pose_dim > 0 and "pose" not in self.drop
 
@@ -334,14 +342,19 @@ class Session:
         window = self.audio.read(start * per_frame - ears.lookback, stop * per_frame + ears.lookahead)
         audio = packed(hear(ears, window.to(self.device), start, stop))
         pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
-        conditions = Conditions(text=point.features, audio=audio, reference=self.reference, pose=pose).to(self.device)
+        conditions = Conditions(
+            text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
+        ).to(self.device)
         drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
         return conditions.drop(*drop) if drop else conditions
 
     def settle(self) -> None:
         """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
         if self.committing is not None:
-            settled = replace(self.point, state=self.committing())
+            state, kept = self.committing()
+            last = self.point.chunk - 1
+            seen = tuple(replace(past, x0=kept) if past.chunk == last else past for past in self.point.seen)
+            settled = replace(self.point, state=state, seen=seen)
             if self.points[-1] is self.point:
                 self.points[-1] = settled
             self.point, self.committing = settled, None
@@ -371,8 +384,8 @@ class Session:
         def noise(place: int, step: int) -> Tensor:
             return chunk_noise(spec, self.seed, index + place, step).to(self.device)
 
-        plan = student.plan(point.state, ahead)
-        x0, steps = advance(student, point.state, ahead, noise, spec.steps(point.state.chunk), plan=plan)
+        plan, levels = student.plan(point.state, ahead), spec.steps(point.state.chunk)
+        x0, steps = advance(student, point.state, ahead, noise, levels, plan=plan)
         conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
         clock.append(self._now())
 
@@ -381,7 +394,8 @@ class Session:
             return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():
-            return student.commit(point.state, x0, conditions, steps, plan)
+            kept = remembered(student, point.state, x0, conditions, steps, noise, len(levels), plan)
+            return student.commit(point.state, kept, conditions, steps, plan), kept
 
         (frames, decoder), self.committing = self.beside.run(decode, commit)
         clock.append(self._now())

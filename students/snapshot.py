@@ -80,6 +80,7 @@ def save(session: Session, path: Path, how: str) -> None:
         "lead": session.lead,
         "idle": session.idle,
         "drop": list(session.drop),
+        "guidance": session.guidance,
     }
     part = path.with_name(f".{path.name}.part")
     try:
@@ -108,6 +109,7 @@ def load(bundle: Bundle, path: Path) -> Session:
         lead=facts["lead"],
         idle=facts["idle"],
         drop=tuple(facts["drop"]),
+        guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
     session.viewed, session.closed = facts["viewed"], facts["closed"]
@@ -134,7 +136,9 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     seen = []
     for i, chunk in enumerate(facts["seen"]):
         audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
-        conditions = Conditions(text=start.features, audio=audio, reference=session.reference, pose=pose)
+        conditions = Conditions(
+            text=start.features, audio=audio, reference=session.reference, pose=pose, guidance=session._scale
+        )
         seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
     if facts["how"] == "exact":
         kept = tuple(

@@ -8,9 +8,11 @@ from typing import Any
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, kinds
+from teachers.conditions import GuidanceRange
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
 from teachers.senses import SAMPLE_RATE
+from teachers.typed import ADDED
 
 NETWORKS = {"wan": "teachers.wan:NetworkConfig", "midas": "students.midas_net:MidasConfig"}
 """The kinds of network that a student can be, the first without a name."""
@@ -19,7 +21,8 @@ NETWORKS = {"wan": "teachers.wan:NetworkConfig", "midas": "students.midas_net:Mi
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
-    schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher."""
+    schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
+    scales that the student is told, from `init` on, in the place of those of trajectories and dmd."""
 
     chunk_frames: int
     num_steps: int
@@ -27,6 +30,7 @@ class StudentConfig:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
+    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,7 @@ class Spec:
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     speakers: int = 1  # 2: it also hears somebody else, beside its own voice
     format: int = 1
+    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)  # the scales that the student is told
 
     def __post_init__(self):
         if self.speakers not in (1, 2):
@@ -110,12 +115,24 @@ class Spec:
         """The denoising steps of chunk number `chunk`, sigmas going down, 0 left out."""
         return self.first_sigmas if self.first_sigmas and chunk < self.first_chunks else self.sigmas
 
+    def scale(self, guidance: float | None) -> float | None:
+        """The guidance scale that a stream is told: `guidance`, by default the spec's; UserError for one that was not trained, or
+        where the student knows none."""
+        if self.guidance is not None:
+            return self.guidance.served if guidance is None else self.guidance.check(guidance)
+        if guidance is not None:
+            raise UserError(f"guidance: got {guidance}, this student is told none; leave it out")
+        return None
+
     @property
-    def nfe_per_chunk(self) -> int:
-        """Network evaluations for one chunk, the context pass included where the history has one of its own."""
+    def nfe_per_chunk(self) -> int | float:
+        """Network evaluations for one chunk, the context pass included where the history has one of its own, and on average that
+        of the memory's refinement: 1 / refine_every."""
+        every = self.history.refine_every
+        refined = 1 / every if every else 0
         if self.schedule.depth > 1:
-            return self.schedule.forwards(len(self.sigmas))
-        return len(self.sigmas) + (self.history.commit == "clean")
+            return self.schedule.forwards(len(self.sigmas)) + refined
+        return len(self.sigmas) + (self.history.commit == "clean") + refined
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

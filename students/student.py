@@ -88,6 +88,13 @@ class Student(nn.Module):
         """Chunks in flight, each at its own sigma -> x0, and the pending chunk's entry; of students with a diagonal schedule."""
         raise NotImplementedError
 
+    def denoise_flight(
+        self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
+    ) -> Tensor:
+        """The same in one masked pass, for training: x [B, C, k n, H, W] in flight, each chunk at its own sigma [B, k], behind the
+        clean [B, C, m n, H, W] chunks; of students with a diagonal schedule."""
+        raise NotImplementedError
+
     def settle(self, state: State, entry: Entry) -> State:
         """The state whose pending chunk is in the context, as `entry`; of students with a diagonal schedule."""
         raise NotImplementedError

@@ -23,6 +23,7 @@ FIXED = (
     "history.commit",
     "history.level",
     "history_noise",
+    "guidance",
 )
 """Dotted names of a Spec."""
 KEY = "trained"
@@ -54,7 +55,7 @@ def _fixed(spec: Spec) -> dict[str, Any]:
     for name in FIXED:
         value: Any = plain
         for part in name.split("."):
-            value = value[part]
+            value = value.get(part)  # what was added later is left out at its default
         found[name] = value
     return found
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from teachers.errors import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
@@ -16,7 +18,7 @@ class Conditions:
     reference [B, C, 1, H, W], the latent of the reference image, frame 0 of the clip (None: plain text-to-video, no frame is
     known); pose [B, F, stride, P] where the network takes one. A dropped modality is all zeros; but where `negative` [B, L, D]
     is given it takes the text's place (Wan's negative prompt). `clip_audio`, as audio, is what bidirectional networks hear in its
-    place where their ears need the whole clip.
+    place where their ears need the whole clip. `guidance` [B]: the scale that a network with an embedding of it is told.
     """
 
     text: Tensor
@@ -25,6 +27,7 @@ class Conditions:
     pose: Tensor | None = None
     negative: Tensor | None = None
     clip_audio: Tensor | None = None
+    guidance: Tensor | None = None
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -115,3 +118,41 @@ class Guidance:
             return nothing + self.text * (full - nothing)
         text = predict(conditions.drop("audio"))
         return nothing + self.text * (text - nothing) + self.audio * (full - text)
+
+
+def told_guidance(predict: Callable[[Conditions], Tensor], conditions: Conditions) -> Tensor:
+    """Guidance with each row's own scale, text and audio alike: u + s (full - u), s = `conditions.guidance` [B]."""
+    assert conditions.guidance is not None
+    full = predict(conditions)
+    nothing = predict(conditions.drop("text", "audio"))
+    return nothing + conditions.guidance.view(-1, 1, 1, 1, 1).to(full) * (full - nothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceRange:
+    """The guidance scales that a student is told by an embedding, so that a guided prediction takes one evaluation: effective
+    ones (1 is off), for text and audio alike, trained from `least` to `most`; `served` where a stream asks for none.
+
+    Stage 1 of Meng et al. 2210.03142, FlowAct-R1's CFG embedding layer (2601.10103). Their scale is ours minus 1.
+    """
+
+    least: float = 1.0
+    most: float = 2.0
+    served: float = 1.25
+
+    def __post_init__(self):
+        if not 0.0 <= self.least <= self.served <= self.most or self.least == self.most:
+            raise UserError(
+                f"student.guidance: got least={self.least}, served={self.served}, most={self.most}; "
+                "need 0 <= least <= served <= most and least < most"
+            )
+
+    def draw(self, num: int, rng: torch.Generator) -> Tensor:
+        """Scales [num], uniform."""
+        return self.least + (self.most - self.least) * torch.rand(num, generator=rng)
+
+    def check(self, scale: float) -> float:
+        """The scale; UserError for one that was not trained."""
+        if not self.least <= scale <= self.most:
+            raise UserError(f"guidance: got {scale}; this student was trained from {self.least} to {self.most}")
+        return scale

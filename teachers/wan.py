@@ -7,7 +7,7 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, cast
 
 import torch
@@ -25,8 +25,12 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
+from teachers.typed import ADDED
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
+GUIDANCE_TIME = (
+    10.0  # a scale of 1 on the sinusoids of time: their fastest turns 1.6 times, so that the embedding is smooth
+)
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
@@ -35,7 +39,7 @@ class NetworkConfig:
     """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
 
     `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner. `reference` false: plain text-to-video, no frame is given.
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: the network is told a scale.
     """
 
     num_layers: int = 30
@@ -48,6 +52,7 @@ class NetworkConfig:
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
+    guidance: bool = field(default=False, metadata=ADDED)
 
 
 @dataclass(frozen=True)
@@ -159,11 +164,14 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
     `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
     text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
+    `guidance`: a guidance scale is told beside the time, by sinusoids of it and a layer that starts at zero (2210.03142, sec. 3.1).
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["AvatarBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]  # noqa: RUF012
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        *("rope", "time_embedder", "guidance_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    ]
 
     @register_to_config
     def __init__(
@@ -186,6 +194,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         image_dim: int = 0,
         eps: float = 1e-6,
         max_positions: int = 1024,
+        guidance: bool = False,
     ):
         super().__init__()
         width = num_heads * head_dim
@@ -213,6 +222,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
         self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
         self.gradient_checkpointing = False
+        self.guidance_embedder: nn.Linear | None = None
+        if guidance:
+            self.add_guidance()
         self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
     @property
@@ -220,11 +232,26 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
         return self.patch_embedding.weight.dtype
 
-    def read_time(self, levels: Tensor) -> Time:
-        """Time embedding and modulation of sigmas [B, F]; the network's time is 1000 sigma."""
+    def add_guidance(self) -> None:
+        """From here on a guidance scale is told; at first it changes nothing, its layer is zero."""
+        weight = self.scale_shift_table
+        self.guidance_embedder = nn.Linear(self.condition_embedder.timesteps_proj.num_channels, weight.shape[-1])
+        for parameter in self.guidance_embedder.parameters():
+            nn.init.zeros_(parameter)
+        self.guidance_embedder.to(weight.device, weight.dtype)
+        self.register_to_config(guidance=True)
+
+    def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
+        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is told; the network's time is
+        1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
+        if self.guidance_embedder is not None:
+            if guidance is None:
+                raise ValueError("this network is told a guidance scale: give guidance [B]")
+            scale = embedder.timesteps_proj(GUIDANCE_TIME * guidance).to(self.guidance_embedder.weight.dtype)
+            time = time + self.guidance_embedder(scale).unsqueeze(1).to(time.dtype)
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
@@ -283,10 +310,11 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         pose: Tensor | None = None,
         image: Tensor | None = None,
         remember: bool = True,
+        guidance: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
         [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim]
-        where image_dim does.
+        where image_dim does; guidance [B] where there is an embedding of it (a network without one does not read it).
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
         an image that is missing or not asked for.
@@ -312,7 +340,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             moved = self.pose_cond_proj(self.pose_proj(pose.to(dtype)))
             x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
         if isinstance(sigma, Tensor):
-            sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
+            sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1), guidance)
         time, temb = sigma
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
@@ -385,7 +413,9 @@ class AvatarTeacher(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         x, inputs = with_reference(x, conditions)
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
-        out, _ = self.net(inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False)
+        out, _ = self.net(
+            inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False, guidance=conditions.guidance
+        )
         return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -402,4 +432,6 @@ def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
     nn.init.zeros_(net.proj_out.weight)
+    if net.guidance_embedder is not None:
+        nn.init.zeros_(net.guidance_embedder.weight)
     return net

@@ -4,22 +4,34 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import MIDAS, a_bundle, a_portrait, rng, some_sound
+from tiny import MIDAS, NETWORK, a_bundle, a_portrait, rng, some_sound
 
 from distill.rollout import rollout
 from students.history import History
 from students.schedule import Schedule
 from students.session import Session, Starved, chunk_noise
-from teachers.conditions import Conditions
+from teachers.conditions import Conditions, GuidanceRange
+from teachers.wan import NetworkConfig
 
 PER_FRAME = 1280
+TOLD = GuidanceRange()
 STUDENTS = {
     "sequential": (History(sinks=1, window=2), Schedule()),
     "same_level": (History(sinks=1, window=2, commit="same_level"), Schedule()),
     "diagonal": (History(sinks=1, window=1), Schedule(depth=3)),
     "diagonal with memory": (History(sinks=1, window=1, memory=2, memory_every=2), Schedule(depth=3)),
+    "refined": (History(sinks=1, window=2, refine_every=2), Schedule()),
+    "flowact, refined and told its guidance": (
+        History(sinks=1, window=1, memory=2, memory_every=2, refine_every=2),
+        Schedule(depth=3),
+        {
+            "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
+            "guidance": TOLD,
+        },
+    ),
     "midas": (History(sinks=1, window=2), Schedule(), {"network": MIDAS, "chunk_frames": 1}),
     "midas, two frames a chunk": (History(sinks=1, window=2, memory=1), Schedule(), {"network": MIDAS}),
+    "midas, refined": (History(sinks=1, window=2, refine_every=2), Schedule(), {"network": MIDAS}),
 }
 
 

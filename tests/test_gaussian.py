@@ -12,6 +12,7 @@ from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, rollout
 from distill.run_folder import MetricsLog
 from distill.train import OptimizerConfig, TrainConfig, Trainer, train
+from students.history import History
 from students.schedule import Schedule
 from teachers import flow
 from teachers.conditions import Conditions
@@ -109,6 +110,8 @@ class AffineStudent(nn.Module):
     def __init__(self, sigmas: tuple[float, ...]):
         super().__init__()
         self.spec = SimpleNamespace(
+            guidance=None,
+            history=History(),
             schedule=Schedule(),
             sigmas=sigmas,
             steps=lambda chunk: sigmas,

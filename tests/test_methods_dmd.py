@@ -92,6 +92,7 @@ class CellStudent(nn.Module):
     def __init__(self, num_chunks: int = 12, num_steps: int = 6):
         super().__init__()
         self.spec = SimpleNamespace(
+            guidance=None,
             schedule=Schedule(),
             sigmas=(1.0, 0.75, 0.5),
             chunk_frames=1,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from distill.methods import Batch
 from distill.methods.dmd import DMD, Config
 from distill.rollout import draw_noise, of_length, rollout
+from students.history import History
 from students.schedule import Schedule
 from teachers.gaussian import autoregressive
 
@@ -57,6 +58,8 @@ class SteadyStudent(nn.Module):
     def __init__(self):
         super().__init__()
         self.spec = SimpleNamespace(
+            guidance=None,
+            history=History(),
             schedule=Schedule(),
             sigmas=(1.0,),
             steps=lambda chunk: (1.0,),

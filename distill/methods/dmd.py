@@ -16,6 +16,9 @@ rollout_chunks      Longer rollouts, the last clip length of which carries the l
 context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is told `history.level`.
 first_sigmas        More denoising steps for the first chunks (progressive step bootstrapping, JoyAvatar 2512.11423).
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
+
+Where the student is told a guidance scale (`student.guidance`), each clip draws one: student and fake score are told it, the
+teacher is guided with it in the place of `guidance`.
 """
 
 import itertools
@@ -31,7 +34,7 @@ from distill.methods import Batch, Loss, Needs
 from distill.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions, Guidance, told_guidance
 from teachers.errors import UserError
 from teachers.wan import AvatarTeacher
 
@@ -97,8 +100,12 @@ class DMD:
         return judges * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
+        given, told = batch.conditions, self.student.spec.guidance
+        if told is not None:
+            given = replace(given, guidance=told.draw(given.text.shape[0], rng).to(given.text))
+            batch = replace(batch, conditions=given)
         with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
-            x0, conditions = self._generate(batch.conditions, rng, shared)
+            x0, conditions = self._generate(given, rng, shared)
         raw = torch.rand(x0.shape[0], generator=rng)  # one score sigma per clip
         sigma = flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(x0)
         eps = torch.randn(x0.shape, generator=rng).to(x0)
@@ -186,9 +193,8 @@ class DMD:
         """x0 predictions of the guided teacher (real) and of the fake score at one noisy x."""
         x, (low, high) = flow.add_noise(x0, eps, sigma), self.config.guidance_band
         full = self.teacher.denoise(x, sigma, conditions)
-        guided = self.config.guidance(
-            lambda c: full if c is conditions else self.teacher.denoise(x, sigma, c), conditions
-        )
+        guide = self.config.guidance if self.student.spec.guidance is None else told_guidance
+        guided = guide(lambda c: full if c is conditions else self.teacher.denoise(x, sigma, c), conditions)
         inside = ((sigma >= low) & (sigma <= high)).view(-1, 1, 1, 1, 1)
         return torch.where(inside, guided, full), self.fake_score.denoise(x, sigma, conditions)
 

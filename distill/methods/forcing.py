@@ -5,13 +5,18 @@
 context: clean is teacher forcing, chunk j sees the data before it (the first stage of Causal Forcing, 2602.02214); noisy is
 Diffusion Forcing (2407.01392) with a sigma per chunk, chunk j sees the other chunks' own noisy states. It is an initialisation
 of the student, and with clean context it trains the autoregressive teacher that `ode_init` (context: data) and `consistency` ask
-for: `Forced` makes it a denoiser of whole clips.
+for: `Forced` makes it a denoiser of whole clips. stream (FlowAct-R1 2601.10103) is what a diagonal schedule serves: clean context
+and the chunks in flight behind it, which see each other, each at a sigma of the step that it is at (`denoise_flight`).
+
+`generated` is FlowAct-R1's self-forcing variant: with that probability a clip's context is the student's own few-step rollout, with
+`renoise`d latents; the loss stays on the data. As in Self Forcing the network is told the level that it is served with, so that it
+learns to forgive what it is not told of. FlowAct-R1 draws from an intermediate checkpoint; ours is the one that is trained.
 
 We differ: sigmas are stratified over the batch's chunks, the loss is `losses.denoising` (power 2 is flow matching's), modalities
 are dropped for guidance as for the bidirectional teacher, and the given reference frame carries no loss.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -19,23 +24,38 @@ from torch import Tensor
 
 from distill import losses
 from distill.methods import Batch, Loss, Needs
+from distill.rollout import draw_noise, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.typed import ADDED
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sigmas are shifted by `shift`; each modality of a clip is dropped with its probability."""
+    """Sigmas are shifted by `shift`; each modality of a clip is dropped with its probability. A clip's context is the student's own
+    with probability `generated`, noised to the sigma `renoise`."""
 
-    context: Literal["clean", "noisy"] = "clean"
+    context: Literal["clean", "noisy", "stream"] = "clean"
     shift: float = 3.0
     loss_power: float = 1.0
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
     drop_pose: float = 0.0
+    generated: float = field(default=0.0, metadata=ADDED)
+    renoise: float = field(default=0.0, metadata=ADDED)
+
+    def __post_init__(self):
+        if not 0.0 <= self.generated <= 1.0 or not 0.0 <= self.renoise < 1.0:
+            raise UserError(
+                f"forcing.generated, renoise: got {self.generated}, {self.renoise}; a probability and a sigma in [0, 1)"
+            )
+        if self.generated and self.context == "noisy":
+            raise UserError("forcing.generated: context: noisy has no clean memory to generate; leave it 0")
+        if self.renoise and not self.generated:
+            raise UserError("forcing.renoise: it is for generated memory; give generated, or leave it 0")
 
 
 class Forcing:
@@ -51,20 +71,66 @@ class Forcing:
         x0, config, n = batch.x0, self.config, self.student.spec.chunk_frames
         assert x0 is not None
         num = x0.shape[0]
+        if config.context == "stream":
+            return self._in_flight(x0, batch.conditions, rng, shared)
         sigma = flow.shift_sigma(strata((num, x0.shape[2] // n), rng), config.shift).to(x0)
+        conditions = self._dropped(batch.conditions, rng)
+        levels = sigma.repeat_interleave(n, dim=1)
+        x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), levels)
+        own = self._memory(x0, batch.conditions, rng, shared)
+        clean, told = self._history(own, rng) if config.context == "clean" else (None, None)
+        x0_hat = self.student.denoise_clip(x, sigma, conditions, clean, told)
+        value = losses.denoising(x0_hat, x0, levels, config.loss_power, config.loss_floor, len(conditions.known))
+        return Loss(value, {"loss": value.detach()})
+
+    def _dropped(self, conditions: Conditions, rng: torch.Generator) -> Conditions:
+        num, config = conditions.text.shape[0], self.config
         dropped = {
             "text": torch.rand(num, generator=rng) < config.drop_text,
             "audio": torch.rand(num, generator=rng) < config.drop_audio,
         }
-        if config.drop_pose and batch.conditions.pose is not None:
+        if config.drop_pose and conditions.pose is not None:
             dropped["pose"] = torch.rand(num, generator=rng) < config.drop_pose
-        conditions = batch.conditions.drop_rows(**dropped)
+        return conditions.drop_rows(**dropped)
+
+    def _in_flight(self, x0: Tensor, given: Conditions, rng: torch.Generator, shared: torch.Generator) -> Loss:
+        """A forward of the walk, the same on every rank; each clip at its own sigmas between those of the steps around it."""
+        spec, config, n, steps = (
+            self.student.spec,
+            self.config,
+            self.student.spec.chunk_frames,
+            self.student.spec.sigmas,
+        )
+        forwards = list(spec.schedule.walk(x0.shape[2] // n, len(steps)))
+        front, done = forwards[int(torch.randint(len(forwards), (1,), generator=shared))]
+        start, stop = front * n, (front + len(done)) * n
+        within = strata((x0.shape[0], 1), rng)
+        sigma = flow.shift_sigma((len(steps) - torch.tensor([done]) - within) / len(steps), config.shift).to(x0)
+        conditions, target = self._dropped(given, rng), x0[:, :, start:stop]
         levels = sigma.repeat_interleave(n, dim=1)
-        x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), levels)
-        clean, told = self._history(x0, rng) if config.context == "clean" else (None, None)
-        x0_hat = self.student.denoise_clip(x, sigma, conditions, clean, told)
-        value = losses.denoising(x0_hat, x0, levels, config.loss_power, config.loss_floor, len(conditions.known))
+        x = flow.add_noise(target, torch.randn(target.shape, generator=rng).to(x0), levels)
+        clean, told = self._history(self._memory(x0, given, rng, shared), rng) if front else (x0, None)
+        told = None if told is None else told[:, :front]
+        x0_hat = self.student.denoise_flight(x, sigma, conditions.frames(0, stop), clean[:, :, :start], told)
+        known = len(conditions.known) if front == 0 else 0
+        value = losses.denoising(x0_hat, target, levels, config.loss_power, config.loss_floor, known)
         return Loss(value, {"loss": value.detach()})
+
+    @torch.no_grad()
+    def _memory(self, x0: Tensor, conditions: Conditions, rng: torch.Generator, shared: torch.Generator) -> Tensor:
+        """x0 [B, C, F, H, W] of the data, in some rows of a rollout, noised. Which rows is the same on every rank, so that all run
+        the same passes."""
+        config = self.config
+        if not config.generated:
+            return x0
+        rows = torch.nonzero(torch.rand(x0.shape[0], generator=shared) < config.generated).flatten()
+        if not len(rows):
+            return x0
+        own = rollout(self.student, conditions.index(rows), draw_noise(self.student, len(rows), rng))
+        eps = torch.randn(own.shape, generator=rng).to(own)
+        out = x0.clone()
+        out[rows] = flow.add_noise(own, eps, config.renoise).to(x0)
+        return out
 
     def _history(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """What each chunk is told of the past: the data, with the spec's history noise, and its levels [B, num_chunks]."""
@@ -107,4 +173,6 @@ def needs(config: Config) -> Needs:
 def build(config: Config, roles: dict, grid=None) -> Forcing:
     if config.context == "clean" and roles["student"].spec.history.commit == "same_level":
         raise UserError("forcing.context: clean is not what a same_level history serves; use context: noisy")
+    if config.context == "stream" and roles["student"].spec.schedule.depth == 1:
+        raise UserError("forcing.context: stream is for chunks in flight (student.schedule.depth); use context: clean")
     return Forcing(config, roles["student"])
