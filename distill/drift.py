@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=6, help="avatars, each a stream of its own (default 6)")
     parser.add_argument("--sinks", type=int, help="serve with so many sink chunks (default: the student's)")
     parser.add_argument("--window", type=int, help="serve with so many window chunks (default: the student's)")
+    parser.add_argument("--refine-every", type=int, help="refine each so-manieth chunk's memory (0: none; default: the student's)")
+    parser.add_argument("--refine-level", type=float, help="at this sigma (default: the student's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")
 
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def print_table(table: list[dict[str, float]], history: History) -> None:
     """Markdown to stdout."""
-    lines = [f"sinks {history.sinks}, window {history.window}", "", "| minute | " + " | ".join(COLUMNS) + " |"]
+    refined = f", refined every {history.refine_every} at {history.refine_level}" if history.refine_every else ""
+    lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", "| minute | " + " | ".join(COLUMNS) + " |"]
     lines.append("|" + "---|" * (len(COLUMNS) + 1))
     for minute, row in enumerate(table, start=1):
         lines.append(f"| {minute} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |")
@@ -103,7 +106,8 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
 
 
 def _history(own: History, args: argparse.Namespace) -> History:
-    given = {name: getattr(args, name) for name in ("sinks", "window") if getattr(args, name) is not None}
+    names = ("sinks", "window", "refine_every", "refine_level")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return dataclasses.replace(own, **given)
 
 

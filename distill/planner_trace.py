@@ -95,9 +95,8 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
     """Points of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for trajectories
     one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles."""
     spec, on_data = job.spec, job.needs(stage).batch == "x0"
-    if (
-        on_data and spec.history.commit == "clean"
-    ):  # steps without gradient leave nothing behind: one stands for all of them
+    alike = spec.history.commit == "clean" and spec.schedule.depth == 1
+    if on_data and alike:  # steps without gradient leave nothing behind: one stands for all of them
         job = replace(job, spec=replace(spec, sigmas=spec.sigmas[:2]))
     nets = meta_networks(job, stage, checkpointing=CHECKPOINTING in switches, lora=LORA in switches)
     batch, live = meta_batch(job, stage), LiveBytes()

@@ -13,6 +13,7 @@ from tiny import (
     a_student,
     a_teacher,
     make_net,
+    make_spec,
     randn,
     randomise,
     rng,
@@ -23,9 +24,11 @@ from tiny import (
 
 from distill import losses
 from distill.methods import Batch, dmd, forcing, ode_init
+from distill.recipe import RECIPES, load_recipe
 from distill.rollout import context, draw_noise, rollout
+from distill.stages import Pipeline
 from distill.trajectories import TrajectoriesConfig, load, make, solve_states
-from students.checkpoint import load_student, save_student
+from students.checkpoint import load_student, make_student, save_student
 from students.history import History
 from students.schedule import Schedule
 from students.session import Session
@@ -212,6 +215,16 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
     )
 
 
+def test_a_new_network_that_is_told_starts_as_one_that_is_not():
+    given, x, sigma = some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
+    teacher = AvatarTeacher(make_student(make_spec(**TELLS)).net)
+    randomise(teacher.net.blocks)
+    randomise(teacher.net.proj_out)
+    one, other = (teacher.denoise(x, sigma, replace(given, guidance=torch.full((2,), s))) for s in (1.0, 3.0))
+    assert torch.equal(one, other)
+    assert (one - given.reference).abs().mean() > 0.01
+
+
 def test_a_scale_for_each_row_is_that_row_s_guidance():
     teacher, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
     rows = told_guidance(lambda c: teacher.denoise(x, sigma, c), replace(given, guidance=torch.tensor([1.25, 3.0])))
@@ -394,6 +407,23 @@ def test_refinement_is_off_the_path_to_the_screen():
     finally:
         del bundle.codec.decode_chunk
     assert order == ["forward", "forward", "forward", "decode", "forward"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("midas_avatar", ["+student.guidance={most: 3.0}"], r"student\.guidance: only a whole DiT"),
+        ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
+        ("flowact_full", ["+dmd.start=ar_teacher"], "only init may start from the ar_teacher"),
+        ("dmd_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
+        ("flowact_full", ["student.guidance.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        Pipeline(load_recipe(RECIPES / f"{name}.yaml", [*words, f"run_dir={tmp_path / 'run'}"]), Ranks())
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

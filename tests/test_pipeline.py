@@ -165,6 +165,9 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
     assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"} | own
     assert ("fid_student_over_ar_teacher" in report["ratios"]) == bool(own)
     assert report["systems"]["student"]["cost"]["nfe_per_chunk"] == (5 if name == "midas_avatar" else 1)
+    if name == "flowact_full":
+        init = json.loads((tmp_path / "run" / "stages" / "init" / "fingerprint.json").read_text())
+        assert init["inputs"] == ["trajectories", "ar_teacher"], "its weights are those of forcing"
     bundle = load_student(tmp_path / "run" / "student")
     session = Session(bundle, torch.zeros(3, bundle.spec.height, bundle.spec.width), "a person nods")
     session.push(0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))

@@ -559,6 +559,14 @@ def test_the_embedded_recipe(tmp_path, capsys):
     assert whole == 4 * shared == 8 * numbers["parameters"]["student"]
 
 
+def test_chunks_in_flight_are_counted(tmp_path):
+    """Four chunks, three in flight: six forwards a rollout; the teacher is guided by a scale for each clip."""
+    words = ("preset=smoke", "--gpus", "1", "--json", tmp_path / "plan.json")
+    assert run_plan(RECIPES / "flowact_full.yaml", *words) == 0
+    dmd = json.loads((tmp_path / "plan.json").read_text())["forwards_per_step"]["dmd"]
+    assert dmd == {"student": 3 * (3 + 3), "teacher": 2.0, "fake_score": 3.0}
+
+
 def test_what_does_not_fit_is_named_with_what_mends_it():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
     lines = command.as_text(plan, "name", [1], ["ddp", "fsdp2"], 64.0).splitlines()
