@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="film to write")
     parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
     parser.add_argument(
+        "--guidance", type=float, metavar="W", help="scale, of a student that is told one (default: the student's)"
+    )
+    parser.add_argument(
         "--crop", choices=tuple(CROPS), default="center", help="part of a tall picture to keep (default center)"
     )
     parser.add_argument(
@@ -114,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         viewer = Viewer(spec.fps) if args.realtime else None
         lead = LEAD_CHUNKS if args.realtime else None
         text = args.text if script is None or not script.begins else script.timeline[0].do
-        session = Session(bundle, reference, text, args.seed, lead=lead, drop=() if steering else ("pose",))
+        drop = () if steering else ("pose",)
+        session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
         step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
         upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
@@ -174,6 +178,8 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError(
             "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
         )
+    if args.teacher is not None and args.guidance is not None:
+        raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; leave it out")
     if args.teacher is not None and args.timeline is not None:
         raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; leave it out")
     if not 0 <= args.seed <= LARGEST_SEED:

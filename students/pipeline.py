@@ -61,17 +61,18 @@ class AvatarPipeline(DiffusionPipeline):
         output_type: str = "pil",
         other: Tensor | np.ndarray | None = None,
         pose: Tensor | np.ndarray | None = None,
+        guidance_scale: float | None = None,
     ) -> AvatarPipelineOutput:
         """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the film is as long
         as the sound, to one frame. `other`, as audio: what somebody else says meanwhile, to a student of two speakers; pose rows
-        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed
-        (initial_seed). output_type: pil, np or pt."""
+        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed).
+        output_type: pil, np or pt. guidance_scale: of a student that is told one, within its trained range; it costs nothing."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0
         spec = self.bundle.spec
         drop = ("pose",) if pose is None else ()
-        session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop)
+        session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop, guidance=guidance_scale)
         heard_too = None if other is None else torch.as_tensor(other)
         session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=heard_too)
         if pose is not None:

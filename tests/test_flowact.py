@@ -30,6 +30,7 @@ from distill.stages import Pipeline
 from distill.trajectories import TrajectoriesConfig, load, make, solve_states
 from students.checkpoint import load_student, make_student, save_student
 from students.history import History
+from students.pipeline import AvatarPipeline
 from students.schedule import Schedule
 from students.session import Session
 from students.student import State
@@ -312,6 +313,18 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="this student is told none"):
         talk(a_bundle(HISTORIES[0]), guidance=1.0)
+
+
+def test_the_pipeline_takes_diffusers_guidance_scale():
+    bundle, sound = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS), some_sound(11 * 1280)
+    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.ears, bundle.text)
+    pipe.set_progress_bar_config(disable=True)
+    session = Session(bundle, a_portrait(), "a person nods", guidance=3.0)
+    session.push(sound)
+    session.close()
+    film = torch.cat([chunk.frames for chunk in session.frames()])[:11]
+    assert torch.equal(pipe(a_portrait(), sound, "a person nods", output_type="pt", guidance_scale=3.0).frames, film)
+    assert not torch.equal(pipe(a_portrait(), sound, "a person nods", output_type="pt").frames, film)
 
 
 def test_a_saved_session_keeps_its_scale(tmp_path):
