@@ -95,12 +95,8 @@ class Forcing:
 
     def _in_flight(self, x0: Tensor, given: Conditions, rng: torch.Generator, shared: torch.Generator) -> Loss:
         """A forward of the walk, the same on every rank; each clip at its own sigmas between those of the steps around it."""
-        spec, config, n, steps = (
-            self.student.spec,
-            self.config,
-            self.student.spec.chunk_frames,
-            self.student.spec.sigmas,
-        )
+        spec, config = self.student.spec, self.config
+        n, steps = spec.chunk_frames, spec.sigmas
         forwards = list(spec.schedule.walk(x0.shape[2] // n, len(steps)))
         front, done = forwards[int(torch.randint(len(forwards), (1,), generator=shared))]
         start, stop = front * n, (front + len(done)) * n
