@@ -16,6 +16,7 @@ from students.schedule import Told
 from students.spec import Spec
 from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
+from teachers.errors import UserError
 from teachers.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
 
 Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
@@ -26,6 +27,8 @@ class CausalWan(Student):
 
     def __init__(self, net: AvatarTransformer, spec: Spec):
         super().__init__()
+        if net.guidance_embedder is not None and spec.guidance is None:
+            raise UserError("network.guidance: the student has no range of scales; give student.guidance, or leave it out")
         self.net, self.spec = net, spec
 
     @torch.no_grad()

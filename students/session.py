@@ -105,9 +105,9 @@ class Session:
     reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
     ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
     `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
-    modalities that this stream never gets. `guidance`: the scale that a student with an embedding of it is told, within its trained
-    range (None: the spec's). `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
-    are true there.
+    modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
+    are true there. `guidance`: the scale that a student with an embedding of it is told, within its trained range (None: the
+    spec's).
     """
 
     def __init__(

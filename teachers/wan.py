@@ -28,9 +28,7 @@ from teachers.conditions import Conditions
 from teachers.typed import ADDED
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
-GUIDANCE_TIME = (
-    10.0  # a scale of 1 on the sinusoids of time: their fastest turns 1.6 times, so that the embedding is smooth
-)
+GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 

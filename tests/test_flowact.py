@@ -28,6 +28,7 @@ from distill.recipe import RECIPES, load_recipe
 from distill.rollout import context, draw_noise, rollout
 from distill.stages import Pipeline
 from distill.trajectories import TrajectoriesConfig, load, make, solve_states
+from eval.naive_loop import can_run
 from students.checkpoint import load_student, make_student, save_student
 from students.history import History
 from students.pipeline import AvatarPipeline
@@ -358,6 +359,12 @@ def test_what_was_added_is_written_only_where_it_is_used():
     assert not {"guidance", "generated"} & {*to_plain(a_student().spec), *to_plain(forcing.Config())}
 
 
+def test_the_plain_loop_of_bench_knows_neither_scales_nor_refinement():
+    assert can_run(make_spec())
+    assert not can_run(make_spec(**TELLS))
+    assert not can_run(make_spec(History(sinks=1, window=2, refine_every=2)))
+
+
 # ---- memory that is refined
 
 
@@ -426,6 +433,7 @@ def test_refinement_is_off_the_path_to_the_screen():
     ("name", "words", "message"),
     [
         ("midas_avatar", ["+student.guidance={most: 3.0}"], r"student\.guidance: only a whole DiT"),
+        ("flowact_full", ["+teacher.network.guidance=true"], r"teacher\.network\.guidance: a student alone"),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
         ("flowact_full", ["+dmd.start=ar_teacher"], "only init may start from the ar_teacher"),
         ("dmd_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
@@ -445,6 +453,7 @@ def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
         (lambda: History(refine_every=-1), r"student\.history\.refine_every"),
         (lambda: History(refine_every=1, refine_level=0.0), r"refine_level: got 1, 0\.0"),
         (lambda: History(refine_every=1, commit="same_level"), r"same_level keeps the steps"),
+        (lambda: a_student(network=TELLS["network"]), r"network\.guidance: the student has no range"),
         (lambda: GuidanceRange(least=2.0, most=1.0), r"student\.guidance: got least=2\.0"),
         (lambda: GuidanceRange(served=5.0), r"least <= served <= most"),
         (lambda: forcing.Config(generated=1.5), r"forcing\.generated"),
