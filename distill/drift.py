@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=6, help="avatars, each a stream of its own (default 6)")
     parser.add_argument("--sinks", type=int, help="serve with so many sink chunks (default: the student's)")
     parser.add_argument("--window", type=int, help="serve with so many window chunks (default: the student's)")
-    parser.add_argument("--refine-every", type=int, help="refine each so-manieth chunk's memory (0: none; default: the student's)")
+    parser.add_argument(
+        "--refine-every", type=int, help="refine each so-manieth chunk's memory (0: none; default: the student's)"
+    )
     parser.add_argument("--refine-level", type=float, help="at this sigma (default: the student's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")

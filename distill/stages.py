@@ -75,7 +75,9 @@ def spec_of(recipe: "Recipe") -> Spec:
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
     network = student.network or (recipe.base or recipe.teacher).network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
-        raise UserError("teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance")
+        raise UserError(
+            "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
+        )
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
             raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")

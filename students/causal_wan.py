@@ -28,7 +28,9 @@ class CausalWan(Student):
     def __init__(self, net: AvatarTransformer, spec: Spec):
         super().__init__()
         if net.guidance_embedder is not None and spec.guidance is None:
-            raise UserError("network.guidance: the student has no range of scales; give student.guidance, or leave it out")
+            raise UserError(
+                "network.guidance: the student has no range of scales; give student.guidance, or leave it out"
+            )
         self.net, self.spec = net, spec
 
     @torch.no_grad()
