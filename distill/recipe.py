@@ -107,6 +107,10 @@ def compose_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any]
     assert isinstance(values, dict)
     if "method" not in (values.get("ar_teacher") or {"method"}):
         del values["ar_teacher"]  # a preset shortens a stage that this recipe does not have
+    codec = (values.get("data") or {}).get("codec") or {}
+    asked = any(override.key_or_group.startswith("data.codec.fit") for override in parsed)
+    if "batch" not in codec.get("fit", {"batch"}) and not asked:
+        del codec["fit"]  # or the training of a codec that is not trained
     locate = _locator(path, parsed, choices)
     for name in values:
         if name not in Recipe.__dataclass_fields__:

@@ -12,6 +12,7 @@ CODECS = {
     "eigen": "teachers.codecs:CodecConfig",
     "wan_vae": "teachers.wan_vae:WanVAEConfig",
     "taehv": "teachers.taehv:TAEHVConfig",
+    "dc_ae": "teachers.dc_ae:DCAEConfig",
 }
 EARS = {
     "log_mel": "teachers.senses:AudioConfig",
@@ -53,8 +54,8 @@ class Codec(Module, Protocol):
 class CodecKind(Geometry, Protocol):
     """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others where their path says."""
 
-    fitted: ClassVar[bool]
-
+    @property
+    def fitted(self) -> bool: ...
     def load(self, folder: Path, height: int, width: int) -> Codec: ...
 
 

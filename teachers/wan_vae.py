@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from teachers.codecs import CodecConfig, DecoderState
 from teachers.errors import UserError
+from teachers.kinds import Geometry
 from teachers.weights import fill, read_tensors
 
 ORIGINAL = "Wan2.1_VAE.pth"
@@ -141,7 +142,7 @@ def check_geometry(said, found: CodecConfig, path: Path) -> None:
         raise UserError(f"codec: (stride, patch, channels) is {want}, the weights have {have}: {path}; say the latter")
 
 
-def check_video(video: Tensor, config: CodecConfig) -> None:
+def check_video(video: Tensor, config: Geometry) -> None:
     """UserError unless video is floats [B, 3, T, H, W] with T = 1 + stride (F - 1), H and W multiples of patch."""
     stride, patch, shape = config.stride, config.patch, list(video.shape)
     right = len(shape) == 5 and all(shape) and shape[1] == 3 and (shape[2] - 1) % stride == 0
@@ -150,7 +151,7 @@ def check_video(video: Tensor, config: CodecConfig) -> None:
         raise UserError(f"video: got {video.dtype} {shape}, the codec takes {wanted}")
 
 
-def check_latents(latents: Tensor, config: CodecConfig, state: DecoderState | None) -> None:
+def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None) -> None:
     """UserError unless latents are floats [B, C, F, h, w] and the state, if any, is of a stream of that B, h and w."""
     shape = list(latents.shape)
     if len(shape) != 5 or not all(shape) or shape[1] != config.channels or not latents.is_floating_point():

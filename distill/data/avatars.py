@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data import duplex, world
+from distill.data.codec_training import fit_codec
 from distill.data.world import Clips, DataConfig, Source
 from distill.engine import Engine
 from distill.methods import Batch
 from distill.run_folder import load_tensors, save_tensors
 from teachers.codecs import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import Conditions, pack_rows, side_by_side
+from teachers.dc_ae import DCAEConfig
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.kinds import Codec, Ears, Text
 from teachers.senses import TextConfig, TextEncoder
+from teachers.weights import read_json
 
 CPU, CLIP_AUDIO = torch.device("cpu"), "clip_audio"
 
@@ -181,6 +184,14 @@ def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine:
         if isinstance(config.codec, CodecConfig) and not (folder / "codec.safetensors").is_file():
             codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
             save_tensors(folder / "codec.safetensors", codec.state_dict())
+        if (
+            isinstance(config.codec, DCAEConfig)
+            and config.codec.fitted
+            and not (folder / "codec.safetensors").is_file()
+        ):
+            learned = range(1, min(config.codec.fit.shards, source.num_shards))
+            videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
+            fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
         if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
             rng = keyed_generator(seed, "text")
             fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(folder / "text")
@@ -195,7 +206,9 @@ def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine:
     clips = write_shards(source, folder, engine, senses, clips_of)
     original = to_float(first.video[:64])
     error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
-    return {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
+    stages = read_json(folder / "codec.json")  # of a codec that was trained
+    found = {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
+    return found | ({"codec": stages} if stages else {})
 
 
 def write_shards(
