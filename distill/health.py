@@ -182,8 +182,10 @@ def verdict(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limi
 
 
 def seam_frames(spec: Spec) -> list[int]:
-    """The pixel frames of a training clip that begin a chunk, frame 0 left out."""
-    return [spec.pixel_frames(chunk)[0] for chunk in range(1, spec.num_chunks)]
+    """The pixel frames of a training clip that begin a chunk, frame 0 left out; none where every frame does, as then no change
+    lies elsewhere."""
+    first = [spec.pixel_frames(chunk)[0] for chunk in range(1, spec.num_chunks)]
+    return first if len(first) < spec.pixel_frames(spec.num_chunks - 1)[1] - 1 else []
 
 
 class Checkup:

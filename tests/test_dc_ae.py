@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.data import codec_training
 from distill.data.codec_training import STAGES, fit_codec, measure, multiscale, windows
+from distill.health import seam_frames
 from distill.recipe import RECIPES, load_recipe
 from students.checkpoint import load_student, save_student
 from students.session import Session
 from students.spec import Spec
 from teachers.codecs import CodecConfig
-from teachers.dc_ae import DCAE, DCAEConfig, FitConfig, diffusers_config
+from teachers.dc_ae import DCAE, DCAEConfig, FitConfig, Tape, diffusers_config
 from teachers.errors import UserError
 from teachers.typed import convert, to_plain
 
@@ -108,6 +109,17 @@ def test_a_still_picture_stays_still():
     codec, still = a_codec(), some_latents(frames=1).expand(-1, -1, 9, -1, -1)
     pixels = codec.decode(still)
     assert torch.allclose(pixels, pixels[:, :, :1].expand_as(pixels), rtol=0, atol=1e-5)
+
+
+def test_attention_tells_when_a_frame_was_by_its_age():
+    attention, x = a_codec().temporal["decoder_attention"], randn(12, 32, 1, 1, seed=4)
+
+    def last(frames):
+        return attention(frames, 1, Tape(None))[-1]
+
+    swapped = x[[*range(8), 10, 9, 8, 11]]
+    assert not torch.allclose(last(swapped), last(x), atol=1e-3), "the order of the past makes no difference"
+    assert torch.allclose(last(x[3:]), last(x), rtol=0, atol=1e-6), "it counts from the start of the stream"
 
 
 def test_the_state_is_a_value_of_one_size():
@@ -268,6 +280,13 @@ def test_a_session_streams_saves_goes_back_and_comes_from_disk(tmp_path):
     assert all(torch.equal(copy.step().frames, frames) for frames in rest)
     session.interrupt(keep_input=True)  # the three that nobody saw are taken back, the decoder with them
     assert all(torch.equal(session.step().frames, frames) for frames in rest)
+
+
+def test_chunks_of_one_pixel_frame_have_no_seams():
+    spec = midas_bundle().spec
+    assert [spec.pixel_frames(chunk) for chunk in range(2)] == [(0, 1), (1, 2)]
+    assert seam_frames(spec) == []
+    assert seam_frames(replace(spec, chunk_frames=2)) == [2, 4, 6]
 
 
 def test_the_recipe_gives_one_token_a_frame():
