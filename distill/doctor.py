@@ -103,12 +103,13 @@ def _golden() -> bool:
 
 def _teacher_parts() -> Iterator[tuple[str, str]]:
     """What a published teacher needs beside its own weights, and where it comes from; a path is given where it is used."""
-    from teachers import taehv, umt5, wan_vae, wav2vec
+    from teachers import dc_ae, taehv, umt5, wan_vae, wav2vec
 
     for use, source in {
         "ears of OmniAvatar": wav2vec.SOURCE,
         "text of Wan": f"{umt5.DIFFUSERS}; or {umt5.ORIGINAL}",
         "codec of Wan": wan_vae.WHERE,
         "tiny decoder": taehv.WHERE,
+        "codec of MIDAS": dc_ae.WHERE,
     }.items():
         yield "optional", f"{use}: {source}"

@@ -9,7 +9,7 @@ def test_what_the_embedded_recipe_needs_is_here(capsys):
     assert lines[-1] == "ready"
     assert not [line for line in lines if line.startswith("MISSING")]
     assert any(line.startswith("ok") and "libx264" in line for line in lines)
-    for part in ("wav2vec2-base-960h", "umt5-xxl", "Wan2.1_VAE.pth", "taew2_1"):
+    for part in ("wav2vec2-base-960h", "umt5-xxl", "Wan2.1_VAE.pth", "taew2_1", "dc-ae-f64c128"):
         assert any(line.startswith("optional") and part in line for line in lines), part
 
 
