@@ -368,10 +368,9 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
         16,
         16,
     )
-    (other / "config.json").write_text(
-        (other / "config.json").read_text().replace('nels": 16,\n  "sc', 'nels": 8,\n  "sc')
-    )
-    (other / "diffusion_pytorch_model.safetensors").unlink()
+    half = published(tmp_path / "half")
+    (half / "diffusion_pytorch_model.safetensors").unlink()
+    refused(r"no weights: .*half.*safetensors; get .*dc-ae-f64c128", replace(given, path=half).load, tmp_path, 16, 16)
     refused("export the student again", SMALL.load, tmp_path / "nowhere", 16, 16)
     refused(
         r"video: got .*\[2, 3, 2, 16, 18\], the codec takes floats", a_codec().encode, a_video(frames=2, side=(16, 18))
