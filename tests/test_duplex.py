@@ -208,17 +208,19 @@ def test_directions_are_dropped_in_training_where_that_is_asked_for(method):
     given = replace(some_conditions(), pose=randn(2, 8, 2, duplex.POSE_DIM, seed=8))
 
     def loss(drop, pose, roles=roles):
-        trained = method.build(method.Config(drop_pose=drop), roles)
+        trained, draws = method.build(method.Config(drop_pose=drop), roles), rng(1)
         batch = Batch(conditions=replace(given, pose=pose), x0=some_latents())
         with torch.no_grad():
-            return trained.loss(trained.roles_to_update(0)[0], batch, rng(1), rng(2)).value
+            value = trained.loss(trained.roles_to_update(0)[0], batch, draws, rng(2)).value
+        return value, torch.rand(1, generator=draws)
 
     none = torch.zeros_like(given.pose)
-    assert torch.equal(loss(1.0, given.pose), loss(1.0, none))
-    assert not torch.equal(loss(0.0, given.pose), loss(0.0, none))
+    assert torch.equal(loss(1.0, given.pose)[0], loss(1.0, none)[0])
+    assert not torch.equal(loss(0.0, given.pose)[0], loss(0.0, none)[0])
     plain = a_student()
     roles = {"student": plain, "teacher": AvatarTeacher(plain.net)}
-    assert torch.equal(loss(0.9, None, roles), loss(0.0, None, roles))
+    assert loss(0.9, None, roles) == loss(0.0, None, roles)
+    assert loss(0.0, given.pose)[1] == loss(0.0, None, roles)[1], "no draw for what is never dropped"
 
 
 # ---- the stream
