@@ -264,6 +264,12 @@ def test_a_change_is_seen_from_its_frame_on_and_not_before(bundle, which):
         frames = play(opened(bundle), **(given | {which: changed}))
         assert torch.equal(frames[:start], whole[:start]), "the past has heard the future"
         assert not torch.equal(frames[start:stop], whole[start:stop]), "it does not take effect at once"
+    if which == "pose":  # also that of the last frame alone
+        changed = given["pose"].clone()
+        changed[stop - 1] += 0.5
+        frames = play(opened(bundle), **(given | {"pose": changed}))
+        assert torch.equal(frames[:start], whole[:start])
+        assert not torch.equal(frames[start:stop], whole[start:stop])
 
 
 def test_saved_in_the_middle_it_goes_on_with_the_same_bits(bundle, tmp_path):
