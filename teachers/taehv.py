@@ -6,7 +6,6 @@ from the published layout; layers keep their published positions, which are the 
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,10 @@ class TAEHVConfig:
     stride: int = 4
     patch: int = 8
     channels: int = 16
-    fitted: ClassVar[bool] = False
+
+    @property
+    def fitted(self) -> bool:
+        return False
 
     def load(self, folder: Path, height: int, width: int) -> "TAEHV":
         """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -29,7 +28,10 @@ class WanVAEConfig:
     stride: int = 4
     patch: int = 8
     channels: int = 16
-    fitted: ClassVar[bool] = False
+
+    @property
+    def fitted(self) -> bool:
+        return False
 
     def load(self, folder: Path, height: int, width: int) -> "WanVAE":
         """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.data import duplex, speech
+from distill.data.speech import Speech
 from teachers import kinds
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
@@ -188,11 +189,11 @@ class Asked:
     other's sound and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
 
     identity: Tensor
-    speech: speech.Speech
+    speech: Speech
     text: list[str]
     expression: Tensor
     gesture: Tensor
-    other: speech.Speech | None = None
+    other: Speech | None = None
     turn: Tensor | None = None
     pose: Tensor | None = None
 
@@ -209,8 +210,8 @@ class Asked:
         )
 
 
-def _of_rows(said: speech.Speech, rows: Tensor) -> speech.Speech:
-    return speech.Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
+def _of_rows(said: Speech, rows: Tensor) -> Speech:
+    return Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
 
 
 def samples_per_frame(config: WorldConfig) -> int:
