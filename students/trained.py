@@ -30,8 +30,9 @@ KEY = "trained"
 
 
 def header(spec: Spec) -> dict[str, str]:
-    """Metadata of a safetensors file of weights that were trained under this spec."""
-    return {"format": "pt", KEY: json.dumps(_fixed(spec))}
+    """Metadata of a safetensors file of weights that were trained under this spec; one entry, for safetensors writes several in
+    another order every time, and the same weights are the same file."""
+    return {KEY: json.dumps(_fixed(spec))}
 
 
 def check(spec: Spec, weights: Path) -> None:

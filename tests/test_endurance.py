@@ -15,8 +15,8 @@ from students.session import Session
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
 STUDENTS = {  # and chunks of each: the first is six times as long as its network's table of positions
     "sequential": (3000, History(sinks=1, window=2), {}),
-    "diagonal": (1500, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
-    "midas": (1500, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
+    "diagonal": (1000, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
+    "midas": (1000, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
 }
 
 

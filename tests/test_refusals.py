@@ -151,3 +151,11 @@ def test_a_folder_edited_by_hand_is_refused(tmp_path):
     )
     edited(tmp_path, schedule__depth=1, sigmas=[1.0, 0.5])
     one_line(r"sigmas is \[1, 0\.5\]", load_student, tmp_path)
+
+
+def test_what_weights_say_does_not_change_their_bytes(weights, tmp_path):
+    """Safetensors writes two entries of metadata in either order, one in one."""
+    assert len(trained.header(make_spec())) == 1
+    for name in ("a", "b"):
+        save_file(load_file(weights), tmp_path / name, metadata=trained.header(make_spec()))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == weights.read_bytes()
