@@ -104,17 +104,6 @@ def spec_of(recipe: "Recipe") -> Spec:
     )
 
 
-UNSAID = {"speakers": 1, "steered": False, "drop_pose": 0.0}
-"""Options that are left out of a fingerprint at these values: stages from before there were such are still good."""
-
-
-def _said(config: Any) -> Any:
-    """A plain config without the options that are as in UNSAID."""
-    if not isinstance(config, dict):
-        return config
-    return {key: _said(value) for key, value in config.items() if key not in UNSAID or value != UNSAID[key]}
-
-
 def _anywhere(part: Any) -> Any:
     """The config with its path absolute, so that an exported student finds it from every folder."""
     path = getattr(part, "path", None)
@@ -169,7 +158,7 @@ class Pipeline(Artifacts):
             "export": (export, ("dmd",)),
             "evaluate": ({"eval": recipe["eval"]}, ("export",)),
         }[name]
-        return self.folder.stage(name, _said(config), inputs, getattr(self, f"_{name}"))
+        return self.folder.stage(name, config, inputs, getattr(self, f"_{name}"))
 
     @property
     def _solver(self) -> str:

@@ -53,7 +53,7 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
-    speakers: int = 1  # 2: it also hears somebody else, beside its own voice
+    speakers: int = field(default=1, metadata=ADDED)  # 2: it also hears somebody else, beside its own voice
     format: int = 1
     guidance: GuidanceRange | None = field(default=None, metadata=ADDED)  # the scales that the student is told
 

@@ -28,7 +28,6 @@ from distill.data.clips import FolderConfig
 from distill.data.world import DataConfig, WorldConfig
 from distill.methods import Batch, flow_matching, forcing
 from distill.sample_inputs import Duet
-from distill.stages import _said
 from students.checkpoint import load_student, save_student
 from students.session import Session, Starved
 from teachers import media
@@ -37,6 +36,7 @@ from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.senses import AudioConfig, TextConfig
 from teachers.streams import Resampler
+from teachers.typed import to_plain
 from teachers.wan import AvatarTeacher
 
 PER_FRAME, CHUNKS = 1280, 7
@@ -458,7 +458,11 @@ def test_a_folder_of_films_has_one_voice():
 
 def test_stages_from_before_are_still_good():
     """A plain recipe's fingerprints do not name what it does not use."""
-    used = {"world": {"speakers": 2, "steered": False, "fps": "25/2"}, "method": {"drop_pose": 0.1}}
-    plain = {"world": {"speakers": 1, "steered": False, "fps": "25/2"}, "method": {"drop_pose": 0.0}}
-    assert _said(used) == {"world": {"speakers": 2, "fps": "25/2"}, "method": {"drop_pose": 0.1}}
-    assert _said(plain) == {"world": {"fps": "25/2"}, "method": {}}
+    methods = (forcing.Config, flow_matching.Config)
+    used = to_plain([WorldConfig(speakers=2), *(method(drop_pose=0.1) for method in methods), make_spec(speakers=2)])
+    plain = to_plain([WorldConfig(), *(method() for method in methods), make_spec()])
+    for name, index in (("speakers", 0), ("drop_pose", 1), ("drop_pose", 2), ("speakers", 3)):
+        assert name in used[index]
+        assert name not in plain[index]
+    assert "steered" not in used[0]
+    assert to_plain(WorldConfig(steered=True))["steered"]

@@ -19,6 +19,7 @@ from distill.data.speech import Speech
 from teachers import kinds
 from teachers.errors import UserError
 from teachers.kinds import CodecKind, EarsKind, TextKind
+from teachers.typed import ADDED
 
 PIXELS_AT_ONCE = 64 * 15 * 32 * 32
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
@@ -65,8 +66,8 @@ class WorldConfig:
     num_frames: int = 15
     num_train: int = 1536
     shard_clips: int = 256
-    speakers: int = 1
-    steered: bool = False
+    speakers: int = field(default=1, metadata=ADDED)
+    steered: bool = field(default=False, metadata=ADDED)
 
     @property
     def pose_dim(self) -> int:

@@ -1,12 +1,13 @@
 """Flow matching of a bidirectional teacher on data (Lipman et al. 2210.02747), modalities dropped for guidance."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from distill import losses
 from distill.methods import Batch, Loss, Needs
 from teachers import flow
+from teachers.typed import ADDED
 from teachers.wan import AvatarTeacher
 
 
@@ -19,7 +20,7 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
-    drop_pose: float = 0.0
+    drop_pose: float = field(default=0.0, metadata=ADDED)
 
 
 class FlowMatching:

@@ -43,7 +43,7 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
-    drop_pose: float = 0.0
+    drop_pose: float = field(default=0.0, metadata=ADDED)
     generated: float = field(default=0.0, metadata=ADDED)
     renoise: float = field(default=0.0, metadata=ADDED)
 
