@@ -11,17 +11,20 @@ from teachers.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
-    "sample": ("distill.sample", "a talking video from a portrait, a sound file and a text"),
-    "serve": ("distill.serve", "a live page in the browser: the student listens, talks and idles"),
-    "bench": ("distill.bench", "first frame, chunk times, real-time factor and roofline of a student"),
-    "drift": ("distill.drift", "long streams of a run's student, scored minute by minute"),
+    "sample": ("distill.commands.sample", "a talking video from a portrait, a sound file and a text"),
+    "serve": ("distill.commands.serve", "a live page in the browser: the student listens, talks and idles"),
+    "bench": ("distill.commands.bench", "first frame, chunk times, real-time factor and roofline of a student"),
+    "drift": ("distill.commands.drift", "long streams of a run's student, scored minute by minute"),
     "eval": (
-        "distill.eval_command",
+        "distill.commands.eval",
         "scores of generated clips against real ones under a protocol card; compare, benchmark",
     ),
-    "plan": ("distill.plan", "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read"),
-    "data": ("distill.data.command", "clips of a dataset to training shards: prepare, check, split"),
-    "convert": ("distill.convert", "checkpoints between the published layouts and ours"),
+    "plan": (
+        "distill.commands.plan",
+        "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read",
+    ),
+    "data": ("distill.commands.data", "clips of a dataset to training shards: prepare, check, split"),
+    "convert": ("distill.commands.convert", "checkpoints between the published layouts and ours"),
 }
 
 
@@ -80,17 +83,17 @@ def _parser(words: Sequence[str]) -> Parser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.multirun:
-        from distill import sweep
+        from distill.commands import sweep
 
         return sweep.run(arguments.recipe, arguments.overrides)
+    from distill.pipeline.stages import run
     from distill.recipe import load_recipe
-    from distill.stages import run
 
     run(load_recipe(arguments.recipe, arguments.overrides))
     return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from distill.doctor import report
+    from distill.commands.doctor import report
 
     return report(arguments.golden)

@@ -1,40 +1,137 @@
-"""Recipes: YAML composed by Hydra (groups, presets, overrides), then read strictly into frozen configs."""
+"""A run as frozen configs: `Recipe` and the config of every stage, read strictly from YAML."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-import distill
-from distill.data.degraded import Degraded
-from distill.data.world import DataConfig
-from distill.engine import EngineConfig
-from distill.health import HealthConfig
-from distill.lora import LoraRoles
-from distill.pretrained import TeacherStage
-from distill.stages import MethodStage
-from distill.tracking import Kind as TrackerKind
-from distill.trajectories import TrajectoriesConfig
-from eval.protocol import EvalConfig
-from students.spec import StudentConfig
+from distill.compose import compose_values
+from distill.data.procedural.degraded import Degraded
+from distill.data.procedural.source import DataConfig
+from distill.training.engine import EngineConfig
+from distill.training.loop import TrainConfig
+from distill.training.lora import LoraRoles
+from distill.training.metrics_log import Kind as TrackerKind
+from eval.embedded.protocol import EvalConfig
+from students.spec import Spec, StudentConfig, student_sigmas
+from teachers.conditions import Guidance
+from teachers.config import ADDED, convert, to_plain
 from teachers.errors import UserError
-from teachers.typed import Locate, convert, dump, nearest, to_plain
+from teachers.networks.wan import NetworkConfig
 
-__all__ = ["RECIPES", "Recipe", "dump", "load_recipe", "to_dict"]
-
-DATA = {"avatars": "distill.data.world:DataConfig", "folder": "distill.data.clips:FolderConfig"}
+DATA = {"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"}
 """Where clips come from; `data.name` says which, the first without a name."""
-RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
-"""The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodStage:
+    """A training stage of the student. `start`, of init alone: the autoregressive teacher's weights, where the method does not ask
+    for them anyway."""
+
+    method: Any = field(metadata={"named": "distill.methods"})
+    train: TrainConfig
+    start: Literal["ar_teacher"] | None = field(default=None, metadata=ADDED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStage:
+    """A network, and where its weights come from: `path` (any layout of `distill convert`), or `method` and `train`, by which it
+    is trained here (from `path`, if that is given too).
+
+    `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over. `widen`: consent to reference and mask channels
+    that start at zero. `precision` is that of a frozen network's matrices.
+    """
+
+    network: NetworkConfig
+    path: Path | None = None
+    wan: Path | None = None
+    widen: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    method: Any = field(default=None, metadata={"named": "distill.methods"})
+    train: TrainConfig | None = None
+
+    def __post_init__(self):
+        if self.path is None and (self.method is None or self.train is None):
+            raise UserError(
+                "no weights of the teacher: give teacher.path=FOLDER (Wan, OmniAvatar, diffusers, Self-Forcing or ours), or "
+                "teacher.method and teacher.train to train one here"
+            )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the stage trains the network, and so has weights of its own."""
+        return self.method is not None and self.train is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoriesConfig:
+    """`num_pairs` solutions of `num_steps` Euler steps with this guidance; the student's sigmas must lie on the grid.
+    `role`: whose they are, the teacher's, those of the network that the student starts from, or those of the autoregressive
+    teacher under the data's clean chunks."""
+
+    num_pairs: int
+    num_steps: int = 48
+    shift: float = 3.0
+    guidance: Guidance = field(default_factory=Guidance)
+    batch_size: int = 32
+    role: Literal["teacher", "base", "ar_teacher"] = "teacher"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a student may be beside its teacher. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
+    are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least."""
+
+    black: float
+    frozen: float
+    clipped: float
+    saturation: tuple[float, float]
+    motion_energy: tuple[float, float]
+    seam: float
+    noise: float
+    audio: float
+    text: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """`ready` decides what `init` says of its student; a student beyond `collapse` ends `dmd` at a validation, unless stop is
+    false. No number here is an input of training: all may change from one start of a run to the next. A panel takes 4
+    num_conditions clips, of the teacher once a run."""
+
+    num_conditions: int = 8
+    stop: bool = True
+    ready: Limits = field(
+        default_factory=lambda: Limits(
+            black=0.05,
+            frozen=0.25,
+            clipped=0.1,
+            saturation=(0.5, 2.0),
+            motion_energy=(0.5, 2.0),
+            seam=2.0,
+            noise=0.3,
+            audio=0.4,
+            text=0.2,
+        )
+    )
+    collapse: Limits = field(
+        default_factory=lambda: Limits(
+            black=0.25,
+            frozen=0.5,
+            clipped=0.3,
+            saturation=(0.25, 4.0),
+            motion_energy=(0.25, 4.0),
+            seam=8.0,
+            noise=0.05,
+            audio=0.15,
+            text=0.0,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_conditions < 2:
+            raise UserError(f"health.num_conditions is too small: got {self.num_conditions}; use at least 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +169,7 @@ class Recipe:
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe file `path` with Hydra overrides (`key=value`, `group=option`) as a Recipe; raises UserError."""
-    values, locate = compose_values(Path(path), overrides)
+    values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
     return convert(Recipe, values, locate=locate)
 
 
@@ -81,114 +178,44 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return to_plain(recipe)
 
 
-def compose_values(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], Locate]:
-    """Hydra's composition of `path` as plain data, and the function that says where a key was written; UserError."""
-    if not path.is_file():
-        near = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
-        raise UserError(f"no recipe file: {path}; {near}")
-    if path.suffix != ".yaml":
-        raise UserError(f"a recipe is a .yaml file: {path}; rename it to {path.with_suffix('.yaml').name}")
-    parsed = [_parse(text) for text in overrides]
-    groups = _groups(path.parent)
-    for override in parsed:
-        _check_group(override, groups)
-    texts = [_force(override, groups) for override in parsed]
-    search = f"hydra.searchpath=['file://{RECIPES}']"
-    try:
-        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, [search, *texts], return_hydra_config=True)
-            choices = dict(composed.hydra.runtime.choices)
-            own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            values = OmegaConf.to_container(own, resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
-            raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
-        raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error
-    assert isinstance(values, dict)
-    if "method" not in (values.get("ar_teacher") or {"method"}):
-        del values["ar_teacher"]  # a preset shortens a stage that this recipe does not have
-    codec = (values.get("data") or {}).get("codec") or {}
-    asked = any(override.key_or_group.startswith("data.codec.fit") for override in parsed)
-    if "batch" not in codec.get("fit", {"batch"}) and not asked:
-        del codec["fit"]  # or the training of a codec that is not trained
-    locate = _locator(path, parsed, choices)
-    for name in values:
-        if name not in Recipe.__dataclass_fields__:
-            known = {*Recipe.__dataclass_fields__, *groups}
-            raise UserError(f"unknown key '{name}': {locate(str(name))}; {nearest(str(name), known)}")
-    return {str(name): value for name, value in values.items()}, locate
+def spec_of(recipe: "Recipe") -> Spec:
+    """The student's spec as the recipe says it; UserError where its parts do not fit."""
+    data, student = recipe.data, recipe.student
+    method = recipe.dmd.method
+    first = getattr(method, "first_sigmas", ())
+    codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
+    network = student.network or (recipe.base or recipe.teacher).network
+    if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
+        raise UserError(
+            "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
+        )
+    if student.guidance is not None:
+        if student.network is not None or recipe.lora is not None:
+            raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
+        network = replace(network, guidance=True)
+    return Spec(
+        height=data.world.size[0],
+        width=data.world.size[1],
+        fps=Fraction(data.world.fps),
+        chunk_frames=student.chunk_frames,
+        sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift),
+        horizon_frames=data.latent_frames,
+        history=student.history,
+        schedule=student.schedule,
+        history_noise=student.history_noise,
+        first_sigmas=first,
+        first_chunks=method.first_chunks if first else 0,
+        network=network,
+        guidance=student.guidance,
+        codec=codec,
+        audio=audio,
+        text=text,
+        pose_dim=data.world.pose_dim,
+        speakers=data.world.speakers,
+    )
 
 
-def _parse(text: str) -> Override:
-    try:
-        override = OverridesParser.create().parse_overrides([text])[0]
-    except HydraException as error:
-        raise UserError(f"not an override: '{text}' on the command line; write key=value") from error
-    if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
-        raise UserError(f"'{text}' would have no effect: command line; leave hydra's own settings out")
-    if override.is_sweep_override():
-        mend = "give one value, quote it if it holds a comma, or add -m for a run of each"
-        raise UserError(f"several values in '{text}': command line; {mend}")
-    if override.key_or_group in ("sweep", "sweep_dir", "launcher"):
-        raise UserError(f"'{text}' would have no effect: command line; it is for a sweep, add -m")
-    return override
-
-
-def _groups(folder: Path) -> dict[str, list[str]]:
-    """Group -> its options, over the recipe's own folder and the shipped ones."""
-    groups: dict[str, list[str]] = {}
-    for file in (*folder.glob("*/*.yaml"), *RECIPES.glob("*/*.yaml")):
-        groups.setdefault(file.parent.name, []).append(file.stem)
-    return groups
-
-
-def _check_group(override: Override, groups: dict[str, list[str]]) -> None:
-    group, option = override.key_or_group, override.value()
-    if group in groups and isinstance(option, str) and option not in groups[group]:
-        raise UserError(f"unknown {group} '{option}': command line; {nearest(option, groups[group])}")
-
-
-def _force(override: Override, groups: dict[str, list[str]]) -> str:
-    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, judges the key."""
-    text = str(override.input_line)
-    is_group = override.key_or_group in groups or "@" in text.split("=")[0]
-    return text if is_group or text.startswith(("+", "~")) else f"++{text}"
-
-
-def _first_lines(error: Exception) -> str:
-    text = str(error).split("Config search path")[0]
-    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    return " ".join(text.split())[:300].rstrip(".;: ")
-
-
-def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any]) -> Locate:
-    """Key -> "command line", the group file or the recipe that says it; the recipe where nobody does."""
-    files = [("", path)]
-    for group, option in choices.items():
-        name, _, package = str(group).partition("@")
-        for root in (path.parent, RECIPES):
-            file = root / name / f"{option}.yaml"
-            if not name.startswith("hydra") and option and file.is_file():
-                text = file.read_text(encoding="utf-8")
-                files.append(("" if "@package _global_" in text else package or name.replace("/", "."), file))
-                break
-
-    def locate(key: str) -> str:
-        spoken = [override.key_or_group for override in overrides]
-        if key and any(word == key or key.startswith(f"{word}.") for word in spoken):
-            return "command line"
-        for prefix, file in reversed(files):
-            if key and _holds(file, key[len(prefix) :].strip(".") if key.startswith(prefix) else None):
-                return str(file)
-        return str(path)
-
-    return locate
-
-
-def _holds(file: Path, key: str | None) -> bool:
-    node = yaml.safe_load(file.read_text(encoding="utf-8")) if key else None
-    for part in re.split(r"\.|\[", key or ""):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return True
+def _anywhere(part: Any) -> Any:
+    """The config with its path absolute, so that an exported student finds it from every folder."""
+    path = getattr(part, "path", None)
+    return part if path is None else replace(part, path=path.expanduser().resolve())

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
-from eval import i3d, syncnet
-from eval.protocol import canonical_sha256
-from eval.weights import REGISTRY
+from eval.embedded.protocol import canonical_sha256
+from eval.networks import i3d, syncnet
+from eval.networks.weights import REGISTRY
+from teachers.config import convert, nearest, to_plain
 from teachers.errors import UserError
-from teachers.typed import convert, nearest, to_plain
 
 PROSE = ("source", "note", "choices", "sha256")
 """Keys that describe and do not decide: they are not hashed."""
@@ -188,7 +188,7 @@ def load_card(name: str) -> Card:
     """The shipped card of that name, or the card in a YAML file.
 
     Raises UserError for an unknown name, an unknown, missing or mistyped key, and for a card that asks for what the code does not
-    do: another weights file than `eval.weights` verifies, or other constants than SyncNet's.
+    do: another weights file than `eval.networks.weights` verifies, or other constants than SyncNet's.
     """
     if name.endswith((".yaml", ".yml")):
         where = name

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.cards import FROM_RUN, Card
-from eval.extractors import Probes
-from eval.frechet import (
+from eval.embedded.extractors import Probes
+from eval.metrics.frechet import (
     Moments,
     frechet_distance,
     frechet_floor,
@@ -26,16 +26,16 @@ from eval.frechet import (
     kid_with_error,
     mean_with_error,
 )
-from eval.identity import identity_agreement
-from eval.lip_sync import LipSync, from_curve, resample_frames, summarise, sync_scores
-from eval.mfcc import mfcc, to_int16
-from eval.motion import ratio_with_error, sharpness_energies
-from eval.quality import failure_rates, flickers, measure, slope_with_error, window_colour, window_identity
-from eval.sync import mouth_sync
-from eval.syncnet import crop_faces, windows_of
-from eval.weights import locate
+from eval.metrics.identity import identity_agreement
+from eval.metrics.lip_sync import LipSync, from_curve, resample_frames, summarise, sync_scores
+from eval.metrics.mfcc import mfcc, to_int16
+from eval.metrics.motion import ratio_with_error, sharpness_energies
+from eval.metrics.quality import failure_rates, flickers, measure, slope_with_error, window_colour, window_identity
+from eval.metrics.sync import mouth_sync
+from eval.networks.syncnet import crop_faces, windows_of
+from eval.networks.weights import locate
+from teachers.encoders.small import SAMPLE_RATE, AudioConfig, LogMel
 from teachers.errors import UserError
-from teachers.senses import SAMPLE_RATE, AudioConfig, LogMel
 
 METRICS = ("fid", "kid", "fvd", "sync", "identity", "quality", "psnr", "ssim", "lpips")
 RULE_OF = {"fid": "fid", "kid": "fid", "fvd": "fvd", "sync": "sync", "identity": "identity"}
@@ -62,38 +62,38 @@ class Take:
 
 
 class Extractors:
-    """The networks of a card, each loaded when it is first asked for; raises UserError as `eval.weights.locate` does."""
+    """The networks of a card, each loaded when it is first asked for; raises UserError as `eval.networks.weights.locate` does."""
 
     def __init__(self, probes: Path | None = None, device: str = "cpu", batch_size: int = 32):
         self.folder, self.device, self.batch_size = probes, device, batch_size
 
     @cached_property
     def inception(self):
-        from eval.inception import Inception
+        from eval.networks.inception import Inception
 
         return Inception.load(device=self.device)
 
     @cached_property
     def i3d(self):
-        from eval.i3d import I3D
+        from eval.networks.i3d import I3D
 
         return I3D.load(device=self.device)
 
     @cached_property
     def syncnet(self):
-        from eval.syncnet import SyncNet
+        from eval.networks.syncnet import SyncNet
 
         return SyncNet.load(device=self.device)
 
     @cached_property
     def dinov2(self):
-        from eval.dino import Dino
+        from eval.networks.dino import Dino
 
         return Dino.load(device=self.device)
 
     @cached_property
     def lpips(self):
-        from eval.pairs import Lpips
+        from eval.metrics.paired import Lpips
 
         return Lpips.load(device=self.device)
 
@@ -255,7 +255,7 @@ def _sharpness(video: Tensor, frames_at_once: int = 32) -> Tensor:
 
 def _pairs(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[str, Tensor]:
     del extractors
-    from eval.pairs import psnr, ssim
+    from eval.metrics.paired import psnr, ssim
 
     first = card.clips.given
     a, b = take.video[:, first:], real.video[:, first:]

@@ -16,19 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.frechet import frechet_distance
-from eval.lip_sync import MAX_LAG, LipSync, sync_scores
-from eval.mfcc import mfcc, to_int16
-from eval.weights import REGISTRY, locate, weights_folder
+from eval.metrics.frechet import frechet_distance
+from eval.metrics.lip_sync import MAX_LAG, LipSync, sync_scores
+from eval.metrics.mfcc import mfcc, to_int16
+from eval.networks.weights import REGISTRY, locate, weights_folder
 from teachers.errors import UserError
-from teachers.media import read_audio, read_video
+from teachers.media.read import read_audio, read_video
 
 FILE = "golden.json"
 SYNC_OFFSET, SYNC_D, SYNC_C, SYNC_WITHIN = 3, 5.353, 10.021, 0.02
 """README of joonson/syncnet_python, demo_syncnet.py on example.avi: offset, min dist, confidence."""
 FVD, FVD_WITHIN = 151.25648, 1.0
 """README of JunyaoHu/common_metrics_on_video_quality: 8 videos of 30 frames of 64 x 64, all zeros against all ones, covariance over
-N - 1, method "styleganv". That method reads `i3d_torchscript.pt` from the address in `eval.weights`, but no public source prints
+N - 1, method "styleganv". That method reads `i3d_torchscript.pt` from the address in `eval.networks.weights`, but no public source prints
 the sha256 of the file it used; the README allows 1 between versions of torch."""
 
 
@@ -59,7 +59,7 @@ def run() -> list[Golden]:
 
 
 def remembered() -> dict[str, dict[str, Any]]:
-    """What the last run found, name -> expected, found, passed, for files that are those of `eval.weights`; else empty."""
+    """What the last run found, name -> expected, found, passed, for files that are those of `eval.networks.weights`; else empty."""
     try:
         rows = json.loads((weights_folder() / FILE).read_text(encoding="utf-8"))
         known = {weights.sha256 for weights in REGISTRY.values()}
@@ -84,7 +84,7 @@ def _check(name: str, weights: tuple[str, ...], measure: Callable[[], tuple[str,
 
 def _syncnet() -> tuple[str, str, bool]:
     """The example as the demo reads it: whole frames through JPEG of ffmpeg's default quality; and without JPEG, for comparison."""
-    from eval.syncnet import SyncNet
+    from eval.networks.syncnet import SyncNet
 
     path = locate("syncnet_example")
     frames, _ = read_video(path)
@@ -131,7 +131,7 @@ def through_jpeg(frames: Tensor) -> Tensor:
 
 
 def _fvd() -> tuple[str, str, bool]:
-    from eval.i3d import I3D
+    from eval.networks.i3d import I3D
 
     network = I3D.load()
     zeros, ones = (

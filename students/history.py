@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from teachers.config import ADDED
 from teachers.errors import UserError
-from teachers.typed import ADDED
 
 
 @dataclass(frozen=True, kw_only=True)

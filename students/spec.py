@@ -7,14 +7,14 @@ from typing import Any
 
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
-from teachers import flow, kinds
+from teachers import flow, registry
 from teachers.conditions import GuidanceRange
+from teachers.config import ADDED
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.kinds import CodecKind, EarsKind, TextKind
-from teachers.senses import SAMPLE_RATE
-from teachers.typed import ADDED
+from teachers.registry import CodecKind, EarsKind, TextKind
 
-NETWORKS = {"wan": "teachers.wan:NetworkConfig", "midas": "students.midas_net:MidasConfig"}
+NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
 """The kinds of network that a student can be, the first without a name."""
 
 
@@ -45,9 +45,9 @@ class Spec:
     horizon_frames: int  # latent frames of the training clips
     history: History
     network: Any = field(metadata={"kinds": NETWORKS})
-    codec: CodecKind = field(metadata={"kinds": kinds.CODECS})
-    audio: EarsKind = field(metadata={"kinds": kinds.EARS})
-    text: TextKind = field(metadata={"kinds": kinds.TEXTS})
+    codec: CodecKind = field(metadata={"kinds": registry.CODECS})
+    audio: EarsKind = field(metadata={"kinds": registry.EARS})
+    text: TextKind = field(metadata={"kinds": registry.TEXTS})
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
     schedule: Schedule = field(default_factory=Schedule)

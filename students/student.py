@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.ring import Entry, Ready, Ring, concatenate
+from students.kv_cache import Entry, Ready, Ring, concatenate
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
-from teachers.wan import KeyValue, Time
+from teachers.networks.wan import KeyValue, Time
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """One thread for every test and its children: two spinning OpenMP pools on a busy machine are ten times slower."""
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,14 +11,14 @@ import pytest
 import torch
 
 LONG = (
-    "test_real_recipes.py",
-    "test_pipeline.py",
-    "test_engines.py",
-    "test_planner.py",
-    "test_sweep.py",
-    "test_data_folder.py",
-    "test_speed.py",
-    "test_gaussian.py",
+    "e2e/test_real_recipes.py",
+    "e2e/test_pipeline.py",
+    "distill/training/test_engines.py",
+    "distill/planning/test_estimate.py",
+    "distill/commands/test_sweep.py",
+    "distill/data/test_recorded.py",
+    "students/serving/test_optimize.py",
+    "distill/methods/test_gaussian.py",
 )
 torch.set_num_threads(1)
 
@@ -25,7 +26,8 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that two workers end together."""
     order = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(tests).as_posix(), len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from distill.run_folder import atomic_write, load_tensors, save_tensors
-from teachers.codecs import to_float
-from teachers.dc_ae import DCAE, DCAEConfig, load_dc_ae
+from teachers.codecs.dc_ae import DCAE, DCAEConfig, load_dc_ae
+from teachers.codecs.linear import to_float
 from teachers.errors import UserError
+from teachers.files import atomic_write, load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.kinds import Codec
+from teachers.registry import Codec
 
 STAGES = ("images", "temporal", "windows")
 SCALES = (1, 2, 4)

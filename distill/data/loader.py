@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distill.data import shards
-from distill.data.film import SAMPLE_RATE
-from distill.train import batch_rows
+from distill.data.order import batch_rows
+from distill.data.prepare import shards
+from distill.data.prepare.video import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.media import _upright as upright
+from teachers.media.read import upright
 
 IMAGES = ("jpeg", "jpg", "png")
 SOUNDS = ("flac",)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distill.run_folder import atomic_write
 from teachers.errors import UserError
+from teachers.files import atomic_write
 
 MAX_FRAMES = 32
 DIMENSIONS = {

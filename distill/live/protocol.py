@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from students.session import Chunk
+from students.serving.session import Chunk
 from teachers import media
+from teachers.config import convert
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.senses import SAMPLE_RATE
-from teachers.typed import convert
 
 MAX_JSON = 16_384  # characters
 MAX_TEXT = 600

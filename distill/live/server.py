@@ -29,10 +29,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
 from distill.live import protocol
-from distill.live.engine import Engine
+from distill.live.scheduler import Engine
 from distill.live.viewer import Viewer
-from eval.latency import percentile
-from teachers.codecs import to_uint8
+from eval.speed.latency import percentile
+from teachers.codecs.linear import to_uint8
 from teachers.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from distill.live import voice
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.senses import SAMPLE_RATE
-from teachers.streams import Resampler
+from teachers.media.streams import Resampler
 
 PIECE = SAMPLE_RATE // 10
 BUILT_IN = ("auto", "espeak", "formant", "echo")

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from teachers.senses import SAMPLE_RATE
+from teachers.encoders.small import SAMPLE_RATE
 
 MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then waits too
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from distill.live import protocol
 from distill.live.turns import Endpointer, Listening, Playhead, Turn
-from eval.latency import percentile
-from students.checkpoint import Bundle
-from students.session import Chunk, Session
+from eval.speed.latency import percentile
+from students.serving.session import Chunk, Session
+from students.weights.checkpoint import Bundle
 from teachers.errors import UserError
 
 SLACK = 0.12  # seconds before the picture would stand still at which missing speech is no longer waited for

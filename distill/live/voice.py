@@ -1,6 +1,6 @@
 """Text to speech with nothing downloaded: a small formant voice, and espeak-ng through its command line.
 
-The formant voice is a source-filter synthesiser with the vowels of `distill.data.speech`, which the embedded student was trained to
+The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, which the embedded student was trained to
 hear: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.speech import HOP, N_FFT, SAMPLE_RATE, VOWELS
-from teachers.streams import Resampler
+from distill.data.procedural.speech import HOP, N_FFT, SAMPLE_RATE, VOWELS
+from teachers.media.streams import Resampler
 
 PIECE = SAMPLE_RATE // 10
 LEVEL = 0.1  # RMS

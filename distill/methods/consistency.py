@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill import losses
-from distill.methods import Batch, Loss, Needs
+from distill.methods import Batch, Loss, Needs, losses
 from distill.methods.forcing import Forced, strata
 from students.student import Student
 from teachers import flow

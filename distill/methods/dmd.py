@@ -28,15 +28,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill import losses
-from distill.discriminator import Discriminator
-from distill.methods import Batch, Loss, Needs
-from distill.rollout import draw_noise, of_length, rollout
+from distill.methods import Batch, Loss, Needs, losses
+from distill.methods.discriminator import Discriminator
+from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions, Guidance, told_guidance
 from teachers.errors import UserError
-from teachers.wan import AvatarTeacher
+from teachers.networks.wan import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)

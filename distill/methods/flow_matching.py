@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distill import losses
-from distill.methods import Batch, Loss, Needs
+from distill.methods import Batch, Loss, Needs, losses
 from teachers import flow
-from teachers.typed import ADDED
-from teachers.wan import AvatarTeacher
+from teachers.config import ADDED
+from teachers.networks.wan import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)

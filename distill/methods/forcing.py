@@ -22,14 +22,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill import losses
-from distill.methods import Batch, Loss, Needs
-from distill.rollout import draw_noise, rollout
+from distill.methods import Batch, Loss, Needs, losses
+from distill.methods.rollout import draw_noise, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
+from teachers.config import ADDED
 from teachers.errors import UserError
-from teachers.typed import ADDED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +141,7 @@ class Forcing:
 class Forced:
     """An autoregressive teacher over whole clips: every chunk is told the `clean` [B, C, F, H, W] chunks before it.
 
-    It has the verb of a bidirectional teacher, so `trajectories.solve_states` solves its chunks' ODEs side by side.
+    It has the verb of a bidirectional teacher, so `generate.solve_states` solves its chunks' ODEs side by side.
     """
 
     net: Student

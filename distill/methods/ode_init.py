@@ -17,9 +17,8 @@ from typing import Literal
 
 import torch
 
-from distill import losses
-from distill.methods import Batch, Loss, Needs
-from distill.rollout import context
+from distill.methods import Batch, Loss, Needs, losses
+from distill.methods.rollout import context
 from students.student import Student
 from teachers import flow
 from teachers.errors import UserError

@@ -1,0 +1,132 @@
+"""`distill drift`: long streams of a run's student, scored minute by minute, with its own history or another."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.data.procedural import speech
+from distill.data.procedural.source import held_out
+from eval.embedded.drift import window_scores
+from eval.embedded.extractors import Probes
+from eval.metrics.quality import slope
+from students.history import History
+from students.serving.session import Session
+from students.weights.checkpoint import Bundle, load_student
+from teachers.codecs.linear import to_float
+from teachers.config import convert
+from teachers.errors import UserError
+from teachers.flow import keyed_generator
+
+COLUMNS = ("identity", "sync", "motion", "motion_energy", "sharpness", "colour")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `distill drift`."""
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a finished run")
+    parser.add_argument("--minutes", type=int, default=10, help="length of each stream (default 10)")
+    parser.add_argument("--streams", type=int, default=6, help="avatars, each a stream of its own (default 6)")
+    parser.add_argument("--sinks", type=int, help="serve with so many sink chunks (default: the student's)")
+    parser.add_argument("--window", type=int, help="serve with so many window chunks (default: the student's)")
+    parser.add_argument(
+        "--refine-every", type=int, help="refine each so-manieth chunk's memory (0: none; default: the student's)"
+    )
+    parser.add_argument("--refine-level", type=float, help="at this sigma (default: the student's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print one row a minute and the change from the first to the last; 0."""
+    data = _data_config(args.run)
+    bundle = load_student(args.run / "student")
+    history = _history(bundle.spec.history, args)
+    bundle.student.spec = dataclasses.replace(bundle.spec, history=history)
+    probes = Probes.load(args.run / "stages" / "extractors")
+    frames_a_minute = int(60 * bundle.spec.fps)
+    conditions = held_out(data, args.seed, "drift", args.streams)
+    films, heard = [], []
+    with tqdm(total=args.streams * args.minutes, unit="min", desc="drift") as bar:
+        for i in range(args.streams):
+            film, rows = _stream(bundle, conditions.video[i, :, 0], conditions.text[i], args, i, bar)
+            films.append(film)
+            heard.append(rows)
+    clip = data.world.num_frames
+    table = [
+        window_scores(
+            probes,
+            torch.stack(films),
+            conditions.video[:, :, 0],
+            torch.stack(heard),
+            conditions.labels["gesture"],
+            minute * frames_a_minute,
+            frames_a_minute,
+            clip,
+        )
+        for minute in range(args.minutes)
+    ]
+    print_table(table, history)
+    if args.json:
+        args.json.write_text(json.dumps({"history": dataclasses.asdict(history), "minutes": table}, indent=1) + "\n")
+    return 0
+
+
+def print_table(table: list[dict[str, float]], history: History) -> None:
+    """Markdown to stdout."""
+    refined = f", refined every {history.refine_every} at {history.refine_level}" if history.refine_every else ""
+    lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", "| minute | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * (len(COLUMNS) + 1))
+    for minute, row in enumerate(table, start=1):
+        lines.append(f"| {minute} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |")
+    lines.append(
+        "| change a minute | " + " | ".join(f"{slope([r[name] for r in table]):+.4f}" for name in COLUMNS) + " |"
+    )
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: tqdm) -> tuple[Tensor, Tensor]:
+    """Frames uint8 [T, H, W, 3] and audio rows [T, A] of one stream; sound is made and pushed a minute at a time."""
+    spec, total = bundle.spec, int(60 * bundle.spec.fps) * args.minutes
+    session, frames, rows = Session(bundle, to_float(portrait), text, args.seed + index, drop=("pose",)), [], []
+    count = 0
+    for minute in range(args.minutes + 1):
+        rng = keyed_generator(args.seed, "drift", index, minute)
+        session.push(audio=speech.synthesise(1, 60 * spec.sample_rate, rng).audio[0])
+        for chunk in session.frames():
+            frames.append(chunk.frames)
+            rows.append(bundle.ears(chunk.audio))
+            count += len(chunk.frames)
+            if count >= total:
+                break
+        bar.update(min(1, args.minutes - minute))
+        if count >= total:
+            break
+    return torch.cat(frames)[:total], torch.cat(rows)[:total]
+
+
+def _history(own: History, args: argparse.Namespace) -> History:
+    names = ("sinks", "window", "refine_every", "refine_level")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return dataclasses.replace(own, **given)
+
+
+def _data_config(folder: Path):
+    """The data part of a run's recipe."""
+    import yaml
+
+    from distill.data.procedural.source import DataConfig
+
+    try:
+        values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no run: {folder} has no recipe.yaml; give the folder of a finished run") from error
+    if values["data"].get("name", "avatars") != "avatars":
+        raise UserError(
+            f"drift is measured on the procedural world: {folder} was trained on other clips; give another run"
+        )
+    return convert(DataConfig, values["data"], "data", lambda _: str(folder / "recipe.yaml"))

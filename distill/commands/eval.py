@@ -1,0 +1,237 @@
+"""`distill eval`: clips against real ones under a protocol card, and its verbs compare, benchmark and clips."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.scoring.clip_sets import Entry, open_set, read_clip
+from distill.scoring.generate import Drawing
+from distill.scoring.scoring import Job, check_number, draw_all, match, score
+from eval.cards import Card, load_card
+from eval.clip_scores import METRICS, default_metrics
+from eval.embedded.admission import is_admitted
+from eval.embedded.extractors import Probes
+from eval.external import read_scores
+from eval.report.score_report import headline, markdown, page, tables
+from teachers.config import nearest
+from teachers.errors import UserError
+from teachers.files import atomic_write, make_folder
+
+REFUSED = 3
+VERBS = {
+    "compare": ("distill.commands.eval_compare", "two reports of one protocol, clip by clip"),
+    "benchmark": ("distill.commands.eval_benchmark", "students on data sets, beside the rows that papers print"),
+    "clips": ("distill.commands.eval_clips", "real clips of a run's procedural world, to score its student with"),
+    "multiturn": (
+        "distill.commands.eval_multiturn",
+        "scripted conversations with a served student: latency, drift, sync, a judge",
+    ),
+}
+SHEETS, SHEET_SIDE = 3, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is the same for every set that one command scores."""
+
+    card: Card
+    metrics: tuple[str, ...]
+    not_admitted: tuple[str, ...]
+    probes: Path | None
+    device: str
+    batch_size: int
+    processes: int
+    seed: int
+    text: str | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `distill eval` and its verbs."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--student", type=Path, metavar="DIR", help="an exported student, which draws the clips first")
+    source.add_argument("--generated", type=Path, metavar="DIR", help="clips that are there, named as the real ones")
+    parser.add_argument("--real", type=Path, metavar="DIR|MANIFEST", help="clips, prepared shards or manifest.parquet")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="a manifest's films or shards (default: beside it)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="eval.json, eval.md, eval.html and kept features")
+    parser.add_argument("--name", help="what the row is called (default: the folder's name)")
+    parser.add_argument(
+        "--scores", type=Path, nargs="+", default=[], metavar="JSON", help="of other programs (eval/external.py)"
+    )
+    add_settings(parser)
+    verbs = parser.add_subparsers(dest="eval_verb", metavar="VERB")
+    for name, (module, summary) in VERBS.items():
+        importlib.import_module(module).add_arguments(verbs.add_parser(name, help=summary))
+
+
+def add_settings(parser: argparse.ArgumentParser, **given: Any) -> None:
+    """Options that `distill eval` and `distill eval benchmark` share; `given` replaces every default."""
+
+    def default(value: Any) -> Any:
+        return given.get("default", value)
+
+    parser.add_argument(
+        "--protocol",
+        default=default(None),
+        metavar="NAME",
+        help="livetalk, omniavatar, syncnet_v2, strict, embedded, or the path of a card.yaml",
+    )
+    parser.add_argument("--metrics", default=default(None), metavar="A,B", help=f"some of {','.join(METRICS)}")
+    parser.add_argument(
+        "--extractors", type=Path, default=default(None), metavar="DIR", help="RUN/stages/extractors of `embedded`"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=default(0), metavar="N", help="beside this one (default 0: all is done here)"
+    )
+    parser.add_argument("--device", default=default(None), help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--batch-size", type=int, default=default(32), help="frames that a network sees at once")
+    parser.add_argument("--seed", type=int, default=default(0), help="of a student's noise (default 0)")
+    parser.add_argument("--text", default=default(None), help="for a student, where a clip has none")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score, write the reports and print the table: 0, or 3 when a metric was refused."""
+    if args.eval_verb:
+        return importlib.import_module(VERBS[args.eval_verb][0]).run(args)
+    for name in ("real", "out", "protocol"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing: distill eval; see distill eval --help")
+    if args.student is None and args.generated is None:
+        raise UserError("--student or --generated is missing: distill eval; see distill eval --help")
+    source = args.student or args.generated
+    settings = setting(args, source)
+    if args.student is not None and not (args.student / "spec.json").is_file():
+        raise UserError(f"no student: {args.student} has no spec.json; give the student/ folder of a finished run")
+    real = open_set(args.real, args.videos)
+    report = evaluate(settings, source, real, args.out, args.name or source.resolve().name, args.real.stem, args.scores)
+    sys.stdout.write((args.out / "eval.md").read_text(encoding="utf-8"))
+    return REFUSED if report["refused"] else 0
+
+
+def setting(args: argparse.Namespace, source: Path) -> Setting:
+    """The options as one value; raises UserError for those that cannot be."""
+    if args.protocol is None:
+        raise UserError("--protocol is missing: distill eval; see distill eval --help")
+    card = load_card(args.protocol)
+    probes, admitted = None, None
+    if card.embedded:
+        probes = args.extractors or _extractors_beside(source)
+        card = card.resolved(Probes.load(probes).sha256)
+        admitted = _admitted(probes)
+    elif args.extractors is not None:
+        raise UserError(f"--extractors would have no effect: the protocol {card.name} has published ones; leave it out")
+    metrics = default_metrics(card) if args.metrics is None else tuple(dict.fromkeys(args.metrics.split(",")))
+    for metric in metrics:
+        if metric not in METRICS:
+            raise UserError(f"unknown metric '{metric}': --metrics; {nearest(metric, METRICS)}")
+    hidden = tuple(m for m in metrics if admitted is not None and m in admitted and not is_admitted(m, admitted))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.processes < 0 or args.batch_size < 1:
+        raise UserError(f"--processes from 0, --batch-size from 1: got {args.processes}, {args.batch_size}")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    return Setting(
+        card=card,
+        metrics=tuple(m for m in metrics if m not in hidden),
+        not_admitted=hidden,
+        probes=probes,
+        device=device,
+        batch_size=args.batch_size,
+        processes=args.processes,
+        seed=args.seed,
+        text=args.text,
+    )
+
+
+def evaluate(
+    settings: Setting,
+    source: Path,
+    real: Mapping[str, Entry],
+    out: Path,
+    name: str,
+    data: str,
+    others: Sequence[Path] = (),
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Score a student's or given clips against `real` and write eval.json, eval.md and eval.html into `out`."""
+    if name in ("ground_truth", "floor"):
+        raise UserError(f"--name {name} is taken by a row of every table; choose another")
+    card, is_student = settings.card, (source / "spec.json").is_file()
+    check_number(real, card)
+    if not is_student:
+        generated = open_set(source)
+        match(generated, real, card)
+    adapted = [read_scores(path, sorted(real)) for path in others]
+    make_folder(out)
+    if is_student:
+        drawing = Drawing(source, settings.seed, settings.text, out / "drawn", settings.device)
+        generated = draw_all(drawing, real, card, settings.processes)
+    job = Job(
+        card=card,
+        metrics=settings.metrics,
+        cache=cache or out / "features",
+        probes=settings.probes,
+        device=settings.device,
+        batch_size=settings.batch_size,
+        processes=settings.processes,
+    )
+    report = score(job, name, generated, real)
+    report |= {"data": data, "source": str(source), "adapters": {}}
+    if is_student:
+        report["drawn"] = {"seed": settings.seed, "text": settings.text}
+    for metric in settings.not_admitted:
+        report["refused"][metric] = f"{metric} refused: the run's extractors did not rank known cases right"
+    for one in adapted:
+        rows = one.rows()
+        report["adapters"][one.metric] = one.made_by
+        for role, row in (("generated", name), ("real", "ground_truth")):
+            values = one.generated if role == "generated" else one.real
+            if role in rows and values is not None:
+                report["rows"][row]["metrics"][one.metric] = rows[role]
+                report["rows"][row]["clips"][one.metric] = values
+    _write(report, out, name, generated, real, card)
+    return report
+
+
+def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, real: Mapping, card: Card) -> None:
+    title, lines, found = f"{name} on {report['data']}", headline(report), tables(report)
+    lines += [f"{metric} was made by {who}." for metric, who in report["adapters"].items()]
+    sheets = []
+    for clip in report["clips"][:SHEETS]:
+        pairs = (("real", read_clip(real[clip], card, False)), (name, read_clip(generated[clip], card, True)))
+        sheets.append((clip, [(label, _small(take.video)) for label, take in pairs]))
+    facts = {key: report[key] for key in ("source", "clips", "versions", "adapters")}
+    html = page(title, lines, found, report["refused"], report["card"], facts, sheets)
+    atomic_write(out / "eval.html", html)
+    atomic_write(out / "eval.md", markdown(title, lines, found, report["refused"]))
+    atomic_write(out / "eval.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _small(video: torch.Tensor) -> torch.Tensor:
+    step = max(1, min(video.shape[2:]) // SHEET_SIDE)
+    return video[:, :, ::step, ::step]
+
+
+def _extractors_beside(source: Path) -> Path:
+    """stages/extractors of the run that a student lies in."""
+    places = [source.resolve().parent / "stages" / "extractors", source.resolve().parent.parent / "extractors"]
+    for place in places:
+        if (place / "probes.json").is_file():
+            return place
+    raise UserError(f"no extractors beside {source}: the embedded protocol wants --extractors RUN/stages/extractors")
+
+
+def _admitted(folder: Path) -> dict[str, bool] | None:
+    """What the run's stage says of each metric; None where it is not there."""
+    try:
+        return json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))["metrics"]["admitted"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

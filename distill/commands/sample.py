@@ -1,0 +1,310 @@
+"""`distill sample`: a portrait, a sound and a text through the chunked session of a student, to an mp4 with sound.
+
+Sound is read, drawn and written piece by piece, so that length is bounded by the disk and memory does not follow it.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from teachers import media
+from teachers.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.commands.sample_inputs import Duet, Steering
+    from students.serving.session import Chunk, Session, Starved
+    from students.serving.timeline import Planner, Script
+
+LARGEST_SEED = 2**63 - 1
+CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
+PIECE_MS, REALTIME_PIECE_MS = 1000, 20
+LEAD_CHUNKS = 2  # how far --realtime draws ahead of the viewer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `distill sample`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--student", type=Path, metavar="DIR", help="folder of an exported student")
+    source.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="RECIPE",
+        help="one clip of a recipe's many-step teacher, to see that it loads right",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
+    parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
+    parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a film with sound")
+    parser.add_argument(
+        "--other", type=Path, metavar="WAV", help="what somebody else says meanwhile, to a student of two speakers"
+    )
+    parser.add_argument(
+        "--pose",
+        type=Path,
+        metavar="FILE",
+        help="directions for a steered student: a text file, a line of numbers a pixel frame (the last line holds)",
+    )
+    parser.add_argument("--text", metavar="STR", help='what happens, such as "smiles and nods"')
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="YAML",
+        help="what happens when: a list of {at: SECONDS, do: speak, listen, think, idle, gesture or a text}; --text until then",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="film to write")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
+    parser.add_argument(
+        "--guidance", type=float, metavar="W", help="scale, of a student that is told one (default: the student's)"
+    )
+    parser.add_argument(
+        "--crop", choices=tuple(CROPS), default="center", help="part of a tall picture to keep (default center)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=256, help="enlarge by a whole factor until the short side is this (default 256)"
+    )
+    parser.add_argument(
+        "--push-ms",
+        type=int,
+        metavar="N",
+        help=f"feed the sound in pieces of N ms, which changes no frame (default {PIECE_MS}, {REALTIME_PIECE_MS} in realtime)",
+    )
+    parser.add_argument(
+        "--realtime",
+        action="store_true",
+        help="feed the sound no faster than it is spoken, and count the stalls of somebody who watches meanwhile",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the film that `args` ask for and return 0: as many frames as the sound lasts, the last one begun included.
+
+    Every input is opened, and the output's folder tried, before the student loads. Raises UserError in one line, and leaves
+    no film, also for a place of the sound that turns out to be damaged later.
+    """
+    script = _check_options(args)
+    if args.teacher is not None:
+        from distill.commands.sample_teacher import run as run_teacher
+
+        args.anchor = CROPS[args.crop]
+        return run_teacher(args)
+    media.check_output(args.out)
+    pixels = media.decode_image(args.image)
+    planner = None if script is None else _planner(script)
+    with closing(_sound(args)) as sound:
+        from distill.commands import sample_inputs
+        from students.serving.session import Session
+        from students.serving.timeline import Director
+        from students.weights.checkpoint import load_student
+
+        bundle = load_student(args.student)
+        spec = bundle.spec
+        sample_inputs.check(spec, args.other, args.pose)
+        steering = (
+            None if args.pose is None else sample_inputs.Steering(sample_inputs.read_pose(args.pose, spec.pose_dim))
+        )
+        if script is not None:
+            script.check(spec, args.timeline)
+        reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
+        viewer = Viewer(spec.fps) if args.realtime else None
+        lead = LEAD_CHUNKS if args.realtime else None
+        text = args.text if script is None or not script.begins else script.timeline[0].do
+        drop = () if steering else ("pose",)
+        session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
+        step = session.step if planner is None else Director(session, planner, reference).step
+        push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
+        upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+        expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
+        started, first_frame_seconds = time.perf_counter(), 0.0
+        with (
+            media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
+            tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
+        ):
+            for frames in _film(session, step, sound, push_ms, viewer, writer, steering):
+                if writer.num_frames == 0:
+                    first_frame_seconds = time.perf_counter() - started
+                    progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
+                for frame in frames:
+                    writer.write(frame)
+                progress.update(len(frames))
+            progress.total = writer.num_frames  # what the file claims is an estimate
+    seconds = time.perf_counter() - started
+    sys.stdout.write(
+        f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
+        f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"
+        f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
+    )
+    return 0
+
+
+def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
+    """The sound that is given, of two speakers [n, 2]."""
+    own = media.AudioReader(args.audio)
+    if args.other is None:
+        return own
+    from distill.commands.sample_inputs import Duet
+
+    with ExitStack() as opened:
+        opened.callback(own.close)
+        duet = Duet(own, args.other)
+        opened.pop_all()
+    return duet
+
+
+def _planner(script: "Script") -> "Planner":
+    """What tells the session its texts; UserError where a chat model cannot be read."""
+    from students.serving.timeline import Timeline
+
+    if script.planner is None:
+        return Timeline(script.timeline)
+    from distill.live.chat_planner import ChatPlanner
+
+    return ChatPlanner(script.planner.folder, script.behaviours, script.planner.every, script.planner.how)
+
+
+def _check_options(args: argparse.Namespace) -> "Script | None":
+    """The timeline that is asked for. Raises UserError for values that no sample can have."""
+    if args.student is not None and args.overrides:
+        raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; leave it out")
+    if args.teacher is not None and (args.push_ms or args.realtime):
+        raise UserError(
+            "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
+        )
+    if args.teacher is not None and args.guidance is not None:
+        raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; leave it out")
+    if args.teacher is not None and args.timeline is not None:
+        raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; leave it out")
+    if not 0 <= args.seed <= LARGEST_SEED:
+        raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
+    if not 1 <= args.size <= 4096:
+        raise UserError(f"--size must lie in 1..4096 pixels: got {args.size}; choose another (256 is the default)")
+    if args.push_ms is not None and args.push_ms < 1:
+        raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
+    for name in ("image", "audio", "other", "pose"):
+        if getattr(args, name) is not None and args.out.resolve() == getattr(args, name).resolve():
+            raise UserError(f"--out would replace the file of --{name}: {args.out}; name another film")
+    script = None
+    if args.timeline is not None:
+        from students.serving.timeline import read_script
+
+        script = read_script(args.timeline)
+    if args.text is None and (script is None or not script.begins):
+        until = "" if script is None else f"; {args.timeline} says nothing of the beginning"
+        raise UserError(f"--text is missing{until}; say what happens")
+    return script
+
+
+class Viewer:
+    """Somebody who watches from the first frame's hand-over on, at `fps`, by the clock in seconds that each call is given.
+
+    A chunk that comes after its first frame was due is a stall: the picture stands until then, and all later ones are due later.
+    """
+
+    def __init__(self, fps: Fraction):
+        self.fps = fps
+        self.frames = self.stalls = 0
+        self.due: float | None = None  # when the frame after the last one should be there
+        self.stalled_seconds = 0.0
+
+    def show(self, num_frames: int, now: float) -> None:
+        """The next chunk is there."""
+        if self.due is not None and now > self.due:
+            self.stalls += 1
+            self.stalled_seconds += now - self.due
+        start = now if self.due is None else max(now, self.due)
+        self.due = start + float(num_frames / self.fps)
+        self.frames += num_frames
+
+    def seen(self, now: float) -> int:
+        """Frames that were shown, the one that is being shown included."""
+        left = 0 if self.due is None else math.floor((self.due - now) * self.fps)
+        return min(max(self.frames - left, 0), self.frames)
+
+
+def _film(
+    session: "Session",
+    step: Callable[[], "Chunk | Starved"],
+    sound: "media.AudioReader | Duet",
+    push_ms: int,
+    viewer: Viewer | None,
+    writer: media.VideoWriter,
+    steering: "Steering | None" = None,
+) -> Iterator[Tensor]:
+    """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
+
+    The writer hears each piece before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
+    """
+    started, num_samples, num_frames = time.perf_counter(), 0, 0
+    for piece in _pieces(sound, sound.rate, push_ms):
+        num_samples += len(piece)
+        spoken = 0.0 if viewer is None else started + num_samples / sound.rate
+        for frames in _drawn(session, step, viewer, spoken):
+            num_frames += len(frames)
+            yield frames
+        if viewer is not None:
+            time.sleep(max(0.0, spoken - time.perf_counter()))
+        _push(session, writer, piece, sound.rate)
+        if steering is not None:  # ahead of the sound by a chunk, which is drawn whole
+            ahead = session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
+            session.push(pose=steering.until(math.ceil(num_samples * session.spec.fps / sound.rate) + ahead))
+    session.close()
+    remaining = math.ceil(num_samples * session.spec.fps / sound.rate) - num_frames
+    for frames in _drawn(session, step, viewer, math.inf):
+        yield frames[:remaining]
+        remaining -= len(frames[:remaining])
+    if remaining:
+        raise RuntimeError(f"the session ended {remaining} frames before its sound")
+
+
+def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, rate: int) -> None:
+    """Sound [n], of two speakers [n, 2], to the session; the film has all that is heard."""
+    if piece.ndim == 1:
+        writer.hear(piece)
+        session.push(audio=piece, rate=rate)
+    else:
+        writer.hear(piece.sum(dim=1).clamp(-1, 1))
+        session.push(audio=piece[:, 0], other=piece[:, 1], rate=rate)
+
+
+def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:
+    """Sound [n, ...] at `rate` Hz cut anew: each piece ends at a whole multiple of `push_ms`, the last one with the sound."""
+    parts: list[Tensor] = []
+    held, start, number = 0, 0, 1
+    for block in blocks:
+        parts.append(block)
+        held += len(block)
+        while held >= (length := number * push_ms * rate // 1000 - start):
+            joined = torch.cat(parts)
+            yield joined[:length]
+            parts, held, start, number = [joined[length:]], held - length, start + length, number + 1
+    if held:
+        yield torch.cat(parts)
+
+
+def _drawn(
+    session: "Session", step: Callable[[], "Chunk | Starved"], viewer: Viewer | None, until: float
+) -> Iterator[Tensor]:
+    """The frames of every chunk that can be drawn now; a viewer who is too far behind is waited for, no longer than `until`."""
+    from students.serving.session import Chunk
+
+    while True:
+        if viewer is not None:
+            session.played(viewer.seen(time.perf_counter()))
+        chunk = step()
+        now = time.perf_counter()
+        if isinstance(chunk, Chunk):
+            if viewer is not None:
+                viewer.show(len(chunk.frames), now)
+            yield chunk.frames
+        elif chunk.reason == "lead" and now < until:
+            time.sleep(min(until - now, float(1 / session.spec.fps)))
+        else:
+            return

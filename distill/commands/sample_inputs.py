@@ -1,0 +1,107 @@
+"""What `distill sample` reads beside portrait and sound: a second speaker's sound, and a file of directions."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from students.spec import Spec
+from teachers import media
+from teachers.errors import UserError
+from teachers.media.streams import Resampler
+
+
+class Duet:
+    """The sound of two files side by side, blocks [n, 2] at the first one's rate; the shorter one ends in silence.
+
+    It stands in the place of a media.AudioReader; UserError as that.
+    """
+
+    def __init__(self, own: media.AudioReader, path: Path):
+        self.own, self.other = own, media.AudioReader(path)
+        self.rate = own.rate
+        known = [reader.seconds for reader in (own, self.other) if reader.seconds is not None]
+        self.seconds = max(known) if len(known) == 2 else None
+
+    def close(self) -> None:
+        """Let go of both files."""
+        self.own.close()
+        self.other.close()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        sources, held, ended = (iter(self.own), self._at_our_rate()), [torch.zeros(0), torch.zeros(0)], [False, False]
+        while True:
+            for i, source in enumerate(sources):
+                while not ended[i] and not len(held[i]):
+                    block = next(source, None)
+                    ended[i] = block is None
+                    held[i] = torch.zeros(0) if block is None else block
+            lengths = [len(part) for part in held if len(part)]
+            if not lengths:
+                return
+            count = min(lengths)
+            yield torch.stack([part[:count] if len(part) else torch.zeros(count) for part in held], dim=1)
+            held = [part[count:] for part in held]
+
+    def _at_our_rate(self) -> Iterator[Tensor]:
+        if self.other.rate == self.rate:
+            yield from self.other
+            return
+        resampler = Resampler(self.other.rate, self.rate)
+        for block in self.other:
+            yield resampler.push(block).clamp(-1, 1)
+        yield resampler.finish().clamp(-1, 1)
+
+
+def read_pose(path: Path, dim: int) -> Tensor:
+    """Pose rows [T, dim] of a text file: a line a pixel frame, its numbers divided by commas or blanks, `#` begins a remark.
+
+    UserError that names the line where it is not so.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"no file of directions: {path}; give a text file, a line of {dim} numbers a frame") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"directions cannot be read ({error}): {path}; give a text file") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].replace(",", " ").split()
+        if not words:
+            continue
+        try:
+            row = [float(word) for word in words]
+        except ValueError as error:
+            raise UserError(f"directions: line {number} has a word that is no number ({error}): {path}") from error
+        if len(row) != dim or not all(abs(value) <= 1 for value in row):
+            raise UserError(
+                f"directions: line {number} has {line.strip()[:60]!r}, a frame has {dim} numbers from -1 to 1: {path}"
+            )
+        rows.append(row)
+    if not rows:
+        raise UserError(f"directions: no line with numbers: {path}; write {dim} of them a frame")
+    return torch.tensor(rows)
+
+
+class Steering:
+    """Pose rows [T, P] handed out as the film goes on; the last one holds to its end."""
+
+    def __init__(self, rows: Tensor):
+        self.rows, self.given = rows, 0
+
+    def until(self, frame: int) -> Tensor:
+        """The rows before pixel frame number `frame` that were not handed out yet, [n, P]."""
+        places = torch.arange(self.given, max(self.given, frame)).clamp(max=len(self.rows) - 1)
+        self.given = max(self.given, frame)
+        return self.rows[places]
+
+
+def check(spec: Spec, other: Path | None, pose: Path | None) -> None:
+    """UserError where a network of this spec takes no second speaker or no directions."""
+    if other is not None and spec.speakers == 1:
+        raise UserError(
+            "--other: this student hears one speaker; leave it out, or give one of recipes/midas_duplex.yaml"
+        )
+    if pose is not None and not spec.pose_dim:
+        raise UserError("--pose: this student takes none; leave it out, or give one of recipes/midas_duplex.yaml")

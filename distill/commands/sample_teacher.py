@@ -1,0 +1,86 @@
+"""`distill sample --teacher RECIPE`: one clip of the many-step teacher, so that who owns one sees that it loads right."""
+
+import argparse
+import math
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from distill.commands.sample_inputs import Steering, check, read_pose
+from distill.data import latents
+from distill.pipeline.generate import clip_noise
+from distill.pipeline.pretrained import load_given, network_dims
+from distill.recipe import Recipe, load_recipe, spec_of
+from students.spec import Spec
+from students.weights import checkpoint
+from teachers import flow, media
+from teachers.codecs.linear import to_float
+from teachers.errors import UserError
+from teachers.files import load_tensors
+from teachers.networks.wan import AvatarTeacher, build_network
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the teacher's film of one training clip's length and return 0. UserError in one line, and then no film is there."""
+    media.check_output(args.out)
+    recipe = load_recipe(args.teacher, args.overrides)
+    spec, device = spec_of(recipe), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(spec, args.other, args.pose)
+    sound = media.read_audio(args.audio)
+    other = None if args.other is None else media.read_audio(args.other)
+    steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
+    portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
+    teacher = load_teacher(recipe, spec, device)
+    reference = recipe.teacher.network.reference
+    senses = latents.load_senses(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
+    num_frames = recipe.data.world.num_frames
+    wanted = num_frames * spec.samples_per_frame
+    sound = torch.nn.functional.pad(sound[:wanted], (0, max(0, wanted - len(sound))))
+    voices = sound[None]
+    if spec.speakers == 2:
+        other = sound.new_zeros(0) if other is None else other[:wanted]
+        voices = torch.stack([sound, torch.nn.functional.pad(other, (0, wanted - len(other)))])[None]
+        sound = voices[0].sum(dim=0).clamp(-1, 1)
+    pose = steering.until(num_frames)[None] if steering else None
+    if spec.pose_dim and pose is None:
+        pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
+    given = senses.codec.encode(portrait[None, :, None].to(device)).float().cpu()
+    conditions = senses.conditions(voices, [args.text], given, num_frames, pose).to(device)
+    x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
+    grid = flow.sigma_grid(settings.num_steps, settings.shift)
+    began = time.perf_counter()
+    with torch.inference_mode():
+
+        def denoise(x, sigma):
+            return settings.guidance(lambda c: teacher.denoise(x, sigma, c), conditions)
+
+        states = tqdm(flow.solve(denoise, x, grid), total=len(grid), desc="teacher", file=sys.stderr)
+        (last,) = deque(states, maxlen=1)
+        frames = senses.decode(last)[0].permute(1, 2, 3, 0).contiguous()
+    seconds = time.perf_counter() - began
+    upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+    media.write_video(args.out, frames, spec.fps, sound, upscale=upscale, smooth=True)
+    deviation = float(to_float(frames).std())
+    sys.stdout.write(
+        f"{args.out}: {num_frames} frames, {float(num_frames / spec.fps):.2f} s, {settings.num_steps} steps of "
+        f"{settings.guidance.passes} passes in {seconds:.1f} s, pixel deviation {deviation:.2f}\n"
+    )
+    return 0
+
+
+def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeacher:
+    """The recipe's teacher: given weights, or those that its run has trained; UserError where there are none yet."""
+    if not recipe.teacher.is_trained:
+        net = load_given(recipe.teacher, spec, device)
+    else:
+        file = Path(recipe.run_dir) / "stages" / "teacher" / "model.safetensors"
+        if not file.is_file():
+            raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
+        net = build_network(recipe.teacher.network, **network_dims(spec))
+        checkpoint.fill(net, load_tensors(file), file)
+        net.to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+    return AvatarTeacher(net).eval().requires_grad_(False)

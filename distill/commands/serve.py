@@ -1,0 +1,107 @@
+"""`distill serve`: a page in the browser where a student listens, talks and idles."""
+
+import argparse
+import importlib.util
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from teachers import media
+from teachers.errors import UserError
+
+NEEDED = ("starlette", "uvicorn", "websockets")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+MAX_PORTRAITS = 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `distill serve`."""
+    parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine alone)")
+    parser.add_argument("--port", type=int, default=8800, help="port, 0 for any free one (default 8800)")
+    parser.add_argument(
+        "--viewers", type=int, default=8, help="streams at once; who comes later is told so (default 8)"
+    )
+    parser.add_argument("--lead", type=int, default=2, help="chunks drawn ahead of each viewer (default 2)")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMG",
+        help="portrait, or a folder of them, to choose on the page; may be given again (default: drawn faces)",
+    )
+    parser.add_argument(
+        "--talker",
+        default="auto",
+        metavar="NAME|DIR",
+        help="auto, espeak, formant, echo, or a local audio language model",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM, then close every viewer and return 0. Raises UserError before anything is bound."""
+    if not (0 <= args.port <= 65535 and args.viewers >= 1 and args.lead >= 1):
+        raise UserError("--port must lie in 0..65535, --viewers and --lead from 1; choose others")
+    if not all(importlib.util.find_spec(name) for name in NEEDED):
+        raise UserError(f"distill serve needs {', '.join(NEEDED)}: pip install 'avatar-distill[serve]'")
+    import uvicorn
+
+    from distill.live.scheduler import Engine
+    from distill.live.server import build_app, settings
+    from distill.live.talkers import load_talker
+    from students.weights.checkpoint import load_student
+
+    bound = _bind(args.host, args.port)
+    talker = load_talker(args.talker)
+    bundle = load_student(args.student)
+    portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
+    engine = Engine(bundle, talker, args.viewers, args.lead)
+    engine.warm_up(portraits[0] if bundle.spec.network.reference else None)
+    app = build_app(engine, portraits, args.host)
+    server = uvicorn.Server(settings(app, args.host, args.port))
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    sys.stdout.write(
+        f"http://{shown}:{port}/  student {args.student}, talker {talker.name}, up to {args.viewers} viewers\n"
+    )
+    sys.stdout.flush()
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # uvicorn sends the signal on when it is done: that is a clean end here
+        signal.signal(name, lambda *_: None)
+    server.run(sockets=[bound])
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, number)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(128)
+    except OSError as error:
+        raise UserError(f"cannot serve on {host}:{port} ({error.strerror}); give another --host or --port") from error
+    return bound
+
+
+def read_portraits(paths: list[Path], size: tuple[int, int]) -> list[Tensor]:
+    """The pictures of `paths`, files or folders, fitted to (H, W), [3, H, W] in [-1, 1]; without any, six drawn faces."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    files = [file for file in files if file.suffix.lower() in PICTURES or file in paths][:MAX_PORTRAITS]
+    if files:
+        return [media.fit_image(media.decode_image(file), size, anchor=0.0) for file in files]
+    if paths:
+        raise UserError(f"no picture in {paths[0]}; give a folder with {', '.join(PICTURES)} files")
+    from distill.data.procedural import render
+
+    config = render.WorldConfig(resolution=size[0], width=size[1], num_frames=1)
+    rng = torch.Generator().manual_seed(3)
+    faces = render.make_clips(config, render.draw_conditions(config, 6, rng), rng)
+    return list(faces.video[:, :, 0].float() / 127.5 - 1)

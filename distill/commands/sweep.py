@@ -1,0 +1,369 @@
+"""`distill run RECIPE -m a=1,2 b=x,y`: many runs of one recipe, each a process and a run folder of its own.
+
+The jobs are the product of the values, in Hydra's sweep syntax and order, or the named rows of recipes/sweep/NAME.yaml. Every
+recipe is read before the first job starts. A job takes over the finished stages of all others whose fingerprints are equal (their
+`reuse` is the sweep's folder), and one that fails leaves the rest alone. The same command again runs what is missing: finished
+jobs are passed over, others continue where they were. Of its own words, `launcher=` starts the jobs (default: this Python).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from tqdm import tqdm
+
+from distill import __version__
+from distill.commands.sweep_table import Row, read_row, write_tables
+from distill.compose import RECIPES
+from distill.pipeline.run_folder import SWEEP, check_same
+from distill.recipe import Recipe, load_recipe, spec_of, to_dict
+from distill.training import metrics_log
+from distill.training.engine import parent_command, requested_processes
+from distill.training.loop import terminations
+from teachers.config import nearest
+from teachers.errors import UserError
+from teachers.files import atomic_write, make_folder
+
+OWN_WORDS = ("sweep", "sweep_dir", "launcher")
+LOGS = "logs"
+POLL_SECONDS = 0.5
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher of one process leaves in the environment; its jobs make their own group or none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its name, which is its folder's, the overrides that set it apart and those that all jobs share."""
+
+    name: str
+    own: tuple[str, ...]
+    common: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is run where."""
+
+    recipe: Path
+    folder: Path
+    jobs: tuple[Job, ...]
+    recipes: dict[str, Recipe]
+    launcher: tuple[str, ...]
+
+
+def run(recipe: Path, words: Sequence[str]) -> int:
+    """Run every job that is not done and write the tables; 0 when all are done, else 1. UserError before the first job starts."""
+    if (processes := requested_processes(os.environ, parent_command())) > 1:
+        raise UserError(
+            f"a sweep of {processes} processes: launcher; start it once, with launcher='accelerate launch --num_processes "
+            f"{processes}' for jobs of several processes"
+        )
+    sweep = plan(recipe, words)
+    _open(sweep)
+    return _run_all(sweep)
+
+
+def plan(recipe: Path, words: Sequence[str]) -> Sweep:
+    """Read the command line and every job's recipe; UserError that names the job."""
+    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN_WORDS}
+    common, varied = _overrides([word for word in words if word.partition("=")[0] not in OWN_WORDS])
+    rows: dict[str, list[str]] = {"": []}
+    if "sweep" in own:
+        shared, rows = read_sweep(recipe, own["sweep"])
+        common = [*shared, *common]
+    if len(rows) * len(varied) < 2:
+        raise UserError("nothing varies: -m; give a key several values, such as seed=0,1, or sweep=NAME")
+    named = [([name] if name else [], row, values) for name, row in rows.items() for values in varied]
+    jobs = _jobs([([*name, *values], [*row, *values]) for name, row, values in named], common)
+    first = _load(recipe, jobs[0], Path("-"))
+    folder = Path(own.get("sweep_dir") or f"runs/{first.name}_{Path(own['sweep']).stem if 'sweep' in own else 'sweep'}")
+    recipes = {job.name: _load(recipe, job, folder / job.name) for job in jobs}
+    for job in jobs:
+        file = folder / job.name / "recipe.yaml"
+        if file.is_file():
+            check_same(file, to_dict(recipes[job.name]))
+    return Sweep(recipe, folder, tuple(jobs), recipes, tuple(shlex.split(own.get("launcher", ""))))
+
+
+def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]]:
+    """A sweep file as (overrides that all jobs share, job -> its overrides); beside the recipe, shipped, or a path. UserError."""
+    places = (
+        [Path(name)] if name.endswith(".yaml") else [f / "sweep" / f"{name}.yaml" for f in (recipe.parent, RECIPES)]
+    )
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        known = [other.stem for place in places for other in place.parent.glob("*.yaml")]
+        raise UserError(f"no sweep file: {places[0]}; {nearest(name, known)}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"not YAML: {file} ({' '.join(str(error).split())}); mend it") from error
+    keys = set(content) if isinstance(content, dict) else set()
+    jobs, shared = (content.get("jobs"), content.get("overrides") or []) if keys else (None, [])
+    rows = [shared, *jobs.values()] if isinstance(jobs, dict) and jobs else [None]
+    if not keys <= {"jobs", "overrides"} or not all(_is_words(row) for row in rows):
+        raise UserError(
+            f"not a sweep: {file}; it is 'jobs: {{NAME: [KEY=VALUE, ...]}}' and 'overrides: [KEY=VALUE, ...]'"
+        )
+    assert isinstance(jobs, dict)
+    for name in jobs:
+        if not isinstance(name, str) or name == LOGS or name != _safe(name):
+            raise UserError(
+                f"not a job's name: '{name}' in {file}; letters, digits and ._=,@+- make the name of a folder"
+            )
+    return list(shared), {name: list(row) for name, row in jobs.items()}
+
+
+def _is_words(row: Any) -> bool:
+    return isinstance(row, list) and all(isinstance(word, str) for word in row)
+
+
+def _overrides(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """(Overrides with one value, the product of the others) in Hydra's syntax and order; UserError."""
+    common: list[str] = []
+    swept: list[Override] = []
+    for word in words:
+        if word.startswith(("hydra/", "hydra.")):
+            raise UserError(
+                f"'{word}' would have no effect: -m; jobs are started by launcher=, e.g. launcher='srun python'"
+            )
+        try:
+            override = OverridesParser.create().parse_overrides([word])[0]
+            BasicSweeper.split_arguments([override], None)
+        except (HydraException, AssertionError, ValueError) as error:
+            why = " ".join(str(error).split())[:200] or "glob"
+            raise UserError(
+                f"no values to run: '{word}' on the command line ({why}); write key=a,b or key=range(1,4)"
+            ) from error
+        if override.key_or_group == "run_dir":
+            raise UserError(f"'{word}': -m; every job has its own run folder in sweep_dir=")
+        if override.is_sweep_override():
+            swept.append(override)
+        else:
+            common.append(word)
+    return common, BasicSweeper.split_arguments(swept, None)[0]
+
+
+def _jobs(rows: Sequence[tuple[list[str], list[str]]], common: Sequence[str]) -> list[Job]:
+    """Jobs of (words of the name, overrides) pairs; names that are equal as folders are told apart by a digest."""
+    names = [_folder_name(words) for words, _ in rows]
+    times, jobs = Counter(names), []
+    for name, (_, own) in zip(names, rows, strict=True):
+        job = Job(f"{name}-{_digest(own)}" if times[name] > 1 else name, tuple(own), tuple(common))
+        if job in jobs:
+            raise UserError(f"the same job twice: '{name}' on the command line; leave one out")
+        jobs.append(job)
+    return jobs
+
+
+def _folder_name(words: Sequence[str]) -> str:
+    whole = _safe(",".join(word.lstrip("+") for word in words))
+    return whole if len(whole) <= 120 else f"{whole[:110]}-{_digest(words)}"
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=,@+-]+", "_", name).lstrip(".") or "_"
+
+
+def _digest(words: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+
+
+def _load(recipe: Path, job: Job, run_dir: Path) -> Recipe:
+    """A job's recipe, read strictly, with what would stop it before its first stage; UserError that names the job."""
+    try:
+        found = load_recipe(recipe, [*job.common, *job.own, f"run_dir={_quoted(run_dir)}"])
+        spec_of(found)
+        metrics_log.check(found.tracker)
+    except UserError as error:
+        raise UserError(f"job '{job.name}': {error}") from error
+    return found
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _open(sweep: Sweep) -> None:
+    """Make or reopen the sweep's folder."""
+    folder = sweep.folder
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP).is_file():
+        raise UserError(f"not a sweep's folder: {folder} holds something else; choose another sweep_dir=")
+    make_folder(folder / LOGS)
+    jobs = {job.name: list(job.own) for job in sweep.jobs}
+    content = {"recipe": str(sweep.recipe), "overrides": list(sweep.jobs[0].common), "jobs": jobs}
+    atomic_write(folder / SWEEP, yaml.safe_dump(content, sort_keys=False, width=120))
+
+
+def _run_all(sweep: Sweep) -> int:
+    for job in sweep.jobs:
+        _refuse_alive(sweep, job)
+    failed = 0
+    redraw = 1 if sys.stderr.isatty() else 30  # seconds
+    with tqdm(total=len(sweep.jobs), desc="sweep", unit="job", miniters=0, mininterval=redraw) as bar:
+        for job in sweep.jobs:
+            bar.set_postfix_str(job.name)
+            before = is_finished(sweep.folder / job.name)
+            if not before:
+                _run(sweep, job, bar)
+            row = _row(sweep, job)
+            failed += row.status != "done"
+            words = f"{row}{', done before' if before else ''}"
+            bar.write(f"distill: [{bar.n + 1}/{len(sweep.jobs)}] {words}", file=sys.stderr)
+            bar.update(1)
+            write_tables(sweep.folder, [_row(sweep, job) for job in sweep.jobs])
+        bar.set_postfix_str("")
+    done = len(sweep.jobs) - failed
+    tqdm.write(f"distill: {done} of {len(sweep.jobs)} jobs are done: {sweep.folder / 'sweep.md'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run folder has its last stage, made by this version, its report and its student."""
+    try:
+        last = json.loads((run / "stages" / "evaluate" / "fingerprint.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    left = [run / "report.json", run / "student" / "spec.json"]
+    return last.get("version") == __version__ and all(file.is_file() for file in left)
+
+
+def command(sweep: Sweep, job: Job) -> list[str]:
+    """The command line of a job; a launcher is given the recipe, which is a program (distill/hook)."""
+    given = sweep.recipes[job.name].reuse
+    reuse = [str(sweep.folder), *((given,) if isinstance(given, str) else given or ())]
+    places = [f"run_dir={_quoted(sweep.folder / job.name)}", f"reuse=[{','.join(_quoted(Path(p)) for p in reuse)}]"]
+    start = sweep.launcher or (sys.executable, "-m", "distill", "run")
+    own = [word for word in job.common if word.partition("=")[0].lstrip("+") != "reuse"]
+    return [*start, str(sweep.recipe), *own, *job.own, *places]
+
+
+def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
+    """Run a job to its end, told in logs/NAME.log; what it took and how it ended is in logs/NAME.json."""
+    log, state = _files(sweep, job)
+    before, began = _seconds(sweep, job), time.time()
+    with log.open("ab") as output, terminations() as told:
+        start = output.tell()
+        process = _start(command(sweep, job), output)
+        with _ending(process):
+            facts = {"began": began, "seconds": before, "process": process.pid, "created": _created(process.pid)}
+            atomic_write(state, json.dumps({"status": "running", **facts}))
+            while process.poll() is None and not told:
+                bar.set_postfix_str(f"{job.name}: {_last_words(log, start)}"[:100], refresh=False)
+                bar.update(0)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(POLL_SECONDS)
+    done = process.returncode == 0 and is_finished(sweep.folder / job.name)
+    error = None if done else _error(log, start, process.returncode)
+    status = "done" if done else "stopped" if told else "failed"
+    seconds = before + time.time() - began
+    atomic_write(state, json.dumps({"status": status, "seconds": seconds, "error": error}))
+    if told:
+        tqdm.write(f"distill: SIGTERM: {job.name} is stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _start(words: Sequence[str], output: BinaryIO) -> subprocess.Popen:
+    """A process of its own, without what a launcher of the sweep left in the environment; UserError where there is no program."""
+    environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith("TORCHELASTIC_")}
+    try:
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+    except OSError as error:
+        raise UserError(f"cannot start {words[0]}: {error.strerror}; give another launcher=") from error
+
+
+@contextlib.contextmanager
+def _ending(process: subprocess.Popen) -> Iterator[None]:
+    """However this ends, the process has ended too: told to by SIGTERM, on which it saves."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+
+def _files(sweep: Sweep, job: Job) -> tuple[Path, Path]:
+    return sweep.folder / LOGS / f"{job.name}.log", sweep.folder / LOGS / f"{job.name}.json"
+
+
+def _state(sweep: Sweep, job: Job) -> dict[str, Any]:
+    try:
+        return json.loads(_files(sweep, job)[1].read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _seconds(sweep: Sweep, job: Job) -> float:
+    """What a job took until now; one whose sweep was killed counts until it last wrote."""
+    log, state = _files(sweep, job)[0], _state(sweep, job)
+    lost = log.stat().st_mtime - state["began"] if state.get("status") == "running" and log.is_file() else 0.0
+    return state.get("seconds", 0.0) + max(0.0, lost)
+
+
+def _refuse_alive(sweep: Sweep, job: Job) -> None:
+    """UserError where a killed sweep's job still runs: two would write to one folder."""
+    state = _state(sweep, job)
+    pid = state.get("process")
+    if state.get("status") == "running" and pid and _created(pid) == state["created"]:
+        raise UserError(f"job '{job.name}' still runs: process {pid}; wait for it or end it")
+
+
+def _created(pid: int) -> float | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    """What was written since `start`, its last 64 KiB; a bar's redrawing ends a line."""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 2**16))
+        text = file.read().decode("utf-8", "replace")
+    return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+
+def _last_words(log: Path, start: int) -> str:
+    return (_lines(log, start) or ["starting"])[-1].strip()
+
+
+def _error(log: Path, start: int, code: int) -> str:
+    """Why a job failed, in one line: the signal, its own one line, the exception of its traceback, or its last line."""
+    if code < 0:
+        hint = ", perhaps for memory" if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
+    lines = _lines(log, start)
+    own = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
+    begun = max((i for i, line in enumerate(lines) if line.startswith("Traceback ")), default=None)
+    raised = [line for line in lines[begun + 1 :] if not line.startswith(" ")] if begun is not None else []
+    found = (raised[:1] or own[-1:] or lines[-1:] or ["it said nothing"])[0]
+    return f"{found} (exit {code})"
+
+
+def _row(sweep: Sweep, job: Job) -> Row:
+    state, finished = _state(sweep, job), is_finished(sweep.folder / job.name)
+    status = "done" if finished else state.get("status", "waiting")
+    seconds = _seconds(sweep, job) if state else None
+    return read_row(sweep.folder / job.name, job.name, job.own, seconds, status, state.get("error"))

@@ -1,0 +1,135 @@
+"""Recipes on disk: YAML composed by Hydra (groups, presets, overrides) into plain data, and where each key was written."""
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import distill
+from teachers.config import Locate, nearest
+from teachers.errors import UserError
+
+RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
+"""The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
+
+
+def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
+    """Hydra's composition of `path` as plain data, and the function that says where a key was written; `fields` are the known
+    top-level keys. Raises UserError."""
+    if not path.is_file():
+        near = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
+        raise UserError(f"no recipe file: {path}; {near}")
+    if path.suffix != ".yaml":
+        raise UserError(f"a recipe is a .yaml file: {path}; rename it to {path.with_suffix('.yaml').name}")
+    parsed = [_parse(text) for text in overrides]
+    groups = _groups(path.parent)
+    for override in parsed:
+        _check_group(override, groups)
+    texts = [_force(override, groups) for override in parsed]
+    search = f"hydra.searchpath=['file://{RECIPES}']"
+    try:
+        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+            composed = compose(path.stem, [search, *texts], return_hydra_config=True)
+            choices = dict(composed.hydra.runtime.choices)
+            own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            values = OmegaConf.to_container(own, resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
+            raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
+        raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error
+    assert isinstance(values, dict)
+    if "method" not in (values.get("ar_teacher") or {"method"}):
+        del values["ar_teacher"]  # a preset shortens a stage that this recipe does not have
+    codec = (values.get("data") or {}).get("codec") or {}
+    asked = any(override.key_or_group.startswith("data.codec.fit") for override in parsed)
+    if "batch" not in codec.get("fit", {"batch"}) and not asked:
+        del codec["fit"]  # or the training of a codec that is not trained
+    locate = _locator(path, parsed, choices)
+    for name in values:
+        if name not in fields:
+            known = {*fields, *groups}
+            raise UserError(f"unknown key '{name}': {locate(str(name))}; {nearest(str(name), known)}")
+    return {str(name): value for name, value in values.items()}, locate
+
+
+def _parse(text: str) -> Override:
+    try:
+        override = OverridesParser.create().parse_overrides([text])[0]
+    except HydraException as error:
+        raise UserError(f"not an override: '{text}' on the command line; write key=value") from error
+    if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
+        raise UserError(f"'{text}' would have no effect: command line; leave hydra's own settings out")
+    if override.is_sweep_override():
+        mend = "give one value, quote it if it holds a comma, or add -m for a run of each"
+        raise UserError(f"several values in '{text}': command line; {mend}")
+    if override.key_or_group in ("sweep", "sweep_dir", "launcher"):
+        raise UserError(f"'{text}' would have no effect: command line; it is for a sweep, add -m")
+    return override
+
+
+def _groups(folder: Path) -> dict[str, list[str]]:
+    """Group -> its options, over the recipe's own folder and the shipped ones."""
+    groups: dict[str, list[str]] = {}
+    for file in (*folder.glob("*/*.yaml"), *RECIPES.glob("*/*.yaml")):
+        groups.setdefault(file.parent.name, []).append(file.stem)
+    return groups
+
+
+def _check_group(override: Override, groups: dict[str, list[str]]) -> None:
+    group, option = override.key_or_group, override.value()
+    if group in groups and isinstance(option, str) and option not in groups[group]:
+        raise UserError(f"unknown {group} '{option}': command line; {nearest(option, groups[group])}")
+
+
+def _force(override: Override, groups: dict[str, list[str]]) -> str:
+    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, judges the key."""
+    text = str(override.input_line)
+    is_group = override.key_or_group in groups or "@" in text.split("=")[0]
+    return text if is_group or text.startswith(("+", "~")) else f"++{text}"
+
+
+def _first_lines(error: Exception) -> str:
+    text = str(error).split("Config search path")[0]
+    text = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    return " ".join(text.split())[:300].rstrip(".;: ")
+
+
+def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any]) -> Locate:
+    """Key -> "command line", the group file or the recipe that says it; the recipe where nobody does."""
+    files = [("", path)]
+    for group, option in choices.items():
+        name, _, package = str(group).partition("@")
+        for root in (path.parent, RECIPES):
+            file = root / name / f"{option}.yaml"
+            if not name.startswith("hydra") and option and file.is_file():
+                text = file.read_text(encoding="utf-8")
+                files.append(("" if "@package _global_" in text else package or name.replace("/", "."), file))
+                break
+
+    def locate(key: str) -> str:
+        spoken = [override.key_or_group for override in overrides]
+        if key and any(word == key or key.startswith(f"{word}.") for word in spoken):
+            return "command line"
+        for prefix, file in reversed(files):
+            if key and _holds(file, key[len(prefix) :].strip(".") if key.startswith(prefix) else None):
+                return str(file)
+        return str(path)
+
+    return locate
+
+
+def _holds(file: Path, key: str | None) -> bool:
+    node = yaml.safe_load(file.read_text(encoding="utf-8")) if key else None
+    for part in re.split(r"\.|\[", key or ""):
+        if not isinstance(node, dict) or part not in node:
+            return False
+        node = node[part]
+    return True

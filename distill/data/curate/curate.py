@@ -1,0 +1,420 @@
+"""`distill data curate`: which clips are worth being conditions. Every clip is scored once; thresholds may change afterwards.
+
+    OUT/curate.json                  what was judged and with which thresholds; another kind of folder is refused
+    OUT/scores.parquet               a row a clip: id, fingerprint, scores (`distill.data.curate.scores`), caption, thumbnail, problem
+    OUT/manifest.parquet             the clips that are kept; manifest.refused.jsonl: all others and why
+    OUT/kept.html, removed.html      pages to look at, the clips nearest to a threshold first
+    OUT/references/<key>.png         first frames of the kept clips through a super-resolution model, where one is given
+    OUT/scores.jsonl                 rows of a run that has not ended; the same command goes on from them
+
+A recipe trains on the kept clips with `data=folder data.path=DIR data.manifest=OUT` (`distill.data.recorded`).
+A row is used again while its fingerprint (content, clip, face, version of the formulas) is the same.
+"""
+
+import argparse
+import base64
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from distill.data.curate.candidates import Candidate, opened, read_candidates, read_faces
+from distill.data.curate.models import CaptionRewriter, Upscaler
+from distill.data.curate.scores import SCORES, motion_text, score
+from distill.data.datasets.manifest import Clip, Manifest, Refused
+from distill.data.prepare import page, shards
+from distill.data.prepare.workers import shared_out
+from teachers.config import convert, nearest
+from teachers.errors import UserError
+from teachers.files import atomic_write, make_folder, replacing
+
+NOT_SCORED = 3
+OFFSET = "sync_offset_ms"
+NAMES = (*SCORES, OFFSET)
+ABOUT = {**SCORES, OFFSET: "delay of the picture behind the sound where the motion fits best, in ms"}
+DIGITS = 3
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("fingerprint", pa.string(), nullable=False),
+        *(pa.field(name, pa.float64()) for name in NAMES),
+        pa.field("face_box", pa.list_(pa.float64())),
+        pa.field("thumbnail", pa.binary()),
+        pa.field("problem", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("caption_mark", pa.string()),
+        pa.field("kept", pa.bool_()),
+        pa.field("reasons", pa.list_(pa.string())),
+    ]
+)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Values of a score that are kept."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def complaint(self, name: str, value: float | None) -> str | None:
+        """Why a value is not kept."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        if value is None:
+            return f"{name} cannot be measured"
+        if self.at_least is not None and value < self.at_least:
+            return f"{name} {value:.{DIGITS}f} is below {self.at_least:g}"
+        if self.at_most is not None and value > self.at_most:
+            return f"{name} {value:.{DIGITS}f} is above {self.at_most:g}"
+        return None
+
+    def margin(self, value: float | None) -> float:
+        """Distance of a kept value from the nearer end, as a share of that end."""
+        ends = [end for end in (self.at_least, self.at_most) if end is not None]
+        return (
+            min((abs(value - end) / (abs(end) or 1.0) for end in ends), default=math.inf) if value is not None else 0.0
+        )
+
+
+Thresholds = dict[str, Range]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curated:
+    """The result: rows of all clips in the manifest's order, and how many are kept and could not be scored."""
+
+    rows: list[Row]
+    num_kept: int
+    num_problems: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `distill data curate`."""
+    parser.epilog = (
+        "A recipe trains on the kept clips alone with data=folder data.path=DIR data.manifest=OUT. Of a manifest.parquet, give "
+        "OUT/manifest.parquet to distill data prepare as --annotations: it cuts the kept clips alone."
+    )
+    parser.add_argument("data", type=Path, metavar="DIR", help="what distill data prepare wrote, or a manifest.parquet")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="source videos of a manifest.parquet")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of scores, pages and the manifest"
+    )
+    parser.add_argument(
+        "--thresholds", type=Path, metavar="YAML", help="ranges of the scores (distill/data/curate/curate.yaml)"
+    )
+    parser.add_argument(
+        "--faces",
+        type=Path,
+        metavar="CSV",
+        help="faces of a detector of yours: id,x,y,width,height in shares of a frame",
+    )
+    parser.add_argument(
+        "--captions", type=Path, metavar="MODEL", help="folder of an image-text model that rewrites captions"
+    )
+    parser.add_argument(
+        "--super-resolution",
+        type=Path,
+        metavar="MODEL",
+        help="folder of an image-to-image model for reference pictures",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0 works in this one (one a core)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Curate and say what became of it; 0 when every clip was judged, 3 when some could not be scored. Raises UserError."""
+    if args.workers < 0:
+        raise UserError(f"--workers must be 0 or more: got {args.workers}")
+    thresholds, faces = read_thresholds(args.thresholds), read_faces(args.faces)
+    candidates, manifest = read_candidates(args.data, args.videos, faces)
+    rewriter = CaptionRewriter(args.captions) if args.captions is not None else None
+    upscaler = Upscaler(args.super_resolution) if args.super_resolution is not None else None
+    with tqdm(total=len(candidates), unit="clip", desc="curate", file=sys.stderr) as progress:
+
+        def tick(row: Row) -> None:
+            if row["problem"]:
+                progress.write(f"not scored {row['id']}: {row['problem']}", file=sys.stderr)
+            progress.update()
+
+        done = curate(
+            candidates, manifest, args.out, thresholds, args.workers, tick, rewriter, upscaler, source=str(args.data)
+        )
+    removed = len(done.rows) - done.num_kept - done.num_problems
+    sys.stdout.write(
+        f"{args.out}: {done.num_kept} of {len(done.rows)} clips kept, {removed} removed, {done.num_problems} not scored; "
+        f"look at {args.out / 'kept.html'} and {args.out / 'removed.html'}\n"
+    )
+    return NOT_SCORED if done.num_problems else 0
+
+
+def read_thresholds(path: Path | None) -> Thresholds:
+    """The ranges in a YAML file, the package's own without one; UserError with its key for whatever does not belong."""
+    name = path or "distill/data/curate/curate.yaml"
+    try:
+        text = (
+            path.read_text("utf-8")
+            if path
+            else resources.files("distill.data.curate").joinpath("curate.yaml").read_text("utf-8")
+        )
+        given = yaml.safe_load(text) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"thresholds cannot be read ({error}): {name}; check the path") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"thresholds are no YAML: {name}; write `score: {{at_least: 0.5}}` in each line") from error
+    if not isinstance(given, dict):
+        raise UserError(f"thresholds must be a mapping: {name}; write `score: {{at_least: 0.5}}` in each line")
+    for key in given:
+        if key not in NAMES:
+            raise UserError(f"unknown score '{key}': {name}; {nearest(str(key), NAMES)}")
+    found = {key: convert(Range, value or {}, str(key), lambda _: str(name)) for key, value in given.items()}
+    for key, limits in found.items():
+        if None not in (limits.at_least, limits.at_most) and limits.at_least > limits.at_most:
+            raise UserError(f"range of '{key}' is empty, at_least is above at_most: {name}; correct it")
+    return found
+
+
+def curate(
+    candidates: Sequence[Candidate],
+    manifest: Manifest,
+    out: Path,
+    thresholds: Thresholds,
+    workers: int = 0,
+    tick: Callable[[Row], object] = lambda _: None,
+    rewriter: CaptionRewriter | None = None,
+    upscaler: Upscaler | None = None,
+    source: str = "",
+) -> Curated:
+    """Score what is not scored yet, judge all clips, and write scores, manifest and pages to `out`.
+
+    tick: called once a clip. A clip that cannot be scored is a row with a problem and is not kept. Raises UserError when the
+    folder holds something else, is in use or its disk full; the scores so far stay.
+    """
+    make_folder(out)
+    limits = {name: asdict(value) for name, value in thresholds.items()}
+    with _taken(out, {"data": source, "thresholds": limits}):
+        rows = _score_all(candidates, out, workers, tick)
+        kept = []
+        for candidate, row in zip(candidates, rows, strict=True):
+            _improve(candidate, row, thresholds, rewriter, out)
+            judge(row, thresholds)
+            if row["kept"]:
+                clip = candidate.clip
+                kept.append(clip if row["caption"] is None else replace(clip, text=row["caption"]))
+            if row["kept"] and upscaler is not None:
+                _write_reference(candidate, upscaler, out)
+        _save(out, rows, Manifest(tuple(kept), (*manifest.refused, *_removed(candidates, rows))))
+        clips = {candidate.clip.id: candidate.clip for candidate in candidates}
+        for name, wanted in (("kept", True), ("removed", False)):
+            page.write_page(
+                out / f"{name}.html", "curate.html.j2", page_context(rows, thresholds, wanted, clips, source)
+            )
+    return Curated(rows=rows, num_kept=len(kept), num_problems=sum(row["problem"] is not None for row in rows))
+
+
+def score_row(candidate: Candidate) -> Row:
+    """The row of one clip; whatever is wrong with it is in `problem`."""
+    row = _empty(candidate)
+    try:
+        content = opened(candidate)
+        text = candidate.clip.text
+        found, picture = score(content.frames, content.fps, content.sound, text, content.scale, candidate.box)
+    except Exception as error:  # one bad clip never stops the rest
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return {**row, "problem": f"{kind}{error}"[:500]}
+    return {**row, **found, "thumbnail": page.thumbnail(picture, found["face_box"])}
+
+
+def _empty(candidate: Candidate) -> Row:
+    return {**dict.fromkeys(SCHEMA.names), "id": candidate.clip.id, "fingerprint": candidate.fingerprint}
+
+
+def _score_all(candidates: Sequence[Candidate], out: Path, workers: int, tick: Callable[[Row], object]) -> list[Row]:
+    """Rows of all candidates in their order, taken from earlier runs where the fingerprint is the same."""
+    marks = {candidate.clip.id: candidate.fingerprint for candidate in candidates}
+    rows = {row["id"]: row for row in _known(out) if marks.get(row["id"]) == row["fingerprint"]}
+    waiting = [candidate for candidate in candidates if candidate.clip.id not in rows]
+    for row in rows.values():
+        tick(row)
+    for candidate, row in shared_out(score_row, waiting, workers):
+        row = row or {**_empty(candidate), "problem": "the decoder crashed on it"}
+        _append(out / "scores.jsonl", row)
+        rows[row["id"]] = row
+        tick(row)
+    return [rows[candidate.clip.id] for candidate in candidates]
+
+
+def _known(out: Path) -> list[Row]:
+    """Rows of earlier runs that are whole, the latest of a clip last; those with a problem are tried again."""
+    rows: list[Row] = []
+    with suppress(OSError, pa.ArrowException):
+        table = pq.read_table(out / "scores.parquet")
+        rows += table.to_pylist() if table.schema.remove_metadata() == SCHEMA else []
+    for line in _whole_lines(out / "scores.jsonl"):
+        with suppress(ValueError, TypeError):
+            row = json.loads(line)
+            if row.keys() == set(SCHEMA.names):
+                rows.append({**row, "thumbnail": base64.b64decode(row["thumbnail"]) if row["thumbnail"] else None})
+    return [row for row in rows if row["problem"] is None]
+
+
+def _append(path: Path, row: Row) -> None:
+    """Add a row to the unfinished run's, in one line."""
+    picture = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "thumbnail": picture}) + "\n")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full: {path}; make room and run the same command again") from error
+        raise UserError(f"scores cannot be written ({error.strerror}): {path}; choose another --out") from error
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """The lines of the file; one that a killed run began is cut off."""
+    with suppress(FileNotFoundError), path.open("rb+") as file:
+        data = file.read()
+        file.truncate(data.rfind(b"\n") + 1)
+        return data[: data.rfind(b"\n") + 1].splitlines()
+    return []
+
+
+def _improve(
+    candidate: Candidate, row: Row, thresholds: Thresholds, rewriter: CaptionRewriter | None, out: Path
+) -> None:
+    """Rewrite the caption of a clip that only its caption could remove; without a rewriter it is the clip's own again."""
+    if rewriter is not None and row["caption_mark"] == rewriter.mark:
+        return
+    row.update(caption=None, caption_mark=None, motion_text=motion_text(candidate.clip.text))
+    others = {name: limits for name, limits in thresholds.items() if name != "motion_text"}
+    if rewriter is None or row["problem"] is not None or complaints(row, others):
+        return
+    try:
+        caption = rewriter(_first_frame(candidate), candidate.clip.text)
+    except (UserError, ValueError, RuntimeError) as error:
+        row["problem"] = f"caption: {error}"[:500]
+    else:
+        row.update(caption=caption, caption_mark=rewriter.mark, motion_text=motion_text(caption))
+        _append(out / "scores.jsonl", row)
+
+
+def _first_frame(candidate: Candidate) -> torch.Tensor:
+    return torch.from_numpy(next(iter(opened(candidate).frames)).copy())
+
+
+def _write_reference(candidate: Candidate, upscaler: Upscaler, out: Path) -> None:
+    """Its first frame with more pixels; made once for a model and a clip."""
+    make_folder(out / "references")
+    path = out / "references" / f"{shards.sample_key(candidate.clip.id)}.png"
+    mark = f"{candidate.fingerprint} {upscaler.mark}"
+    with suppress(OSError), Image.open(path) as before:
+        if before.info.get("fingerprint") == mark:
+            return
+    picture = Image.fromarray(upscaler(_first_frame(candidate)).numpy())
+    facts = PngInfo()
+    facts.add_text("fingerprint", mark)
+    with replacing(path, picture.width * picture.height * 3) as temporary:
+        picture.save(temporary, "PNG", pnginfo=facts)
+
+
+def complaints(row: Row, thresholds: Thresholds) -> dict[str, str]:
+    """Score -> why it removes the clip."""
+    found = {name: limits.complaint(name, row[name]) for name, limits in thresholds.items()}
+    return {name: words for name, words in found.items() if words is not None}
+
+
+def judge(row: Row, thresholds: Thresholds) -> None:
+    """Say in `row` whether the clip is kept, and why not."""
+    reasons = [f"cannot be scored: {row['problem']}"] if row["problem"] else list(complaints(row, thresholds).values())
+    row.update(kept=not reasons, reasons=reasons)
+
+
+def _removed(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[Refused]:
+    pairs = zip(candidates, rows, strict=True)
+    return [Refused(c.clip.id, c.clip.source, "; ".join(row["reasons"])) for c, row in pairs if not row["kept"]]
+
+
+def _save(out: Path, rows: Sequence[Row], manifest: Manifest) -> None:
+    """Scores and manifest in place; then the rows of the unfinished run are not needed."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    with replacing(out / "scores.parquet", table.nbytes) as temporary:
+        pq.write_table(table, temporary)
+    manifest.save(out / "manifest.parquet")
+    (out / "scores.jsonl").unlink(missing_ok=True)
+
+
+def page_context(
+    rows: Sequence[Row], thresholds: Thresholds, kept: bool, clips: Mapping[str, Clip], source: str
+) -> dict[str, Any]:
+    """What the page of the kept or of the removed clips shows; the clips nearest to a threshold come first."""
+
+    def nearness(row: Row) -> tuple[float, str]:
+        if kept:
+            return min((limits.margin(row[name]) for name, limits in thresholds.items()), default=0.0), row["id"]
+        return float(len(row["reasons"])), row["id"]
+
+    chosen = sorted((row for row in rows if row["kept"] == kept), key=nearness)
+    cards = [
+        {
+            "id": row["id"],
+            "thumbnail": row["thumbnail"],
+            "reasons": row["reasons"],
+            "failed": complaints(row, thresholds),
+            "scores": [(name, "-" if row[name] is None else f"{row[name]:.{DIGITS}g}") for name in NAMES],
+            "text": row["caption"] if row["caption"] is not None else clips[row["id"]].text,
+        }
+        for row in chosen[: page.MOST_CARDS]
+    ]
+    plots = []
+    for name in NAMES:
+        limits, values = thresholds.get(name, Range()), [row[name] for row in rows if row[name] is not None]
+        drawn = page.histogram(values, (limits.at_least, limits.at_most))
+        plots.append({"name": name, "about": ABOUT[name], "svg": drawn})
+    num_kept = sum(row["kept"] for row in rows)
+    return {
+        "title": "Kept clips" if kept else "Removed clips",
+        "lead": f"{num_kept} of {len(rows)} clips are kept, {len(rows) - num_kept} removed{f': {source}' if source else ''}",
+        "note": "The frame in a picture is the face as it was found; where it is not one, the scores of the face mean nothing.",
+        "plots": plots,
+        "heading": "Kept, the nearest to removal first" if kept else "Removed, those with the fewest reasons first",
+        "num_hidden": len(chosen) - len(cards),
+        "cards": cards,
+    }
+
+
+@contextmanager
+def _taken(out: Path, request: dict[str, Any]) -> Iterator[None]:
+    """Only one process curates into a folder, and only into an empty one or its own; UserError otherwise."""
+    path = out / "curate.json"
+    if not path.is_file() and any(out.iterdir()):
+        raise UserError(f"not a folder of curated data: {out} holds something else; choose another --out")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in out.rglob(".*.tmp"):
+            file.unlink(missing_ok=True)
+        atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another curate writes here: {out}; wait for it or choose another --out") from error
+    except PermissionError as error:
+        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
+    finally:
+        os.close(folder)

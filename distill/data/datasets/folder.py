@@ -1,0 +1,269 @@
+"""Any folder of clips: every mp4, mov, mkv or webm in it, with texts and other facts from files beside them.
+
+`NAME.txt` beside `NAME.mp4` is the clip's text. A `metadata.csv`, `metadata.json` or `metadata.jsonl` has a row for every clip:
+`file_name` (relative to the folder; the name that Hugging Face's VideoFolder uses) and any of the columns in `COLUMNS`.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+from distill.data.datasets.manifest import SAFE_ID, Clip, Manifest, Refused, clip_or_refusal, gather, read_lines
+from teachers.config import nearest
+from teachers.errors import UserError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
+OTHER_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".wmv")
+METADATA = ("metadata.csv", "metadata.json", "metadata.jsonl")
+COLUMNS = ("id", "start", "end", "crop", "crop_size", "text", "licence", "split", "identity")
+
+
+def read(annotations: Path | None, videos: Path | None = None, *, dataset: str = "folder") -> Manifest:
+    """Clips of the folder `videos`; `annotations` is a metadata file or a folder that may hold one. Either may be left out.
+
+    Without metadata every video is a clip as a whole, named after its path and with itself as its identity. With metadata
+    its rows are the clips, and a video that has no row is refused. In a csv `crop` is "x y width height" in pixels, `crop_size`
+    "width height"; in json they are lists. UserError when a folder or the metadata cannot be read at all.
+    """
+    given = annotations or videos
+    if given is None:
+        raise UserError("no folder of clips: neither annotations nor videos; give one")
+    metadata = _metadata_file(Path(given))
+    where = Path(videos or (metadata.parent if metadata else given))
+    library = Videos(where)
+    rows: list[Clip | Refused] = list(library.refused)
+    if metadata is None:
+        rows += [_clip(library, {"file_name": source}, dataset) for source in library.sources]
+    else:
+        rows += _described(library, metadata, dataset)
+    return gather(rows)
+
+
+class Videos:
+    """The source videos under a folder, found by name; without a folder every name is taken to be an mp4 of that name.
+
+    Hidden files and files that are no videos are passed over. In `refused` are folders that cannot be read or are links,
+    and videos of other formats.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = None if folder is None else Path(folder)
+        self.sources: list[str] = []
+        self.refused: list[Refused] = []
+        self._by_stem: dict[str, list[str]] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
+        if self.folder is not None:
+            self._walk(self.folder)
+
+    def find(self, *stems: str) -> str:
+        """The source whose name without suffix is the first of `stems` that there is; UserError when none or several are."""
+        if self.folder is None:
+            return f"{stems[0]}.mp4"
+        for stem in stems:
+            found = self._by_stem.get(stem, [])
+            if len(found) > 1:
+                raise UserError(f"several videos of one name: {', '.join(found)}; keep one")
+            if found:
+                return found[0]
+        raise UserError(
+            f"video not found: {' or '.join(stems)} ({', '.join(VIDEO_SUFFIXES)}); put it there or ignore it"
+        )
+
+    def size(self, source: str) -> tuple[int, int]:
+        """Width and height in pixels of the upright picture; UserError when the file holds none."""
+        if source not in self._sizes:
+            self._sizes[source] = probe(self._path(source))[0]
+        return self._sizes[source]
+
+    def seconds(self, source: str) -> float:
+        """The length that the file claims; UserError when it claims none."""
+        return probe(self._path(source))[1]
+
+    def text(self, source: str) -> str:
+        """What `NAME.txt` beside the video says, or nothing; UserError when that is not UTF-8."""
+        path = self._path(source).with_suffix(".txt")
+        try:
+            return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"text cannot be read ({error}): {path.name}; save it as UTF-8") from error
+
+    def _path(self, source: str) -> Path:
+        if self.folder is None:
+            raise ValueError("no folder of videos was given")
+        return self.folder / source
+
+    def _walk(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise UserError(
+                f"folder of videos {'is no folder' if folder.exists() else 'not found'}: {folder}; check the path"
+            )
+        for where, folders, files in os.walk(folder, onerror=self._unreadable):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            here = PurePosixPath(Path(where).relative_to(folder).as_posix())
+            for name in folders:
+                if Path(where, name).is_symlink():
+                    self.refused.append(Refused(name, (here / name).as_posix(), "a link to a folder is not followed"))
+            for name in files:
+                self._add((here / name).as_posix())
+        self.sources.sort()
+        for source in self.sources:
+            self._by_stem.setdefault(PurePosixPath(source).stem, []).append(source)
+
+    def _add(self, name: str) -> None:
+        if PurePosixPath(name).name.startswith("."):
+            return
+        if name.lower().endswith(VIDEO_SUFFIXES):
+            if self._path(name).is_file():
+                self.sources.append(name)
+            else:
+                self.refused.append(Refused(name, name, "not a regular file"))
+        elif name.lower().endswith(OTHER_SUFFIXES):
+            self.refused.append(Refused(name, name, f"not one of {', '.join(VIDEO_SUFFIXES)}"))
+
+    def _unreadable(self, error: OSError) -> None:
+        path = Path(error.filename)
+        if path == self.folder:
+            raise UserError(
+                f"folder of videos cannot be read ({error.strerror}): {path}; check its permissions"
+            ) from error
+        self.refused.append(Refused(path.name, path.name, f"folder cannot be read: {error.strerror}"))
+
+
+def probe(path: Path) -> tuple[tuple[int, int], float]:
+    """Width and height in pixels of the upright first picture, and the seconds that the file claims to last; UserError."""
+    try:
+        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
+            streams = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+            frame = next((frame for stream in streams for frame in container.decode(stream)), None)
+            if frame is None or container.duration is None:
+                raise UserError(f"no film in it: {path.name}; replace the file")
+            turned = round(frame.rotation / 90) % 2 == 1
+            size = (frame.height, frame.width) if turned else (frame.width, frame.height)
+            return size, container.duration / av.time_base
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(f"video cannot be read ({error.strerror}): {path.name}; replace the file") from error
+
+
+def _metadata_file(path: Path) -> Path | None:
+    """The metadata file that `path` is or, as a folder, holds; UserError when it holds several or is neither."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"annotations not found: {path}; give a metadata file or a folder")
+    found = [path / name for name in METADATA if (path / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"several metadata files: {', '.join(file.name for file in found)} in {path}; keep one")
+    return found[0] if found else None
+
+
+def _described(library: Videos, metadata: Path, dataset: str) -> Iterator[Clip | Refused]:
+    """A clip or refusal for every row of `metadata`, and a refusal for every video without a row."""
+    rows = list(_rows(metadata))
+    num_rows = Counter(row["file_name"] for row in rows if not isinstance(row, Refused))
+    known, taken = set(library.sources), Counter()
+    for row in rows:
+        if isinstance(row, Refused):
+            yield row
+        elif (source := row["file_name"]) not in known:
+            yield Refused(str(row.get("id", source)), source, f"{metadata.name} names a video that is not there")
+        else:
+            yield _clip(library, row, dataset, taken[source] if num_rows[source] > 1 else None)
+            taken[source] += 1
+    for source in library.sources:
+        if source not in num_rows:
+            yield Refused(source, source, f"no row in {metadata.name}")
+
+
+def _clip(library: Videos, row: dict[str, Any], dataset: str, index: int | None = None) -> Clip | Refused:
+    """The clip of a metadata row; clips of one file are numbered by `index` where they have no id of their own."""
+    source, number = row["file_name"], "" if index is None else f"_{index:03d}"
+    fields = {"id": safe_id(source) + number, "identity": source, "start": 0.0, **row}
+    del fields["file_name"]
+    try:
+        if fields.get("crop") is not None and fields.get("crop_size") is None:
+            fields["crop_size"] = library.size(source)
+        fields["text"] = fields.get("text") or library.text(source)
+    except UserError as error:
+        return Refused(str(fields["id"]), source, str(error))
+    return clip_or_refusal(dataset=dataset, source=source, **fields)
+
+
+def safe_id(source: str) -> str:
+    """`source` without its suffix as an id, folders joined by `__`; a name with other characters gets a hash instead of them."""
+    stem = PurePosixPath(source).with_suffix("").as_posix()
+    name = stem.replace("/", "__").replace(".", "_")
+    if SAFE_ID.fullmatch(name) and len(name) <= 150:
+        return name
+    digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return (re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:120] + "-" + digest).lstrip("-")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any] | Refused]:
+    """Rows of a metadata file with their values typed; a row that is not one is a Refused; UserError for the whole file."""
+    if path.suffix == ".json":
+        pairs: Iterator[tuple[int, Any] | Refused] = iter(enumerate(_json_list(path), start=1))
+    elif path.suffix == ".jsonl":
+        pairs = (line if isinstance(line, Refused) else (line[0], _json(line[1])) for line in read_lines(path))
+    else:
+        pairs = _csv_rows(path)
+    for pair in pairs:
+        if isinstance(pair, Refused):
+            yield pair
+            continue
+        number, values = pair
+        where = f"{path.name}:{number}"
+        if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
+            yield Refused(where, path.name, "a row must have a file_name")
+            continue
+        for name in values.keys() - {"file_name", *COLUMNS}:
+            raise UserError(f"unknown column '{name}': {where}; {nearest(str(name), COLUMNS)}")
+        try:
+            yield {name: _typed(name, value) for name, value in values.items() if value is not None and value != ""}
+        except (ValueError, TypeError, OverflowError) as error:
+            yield Refused(where, values["file_name"], f"a value cannot be read: {error}")
+
+
+def _typed(name: str, value: Any) -> Any:
+    if name in ("start", "end"):
+        return float(value)
+    if name in ("crop", "crop_size"):
+        return tuple(int(part) for part in value.split()) if isinstance(value, str) else tuple(value)
+    return value
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any] | Refused]:
+    lines = list(read_lines(path))
+    yield from (line for line in lines if isinstance(line, Refused))
+    good = [line for line in lines if not isinstance(line, Refused)]
+    reader = csv.DictReader(io.StringIO("\n".join(text for _, text in good)), restkey="(too many values)", strict=True)
+    try:
+        yield from ((good[reader.line_num - 1][0], row) for row in reader)
+    except csv.Error as error:
+        raise UserError(f"not a csv file ({error}): {path}; save it again") from error
+
+
+def _json_list(path: Path) -> list[Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"metadata cannot be read ({error}): {path}; save it as UTF-8 json") from error
+    if not isinstance(values, list):
+        raise UserError(f"metadata must be a list of rows: {path}; see metadata.jsonl for one row a line")
+    return values
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

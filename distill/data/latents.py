@@ -1,0 +1,275 @@
+"""Clips as training data: resumable shards of latents and features, and how batches are read from them. The embedded world."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distill.data.codec_training import fit_codec
+from distill.data.procedural import duplex, render
+from distill.data.procedural.source import DataConfig
+from distill.data.source import Clips, Source
+from distill.methods import Batch
+from distill.training.engine import Engine
+from teachers.checkpoints.weights import read_json
+from teachers.codecs.dc_ae import DCAEConfig
+from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
+from teachers.conditions import Conditions, pack_rows, side_by_side
+from teachers.encoders.small import TextConfig, TextEncoder
+from teachers.errors import UserError
+from teachers.files import load_tensors, save_tensors
+from teachers.flow import keyed_generator
+from teachers.registry import Codec, Ears, Text
+
+CPU, CLIP_AUDIO = torch.device("cpu"), "clip_audio"
+
+
+@dataclass(frozen=True)
+class Senses:
+    """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen).
+
+    They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
+    `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_mark`).
+    """
+
+    codec: Codec
+    ears: Ears
+    text: Text
+    reference: bool = True
+    negative: str | None = None
+    device: torch.device = CPU
+    mark: str = ""
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w]."""
+        return self.codec.encode(to_float(video.to(self.device))).float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, F, h, w] -> uint8 [N, 3, T, H, W]."""
+        return to_uint8(self.codec.decode(latents.to(self.device))).cpu()
+
+    @torch.no_grad()
+    def conditions(
+        self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int, pose: Tensor | None = None
+    ) -> Conditions:
+        """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]."""
+        audio, stride = audio.to(self.device), self.codec.config.stride
+        rows, whole = self.ears(audio, 0, num_frames), self.ears.of_clip(audio, num_frames)
+        if audio.ndim == 3:
+            rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
+        packed = pack_rows(rows.float().cpu(), stride)
+        return Conditions(
+            text=self.read(text),
+            audio=packed,
+            reference=reference if self.reference else None,
+            negative=self.negatives(len(text)),
+            clip_audio=None if whole is None else pack_rows(whole.float().cpu(), stride),
+            pose=None if pose is None else pack_rows(pose, stride),
+        )
+
+    @torch.no_grad()
+    def read(self, text: list[str]) -> Tensor:
+        """Token features fp32 [N, L, D]."""
+        return self.text(text).float().cpu()
+
+    def negatives(self, count: int) -> Tensor | None:
+        """Features [N, L, D] of the negative prompt, None without one."""
+        return None if self.negative is None else self.read([self.negative]).expand(count, -1, -1)
+
+    def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:
+        """Latents and conditions of whole clips."""
+        x0 = self.encode(clips.video)
+        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2], clips.pose)
+
+
+class Stored:
+    """Rows of tensors [n, ...] that stay on disk (safetensors maps its files into memory); indexed by rows [B] as one tensor is."""
+
+    def __init__(self, parts: list[Tensor]):
+        self.parts = parts
+        self.starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        self.shape = torch.Size((int(self.starts[-1]), *parts[0].shape[1:]))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.shape[0]:
+            raise IndexError(f"rows of {self.shape[0]}: got {rows.tolist()}")
+        of_part = torch.searchsorted(self.starts, rows, right=True) - 1
+        pairs = zip(of_part.tolist(), (rows - self.starts[of_part]).tolist(), strict=True)
+        return torch.stack([self.parts[part][row] for part, row in pairs])
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]; where there are such,
+    features [1, L, D] of the negative prompt, the rows that bidirectional networks hear, pose rows [N, F, stride, P]."""
+
+    x0: Tensor | Stored
+    audio: Tensor | Stored
+    text: Tensor | Stored
+    negative: Tensor | None = None
+    reference: bool = True
+    clip_audio: Tensor | Stored | None = None
+    pose: Tensor | Stored | None = None
+
+    def __len__(self) -> int:
+        return self.x0.shape[0]
+
+    def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
+        x0 = self.x0[rows].float()
+        negative = None if self.negative is None else self.negative.expand(len(rows), -1, -1)
+        given = x0[:, :, :1] if self.reference else None
+        whole = None if self.clip_audio is None else self.clip_audio[rows]
+        conditions = Conditions(
+            text=self.text[rows],
+            audio=self.audio[rows],
+            reference=given,
+            negative=negative,
+            clip_audio=whole,
+            pose=None if self.pose is None else self.pose[rows],
+        )
+        return Batch(conditions=conditions.to(device), x0=x0.to(device))
+
+
+def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+    """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
+    split over processes."""
+    source.verify(engine.rank, engine.world_size)
+    (first,) = source.train(seed, [0])
+    if engine.is_main:
+        if isinstance(config.codec, CodecConfig) and not (folder / "codec.safetensors").is_file():
+            codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
+            save_tensors(folder / "codec.safetensors", codec.state_dict())
+        if (
+            isinstance(config.codec, DCAEConfig)
+            and config.codec.fitted
+            and not (folder / "codec.safetensors").is_file()
+        ):
+            learned = range(1, min(config.codec.fit.shards, source.num_shards))
+            videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
+            fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
+        if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
+            rng = keyed_generator(seed, "text")
+            fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(folder / "text")
+            (folder / "text" / "done").touch()
+    engine.barrier()
+    senses = load_senses(config, folder, device=engine.device)
+
+    def clips_of(numbers: Sequence[int]) -> Iterator[Clips]:
+        yield from [first] if 0 in numbers else []
+        yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
+
+    clips = write_shards(source, folder, engine, senses, clips_of)
+    original = to_float(first.video[:64])
+    error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
+    stages = read_json(folder / "codec.json")  # of a codec that was trained
+    found = {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
+    return found | ({"codec": stages} if stages else {})
+
+
+def write_shards(
+    source: Source, folder: Path, engine: Engine, senses: Senses, clips_of: Callable[[Sequence[int]], Iterable[Clips]]
+) -> int:
+    """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and their mirror
+    images, and the negative prompt; returns the number of clips."""
+    mine, mark = range(engine.rank, source.num_shards, engine.world_size), senses.mark
+    files = [folder / f"shard-{i:05d}.safetensors" for i in mine]
+    missing = [i for i, file in zip(mine, files, strict=True) if not file.is_file()]
+    done = len(mine) - len(missing)
+    bar = tqdm(missing, desc=folder.name, total=len(mine), initial=done, disable=not engine.is_main)
+    for i, clips in zip(bar, clips_of(missing), strict=True):
+        file = folder / f"shard-{i:05d}.safetensors"
+        both = []
+        for video, pose in ((clips.video, clips.pose), (clips.video.flip(-1), duplex.mirrored(clips.pose))):
+            shown = Clips(video=video, audio=clips.audio, text=clips.text, labels={}, pose=pose)
+            x0, conditions = senses.of_clips(shown)
+            parts = {
+                "x0": x0.half(),
+                "audio": conditions.audio,
+                "text": conditions.text,
+                CLIP_AUDIO: conditions.clip_audio,
+                "pose": conditions.pose,
+            }
+            both.append({name: part for name, part in parts.items() if part is not None})
+        save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
+    engine.barrier()
+    negative = senses.negatives(1)
+    if engine.is_main and negative is not None:
+        save_tensors(folder / "negative.safetensors", {"text": negative})
+    engine.barrier()
+    return 2 * source.num_train
+
+
+def load_senses(config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU) -> Senses:
+    """Codec, ears and text encoder of a finished data stage, on `device`."""
+    codec = config.codec.load(folder, *config.world.size)
+    ears, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
+    for part in (codec, ears, text):
+        part.to(device)
+    return Senses(codec, ears, text, reference, config.negative, device, fitted_mark(folder))
+
+
+def fitted_mark(folder: Path) -> str:
+    """Which fitted codec and text encoder a data stage holds: a hash of their files. Those given are in the stage's fingerprint."""
+    digest = hashlib.sha256()
+    for file in (folder / "codec.safetensors", *sorted((folder / "text").glob("*"))):
+        if file.is_file():
+            digest.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
+    """All shards of a finished data stage; they stay on disk. UserError for one that senses of another `mark` made."""
+    files = sorted(folder.glob("shard-*.safetensors"))
+    for file in files:
+        if (made := _made_by(file)) not in (None, mark):
+            raise UserError(
+                f"stale features: {file} was made by another codec or text encoder ({made[:12]}) than the data stage holds "
+                f"({mark[:12]}); delete {folder} and run again"
+            )
+    parts = [load_tensors(file) for file in files]
+    whole = {
+        key: Stored([part[key] for part in parts])
+        for key in ("x0", "audio", "text", CLIP_AUDIO, "pose")
+        if key in parts[0]
+    }
+    file = folder / "negative.safetensors"
+    return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
+
+
+def _made_by(file: Path) -> str | None:
+    """The mark of the senses that made a shard, None where it says none."""
+    with file.open("rb") as content:
+        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    return header.get("__metadata__", {}).get("senses")
+
+
+def fit_text(
+    size: TextConfig, texts: list[str], meanings: Mapping[str, tuple[Tensor, int]], steps: int, rng: torch.Generator
+) -> TextEncoder:
+    """Tokenizer and text encoder, taught for `steps` to tell what texts mean (see `Source.meanings`), words dropped at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.initial_seed())
+        encoder = TextEncoder.build(size, texts)
+        heads = nn.ModuleDict({name: nn.Linear(size.dim, num) for name, (_, num) in meanings.items()})
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3)
+    for _ in range(steps):
+        rows = torch.randint(0, len(texts), (32,), generator=rng)
+        said = []
+        for i in rows.tolist():
+            words = texts[i].split()
+            keep = torch.rand(len(words), generator=rng) > 0.05
+            said.append(" ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept))
+        pooled = encoder(said).mean(dim=1)
+        losses = [nn.functional.cross_entropy(heads[name](pooled), of[rows]) for name, (of, _) in meanings.items()]
+        loss = torch.stack(losses).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return encoder.eval().requires_grad_(False)

@@ -1,0 +1,382 @@
+"""One clip of a film, cut by presentation times: the picture nearest to each frame time, and the sound under it to a sample.
+
+A clip starts at the picture nearest to the start that was asked for, so that at equal rates sound and pictures lie as in the film;
+frame k shows the picture nearest to that start + k / fps, and the sound is the film's at 16 kHz from that start on.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.data.datasets.manifest import Clip
+from distill.data.prepare.video import SAMPLE_RATE, Picture, pictures, read_sound
+from teachers.errors import UserError
+from teachers.media.read import upright
+from teachers.media.write import BT709, LIMITED_RANGE
+
+LOSSLESS = 0
+SNAP = Fraction(1, 10)  # seconds from the asked start within which a picture becomes the clip's start
+SHORT = Fraction(1, 10)  # seconds by which pictures or sound may end too early
+ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
+HOLE = Fraction(1, 2)  # seconds from a frame to the nearest picture that are too many
+CUT_DIFFERENCE, CUT_RATIO, CUT_NEIGHBOURS = 15.0, 3.0, 2  # the first of 255 levels; see `scene_cuts`
+THUMBNAIL = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutConfig:
+    """What a clip becomes.
+
+    fps: frames a second; size: height and width, None keeps those of the crop (made even)
+    crf: quality of H.264, 0 is lossless; cuts: what is done with a clip that has a scene cut
+    min_seconds: shorter clips are refused; max_seconds: longer ones lose their end; silent: clips without sound are taken
+    """
+
+    fps: Fraction = Fraction(16)
+    size: tuple[int, int] | None = None
+    crf: int = 10
+    cuts: Literal["refuse", "longest", "keep"] = "refuse"
+    min_seconds: float = 1.0
+    max_seconds: float | None = None
+    silent: bool = False
+
+    def __post_init__(self):
+        if self.fps <= 0:
+            raise UserError(f"fps must be above 0: got {self.fps}; give 16 or 25")
+        if self.size is not None and min(self.size) < 16:
+            raise UserError(f"height and width must be 16 or more: got {self.size}; give e.g. 512x512")
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"crf must be 0 (lossless) to 51: got {self.crf}; 10 is near the source")
+        if self.max_seconds is not None and self.max_seconds < self.min_seconds:
+            raise UserError(f"longest clip {self.max_seconds} s is shorter than the shortest {self.min_seconds} s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A cut clip: what was made, and where it came from. The film itself lies in a file.
+
+    sound: float32 [S] at 16 kHz, S = round(16000 * num_frames / fps), None without; facts: plain data for the sample's json
+    """
+
+    num_frames: int
+    sound: Tensor | None
+    facts: dict[str, Any]
+
+
+@dataclass
+class _Taken:
+    """What `_film` learns of a clip while its frames go by; times are seconds of the film."""
+
+    num_frames: int = 0
+    num_pictures: int = 0  # different ones that became a frame
+    num_skipped: int = 0  # between the first and the last of them
+    origin: Fraction = Fraction(0)
+    end: Fraction = Fraction(0)  # of the last picture that was seen
+    shift: Fraction = Fraction(0)  # largest distance between a frame's time and its picture's
+    shortest: Fraction = Fraction(10**6)  # least and greatest distance between two pictures
+    longest: Fraction = Fraction(0)
+    thumbnails: list[Tensor] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def cut(clip: Clip, path: Path, config: CutConfig, film: Path) -> Piece:
+    """Write the frames of `clip` from the source at `path` to the mp4 `film` and return the rest.
+
+    Raises UserError with the reason why a clip is refused, OSError when `film` cannot be written.
+    """
+    start = _seconds(clip.start)
+    end = None if clip.end is None else _seconds(clip.end)
+    if config.max_seconds is not None:
+        longest = start + _seconds(config.max_seconds)
+        end = longest if end is None else min(end, longest)
+    count = None if end is None else math.floor((end - start + ROUNDING) * config.fps)
+    if count is not None:
+        _check_length(count, config)
+    taken = _film(clip, path, config, film, start, count)
+    if count is not None and clip.end is not None and (count - taken.num_frames) / config.fps > SHORT:
+        raise UserError(f"pictures end at {float(taken.end):.2f} s: the clip lasts until {float(end or 0):.2f} s")
+    _check_length(taken.num_frames, config)
+    if taken.shift > HOLE:
+        raise UserError(
+            f"a frame has no picture within {float(HOLE)} s: the nearest is {float(taken.shift):.2f} s away"
+        )
+    cuts, score = scene_cuts(taken.thumbnails)
+    if cuts and config.cuts == "longest":
+        first, last = max(pairwise([0, *cuts, taken.num_frames]), key=lambda shot: shot[1] - shot[0])
+        shot = [float(taken.origin + number / config.fps) for number in (first, last)]
+        kept = cut(replace(clip, start=shot[0], end=shot[1]), path, replace(config, cuts="refuse"), film)
+        return replace(
+            kept,
+            facts={**kept.facts, "shot_of": [float(taken.origin), float(taken.origin + taken.num_frames / config.fps)]},
+        )
+    if cuts and config.cuts == "refuse":
+        at = ", ".join(f"{float(taken.origin + number / config.fps):.2f}" for number in cuts[:3])
+        raise UserError(f"scene cut at {at} s{' and more' if len(cuts) > 3 else ''}")
+    sound, sound_facts = _sound(path, taken, config)
+    return Piece(
+        num_frames=taken.num_frames,
+        sound=sound,
+        facts={**_facts(taken, config), **sound_facts, "scene_cut_frames": cuts, "scene_change": round(score, 3)},
+    )
+
+
+def _check_length(num_frames: int, config: CutConfig) -> None:
+    if num_frames < config.min_seconds * config.fps:
+        seconds = float(num_frames / config.fps)
+        raise UserError(
+            f"too short: {num_frames} frames, {seconds:.2f} s; at least {config.min_seconds} s are asked for"
+        )
+
+
+def _seconds(value: float) -> Fraction:
+    return Fraction(value).limit_denominator(10**6)
+
+
+def _facts(taken: _Taken, config: CutConfig) -> dict[str, Any]:
+    """How the frames came about, as plain data."""
+    variable = taken.longest - taken.shortest > Fraction(2, 1000)
+    return {
+        "fps": str(config.fps),
+        "frames": taken.num_frames,
+        "start": float(taken.origin),
+        "end": float(taken.origin + taken.num_frames / config.fps),
+        **taken.facts,
+        "variable_frame_rate": variable,
+        "resampling": {
+            "frames_repeated": taken.num_frames - taken.num_pictures,
+            "pictures_skipped": taken.num_skipped,
+            "largest_shift_ms": round(float(taken.shift) * 1000, 3),
+        },
+    }
+
+
+def _sound(path: Path, taken: _Taken, config: CutConfig) -> tuple[Tensor | None, dict[str, Any]]:
+    """Sound [S] under the frames, with silence where up to SHORT seconds of it are missing, and facts about it."""
+    count = round(taken.num_frames * SAMPLE_RATE / config.fps)
+    heard = read_sound(path, round(taken.origin * SAMPLE_RATE), count)
+    if heard is None:
+        if config.silent:
+            return None, {"sample_rate": None, "samples": 0}
+        raise UserError("no audio track; --silent takes such clips")
+    samples, late, early = heard
+    for missing, words in ((late, "starts {} s after the pictures"), (early, "ends {} s before the pictures")):
+        if missing > SHORT * SAMPLE_RATE:
+            raise UserError(f"sound {words.format(round(missing / SAMPLE_RATE, 2))}")
+    power = samples.double().square().mean().item()
+    return samples, {
+        "sample_rate": SAMPLE_RATE,
+        "samples": count,
+        "silence_added": late + early,
+        "loudness_dbfs": round(10 * math.log10(power), 2) if power > 0 else None,
+    }
+
+
+def _film(clip: Clip, path: Path, config: CutConfig, target: Path, start: Fraction, count: int | None) -> _Taken:
+    """Encode at most `count` frames of the clip and say what was seen of it."""
+    taken, pixels = _Taken(), None
+    with closing(pictures(path, start)) as source, _Encoder(target, config) as encoder:
+        waiting: deque[tuple[av.VideoFrame, bool]] = deque()  # frames whose time has pictures, not yet to its end
+
+        def write_covered() -> None:
+            nonlocal pixels
+            while waiting and taken.origin + (taken.num_frames + 1) / config.fps <= taken.end + ROUNDING:
+                picture, fresh = waiting.popleft()
+                if fresh or pixels is None:
+                    if picture.is_corrupt:
+                        at = float(taken.origin + taken.num_frames / config.fps)
+                        raise UserError(f"damaged picture at {at:.2f} s")
+                    pixels = _cropped(upright(picture, "rgb24"), clip, config, taken)
+                encoder.write(pixels)
+                taken.thumbnails.append(_thumbnail(pixels))
+                taken.num_frames += 1
+                taken.num_pictures += fresh
+
+        for found in nearest(_watch(source, start, taken), start, config.fps, count, taken):
+            waiting.append(found)
+            write_covered()
+        write_covered()
+        if taken.num_frames == 0 and start >= taken.end:
+            raise UserError(f"no picture at {float(start):.2f} s: the pictures end at {float(taken.end):.2f} s")
+    return taken
+
+
+def _watch(source: Iterable[Picture], start: Fraction, taken: _Taken) -> Iterator[Picture]:
+    """The same pictures; those from the clip's start on are counted and their distances noted."""
+    last = None
+    for picture in source:
+        if last is not None and last.time >= start:
+            distance = picture.time - last.time
+            taken.shortest, taken.longest = min(taken.shortest, distance), max(taken.longest, distance)
+        last = picture
+        taken.facts["source_fps"], taken.facts["rotation"] = str(picture.rate), round(picture.frame.rotation)
+        taken.end = picture.time + picture.duration
+        yield picture
+
+
+def nearest(
+    source: Iterable[Picture], start: Fraction, fps: Fraction, count: int | None, taken: _Taken
+) -> Iterator[tuple[av.VideoFrame, bool]]:
+    """For frames 0, 1, ... the picture nearest to the frame's time (the earlier of two), and whether it is a new one.
+
+    Ends after `count` frames and when their time is over, or with the pictures. Sets origin, shift and num_skipped.
+    """
+    held, number, fresh, passed = None, 0, True, 0
+
+    def wanted() -> Fraction:
+        return start if number == 0 else taken.origin + number / fps
+
+    def take(picture: Picture) -> None:
+        nonlocal number
+        if number == 0:
+            taken.origin = picture.time if abs(picture.time - start) <= SNAP else start
+        taken.shift = max(taken.shift, abs(taken.origin + number / fps - picture.time))
+        number += 1
+
+    for picture in source:
+        while held is not None and number != count and wanted() - held.time <= picture.time - wanted():
+            taken.num_skipped += passed
+            take(held)
+            yield held.frame, fresh
+            fresh, passed = False, 0
+        if number == count and taken.end >= taken.origin + number / fps:
+            return
+        passed += held is not None and fresh and number > 0
+        held, fresh = picture, True
+    while held is not None and number != count and wanted() < held.time + held.duration:
+        taken.num_skipped += passed
+        take(held)
+        yield held.frame, fresh
+        fresh, passed = False, 0
+
+
+def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, taken: _Taken) -> Tensor:
+    """uint8 [H, W, 3]: the clip's crop of an upright picture [h, w, 3], brought to the size (antialiased bicubic)."""
+    height, width = pixels.shape[:2]
+    x, y, w, h = crop_box(clip, (width, height), config.size)
+    facts = {"source_size": [width, height], "crop": [x, y, w, h], "size": list(config.size or (h, w))}
+    if taken.facts.setdefault("source_size", [width, height]) != [width, height]:
+        raise UserError(f"pictures change their size from {taken.facts['source_size']} to {[width, height]}")
+    taken.facts.update(facts)
+    part = torch.from_numpy(np.ascontiguousarray(pixels[y : y + h, x : x + w])).permute(2, 0, 1)[None]
+    if config.size is not None and config.size != (h, w):
+        part = F.interpolate(part, config.size, mode="bicubic", align_corners=False, antialias=True)
+    return part[0].permute(1, 2, 0).contiguous()
+
+
+def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) -> tuple[int, int, int, int]:
+    """x, y, width, height in pixels of an upright picture of `source` = (w, h).
+
+    The clip's crop, scaled where it was measured in a frame of another size but the same shape; its largest centred part that
+    has the shape of `size` = (H, W), or even sides where that is None. Raises UserError for a crop that does not fit.
+    """
+    width, height = source
+    x, y, w, h = clip.crop or (0, 0, width, height)
+    if clip.crop is not None and clip.crop_size not in (None, source):
+        across, down = Fraction(width, clip.crop_size[0]), Fraction(height, clip.crop_size[1])
+        if abs(across / down - 1) > Fraction(1, 100):
+            raise UserError(f"crop was measured in a frame of {clip.crop_size}, the film has another shape: {source}")
+        x, w = round(x * across), min(round(w * across), width - round(x * across))
+        y, h = round(y * down), min(round(h * down), height - round(y * down))
+    if w < 1 or h < 1 or x < 0 or y < 0 or x + w > width or y + h > height:
+        raise UserError(f"crop lies outside the frame: got {(x, y, w, h)} of {source}")
+    if size is None:
+        if min(w, h) < 2:
+            raise UserError(f"crop is smaller than 2 x 2 pixels: got {(x, y, w, h)}")
+        return x, y, w // 2 * 2, h // 2 * 2
+    inner = (
+        min(w, max(1, round(Fraction(h * size[1], size[0])))),
+        min(h, max(1, round(Fraction(w * size[0], size[1])))),
+    )
+    return x + (w - inner[0]) // 2, y + (h - inner[1]) // 2, *inner
+
+
+def _thumbnail(pixels: Tensor) -> Tensor:
+    """[32 * 32 * 3] means of the areas of a frame uint8 [H, W, 3]."""
+    step = max(1, min(pixels.shape[:2]) // THUMBNAIL // 4)  # four by four pixels an area are enough
+    small = F.adaptive_avg_pool2d(pixels[::step, ::step].permute(2, 0, 1).float(), THUMBNAIL)
+    return small.flatten().half()
+
+
+def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
+    """Numbers of the frames that begin another shot, and the largest mean difference of two neighbours (0 to 255).
+
+    A cut is a difference of at least 15 levels that is 3 times the mean of the 2 differences before and after it: the adaptive
+    rule of PySceneDetect, on the RGB of small pictures. Fades are not found.
+    """
+    if len(thumbnails) < 2:
+        return [], 0.0
+    change = [(b.float() - a.float()).abs().mean().item() for a, b in pairwise(thumbnails)]
+    moving = [value for value in change if value > 0] or [0.0]
+    cuts = []
+    for number, value in enumerate(change):
+        around = change[max(0, number - CUT_NEIGHBOURS) : number] + change[number + 1 : number + 1 + CUT_NEIGHBOURS]
+        usual = sum(around) / len(around) if around else 0.0
+        if value >= CUT_DIFFERENCE and value >= CUT_RATIO * usual:
+            cuts.append(number + 1)
+    return cuts, max(moving)
+
+
+class _Encoder(AbstractContextManager):
+    """Frames uint8 [H, W, 3] to an mp4: lossless RGB H.264, or YUV 4:4:4 (BT.709), one thread, so that bytes repeat."""
+
+    def __init__(self, path: Path, config: CutConfig):
+        self.config, self.number = config, 0
+        self.stream: av.VideoStream | None = None
+        self.container = av.open(f"file:{path.absolute()}", "w", format="mp4", options={"fflags": "+bitexact"})
+
+    def write(self, pixels: Tensor) -> None:
+        stream = self.stream or self._add_stream(*pixels.shape[:2])
+        frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
+        if self.config.crf != LOSSLESS:
+            frame = frame.reformat(format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        frame.pts, frame.time_base = self.number, 1 / self.config.fps
+        self.container.mux(stream.encode(frame))
+        self.number += 1
+
+    def _add_stream(self, height: int, width: int) -> av.VideoStream:
+        lossless = self.config.crf == LOSSLESS
+        options = {"preset": "veryfast", **({"qp": "0"} if lossless else {"crf": str(self.config.crf)})}
+        codec = "libx264rgb" if lossless else "libx264"
+        self.stream = stream = self.container.add_stream(codec, rate=self.config.fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgb24" if lossless else "yuv444p"
+        context = stream.codec_context
+        context.time_base, context.thread_count = 1 / self.config.fps, 1
+        if not lossless:
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED_RANGE
+        return stream
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self.stream is not None:
+            self.container.mux(self.stream.encode(None))
+        try:
+            self.container.close()
+        except (av.FFmpegError, OSError):
+            if kind is None:
+                raise
+
+
+def encode_flac(sound: Tensor) -> bytes:
+    """Sound float32 [S] in [-1, 1] at 16 kHz as a FLAC file of 16 bits: value v becomes round(32768 v), at most 32767."""
+    values = (sound.double() * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+    output = BytesIO()
+    with av.open(output, "w", format="flac", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(values[None]), format="s16", layout="mono")
+        frame.sample_rate, frame.time_base, frame.pts = SAMPLE_RATE, Fraction(1, SAMPLE_RATE), 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return output.getvalue()

@@ -1,0 +1,387 @@
+"""`distill data prepare`: clips of a dataset become WebDataset shards; killed at any time, the same command goes on.
+
+    OUT/prepare.json            what was asked for; another request for the same folder is refused
+    OUT/NAME-000000.tar         a shard: <key>.mp4 (film), <key>.flac (16 kHz mono), <key>.json (facts), key = id with "+" for "."
+    OUT/NAME-000000.json        its index: key, id, place, frames and size of every sample, the clips that were refused and why
+    OUT/manifest.parquet        the clips that are in the shards; manifest.refused.jsonl: all others, the reader's included
+    OUT/SHA256SUMS              of all of these but prepare.json; written last: without it the run has not ended
+    OUT/.work/                  finished samples of unfinished shards
+
+Which clip goes to which shard is settled before the first is cut, so it does not depend on time, processes or refusals.
+"""
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from distill.data.datasets.manifest import Clip, Manifest, Refused
+from distill.data.prepare import cutting, shards
+from distill.data.prepare.cutting import CutConfig
+from distill.data.prepare.workers import shared_out
+from teachers.errors import UserError
+from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
+
+NAMES = ("hdtf", "avspeech", "celebvhq", "folder")
+HDTF_OPTIONS = ("full_frame", "scale_crops")
+SOME_REFUSED = 3
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Clip number `number` of the manifest, to be cut from `videos` and left in `work`."""
+
+    number: int
+    clip: Clip
+    videos: Path
+    work: Path
+    config: CutConfig
+
+    @property
+    def record(self) -> Path:
+        """The last file to be written for the clip."""
+        return self.work / f"{self.number:08d}.json"
+
+    @property
+    def fragment(self) -> Path:
+        return self.work / f"{self.number:08d}.tar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The result: how many clips, frames and seconds are in how many shards, and what was refused."""
+
+    num_clips: int
+    num_shards: int
+    seconds: float
+    refused: tuple[Refused, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `distill data prepare`."""
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="DIR",
+        help="official annotation files (folder needs none), or a manifest.parquet",
+    )
+    parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="source videos")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument(
+        "--fps", type=_fraction, default=Fraction(16), help="frames a second, e.g. 25 or 30000/1001 (16)"
+    )
+    parser.add_argument("--size", type=_size, metavar="HxW", help="of the frames (default: those of the crop)")
+    parser.add_argument(
+        "--crf", type=int, default=10, help="H.264 quality, 0 is lossless and some 15 times larger (10)"
+    )
+    parser.add_argument(
+        "--cuts", choices=("refuse", "longest", "keep"), default="refuse", help="clips with a scene cut (refuse)"
+    )
+    parser.add_argument("--min-seconds", type=float, default=1.0, help="shorter clips are refused (1)")
+    parser.add_argument("--max-seconds", type=float, help="longer clips lose their end")
+    parser.add_argument("--silent", action="store_true", help="take clips without an audio track")
+    parser.add_argument("--full-frame", action="store_true", help="hdtf: no crops")
+    parser.add_argument("--scale-crops", action="store_true", help="hdtf: crops follow a video of another resolution")
+    parser.add_argument("--shard-clips", type=int, default=64, help="clips a shard (64)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0 works in this one (one a core)"
+    )
+    parser.add_argument("--retry", action="store_true", help="try refused clips again and remake their shards")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare and say what became of it; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
+    if args.shard_clips < 1 or args.workers < 0:
+        raise UserError(f"--shard-clips must be 1 or more, --workers 0: got {args.shard_clips} and {args.workers}")
+    config = CutConfig(
+        fps=args.fps,
+        size=args.size,
+        crf=args.crf,
+        cuts=args.cuts,
+        min_seconds=args.min_seconds,
+        max_seconds=args.max_seconds,
+        silent=args.silent,
+    )
+    manifest = _read(args)
+    with tqdm(total=len(manifest.clips), unit="clip", desc="prepare", file=sys.stderr) as progress:
+
+        def tick(refused: Refused | None) -> None:
+            if refused is not None:
+                progress.write(f"refused {refused.id}: {refused.reason}", file=sys.stderr)
+            progress.update()
+
+        for refused in manifest.refused:
+            progress.write(f"refused {refused.id}: {refused.reason}", file=sys.stderr)
+        done = prepare(
+            manifest, args.videos, args.out, args.name, config, args.shard_clips, args.workers, args.retry, tick
+        )
+    sys.stdout.write(
+        f"{args.out}: {done.num_clips} clips, {done.seconds:.1f} s in {done.num_shards} shards; "
+        f"{len(done.refused)} refused{_most_common(done.refused)}\n"
+    )
+    return SOME_REFUSED if done.refused else 0
+
+
+def _read(args: argparse.Namespace) -> Manifest:
+    """The clips that the command line names."""
+    options = {name: True for name in HDTF_OPTIONS if getattr(args, name)}
+    if options and args.name != "hdtf":
+        raise UserError(f"--{next(iter(options)).replace('_', '-')} is for hdtf: got {args.name}; leave it out")
+    if args.annotations is None and args.name != "folder":
+        raise UserError(f"--annotations is missing: {args.name}; give the folder of its official annotation files")
+    if args.annotations is not None and args.annotations.suffix == ".parquet":
+        return Manifest.load(args.annotations)
+    return importlib.import_module(f"distill.data.{args.name}").read(args.annotations, args.videos, **options)
+
+
+def prepare(
+    manifest: Manifest,
+    videos: Path,
+    out: Path,
+    name: str,
+    config: CutConfig,
+    shard_clips: int = 64,
+    workers: int = 0,
+    retry: bool = False,
+    tick: Callable[[Refused | None], object] = lambda _: None,
+    work: Callable[[Task], dict[str, Any]] | None = None,
+) -> Prepared:
+    """Cut all clips of `manifest` into shards `name`-NNNNNN.tar of `shard_clips` clips each and write what lies beside them.
+
+    workers: processes, 0 does all in this one; retry: shards with refused clips are made again; tick: called once a clip
+    Raises UserError when the folder is another request's, in use, not writable or its disk full; what is finished stays.
+    """
+    videos, out = Path(videos), Path(out)
+    request = {"name": name, "shard_clips": shard_clips, **asdict(config), "fps": str(config.fps)}
+    request["size"] = None if config.size is None else list(config.size)
+    request["clips"] = hashlib.sha256(canonical_json([asdict(clip) for clip in manifest.clips]).encode()).hexdigest()
+    make_folder(out)
+    with _locked(out):
+        _check_request(out, request)
+        tasks = [
+            Task(number=number, clip=clip, videos=videos, work=out / ".work", config=config)
+            for number, clip in enumerate(manifest.clips)
+        ]
+        groups = [
+            _Shard(out / f"{name}-{start // shard_clips:06d}.tar", tasks[start : start + shard_clips])
+            for start in range(0, len(tasks), shard_clips)
+        ]
+        if retry:
+            (out / shards.CHECKSUMS).unlink(missing_ok=True)
+            for group in groups:
+                group.forget_refused()
+        if not all(group.is_done for group in groups):
+            make_folder(out / ".work")
+            _cut_all(groups, workers, tick, work or make_sample)
+        else:
+            for _ in tasks:
+                tick(None)
+        return _finish(out, manifest, groups)
+
+
+def make_sample(task: Task) -> dict[str, Any]:
+    """Cut one clip, leave its fragment and its record in the work folder, and return the record.
+
+    Whatever is wrong with the clip is in the record; UserError is for a disk that is full.
+    """
+    record: dict[str, Any] = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
+    film = task.work / f"{task.number:08d}.{os.getpid()}.mp4"
+    try:
+        members = _members(task, film, record)
+        if members is not None:
+            record["bytes"] = shards.write_fragment(task.fragment, record["key"], members)
+        atomic_write(task.record, canonical_json(record))
+    finally:
+        film.unlink(missing_ok=True)
+    return record
+
+
+def _members(task: Task, film: Path, record: dict[str, Any]) -> dict[str, bytes | Path] | None:
+    """The files of a clip's sample, extension -> content, its frames and seconds noted in `record`; or None and why not."""
+    try:
+        piece = cutting.cut(task.clip, task.videos / task.clip.source, task.config, film)
+        facts = json.dumps(
+            {**_annotations(task.clip), **piece.facts}, sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
+        sound = {} if piece.sound is None else {"flac": cutting.encode_flac(piece.sound)}
+    except UserError as error:
+        record["refused"] = str(error)
+    except Exception as error:  # one bad clip never stops the rest
+        if getattr(error, "errno", None) in FULL:
+            raise UserError(f"the disk is full: {task.work}; make room and run the same command again") from error
+        record["refused"] = f"cannot be cut: {type(error).__name__}: {error}"
+    else:
+        record.update(frames=piece.num_frames, seconds=float(piece.num_frames / task.config.fps))
+        record.update(size=piece.facts["size"], sound=piece.sound is not None)
+        return {"mp4": film, "json": f"{facts}\n".encode(), **sound}
+    return None
+
+
+def _annotations(clip: Clip) -> dict[str, Any]:
+    """What the manifest says of a clip, its times as `asked_start` and `asked_end`."""
+    given = {name: getattr(clip, name) for name in ("id", "dataset", "source", "text", "licence", "split", "identity")}
+    return {**given, "asked_start": clip.start, "asked_end": clip.end}
+
+
+class _Shard:
+    """A shard and the tasks of its clips."""
+
+    def __init__(self, path: Path, tasks: Sequence[Task]):
+        self.path, self.index_path, self.tasks = path, path.with_suffix(".json"), tasks
+
+    @property
+    def is_done(self) -> bool:
+        return self.index_path.is_file()
+
+    def index(self) -> dict[str, Any]:
+        """What the finished shard holds."""
+        index = read_json_or_none(self.index_path)
+        if index is None:
+            raise UserError(f"index is damaged: {self.index_path}; delete it and prepare the data again")
+        return index
+
+    def close(self) -> bool:
+        """Put the shard together if all its clips are there; its index is written last. Whether it is done now."""
+        records = [(task, record) for task in self.tasks if (record := read_json_or_none(task.record)) is not None]
+        if len(records) < len(self.tasks):
+            return False
+        made = [(task, record) for task, record in records if "refused" not in record]
+        offsets, digest = shards.join([task.fragment for task, _ in made], self.path)
+        samples = [{**record, "offset": offset} for (_, record), offset in zip(made, offsets, strict=True)]
+        index = {
+            "sha256": digest,
+            "samples": samples,
+            "refused": [record for _, record in records if "refused" in record],
+        }
+        atomic_write(self.index_path, json.dumps(index, sort_keys=True, indent=1) + "\n")
+        self.clear()
+        return True
+
+    def clear(self) -> None:
+        """Remove the records, then the fragments."""
+        for task in self.tasks:
+            task.record.unlink(missing_ok=True)
+        for task in self.tasks:
+            task.fragment.unlink(missing_ok=True)
+
+    def forget_refused(self) -> None:
+        """Undo the refusals of the shard, and with them the shard."""
+        if self.is_done and self.index()["refused"]:
+            self.index_path.unlink()
+        for task in self.tasks:
+            if "refused" in (read_json_or_none(task.record) or {}):
+                task.record.unlink()
+
+
+def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Callable[[Task], dict[str, Any]]) -> None:
+    """Cut every clip that is not cut yet and close each shard when its last clip is there."""
+    waiting, shard_of, missing = [], {}, Counter()
+    for group in groups:
+        if group.is_done:
+            group.clear()
+        for task in group.tasks:
+            if group.is_done or task.record.is_file():
+                tick(None)
+            else:
+                waiting.append(task)
+                shard_of[task.number] = group
+                missing[group.path] += 1
+        if not group.is_done and not missing[group.path]:
+            group.close()
+    for task, record in shared_out(work, waiting, workers):
+        if record is None:
+            record = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
+            record["refused"] = "the decoder crashed on it"
+            atomic_write(task.record, canonical_json(record))
+        reason, group = record.get("refused"), shard_of[task.number]
+        tick(None if reason is None else Refused(task.clip.id, task.clip.source, reason))
+        missing[group.path] -= 1
+        if not missing[group.path]:
+            group.close()
+
+
+def _finish(out: Path, manifest: Manifest, groups: Sequence[_Shard]) -> Prepared:
+    """Write the manifest of what was made and the checksums, and remove the work folder."""
+    indices = [group.index() for group in groups]
+    reasons = {row["id"]: row["refused"] for index in indices for row in index["refused"]}
+    made = tuple(clip for clip in manifest.clips if clip.id not in reasons)
+    refused = tuple(Refused(c.id, c.source, reasons[c.id]) for c in manifest.clips if c.id in reasons)
+    sums = {group.path.name: index["sha256"] for group, index in zip(groups, indices, strict=True)}
+    if not (out / shards.CHECKSUMS).is_file():
+        Manifest(made, (*manifest.refused, *refused)).save(out / "manifest.parquet")
+        others = [group.index_path.name for group in groups] + ["manifest.parquet", "manifest.refused.jsonl"]
+        shards.write_checksums(out, {**sums, **{name: shards.sha256(out / name) for name in others}})
+    shutil.rmtree(out / ".work", ignore_errors=True)
+    return Prepared(
+        num_clips=len(made),
+        num_shards=len(groups),
+        seconds=sum(row["seconds"] for index in indices for row in index["samples"]),
+        refused=(*manifest.refused, *refused),
+    )
+
+
+def _check_request(out: Path, request: dict[str, Any]) -> None:
+    """Leave prepare.json with this request; UserError when the folder holds another one's or something else."""
+    path, request = out / "prepare.json", json.loads(json.dumps(request))
+    before = read_json_or_none(path)
+    if before is None:
+        if any(out.iterdir()):
+            raise UserError(f"not a folder of prepared data: {out} holds something else; choose another --out")
+        atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
+    elif before != request:
+        names = sorted(name for name in before.keys() | request.keys() if before.get(name) != request.get(name))
+        raise UserError(f"prepared with another request ({', '.join(names)} differ): {out}; choose another --out")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Only one process prepares into a folder, and removes what a killed one half wrote; UserError for the second."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for file in (*out.glob(".*.tmp"), *out.glob(".work/.*.tmp"), *out.glob(".work/*.mp4")):
+            file.unlink(missing_ok=True)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another prepare writes here: {out}; wait for it or choose another --out") from error
+    except PermissionError as error:
+        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
+    finally:
+        os.close(folder)
+
+
+def _most_common(refused: Sequence[Refused]) -> str:
+    """The most frequent reasons, in brackets, without the numbers in them."""
+    kinds = Counter(re.sub(r"[\d.]+", "_", row.reason.partition(":")[0]) for row in refused).most_common(3)
+    return f" ({'; '.join(f'{number} x {kind}' for kind, number in kinds)})" if kinds else ""
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"not a number of frames a second: {text}") from error
+
+
+def _size(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d{1,5}x\d{1,5}", text):
+        raise argparse.ArgumentTypeError(f"not a height and a width such as 512x512: {text}")
+    height, width = text.split("x")
+    return int(height), int(width)

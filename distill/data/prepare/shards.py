@@ -1,0 +1,117 @@
+"""WebDataset shards: plain tar files whose members `<key>.<extension>` lie together, and whose bytes depend on content alone.
+
+A sample is first a fragment, its members as they will lie in the tar; a shard is its fragments and the end-of-archive mark.
+So samples can be made in any order by any number of processes, and a killed run goes on from the fragments that are whole.
+Format: github.com/webdataset/webdataset (a key is a member's name up to its first dot) and POSIX tar with GNU long names.
+"""
+
+import hashlib
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from teachers.errors import UserError
+from teachers.files import atomic_write, replacing
+
+BLOCK = tarfile.BLOCKSIZE
+END = b"\0" * (2 * BLOCK)
+CHECKSUMS = "SHA256SUMS"
+KEY = re.compile(r"[A-Za-z0-9_+-]+")
+
+
+def sample_key(clip_id: str) -> str:
+    """The WebDataset key of a clip: its id with each dot as "+", since a key ends at the first dot; no two ids share one."""
+    return clip_id.replace(".", "+")
+
+
+def write_fragment(path: Path, key: str, members: Mapping[str, bytes | Path]) -> int:
+    """Write the members of a sample, extension -> content or the file that has it, in order of extension; return its bytes.
+
+    Owner, time and mode are fixed. The file is whole or absent; UserError on a full disk, ValueError for an unsafe key.
+    """
+    if not KEY.fullmatch(key):
+        raise ValueError(f"a key has letters, digits and _ + - alone: got {key!r}")
+    sizes = {name: len(given) if isinstance(given, bytes) else given.stat().st_size for name, given in members.items()}
+    with replacing(path, sum(sizes.values())) as temporary, temporary.open("wb") as output:
+        for extension in sorted(members):
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mode = sizes[extension], 0o644
+            output.write(info.tobuf(tarfile.GNU_FORMAT))
+            given = members[extension]
+            if isinstance(given, bytes):
+                output.write(given)
+            else:
+                with given.open("rb") as source:
+                    shutil.copyfileobj(source, output, 1 << 20)
+            output.write(b"\0" * (-info.size % BLOCK))
+        num_bytes = output.tell()
+    return num_bytes
+
+
+def join(fragments: Sequence[Path], shard: Path) -> tuple[list[int], str]:
+    """Make a shard of fragments; return the offset of each in bytes and the shard's sha256. Whole or absent."""
+    offsets, digest = [], hashlib.sha256()
+    num_bytes = sum(fragment.stat().st_size for fragment in fragments) + len(END)
+    with replacing(shard, num_bytes) as temporary, temporary.open("wb") as output:
+        for fragment in fragments:
+            offsets.append(output.tell())
+            with fragment.open("rb") as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    output.write(block)
+        digest.update(END)
+        output.write(END)
+    return offsets, digest.hexdigest()
+
+
+def samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members (extension -> content) of each sample, in order; UserError when the shard is missing or damaged."""
+    key, members = "", {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                name, _, extension = info.name.partition(".")
+                file = tar.extractfile(info)
+                if file is None or not extension:
+                    raise UserError(f"shard has a member that is no part of a sample ({info.name}): {shard}")
+                if name != key and members:
+                    yield key, members
+                    members = {}
+                key, members[extension] = name, file.read()
+        if members:
+            yield key, members
+    except FileNotFoundError as error:
+        raise UserError(f"shard not found: {shard}; prepare the data again") from error
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"shard is damaged ({error}): {shard}; delete it and prepare the data again") from error
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write SHA256SUMS (file name -> sha256), as `sha256sum --check` reads it."""
+    atomic_write(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """File name -> sha256; UserError when the list is missing or damaged."""
+    path = folder / CHECKSUMS
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"no prepared data, {CHECKSUMS} is missing: {folder}; let distill data prepare end") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list of checksums cannot be read ({error}): {path}; prepare the data again") from error
+    found = {}
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if not re.fullmatch(r"[0-9a-f]{64}", digest) or Path(name).name != name or not name:
+            raise UserError(f"list of checksums is damaged ({line[:80]!r}): {path}; prepare the data again")
+        found[name] = digest
+    return found

@@ -1,0 +1,316 @@
+"""A folder of prepared clips as training data: what `distill data prepare` wrote, divided so that no person is on both sides.
+
+Real clips know what is seen, heard and said in them; what was asked of a face, and what else it could have done, only the
+procedural world knows. The measures that need that are left out by name (`LEFT_OUT`).
+"""
+
+import hashlib
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.data.datasets.folder import Videos
+from distill.data.datasets.manifest import Clip, Manifest
+from distill.data.datasets.split import assign, place
+from distill.data.loader import Bucket, Index, Loader, Samples, Windows
+from distill.data.prepare import shards
+from distill.data.procedural.source import DataConfig
+from distill.data.source import Clips
+from teachers.errors import UserError
+from teachers.files import canonical_json
+from teachers.flow import keyed_generator
+
+WANTED = ("video", "audio")
+LEAST = (
+    8  # clips that a score may rest on, as `eval.embedded.protocol.EvalConfig` has it; twice as many become two sets
+)
+PROBE_CLIPS = 1536  # that the extractors are trained on, in memory; as many as the procedural world has
+CELLS = 4  # a side of the grid in which the extractors read brightness and contrast
+LEFT_OUT = {
+    "sync": "real clips come without labels of the mouth, from which the embedded extractors learn to read and hear it",
+    "identity": "the embedded extractors know the faces of the procedural world alone",
+    "motion": "nobody asked these people for a gesture",
+    "expression": "nobody asked these people for an expression",
+    "diversity": "a real person was filmed once: how else the same words could have looked is not known",
+}
+"""Measures that cannot be had on real clips, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig(DataConfig):
+    """Clips in `path`; `world` says their size, frame rate and length, and at most how many are trained on.
+
+    `held_out`: the share of people who are kept for the evaluation, by hash; an official split of the manifest stands.
+    `manifest`: which of the clips are used, with the text, split and identity that they have there: the folder that `distill data
+    curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
+    """
+
+    path: Path
+    held_out: float = 0.1
+    manifest: Path | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.world.speakers != 1 or self.world.steered:
+            raise UserError(
+                "data.world: speakers and steered are of the procedural world; the clips of a folder have one sound and no "
+                "directions, leave both out"
+            )
+        if not 0 < self.held_out < 1:
+            raise UserError(f"data.held_out: got {self.held_out}; give the share of people to evaluate on, such as 0.1")
+
+    def open(self) -> "Folder":
+        """The clips, indexed; UserError where they are not prepared for this recipe."""
+        return Folder(self)
+
+
+class Folder:
+    """The clips of a folder by name of a set: see `distill.data.source.Source`.
+
+    probes, health and both validate sets are of the people trained on; test and admit are one half of the held-out clips,
+    reference the other half. A set has fewer clips than were asked for where there are no more.
+    """
+
+    left_out: Mapping[str, str] = LEFT_OUT
+
+    def __init__(self, config: FolderConfig):
+        self.config, world = config, config.world
+        self.fps = Fraction(world.fps)
+        self._check_prepared()
+        index = self.index = Index.read(config.path, self.fps)
+        self.clips = _used_clips(config)
+        sides, self.unused = self._sides()
+        self.training, self.held = (
+            Windows(index, world.num_frames, self.fps, sides[name]) for name in ("train", "test")
+        )
+        self.num_train = min(world.num_train, len(self.training))
+        self.num_shards = -(-self.num_train // world.shard_clips)
+        for name, windows in (("train", self.training), ("held-out", self.held)):
+            if len(windows) < 2 * LEAST:
+                raise UserError(
+                    f"{config.path}: the {name} films hold {len(windows)} clips of {world.num_frames} frames at {world.fps} fps, "
+                    f"{2 * LEAST} are needed{self._unused_words()}; add films, or change data.held_out or data.world.num_frames"
+                )
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Which clips these are, for the fingerprint of what is made from them."""
+        if self.config.manifest is None:
+            return {"clips": self.index.sha256}
+        facts = canonical_json([asdict(clip) for clip in self.clips])
+        return {"clips": self.index.sha256, "manifest": hashlib.sha256(facts.encode()).hexdigest()}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is used and what is not, as plain data."""
+        held = len({*self.held.entry.tolist()})
+        return {
+            "train_clips": self.num_train,
+            "held_out_clips": len(self.held),
+            "train_samples": len({*self.training.entry.tolist()}),
+            "held_out_samples": held,
+            "unused_samples": dict(self.unused),
+        }
+
+    @property
+    def description(self) -> str:
+        """In words, for the model card."""
+        kept = "" if self.config.manifest is None else f", the {len(self.clips)} of a curated manifest"
+        return f"clips of the folder {self.config.path.name}{kept}"
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """UserError where a shard differs from its checksum."""
+        self.index.verify(rank, world_size)
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+        """`num` clips of the set `name`, or as many as there are; there is no other `motion` of a real clip."""
+        if motion:
+            raise ValueError("a real clip has one motion")
+        windows, rows = self._set(seed, name)
+        found = [windows.batch(rows[start : start + 16]) for start in range(0, min(num, len(rows)), 16)]
+        found = [_cut(samples, num - 16 * i) for i, samples in enumerate(found)]
+        return self._clips(found, measured(torch.cat([_video(samples) for samples in found])))
+
+    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
+        """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` processes."""
+        size = self.config.world.shard_clips
+        loader = Loader(self.training, size, seed, workers=workers)
+        for number, samples in zip(numbers, loader.read(numbers), strict=True):
+            yield self._clips([_cut(samples, self.num_train - number * size)], {})
+
+    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
+        """What a text encoder learns to tell apart: texts that differ."""
+        known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
+        return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
+
+    def _clips(self, found: list[Samples], labels: dict[str, Tensor]) -> Clips:
+        """Decoded batches as clips, each with the text that its manifest has."""
+        audio = [samples.audio for samples in found if samples.audio is not None]
+        text = [self._text.get(name, own) for batch in found for name, own in zip(batch.ids, batch.text, strict=True)]
+        return Clips(
+            video=torch.cat([_video(samples) for samples in found]), audio=torch.cat(audio), text=text, labels=labels
+        )
+
+    @cached_property
+    def _text(self) -> dict[str, str]:
+        """Texts of the manifest that was given, by the id of their clips."""
+        return {} if self.config.manifest is None else {clip.id: clip.text for clip in self.clips}
+
+    def _set(self, seed: int, name: str) -> tuple[Windows, Tensor]:
+        """Where the clips of a set lie, shuffled by `seed`: sets that are compared share none."""
+        halves = {"health": 0, "validate": 0, "validate reference": 1, "test": 0, "admit": 0, "reference": 1}
+        windows = self.held if name in ("test", "admit", "reference") else self.training
+        order = torch.randperm(len(windows), generator=keyed_generator(seed, "clips"))
+        if name == "probes":
+            return windows, order[:PROBE_CLIPS]
+        middle = len(order) // 2
+        return windows, order[middle:] if halves[name] else order[:middle]
+
+    def _check_prepared(self) -> None:
+        """UserError with the command that prepares these clips for this recipe, unless that was done."""
+        path, world = self.config.path, self.config.world
+        height, width = world.size
+        where = f"{path.resolve().name}_{height}x{width}_{world.fps.replace('/', '-')}fps"
+        command = f"--out {shlex.quote(where)} --fps {world.fps} --size {height}x{width}"
+        if not path.is_dir():
+            raise UserError(f"no folder of clips: {path}; give data.path=DIR, what distill data prepare wrote")
+        if not (path / shards.CHECKSUMS).is_file():
+            if not Videos(path).sources:
+                raise UserError(f"no clips: {path} has no films and no shards; give data.path=DIR with some")
+            raise UserError(
+                f"clips are not prepared: {path}; run distill data prepare folder --videos {shlex.quote(str(path))} {command}"
+                f" and give data.path={shlex.quote(where)}"
+            )
+        try:
+            fps = Fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"prepare.json is damaged ({error!r}): {path}; prepare the clips again") from error
+        if fps != self.fps:
+            raise UserError(
+                f"clips are prepared at {fps} fps: {path}; run distill data prepare on their films again, {command}, or set "
+                f"data.world.fps={fps.numerator}/{fps.denominator}"
+            )
+
+    @cached_property
+    def _wanted(self) -> Bucket:
+        return Bucket(WANTED, *self.config.world.size)
+
+    def _sides(self) -> tuple[dict[str, list[int]], Counter]:
+        """Index entries of the people trained on and of those held out; and why the others are not used, with their number."""
+        index, config = self.index, self.config
+        others = {clip.split for clip in self.clips} - {"", "train", "test"}
+        fractions = {"train": 1 - config.held_out, "test": config.held_out}
+        divided = assign(Manifest(self.clips), {**dict.fromkeys(sorted(others), 0.0), **fractions})
+        unused: Counter = Counter()
+        listed = {shards.sample_key(clip.id) for clip in self.clips}
+        keys = {shards.sample_key(clip.id): (clip.split, clip.identity or clip.source) for clip in divided.clips}
+        found: list[tuple[str, str, int]] = []
+        for entry in range(len(index.shard)):
+            bucket, who = index.buckets[index.bucket[entry]], keys.get(index.key(entry))
+            if index.key(entry) not in listed:
+                unused["it is not in data.manifest"] += 1
+            elif bucket != self._wanted:
+                unused[_mismatch(bucket, self._wanted)] += 1
+            elif who is None:
+                unused["its identity is officially on both sides"] += 1
+            elif who[0] in others:
+                unused[f"it is in the split {who[0]}"] += 1
+            else:
+                found.append((*who, entry))
+        if not found:
+            height, width = config.world.size
+            raise UserError(
+                f"no clip fits this recipe, {height}x{width} with sound{self._unused_words(unused)}: {config.path}; prepare the "
+                f"films again with --fps {config.world.fps} --size {height}x{width}"
+            )
+        if not any(side == "test" for side, _, _ in found):
+            official = {clip.identity or clip.source for clip in self.clips if clip.split}
+            free = {who for _, who, _ in found if who not in official}
+            last = max(free, key=place) if len({who for _, who, _ in found}) > 1 and free else None
+            found = [("test" if who == last else side, who, entry) for side, who, entry in found]
+        sides = {name: [entry for side, _, entry in found if side == name] for name in ("train", "test")}
+        if not all(sides.values()):
+            side = "held out" if not sides["test"] else "trained on"
+            raise UserError(
+                f"nobody is {side}: {config.path} shows {len({who for _, who, _ in found})} people; add clips of others, "
+                "or change data.held_out"
+            )
+        return sides, unused
+
+    def _unused_words(self, unused: Counter | None = None) -> str:
+        unused = self.unused if unused is None else unused
+        return f" ({'; '.join(f'{number} unused: {why}' for why, number in unused.most_common())})" if unused else ""
+
+
+def measured(video: Tensor) -> dict[str, Tensor]:
+    """What can be read off real frames without a label, [N, T] each: brightness and contrast in each of 4 x 4 cells.
+
+    video: uint8 [N, 3, T, H, W]; contrast is the mean distance to the pixel on the right and below, both in units of 255.
+    """
+    found = []
+    for clips in video.split(16):
+        grey = clips.float().mean(1).div(255)
+        across, down = grey.diff(dim=-1, append=grey[..., -1:]).abs(), grey.diff(dim=-2, append=grey[..., -1:, :]).abs()
+        maps = (F.adaptive_avg_pool2d(x, CELLS).flatten(2) for x in (grey, across + down))
+        found.append(torch.cat([*maps], dim=2))
+    names = [f"{what}_{cell}" for what in ("brightness", "contrast") for cell in range(CELLS * CELLS)]
+    return dict(zip(names, torch.cat(found).unbind(2), strict=True))
+
+
+def _mismatch(bucket: Bucket, wanted: Bucket) -> str:
+    if "video" not in bucket.parts:
+        return "it has no film"
+    if "audio" not in bucket.parts:
+        return "it has no sound"
+    return f"it is {bucket.height}x{bucket.width}, not {wanted.height}x{wanted.width}"
+
+
+def _video(samples: Samples) -> Tensor:
+    assert samples.video is not None
+    return samples.video
+
+
+def _cut(samples: Samples, num: int) -> Samples:
+    """The first `num` of a batch."""
+    assert samples.video is not None
+    assert samples.audio is not None
+    return replace(
+        samples,
+        rows=samples.rows[:num],
+        ids=samples.ids[:num],
+        text=samples.text[:num],
+        video=samples.video[:num],
+        audio=samples.audio[:num],
+    )
+
+
+def _used_clips(config: FolderConfig) -> tuple[Clip, ...]:
+    """The clips of `data.manifest`, of the whole folder without one; UserError unless they are clips of this folder."""
+    prepared = Manifest.load(config.path / "manifest.parquet").clips
+    if config.manifest is None:
+        return prepared
+    path = config.manifest / "manifest.parquet" if config.manifest.is_dir() else config.manifest
+    used, known = Manifest.load(path).clips, {_cut_out(clip) for clip in prepared}
+    if not used:
+        raise UserError(f"data.manifest: {path} keeps no clip; curate with other --thresholds")
+    for clip in used:
+        if _cut_out(clip) not in known:
+            raise UserError(
+                f"data.manifest: clip {clip.id} of {path} is not in {config.path}; curate that folder again"
+            )
+    return used
+
+
+def _cut_out(clip: Clip) -> Clip:
+    """Which piece of which film a clip is, whatever is said of it."""
+    return replace(clip, text="", licence="", split="", identity="")

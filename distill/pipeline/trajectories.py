@@ -1,0 +1,116 @@
+"""The ODE-pair factory: the teacher's trajectories, only the states the student needs, with labels that are checked."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.data.latents import Pool
+from distill.methods import Batch
+from distill.pipeline.generate import solve_states
+from distill.recipe import TrajectoriesConfig
+from distill.training.engine import Engine
+from teachers import flow
+from teachers.conditions import GuidanceRange, told_guidance
+from teachers.errors import UserError
+from teachers.files import atomic_write, load_tensors, save_tensors
+from teachers.flow import keyed_generator
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N trajectories in shards [n, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk (mapped, read when a batch
+    asks for them); rows [N] of the training pool; sigmas of the states; the guidance scale [N] of each, where it was drawn."""
+
+    shards: tuple[Tensor, ...]
+    rows: Tensor
+    sigmas: tuple[float, ...]
+    guidance: Tensor | None = None
+
+    def states(self, index: Tensor) -> Tensor:
+        """States [B, K+1, C, F, h, w] of the trajectories number `index` [B]."""
+        ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
+        at = torch.bucketize(index, ends, right=True).tolist()
+        return torch.stack(
+            [self.shards[i][n - int(ends[i])] for i, n in zip(at, index.tolist(), strict=True)]  # counted from the end
+        )
+
+    def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
+        batch = pool.batch(self.rows[rows], device)
+        conditions = batch.conditions
+        if self.guidance is not None:
+            conditions = replace(conditions, guidance=self.guidance[rows].to(device))
+        return Batch(conditions=conditions, x0=batch.x0, states=self.states(rows).float().to(device))
+
+
+def make(
+    teacher_of: Callable[[Batch], Any],
+    teacher_hash: str,
+    pool: Pool,
+    config: TrajectoriesConfig,
+    sigmas: Sequence[float],
+    *,
+    seed: int,
+    folder: Path,
+    engine: Engine,
+    told: GuidanceRange | None = None,
+) -> dict:
+    """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
+
+    `teacher_of` a batch of the pool is what denoises it. With `told` each pair has a guidance scale of its own, drawn after its
+    noise and kept with it: the student regresses the guided solution as it is told the scale. Meng et al. 2210.03142 first match
+    the guided prediction at every sigma, then its steps; here both are one stage.
+    """
+    grid = flow.sigma_grid(config.num_steps, config.shift)
+    keep = (*flow.on_grid(sigmas, grid), config.num_steps)
+    facts = {
+        "sigmas": [grid[i] for i in keep],
+        "num_steps": config.num_steps,
+        "shift": config.shift,
+        "guidance": asdict(told or config.guidance),
+        "teacher": teacher_hash,
+    }
+    count = -(-config.num_pairs // config.batch_size)
+    mine = [i for i in range(count) if i % engine.world_size == engine.rank]
+    for i in tqdm(mine, desc="trajectories", disable=not engine.is_main):
+        file = folder / f"shard-{i:05d}.safetensors"
+        if file.is_file():
+            continue
+        rng = keyed_generator(seed, "trajectories", i)
+        num = min(config.batch_size, config.num_pairs - i * config.batch_size)
+        rows = torch.randint(0, len(pool), (num,), generator=rng)
+        batch = pool.batch(rows, engine.device)
+        noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
+        conditions, extra = batch.conditions, {}
+        if told is not None:
+            extra = {"guidance": told.draw(num, rng)}
+            conditions = replace(conditions, guidance=extra["guidance"].to(engine.device))
+        guidance = config.guidance if told is None else told_guidance
+        states = solve_states(teacher_of(batch), conditions, noise, grid, keep, guidance)
+        save_tensors(file, {"states": states.half(), "rows": rows, **extra})
+    engine.barrier()
+    if engine.is_main:
+        atomic_write(folder / "manifest.json", json.dumps(facts, indent=1) + "\n")
+    engine.barrier()
+    return {"pairs": config.num_pairs, "nfe": config.num_steps * (config.guidance.passes if told is None else 2)}
+
+
+def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectories:
+    """Trajectories of a finished stage; UserError unless made by this teacher for exactly these student sigmas."""
+    facts = json.loads((folder / "manifest.json").read_text())
+    want = [*sigmas, 0.0]
+    if len(want) != len(facts["sigmas"]) or any(abs(a - b) > 1e-9 for a, b in zip(want, facts["sigmas"], strict=True)):
+        raise UserError(
+            f"trajectories: {folder} holds states at sigmas {facts['sigmas']}, the student asks for {want}; make them again"
+        )
+    if facts["teacher"] != teacher_hash:
+        raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
+    parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
+    rows = torch.cat([part["rows"] for part in parts])
+    guidance = torch.cat([part["guidance"] for part in parts]) if "guidance" in parts[0] else None
+    return Trajectories(tuple(part["states"] for part in parts), rows, tuple(facts["sigmas"]), guidance)

@@ -1,0 +1,331 @@
+"""What a recipe needs, before any weight is read: parameters, bytes a rank, disk, network forwards. Pure functions.
+
+Weights, gradients, moments and averages follow from parameter counts. Activations do not: the method's own loss runs forward and
+backward on the meta device, and what is alive is added up (`planner_trace`). So the plan follows the code: the graphs of a
+rollout, the context, what a checkpointed block keeps.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+
+from distill.planning.live_bytes import Points
+from distill.planning.trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards, inner, meta_networks, trace
+from distill.recipe import spec_of
+from distill.training.loop import TrainConfig
+from distill.training.lora import ENGINES as LORA_ENGINES
+from distill.training.lora import TARGETS
+from students.serving.optimize import DTYPES
+from students.spec import Spec
+from students.weights.adapter import expected
+from teachers import flow
+from teachers.errors import UserError
+from teachers.networks.wan import AvatarTransformer
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
+GIB = 2**30
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+OFFLOAD = "offload"
+SWITCHES = (CHECKPOINTING, OFFLOAD, LORA)
+LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
+LADDER = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLOAD), (CHECKPOINTING, LORA), SWITCHES)
+"""What `remedy` tries, in this order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One optimizer step of `role` in `stage`; or, of a role that is not trained, one forward.
+
+    `points` by switches of LADDER but for offload; `Traced` when they are asked for."""
+
+    stage: str
+    role: str
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...] = ()
+    train: TrainConfig | None = None
+    points: Mapping[tuple[str, ...], Points]
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}.{self.role}"
+
+    def micro_steps(self, ranks: int) -> int:
+        """Of one update; UserError where the batches do not divide."""
+        return self.train.micro_steps(ranks) if self.train else 1
+
+    def points_with(self, switches: Sequence[str]) -> Points:
+        """Nothing but weights differs for a role that is not trained."""
+        kept = tuple(word for word in switches if word != OFFLOAD)
+        return self.points[kept if self.trained else ()]
+
+    def activations(self, *switches: str) -> int:
+        """Bytes at the peak, the context included where it is alive then."""
+        return max(size for _, size in self.points_with(switches))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` it is what the job says), and
+    `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
+    frozen weights. forwards of a training micro-step, by stage and role; bytes of context, by stage, and of trajectories."""
+
+    precision: Literal["fp32", "bf16"]
+    bucket_mib: int
+    parameters: Mapping[str, int]
+    lora: Mapping[str, int]
+    blocks: Mapping[str, int]
+    outside: Mapping[str, int]
+    updates: tuple[Update, ...]
+    adapted: frozenset[str] = frozenset()
+    backbone: frozenset[str] = frozenset()
+    half: frozenset[str] = frozenset()
+    context: Mapping[str, int] = field(default_factory=dict)
+    trajectories: int = 0
+    trajectory_forwards: int = 0
+    forwards: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+def make_plan(job: Job) -> Plan:
+    """Everything that does not depend on the number of GPUs; UserError where the job cannot run at all."""
+    spec = job.spec
+    _check_geometry(spec)
+    names = ("trajectories", *job.stages) if job.trajectories else tuple(job.stages)
+    if job.trajectories:
+        flow.on_grid(spec.sigmas, flow.sigma_grid(job.trajectories.num_steps, job.trajectories.shift))
+    nets: dict[str, nn.Module] = {}
+    for stage in names:
+        nets |= meta_networks(job, stage)
+    order = sorted(nets, key=lambda role: (role not in ("teacher", "student", "fake_score"), role != "teacher"))
+    on_policy = [stage for stage in job.stages if "fake_score" in job.needs(stage).trained]
+    return Plan(
+        precision=job.precision,
+        bucket_mib=job.bucket_mib,
+        parameters={role: num_parameters(nets[role]) - num_adapters(nets[role]) for role in order},
+        lora={role: num_lora_parameters(job, role, nets[role]) for role in order},
+        blocks={role: split_blocks(nets[role])[0] for role in order},
+        outside={role: split_blocks(nets[role])[1] for role in order},
+        adapted=frozenset(job.lora),
+        backbone=job.backbone,
+        half=job.half,
+        updates=tuple(update for stage in names for update in _updates(job, stage)),
+        context={stage: context_bytes(job, stage) for stage in on_policy},
+        trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
+        trajectory_forwards=job.trajectories.num_steps * job.trajectories.guidance.passes if job.trajectories else 0,
+        forwards={stage: forwards(job, stage) for stage in job.stages},
+    )
+
+
+def num_parameters(net: nn.Module, trained: bool = False) -> int:
+    """Elements of a network's parameters, or of those with a gradient."""
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad or not trained)
+
+
+def num_adapters(net: nn.Module) -> int:
+    """Elements of a LoRA's own matrices."""
+    return sum(parameter.numel() for name, parameter in net.named_parameters() if ".lora_" in name)
+
+
+def num_lora_parameters(job: Job, role: str, net: nn.Module) -> int:
+    """What is trained of a role as a LoRA, by default on every matrix of attentions and MLP; all of a role without blocks."""
+    network = inner(net)
+    if role in job.lora or not isinstance(network, AvatarTransformer):
+        return num_parameters(net, trained=role in job.lora)
+    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, TARGETS, ()).values())
+
+
+def split_blocks(net: nn.Module) -> tuple[int, int]:
+    """Elements of two blocks, one at work and the next one on its way; and of all that is outside of blocks."""
+    blocks = [num_parameters(block) for block in getattr(inner(net), "blocks", ()) if isinstance(block, nn.Module)]
+    return sum(blocks[:2]), num_parameters(net) - sum(blocks)
+
+
+def context_bytes(job: Job, stage: str) -> int:
+    """The context of the last chunk of a training rollout: keys and values as kept and as made ready, of every block."""
+    spec, part = job.spec, job.stages[stage]
+    longest = max(spec.num_chunks, getattr(part.method, "rollout_chunks", 0))
+    seen = max(len(spec.history.visible(chunk)) for chunk in range(longest))
+    tokens = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
+    width = spec.network.num_heads * spec.network.head_dim
+    passes = 1 if spec.history.commit == "clean" else len(spec.sigmas)
+    size = DTYPES[job.precision].itemsize
+    return 2 * passes * seen * 2 * spec.network.num_layers * part.train.batch_size * tokens * width * size
+
+
+def trajectory_bytes(spec: Spec, num_pairs: int) -> int:
+    """Tensors of the trajectories stage: fp16 states at the student's sigmas and at 0, and the row of each pair, int64."""
+    channels, height, width = spec.latent_size
+    return num_pairs * ((len(spec.sigmas) + 1) * channels * spec.horizon_frames * height * width * 2 + 8)
+
+
+def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Sequence[str] = ()) -> dict[str, float]:
+    """Bytes on one of `ranks` GPUs during an update, by part ("student weights", ...), and their "peak".
+
+    As `distill.training.role` hold them: weights, gradients, moments and averages are fp32, whole (ddp) or in parts of 1/ranks. Of zero1
+    these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3 and fsdp2 all,
+    frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and weights of
+    `plan.half`. `switches`, one of LADDER: checkpointing of blocks; offload to the host of what is in parts; lora for all
+    trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum. UserError where
+    the batch does not divide. Codec, senses, probes and what an allocator wastes are not in it.
+    """
+    parts, learned = _resident(plan, update, engine, ranks, switches)
+    resident = sum(parts.values())
+    zero, offload = engine.startswith("zero"), OFFLOAD in switches and engine != "ddp"
+    count, micro_steps = learned.get(update.role, 0), update.micro_steps(ranks)
+    each = {"ddp": 4.0, "zero1": 4.0}.get(engine, 4 / ranks)
+    if engine == "fsdp2" and micro_steps > 1:
+        each = 4.0  # until the last micro-step nothing is reduced
+    elif engine in ("zero3", "fsdp2") and offload:
+        each = 0.0
+    points, most = update.points_with(switches), update.activations(*switches)
+    if micro_steps > 1:  # the gradients wait for the next one
+        points = ((count, most),)
+    parts["gradients"] = count * each
+    parts["activations"] = float(most)
+    flattened = 4 / ranks if zero and not offload else 0.0
+    bucket = plan.bucket_mib * 2**20 * (2 if zero else 1) if ranks > 1 and count and engine != "fsdp2" else 0
+    parts["peak"] = resident + max(
+        count * (each + flattened) + bucket, *(held * each + other for held, other in points)
+    )
+    return parts
+
+
+def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Sequence[str]) -> tuple[dict, dict]:
+    """What is there all the time by part, but for the gradients of the role; and the trained elements by role."""
+    size, mixed = DTYPES[plan.precision].itemsize, plan.precision != "fp32"
+    whole = engine == "ddp"
+    sharded = engine in ("zero3", "fsdp2") and bool(
+        update.trained
+    )  # ranks solve trajectories apart, with whole networks
+    offload = 0.0 if OFFLOAD in switches and not whole else 1.0
+    part = offload if whole else offload / ranks
+    keep = part if sharded else 1.0
+    parts: dict[str, float] = {}
+    learned = {role: _learned(plan, role, switches) for role in update.trained}
+    adapters = {role for role in update.trained if role in plan.adapted or LORA in switches}
+    shared = plan.backbone & {*adapters, *update.frozen} if plan.backbone & (plan.adapted | adapters) else frozenset()
+    if shared:
+        parts["backbone weights"] = keep * size * plan.parameters[max(shared)]
+    for role in (*update.trained, *update.frozen):
+        count, learns = plan.parameters[role], learned.get(role, 0)
+        frozen = 0 if learns == count or role in shared else count
+        held = size if role in adapters else 2 if role in plan.half else 4
+        parts[f"{role} weights"] = keep * (frozen * held + 4 * learns)
+        if not learns:
+            continue
+        if role == update.trained[0]:
+            parts[f"{role} average"] = part * 4 * learns
+        parts[f"{role} moments"] = part * 8 * learns
+        if engine in ("zero1", "zero2"):
+            parts[f"{role} masters"] = part * 4 * learns
+        if engine == "zero3" and role != update.role:  # its buffer is there all the time
+            parts["idle gradients"] = parts.get("idle gradients", 0.0) + part * 4 * learns
+    if mixed and not sharded and update.role in learned:
+        copied = learned if update.role in adapters else plan.parameters
+        parts["bf16 copies"] = size * float(copied[update.role])
+    if sharded:
+        parts["gathered"] = max(_gathered(plan, role, engine) for role in (*update.trained, *update.frozen))
+    return parts, learned
+
+
+def _gathered(plan: Plan, role: str, engine: str) -> float:
+    """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps up to LIVE elements as they are."""
+    if engine == "zero3":
+        return min(plan.parameters[role], LIVE) * (2.0 if role in plan.half else 4.0)
+    return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * (
+        2.0 if role in plan.half else 4.0
+    )
+
+
+def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:
+    """The largest peak of all updates on one of `ranks` GPUs."""
+    return max(rank_bytes(plan, update, engine, ranks, switches)["peak"] for update in plan.updates)
+
+
+def remedy(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
+    """The first switches of LADDER with which everything fits into `limit` bytes a rank; None where nothing helps."""
+    ladder = [switches for switches in LADDER if LORA not in switches or engine in LORA_ENGINES]
+    if not is_possible(plan, engine):
+        return None
+    return next((switches for switches in ladder if peak_bytes(plan, engine, ranks, switches) <= limit), None)
+
+
+def is_possible(plan: Plan, engine: str) -> bool:
+    """Whether an engine can hold the roles: LoRAs share weights, which some cut to pieces."""
+    return not plan.adapted or engine in LORA_ENGINES
+
+
+def job_of(recipe: "Recipe") -> Job:
+    """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
+    if recipe.student.network is not None:
+        raise UserError(
+            "student.network: the plan knows students that share the teacher's network; leave it out to plan the rest"
+        )
+    given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
+    trained = {name: stage for name, stage in given.items() if stage.is_trained}
+    return Job(
+        spec=spec_of(recipe),
+        networks={"teacher": recipe.teacher.network},
+        stages={**trained, "init": recipe.init, "dmd": recipe.dmd},
+        trajectories=recipe.trajectories,
+        precision=recipe.engine.precision,
+        half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
+        bucket_mib=recipe.engine.bucket_mib,
+        backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
+        **_lora_of(recipe),
+    )
+
+
+def _lora_of(recipe: "Recipe") -> dict:
+    """What a job says of a recipe's LoRA roles."""
+    lora = recipe.lora
+    if lora is None:
+        return {}
+    ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
+    return {"lora": ranks, "targets": lora.targets, "full": lora.full}
+
+
+class Traced(dict):
+    """Points by switches, traced when they are first asked for."""
+
+    def __init__(self, job: Job, stage: str, role: str):
+        super().__init__()
+        self.ask = (job, stage, role)
+
+    def __missing__(self, switches: tuple[str, ...]) -> Points:
+        self[switches] = trace(*self.ask, *switches)
+        return self[switches]
+
+
+def _updates(job: Job, stage: str) -> list[Update]:
+    needs = job.needs(stage)
+    return [
+        Update(
+            stage=stage,
+            role=role,
+            trained=needs.trained,
+            frozen=needs.frozen,
+            train=job.stages[stage].train if needs.trained else None,
+            points=Traced(job, stage, role),
+        )
+        for role in needs.trained or needs.frozen[:1]
+    ]
+
+
+def _learned(plan: Plan, role: str, switches: Sequence[str]) -> int:
+    return plan.lora[role] if role in plan.adapted or LORA in switches else plan.parameters[role]
+
+
+def _check_geometry(spec: Spec) -> None:
+    cell = spec.codec.patch * spec.network.patch
+    for name in ("height", "width"):
+        if getattr(spec, name) % cell:
+            raise UserError(
+                f"{name} {getattr(spec, name)} is no multiple of {cell}: recipe; a token is {cell} pixels wide"
+            )
+    if spec.network.head_dim % 2 or spec.network.head_dim < 6:
+        raise UserError(f"head_dim {spec.network.head_dim}: network; rotary positions need an even number from 6 on")

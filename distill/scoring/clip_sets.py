@@ -1,0 +1,390 @@
+"""Sets of clips to score: folders of films or tensors, prepared shards, manifests; found by name, read as a card wants them.
+
+A set is a folder of mp4, mov, mkv or webm films, of `NAME.safetensors` (`video` [3, T, H, W], uint8 or float in [-1, 1],
+`audio` [S] at 16 kHz, metadata `fps`, `text`, and `chunks`: the frames at which all but the first begin), a folder that `distill
+data prepare` wrote, or a manifest of `distill data`, of films or of such a folder's clips. Beside them: `NAME.txt` says what
+happens, `NAME.wav` or `NAME.flac` is the sound and goes before a film's own track, `faces.json` has a face box for each clip:
+{"NAME": [left, top, right, bottom]} in pixels of the clip before it is scaled, null where no face was found. A dot in a name
+counts as "_".
+
+A clip is held as a whole, at most `MOST_BYTES` of pictures: 109 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
+one, and FVD's network takes it as floats, so a process needs up to six times that.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.data.datasets import folder as folders
+from distill.data.datasets.manifest import Clip, Manifest
+from distill.data.loader import Index
+from distill.data.prepare.cutting import crop_box
+from distill.data.prepare.video import SAMPLE_RATE, film_stream, opened, pictures, read_sound
+from distill.scoring.prepared import is_prepared, open_samples, place_of, read_sample, shape_of
+from eval.cards import Card, ClipRule
+from eval.clip_scores import Take
+from teachers.errors import UserError
+from teachers.files import canonical_json, save_tensors
+from teachers.media.read import fit_image, read_audio, upright
+
+TENSORS, FACES = ".safetensors", "faces.json"
+SOUNDS = (".wav", ".flac")
+LOSSLESS = ("ffv1", "png", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "qtrle", "apng")
+RGB = ("rgb", "bgr", "gbr", "0rgb", "0bgr", "argb", "abgr")
+ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
+SAME_RATE = Fraction(1, 10_000)  # 30 and 29.97 are two rates
+MOST_BYTES = 2**31
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One clip of a set: where it lies, what is said to happen, its sound beside it, and its face box.
+
+    box: (left, top, right, bottom), None where no face was found; `has_box` is False where nobody looked
+    sample: where it lies in a shard at `path`, cut from its source as `clip` says
+    """
+
+    clip: Clip
+    path: Path
+    sound: Path | None
+    text: str
+    has_box: bool = False
+    box: tuple[float, float, float, float] | None = None
+    sample: Index | None = field(default=None, compare=False)
+
+    @property
+    def identity(self) -> str:
+        """sha256 over the bytes of its files and which part of them it is."""
+        clip = {name: asdict(self.clip)[name] for name in ("start", "end", "crop", "crop_size")}
+        sound = None if self.sound is None else file_sha256(self.sound)
+        file = file_sha256(self.path) if self.sample is None else file_sha256(*place_of(self.sample))
+        facts = {"file": file, "clip": clip, "sound": sound, "box": self.box, "looked": self.has_box}
+        return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def open_set(path: Path, videos: Path | None = None) -> dict[str, Entry]:
+    """The clips of a folder or a manifest (its films or shards under `videos`, else beside it), by name in alphabetical order.
+
+    Raises UserError in one line where the set is missing or empty, and where files in it can be no clips.
+    """
+    path = Path(path)
+    if path.is_file():
+        root, manifest = Path(videos or path.parent), Manifest.load(path)
+    elif path.is_dir():
+        root = path
+        named = any((path / name).is_file() for name in folders.METADATA)
+        if is_prepared(path):
+            manifest = Manifest.load(path / "manifest.parquet")
+        else:
+            manifest = folders.read(path if named else None, path)
+    else:
+        raise UserError(f"no clips: {path} is neither a folder nor a manifest; check the path")
+    samples = open_samples(root) if is_prepared(root) else None
+    if manifest.refused and samples is None:  # what is in no shard, `distill data prepare` told
+        first = manifest.refused[0]
+        more = f" and {len(manifest.refused) - 1} more" if len(manifest.refused) > 1 else ""
+        raise UserError(f"{path} holds what is no clip: {first.source}: {first.reason}{more}; mend or remove it")
+    clips = [replace(clip, id=_named(clip.id)) for clip in manifest.clips]
+    if path.is_dir():
+        clips += [Clip(id=folders.safe_id(f.name), dataset="folder", source=f.name) for f in path.glob(f"*{TENSORS}")]
+    boxes = _boxes((path if path.is_dir() else path.parent) / FACES)
+    entries: dict[str, Entry] = {}
+    for clip in sorted(clips, key=lambda clip: clip.id):
+        if clip.id in entries:
+            raise UserError(f"two clips of one name: {clip.id} in {path}; remove one of them")
+        found = _at(root, clip) if samples is None else _in_shard(root, clip, samples)
+        entries[clip.id] = replace(found, has_box=clip.id in boxes, box=boxes.get(clip.id))
+    if not entries:
+        raise UserError(f"no clips in {path}; put mp4, mov, mkv, webm or {TENSORS} files there")
+    if unknown := sorted(boxes.keys() - entries.keys()):
+        raise UserError(f"{FACES} names a clip that is not there: {unknown[0]}; correct the name")
+    return entries
+
+
+def _at(root: Path, clip: Clip) -> Entry:
+    file = root / clip.source
+    beside = (file.with_suffix(suffix) for suffix in SOUNDS)
+    sound = next((sound for sound in beside if sound.is_file()), None)
+    return Entry(clip=clip, path=file, sound=sound, text=clip.text or _said(file))
+
+
+def _in_shard(root: Path, clip: Clip, samples: Mapping[str, Index]) -> Entry:
+    sample = samples.get(clip.id)
+    if sample is None:
+        raise UserError(f"clip {clip.id} is in no shard: {root}; prepare it, or leave it out")
+    return Entry(clip=clip, path=place_of(sample)[0], sound=None, text=clip.text, sample=sample)
+
+
+def read_clip(entry: Entry, card: Card, generated: bool) -> Take:
+    """The clip as the card wants it.
+
+    Raises UserError where it is damaged, too short, longer than can be held, or of another rate, size or codec.
+    """
+    rule = card.clips
+    if entry.sample is not None:
+        if generated and rule.lossless:
+            raise UserError("clips in prepared shards are H.264 and not lossless; write tensors, FFV1 or PNG in an mkv")
+        _check_length(*shape_of(entry.sample))
+        video, fps, sound = read_sample(entry.sample)
+        video, fps = _retimed(video, fps, rule)
+    elif entry.path.suffix == TENSORS:
+        video, fps, sound = _tensors(entry.path)
+        video, fps = _retimed(video, fps, rule)
+    else:
+        video, fps, sound = _film(entry, rule, generated and rule.lossless)
+    if rule.frames is not None and video.shape[1] < rule.frames:
+        raise UserError(f"{video.shape[1]} frames, {float(video.shape[1] / fps):.2f} s: {rule.frames} are wanted")
+    seams = _seams(entry, fps) if entry.path.suffix == TENSORS else ()
+    video, box = _fitted(video[:, : rule.frames], entry.box, rule)
+    if sound is not None:
+        sound = sound[: round(video.shape[1] * SAMPLE_RATE / fps)]
+    return Take(video=video, fps=fps, sound=sound, box=None if box is None else torch.tensor(box), seams=seams)
+
+
+def write_clip(path: Path, video: Tensor, fps: Fraction, sound: Tensor | None, text: str = "", **facts: str) -> None:
+    """A clip uint8 [3, T, H, W] with its sound [S] as tensors, exactly; whole or absent."""
+    tensors = {"video": video} | ({} if sound is None else {"audio": sound.float()})
+    save_tensors(path, tensors, {"fps": str(fps), "text": text, **facts})
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    """The metadata of a clip of tensors, empty where there is no whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
+def _seams(entry: Entry, fps: Fraction) -> tuple[int, ...]:
+    """The first frames of chunks but the first, which metadata `chunks` say ("3 15 27"), as shown at `fps`."""
+    facts = facts_of(entry.path)
+    try:
+        return tuple(math.ceil(int(word) * fps / Fraction(facts["fps"])) for word in facts.get("chunks", "").split())
+    except (ValueError, KeyError, ZeroDivisionError) as error:
+        raise UserError(f"chunks must be frame numbers: {entry.path.name} ({error})") from error
+
+
+def _named(clip: str) -> str:
+    """What a clip is called here: as a file of that name is in a folder (`distill.data.datasets.folder.safe_id`), without dots."""
+    return clip.replace(".", "_")
+
+
+def _said(path: Path) -> str:
+    """The text of a clip of tensors: its metadata, or `NAME.txt` beside it."""
+    if path.suffix != TENSORS:
+        return ""
+    beside = path.with_suffix(".txt")
+    return facts_of(path).get("text", "") or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: Path, size: int, changed: int, first: int | None, count: int) -> str:
+    del size, changed
+    if first is not None:
+        with path.open("rb") as file:
+            file.seek(first)
+            return hashlib.sha256(file.read(count)).hexdigest()
+    if path.suffix != TENSORS:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    facts = facts_of(path)  # they lie in the file in any order
+    digest = hashlib.sha256((facts.get("fps", "") + facts.get("chunks", "")).encode())
+    try:
+        with safe_open(path, "pt") as tensors:
+            for name in sorted(tensors.keys()):
+                value = tensors.get_tensor(name).contiguous()
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"no clip of tensors ({error}): {path.name}; it needs video [3, T, H, W] and fps") from error
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path, first: int | None = None, count: int = 0) -> str:
+    """Of a file's bytes (`count` from `first` on), or of what a clip of tensors holds; read once as long as it does not change."""
+    try:
+        facts = path.stat()
+        return _sha256(path, facts.st_size, facts.st_mtime_ns, first, count)
+    except OSError as error:
+        raise UserError(f"clip cannot be read ({error.strerror}): {path}; check the path") from error
+
+
+def _boxes(path: Path) -> dict[str, tuple[float, float, float, float] | None]:
+    if not path.is_file():
+        return {}
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"face boxes cannot be read ({error}): {path}; give JSON of clip -> [l, t, r, b]") from error
+    if not isinstance(given, dict):
+        raise UserError(f"face boxes are no mapping: {path}; give JSON of clip -> [left, top, right, bottom]")
+    for name, box in given.items():
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(x) in (int, float) for x in box)
+        if box is not None and not (numbers and all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]):
+            raise UserError(f"face box of {name} is not [left, top, right, bottom] or null: {path}; got {box}")
+    return {
+        _named(name): None if box is None else (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+        for name, box in given.items()
+    }
+
+
+def _tensors(path: Path) -> tuple[Tensor, Fraction, Tensor | None]:
+    try:
+        with safe_open(path, "pt") as file:
+            shape = file.get_slice("video").get_shape()
+            _check_length(*(shape[1:] if len(shape) == 4 else (0, 0, 0)))
+            found: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = file.metadata() or {}
+        video, fps = found["video"], Fraction(facts["fps"])
+    except UserError:
+        raise
+    except (OSError, SafetensorError, KeyError, ValueError, ZeroDivisionError) as error:
+        what = str(error) or type(error).__name__
+        raise UserError(f"no clip of tensors ({what}): {path.name}; it needs video [3, T, H, W] and fps") from error
+    if video.ndim != 4 or video.shape[0] != 3 or fps <= 0:
+        raise UserError(f"video must be [3, T, H, W] at an fps above 0: got {tuple(video.shape)} at {fps}")
+    sound = found.get("audio")
+    if sound is not None and (sound.ndim != 1 or not bool(torch.isfinite(sound.float()).all())):
+        raise UserError("audio must be finite numbers [S] at 16 kHz")
+    if video.dtype == torch.uint8:
+        return video, fps, sound
+    bad = ~torch.isfinite(video.float()).flatten(2).all(2).all(0)
+    if bool(bad.any()):
+        raise UserError(f"frames hold NaN or infinity, first frame {int(bad.int().argmax())}")
+    if float(video.abs().max()) > 1.001:
+        raise UserError(f"float frames lie in [-1, 1]: got {float(video.abs().max()):.3g}")
+    return ((video.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), fps, sound
+
+
+def _retimed(video: Tensor, fps: Fraction, rule: ClipRule) -> tuple[Tensor, Fraction]:
+    if rule.fps is None or _same_rate(fps, rule.fps):
+        return video, fps if rule.fps is None else rule.fps
+    _refuse_rate(fps, rule)
+    places = [math.floor(number * fps / rule.fps) for number in range(math.floor(video.shape[1] * rule.fps / fps))]
+    return video[:, places], rule.fps
+
+
+def _check_length(frames: int, height: int, width: int) -> None:
+    if 3 * frames * height * width > MOST_BYTES:
+        most = MOST_BYTES // (3 * height * width)
+        raise UserError(
+            f"a clip is held as a whole, at most {most} frames of {width} x {height}: this one is longer; cut it into clips"
+        )
+
+
+def _same_rate(a: Fraction, b: Fraction) -> bool:
+    return abs(a / b - 1) < SAME_RATE
+
+
+def _refuse_rate(fps: Fraction | None, rule: ClipRule) -> None:
+    if rule.retime == "refuse":
+        raise UserError(f"{_number(fps)} frames a second: the protocol wants {_number(rule.fps)} and resamples nothing")
+
+
+def _number(fps: Fraction | None) -> str:
+    return "unknown" if fps is None else f"{float(fps):.5g}"
+
+
+def _film(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Tensor | None]:
+    """Pictures by their times, from the clip's start on, and the sound under them."""
+    clip = entry.clip
+    if lossless:
+        _check_lossless(entry.path)
+    start = Fraction(clip.start).limit_denominator(10**6)
+    end = None if clip.end is None else Fraction(clip.end).limit_denominator(10**6)
+    with closing(pictures(entry.path, start)) as source:
+        frames, times, rate = [], [], None
+        for picture in source:
+            if end is not None and picture.time >= end - ROUNDING:
+                break
+            if picture.frame.is_corrupt:
+                raise UserError(f"damaged picture at {float(picture.time):.2f} s")
+            if picture.time + picture.duration > start + ROUNDING:
+                pixels = upright(picture.frame, "rgb24")
+                x, y, w, h = crop_box(clip, (pixels.shape[1], pixels.shape[0]), None) if clip.crop else (0, 0, 0, 0)
+                pixels = pixels[y : y + h, x : x + w] if clip.crop else pixels
+                if frames and frames[0].shape != pixels.shape:
+                    raise UserError("pictures change their size; convert the film")
+                _check_length(len(frames) + 1, *pixels.shape[:2])
+                frames.append(np.ascontiguousarray(pixels))
+                times.append(picture.time)
+                rate = picture.rate
+            enough = rule.frames is not None and len(frames) > 0
+            rates = rule.fps or rate
+            if enough and rates and picture.time - times[0] > (rule.frames or 0) / rates + 1:
+                break
+    if not frames:
+        raise UserError(f"no picture from {float(start):.2f} s on")
+    video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+    own = rate if rate is not None else Fraction(25)
+    steady = all(abs(times[i] - times[0] - i / own) <= 2 * ROUNDING for i in range(len(times)))
+    if rule.fps is None or (_same_rate(own, rule.fps) and steady):
+        if not steady:
+            raise UserError("the frame rate varies; convert the film to a constant one")
+        fps = own if rule.fps is None else rule.fps
+    else:
+        _refuse_rate(own, rule)
+        fps, last = rule.fps, times[-1] + 1 / own - times[0]
+        count = math.floor((last + ROUNDING) * fps)
+        at = torch.tensor([float(time - times[0]) for time in times], dtype=torch.float64)
+        asked = torch.arange(count, dtype=torch.float64) / float(fps) + float(ROUNDING)
+        video = video[:, torch.searchsorted(at, asked, right=True) - 1]
+    wanted = round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps)
+    return video, fps, _sound(entry, times[0], wanted)
+
+
+def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
+    if entry.sound is not None:
+        sound = read_audio(entry.sound)
+        first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
+        return sound[first : first + count]
+    heard = read_sound(entry.path, round(start * SAMPLE_RATE), count)
+    return None if heard is None else heard[0]
+
+
+def _check_lossless(path: Path) -> None:
+    with opened(path, "video file") as container:
+        stream = film_stream(container)
+        codec = "" if stream is None else stream.codec_context.name
+        pixels = "" if stream is None else stream.codec_context.pix_fmt or ""
+    if codec not in LOSSLESS or not pixels.startswith(RGB):
+        raise UserError(f"{codec} with {pixels} is not lossless RGB; write tensors, FFV1 or PNG in an mkv")
+
+
+def _fitted(video: Tensor, box: tuple[float, ...] | None, rule: ClipRule) -> tuple[Tensor, tuple[float, ...] | None]:
+    """[3, T, H, W] at the card's size, and the box where the same scale and cut put it; None where they cut the face away."""
+    have = (video.shape[2], video.shape[3])
+    if rule.size is None or rule.size == have:
+        return video, box
+    if rule.fit == "refuse":
+        raise UserError(
+            f"{have[1]} x {have[0]} pixels: the protocol wants {rule.size[1]} x {rule.size[0]}, scales nothing"
+        )
+    frames = [((fit_image(x, rule.size) + 1) * 127.5).round().byte() for x in video.permute(1, 2, 3, 0)]
+    ratio = max(rule.size[0] / have[0], rule.size[1] / have[1])
+    if box is not None:
+        seen = _holds(have, box)  # a box that is off the picture as given is refused where faces are cropped
+        scaled = [max(rule.size[i], round(have[i] * ratio)) for i in (0, 1)]
+        top, left = (scaled[0] - rule.size[0]) // 2, (scaled[1] - rule.size[1]) // 2
+        across, down = scaled[1] / have[1], scaled[0] / have[0]
+        box = (box[0] * across - left, box[1] * down - top, box[2] * across - left, box[3] * down - top)
+        box = None if seen and not _holds(rule.size, box) else box
+    return torch.stack(frames, 1), box
+
+
+def _holds(size: tuple[int, int], box: tuple[float, ...]) -> bool:
+    """Whether the centre of a box lies in a picture of height and width `size`."""
+    return 0 <= box[1] + box[3] <= 2 * size[0] and 0 <= box[0] + box[2] <= 2 * size[1]

@@ -1,0 +1,152 @@
+"""Checkpoints that any engine reads: a folder of whole tensors (safetensors, streamed) and manifest.json.
+
+`checkpoint-<step>` gets its name when everything is on the disk, so what has that name is complete. Rank 0 alone writes, one
+file's worth of tensors in its memory at a time.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from teachers.errors import UserError
+from teachers.files import atomic_write, save_tensors
+
+FORMAT = 1
+FILE_BYTES = 2**31
+"""A file is closed when it has this much."""
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints in a stage's folder, oldest first."""
+    return sorted(path for path in folder.glob("checkpoint-*") if (path / "manifest.json").is_file())
+
+
+def save(folder: Path, step: int, facts: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]], engine, keep: int):
+    """Write `tensors` and `facts` as the checkpoint of `step` and drop all but the last `keep`. Every rank calls it.
+
+    UserError on every rank, and the older checkpoints untouched, when rank 0 cannot write.
+    """
+    target = folder / f"checkpoint-{step:08d}"
+    if target.is_dir():
+        return
+    on_main(engine, target, lambda: _write(target, {**facts, "step": step}, tensors), tensors)
+    if engine.is_main:
+        for old in saved(folder)[:-keep]:
+            _remove(old)
+    engine.barrier()
+
+
+def on_main(engine, path: Path, write: Callable[[], None], together: Iterator = iter(())) -> None:  # noqa: B008
+    """write() on rank 0 while the others consume `together`; UserError on every rank when rank 0 cannot write `path`."""
+    error: UserError | None = None
+    if engine.is_main:
+        try:
+            write()
+        except UserError as problem:
+            error = problem
+        except OSError as problem:
+            error = UserError(f"cannot write: {path} ({problem.strerror or problem}); make it writable and run again")
+    for _ in together:  # gathering takes every rank, also after rank 0 has failed
+        pass
+    if any_rank(engine, error is not None):
+        raise error or UserError(f"rank 0 could not write {path}; see its message")
+
+
+def any_rank(engine, flag: bool) -> bool:
+    """Whether any rank's flag is set."""
+    found = torch.tensor(float(flag), device=engine.device)
+    engine.all_reduce_mean([found])
+    return found.item() > 0
+
+
+def _write(target: Path, facts: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    partial = target.with_name(f".{target.name}.tmp")
+    for stale in target.parent.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files: dict[str, int] = {}
+        held: dict[str, Tensor] = {}
+
+        def close() -> None:
+            name = f"tensors-{len(files):05d}.safetensors"
+            save_tensors(partial / name, held)
+            files[name] = (partial / name).stat().st_size
+            held.clear()
+
+        for key, tensor in tensors:
+            held[key] = tensor.detach().to("cpu", copy=True)
+            if sum(x.numel() * x.element_size() for x in held.values()) >= FILE_BYTES:
+                close()
+        if held:
+            close()
+        atomic_write(
+            partial / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n"
+        )
+        os.rename(partial, target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Put a rename on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    doomed = path.with_name(f".{path.name}.tmp")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+class Reader:
+    """A checkpoint's facts, and its tensors one by one. UserError for a damaged one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.facts: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            if self.facts["format"] != FORMAT:
+                raise UserError(f"checkpoint format {self.facts['format']}: {path}; this version reads {FORMAT}")
+            self.files = {}
+            for name in self.facts["files"]:
+                with safe_open(path / name, framework="pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), name)
+        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"damaged checkpoint: {self.path} ({error}); delete it, and the run goes on from the one before"
+        )
+
+    def stream(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The tensors whose names begin with `prefix`, named without it, one at a time."""
+        for name in self.facts["files"]:
+            with safe_open(self.path / name, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    if key.startswith(prefix):
+                        yield key.removeprefix(prefix), self._read(file, key)
+
+    def _read(self, file: Any, key: str) -> Tensor:
+        try:
+            return file.get_tensor(key)
+        except SafetensorError as error:
+            raise self._damaged(error) from error
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """The same at once."""
+        return dict(self.stream(prefix))

@@ -1,0 +1,289 @@
+"""What accelerate owns: processes, device, precision, reductions; and generators keyed by meaning, never global.
+
+Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; how each holds a role is in `distill.training.role`.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor, nn
+
+from distill.training.role import Held, Kind, MakeOptimizer
+from teachers.errors import UserError
+from teachers.flow import keyed_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
+    reductions stay fp32); a reduction moves `bucket_mib` at once. `offload` keeps what is sharded in the host's memory. The
+    last `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward
+    pass in place of keeping what is inside it."""
+
+    kind: Kind | None = None
+    precision: Literal["fp32", "bf16"]
+    bucket_mib: int = 32
+    offload: bool = False
+    keep_checkpoints: int = 2
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        for name in ("bucket_mib", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
+        if self.offload and self.kind == "ddp":
+            raise UserError(
+                "engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3"
+            )
+
+
+class Engine:
+    """One process among `world_size` equal ones, which hold trained roles as `kind` says.
+
+    Raises UserError when the launcher asked for another number of processes, or for another engine or precision, than the
+    one that would run. `threads` sets torch's CPU threads of this process, shared among the local processes.
+    """
+
+    def __init__(self, config: EngineConfig, threads: int | None = None):
+        self.config = config
+        self.requested = requested_processes(os.environ, parent_command())
+        self.kind: Kind = check_launcher(os.environ, config)
+        on_cpu = not torch.cuda.is_available()
+        if "WORLD_SIZE" not in os.environ:
+            check_world_size(self.requested, 1, on_cpu)
+        if self.requested > 1 and config.offload and not on_cpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("cuda:nccl,cpu:gloo")  # shards in the host's memory are reduced there
+        with hidden_flags(os.environ):
+            self.accelerator = Accelerator(cpu=on_cpu)
+        self.device = torch.device("cpu") if on_cpu else self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.rank == 0
+        check_world_size(self.requested, self.world_size, on_cpu)
+        if self.world_size > 1 and not dist.is_initialized():
+            raise UserError(
+                f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
+            )
+        self._alone = self.kind != "ddp" and not dist.is_initialized()
+        if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
+            os.environ["LOCAL_RANK"] = "0"
+            dist.init_process_group("gloo" if on_cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        if threads is not None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
+            torch.set_num_threads(max(1, threads // local))
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, in place; summed in fp32 (fp64 stays), bucket by bucket.
+
+        Every process gives the same shapes in the same order.
+        """
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors, self.config.bucket_mib * 2**20):
+            wide = torch.float64 if bucket[0].dtype == torch.float64 else torch.float32
+            flat = torch.cat([tensor.detach().to(wide).flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            flat /= self.world_size
+            for tensor, mean in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.detach().copy_(mean.view_as(tensor))
+
+    def freeze(self, net: nn.Module) -> nn.Module:
+        """The frozen network that a stage trains against: a copy in shards where the engine shards weights, else `net`.
+
+        Every rank must call a sharded network, together; so `net` itself stays whole for work that ranks do apart.
+        """
+        if self.kind not in ("fsdp2", "zero3"):
+            return net
+        net = copy.deepcopy(net).requires_grad_(False)
+        if self.kind == "fsdp2":
+            from distill.training import fsdp
+
+            fsdp.shard(self, net)
+        else:
+            from distill.training import zero
+
+            zero.partition(self, net)
+        return net
+
+    def generator(
+        self, seed: int, *keys: int | str, shared: bool = False, device: str | None = None
+    ) -> torch.Generator:
+        """A generator of (seed, keys, rank), or of (seed, keys) alone if `shared`; on our device by default."""
+        rank = 0 if shared else self.rank
+        return keyed_generator(seed, *keys, rank, device=torch.device(device or self.device))
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast, or nothing with precision fp32."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def close(self) -> None:
+        """Leave the process group; the barrier before is what keeps gloo from aborting at exit."""
+        self.accelerator.wait_for_everyone()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self._alone:
+            del os.environ["LOCAL_RANK"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def parent_command() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent else []
+    except psutil.Error:
+        return []
+
+
+def requested_processes(environ: Mapping[str, str], parent: Sequence[str]) -> int:
+    """Processes the launcher was asked for: WORLD_SIZE, else MPI's, else accelerate's flag or config file, else 1.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and leaves no WORLD_SIZE; its own command line,
+    `parent`, and its configuration file are the only witnesses.
+    """
+    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if (value := environ.get(name) or "").isdigit():
+            return int(value)
+    if "ACCELERATE_MIXED_PRECISION" not in environ or not any("accelerate" in word for word in parent):
+        return 1
+    flags = ("--num_processes", "--num-processes")
+    for i, word in enumerate(parent):
+        name, _, value = word.partition("=")
+        if name in flags:
+            value = value or (parent[i + 1] if i + 1 < len(parent) else "")
+            return int(value) if value.isdigit() and int(value) > 0 else 1
+    file = next((parent[i + 1] for i, word in enumerate(parent[:-1]) if word == "--config_file"), None)
+    if file or (os.path.isfile(default_config_file) and "--cpu" not in parent):
+        return max(1, int(getattr(load_config_from_file(file), "num_processes", None) or 1))
+    return 1
+
+
+def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
+    """UserError when fewer or more processes train together than were asked for."""
+    if requested != got:
+        raise UserError(
+            f"{requested} processes were asked for but {got} would train: launcher; {_right_command(requested, on_cpu)}"
+        )
+
+
+def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
+    """The engine that recipe and launcher agree on; UserError when the launcher was told something that would not be done."""
+    kind, flags = launched_kind(environ)
+    if kind and config.kind and kind != config.kind:
+        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; leave one out")
+    offload = _offload_flag(environ)
+    if offload and not config.offload:
+        raise UserError(f"{offload} would have no effect: launcher; say engine.offload=true")
+    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "auto"):
+        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; say train.accumulation")
+    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if asked != "no" and asked != config.precision:
+        mend = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
+        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; say {mend}")
+    kind = kind or config.kind or "ddp"
+    if kind == "ddp" and config.offload:
+        raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
+    return kind
+
+
+def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
+    """The engine that accelerate's flags name, and those flags; None where they name none. UserError for one we lack."""
+    if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("--use_megatron_lm would have no effect: launcher; leave it out, see engine=")
+    if _is_on(environ, "ACCELERATE_USE_FSDP"):
+        version = environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            raise UserError(
+                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, say --fsdp_version 2"
+            )
+        return "fsdp2", "--use_fsdp"
+    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
+        if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("None", ""):
+            raise UserError(
+                f"--deepspeed_config_file {file} would have no effect: launcher; use engine= and --zero_stage"
+            )
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        kinds: dict[str, Kind] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
+        if stage not in kinds:
+            raise UserError(f"--zero_stage {stage} is none: launcher; it is 0, 1, 2 or 3")
+        return kinds[stage], f"--use_deepspeed --zero_stage {stage}"
+    return None, ""
+
+
+@contextmanager
+def hidden_flags(environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Without the flags that `check_launcher` reads: accelerate shall not wrap what `distill.training.role` holds."""
+    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+    found = {name: environ.pop(name) for name in names if name in environ}
+    try:
+        yield
+    finally:
+        environ.update(found)
+
+
+def _is_on(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "false").lower() in ("1", "true", "yes")
+
+
+def _offload_flag(environ: Mapping[str, str]) -> str | None:
+    if _is_on(environ, "ACCELERATE_USE_FSDP") and _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
+        return "--fsdp_offload_params true"
+    for what in ("optimizer", "param") if _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ():
+        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none").lower()
+        if device != "none":
+            return f"--offload_{what}_device {device}"
+    return None
+
+
+def _right_command(count: int, on_cpu: bool) -> str:
+    if count == 1:
+        return "start it without WORLD_SIZE and other launchers' variables"
+    where = "" if not on_cpu else " (works on a CPU; --cpu does not)"
+    return f"use accelerate launch --multi_gpu --num_processes {count} RECIPE, or torchrun{where}"
+
+
+def _buckets(tensors: Sequence[Tensor], num_bytes: int) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.numel() * max(4, tensor.element_size())
+        if not buckets or room < size or buckets[-1][0].dtype != tensor.dtype:
+            buckets.append([])
+            room = num_bytes
+        buckets[-1].append(tensor)
+        room -= size
+    return buckets
+
+
+def hold(engine, kind: Kind, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int) -> Held:
+    """`net` as a trained role of an engine of this kind. Sharding changes `net` in place."""
+    if kind == "ddp":
+        from distill.training.ddp import Whole
+
+        return Whole(engine, net, make, clip, accumulation)
+    if kind == "fsdp2":
+        from distill.training.fsdp import Sharded
+
+        return Sharded(engine, net, make, clip, accumulation)
+    from distill.training.zero import Partitioned
+
+    return Partitioned(engine, int(kind[-1]), net, make, clip, accumulation)

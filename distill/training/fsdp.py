@@ -1,0 +1,166 @@
+"""FSDP2 (torch's fully_shard): each rank keeps its rows of every weight, gradient and moment, gathered block by block.
+
+With bf16 the blocks are gathered in bf16 and the rest of the network in fp32; shards and reductions are fp32. What a block
+owns directly (Wan's scale_shift_table, which is read outside its block) stays whole on every rank.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
+
+READS = ("read_text", "read_time", "read_audio", "read", "look")
+"""What the networks compute of their conditions outside their forward, where fully_shard's hooks do not see it."""
+
+
+def shard(engine, net: nn.Module) -> FSDPModule:
+    """Shard `net` in place over all ranks, block by block, and return its root: the transformer in it, else `net` itself.
+
+    The blocks are the modules that the transformer's `_no_split_modules` names.
+    """
+    mesh = init_device_mesh(engine.device.type, (engine.world_size,))
+    offload = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if engine.config.offload else OffloadPolicy()
+    bf16 = torch.bfloat16 if engine.config.precision == "bf16" else None
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views, and nobody writes into them
+    root, blocks = _parts(net)
+    owned = {p for block in blocks for p in block.parameters(recurse=False)}
+    for module in (*blocks, root):
+        narrow = bf16 if module is not root else None
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=owned)
+        _gather_for_reads(module)
+    for p in owned:
+        p.data = p.data.to(engine.device)
+    for module in (root, *blocks):  # now, since what is first gathered in inference mode is of no use in training
+        cast(FSDPModule, module).unshard()
+        cast(FSDPModule, module).reshard()
+    return cast(FSDPModule, root)
+
+
+def _gather_for_reads(module: nn.Module) -> None:
+    """Make READS of an FSDPModule find its own weights gathered, in shards again afterwards if they were before."""
+    held = cast(FSDPModule, module)
+    owner = next(m for m in module.modules() if any(isinstance(p, DTensor) for p in m.parameters(recurse=False)))
+    name = next(name for name, p in owner.named_parameters(recurse=False) if isinstance(p, DTensor))
+
+    def gathered(read: Callable) -> Callable:
+        @functools.wraps(read)
+        def wrapper(*given):
+            in_shards = isinstance(owner.get_parameter(name), DTensor)
+            if not in_shards:
+                return read(*given)
+            held.unshard()
+            try:
+                return read(*given)
+            finally:
+                held.reshard()
+
+        return wrapper
+
+    for verb in READS:
+        if hasattr(module, verb):
+            setattr(module, verb, gathered(getattr(module, verb)))
+
+
+def _parts(net: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
+    for root in net.modules():
+        if names := getattr(root, "_no_split_modules", None):
+            return root, [module for module in root.modules() if type(module).__name__ in names]
+    return net, []
+
+
+class Sharded:
+    """`Held` in shards."""
+
+    def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
+        self.engine, self.clip, self.accumulation = engine, clip, accumulation
+        self.root = shard(engine, net)
+        self.params = trained(net)
+        self.optimizer = make([{"params": group} for group in self._groups(self.params.values()) if group])
+
+    def _groups(self, tensors) -> tuple[list, list]:
+        """Shards and whole tensors apart: no kernel takes both."""
+        tensors = list(tensors)
+        return [x for x in tensors if isinstance(x, DTensor)], [x for x in tensors if not isinstance(x, DTensor)]
+
+    def forward(self, compute: Callable[[], Tensor]) -> Tensor:
+        self.root.reshard()  # it stays gathered after a pass without gradient, as parameters that want none
+        with self.engine.autocast():
+            return compute()
+
+    def backward(self, value: Tensor, last: bool) -> None:
+        self.root.set_requires_gradient_sync(last)
+        (value / self.accumulation).backward()
+
+    def step(self, rate: float) -> Tensor:
+        groups = self._groups(p for p in self.params.values() if p.grad is not None)
+        self.engine.all_reduce_mean([p.grad for p in groups[1]])
+        norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in groups if group]
+        whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
+        norm = torch.stack([x.to(self.engine.device) for x in whole]).square().sum().sqrt()
+        if torch.isfinite(norm):
+            for group in filter(None, groups):
+                nn.utils.clip_grads_with_norm_(group, self.clip, norm.to(group[0].device))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return iter((name, local(p)) for name, p in self.params.items())
+
+    def refresh(self) -> None:
+        self.root.reshard()
+
+    def gather(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self.params.items():
+            if parts is not None:
+                yield name, self._whole(parts[name], p)
+            elif what == WEIGHT:
+                yield name, self._whole(local(p), p)
+            elif what in self.optimizer.state[p]:
+                value = self.optimizer.state[p][what]
+                yield name, value if what == COUNT else self._whole(local(value), p)
+
+    def _whole(self, part: Tensor, like: Tensor) -> Tensor:
+        if not isinstance(like, DTensor):
+            return part
+        mesh: DeviceMesh = like.device_mesh
+        part = part.to(self.engine.device)
+        full = DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+        return full.full_tensor()
+
+    def fill(self, what: str, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+        for name, value in whole.items():
+            p = self.params[name]
+            if parts is not None:
+                parts[name].copy_(_part(value, p))
+            elif what == WEIGHT:
+                local(p).copy_(_part(value, p))
+            elif what == COUNT:
+                self.optimizer.state[p][what] = value.to(p.device, torch.float32, copy=True)
+            else:
+                moment = torch.zeros_like(p)
+                local(moment).copy_(_part(value, p))
+                self.optimizer.state[p][what] = moment
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, sharing its memory."""
+    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _part(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that every rank has."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()

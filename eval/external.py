@@ -1,0 +1,83 @@
+"""Scores that another program made: the way in for metrics whose code or weights we may not depend on.
+
+`distill eval --scores FILE.json` takes, for one metric, a value for each clip and who made it:
+
+    {"metric": "iqa", "made_by": "q-future/one-align, every frame, transformers 4.36.1",
+     "generated": {"clip": 3.9}, "real": {"clip": 4.2}}
+
+`real` may be left out. The mean and its jackknife error stand in the tables under "From other programs"; two reports compare
+only where `made_by` is the same. Such a program runs in an environment of its own, reads the clips and writes the file:
+
+* Q-Align, IQA and ASE (code S-Lab 1.0, non-commercial; transformers 4.36 to 4.37.2, some 16 GB in fp16): for every frame
+  `model.score([picture], task_="quality", input_="image")` of `AutoModelForCausalLM.from_pretrained("q-future/one-align",
+  trust_remote_code=True, torch_dtype=torch.float16)`, `task_="aesthetic"` for ASE; 1 to 5; the clip's value is the mean over its
+  frames. `input_="video"` samples one frame a second and gives other numbers: say in `made_by` which it was.
+* ArcFace, CSIM (code MIT; models non-commercial): insightface's `FaceAnalysis("buffalo_l")`, the 5-point `norm_crop` to 112,
+  cosine of `normed_embedding` of each frame with the first real frame; the clip's value is the mean over frames. Without
+  alignment it is another metric: say so in `made_by`.
+
+The clips of a student lie as tensors in OUT/drawn: `safetensors.torch.load_file(path)["video"]` is uint8 [3, T, H, W].
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from eval.metrics.frechet import mean_with_error
+from eval.report.score_report import TABLES
+from teachers.errors import UserError
+
+OURS = {name for columns in TABLES.values() for name in columns}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One metric of another program: values for clips in the order that was asked for; `real` may be None."""
+
+    metric: str
+    made_by: str
+    generated: list[float]
+    real: list[float] | None
+
+    def rows(self) -> dict[str, dict]:
+        """Role -> {mean, error} for generated and real."""
+        sides = {"generated": self.generated, "real": self.real}
+        found = {}
+        for role, values in sides.items():
+            if values is not None:
+                mean, error = mean_with_error(torch.tensor(values, dtype=torch.float64))
+                found[role] = {"mean": mean, "error": error if math.isfinite(error) else None}
+        return found
+
+
+def read_scores(path: Path, clips: Sequence[str]) -> Adapted:
+    """The file of one metric; UserError when it is damaged, has a metric of ours, or has not exactly these clips."""
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        metric, made_by = given["metric"], given["made_by"]
+        unknown = given.keys() - {"metric", "made_by", "generated", "real"}
+        texts = all(isinstance(text, str) and text for text in (metric, made_by))
+        if unknown or not texts:
+            raise ValueError(f"unknown key {min(unknown)}" if unknown else "metric and made_by must be texts")
+        sides = [given["generated"], given.get("real")]
+        if not all(side is None or isinstance(side, dict) for side in sides):
+            raise ValueError("generated and real must map clips to numbers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"scores of another program cannot be read ({error}): {path}; see eval/external.py") from error
+    if metric in OURS:
+        raise UserError(f"'{metric}' is a metric of distill eval: {path}; give it another name")
+    return Adapted(metric, made_by, _values(path, sides[0], clips), sides[1] and _values(path, sides[1], clips))
+
+
+def _values(path: Path, side: dict, clips: Sequence[str]) -> list[float]:
+    if side.keys() != set(clips):
+        wrong = sorted(side.keys() ^ set(clips))
+        raise UserError(f"{path} has {len(side)} clips, {len(clips)} are scored; the first that differs: {wrong[0]}")
+    for name, value in side.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise UserError(f"the score of {name} is no finite number: {path}; got {value}")
+    return [float(side[name]) for name in clips]

@@ -1,0 +1,198 @@
+"""SyncNet v2: the lip tower, the audio tower and what they see (Chung and Zisserman, "Out of time", 2016; syncnet_python).
+
+V windows of 5 frames at 25 fps and of 20 MFCC rows (0.2 s), one a frame: window v is frames v .. v+4 and rows 4v .. 4v+19. Features
+are not normalised; distances, lags and padding belong to the metric.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from eval.networks.weights import exact, load_network
+from teachers.errors import UserError
+
+DIM = 1024
+SIDE = 224
+FPS, SAMPLE_RATE = 25, 16000
+FRAMES, ROWS, ROWS_A_FRAME, COEFFICIENTS = 5, 20, 4, 13
+CROP_SCALE, PAD_VALUE = 0.4, 110
+
+# width | kernel | stride | padding | pool: kernel stride padding
+AUDIO = """
+    64  | 3 3 | 1 1 | 1 1 | 1 1, 1 1, 0 0
+    192 | 3 3 | 1 1 | 1 1 | 3 3, 1 2, 0 0
+    384 | 3 3 | 1 1 | 1 1 |
+    256 | 3 3 | 1 1 | 1 1 |
+    256 | 3 3 | 1 1 | 1 1 | 3 3, 2 2, 0 0
+    512 | 5 4 | 1 1 | 0 0 |
+"""
+LIP = """
+    96  | 5 7 7 | 1 2 2 | 0 0 0 | 1 3 3, 1 2 2, 0 0 0
+    256 | 1 5 5 | 1 2 2 | 0 1 1 | 1 3 3, 1 2 2, 0 1 1
+    256 | 1 3 3 | 1 1 1 | 0 1 1 |
+    256 | 1 3 3 | 1 1 1 | 0 1 1 |
+    256 | 1 3 3 | 1 1 1 | 0 1 1 | 1 3 3, 1 2 2, 0 0 0
+    512 | 1 6 6 | 1 1 1 | 0 0 0 |
+"""
+
+
+class SyncNet(nn.Module):
+    """Both towers; layers keep their published positions, which are the names of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.netcnnaud = _tower(AUDIO, 1, nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)
+        self.netfcaud = _head()
+        self.netcnnlip = _tower(LIP, 3, nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d)
+        self.netfclip = _head()
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: Path | None = None, device: torch.device | str = "cpu") -> "SyncNet":
+        """With the published weights in `folder`; raises UserError as `eval.networks.weights.locate` does."""
+        network = cls()
+        load_network("syncnet", network, folder)
+        return network.to(device)
+
+    def lip(self, windows: Float[Tensor, "v 3 5 224 224"]) -> Float[Tensor, "v 1024"]:
+        """BGR windows, 0..255 -> their features."""
+        return self.netfclip(self.netcnnlip(windows).flatten(1))
+
+    def audio(self, windows: Float[Tensor, "v 1 13 20"]) -> Float[Tensor, "v 1024"]:
+        """MFCC windows -> their features."""
+        return self.netfcaud(self.netcnnaud(windows).flatten(1))
+
+    def features(
+        self,
+        faces: UInt8[Tensor, "t 3 224 224"],
+        mfcc: Float[Tensor, "f 13"],
+        num_windows: int,
+        batch_size: int = 20,
+    ) -> tuple[Float[Tensor, "v 1024"], Float[Tensor, "v 1024"]]:
+        """RGB face crops at 25 fps and MFCC rows at 100 a second -> lip and audio features, fp32 on the CPU.
+
+        `num_windows` is `windows_of(frames, samples)`. Raises UserError where crops or rows are too few or of another kind.
+        """
+        device = next(self.parameters()).device
+        seen, heard = lip_input(faces, num_windows), audio_input(mfcc, num_windows)
+        with exact():
+            lips = [self.lip(part.to(device).contiguous()).float().cpu() for part in seen.split(batch_size)]
+            sounds = [self.audio(part.to(device)).float().cpu() for part in heard.split(batch_size)]
+        return torch.cat(lips), torch.cat(sounds)
+
+
+def windows_of(num_frames: int, num_samples: int) -> int:
+    """V of a clip at 25 fps and 16 kHz, as published: min(frames, samples // 640) - 5, one less than would fit.
+
+    Raises UserError where none is left.
+    """
+    shared = min(num_frames, num_samples * FPS // SAMPLE_RATE)
+    if shared <= FRAMES:
+        raise UserError(
+            f"SyncNet needs at least {FRAMES + 1} frames at {FPS} fps with their sound: got {num_frames} frames and "
+            f"{num_samples} samples; evaluate longer clips"
+        )
+    return shared - FRAMES
+
+
+def lip_input(faces: UInt8[Tensor, "t 3 224 224"], num_windows: int) -> Float[Tensor, "v 3 5 224 224"]:
+    """RGB crops -> windows of 5 frames, 1 apart, in BGR, 0..255 as they are; a view, so that no frame is held five times."""
+    needed = num_windows + FRAMES - 1
+    if faces.dtype != torch.uint8 or faces.shape[1:] != (3, SIDE, SIDE) or len(faces) < needed:
+        raise UserError(
+            f"SyncNet sees at least {needed} uint8 face crops [T, 3, {SIDE}, {SIDE}]: got {faces.dtype} "
+            f"{tuple(faces.shape)}; crop them with crop_faces"
+        )
+    return faces[:needed].flip(1).float().unfold(0, FRAMES, 1).movedim(4, 2)
+
+
+def audio_input(mfcc: Float[Tensor, "f 13"], num_windows: int) -> Float[Tensor, "v 1 13 20"]:
+    """MFCC rows -> windows of 20 rows, 4 apart, coefficients down and time across."""
+    needed = ROWS_A_FRAME * (num_windows - 1) + ROWS
+    if mfcc.ndim != 2 or mfcc.shape[1] != COEFFICIENTS or len(mfcc) < needed:
+        raise UserError(
+            f"SyncNet hears at least {needed} MFCC rows of {COEFFICIENTS}: got {tuple(mfcc.shape)}; give the whole sound"
+        )
+    return mfcc[:needed].float().unfold(0, ROWS, ROWS_A_FRAME)[:, None]
+
+
+def crop_faces(
+    frames: UInt8[Tensor, "t 3 h w"], boxes: Float[Tensor, "*each 4"], crop_scale: float = CROP_SCALE
+) -> UInt8[Tensor, "t 3 224 224"]:
+    """Square crops around face boxes, as run_pipeline.py of syncnet_python makes them.
+
+    Boxes are left, top, right, bottom in pixels: one for the clip [4], or one a frame [T, 4]. With s half the longer side of a box
+    and c = crop_scale, its crop spans x - s (1 + c) .. x + s (1 + c) and y - s .. y + s (1 + 2c) around the centre x, y: a square
+    of 2.8 s, shifted down. Outside the picture is grey 110. Raises UserError for a box that is empty, larger than twice the picture
+    or centred outside it.
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        raise UserError(
+            f"faces are cropped from uint8 frames [T, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
+        )
+    if boxes.shape not in ((4,), (len(frames), 4)):
+        raise UserError(
+            f"{len(frames)} frames need one box or one a frame: got {tuple(boxes.shape)}; give [4] or [T, 4]"
+        )
+    frames = frames.cpu()
+    each = boxes.double().expand(len(frames), 4).tolist()
+    return torch.stack([_crop(frame, box, crop_scale) for frame, box in zip(frames, each, strict=True)])
+
+
+def _crop(frame: Tensor, box: list[float], scale: float) -> Tensor:
+    height, width = frame.shape[-2:]
+    left, top, right, bottom = box
+    half, x, y = max(bottom - top, right - left) / 2, (left + right) / 2, (top + bottom) / 2
+    inside = 0 <= x <= width and 0 <= y <= height and 0.5 <= half <= max(height, width)
+    if not (inside and right > left and bottom > top):  # NaN fails too
+        raise UserError(
+            f"face box {left:g}, {top:g}, {right:g}, {bottom:g} does not fit a frame of {width} x {height}; "
+            "boxes are left, top, right, bottom in pixels"
+        )
+    margin = int(half * (1 + 2 * scale))
+    padded = F.pad(frame, (margin, margin, margin, margin), value=PAD_VALUE)
+    x, y = x + margin, y + margin
+    rows = slice(int(y - half), int(y + half * (1 + 2 * scale)))
+    columns = slice(int(x - half * (1 + scale)), int(x + half * (1 + scale)))
+    return resize_cv2(padded[:, rows, columns], SIDE)
+
+
+def resize_cv2(image: UInt8[Tensor, "c h w"], side: int) -> UInt8[Tensor, "c s s"]:
+    """cv2.resize with INTER_LINEAR of uint8: half-pixel centres, edges repeated, no antialias, weights of 11 bits, to the bit."""
+    low, high, of_low, of_high = _taps(image.shape[2], side)
+    across = image.int().index_select(2, low) * of_low + image.int().index_select(2, high) * of_high
+    low, high, of_low, of_high = _taps(image.shape[1], side)
+    top, bottom = across.index_select(1, low) >> 4, across.index_select(1, high) >> 4
+    mixed = ((top * of_low[:, None]) >> 16) + ((bottom * of_high[:, None]) >> 16)
+    return ((mixed + 2) >> 2).clamp(0, 255).to(torch.uint8)
+
+
+def _taps(size: int, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each output pixel the two input pixels around it, the edge twice beyond an edge, and their weights in 1 / 2048."""
+    place = ((torch.arange(side, dtype=torch.float64) + 0.5) * (1 / (side / size)) - 0.5).float()
+    low = place.floor()
+    share = place - low
+    of_low, of_high = ((1 - share) * 2048).round().int(), (share * 2048).round().int()
+    return low.long().clamp(0, size - 1), (low.long() + 1).clamp(0, size - 1), of_low, of_high
+
+
+def _tower(table: str, inputs: int, conv: type, norm: type, pool: type) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for row in table.strip().splitlines():
+        width, kernel, stride, padding, pooling = (cell.strip() for cell in row.split("|"))
+        layers += [conv(inputs, int(width), _ints(kernel), _ints(stride), _ints(padding)), norm(int(width)), nn.ReLU()]
+        if pooling:
+            layers.append(pool(*(_ints(cell) for cell in pooling.split(","))))
+        inputs = int(width)
+    return nn.Sequential(*layers)
+
+
+def _head() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, DIM))
+
+
+def _ints(cell: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in cell.split())

@@ -1,0 +1,138 @@
+"""The straightforward chunk loop that the session is measured against: file in, file out, over the same network and noise.
+
+Around the network it does what published code does: a cache for each layer that is cloned on every roll, its ends read with
+`.item()`, time embedded anew in every call, decoding after the loop, no_grad. Keys are kept un-rotated and turned again in every
+call, as positions relative to a rolling window ask for. The text is embedded and made keys and values in every call; Self Forcing
+and LiveTalk keep those of the first one, which is `keep_text`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.speed.latency import Scene
+from students.serving.inputs import hear
+from students.serving.session import chunk_noise
+from students.spec import Spec
+from students.weights.checkpoint import Bundle
+from teachers import flow
+from teachers.codecs.linear import to_uint8
+from teachers.conditions import Conditions, pack_rows
+from teachers.errors import UserError
+from teachers.networks.wan import KeyValue, NetworkConfig, rotate, to_x0, with_reference
+
+
+@dataclass
+class LayerCache:
+    """Keys and values [1, room, M, d] of one layer, and where they end: in the cache, and in the stream."""
+
+    keys: Tensor
+    values: Tensor
+    local_end: Tensor
+    global_end: Tensor
+
+
+def can_run(spec: Spec) -> bool:
+    """Whether the loop knows this student: an avatar DiT with sinks and a rolling window, a context pass, one chunk at a time."""
+    history = spec.history
+    plain = history.commit == "clean" and history.memory == 0 and spec.schedule.depth == 1
+    return plain and isinstance(spec.network, NetworkConfig) and not history.refine_every and spec.guidance is None
+
+
+@torch.no_grad()
+def naive_loop(bundle: Bundle, scene: Scene, num_chunks: int, keep_text: bool = False) -> Tensor:
+    """All frames uint8 [T, H, W, 3] of `num_chunks` chunks, equal to the session's up to rounding."""
+    spec, net, codec = bundle.spec, bundle.student.net, bundle.codec
+    if not can_run(spec):
+        raise UserError(f"plain loop: it knows no {spec.history}; use one with a clean context pass and no memory")
+    conditions = _conditions(bundle, scene, num_chunks)
+    n, tokens = spec.chunk_frames, spec.token_grid[0] * spec.token_grid[1]
+    sinks, caches = spec.history.sinks * n * tokens, _caches(bundle, num_chunks, n * tokens)
+    text = net.read_text(conditions.text) if keep_text else conditions.text
+    latents = []
+
+    def predict(x: Tensor, sigma: float, chunk: int) -> Tensor:
+        known = (0,) if chunk == 0 else ()
+        part = conditions.frames(chunk * n, (chunk + 1) * n)
+        x, inputs = with_reference(x, part, known)
+        level = torch.full((x.shape[0], n), sigma, device=x.device)
+        ends = [_make_room(cache, (chunk + 1) * n * tokens, sinks) for cache in caches]
+        seen = ends[0] - n * tokens
+        past = (
+            [_past(cache, seen, net.turns(0, seen // tokens, *spec.token_grid)) for cache in caches] if seen else None
+        )
+        out, made = net(inputs, level, text, part.audio, past=past, past_frames=seen // tokens, pose=part.pose)
+        for cache, end, (keys, values) in zip(caches, ends, made, strict=True):
+            cache.keys[:, seen:end], cache.values[:, seen:end] = keys, values
+            cache.local_end.fill_(end)
+            cache.global_end.fill_((chunk + 1) * n * tokens)
+        return to_x0(out, x, level, part, spec.network.prediction, known)
+
+    for chunk in range(num_chunks):
+        x = x0 = chunk_noise(spec, scene.seed, chunk, 0).to(conditions.audio.device)
+        for step, sigma in enumerate(spec.sigmas):
+            x0 = predict(x, sigma, chunk)
+            if step + 1 < len(spec.sigmas):
+                noise = chunk_noise(spec, scene.seed, chunk, step + 1).to(x0.device)
+                x = flow.add_noise(x0, noise, spec.sigmas[step + 1])
+        predict(x0, spec.history.level, chunk)
+        latents.append(x0)
+    return to_uint8(codec.decode(torch.cat(latents, dim=2)))[0].permute(1, 2, 3, 0).contiguous().cpu()
+
+
+def _conditions(bundle: Bundle, scene: Scene, num_chunks: int) -> Conditions:
+    """Those of the whole film at once."""
+    spec, ears = bundle.spec, bundle.ears
+    device = next(bundle.student.parameters()).device
+    stop = spec.pixel_frames(num_chunks - 1)[1]
+    sound = scene.sound[: stop * spec.samples_per_frame + ears.lookahead]
+    window = torch.nn.functional.pad(sound, (ears.lookback, 0)).to(device)
+    if spec.speakers > 1:  # the other one is silent
+        window = torch.stack([window, torch.zeros_like(window)], dim=1)
+    rows = hear(ears, window, 0, stop)
+    audio = pack_rows(rows[None], spec.codec.stride)
+    return Conditions(
+        text=bundle.text([scene.text]).to(device),
+        audio=audio,
+        reference=bundle.codec.encode(scene.reference[None, :, None].float().to(device)),
+        pose=audio.new_zeros(*audio.shape[:3], spec.pose_dim) if spec.pose_dim else None,
+    )
+
+
+def _caches(bundle: Bundle, num_chunks: int, size: int) -> list[LayerCache]:
+    """Empty caches with room for all that one chunk sees and itself, `size` tokens a chunk."""
+    spec, net = bundle.spec, bundle.student.net
+    room = size * _room(spec, num_chunks)
+    device, shape = net.patch_embedding.weight.device, (1, room, spec.network.num_heads, spec.network.head_dim)
+    options, end = {"dtype": net.compute_dtype, "device": device}, {"dtype": torch.long, "device": device}
+    return [
+        LayerCache(
+            torch.zeros(shape, **options),
+            torch.zeros(shape, **options),
+            torch.zeros(1, **end),
+            torch.zeros(1, **end),
+        )
+        for _ in net.blocks
+    ]
+
+
+def _room(spec: Spec, num_chunks: int) -> int:
+    """Chunks in a cache, the present one included."""
+    capacity = spec.history.capacity
+    return num_chunks if capacity is None else capacity + 1
+
+
+def _make_room(cache: LayerCache, global_end: int, sinks: int) -> int:
+    """Where the tokens that end at `global_end` of the stream will end in the cache; rolls it where it is full."""
+    size = cache.keys.shape[1]
+    end = int(cache.local_end.item()) + global_end - int(cache.global_end.item())
+    evicted = max(0, end - size)
+    if evicted:
+        for tensor in (cache.keys, cache.values):
+            tensor[:, sinks : size - evicted] = tensor[:, sinks + evicted :].clone()
+    return end - evicted
+
+
+def _past(cache: LayerCache, seen: int, turns: Tensor) -> KeyValue:
+    return rotate(cache.keys[:, :seen], turns), cache.values[:, :seen]

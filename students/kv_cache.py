@@ -1,0 +1,89 @@
+"""The context made ready for attention, in place: what `causal_wan` concatenates in training, serving keeps in fixed buffers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from students.history import History
+from teachers.networks.wan import KeyValue
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A chunk in the context: its number, and the un-rotated keys and values of all blocks [L, B, n, M, d], once for the clean
+    pass or once for each denoising step (same_level)."""
+
+    chunk: int
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+Ready = tuple[tuple[KeyValue, ...], ...]  # per pass and block: rotated keys and values [B, N, M, d] of all that is seen
+Turn = Callable[[Tensor, int], Tensor]  # keys of a chunk and its place in time among the visible ones -> rotated keys
+
+
+def concatenate(kept: Sequence[Entry], chunk: int, history: History, turn: Turn) -> Ready:
+    """The context of chunk number `chunk` as new tensors, in the order of History.slot."""
+    order = sorted(range(len(kept)), key=lambda i: history.slot(kept[i].chunk, chunk))
+    ready = []
+    for step in range(len(kept[0].keys)):
+        keys = torch.cat([turn(kept[i].keys[step], i) for i in order], dim=2)
+        values = torch.cat([kept[i].values[step] for i in order], dim=2)
+        ready.append(tuple(zip(keys, values, strict=True)))
+    return tuple(ready)
+
+
+class Ring:
+    """The same context in buffers that are written in place, of one stream, without gradient.
+
+    Only what changed is written: a slot's values when another chunk takes it, its keys also when its place in time moves. Any
+    earlier value of the stream may be asked for again; then its slots are written back, so a state stays a value.
+    """
+
+    def __init__(self, history: History):
+        self.history = history
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.held: dict[int, tuple[Entry, int]] = {}  # slot -> entry and its place in time
+        self.views: dict[int, Ready] = {}  # tokens -> the front of the buffers, cut into blocks
+        self.asked: tuple[Sequence[Entry], int] = ((), -1)  # last: every step of a chunk asks for the same
+
+    def ready(self, kept: Sequence[Entry], chunk: int, turn: Turn) -> Ready:
+        """The context of chunk number `chunk`: views of the buffers, valid until the next call."""
+        size = kept[0].keys[0].shape[2]
+        tokens = len(kept) * size
+        if self.asked[0] is kept and self.asked[1] == chunk:
+            return self.views[tokens]
+        self._allocate(kept[0], len(kept))
+        for place, entry in enumerate(kept):
+            slot = self.history.slot(entry.chunk, chunk)
+            held, at = self.held.get(slot, (None, -1))
+            if held is entry and at == place:
+                continue
+            where = slice(slot * size, (slot + 1) * size)
+            for step, (keys, values) in enumerate(self.buffers):
+                keys[:, :, where] = turn(entry.keys[step], place)
+                if held is not entry:
+                    values[:, :, where] = entry.values[step]
+            self.held[slot] = (entry, place)
+        self.asked = (kept, chunk)
+        if tokens not in self.views:
+            self.views[tokens] = tuple(
+                tuple(zip(keys[:, :, :tokens], values[:, :, :tokens], strict=True)) for keys, values in self.buffers
+            )
+        return self.views[tokens]
+
+    def _allocate(self, like: Entry, count: int) -> None:
+        """Buffers for every slot; without a bound they double."""
+        size = like.keys[0].shape[2]
+        room = self.buffers[0][0].shape[2] // size if self.buffers else 0
+        if room >= count:
+            return
+        room = self.history.capacity or max(2 * room, count, 4)
+        layers, batch, _, *rest = like.keys[0].shape
+        self.held, self.views = {}, {}
+        self.buffers = [
+            (key.new_zeros(layers, batch, room * size, *rest), value.new_zeros(layers, batch, room * size, *rest))
+            for key, value in zip(like.keys, like.values, strict=True)
+        ]

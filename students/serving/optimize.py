@@ -1,0 +1,67 @@
+"""How fast a student is served: type of the matrices, compiled step, attention backend, quantised weights."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from students.weights.checkpoint import Bundle
+from teachers.errors import UserError
+from teachers.networks.wan import AvatarTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """`compile`: none, or a mode of torch.compile (reduce-overhead records CUDA graphs). `attention`: a backend of diffusers'
+    dispatcher, such as native, flash or sage. `weights`: int8 or fp8 weight-only quantisation by torchao. What a student was
+    trained in is exact; everything else changes the frames a little."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    attention: str = "native"
+    weights: Literal["none", "int8", "fp8"] = "none"
+
+
+def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
+    """The bundle on `device`, made ready in place; UserError for what is not installed."""
+    bundle = bundle.to(device)
+    net = bundle.student.net
+    cast(net, DTYPES[speed.dtype])
+    try:
+        if speed.attention != "native":
+            if not isinstance(net, AvatarTransformer):
+                raise ValueError("this student's network has no choice")
+            net.set_attention_backend(speed.attention)
+    except (ValueError, ImportError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"attention backend '{speed.attention}': {line}; native always works") from error
+    if speed.weights != "none":
+        _quantise(net, speed.weights)
+    if speed.compile != "none":
+        # One graph for each length of the context until it is full; past the limit the step would silently run uncompiled.
+        capacity = bundle.spec.history.capacity or 16
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * capacity + 8)
+        net.compile(mode=speed.compile, dynamic=False)
+    return bundle
+
+
+def cast(net: Any, dtype: torch.dtype) -> None:
+    """Every weight to `dtype`, but for those that the network keeps in fp32."""
+    kept = net._keep_in_fp32_modules or ()
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if tensor.is_floating_point() and not set(name.split(".")) & set(kept):
+            tensor.data = tensor.data.to(dtype)
+
+
+def _quantise(net: Any, weights: str) -> None:
+    try:
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports]  # optional
+            Float8WeightOnlyConfig,
+            Int8WeightOnlyConfig,
+            quantize_,
+        )
+    except ImportError as error:
+        raise UserError(f"weights={weights}: torchao is not installed; pip install torchao") from error
+    quantize_(net.blocks, Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig())

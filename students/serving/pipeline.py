@@ -1,0 +1,109 @@
+"""The session in diffusers' habit: `AvatarPipeline.from_pretrained(folder)(image=, audio=, prompt=)`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from students.serving.session import Session
+from students.weights.checkpoint import Bundle, load_student, save_student
+from teachers.encoders.small import SAMPLE_RATE
+from teachers.errors import UserError
+
+
+@dataclass
+class AvatarPipelineOutput(BaseOutput):
+    """frames: a list of PIL images, or uint8 [T, H, W, 3] (np, pt); audio [S] at 16 kHz that is heard with them; fps."""
+
+    frames: list[Image.Image] | np.ndarray | Tensor
+    audio: Tensor
+    fps: float
+
+
+class AvatarPipeline(DiffusionPipeline):
+    """A thin face over students.serving.session for whole files; who streams opens a Session on `pipe.bundle`."""
+
+    def __init__(self, student, codec, ears, text):
+        super().__init__()
+        self.register_modules(student=student, codec=codec, ears=ears, text=text)
+
+    @property
+    def bundle(self) -> Bundle:
+        return Bundle(self.student, self.codec, self.ears, self.text)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **unknown) -> "AvatarPipeline":
+        """The pipeline of an exported student's folder."""
+        if unknown:
+            raise UserError(f"from_pretrained takes the student's folder alone: got {', '.join(unknown)}")
+        bundle = load_student(Path(folder))
+        return cls(bundle.student, bundle.codec, bundle.ears, bundle.text)
+
+    def save_pretrained(self, folder: str | Path, **unknown) -> None:
+        """Write the student's folder, as `distill run` exports it."""
+        if unknown:
+            raise UserError(f"save_pretrained takes a folder alone: got {', '.join(unknown)}")
+        save_student(Path(folder), self.bundle, "# avatar-distill student\n\nSaved by AvatarPipeline.\n")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Image.Image | Tensor,
+        audio: Tensor | np.ndarray,
+        prompt: str = "",
+        generator: torch.Generator | None = None,
+        sampling_rate: int = SAMPLE_RATE,
+        output_type: str = "pil",
+        other: Tensor | np.ndarray | None = None,
+        pose: Tensor | np.ndarray | None = None,
+        guidance_scale: float | None = None,
+    ) -> AvatarPipelineOutput:
+        """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the film is as long
+        as the sound, to one frame. `other`, as audio: what somebody else says meanwhile, to a student of two speakers; pose rows
+        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed).
+        output_type: pil, np or pt. guidance_scale: of a student that is told one, within its trained range; it costs nothing."""
+        if output_type not in ("pil", "np", "pt"):
+            raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
+        seed = generator.initial_seed() % 2**63 if generator is not None else 0
+        spec = self.bundle.spec
+        drop = ("pose",) if pose is None else ()
+        session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop, guidance=guidance_scale)
+        heard_too = None if other is None else torch.as_tensor(other)
+        session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=heard_too)
+        if pose is not None:
+            session.push(pose=torch.as_tensor(pose))
+            chunk = spec.codec.stride * spec.chunk_frames
+            missing = -(-session.audio.end // spec.samples_per_frame) + 2 * chunk - session.pose.end
+            last = session.pose.read(session.pose.end - 1, session.pose.end)
+            session.push(pose=last.expand(max(0, missing), -1))
+        session.close()
+        count = -(-session.audio.end // spec.samples_per_frame)
+        frames, heard = [], []
+        with self.progress_bar(total=count) as bar:  # pyright: ignore[reportCallIssue]  # a bound method
+            for chunk in session.frames():
+                frames.append(chunk.frames)
+                heard.append(chunk.audio)
+                bar.update(min(len(chunk.frames), count - chunk.first_frame))
+        if not frames:
+            raise UserError("audio is empty: there is nothing to say; give at least one sample")
+        film, sound = torch.cat(frames)[:count], torch.cat(heard)[: session.audio.end]
+        shown = {
+            "pt": lambda: film,
+            "np": film.numpy,
+            "pil": lambda: [Image.fromarray(frame) for frame in film.numpy()],
+        }
+        return AvatarPipelineOutput(frames=shown[output_type](), audio=sound, fps=float(spec.fps))
+
+    def _reference(self, image: Image.Image | Tensor) -> Tensor:
+        if isinstance(image, Tensor):
+            return image
+        from teachers.media.read import fit_image
+
+        spec = self.bundle.spec
+        pixels = torch.from_numpy(np.array(image.convert("RGB")))
+        return fit_image(pixels, (spec.height, spec.width))

@@ -1,0 +1,440 @@
+"""The chunked sampler: push audio, pose and text as they come, get frames, for hours.
+
+One integer clock: a latent frame is a whole number of pixel frames, a pixel frame a whole number of 16 kHz samples. The step
+function is the one that training folds (schedule.advance); the order of work is denoise, hand over, commit meanwhile.
+"""
+
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from students.schedule import advance, remembered
+from students.serving.inputs import check_pose, checked_sound, hear
+from students.serving.overlap import Beside
+from students.spec import Spec
+from students.student import Finished
+from students.weights.checkpoint import Bundle
+from teachers.codecs.linear import DecoderState, to_uint8
+from teachers.conditions import Conditions, pack_rows
+from teachers.encoders.small import SAMPLE_RATE
+from teachers.errors import UserError
+from teachers.flow import keyed_generator
+from teachers.media.streams import Resampler, Stream
+
+IDLE = ("live", "hold", "wait")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Finished frames uint8 [t, H, W, 3] and the 16 kHz samples [t * samples_per_frame] of the avatar's voice with them.
+
+    `first_frame` counts from the start of the stream; `idle`: for want of input, silence was put in (live) or the last frame
+    was held (hold). `seconds` of each part of the work; `wait` is for the commit of the chunk before.
+    """
+
+    index: int
+    first_frame: int
+    frames: Tensor
+    audio: Tensor
+    seconds: dict[str, float]
+    idle: Literal["", "live", "hold"] = ""
+
+
+@dataclass(frozen=True)
+class Starved:
+    """No chunk now, and nothing is lost: `missing` samples of audio or rows of pose; the viewer is `lead` chunks behind; or
+    the stream was closed and has come to its end. False where a chunk is true."""
+
+    reason: Literal["audio", "pose", "lead", "end"]
+    missing: int = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class Point:
+    """Everything that a step changes, before chunk number `chunk`: a value, so that going back is taking an earlier one."""
+
+    chunk: int
+    frame: int  # handed over so far, held frames included
+    state: Any  # the student's
+    text: str
+    features: Tensor  # of the text
+    decoder: DecoderState | None = None
+    seen: tuple[Finished, ...] = ()
+    last: Tensor | None = None  # the last frame [1, H, W, 3]
+    began: int = 0  # the first frame of what was handed over last
+
+
+@dataclass(frozen=True)
+class Event:
+    """A text that takes effect at chunk `at`."""
+
+    at: int
+    text: str
+    features: Tensor
+    how: str
+
+
+def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tensor:
+    """Noise [B, C, n, h, w] of one denoising step: a function of (seed, chunk, step), never of call order."""
+    channels, height, width = spec.latent_size
+    rng = keyed_generator(seed, "session", chunk, step)
+    return torch.randn(batch, channels, spec.chunk_frames, height, width, generator=rng)
+
+
+def _on_host(frames: Tensor) -> Tensor:
+    """Frames in the host's memory; from a CUDA device as a queued copy, which is there when its stream is waited for."""
+    if frames.device.type != "cuda":
+        return frames.cpu()
+    return torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
+
+
+class Session:
+    """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
+
+    reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
+    ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
+    `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
+    modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
+    are true there. `guidance`: the scale that a student with an embedding of it is told, within its trained range (None: the
+    spec's).
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        reference: Tensor | None,
+        text: str,
+        seed: int = 0,
+        *,
+        lead: int | None = None,
+        idle: Literal["live", "hold", "wait"] = "wait",
+        drop: tuple[str, ...] = (),
+        timed: bool = False,
+        guidance: float | None = None,
+    ):
+        spec = bundle.spec
+        self._check_reference(spec, reference)
+        if idle not in IDLE or (lead is not None and lead < 1):
+            raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
+        if idle != "wait" and lead is None:
+            raise UserError(
+                f"session: idle={idle} without end; give lead, the chunks that may be made ahead of the viewer"
+            )
+        self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
+        self.lead, self.idle, self.drop = lead, idle, tuple(drop)
+        self.guidance = spec.scale(guidance)
+        self.device = next(bundle.student.parameters()).device
+        # A decoder that is a network takes long enough to work beside it.
+        self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
+        self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())  # samples, of two speakers side by side
+        self.pose = Stream((spec.pose_dim,))
+        self.resampler: Resampler | None = None
+        self.events: tuple[Event, ...] = ()
+        self.viewed = 0
+        self.closed = False
+        self.committing = None  # waits for the state that belongs to `point`
+        with torch.inference_mode():
+            self.reference = None
+            if reference is not None:
+                self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
+            features = self._read(text)
+            self.point = Point(0, 0, bundle.student.open(features), text, features)
+        self.points = deque([self.point], maxlen=1 + (lead or 0))
+
+    @staticmethod
+    def _check_reference(spec: Spec, reference: Tensor | None) -> None:
+        size = (3, spec.height, spec.width)
+        if spec.network.reference != (reference is not None):
+            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
+            raise UserError(f"reference image {wanted}")
+        if reference is not None and tuple(reference.shape) != size:
+            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
+
+    # ---- input
+
+    def push(
+        self,
+        audio: Tensor | None = None,
+        pose: Tensor | None = None,
+        rate: int = SAMPLE_RATE,
+        other: Tensor | None = None,
+    ) -> None:
+        """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P], one a pixel frame.
+
+        A student of two speakers hears its own voice in `audio`, somebody else's in `other`, of the same length: one that is not
+        given is silent meanwhile. Refused input (UserError) changes nothing.
+        """
+        if self.closed:
+            raise UserError("push after close: this session takes no more input; open another")
+        sound = checked_sound(self.spec, audio, other, rate)
+        if pose is not None:
+            check_pose(self.spec, pose)
+            self.pose.push(pose)
+        if sound is not None:
+            self.audio.push(self._resampled(sound, rate))
+
+    def _resampled(self, sound: Tensor, rate: int) -> Tensor:
+        if self.resampler is not None and self.resampler.source_rate != rate:
+            self.audio.push(self.resampler.finish())
+            self.resampler = None
+        if rate == SAMPLE_RATE:
+            return sound
+        if self.resampler is None:
+            self.resampler = Resampler(rate, SAMPLE_RATE, row_shape=self.audio.row_shape)
+        return self.resampler.push(sound.cpu())
+
+    def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
+        """Another text from chunk `at` on. keep: what was shown stays in the context as it is; recache: the visible chunks are
+        committed again under the new text, so the change is quicker."""
+        at = self.point.chunk if at == "next" else at
+        if at < self.point.chunk:
+            raise UserError(f"text at chunk {at}: chunk {self.point.chunk - 1} is already drawn; give a later one")
+        if how not in ("keep", "recache"):
+            raise UserError(f"text how={how!r}: keep or recache")
+        if how == "recache" and self.spec.history.commit != "clean":
+            raise UserError("text how=recache: this student's history has no clean pass to repeat; use keep")
+        with torch.inference_mode():
+            event = Event(at, text, self._read(text), how)
+        self.events = (*(event for event in self.events if event.at != at), event)
+
+    def close(self) -> None:
+        """No more input: what is left plays to its end, padded with silence to a whole chunk."""
+        if self.resampler is not None and not self.closed:
+            self.audio.push(self.resampler.finish())
+        self.closed = True
+
+    def played(self, frame: int) -> None:
+        """The viewer has seen all frames before `frame`."""
+        self._check_drawn(frame)
+        self.viewed = max(self.viewed, frame)
+
+    # ---- output
+
+    def step(self) -> Chunk | Starved:
+        """The next chunk, or why there is none."""
+        with torch.inference_mode():
+            starved = self._starved()
+            if starved is None:
+                return self._advance()
+            if starved.reason not in ("audio", "pose") or self.idle == "wait":
+                return starved
+            return self._hold(starved) if self.idle == "hold" else self._live()
+
+    def frames(self) -> Iterator[Chunk]:
+        """Every chunk that can be drawn now."""
+        while isinstance(chunk := self.step(), Chunk):
+            yield chunk
+
+    def interrupt(self, played: int | None = None, keep_input: bool = False) -> int:
+        """Take back what the viewer has not seen: go back to the end of the chunk that holds frame `played` - 1 (default: what
+        `played` told), drop the input after it, and return the frame from which the stream goes on.
+
+        What follows equals a session that never drew the dropped chunks. `keep_input` keeps it, so that a new text may use it.
+        Chunks in flight (a diagonal schedule) have heard that input and start anew without `keep_input`.
+        """
+        self.settle()
+        viewed = self.viewed if played is None else played
+        self._check_drawn(viewed)
+        points = [point for point in self.points if point.frame >= viewed]
+        if viewed <= points[0].began and points[0].frame > 0:
+            raise UserError(
+                f"interrupt: frame {viewed} is too long ago, the earliest to return to is {points[0].frame}; "
+                "open the session with a larger lead"
+            )
+        self.point = points[0]
+        while self.points[-1] is not self.point:
+            self.points.pop()
+        self.viewed = min(viewed, self.point.frame)
+        if not keep_input:
+            start = self.spec.pixel_frames(self.point.chunk)[0]
+            self.point = replace(
+                self.point, state=replace(self.point.state, flight=())
+            )  # it has heard what is forgotten
+            self.points[-1] = self.point
+            self.audio.cut(start * self.spec.samples_per_frame)
+            self.pose.cut(start)
+            self.resampler, self.closed = None, False
+        return self.point.frame
+
+    # ---- inside
+
+    def _read(self, text: str) -> Tensor:
+        """Features of a text [1, L, D]; a long one is cut at the student's token limit, with a warning."""
+        tokens, limit = self.bundle.text.count(text), self.spec.text.max_tokens
+        if tokens > limit:
+            warnings.warn(f"text of {tokens} tokens: the student reads the first {limit}", stacklevel=3)
+        return self.bundle.text([text]).to(self.device)
+
+    def _span(self) -> tuple[int, int]:
+        return self.spec.pixel_frames(self.point.chunk)
+
+    def _heard(self) -> int:
+        """The past-the-end pixel frame that the next step hears: that of its chunk, or of the last one in flight behind it."""
+        last = self.point.chunk + self.spec.schedule.ahead
+        heard = self.audio.end if self.closed else math.inf
+        while last > self.point.chunk and self.spec.pixel_frames(last)[0] * self.spec.samples_per_frame >= heard:
+            last -= 1
+        return self.spec.pixel_frames(last)[1]
+
+    def _check_drawn(self, frame: int) -> None:
+        if not 0 <= frame <= self.point.frame:
+            raise UserError(f"played={frame}: {self.point.frame} frames were drawn; give how many of them were seen")
+
+    def _starved(self) -> Starved | None:
+        start, stop = self._span()[0], self._heard()
+        per_frame = self.spec.samples_per_frame
+        if self.closed and start * per_frame >= self.audio.end:
+            return Starved("end")
+        if self.lead is not None and sum(point.frame > self.viewed for point in self.points) >= self.lead:
+            return Starved("lead")
+        if self.closed:
+            return None
+        missing = stop * per_frame + self.bundle.ears.lookahead - self.audio.end
+        if missing > 0 and "audio" not in self.drop:
+            return Starved("audio", missing)
+        if self._takes_pose and stop > self.pose.end:
+            return Starved("pose", stop - self.pose.end)
+        return None
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """What the student is told of guidance [1]."""
+        return None if self.guidance is None else torch.tensor([self.guidance], device=self.device)
+
+    @property
+    def _takes_pose(self) -> bool:
+        return self.spec.pose_dim > 0 and "pose" not in self.drop
+
+    def _conditions(self, point: Point) -> Conditions:
+        """The conditions of the next chunk from what is buffered."""
+        spec, ears = self.spec, self.bundle.ears
+        start, stop = self._span()[0], self._heard()
+        stride, per_frame = spec.codec.stride, spec.samples_per_frame
+
+        def packed(rows: Tensor) -> Tensor:
+            return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
+
+        window = self.audio.read(start * per_frame - ears.lookback, stop * per_frame + ears.lookahead)
+        audio = packed(hear(ears, window.to(self.device), start, stop))
+        pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
+        conditions = Conditions(
+            text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
+        ).to(self.device)
+        drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
+        return conditions.drop(*drop) if drop else conditions
+
+    def settle(self) -> None:
+        """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
+        if self.committing is not None:
+            state, kept = self.committing()
+            last = self.point.chunk - 1
+            seen = tuple(replace(past, x0=kept) if past.chunk == last else past for past in self.point.seen)
+            settled = replace(self.point, state=state, seen=seen)
+            if self.points[-1] is self.point:
+                self.points[-1] = settled
+            self.point, self.committing = settled, None
+
+    def _told(self) -> Point:
+        """The point with the texts of this chunk in effect."""
+        point, student = self.point, self.bundle.student
+        for event in self.events:
+            if event.at == point.chunk:
+                if event.how == "recache":
+                    state = student.recommit(event.features, point.seen, point.chunk)
+                    state = replace(state, flight=point.state.flight)
+                else:
+                    state = student.hear(point.state, event.features)
+                point = replace(point, state=state, text=event.text, features=event.features)
+        return point
+
+    def _advance(self, idle: Literal["", "live"] = "") -> Chunk:
+        student, spec, codec = self.bundle.student, self.spec, self.bundle.codec
+        clock = [self._now()]
+        self.settle()
+        clock.append(self._now())
+        point = self._told()
+        ahead, index = self._conditions(point), point.chunk
+        clock.append(self._now())
+
+        def noise(place: int, step: int) -> Tensor:
+            return chunk_noise(spec, self.seed, index + place, step).to(self.device)
+
+        plan, levels = student.plan(point.state, ahead), spec.steps(point.state.chunk)
+        x0, steps = advance(student, point.state, ahead, noise, levels, plan=plan)
+        conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
+        clock.append(self._now())
+
+        def decode() -> tuple[Tensor, DecoderState]:
+            pixels, decoder = codec.decode_chunk(x0, point.decoder)
+            return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
+
+        def commit():
+            kept = remembered(student, point.state, x0, conditions, steps, noise, len(levels), plan)
+            return student.commit(point.state, kept, conditions, steps, plan), kept
+
+        (frames, decoder), self.committing = self.beside.run(decode, commit)
+        clock.append(self._now())
+        visible = spec.history.visible(index + 1)
+        seen = tuple(past for past in (*point.seen, Finished(index, x0, conditions)) if past.chunk in visible)
+        start, stop = self._span()
+        audio = self.audio.read(start * spec.samples_per_frame, stop * spec.samples_per_frame)
+        audio = audio if audio.ndim == 1 else audio[:, 0]
+        self.point = replace(
+            point,
+            chunk=index + 1,
+            frame=point.frame + len(frames),
+            decoder=decoder,
+            seen=seen,
+            last=frames[-1:].clone(),
+            began=point.frame,
+        )
+        self.points.append(self.point)
+        self._forget()
+        parts = ("wait", "encode", "denoise", "decode")
+        seconds = {name: b - a for name, a, b in zip(parts, clock[:-1], clock[1:], strict=True)}
+        return Chunk(index, point.frame, frames, audio, seconds, idle)
+
+    def _live(self) -> Chunk:
+        """The next chunk, the missing input made up: silence, and the last pose."""
+        stop = self._heard()
+        need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
+        self.audio.push(torch.zeros(max(0, need), *self.audio.row_shape))
+        if self._takes_pose:
+            last = self.pose.read(self.pose.end - 1, self.pose.end)
+            self.pose.push(last.expand(max(0, stop - self.pose.end), -1))
+        return self._advance("live")
+
+    def _hold(self, starved: Starved) -> Chunk | Starved:
+        """The last frame once more, for as long as a chunk lasts; nothing is drawn."""
+        self.settle()
+        point, count = self.point, self.spec.codec.stride * self.spec.chunk_frames
+        if point.last is None:
+            return starved
+        frames = point.last.expand(count, -1, -1, -1)
+        self.point = replace(point, frame=point.frame + count, began=point.frame)
+        self.points.append(self.point)
+        silence = torch.zeros(count * self.spec.samples_per_frame)
+        return Chunk(point.chunk - 1, point.frame, frames, silence, {}, "hold")
+
+    def _forget(self) -> None:
+        """Drop input that no chunk hears any more, not even after an interrupt, and the events before it."""
+        oldest = self.points[0].chunk
+        start = self.spec.pixel_frames(oldest)[0]
+        self.audio.forget(start * self.spec.samples_per_frame - self.bundle.ears.lookback)
+        self.pose.forget(start - 1)
+        self.events = tuple(event for event in self.events if event.at >= oldest)
+
+    def _now(self) -> float:
+        if self.timed and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()

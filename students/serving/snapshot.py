@@ -1,0 +1,197 @@
+"""A session as one safetensors file: tensors, and everything else as JSON in its header. Nothing is unpickled."""
+
+import json
+import os
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from students.kv_cache import Entry
+from students.schedule import InFlight
+from students.serving.session import Event, Point, Session
+from students.student import Finished
+from students.weights.checkpoint import Bundle
+from teachers.conditions import Conditions
+from teachers.encoders.small import SAMPLE_RATE
+from teachers.errors import UserError
+from teachers.media.streams import Resampler, Stream
+
+FORMAT = 2
+
+
+def save_session(session: Session, path: Path, how: Literal["exact", "light"] = "exact") -> None:
+    """Write the session to one safetensors file, whole or not at all; UserError where that cannot be.
+
+    exact holds the context and goes on bit for bit; light holds the visible latents and commits them again, so what left the
+    window is partly lost.
+    """
+    path = Path(path)
+    if how not in ("exact", "light"):
+        raise UserError(f"save how={how!r}: exact or light")
+    with torch.inference_mode():
+        session.settle()
+    point, tensors = session.point, {}
+    if session.reference is not None:
+        tensors["reference"] = session.reference
+    for name, stream in (("audio", session.audio), ("pose", session.pose)):
+        tensors[name] = stream.read(stream.start, stream.end)
+    for i, past in enumerate(point.seen):
+        tensors[f"seen.{i}.x0"] = past.x0
+        tensors[f"seen.{i}.audio"] = past.conditions.audio  # text and reference are the session's own
+        if past.conditions.pose is not None:
+            tensors[f"seen.{i}.pose"] = past.conditions.pose
+    tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
+    if point.last is not None:
+        tensors["last"] = point.last
+    resampler = session.resampler
+    if resampler is not None:
+        tensors["resampler"] = resampler.tail
+    if how == "exact":
+        tensors |= {f"decoder.{i}": value for i, value in enumerate(point.decoder or ())}
+        for i, entry in enumerate(point.state.kept):
+            for name in ("keys", "values"):
+                tensors |= {f"kept.{i}.{name}.{j}": value for j, value in enumerate(getattr(entry, name))}
+    facts = {
+        "format": FORMAT,
+        "how": how,
+        "student": session.bundle.fingerprint,
+        "seed": session.seed,
+        "chunk": point.chunk,
+        "frame": point.frame,
+        "began": point.began,
+        "text": point.text,
+        "seen": [past.chunk for past in point.seen],
+        "kept": [entry.chunk for entry in point.state.kept] if how == "exact" else [],
+        "passes": len(point.state.kept[0].keys) if point.state.kept else 0,
+        "flight": [chunk.done for chunk in point.state.flight],
+        "pending": how == "exact" and point.state.pending is not None,
+        "decoder": None if point.decoder is None else len(point.decoder),
+        "events": [
+            {"at": event.at, "text": event.text, "how": event.how}
+            for event in session.events
+            if event.at >= point.chunk
+        ],
+        "starts": {"audio": session.audio.start, "pose": session.pose.start},
+        "resampler": None
+        if resampler is None
+        else {"rate": resampler.source_rate, "first": resampler.first, "made": resampler.made},
+        "viewed": session.viewed,
+        "closed": session.closed,
+        "lead": session.lead,
+        "idle": session.idle,
+        "drop": list(session.drop),
+        "guidance": session.guidance,
+    }
+    part = path.with_name(f".{path.name}.part")
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            part,
+            metadata={"session": json.dumps(facts)},
+        )
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"session not saved: {path} ({error}); choose a writable place with room") from error
+
+
+def load_session(bundle: Bundle, path: Path) -> Session:
+    """The session that `save_session` wrote to `path`, going on with `bundle`; UserError if the file is damaged or another
+    student's."""
+    path = Path(path)
+    facts, tensors = _read(path)
+    if facts["student"] != bundle.fingerprint:
+        raise UserError(f"another student's session: {path}; load it with the student that it was saved from")
+    spec, device = bundle.spec, next(bundle.student.parameters()).device
+    session = Session(
+        bundle,
+        torch.zeros(3, spec.height, spec.width) if spec.network.reference else None,
+        facts["text"],
+        facts["seed"],
+        lead=facts["lead"],
+        idle=facts["idle"],
+        drop=tuple(facts["drop"]),
+        guidance=facts.get("guidance"),
+    )
+    session.reference = tensors["reference"].to(device) if "reference" in tensors else None
+    session.viewed, session.closed = facts["viewed"], facts["closed"]
+    for name in ("audio", "pose"):
+        stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
+        stream.push(tensors[name])
+        setattr(session, name, stream)
+    if facts["resampler"] is not None:
+        resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=session.audio.row_shape)
+        resampler.tail = tensors["resampler"]
+        resampler.first, resampler.made = facts["resampler"]["first"], facts["resampler"]["made"]
+        session.resampler = resampler
+    with torch.inference_mode():
+        session.events = tuple(
+            Event(event["at"], event["text"], session._read(event["text"]), event["how"]) for event in facts["events"]
+        )
+        session.point = _point(session, facts, {name: value.to(device) for name, value in tensors.items()})
+    session.points = deque([session.point], maxlen=session.points.maxlen)
+    return session
+
+
+def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
+    start, student = session.point, session.bundle.student
+    seen = []
+    for i, chunk in enumerate(facts["seen"]):
+        audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
+        conditions = Conditions(
+            text=start.features, audio=audio, reference=session.reference, pose=pose, guidance=session._scale
+        )
+        seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
+    if facts["how"] == "exact":
+        kept = tuple(
+            Entry(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
+            for i, chunk in enumerate(facts["kept"])
+        )  # fmt: skip
+        state = student.resume(start.state, kept, facts["chunk"])
+        decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
+    else:
+        state = student.recommit(start.features, seen, facts["chunk"])
+        decoder = _warm(session, seen, facts["chunk"])
+    flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
+    pending = seen[-1] if facts["pending"] else state.pending
+    state = replace(state, flight=flight, pending=pending)
+    return Point(
+        facts["chunk"],
+        facts["frame"],
+        state,
+        facts["text"],
+        start.features,
+        decoder,
+        tuple(seen),
+        tensors["last"].cpu() if "last" in tensors else None,
+        facts["began"],
+    )
+
+
+def _warm(session: Session, seen: list[Finished], chunk: int):
+    """A decoder that has seen the newest latents without a gap before chunk number `chunk`."""
+    recent = [past for past in seen if all(any(p.chunk == k for p in seen) for k in range(past.chunk, chunk))]
+    decoder = None
+    for past in recent:
+        _, decoder = session.bundle.codec.decode_chunk(past.x0, decoder)
+    return () if decoder is None and chunk else decoder
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("session", "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+    except FileNotFoundError as error:
+        raise UserError(f"no session: {path}; give the file that save wrote") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise UserError(f"damaged session: {path} ({error}); save it again") from error
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise UserError(f"not a session of format {FORMAT}: {path}; give the file that save wrote")
+    return facts, tensors

@@ -1,0 +1,221 @@
+"""What a person does when: texts by time from a YAML file, or from anything that is asked on the chunk clock.
+
+    behaviours:                      # name -> text; added to the defaults (BEHAVIOURS), or in their place
+      wave: a person smiles and waves
+    timeline:
+      - {at: 0, do: listen}
+      - {at: 2.5, do: speak, how: recache}
+      - {at: 7, do: a person laughs and shakes the head}
+
+An entry holds from the chunk on in which its time lies: a chunk is drawn under one text. In the place of `timeline` there may be
+`planner: {folder: DIR, every: 2}`, a chat model that chooses among the behaviours (FlowAct-R1 2601.10103's planner).
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+import yaml
+from torch import Tensor
+
+from students.serving.session import Chunk, Session, Starved
+from students.spec import Spec
+from teachers.config import convert, nearest
+from teachers.encoders.small import SAMPLE_RATE
+from teachers.errors import UserError
+
+BEHAVIOURS = {
+    "speak": "the speaker with a warm smile talks and keeps the head steady",
+    "listen": "someone nods along while talking, with a calm face",
+    "think": "someone tilts the head while talking, frowning",
+    "idle": "someone sits motionless while talking, looking neutral",
+    "gesture": "a presenter with raised brows talks and turns left and right",
+}
+"""What the five names of FlowAct-R1 mean, in words that the embedded world's students were taught."""
+
+
+@dataclass(frozen=True)
+class Cue:
+    """A text that takes effect, and what becomes of the context then (see Session.set)."""
+
+    text: str
+    how: Literal["keep", "recache"] = "keep"
+
+
+class Planner(Protocol):
+    """Says what happens next. Asked at the first chunk of every `every` seconds (0: at each chunk). Equal questions have equal
+    answers, so that a stream may be cut, saved and taken back."""
+
+    @property
+    def every(self) -> Fraction: ...
+
+    def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:
+        """The text of the chunk that ends at `seconds` of the stream, None: the present one stays. `recent_audio` [S] at 16 kHz is
+        what was heard in the last `every` seconds before the chunk, `reference` [3, H, W] in [-1, 1] the person."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """From `at` seconds on the person does `do`: a behaviour's name, or a text."""
+
+    at: Fraction
+    do: str
+    how: Literal["keep", "recache"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannerConfig:
+    """A local chat model in `folder` that is asked every `every` seconds."""
+
+    folder: Path
+    every: Fraction = Fraction(2)
+    how: Literal["keep", "recache"] = "keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """A timeline file. `behaviours` hold the defaults too; either `timeline` or `planner` is there."""
+
+    behaviours: dict[str, str] = field(default_factory=dict)
+    timeline: tuple[Entry, ...] = ()
+    planner: PlannerConfig | None = None
+
+    @property
+    def begins(self) -> bool:
+        """The timeline says what happens from the start."""
+        return bool(self.timeline) and self.timeline[0].at == 0
+
+    def check(self, spec: Spec, file: Path) -> None:
+        """UserError for what this student cannot follow."""
+        asked = [(f"timeline[{i}].how", entry.how) for i, entry in enumerate(self.timeline)]
+        asked += [("planner.how", self.planner.how)] if self.planner is not None else []
+        for key, how in asked:
+            if how == "recache" and spec.history.commit != "clean":
+                raise UserError(
+                    f"{key}: recache in {file}; this student's history has no clean pass to repeat, use keep"
+                )
+        chunks = [chunk_at(spec, entry.at) for entry in self.timeline]
+        for i, (entry, before, chunk) in enumerate(zip(self.timeline[1:], chunks, chunks[1:], strict=False), start=1):
+            if chunk == before:
+                start, stop = (float(frame / spec.fps) for frame in spec.pixel_frames(chunk))
+                raise UserError(
+                    f"timeline[{i}].at: {float(entry.at):g} s lies in the chunk of the entry before ({start:.2f} to "
+                    f"{stop:.2f} s) in {file}; a chunk is drawn under one text, put them further apart"
+                )
+
+
+def read_script(file: Path) -> Script:
+    """The script of a YAML file, read strictly; UserError that names file and key."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"timeline cannot be read ({reason}): {file}; give a YAML file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"timeline: {file} holds no mapping; write 'timeline:' and a list of {{at: SECONDS, do: TEXT}}")
+    given = convert(Script, values, locate=lambda _: str(file))
+    if bool(given.timeline) == (given.planner is not None):
+        raise UserError(f"timeline: {file} must hold either timeline, with an entry, or planner; write one of them")
+    behaviours = BEHAVIOURS | given.behaviours
+    for name, text in given.behaviours.items():
+        if len(name.split()) != 1 or not text.strip():
+            raise UserError(f"behaviours.{name!s}: {file}; a behaviour is one word with a text that is not empty")
+    if given.planner is not None and given.planner.every <= 0:
+        raise UserError(f"planner.every: got {given.planner.every} in {file}; give seconds above 0")
+    entries = tuple(_resolved(entry, i, behaviours, file) for i, entry in enumerate(given.timeline))
+    for i, (before, entry) in enumerate(zip((None, *entries), entries, strict=False)):
+        if entry.at < 0 or (before is not None and entry.at <= before.at):
+            raise UserError(f"timeline[{i}].at: got {float(entry.at):g} s in {file}; times start from 0 and must rise")
+    return Script(behaviours=behaviours, timeline=entries, planner=given.planner)
+
+
+def _resolved(entry: Entry, i: int, behaviours: Mapping[str, str], file: Path) -> Entry:
+    """The entry with the text that its `do` means. One word that is no name is refused, since it is most often a slip."""
+    if entry.do in behaviours:
+        return Entry(at=entry.at, do=behaviours[entry.do], how=entry.how)
+    if len(entry.do.split()) < 2:
+        hint = nearest(entry.do, behaviours)
+        raise UserError(f"timeline[{i}].do: no behaviour {entry.do!r} in {file}; {hint}, or a text of several words")
+    return entry
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Entries with their texts in order of time, as a planner."""
+
+    entries: tuple[Entry, ...]
+    every: Fraction = Fraction(0)
+
+    def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:  # noqa: ARG002
+        """The last entry before `seconds`."""
+        begun = [entry for entry in self.entries if entry.at < seconds]
+        return Cue(begun[-1].do, begun[-1].how) if begun else None
+
+
+def chunk_at(spec: Spec, seconds: Fraction) -> int:
+    """The chunk in which a time lies."""
+    first, second = (spec.pixel_frames(chunk)[1] for chunk in (0, 1))
+    return max(0, 1 + (int(seconds * spec.fps) - first) // (second - first))
+
+
+class Director:
+    """A session that a planner tells what to do: `step` and `frames` in the place of the session's, everything else stays there.
+
+    A text that was set by hand holds until the planner is asked next. What was heard is not in a saved session: a planner that
+    listens begins anew after a load, a Timeline goes on as if nothing was.
+    """
+
+    def __init__(self, session: Session, planner: Planner, reference: Tensor | None = None):
+        self.session, self.planner, self.reference = session, planner, reference
+        self.asked, self.told = -1, set[int]()  # the last chunk that was asked about, and those that were given a text
+        first, second = (session.spec.pixel_frames(chunk)[1] for chunk in (0, 1))
+        count = -(-planner.every * session.spec.fps // (second - first))
+        self.heard: deque[tuple[int, Tensor]] = deque(maxlen=int(count) + 1 + (session.lead or 0))
+
+    def step(self) -> Chunk | Starved:
+        """The next chunk under the text that the planner wants, or why there is none."""
+        point = self.session.point
+        while self.heard and self.heard[-1][0] >= point.frame:  # what was taken back
+            self.heard.pop()
+        if point.chunk < self.asked:
+            self.asked = -1
+        if self._due(point.chunk):
+            self._ask()
+        chunk = self.session.step()
+        if isinstance(chunk, Chunk) and self.planner.every:
+            self.heard.append((chunk.first_frame, chunk.audio))
+        return chunk
+
+    def frames(self) -> Iterator[Chunk]:
+        """Every chunk that can be drawn now."""
+        while isinstance(chunk := self.step(), Chunk):
+            yield chunk
+
+    def _due(self, chunk: int) -> bool:
+        """A function of the chunk's number alone, and once a chunk; who listens is not asked before there is something to hear."""
+        if chunk == self.asked:
+            return False
+        if not self.planner.every:
+            return True
+        period = self.planner.every * self.session.spec.fps
+        start, before = (self.session.spec.pixel_frames(max(k, 0))[0] for k in (chunk, chunk - 1))
+        return start // period > before // period
+
+    def _ask(self) -> None:
+        session = self.session
+        self.asked = session.point.chunk
+        wanted = int(self.planner.every * SAMPLE_RATE)
+        heard = torch.cat([torch.zeros(0), *(audio for _, audio in self.heard)])
+        stop = session.spec.pixel_frames(self.asked)[1] / session.spec.fps
+        cue = self.planner.next(stop, heard[max(0, len(heard) - wanted) :], self.reference)
+        if cue is not None and cue.text != session.point.text:
+            session.set(cue.text, how=cue.how)
+            self.told.add(self.asked)
+        elif self.asked in self.told:  # before it was taken back, another answer was given
+            session.set(session.point.text)
+        self.told = {chunk for chunk in self.told if chunk >= session.points[0].chunk}

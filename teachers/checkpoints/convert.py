@@ -1,0 +1,408 @@
+"""Published checkpoints <-> ours, strictly: nothing is missing, nothing is left over, nothing is guessed, nothing is unpickled.
+
+    plan("OmniAvatar-1.3B", "ours", base="Wan2.1-T2V-1.3B").write("teacher")      or convert(...), which is both
+    net = load_network("teacher")
+
+A conversion renames and, where asked, folds a LoRA and widens the patch embedding, tensor by tensor as they are written: a 14B
+file never needs more memory than a shard and a tensor.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teachers.checkpoints import layouts, weights
+from teachers.checkpoints.layouts import Architecture, listed
+from teachers.checkpoints.weights import SHARD_BYTES, Lazy, Tick
+from teachers.errors import UserError
+from teachers.networks.wan import AvatarTransformer
+
+ENTRIES = ("generator_ema", "generator", "")
+"""What is taken of a torch archive, in this order: Self-Forcing samples with its averaged weights."""
+ADAPTER_NAME = "default"
+_LORA = re.compile(r"(.+)\.lora_([AB])\.(?:\w+\.)?weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a path holds, under our names."""
+
+    path: Path | str
+    layout: str
+    tensors: dict[str, Lazy]
+    pairs: dict[str, dict[str, Lazy]]  # the weight that a LoRA changes -> {"A": [rank, in], "B": [out, rank]}
+    config: dict[str, Any]
+    left: tuple[str, ...]  # what the file holds besides and was not taken
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Our names -> those that the path uses, for messages."""
+        return {} if self.layout in ("ours", "diffusers") else layouts.TO_WAN
+
+    @property
+    def shapes(self) -> dict[str, layouts.Shape]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """W + alpha / rank * B A (2106.09685, section 4.1), by the name of W."""
+
+    rank: int
+    alpha: float
+    pairs: dict[str, dict[str, Lazy]]
+
+    def fold(self, name: str, weight: Lazy) -> Lazy:
+        """The changed weight, summed in fp32 or better."""
+        if name not in self.pairs:
+            return weight
+
+        def read() -> Tensor:
+            given = weight.read()
+            total = given.to(torch.promote_types(given.dtype, torch.float32), copy=True)
+            down, up = (self.pairs[name][side].read().to(total.dtype) for side in "AB")
+            return total.addmm_(up, down, alpha=self.alpha / self.rank).to(given.dtype)
+
+        return replace(weight, read=read)
+
+    @property
+    def adapter(self) -> dict[str, Lazy]:
+        """The tensors as diffusers' load_lora_adapter wants them."""
+        return {
+            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side]
+            for name, pair in self.pairs.items()
+            for side in "AB"
+        }
+
+    def write(self, path: Path) -> None:
+        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": sorted(_modules(self.pairs))}
+        tensors = {name: tensor.read().contiguous() for name, tensor in self.adapter.items()}
+        save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion that will succeed: all is known and checked, no tensor was read."""
+
+    source: Checkpoint
+    to: str
+    architecture: Architecture
+    tensors: dict[str, Lazy]  # under our names
+    adapter: Lora | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    @torch.no_grad()
+    def write(self, target: Path, shard_bytes: int = SHARD_BYTES, tick: Tick = lambda _: None) -> None:
+        """Write `target`, which must not exist: a folder, for self-forcing a .pt file. `tick` hears of each tensor's bytes.
+
+        Raises UserError, and then `target` is not there.
+        """
+        target = Path(target)
+        check_target(target, self.to)
+        wan = self.to in ("wan", "self-forcing")
+        named = {layouts.rename(n, layouts.TO_WAN) if wan else n: tensor for n, tensor in self.tensors.items()}
+        with weights.staged(target, self.num_bytes) as temporary:
+            if self.to == "self-forcing":
+                named = {f"model.{name}": tensor for name, tensor in named.items()}
+                weights.write_archive(temporary, "generator", named, shard_bytes, tick)
+                return
+            temporary.mkdir()
+            weights.write_safetensors(temporary, named, shard_bytes, tick)
+            if self.adapter:
+                self.adapter.write(temporary / weights.ADAPTER)
+            config = temporary / "config.json"
+            config.write_text(
+                json.dumps(layouts.make_config(self.architecture, self.to), indent=2) + "\n", encoding="utf-8"
+            )
+            for file in temporary.iterdir():  # safetensors writes files that their owner alone may read
+                file.chmod(config.stat().st_mode)
+
+
+def check_target(target: Path, to: str) -> None:
+    """UserError unless the name of `target` tells what will be written: a .pt file for self-forcing, a folder otherwise."""
+    is_file = target.suffix in (".pt", ".pth", ".safetensors")
+    if to == "self-forcing" and target.suffix != ".pt":
+        raise UserError(f"output of self-forcing is a file: {target}; let the name end in .pt")
+    if to != "self-forcing" and is_file:
+        raise UserError(f"output of {to} is a folder: {target}; name it without {target.suffix}")
+
+
+def convert(source: Path, target: Path, to: str, *, shard_bytes: int = SHARD_BYTES, **options: Any) -> Conversion:
+    """`plan` and write in one call."""
+    conversion = plan(source, to, **options)
+    conversion.write(target, shard_bytes)
+    return conversion
+
+
+def plan(
+    source: Path,
+    to: str,
+    *,
+    base: Path | None = None,
+    lora: Literal["fold", "adapter"] | None = None,
+    widen: bool = False,
+    entry: str | None = None,
+) -> Conversion:
+    """What converting `source` to the layout `to` (one of layouts.LAYOUTS) gives; reads names and shapes alone.
+
+    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (None is that) or keep
+    it as a peft "adapter" (ours alone). `widen`: consent to 2 C + 1 input channels where the weights have C; the new ones start
+    at zero. `entry`: of a torch archive, where not generator_ema, else generator. Raises UserError.
+    """
+    checkpoint = read_checkpoint(Path(source), entry)
+    tensors, config = dict(checkpoint.tensors), checkpoint.config
+    is_partial = not any(name in tensors for name in checkpoint.pairs)
+    if checkpoint.pairs and is_partial:
+        if base is None:
+            raise UserError(
+                f"weights missing: {checkpoint.path} is a LoRA; give the Wan weights that it was trained over as --base"
+            )
+        below = read_checkpoint(Path(base))
+        if below.pairs:
+            raise UserError(f"--base is a LoRA itself: {below.path}; give plain Wan weights")
+        _architecture(below, below.config)
+        tensors, config = below.tensors | tensors, below.config
+        checkpoint = replace(checkpoint, path=f"{checkpoint.path} over {below.path}")
+    elif base is not None:
+        raise UserError(f"--base has no effect: {checkpoint.path} is no LoRA over other weights; leave it out")
+    if lora and not checkpoint.pairs:
+        raise UserError(f"--lora has no effect: {checkpoint.path} holds no LoRA; leave it out")
+    if lora == "adapter" and to != "ours":
+        raise UserError(f"--lora adapter goes with --to ours alone: got --to {to}; fold it")
+
+    checkpoint = replace(checkpoint, tensors=tensors)
+    architecture = _architecture(checkpoint, config)
+    found = _lora(checkpoint) if checkpoint.pairs else None
+    if found and lora != "adapter":
+        tensors = {name: found.fold(name, tensor) for name, tensor in tensors.items()}
+    architecture, tensors = _widened(architecture, tensors, checkpoint, widen)
+    layouts.check_room(architecture, to, checkpoint.path)
+    ordered = {name: tensors[name] for name in layouts.tensors(architecture)}
+    return Conversion(checkpoint, to, architecture, ordered, found if lora == "adapter" else None)
+
+
+def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
+    """Names and shapes of a checkpoint in any of the layouts, recognised from its keys; UserError for anything else."""
+    files = weights.find(path)
+    is_archive = files[0].suffix != ".safetensors"
+    found, left = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
+    config = weights.read_json(files[0].parent / "config.json") or _student_config(files[0].parent)
+    if path.is_dir() and (adapter := files[0].parent / weights.ADAPTER).is_file():
+        found |= weights.read_safetensors(adapter)
+        config |= _adapter_config(adapter)
+    named: dict[str, Lazy] = {}
+    for name, tensor in found.items():
+        if layouts.UNUSED.fullmatch(layouts.bare(name)):
+            left.append(name)
+        elif named.setdefault(layouts.bare(name), tensor) is not tensor:
+            raise UserError(f"weights do not fit: {path} holds {layouts.bare(name)} under two names; keep one of them")
+    layout = layouts.naming(named, path)
+    tensors: dict[str, Lazy] = {}
+    pairs: dict[str, dict[str, Lazy]] = {}
+    for name, tensor in named.items():
+        lora = _LORA.fullmatch(name)
+        name = f"{lora[1]}.weight" if lora else name
+        name = layouts.rename(name, layouts.TO_OURS) if layout == "wan" else name
+        if lora:
+            pairs.setdefault(name, {})[lora[2]] = tensor
+        else:
+            tensors[name] = tensor
+    if layout == "wan" and is_archive and any(name.startswith("model.") for name in found):
+        layout = "self-forcing"
+    elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
+        layout = "diffusers"
+    return Checkpoint(path, layout, tensors, pairs, config, tuple(left))
+
+
+def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
+    """Tensors of the entry that is asked for or comes first in ENTRIES, and what is left."""
+    entries, others = weights.read_archive(file)
+    taken = next((name for name in ENTRIES if name in entries), None) if entry is None else entry
+    if taken is None or taken not in entries:
+        asked = f"has no entry {entry}" if entry else "is of no layout that is known"
+        raise UserError(f"weights do not fit: {file} {asked}; it holds {listed(entries or others) or 'nothing'}")
+    if taken == "" and others:
+        raise UserError(
+            f"weights do not fit: {file}: unexpected {listed(others)}, which are no weights; is it this model's?"
+        )
+    return entries[taken], [name for name in (*entries, *others) if name != taken]
+
+
+def _of_files(files: list[Path], entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
+    """Tensors of safetensors files, and the empty list of what is left."""
+    if entry is not None:
+        raise UserError(f"--entry goes with torch archives alone: {files[0]} is safetensors; leave it out")
+    found: dict[str, Lazy] = {}
+    for file in files:
+        held = weights.read_safetensors(file)
+        if twice := held.keys() & found.keys():
+            raise UserError(f"weights do not fit: {file} holds {listed(twice)} once more; keep one of the files")
+        found |= held
+    return found, []
+
+
+def _student_config(folder: Path) -> dict[str, Any]:
+    """What the spec.json of a student's folder says of the network, as config.json would; {} where there is none."""
+    spec = weights.read_json(folder / "spec.json")
+    try:
+        return {**spec["network"], "stride": spec["codec"]["stride"]} if spec else {}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"damaged student: {folder / 'spec.json'} lacks {error}; export it again") from error
+
+
+def _adapter_config(path: Path) -> dict[str, Any]:
+    """Rank, alpha and targets of an adapter file, under OmniAvatar's keys."""
+    try:
+        told = json.loads(weights.read_metadata(path)["lora_adapter_metadata"])
+        return {
+            "lora_rank": told["r"],
+            "lora_alpha": told["lora_alpha"],
+            "lora_target_modules": told["target_modules"],
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"damaged adapter: {path} does not say its rank and alpha ({error}); convert it again"
+        ) from error
+
+
+def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architecture:
+    """The architecture of complete weights; UserError that lists what does not fit."""
+    path = checkpoint.path
+    try:
+        architecture = layouts.with_config(layouts.infer(checkpoint.shapes, path), config, path)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"damaged file: config.json of {path} ({error}); copy it again") from error
+    layouts.check(checkpoint.shapes, layouts.tensors(architecture), checkpoint.names, path)
+    return architecture
+
+
+def _modules(names: Any) -> set[str]:
+    return {name.removesuffix(".weight") for name in names}
+
+
+def _lora(checkpoint: Checkpoint) -> Lora:
+    """The LoRA of a checkpoint whose tensors are complete; UserError unless it is whole and of the rank that its config says."""
+    config, path, names = checkpoint.config, checkpoint.path, checkpoint.names
+    rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
+    says = "config.json says" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
+    told = config.get("lora_target_modules", layouts.LORA_TARGETS)
+    targets = tuple(f".{target}" for target in (told.split(",") if isinstance(told, str) else told))
+    needed = [
+        name
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(".weight") and name.startswith("blocks.") and len(tensor.shape) == 2
+        and any(f".{module}".endswith(targets) for module in _modules((name, layouts.rename(name, layouts.TO_WAN))))
+    ]  # fmt: skip
+
+    def label(name: str, side: str) -> str:
+        return f"{layouts.rename(name, names).removesuffix('.weight')}.lora_{side}.weight"
+
+    expected: dict[str, layouts.Shape] = {}
+    for name in needed:
+        rows, columns = checkpoint.tensors[name].shape
+        expected |= {label(name, "A"): (rank, columns), label(name, "B"): (rows, rank)}
+    shapes = {label(name, side): t.shape for name, pair in checkpoint.pairs.items() for side, t in pair.items()}
+    ranks = {
+        t.shape[side == "B"] for pair in checkpoint.pairs.values() for side, t in pair.items() if len(t.shape) == 2
+    }
+    if ranks != {rank}:
+        raise UserError(
+            f"LoRA of another rank: {path} holds rank {listed(map(str, sorted(ranks)))}, {says} rank {rank} and alpha {alpha}; "
+            "put the lora_rank and lora_alpha that it was trained with into a config.json beside it"
+        )
+    layouts.check(shapes, expected, {}, path)
+    return Lora(rank, alpha, checkpoint.pairs)
+
+
+def _widened(
+    architecture: Architecture, tensors: dict[str, Lazy], checkpoint: Checkpoint, widen: bool
+) -> tuple[Architecture, dict[str, Lazy]]:
+    """With `widen`: input channels [noisy] -> [noisy | reference | mask], the new ones zero. UserError without consent."""
+    given, wanted = architecture.in_channels, 2 * architecture.out_channels + 1
+    if given != architecture.out_channels:
+        if widen:
+            raise UserError(
+                f"--widen has no effect: {checkpoint.path} has {given} input channels already; leave it out"
+            )
+        return architecture, tensors
+    if not widen:
+        if architecture.audio_in:
+            raise UserError(
+                f"{given}-channel weights where {wanted} are needed: {checkpoint.path} has an audio path, which goes with "
+                f"reference and mask channels; consent with --widen, and the new {wanted - given} start at zero"
+            )
+        return architecture, tensors
+    narrow = tensors["patch_embedding.weight"]
+    shape = (narrow.shape[0], wanted, *narrow.shape[2:])
+
+    def read() -> Tensor:
+        wide = torch.zeros(shape, dtype=narrow.dtype)
+        wide[:, :given] = narrow.read()
+        return wide
+
+    wide = {**tensors, "patch_embedding.weight": Lazy(shape, narrow.dtype, read)}
+    return replace(architecture, in_channels=wanted), wide
+
+
+def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
+    """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
+
+    One tensor is in memory at a time beside the network, whose types stay. UserError that lists what does not fit.
+    """
+    conversion = plan(source, "ours", base=base, widen=widen)
+    own = dict(net.named_parameters())
+    found = {name: tensor.shape for name, tensor in conversion.tensors.items()}
+    layouts.check(found, {n: tuple(p.shape) for n, p in own.items()}, conversion.source.names, conversion.source.path)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if not parameter.is_meta:  # an outline is only checked
+                parameter.copy_(conversion.tensors[name].read())
+
+
+def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
+    """The network of a folder that `convert(..., to="ours")` wrote, with its adapter (named "default") where it has one.
+
+    Strict: UserError that lists what is missing, unexpected or of another shape. `dtype` None is fp32; norms, time embedding and
+    modulation stay fp32 whatever it is.
+    """
+    folder = Path(folder)
+    config = weights.read_json(folder / "config.json")
+    if config.get("_class_name") != "AvatarTransformer":
+        raise UserError(
+            f"no network: {folder} holds no config.json of layout ours; distill convert {folder} OUT --to ours"
+        )
+    checkpoint = read_checkpoint(folder)
+    try:
+        with init_empty_weights():
+            outline: Any = AvatarTransformer.from_config(config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"damaged file: {folder / 'config.json'} ({error}); convert again") from error
+    layouts.check(checkpoint.shapes, {n: tuple(t.shape) for n, t in outline.state_dict().items()}, {}, folder)
+    net: Any = AvatarTransformer.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    if checkpoint.pairs:
+        from peft import get_peft_model_state_dict
+
+        lora = _lora(checkpoint)
+        net.load_lora_adapter(folder, prefix=None, weight_name=weights.ADAPTER, adapter_name=ADAPTER_NAME)
+        loaded = get_peft_model_state_dict(net, adapter_name=ADAPTER_NAME)
+        layouts.check(
+            {n: tuple(t.shape) for n, t in loaded.items()}, {n: t.shape for n, t in lora.adapter.items()}, {}, folder
+        )
+    return net

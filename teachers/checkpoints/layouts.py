@@ -1,0 +1,317 @@
+"""The published layouts of Wan's transformer: key names, shapes, and the config that the shapes tell. No tensor is touched here.
+
+ours           diffusers' names, with OmniAvatar's audio modules: the state dict of teachers.networks.wan.AvatarTransformer
+wan            names of Wan2.1 (2503.20314); OmniAvatar (2506.18866) and LiveTalk add the audio modules to them
+diffusers      WanTransformer3DModel
+self-forcing   a torch archive {"generator": {"model." + Wan's name: tensor}} (Self Forcing 2506.08009, CausVid 2412.07772)
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from math import prod
+from typing import Any
+
+from teachers.errors import UserError
+
+LAYOUTS = ("ours", "wan", "diffusers", "self-forcing")
+Shape = tuple[int, ...]
+Row = tuple[str, str, tuple[str, ...]]  # Wan's name, ours, sizes; {} is the index of a block or of an audio projection
+
+
+def _rows(text: str) -> tuple[Row, ...]:
+    """Lines `Wan's name | our name | sizes`; `x.*` stands for x.weight and for x.bias, which has the first size alone."""
+    rows: list[Row] = []
+    for line in text.strip().splitlines():
+        wan, ours, sizes = (cell.strip() for cell in line.split("|"))
+        rows.append((wan.replace("*", "weight"), ours.replace("*", "weight"), tuple(sizes.split())))
+        if wan.endswith("*"):
+            rows.append((wan.replace("*", "bias"), ours.replace("*", "bias"), tuple(sizes.split()[:1])))
+    return tuple(rows)
+
+
+# D width, I and O channels in and out (of a patch), p q r patch, T text, Q sinusoids of the time, F feed-forward, V CLIP image,
+# A audio and P pose rows of one latent frame, H what they are packed to
+WAN = _rows("""
+    patch_embedding.*                  | patch_embedding.*                               | D I p q r
+    text_embedding.0.*                 | condition_embedder.text_embedder.linear_1.*     | D T
+    text_embedding.2.*                 | condition_embedder.text_embedder.linear_2.*     | D D
+    time_embedding.0.*                 | condition_embedder.time_embedder.linear_1.*     | D Q
+    time_embedding.2.*                 | condition_embedder.time_embedder.linear_2.*     | D D
+    time_projection.1.*                | condition_embedder.time_proj.*                  | 6D D
+    blocks.{}.modulation               | blocks.{}.scale_shift_table                     | 1 6 D
+    blocks.{}.self_attn.q.*            | blocks.{}.attn1.to_q.*                          | D D
+    blocks.{}.self_attn.k.*            | blocks.{}.attn1.to_k.*                          | D D
+    blocks.{}.self_attn.v.*            | blocks.{}.attn1.to_v.*                          | D D
+    blocks.{}.self_attn.o.*            | blocks.{}.attn1.to_out.0.*                      | D D
+    blocks.{}.self_attn.norm_q.weight  | blocks.{}.attn1.norm_q.weight                   | D
+    blocks.{}.self_attn.norm_k.weight  | blocks.{}.attn1.norm_k.weight                   | D
+    blocks.{}.norm3.*                  | blocks.{}.norm2.*                               | D
+    blocks.{}.cross_attn.q.*           | blocks.{}.attn2.to_q.*                          | D D
+    blocks.{}.cross_attn.k.*           | blocks.{}.attn2.to_k.*                          | D D
+    blocks.{}.cross_attn.v.*           | blocks.{}.attn2.to_v.*                          | D D
+    blocks.{}.cross_attn.o.*           | blocks.{}.attn2.to_out.0.*                      | D D
+    blocks.{}.cross_attn.norm_q.weight | blocks.{}.attn2.norm_q.weight                   | D
+    blocks.{}.cross_attn.norm_k.weight | blocks.{}.attn2.norm_k.weight                   | D
+    blocks.{}.ffn.0.*                  | blocks.{}.ffn.net.0.proj.*                      | F D
+    blocks.{}.ffn.2.*                  | blocks.{}.ffn.net.2.*                           | D F
+    head.modulation                    | scale_shift_table                               | 1 2 D
+    head.head.*                        | proj_out.*                                      | O D
+""")
+IMAGE = _rows("""
+    img_emb.proj.0.*                       | condition_embedder.image_embedder.norm1.*         | V
+    img_emb.proj.1.*                       | condition_embedder.image_embedder.ff.net.0.proj.* | V V
+    img_emb.proj.3.*                       | condition_embedder.image_embedder.ff.net.2.*      | D V
+    img_emb.proj.4.*                       | condition_embedder.image_embedder.norm2.*         | D
+    blocks.{}.cross_attn.k_img.*           | blocks.{}.attn2.add_k_proj.*                      | D D
+    blocks.{}.cross_attn.v_img.*           | blocks.{}.attn2.add_v_proj.*                      | D D
+    blocks.{}.cross_attn.norm_k_img.weight | blocks.{}.attn2.norm_added_k.weight               | D
+""")
+AUDIO = _rows("""
+    audio_proj.proj.*     | audio_proj.proj.*     | H A
+    audio_proj.norm_out.* | audio_proj.norm_out.* | H
+    audio_cond_projs.{}.* | audio_cond_projs.{}.* | D H
+""")
+POSE = _rows("""
+    pose_proj.proj.*     | pose_proj.proj.*     | H P
+    pose_proj.norm_out.* | pose_proj.norm_out.* | H
+    pose_cond_proj.*     | pose_cond_proj.*     | D H
+""")
+ROWS = (*WAN, *IMAGE, *AUDIO, *POSE)
+TO_OURS = {wan: ours for wan, ours, _ in ROWS}
+TO_WAN = {ours: wan for wan, ours, _ in ROWS}
+
+UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
+"""Published diffusers image-to-video weights hold it, no network reads it."""
+LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+"""Modules that OmniAvatar's LoRA changes, by the end of Wan's name."""
+LORA_RANK, LORA_ALPHA = 128, 64
+"""Of the published OmniAvatar, whose scale is alpha / rank = 0.5."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a checkpoint is: sizes from its shapes, then (from head_dim on) what no shape tells, with the published values."""
+
+    width: int
+    in_channels: int
+    out_channels: int
+    patch: tuple[int, int, int]
+    num_layers: int
+    ffn_dim: int
+    text_dim: int
+    freq_dim: int
+    packed: int = 0
+    num_audio: int = 0
+    image_dim: int = 0
+    audio_in: int = 0
+    pose_in: int = 0
+    head_dim: int = 128
+    stride: int = 4
+    audio_blocks: tuple[int, ...] | None = None
+    prediction: str = "velocity"
+    eps: float = 1e-6
+    max_positions: int = 1024
+
+
+SAYS = {
+    "ours": {"audio_in", "pose_in", "image_dim", "head_dim", "stride", "audio_blocks"}
+    | {"prediction", "eps", "max_positions"},
+    "wan": {"audio_in", "image_dim", "head_dim", "eps"},
+    "diffusers": {"image_dim", "head_dim", "eps", "max_positions"},
+    "self-forcing": {"audio_in", "image_dim"},
+}
+"""Beyond the text-to-video sizes, what a layout has room for."""
+
+
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The names in one line, the first few of many."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def rename(name: str, table: Mapping[str, str]) -> str:
+    """`name` by TO_OURS or TO_WAN; a name that the table does not know stays."""
+    match = re.fullmatch(r"(blocks|audio_cond_projs)\.(\d+)\.(.+)", name)
+    found = table.get(f"{match[1]}.{{}}.{match[3]}" if match else name)
+    return name if found is None else found.format(match[2]) if match else found
+
+
+def bare(name: str) -> str:
+    """`name` without what FSDP, checkpointing, torch.compile, DDP, peft and the wrapper module of Self-Forcing put into it."""
+    name = re.sub(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.", "", name)
+    return name.removeprefix("model.diffusion_model.").removeprefix("model.")
+
+
+def naming(names: Collection[str], where: Any) -> str:
+    """Whose names these (bare ones) are: "wan" or "ours"; UserError for another model's."""
+    found = [
+        layout
+        for layout, key in (("wan", r"blocks\.\d+\.self_attn\.q\."), ("ours", r"blocks\.\d+\.attn1\.to_q\."))
+        if any(re.match(key, name) for name in names)
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"layout of another model: {where} holds {listed(names, 3) or 'nothing'}, where Wan has blocks.0.self_attn.q.weight "
+            "and diffusers' Wan blocks.0.attn1.to_q.weight; give weights of Wan2.1, OmniAvatar, Self-Forcing or LiveTalk"
+        )
+    return found[0]
+
+
+def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
+    """Every tensor as (Wan's name, our name, shape)."""
+    a = architecture
+    sizes = {"D": a.width, "6D": 6 * a.width, "I": a.in_channels, "O": a.out_channels * prod(a.patch), "T": a.text_dim,
+             "Q": a.freq_dim, "F": a.ffn_dim, "V": a.image_dim, "A": a.audio_in, "P": a.pose_in, "H": a.packed,
+             **dict(zip("pqr", a.patch, strict=True))}  # fmt: skip
+    given = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in))
+    for wan, ours, dims in chain.from_iterable(rows for rows, there in given if there):
+        shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
+        count = a.num_layers if wan.startswith("blocks.") else a.num_audio if "{}" in wan else 1
+        yield from ((wan.format(i), ours.format(i), shape) for i in range(count))
+
+
+def tensors(architecture: Architecture, layout: str = "ours") -> dict[str, Shape]:
+    """Name -> shape of every tensor of a layout; those of self-forcing are the names inside its entry."""
+    if layout in ("ours", "diffusers"):
+        return {ours: shape for _, ours, shape in _expand(architecture)}
+    prefix = "model." if layout == "self-forcing" else ""
+    return {prefix + wan: shape for wan, _, shape in _expand(architecture)}
+
+
+def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
+    """The architecture that shapes under our names tell; whether every tensor fits is for `check` to say.
+
+    Raises UserError where a tensor is missing without which there is no telling.
+    """
+    sizes: dict[str, int] = {}
+    for _, ours, dims in ROWS:
+        shape = shapes.get(ours.format(0), ())
+        if len(shape) == len(dims):
+            for symbol, size in zip(dims, shape, strict=True):
+                sizes.setdefault(symbol, size)
+    needed = [ours.format(0) for _, ours, dims in WAN if not {d for d in dims if d[-1].isalpha()} <= {*sizes, "6D"}]
+    if needed:
+        raise UserError(f"weights do not fit: {where}: missing {listed(needed)}; is the download complete?")
+
+    def count(stem: str) -> int:
+        found = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+    patch = (sizes["p"], sizes["q"], sizes["r"])
+    return Architecture(
+        width=sizes["D"], in_channels=sizes["I"], out_channels=sizes["O"] // prod(patch), patch=patch,
+        num_layers=count("blocks"), ffn_dim=sizes["F"], text_dim=sizes["T"], freq_dim=sizes["Q"], packed=sizes.get("H", 0),
+        num_audio=count("audio_cond_projs"), image_dim=sizes.get("V", 0), audio_in=sizes.get("A", 0),
+        pose_in=sizes.get("P", 0),
+    )  # fmt: skip
+
+
+def check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], names: Mapping[str, str], where: Any) -> None:
+    """UserError that lists what is missing, unexpected or of another shape; `names` turns our names to the source's."""
+    faults = []
+    if missing := [rename(name, names) for name in expected if name not in shapes]:
+        faults.append(f"missing {listed(missing)}")
+    if unexpected := [rename(name, names) for name in shapes if name not in expected]:
+        faults.append(f"unexpected {listed(unexpected)}")
+    wrong = [name for name, shape in shapes.items() if name in expected and shape != expected[name]]
+    if wrong:
+        told = (f"{rename(n, names)} is {list(shapes[n])} where {list(expected[n])} is needed" for n in wrong)
+        faults.append(listed(told, 3))
+    if faults:
+        raise UserError(
+            f"weights do not fit: {where}: {'; '.join(faults)}; is the download complete, and of this model?"
+        )
+
+
+def with_config(architecture: Architecture, config: Mapping[str, Any], where: Any) -> Architecture:
+    """The architecture with what only a config.json tells (any layout's); UserError where it and the weights disagree."""
+    heads = config.get("num_heads", config.get("num_attention_heads"))
+    head_dim = config.get("head_dim", config.get("attention_head_dim", architecture.width // heads if heads else 128))
+    rule = tuple(range(2, architecture.num_layers // 2 + 1))
+    blocks = config.get("audio_blocks")
+    told = replace(
+        architecture,
+        head_dim=head_dim,
+        stride=config.get("stride", 4),
+        audio_blocks=None if blocks is None or tuple(blocks) == rule else tuple(blocks),
+        prediction=config.get("prediction", "velocity"),
+        eps=config.get("eps", 1e-6),
+        max_positions=config.get("max_positions", config.get("rope_max_seq_len", 1024)),
+    )
+    if told.width % head_dim or (heads and heads * head_dim != told.width):
+        raise UserError(
+            f"heads do not fit: {where}: width {told.width} is not a number of heads of {head_dim}; "
+            "put a config.json with num_heads beside the weights"
+        )
+    if config.get("num_layers", told.num_layers) != told.num_layers:
+        raise UserError(
+            f"weights do not fit: {where}: config.json says {config['num_layers']} layers, the weights hold {told.num_layers}; "
+            "is a file missing?"
+        )
+    needed = len(rule if told.audio_blocks is None else told.audio_blocks)
+    if told.audio_in and told.num_audio != needed:
+        raise UserError(
+            f"weights do not fit: {where}: {told.num_audio} audio_cond_projs for {told.num_layers} layers, where {needed} are "
+            "needed; is the download complete?"
+        )
+    if told.audio_in % told.stride or told.pose_in % told.stride:
+        raise UserError(
+            f"weights do not fit: {where}: {told.audio_in} audio channels are not {told.stride} frames of them"
+        )
+    return told
+
+
+def check_room(architecture: Architecture, layout: str, where: Any) -> None:
+    """UserError where `layout` has no place for what the checkpoint is: nothing is dropped silently."""
+    a, lost = architecture, []
+    has_stride = a.audio_in or a.pose_in or a.image_dim
+    for field in fields(a):
+        is_extra = any(field.name in said for said in SAYS.values()) and field.name not in SAYS[layout]
+        if is_extra and getattr(a, field.name) != field.default and (field.name != "stride" or has_stride):
+            lost.append(f"{field.name} {getattr(a, field.name)}")
+    if layout == "ours":
+        if a.in_channels not in (a.out_channels, 2 * a.out_channels + (a.stride if a.image_dim else 1)):
+            lost.append(f"{a.in_channels} input channels for {a.out_channels}")
+        if a.patch[0] != 1 or a.patch[1] != a.patch[2]:
+            lost.append(f"patches of {a.patch}")
+    if lost:
+        raise UserError(f"layout {layout} has no place for {', '.join(lost)}: {where}; choose another --to")
+
+
+def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | None:
+    """The config.json of a layout; None where it has none (self-forcing)."""
+    a = architecture
+    num_heads = a.width // a.head_dim
+    shared = {
+        "num_layers": a.num_layers,
+        "ffn_dim": a.ffn_dim,
+        "freq_dim": a.freq_dim,
+        "text_dim": a.text_dim,
+        "eps": a.eps,
+    }
+    if layout == "ours":
+        return {
+            "_class_name": "AvatarTransformer", **shared, "num_heads": num_heads, "head_dim": a.head_dim,
+            "latent_channels": a.out_channels, "reference": a.in_channels != a.out_channels, "patch": a.patch[1],
+            "stride": a.stride, "audio_dim": a.audio_in // a.stride, "audio_hidden": a.packed or 32,
+            "audio_blocks": None if a.audio_blocks is None else list(a.audio_blocks),
+            **({"pose_dim": a.pose_in // a.stride} if a.pose_in else {}),
+            **({"image_dim": a.image_dim} if a.image_dim else {}),
+            "prediction": a.prediction, "max_positions": a.max_positions,
+        }  # fmt: skip
+    if layout == "diffusers":
+        return {
+            "_class_name": "WanTransformer3DModel", **shared, "num_attention_heads": num_heads, "attention_head_dim": a.head_dim,
+            "in_channels": a.in_channels, "out_channels": a.out_channels, "patch_size": list(a.patch),
+            "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "rope_max_seq_len": a.max_positions,
+            "image_dim": a.image_dim or None, "added_kv_proj_dim": a.width if a.image_dim else None,
+            "pos_embed_seq_len": None,
+        }  # fmt: skip
+    if layout == "wan":
+        return {
+            "_class_name": "WanModel", "model_type": "i2v" if a.image_dim else "t2v", **shared, "num_heads": num_heads,
+            "dim": a.width, "in_dim": a.in_channels, "out_dim": a.out_channels, "text_len": 512,
+        }  # fmt: skip
+    return None

@@ -1,0 +1,335 @@
+"""Tensors on disk: found, read one at a time, written in shards. Memory never holds more than a shard and a tensor.
+
+Only safetensors and torch archives (zip) are read, the latter by torch.load(weights_only=True, mmap=True): no code of a file runs.
+"""
+
+import json
+import mmap
+import os
+import pickle
+import re
+import secrets
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from teachers.checkpoints.layouts import listed
+from teachers.errors import UserError
+
+STEM = "diffusion_pytorch_model"
+"""Of the files in a folder: the name that from_pretrained of diffusers reads, and that Wan2.1 is published under."""
+ADAPTER = "pytorch_lora_weights.safetensors"
+STEMS = (STEM, "model")
+PICKLES = ("pytorch_model.pt", "pytorch_model.pth", "model.pt")
+SHARD_BYTES = 5 * 10**9
+RENEW_BYTES = 64 * 2**20
+"""A mapped archive is mapped anew after so many bytes were read of it, so that its pages do not pile up."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+Tick = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is not in memory: its shape, its type, and how to get it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def find(path: Path) -> list[Path]:
+    """The weight files of `path`: a file, a folder of one network, or a diffusers pipeline (its transformer/).
+
+    Raises UserError for a missing shard, and where there are no weights.
+    """
+    if path.name.endswith(".safetensors.index.json") and path.is_file():
+        return _indexed(path)
+    if path.is_file():
+        shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}\.safetensors", path.name)
+        return _shards(path.parent, shard[1]) if shard else [path]
+    if not path.is_dir():
+        raise UserError(f"no weights: {path} does not exist; give a file of weights or its folder")
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    for stem in STEMS:
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+        if any(folder.glob(f"{stem}-*-of-*.safetensors")):
+            return _shards(folder, stem)
+    found = [folder / name for name in PICKLES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"no weights: {folder} holds not one of {STEM}.safetensors, model.safetensors, pytorch_model.pt; name the file"
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; {} where there is no file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"damaged file: {path} ({error}); copy it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"damaged file: {path} holds no mapping; copy it again")
+    return values
+
+
+def _indexed(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        raise UserError(f"damaged file: {index} has no weight_map of plain file names; copy it again")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    _all_there(files, index.name)
+    held = {name for file in files for name in read_safetensors(file)}
+    if missing := [name for name in names if name not in held]:
+        raise UserError(
+            f"weights do not fit: {index} names {listed(missing)}, which its files do not hold; copy them again"
+        )
+    return files
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
+    total = found[0].name.rpartition("-of-")[2]
+    files = [folder / f"{stem}-{i + 1:05d}-of-{total}" for i in range(int(total.partition(".")[0]))]
+    _all_there(files, f"the number of shards in {found[0].name}")
+    return files
+
+
+def _all_there(files: list[Path], witness: str) -> None:
+    if missing := [file for file in files if not file.is_file()]:
+        told = listed((file.name for file in missing), 3)
+        raise UserError(f"missing shard: {told} in {missing[0].parent}, which {witness} asks for; copy it there too")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"damaged weights: {path} ({str(error).splitlines()[0]}); copy the file again") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Lazy]:
+    """Every tensor of one safetensors file."""
+
+    def read(name: str) -> Tensor:
+        with _opened(path) as file:  # opened anew: pages of what was read before are given back
+            return file.get_tensor(name)
+
+    tensors: dict[str, Lazy] = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118, it is no mapping
+            found = file.get_slice(name)
+            if found.get_dtype() not in DTYPES:
+                raise UserError(
+                    f"weights do not fit: {path}: {name} is of type {found.get_dtype()}; give floating-point weights"
+                )
+            tensors[name] = Lazy(tuple(found.get_shape()), DTYPES[found.get_dtype()], partial(read, name))
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The text that a safetensors file carries beside its tensors."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+class _Archive:
+    """A mapped torch archive."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._renew()
+
+    def _renew(self) -> None:
+        self.content, self.touched = load_archive(self.path), 0
+
+    def read(self, *keys: str) -> Tensor:
+        if self.touched > RENEW_BYTES:
+            self._renew()
+        tensor: Any = self.content
+        for key in keys:
+            tensor = tensor[key]
+        self.touched += tensor.nbytes
+        return tensor
+
+
+def load_archive(path: Path) -> Any:
+    """What torch.save wrote, its tensors mapped; UserError for anything but tensors in plain containers."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"damaged weights: {path} is no whole archive of torch.save; copy the file again, or, if it is an old or a bare "
+            "pickle, which is never read, ask its author for safetensors"
+        )
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise UserError(
+            f"refused weights: {path} is a pickle with code in it ({found[1] if found else 'not only tensors'}), which never runs "
+            "here; ask its author for safetensors"
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
+        told = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"damaged weights: {path} cannot be read ({told}); copy the file again") from error
+
+
+def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
+    """Entry -> tensors of a torch archive, and the keys that are neither: generator, generator_ema, ... of Self-Forcing are
+    entries; a plain state dict is the entry ""."""
+    archive = _Archive(path)
+    if not isinstance(archive.content, Mapping):
+        raise UserError(
+            f"weights do not fit: {path} holds a {type(archive.content).__name__}, no state dict; give another file"
+        )
+    entries: dict[str, dict[str, Lazy]] = {}
+    others: list[str] = []
+    for key, value in archive.content.items():
+        if _is_weight(value):
+            entries.setdefault("", {})[key] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, key))
+        elif isinstance(value, Mapping) and value and all(_is_weight(v) for v in value.values()):
+            entries[key] = {n: Lazy(tuple(v.shape), v.dtype, partial(archive.read, key, n)) for n, v in value.items()}
+        else:
+            others.append(str(key))
+    return entries, others
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _groups(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[list[str]]:
+    """Names in order, as many to a shard as fit; one tensor may be larger than a shard."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and held + tensor.num_bytes > shard_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += tensor.num_bytes
+    return groups
+
+
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES, tick: Tick = lambda _: None
+) -> None:
+    """STEM.safetensors in `folder`, or its shards with their index; `tick` hears of the bytes of each tensor."""
+    groups = _groups(tensors, shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(groups):
+        file = f"{STEM}.safetensors" if len(groups) == 1 else f"{STEM}-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+        shard = {}
+        for name in names:
+            shard[name] = tensors[name].read().contiguous()
+            tick(tensors[name].num_bytes)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_archive(
+    path: Path, entry: str, tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES, tick: Tick = lambda _: None
+) -> None:
+    """A torch archive {entry: {name: tensor}}: first its outline, then the tensors into their places in the mapped file.
+
+    The checksums of the zip are not filled in, as torch.serialization.skip_data leaves them; torch.load does not look at them.
+    """
+    with FakeTensorMode():
+        outline = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
+    with path.open("wb") as file:
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save({entry: outline}, file)
+        except RuntimeError as error:  # PytorchStreamWriter
+            raise OSError(str(error)) from error
+        file.flush()
+        if sys.platform == "linux":  # a disk that is full says so here; in the mapping it would end the process
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    for names in _groups(tensors, shard_bytes):
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+            places = torch.load(path, map_location="cpu", mmap=True, weights_only=True)[entry]
+        for name in names:
+            places[name].copy_(tensors[name].read())
+            tick(tensors[name].num_bytes)
+        del places
+
+
+@contextmanager
+def staged(target: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary sibling of `target` to write to, renamed at the end; on failure it is removed, and `target` was never there.
+
+    Raises UserError where the target exists, or its folder does not, cannot be written to or has no `num_bytes` left.
+    """
+    if target.exists():
+        raise UserError(f"output exists: {target}; name another, or remove it")
+    if not target.parent.is_dir():
+        raise UserError(f"output folder not found: {target.parent}; make it first")
+    if (free := shutil.disk_usage(target.parent).free) < num_bytes:
+        raise UserError(
+            f"disk is too full: {target.parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} are needed; make room"
+        )
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        temporary.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}; choose another place") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file. UserError for a missing or damaged file, or one with more than tensors."""
+    if not path.is_file():
+        raise UserError(f"no weights: {path}; {where}")
+    if path.suffix == ".safetensors":
+        return {name: tensor.read() for name, tensor in read_safetensors(path).items()}
+    tensors = load_archive(path)
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UserError(f"not a table of tensors: {path}; {where}")
+    return tensors
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, where: str) -> None:
+    """Put `tensors` in the place of a module's own; UserError that lists what is missing, unexpected or of another shape."""
+    own = module.state_dict()
+    faults = [f"missing {name}" for name in own if name not in tensors]
+    faults += [f"unexpected {name}" for name in tensors if name not in own]
+    faults += [
+        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
+        for name, value in tensors.items()
+        if name in own and own[name].shape != value.shape
+    ]
+    if faults:
+        raise UserError(f"weights do not fit: {path}: {listed(faults)}; {where}")
+    module.load_state_dict(tensors, assign=True)

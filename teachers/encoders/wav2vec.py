@@ -1,0 +1,302 @@
+"""wav2vec2 as OmniAvatar hears with it: a whole clip as published, or a stream through bounded windows.
+
+T = pixel frames, n = samples of one, D = wav2vec2's width, A = D * (layers + 2): the last state and every state before it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.weights import read_json
+from teachers.encoders.small import SAMPLE_RATE
+from teachers.errors import UserError
+
+SOURCE = "facebook/wav2vec2-base-960h from the Hugging Face hub"
+UNUSED = (r"lm_head\..*", r"masked_spec_embed")  # the published file has the first and lacks the second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wav2VecConfig:
+    """wav2vec2 in the local folder `path`, whose rows have `features` numbers, and the windows of a stream in pixel frames.
+
+    Rows come in cells of `grid_frames` frames that begin at grid_start + k grid_frames, however the stream is cut. A cell is heard
+    with at least `lookback_frames` before it and `lookahead_frames` after it. With grid_start = 1 - stride, a cell of stride frames
+    is one latent frame and a cell of stride * chunk_frames is one chunk; larger cells are fewer windows a second. The default
+    look-back is what wav2vec2's positional convolution reaches.
+
+    With `whole_clip` bidirectional networks (teacher, fake score) hear the published rows of the whole clip, after
+    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk; the causal student hears the windows.
+    """
+
+    path: Path | None = None
+    features: int = 10752
+    lookback_frames: int = 64
+    lookahead_frames: int = 4
+    grid_frames: int = 4
+    grid_start: int = -3
+    whole_clip: bool = True
+    prefix_frames: int = 0
+
+    def __post_init__(self):
+        if self.grid_frames < 1 or self.lookback_frames < 0 or self.lookahead_frames < 0:
+            raise UserError(
+                f"wav2vec2 windows: got lookback_frames={self.lookback_frames}, lookahead_frames={self.lookahead_frames}, "
+                f"grid_frames={self.grid_frames}; the first two are at least 0, the last is at least 1"
+            )
+
+    def dim(self, samples_per_frame: int) -> int:
+        """Numbers of a row."""
+        return self.features
+
+    def load(self, samples_per_frame: int) -> "Wav2Vec":
+        """The frozen ears. UserError names what is missing or does not fit."""
+        if self.path is None:
+            raise UserError(f"wav2vec2: no path; give the folder of {SOURCE}")
+        ears = Wav2Vec.load(self.path, self, samples_per_frame)
+        if ears.dim != self.features:
+            raise UserError(
+                f"wav2vec2: features={self.features}, the weights give {ears.dim}: {self.path}; say the latter"
+            )
+        return ears
+
+
+class Wav2Vec(nn.Module):
+    """OmniAvatar's audio features, one row a pixel frame: `whole` for a clip, a call or `rows` for a stream.
+
+    A stream's rows first..last-1, whole cells, hear samples first*n - lookback .. last*n + lookahead and no others.
+
+    wav2vec2's features lie `hop` samples apart (20 ms) on a grid that begins with what is heard. A window begins where the whole
+    clip's grid falls on a frame, every `period` frames (8 at 16 fps, 1 at 25): off that grid the features are others altogether.
+    OmniAvatar makes first and last feature first and last row, so a row drifts by up to n - 400 samples over a clip (none at
+    25 fps); a stream has no last row, and its rows stand where that drift is on average.
+    """
+
+    def __init__(self, model, config: Wav2VecConfig, samples_per_frame: int, normalise: bool = True):
+        super().__init__()
+        shape = model.config
+        if shape.do_stable_layer_norm:
+            raise UserError(
+                "wav2vec2: do_stable_layer_norm is a larger model than OmniAvatar hears with; take wav2vec2-base-960h"
+            )
+        reach, self.hop = 1, math.prod(shape.conv_stride)
+        for kernel, stride in zip(shape.conv_kernel[::-1], shape.conv_stride[::-1], strict=True):
+            reach = (reach - 1) * stride + kernel
+        if samples_per_frame < reach:
+            raise UserError(
+                f"fps: a frame of {samples_per_frame} samples is shorter than wav2vec2's {reach}; "
+                f"take at most {SAMPLE_RATE // reach} frames a second"
+            )
+        self.model, self.config, self.samples_per_frame, self.normalise = model, config, samples_per_frame, normalise
+        self.dim = shape.hidden_size * (shape.num_hidden_layers + 2)
+        self.period = self.hop // math.gcd(self.hop, samples_per_frame)
+        clips = [(t, (t * samples_per_frame - reach) // self.hop) for t in range(1, self.period + 1)]
+        drifts = [features - (t - 1) * samples_per_frame / self.hop for t, features in clips]
+        self.offset = sum(drifts) / (2 * self.period)
+        self.lookback = (config.lookback_frames + self.period - 1) * samples_per_frame
+        self.lookahead = config.lookahead_frames * samples_per_frame
+
+    @classmethod
+    def load(cls, folder: Path, config: Wav2VecConfig, samples_per_frame: int) -> "Wav2Vec":
+        """From a local Hugging Face folder, frozen, in fp32 as published. UserError names what is missing or does not fit."""
+        from transformers import Wav2Vec2Model
+
+        folder = Path(folder)
+        require(folder, ["preprocessor_config.json", *model_files(folder)], SOURCE)
+        model = load_pretrained(Wav2Vec2Model, folder, SOURCE, torch.float32, UNUSED)
+        facts = read_json(folder / "preprocessor_config.json")
+        if (rate := facts.get("sampling_rate")) != SAMPLE_RATE:
+            raise UserError(
+                f"sampling_rate is {rate}, not {SAMPLE_RATE}: {folder / 'preprocessor_config.json'}; get {SOURCE}"
+            )
+        return cls(model, config, samples_per_frame, facts.get("do_normalize", True))
+
+    def whole(self, audio: Tensor, num_frames: int, prefix: int = 0) -> Tensor:
+        """audio [.., S] at 16 kHz of a whole clip -> rows [.., num_frames, A], equal to OmniAvatar's (its scripts/inference.py).
+
+        The sound is normalised over the clip, then cut or padded with silence to the clip's length, never stretched; every row
+        depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound that many frames late: 1 for the
+        reference frame in OmniAvatar's inference, 0 in LiveTalk's. `conditions.pack_rows` then puts row 0 in front three times.
+        """
+        length = (num_frames - prefix) * self.samples_per_frame
+        waves = self._level(self._waves(audio))[:, :length]
+        features = self.model.feature_extractor(nn.functional.pad(waves, (0, length - waves.shape[1])))
+        rows = self._states(
+            nn.functional.interpolate(features, size=num_frames - prefix, mode="linear", align_corners=True)
+        )
+        return nn.functional.pad(rows, (0, 0, prefix, 0)).reshape(*audio.shape[:-1], num_frames, self.dim)
+
+    def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None:
+        """What bidirectional networks hear of a clip, [.., num_frames, A]; None where that is what a stream has."""
+        return self.whole(audio, num_frames, self.config.prefix_frames) if self.config.whole_clip else None
+
+    def silence(self, num_frames: int) -> Tensor:
+        """Rows [num_frames, A] of a silent wave, as OmniAvatar's training drops audio. Not zeros: those are in its guidance."""
+        return self.whole(torch.zeros(num_frames * self.samples_per_frame), num_frames)
+
+    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A], as a stream has them.
+
+        Before sample 0 there is nothing, after the last sample silence. Any split of the rows into calls gives the same bits.
+        """
+        n = self.samples_per_frame
+        last = -(-audio.shape[-1] // n) if last is None else last
+        if not 0 <= first < last:
+            raise ValueError(f"rows {first}..{last - 1}: need 0 <= first < last")
+        start, stop = max(self._cell(first), 0), self._cell(last - 1) + self.config.grid_frames
+        begin, end = start * n - self.lookback, stop * n + self.lookahead
+        heard = audio[..., max(begin, 0) : end]
+        left = max(-begin, 0)
+        window = nn.functional.pad(heard, (left, end - begin - left - heard.shape[-1]))
+        return self.rows(window, start, stop)[..., first - start : last - start, :]
+
+    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
+        """The same rows from exactly the samples that they need: window [.., lookback + (last - first) n + lookahead].
+
+        Each cell is heard as a short clip of its own: normalised and attended to within its window, which is the same whatever
+        else is asked for, so the result does not depend on the call. UserError where first and last are no cell borders.
+        """
+        config, n = self.config, self.samples_per_frame
+        if (first and self._cell(first) != first) or self._cell(last) != last:
+            raise UserError(
+                f"wav2vec2 windows: frames {first}..{last - 1} are not whole cells of grid_frames={config.grid_frames} from "
+                f"grid_start={config.grid_start}; take grid_frames = the codec's stride and grid_start = 1 - stride"
+            )
+        waves, found = self._waves(window), []
+        for cell in range(self._cell(first), last, config.grid_frames):
+            begin, stop = max(cell - config.lookback_frames, 0), cell + config.grid_frames + config.lookahead_frames
+            begin -= begin % self.period
+            at = (begin - first) * n + self.lookback
+            features = self.model.feature_extractor(self._level(waves[:, at : at + (stop - begin) * n].clone()))
+            states = self._states(self._at_frames(features, stop - begin))
+            found.append(states[:, max(cell, 0) - begin : cell + config.grid_frames - begin])
+        return torch.cat(found, dim=1).reshape(*window.shape[:-1], last - first, self.dim)
+
+    def _cell(self, frame: int) -> int:
+        """First frame of the cell that holds `frame`."""
+        return frame - (frame - self.config.grid_start) % self.config.grid_frames
+
+    def _waves(self, audio: Tensor) -> Tensor:
+        """[.., S] -> [B, S] where and in the precision the model works."""
+        return audio.reshape(-1, audio.shape[-1]).to(next(self.model.parameters()))
+
+    def _level(self, waves: Tensor) -> Tensor:
+        """Zero mean and unit variance over all samples, as Wav2Vec2FeatureExtractor does."""
+        if not self.normalise:
+            return waves
+        centred = waves - waves.mean(dim=1, keepdim=True)
+        return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
+
+    def _at_frames(self, features: Tensor, num_rows: int) -> Tensor:
+        """[B, C, L] on the 20 ms grid -> [B, C, num_rows], linear, a row every n / hop features."""
+        last = features.shape[-1] - 1
+        place = torch.arange(num_rows, dtype=torch.float64) * self.samples_per_frame / self.hop + self.offset
+        left = place.clamp(0, last).long()
+        share = (place - left).clamp(0, 1).to(features)
+        left = left.to(features.device)
+        return torch.lerp(features[..., left], features[..., (left + 1).clamp(max=last)], share)
+
+    def _states(self, features: Tensor) -> Tensor:
+        """Features [B, C, T] at the video rate -> every state of the transformer [B, T, A]."""
+        x, _ = self.model.feature_projection(features.transpose(1, 2))
+        encoder = self.model.encoder
+        x = encoder.layer_norm(x + encoder.pos_conv_embed(x))
+        states = [x]
+        for layer in encoder.layers:
+            x = layer(x)
+            states.append(x)
+        return torch.cat([x, *states], dim=-1)
+
+
+@torch.no_grad()
+def deviation_table(ears: Wav2Vec, audio: Tensor, lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)) -> str:
+    """Markdown: how far a stream's rows are from `whole`, for some look-aheads in frames; audio [S], all else as in `ears`.
+
+    Relative L2 of a row is |streamed - whole| / |whole|; against the spread, the same over |whole - its mean row|: what all rows
+    have in common tells nothing. The last line is the scale: whole's own rows half a clip away.
+    """
+    num_frames = -(-audio.shape[-1] // ears.samples_per_frame)
+    whole = ears.whole(audio, num_frames)
+    spread = (whole - whole.mean(dim=0)).norm(dim=-1)
+    lines = [
+        "| look-ahead | relative L2: mean | worst row | cosine: mean | worst row | against the spread: mean |",
+        "|---|---|---|---|---|---|",
+    ]
+
+    def add(name: str, rows: Tensor) -> None:
+        distance = (rows - whole).norm(dim=-1)
+        relative = distance / whole.norm(dim=-1)
+        cosine = nn.functional.cosine_similarity(rows, whole, dim=-1)
+        numbers = f"{relative.mean():.3f} | {relative.max():.3f} | {cosine.mean():.4f} | {cosine.min():.4f}"
+        lines.append(f"| {name} | {numbers} | {(distance / spread).mean():.2f} |")
+
+    for frames in lookaheads:
+        config = replace(ears.config, lookahead_frames=frames)
+        streamed = Wav2Vec(ears.model, config, ears.samples_per_frame, ears.normalise)
+        milliseconds = 1000 * frames * ears.samples_per_frame / SAMPLE_RATE
+        add(f"{frames} frames, {milliseconds:.0f} ms", streamed(audio, 0, num_frames))
+    add("(another row)", whole.roll(num_frames // 2, dims=0))
+    return "\n".join(lines)
+
+
+def require(folder: Path, files: Sequence[str], source: str) -> None:
+    """UserError that names every file of `files` that `folder` lacks and where it can be had."""
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise UserError(f"missing {', '.join(missing)}: {folder}; get {source}")
+
+
+def model_files(folder: Path) -> list[str]:
+    """Files of a transformers model in safetensors: its config and one file of weights, or an index and all its shards."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["config.json", "model.safetensors"]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"damaged file: {index} has no weight_map of file names; copy it again")
+    return ["config.json", index.name, *sorted(set(names.values()))]
+
+
+def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optional: Sequence[str] = ()):
+    """The frozen transformers model of class `kind` in a local folder, read strictly from safetensors.
+
+    Tensors whose whole name matches a pattern of `optional` may be missing or left over. UserError lists missing files, and the
+    tensors that are missing, unexpected or of another shape.
+    """
+    from transformers.utils import logging
+
+    require(folder, model_files(folder), source)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of tensors is our one line
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # whatever a reader of configs and tensors may raise at a damaged file
+        raise UserError(
+            f"unreadable {kind.__name__}: {folder} ({type(error).__name__}: {error}); get {source}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    faults = [f"missing {name}" for name in sorted(found["missing_keys"])]
+    faults += [f"unexpected {name}" for name in sorted(found["unexpected_keys"])]
+    allowed = re.compile(rf"(missing|unexpected) ({'|'.join(optional)})")
+    faults = [fault for fault in faults if not allowed.fullmatch(fault)]
+    faults += [f"{name} is {tuple(got)}, not {tuple(want)}" for name, got, want in sorted(found["mismatched_keys"])]
+    refuse(faults, folder, source)
+    return model.eval().requires_grad_(False)
+
+
+def refuse(faults: list[str], where: Path, source: str) -> None:
+    """UserError that lists the faults of a set of weights, unless there is none."""
+    if faults:
+        raise UserError(f"weights do not fit: {where}: {listed(faults)}; get {source}")

@@ -1,0 +1,435 @@
+"""The avatar DiT: diffusers' Wan transformer with reference and mask channels and OmniAvatar's audio pack.
+
+One network serves teacher, fake score and student: who sees whom is an argument (`spans`, `past`), not a subclass. Weights keep
+the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
+(tests hold it).
+B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_wan import (
+    WanRotaryPosEmbed,
+    WanTimeTextImageEmbedding,
+    WanTransformerBlock,
+)
+from torch import Tensor, nn
+
+from teachers import flow
+from teachers.conditions import Conditions
+from teachers.config import ADDED
+
+KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
+GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
+Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
+
+    `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: the network is told a scale.
+    """
+
+    num_layers: int = 30
+    num_heads: int = 12
+    head_dim: int = 128
+    ffn_dim: int = 8960
+    freq_dim: int = 256
+    patch: int = 2
+    audio_hidden: int = 32
+    audio_blocks: tuple[int, ...] | None = None
+    prediction: Literal["velocity", "reference"] = "velocity"
+    reference: bool = True
+    guidance: bool = field(default=False, metadata=ADDED)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
+
+    Positions are relative to what is seen: context frames come first (after any cached past), then the queries.
+    """
+
+    start: int
+    stop: int
+    context: tuple[tuple[int, int], ...] = ()
+
+
+class AudioPack(nn.Module):
+    """Audio rows of one latent frame -> audio_hidden, layer-normalised. [B, F, stride, A] -> [B, F, hidden]."""
+
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.norm_out(self.proj(audio.flatten(2)))
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `turns` [1, n, 1, d/2]."""
+    pairs = torch.view_as_complex(x.to(turns.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+
+
+class AvatarBlock(WanTransformerBlock):
+    """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
+        backend = getattr(self.attn1.processor, "_attention_backend", None)
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
+
+    def forward(self, x, text, temb, spans, rotary, past, image=None):
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
+        one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], whose attention
+        is added to the text's.
+
+        Returns the new x and this input's un-rotated keys and values.
+        """
+        frames = temb.shape[1]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
+
+        def modulate(norm, shift, scale):
+            return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
+
+        def gated(x, y, gate):
+            y = torch.addcmul(
+                x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2)
+            )
+            return y.flatten(1, 2).type_as(x)
+
+        normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
+        attention = self.attn1
+        split = (attention.heads, -1)
+        query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
+        key = attention.norm_k(attention.to_k(normed)).unflatten(2, split)
+        value = attention.to_v(normed).unflatten(2, split)
+        seen = []
+        for (tokens, context), turns in zip(spans, rotary, strict=True):
+            if context:
+                parts = (*context, tokens)
+                k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
+                q, k = rotate(query[:, tokens], turns[:, -(tokens.stop - tokens.start) :]), rotate(k, turns)
+            else:
+                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), turns).unbind()
+                v = value[:, tokens]
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+            seen.append(self.attend(q, k, v))
+        attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
+        x = gated(x, attended, gate)
+
+        attention = self.attn2
+        query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
+        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
+        if image is not None:
+            attended = attended + self.attend(query, *self.look(image))
+        x = x + attention.to_out[0](attended)
+
+        normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
+        return gated(x, self.ffn(normed), ffn_gate), (key, value)
+
+    def read(self, text: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""
+        split = (self.attn2.heads, -1)
+        key = self.attn2.norm_k(self.attn2.to_k(text)).unflatten(2, split)
+        return key, self.attn2.to_v(text).unflatten(2, split)
+
+    def look(self, image: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, K, M, d] of embedded image tokens [B, K, D]."""
+        attention, split = self.attn2, (self.attn2.heads, -1)
+        assert attention.add_k_proj is not None
+        assert attention.add_v_proj is not None
+        key = attention.norm_added_k(attention.add_k_proj(image)).unflatten(2, split)
+        return key, attention.add_v_proj(image).unflatten(2, split)
+
+
+class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Wan's transformer over [noisy | reference | mask] channels, audio added before chosen blocks.
+
+    `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
+    `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
+    text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
+    `guidance`: a guidance scale is told beside the time, by sinusoids of it and a layer that starts at zero (2210.03142, sec. 3.1).
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["AvatarBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        *("rope", "time_embedder", "guidance_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
+    ]
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        ffn_dim: int,
+        text_dim: int,
+        audio_dim: int,
+        stride: int,
+        freq_dim: int = 256,
+        patch: int = 2,
+        audio_hidden: int = 32,
+        audio_blocks: tuple[int, ...] | None = None,
+        prediction: Literal["velocity", "reference"] = "velocity",
+        reference: bool = True,
+        pose_dim: int = 0,
+        image_dim: int = 0,
+        eps: float = 1e-6,
+        max_positions: int = 1024,
+        guidance: bool = False,
+    ):
+        super().__init__()
+        width = num_heads * head_dim
+        in_channels = 2 * latent_channels + (stride if image_dim else 1) if reference else latent_channels
+        size = (1, patch, patch)
+        added = width if image_dim else None
+        self.rope = WanRotaryPosEmbed(head_dim, size, max_positions)
+        self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
+        self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
+        self.blocks = nn.ModuleList(
+            AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
+            for _ in range(num_layers)
+        )
+        self.norm_out = FP32LayerNorm(width, eps, elementwise_affine=False)
+        self.proj_out = nn.Linear(width, latent_channels * patch * patch)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.audio_at: tuple[int, ...] = ()
+        if audio_dim:
+            rule = range(2, num_layers // 2 + 1) if audio_blocks is None else audio_blocks
+            self.audio_at = tuple(rule)
+            self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
+            self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
+        if pose_dim:
+            self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
+            self.pose_cond_proj = nn.Linear(audio_hidden, width)
+        self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
+        self.gradient_checkpointing = False
+        self.guidance_embedder: nn.Linear | None = None
+        if guidance:
+            self.add_guidance()
+        self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
+        return self.patch_embedding.weight.dtype
+
+    def add_guidance(self) -> None:
+        """From here on a guidance scale is told; at first it changes nothing, its layer is zero."""
+        weight = self.scale_shift_table
+        self.guidance_embedder = nn.Linear(self.condition_embedder.timesteps_proj.num_channels, weight.shape[-1])
+        for parameter in self.guidance_embedder.parameters():
+            nn.init.zeros_(parameter)
+        self.guidance_embedder.to(weight.device, weight.dtype)
+        self.register_to_config(guidance=True)
+
+    def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
+        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is told; the network's time is
+        1000 sigma."""
+        embedder = self.condition_embedder
+        projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
+        time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
+        if self.guidance_embedder is not None:
+            if guidance is None:
+                raise ValueError("this network is told a guidance scale: give guidance [B]")
+            scale = embedder.timesteps_proj(GUIDANCE_TIME * guidance).to(self.guidance_embedder.weight.dtype)
+            time = time + self.guidance_embedder(scale).unsqueeze(1).to(time.dtype)
+        modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
+        modulation = modulation.unflatten(2, (6, -1)).float()
+        return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
+
+    def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+        """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
+        rope, last = self.rope, first + count
+        key = (first, count, height, width, self.compute_dtype, rope.freqs_cos.device)
+        if key in self._turns:
+            return self._turns[key]
+        if last > rope.max_seq_len:
+            raise ValueError(
+                f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
+            )
+        with torch.inference_mode(False):  # kept for training too, whoever asked first
+            self._turns[key] = self._make_turns(first, count, height, width)
+        return self._turns[key]
+
+    def _make_turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+        rope, last = self.rope, first + count
+        cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
+                    for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
+        t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
+        grid = (count, height, width, -1)
+        parts = [
+            t[first:last].view(count, 1, 1, -1).expand(grid),
+            y[:height].view(1, height, 1, -1).expand(grid),
+            x[:width].view(1, 1, width, -1).expand(grid),
+        ]
+        turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
+        return turns if self.compute_dtype == torch.float64 else turns.to(torch.complex64)
+
+    @torch.no_grad()
+    def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
+        """Each block's keys and values of text features [B, L, D_text], to be given to `forward` in place of the features."""
+        embedded = self.condition_embedder.text_embedder(text.to(self.compute_dtype))
+        return tuple(cast(AvatarBlock, block).read(embedded) for block in self.blocks)
+
+    def read_audio(self, audio: Tensor) -> tuple[Tensor, ...]:
+        """What audio [B, F, stride, A] adds to the tokens of a frame before each block of `audio_at`, [B, F, 1, D], to be given
+        to `forward` in place of the audio."""
+        if not self.audio_at:
+            return ()
+        packed = self.audio_proj(audio.to(self.compute_dtype))
+        return tuple(project(packed).unsqueeze(2) for project in self.audio_cond_projs)
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | Time,
+        text: Tensor | Sequence[KeyValue],
+        audio: Tensor | Sequence[Tensor] | None = None,
+        spans: Sequence[Span] | None = None,
+        past: Sequence[KeyValue] | None = None,
+        past_frames: int = 0,
+        pose: Tensor | None = None,
+        image: Tensor | None = None,
+        remember: bool = True,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
+        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim]
+        where image_dim does; guidance [B] where there is an embedding of it (a network without one does not read it).
+
+        Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
+        an image that is missing or not asked for.
+        """
+        if (image is None) == bool(self.image_dim):
+            wrong = "given, image_dim is 0: leave them out" if image is not None else "missing: give [B, K, image_dim]"
+            raise ValueError(f"image features {wrong}")
+        frames, patch = x.shape[2], self.patch
+        height, width = x.shape[3] // patch, x.shape[4] // patch
+        tokens = height * width
+        spans = spans or (Span(0, frames),)
+        layout, rotary = [], []
+        for span in spans:
+            ranges = (*span.context, (span.start, span.stop))
+            count = sum(b - a for a, b in ranges)
+            rotary.append(self.turns(past_frames, count, height, width))
+            slices = [slice(a * tokens, b * tokens) for a, b in ranges]
+            layout.append((slices[-1], tuple(slices[:-1])))
+        dtype = self.compute_dtype
+        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        if self.pose_dim:
+            assert pose is not None
+            moved = self.pose_cond_proj(self.pose_proj(pose.to(dtype)))
+            x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
+        if isinstance(sigma, Tensor):
+            sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1), guidance)
+        time, temb = sigma
+        if isinstance(text, Tensor):
+            text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
+        if image is not None:
+            image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
+        heard = self.read_audio(audio) if isinstance(audio, Tensor) else audio
+        cache = []
+        for i, block in enumerate(self.blocks):
+            if i in self.audio_at:
+                assert heard is not None
+                x = (x.unflatten(1, (frames, tokens)) + heard[self.audio_at.index(i)]).flatten(1, 2)
+            inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
+                x, kv = checkpoint(block, *inputs)
+            else:
+                x, kv = block(*inputs)
+            if remember:
+                cache.append(kv)
+        shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
+        normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
+        out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
+        out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
+        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache
+
+
+def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
+    """Write the clean reference over the known frames; return (x, network input [noisy | reference | mask], 0 = known).
+
+    Without a reference (plain text-to-video) the input is x alone.
+    """
+    if conditions.reference is None:
+        return x, x
+    x, frames = write_reference(x, conditions, known), x.shape[2]
+    mask = x.new_ones(x.shape[0], 1, frames, *x.shape[3:])
+    for frame in known:
+        mask[:, :, frame] = 0.0
+    return x, torch.cat([x, conditions.reference.to(x).expand(-1, -1, frames, -1, -1), mask], dim=1)
+
+
+def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
+    """x [B, C, F, H, W] with the clean reference, where there is one, in the place of the known frames."""
+    if conditions.reference is None or not known:
+        return x
+    x = x.clone()
+    for frame in known:
+        x[:, :, frame] = conditions.reference[:, :, 0].to(x)
+    return x
+
+
+def to_x0(
+    out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]
+) -> Tensor:
+    """Raw network output -> x0 in fp32, the known frames replaced by the reference."""
+    if prediction == "velocity":
+        x0 = flow.x0_from_velocity(x, out, sigma)
+    else:
+        assert conditions.reference is not None
+        x0 = conditions.reference.float() + out.float()
+    return write_reference(x0, conditions, known)
+
+
+class AvatarTeacher(nn.Module):
+    """The bidirectional denoiser over a whole clip; frame 0 is the reference, where one is given. Teacher and fake score alike."""
+
+    def __init__(self, net: AvatarTransformer):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        x, inputs = with_reference(x, conditions)
+        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
+        out, _ = self.net(
+            inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False, guidance=conditions.guidance
+        )
+        return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference where there is one."""
+        return self(x, sigma, conditions)
+
+
+def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:
+    """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero). dims: latent_channels,
+    stride, text_dim, audio_dim and, where it is steered, pose_dim; image_dim for image-to-video."""
+    net = AvatarTransformer(**dims, **vars(config))
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.zeros_(net.proj_out.weight)
+    if net.guidance_embedder is not None:
+        nn.init.zeros_(net.guidance_embedder.weight)
+    return net

@@ -1,0 +1,98 @@
+"""The kinds of codec, ears and text encoder that a spec or recipe can name: `{name: wan_vae, path: ...}`, the first without a name.
+
+An entry is `module:Config`: a frozen dataclass that knows how to load what it describes. A new kind is one file and one line here.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+CODECS = {
+    "eigen": "teachers.codecs.linear:CodecConfig",
+    "wan_vae": "teachers.codecs.wan_vae:WanVAEConfig",
+    "taehv": "teachers.codecs.taehv:TAEHVConfig",
+    "dc_ae": "teachers.codecs.dc_ae:DCAEConfig",
+}
+EARS = {
+    "log_mel": "teachers.encoders.small:AudioConfig",
+    "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
+    "none": "teachers.encoders.small:NoEarsConfig",
+}
+TEXTS = {"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"}
+
+
+class Module(Protocol):
+    """What every part has of torch's Module."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+    def parameters(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class Geometry(Protocol):
+    """`stride` pixel frames become one latent frame, `patch` x `patch` pixels one cell of `channels`."""
+
+    @property
+    def stride(self) -> int: ...
+    @property
+    def patch(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+
+
+class Codec(Module, Protocol):
+    """Video [B, 3, T, H, W] in [-1, 1], T = 1 + stride (F - 1), <-> latents [B, C, F, H/patch, W/patch], whole or streaming."""
+
+    @property
+    def config(self) -> Geometry: ...
+    def encode(self, video: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def decode_chunk(self, latents: Tensor, state: Any = None) -> tuple[Tensor, Any]: ...
+
+
+class CodecKind(Geometry, Protocol):
+    """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others where their path says."""
+
+    @property
+    def fitted(self) -> bool: ...
+    def load(self, folder: Path, height: int, width: int) -> Codec: ...
+
+
+class Ears(Module, Protocol):
+    """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it; `of_clip` for
+    bidirectional networks, where they hear something else."""
+
+    dim: int
+    lookback: int
+    lookahead: int
+
+    def __call__(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor: ...
+    def rows(self, window: Tensor, first: int, last: int) -> Tensor: ...
+    def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None: ...
+
+
+class EarsKind(Protocol):
+    """Config of ears; `dim` of a row with so many samples a frame."""
+
+    def dim(self, samples_per_frame: int) -> int: ...
+    def load(self, samples_per_frame: int) -> Ears: ...
+
+
+class Text(Module, Protocol):
+    """Texts -> token features [B, L, D], zero where padded."""
+
+    def __call__(self, text: list[str]) -> Tensor: ...
+    def count(self, text: str) -> int: ...
+
+
+class TextKind(Protocol):
+    """Config of a text encoder of `max_tokens` tokens and width `dim`."""
+
+    fitted: ClassVar[bool]
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+    def load(self, folder: Path) -> Text: ...

@@ -1,0 +1,324 @@
+"""`distill serve`: many viewers, rude ones, vanishing ones, and the end."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from distill.cli import main
+from distill.live import protocol
+from distill.live.client import Client
+from students.weights.checkpoint import save_student
+from teachers.errors import UserError
+from tests.support import tiny
+from tests.support.serving import a_puppet, eventually, serving
+
+ROOT = Path(__file__).resolve().parents[3]
+FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
+
+
+@pytest.fixture(scope="module")
+def served():
+    with serving(a_puppet(), viewers=3) as (address, engine):
+        yield address, engine
+
+
+@pytest.fixture
+def url(served):
+    address, engine = served
+    yield f"ws://{address}/live"
+    eventually(lambda: not engine.viewers, 20.0)
+    assert engine.thread.is_alive()
+    assert engine.totals.errors == 0
+
+
+def get(address: str, path: str, **headers: str) -> tuple[int, bytes]:
+    request = urllib.request.Request(f"http://{address}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def still_answers(url: str) -> None:
+    client = Client(url)
+    client.open()
+    client.close()
+
+
+def closing(socket_) -> int | None:
+    """The code with which the server closes; TimeoutError when it does not."""
+    try:
+        while True:
+            socket_.recv(timeout=5)
+    except ConnectionClosed as closed:
+        return closed.rcvd.code if closed.rcvd is not None else None
+
+
+def test_a_turn_is_answered_in_the_stream_without_a_gap(url):
+    client = Client(url)
+    client.open()
+    answer = client.converse("two words")
+    numbers = sorted(client.frames)
+    assert numbers == list(range(numbers[-1] + 1))
+    loud = [n for n in numbers if np.abs(client.sound[n]).max() > 0.05]
+    assert loud[0] == answer.frame
+    assert all((client.frames[n][11, 8, 0] > 60) == (n in loud) for n in numbers if n < answer.frame + 2)
+    assert answer.latency < 5.0
+    assert set(answer.parts_ms) == {"talker", "queue", "wait", "encode", "denoise", "decode", "rest"}
+    client.close()
+
+
+def test_viewers_never_mix_and_the_one_too_many_is_told(url):
+    clients = [Client(url) for _ in range(3)]
+    with pytest.raises(UserError, match="full: 3 viewers"):
+        Client(url)
+    for seed, client in enumerate(clients):
+        client.open(portrait=seed, text=("a person nods", "someone smiles", "x")[seed], seed=seed)
+    faults = []
+
+    def talk(client, words):
+        try:
+            client.converse(" ".join(["word"] * words))
+        except Exception as error:  # told to the test below
+            faults.append(error)
+
+    threads = [threading.Thread(target=talk, args=(client, i + 1)) for i, client in enumerate(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert faults == []
+    for words, client in enumerate(clients, start=1):
+        loud = [n for n in sorted(client.sound) if np.abs(client.sound[n]).max() > 0.05]
+        beeps = 1 + sum(b - a > 1 for a, b in pairwise(loud))
+        assert beeps == words, "another viewer's speech"
+    walls = [{int(frame[5, 14, 0]) for frame in client.frames.values()} for client in clients]
+    assert all(len(wall) == 1 for wall in walls), "another viewer's text"
+    assert len(set.union(*walls)) == 3
+    for client in clients:
+        client.close()
+
+
+def test_a_viewer_who_vanishes_or_is_frozen_is_freed_in_5_seconds(served, url):
+    _, engine = served
+    code = f"""
+from websockets.sync.client import connect
+with connect({url!r}) as page:
+    page.recv()
+    page.send('{{"type": "open"}}')
+    page.send('{{"type": "say", "text": "a b c d e f g h"}}')
+    while True:
+        if isinstance(page.recv(), bytes):
+            print("here", flush=True)
+"""
+    for how in (signal.SIGKILL, signal.SIGSTOP):
+        with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"here\n"
+            assert len(engine.viewers) == 1
+            process.send_signal(how)
+            try:
+                seconds = eventually(lambda: not engine.viewers, 20.0)
+            finally:
+                process.kill()
+        assert seconds < 5
+    still_answers(url)
+
+
+def test_a_viewer_who_does_not_read_holds_no_memory_and_no_one_up(served, url):
+    _, engine = served
+    with connect(url, compression=None) as rude:
+        rude.recv()
+        rude.send('{"type": "open"}')
+        eventually(lambda: engine.viewers and engine.viewers[0].session is not None, 20)
+        time.sleep(1.0)
+        assert engine.viewers[0].session.point.frame <= 3 * 4
+        still_answers(url)
+
+
+def test_other_sites_names_and_paths_are_refused(served, url):
+    address, _ = served
+    port = address.rpartition(":")[2]
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://127.0.0.1.evil.example:{port}"):
+        with pytest.raises(InvalidStatus):
+            connect(url, origin=origin)
+        assert get(address, "/", Origin=origin)[0] == 403
+    with connect(url, origin=f"http://{address}") as socket_:
+        assert json.loads(socket_.recv())["type"] == "hello"
+    assert get(address, "/", Host="evil.example")[0] == 403
+    assert get(address, "/", Host=f"localhost:{port}")[0] == 200
+    for path in (
+        "/../pyproject.toml",
+        "/portraits/../../pyproject.toml",
+        "/portraits/%2e%2e/%2e%2e/etc/passwd",
+        "/page.html",
+    ):
+        assert get(address, path)[0] == 404
+    assert get(address, "/portraits/0.png")[1].startswith(b"\x89PNG")
+    assert get(address, "/portraits/99.png")[0] == 404
+    assert get(address, "/portraits/-1.png")[0] == 404
+
+
+def test_uploads_are_bounded_before_they_are_read(url):
+    for size in (protocol.MAX_MESSAGE + 2, 200 * 2**20):
+        with connect(url, compression=None, max_size=None) as socket_:
+            socket_.recv()
+            with suppress(ConnectionClosed):
+                socket_.send(bytes([protocol.FILE]) + bytes(size))
+            assert closing(socket_) in (None, 1009)
+    client = Client(url)
+    for data in (b"\x01PK\x03\x04zip", b"\x02PK\x03\x04zip", b"\x01", b"\x07abc", b"\x00\x01"):
+        client.socket.send(data)
+    client.until(lambda: sum(message["type"] == "error" for message in client.told) == 5, 5)
+    assert all(len(message["message"]) < 300 for message in client.told)
+    client.open()
+    client.close()
+
+
+def test_after_20_mistakes_a_page_is_shut_out(url):
+    with connect(url) as socket_:
+        for _ in range(25):
+            socket_.send("{")
+        assert closing(socket_) == 1001
+    still_answers(url)
+
+
+def a_mess(rng: random.Random) -> str | bytes:
+    """One message: valid, nearly valid, or noise."""
+    if rng.random() < 0.3:
+        marks = (
+            b"",
+            b"\x00",
+            b"\x01\x89PNG\r\n\x1a\n",
+            b"\x02RIFF\x00\x00\x00\x00WAVEfmt ",
+            b"\x01\xff\xd8\xff",
+            b"\x02ID3",
+        )
+        return rng.choice(marks) + rng.randbytes(rng.choice((0, 1, 2, 1280, 5000)))
+    if rng.random() < 0.2:
+        return "".join(
+            chr(rng.choice((34, 123, 125, 91, 93, 58, 92, 0, 0x20AC, 0x1F600, rng.randrange(32, 127))))
+            for _ in range(40)
+        )
+    value = lambda: rng.choice((0, 1, -1, 3, 10**9, 10**30, 0.5, None, True, "", "x", "a b", [], {}, "\x00", "\ud800"))  # noqa: E731
+    message = {"type": rng.choice((*protocol.MESSAGES, "quit", ""))}
+    for name in rng.sample(("portrait", "text", "seed", "frame", "epoch", "turn", "ms", "on", "odd"), rng.randrange(4)):
+        message[name] = value()
+    if rng.random() < 0.6:  # well formed
+        message = rng.choice(
+            (
+                {"type": "open", "portrait": rng.randrange(6), "text": "x"},
+                {"type": "say", "text": "some words"},
+                {"type": "text", "text": "y" * rng.randrange(600)},
+                {"type": "interrupt"},
+                {"type": "played", "frame": rng.randrange(-3, 50), "epoch": rng.randrange(9)},
+                {"type": "microphone", "on": rng.random() < 0.5},
+            )
+        )
+    return json.dumps(message)
+
+
+def test_noise_on_the_line_ends_nobody_elses_stream(served, url):
+    """FUZZ_SECONDS=300 for the long one; the same seed sends the same messages."""
+    rng, witness = random.Random(int(os.environ.get("FUZZ_SEED", "0"))), Client(url, keep=False)
+    witness.open()
+    end, sent, last = time.monotonic() + FUZZ_SECONDS, 0, -1
+    while time.monotonic() < end:
+        try:
+            with connect(url, compression=None, close_timeout=0.5) as socket_:
+                for _ in range(rng.randrange(1, 60)):
+                    socket_.send(a_mess(rng))
+                    sent += 1
+                    witness.pump(0.002)
+                if rng.random() < 0.3:
+                    socket_.socket.shutdown(socket.SHUT_RDWR)
+        except (ConnectionClosed, OSError):
+            pass
+        witness.pump(0.02)
+    assert sent > 20, "the line itself is too slow"
+    last = witness.last
+    witness.until(lambda: witness.last > last, 5)
+    print(f"{sent} messages")
+    assert get(served[0], "/metrics")[0] == 200
+    witness.close()
+
+
+def test_metrics_count_what_happened(served, url):
+    address, _ = served
+    still_answers(url)
+    values = dict(line.rsplit(" ", 1) for line in get(address, "/metrics")[1].decode().splitlines())
+    assert float(values["distill_viewers_limit"]) == 3
+    assert float(values["distill_chunks_total"]) > 0
+    assert float(values['distill_chunk_seconds{quantile="0.5"}']) > 0
+    assert float(values["distill_resident_bytes"]) > 1e6
+
+
+def test_sigterm_ends_a_talking_server_cleanly(tmp_path):
+    save_student(tmp_path / "student", tiny.a_bundle(), "card")
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "serve",
+        "--student",
+        tmp_path / "student",
+        "--port",
+        "0",
+        "--talker",
+        "echo",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        line = process.stdout.readline()
+        assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+        client = Client(line.split()[0].replace("http", "ws") + "live")
+        client.open()
+        client.ask("a b c d e f g h i j")
+        process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        with pytest.raises(ConnectionClosed):
+            client.pump(20)
+        assert time.monotonic() - began < 12  # before the talk would have ended
+        assert process.wait(30) == 0  # most of it Python taking its modules down
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for words, told in (
+            (["--student", "nowhere", "--port", "0"], "no student"),
+            (["--student", str(tmp_path), "--port", port], "cannot serve on"),
+            (["--student", str(tmp_path), "--port", "70000"], "--port"),
+            (["--student", str(tmp_path), "--talker", "nobody"], "no talker"),
+        ):
+            assert main(["serve", *words]) == 2
+            lines = capsys.readouterr().err.strip().splitlines()
+            assert len(lines) == 1
+            assert told in lines[0]
+
+
+def test_without_its_libraries_serve_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["serve", "--student", "x"]) == 2
+    assert "pip install 'avatar-distill[serve]'" in capsys.readouterr().err

@@ -1,0 +1,238 @@
+"""One viewer's stream on a clock of its own: turns, rewinds, back-pressure, and that nothing is lost or shifted."""
+
+import numpy as np
+import pytest
+import torch
+
+from distill.live import protocol
+from distill.live.turns import Turn
+from distill.live.viewer import Viewer
+from teachers.errors import UserError
+from tests.support import tiny
+from tests.support.serving import a_puppet
+
+FPS, PER_FRAME = 12.5, 1280
+
+
+class Stage:
+    """A viewer whose page plays at once what it gets, on a clock that the test moves."""
+
+    def __init__(self, bundle=None, lead=2):
+        self.now, self.told, self.seen, self.heard = 0.0, [], {}, {}
+        self.started: list[tuple[Turn, object]] = []
+        self.viewer = Viewer(
+            bundle or a_puppet(), lead, self.take, lambda turn, heard: self.started.append((turn, heard)), lambda: 0.05
+        )
+        self.origin, self.last, self.epoch, self.late = None, -1, 0, []
+
+    def take(self, message):
+        if isinstance(message, bytes):
+            chunk = protocol.read_chunk(message, (16, 16))
+            assert chunk.epoch == self.epoch
+            assert chunk.first_frame == self.last + 1, "a gap or an overlap"
+            if self.origin is None:
+                self.origin = self.now - chunk.first_frame / FPS
+            if self.origin + chunk.first_frame / FPS < self.now - 1e-9:
+                self.late.append(chunk.first_frame)
+            self.last += len(chunk.frames)
+            for i, (frame, sound) in enumerate(
+                zip(chunk.frames, np.split(chunk.sound, len(chunk.frames)), strict=True)
+            ):
+                self.seen[chunk.first_frame + i], self.heard[chunk.first_frame + i] = frame, sound
+            return
+        self.told.append(message)
+        if message["type"] == "opened":
+            self.epoch, self.origin, self.last = message["epoch"], None, -1
+        if message["type"] == "rewind":
+            reached = min(self.place() + 0.05 * FPS, self.last + 1)
+            assert message["frame"] >= reached, "what was seen, or will be before a new chunk comes, is taken back"
+            self.epoch, self.last = message["epoch"], message["frame"] - 1
+
+    def place(self):
+        return 0 if self.origin is None else (self.now - self.origin) * FPS
+
+    def run(self, seconds: float):
+        """The engine and the page, 10 ms at a time."""
+        for _ in range(round(seconds * 100)):
+            while (due := self.viewer.due(self.now)) is not None:
+                assert due < self.now + 5
+                self.viewer.step(self.now, lambda: self.now)
+            self.now += 0.01
+            if self.origin is not None:
+                self.viewer.played(min(int(self.place()) + 1, self.last + 1), self.epoch, self.now)
+
+    def open(self):
+        self.viewer.open(tiny.a_portrait(), "a person nods", 7, self.now)
+        self.run(1)
+
+    def say(self, sound, done=True):
+        self.viewer.say("something", self.now)
+        turn = self.started[-1][0]
+        for piece in sound.split(1600):
+            turn.put(piece, self.now)
+        turn.finished = done
+        return turn
+
+    def types(self):
+        return [message["type"] for message in self.told]
+
+    def loud(self):
+        return [n for n, sound in sorted(self.heard.items()) if np.abs(sound).max() > 0.05]
+
+
+def a_tone(seconds: float):
+    return 0.4 * torch.sin(torch.arange(round(seconds * 16000)) * 0.157)
+
+
+def test_it_idles_in_bounded_advance_and_waits_for_a_viewer_who_stops():
+    stage = Stage()
+    stage.open()
+    assert stage.last >= 12
+    assert stage.late == []
+    stage.viewer.played = lambda *_: None  # the page falls silent
+    stage.run(5)
+    assert stage.viewer.session.point.frame - stage.viewer.session.viewed <= 3 * 4
+
+
+def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_sample_is_heard():
+    stage = Stage()
+    stage.open()
+    asked, sound = stage.place(), a_tone(1.0)
+    turn = stage.say(sound)
+    stage.run(3)
+    first = turn.first_frame
+    assert 0 < first - asked <= 0.05 * FPS + 1 + 4  # the margin, and no more than a chunk
+    heard = np.concatenate([stage.heard[n] for n in range(first, first + 13)])
+    assert np.abs(heard[: len(sound)] - sound.numpy()).max() < 1e-4
+    assert stage.loud() == list(range(first, first + 13))
+    bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]
+    assert bright == stage.loud()  # the mouth is open in just those frames
+    assert stage.late == []
+    assert stage.types().index("turn") < stage.types().index("answer") < stage.types().index("done")
+    assert stage.viewer.turn is None
+
+
+def test_speech_that_comes_piece_by_piece_has_no_hole_while_there_is_time():
+    stage = Stage()
+    stage.open()
+    sound = a_tone(1.6)
+    pieces = list(sound.split(3200))
+    turn = stage.say(torch.cat(pieces[:2]), done=False)
+    for piece in pieces[2:]:
+        stage.run(0.15)  # faster than it is spoken
+        turn.put(piece, stage.now)
+    turn.finished = True
+    stage.run(2)
+    first = turn.first_frame
+    assert stage.loud() == list(range(first, first + 20))
+    assert stage.late == []
+
+
+def test_a_talker_that_stops_in_the_middle_does_not_stop_the_picture():
+    stage = Stage()
+    stage.open()
+    turn = stage.say(a_tone(0.5), done=False)
+    stage.run(3)
+    assert stage.late == []
+    assert stage.last > turn.first_frame + 20
+    turn.put(a_tone(0.5), stage.now)
+    turn.finished = True
+    stage.run(2)
+    assert len(stage.loud()) >= 12
+    assert stage.viewer.turn is None
+
+
+def test_interrupt_is_felt_within_a_chunk_and_the_margin_and_a_new_sentence_interrupts_too():
+    stage = Stage()
+    stage.open()
+    turn = stage.say(a_tone(8.0))
+    stage.run(1)
+    asked = stage.place()
+    stage.viewer.interrupt(stage.now)
+    assert turn.cancelled.is_set()
+    stage.run(2)
+    assert max(n for n in stage.loud() if n >= turn.first_frame) <= asked + 0.05 * FPS + 1 + 4
+    first = stage.say(a_tone(8.0))
+    stage.run(1)
+    second = stage.say(a_tone(0.4))
+    assert first.cancelled.is_set()
+    stage.run(2)
+    assert second.first_frame > first.first_frame
+    assert stage.late == []
+    assert max(stage.loud()) < second.first_frame + 6
+
+
+def test_a_rewind_leaves_the_new_chunk_its_time_at_every_place_in_a_chunk():
+    stage = Stage()
+    stage.open()
+    for wait in range(1, 36):
+        stage.viewer.interrupt(stage.now)
+        stage.run(wait / 100)
+    assert stage.late == []
+
+
+def test_another_text_keeps_the_speech_and_is_felt_at_once():
+    stage = Stage()
+    stage.open()
+    turn = stage.say(a_tone(2.0))
+    stage.run(0.6)
+    asked = stage.place()
+    stage.viewer.set_text("someone smiles", stage.now)
+    stage.run(3)
+    first = turn.first_frame
+    assert stage.loud() == list(range(first, first + 25))
+    walls = [int(stage.seen[n][5, 14, 0]) for n in range(stage.last)]
+    changed = next(n for n in range(1, len(walls)) if walls[n] != walls[n - 1])
+    assert asked < changed <= asked + 0.05 * FPS + 1 + 4
+
+
+def test_what_was_played_in_an_earlier_epoch_is_not_believed():
+    stage = Stage()
+    stage.open()
+    viewed = stage.viewer.session.viewed
+    stage.viewer.played(viewed + 3, stage.epoch - 1, stage.now)
+    assert stage.viewer.session.viewed == viewed
+    with pytest.raises(UserError, match="drawn"):
+        stage.viewer.played(10**6, stage.epoch, stage.now)
+
+
+def test_opening_again_begins_anew_even_while_the_engine_waits_for_the_viewer():
+    stage = Stage()
+    stage.open()
+    while stage.viewer.due(stage.now) is not None:
+        stage.viewer.step(stage.now, lambda: stage.now)
+    assert stage.viewer.waited
+    stage.open()
+    assert stage.last >= 12
+    assert stage.viewer.session.seed == 7
+
+
+def test_a_voice_in_the_microphone_interrupts_and_its_end_is_a_turn():
+    stage = Stage()
+    stage.open()
+    talking = stage.say(a_tone(9.0))
+    stage.run(1)
+    noise = 0.001 * tiny.randn(16000)
+    said = a_tone(0.8)
+    for piece in torch.cat([noise, said, noise]).split(640):
+        stage.viewer.hear(piece, stage.now)
+        stage.run(0.04)
+    assert talking.cancelled.is_set()
+    turn, heard = stage.started[-1]
+    assert turn is not talking
+    assert 0.8 * 16000 <= len(heard) <= 1.3 * 16000
+    assert torch.equal(heard[heard.abs() > 0.1], said[said.abs() > 0.1])
+
+
+def test_many_turns_keep_sound_and_picture_together_and_memory_bounded():
+    stage = Stage()
+    stage.open()
+    for _ in range(10):
+        stage.say(a_tone(0.5))
+        stage.run(2.0)
+        for n in [n for n in stage.seen if n < stage.last - 60]:
+            del stage.seen[n], stage.heard[n]
+    session = stage.viewer.session
+    assert session.audio.end - session.audio.start < 20 * PER_FRAME
+    bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]
+    assert bright == stage.loud() != []

@@ -1,0 +1,439 @@
+"""The options of DMD: rollouts, exits, context, scores, SiD and the GAN term; the default is the plain algorithm, bit for bit."""
+
+import copy
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill.methods import Batch, dmd, losses
+from distill.methods import rollout as rollouts
+from distill.methods.discriminator import Discriminator, build_discriminator, hidden_tokens
+from distill.methods.dmd import DMD, Config
+from distill.methods.rollout import draw_noise, of_length, rollout
+from students.history import History
+from students.schedule import Schedule, denoise_chunk
+from teachers import flow
+from teachers.conditions import Conditions, Guidance
+from teachers.errors import UserError
+from tests.support.gaussian import autoregressive
+from tests.support.tiny import (
+    CHANNELS,
+    a_pool,
+    a_student,
+    a_teacher,
+    make_spec,
+    randn,
+    rng,
+    some_conditions,
+    some_latents,
+)
+
+STEPS, CHUNKS = 3, 4
+
+
+def make_dmd(student=None, **config) -> DMD:
+    nets = {
+        "student": student or a_student(),
+        "teacher": a_teacher(1).requires_grad_(False),
+        "fake_score": a_teacher(2),
+    }
+    if config.get("gan"):
+        nets["discriminator"] = build_discriminator(make_spec().network)
+    return dmd.build(Config(**config), nets)
+
+
+def a_batch(num: int = 2) -> Batch:
+    return a_pool().batch(torch.arange(num))
+
+
+def gradients(net: nn.Module) -> list[Tensor | None]:
+    return [p.grad for p in net.parameters()]
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score"])
+def test_the_default_is_the_plain_algorithm_bit_for_bit(role):
+    """Self Forcing spelt out: one exit for all chunks, clean commits, one sigma a clip, eqs. 7-8 or the denoising loss."""
+    config, batch, values = {"guidance": Guidance(text=2.0, audio=3.0), "shift": 3.0}, a_batch(), []
+    for plainly in (False, True):
+        method, own, shared = make_dmd(**config), rng(1), rng(2)
+        if plainly:
+            value = plain_loss(method, role, batch.conditions, own, shared)
+        else:
+            value = method.loss(role, batch, own, shared).value
+        value.backward()
+        values.append([value.detach(), *gradients(getattr(method, role))])
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def plain_loss(method, role, given, own, shared):
+    student, n = method.student, 2
+    exit_step = int(torch.randint(STEPS, (1,), generator=shared))
+    table = torch.randn(CHUNKS, STEPS, 2, CHANNELS, n, 4, 4, generator=own)
+    state, chunks = student.open(given.text), []
+    with torch.set_grad_enabled(role == "student"):
+        for j in range(CHUNKS):
+            part = given.frames(j * n, (j + 1) * n)
+            x0, _ = denoise_chunk(student, state, part, lambda i, j=j: table[j, i], student.spec.sigmas, exit_step)
+            chunks.append(x0)
+            if j + 1 < CHUNKS:
+                state = student.commit(state, x0, part)
+    x0 = torch.cat(chunks, dim=2)
+    sigma = flow.shift_sigma(torch.rand(2, generator=own), 3.0).clamp(0.02, 0.98)
+    x = flow.add_noise(x0, torch.randn(x0.shape, generator=own), sigma)
+    if role == "fake_score":
+        return losses.denoising(method.fake_score.denoise(x, sigma, given), x0, sigma, 1.0, 0.02)
+    with torch.no_grad():
+        full, text, none = (
+            method.teacher.denoise(x, sigma, c) for c in (given, given.drop("audio"), given.drop("text", "audio"))
+        )
+        real = none + 2.0 * (text - none) + 3.0 * (full - text)
+        gradient = losses.dmd_gradient(x0, real, method.fake_score.denoise(x, sigma, given))
+    return losses.surrogate(x0, gradient)
+
+
+class CellStudent(nn.Module):
+    """One weight for each (chunk, step) cell and a context: a gradient tells which calls it came through."""
+
+    def __init__(self, num_chunks: int = 12, num_steps: int = 6):
+        super().__init__()
+        self.spec = SimpleNamespace(
+            guidance=None,
+            schedule=Schedule(),
+            sigmas=(1.0, 0.75, 0.5),
+            chunk_frames=1,
+            num_chunks=CHUNKS,
+            latent_size=(2, 1, 1),
+            history=History(),
+        )
+        self.cells = nn.Parameter(torch.linspace(0.3, 0.6, num_chunks * num_steps).view(num_chunks, num_steps))
+        self.seen, self.graphs, self.committed = [], [], []
+
+    def open(self, text=None):
+        self.seen.clear()
+        self.graphs.clear()
+        self.committed.clear()
+        return 0, None
+
+    def plan(self, state, conditions):
+        return None
+
+    def denoise(self, state, plan, x, sigma, conditions, step):
+        chunk, past = state
+        self.seen.append((chunk, sigma))
+        self.graphs += [chunk] if torch.is_grad_enabled() else []
+        x0 = self.cells[chunk, step] * x
+        return (x0 if past is None else x0 + 0.5 * past), None
+
+    def commit(self, state, x0, conditions, steps):
+        self.committed.append(x0)
+        return state[0] + 1, x0.detach()
+
+    def reached(self) -> list[list[int]]:
+        """Cells with gradient."""
+        assert self.cells.grad is not None
+        return self.cells.grad.nonzero().tolist()
+
+
+def sound(batch: int, frames: int) -> Conditions:
+    """audio[b, f] = 100 b + f says where it comes from."""
+    audio = (100.0 * torch.arange(batch).view(-1, 1) + torch.arange(frames)).view(batch, frames, 1, 1)
+    return Conditions(text=torch.zeros(batch, 1, 1), audio=audio, reference=randn(batch, 2, 1, 1, 1))
+
+
+def scorer(told: list, answer=torch.ones_like):
+    def denoise(x, sigma, conditions):
+        told.append((x, sigma, conditions))
+        return answer(x)
+
+    return SimpleNamespace(denoise=denoise)
+
+
+def cell_dmd(**config) -> DMD:
+    nets = {"student": CellStudent(), "teacher": scorer([]), "fake_score": scorer([], torch.zeros_like)}
+    return dmd.build(Config(**config), nets)
+
+
+def drawn(shared: torch.Generator, count: int) -> int:
+    return int(torch.randint(count, (1,), generator=shared))
+
+
+def test_every_chunk_draws_its_own_exit_and_it_alone_carries_gradient():
+    method, exits = cell_dmd(exit_step="per_chunk"), set()
+    for seed in range(6):
+        method.student.zero_grad()
+        method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(seed)).value.backward()
+        shared = rng(seed)
+        expected = [[j, drawn(shared, STEPS)] for j in range(CHUNKS)]
+        assert method.student.reached() == expected[1:], "frame 0 is given"
+        exits.add(tuple(step for _, step in expected))
+    assert len(exits) > 3
+    assert any(len(set(each)) > 1 for each in exits)
+
+
+def test_the_first_chunks_take_more_steps():
+    """Their own sigmas; a random exit is drawn for them apart, for they have more."""
+    first = (1.0, 0.9, 0.8, 0.6, 0.3)
+    method = cell_dmd(exit_step="last", first_sigmas=first, first_chunks=2)
+    method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(2)).value.backward()
+    steps = {j: tuple(s for chunk, s in method.student.seen if chunk == j) for j in range(CHUNKS)}
+    assert steps == {0: first, 1: first, 2: (1.0, 0.75, 0.5), 3: (1.0, 0.75, 0.5)}
+    assert method.student.reached() == [[1, 4], [2, 2], [3, 2]]
+    method, pairs = cell_dmd(first_sigmas=first, first_chunks=2), set()
+    for seed in range(12):
+        method.student.zero_grad()
+        method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(seed)).value.backward()
+        (_, early), (_, late), (_, same) = method.student.reached()
+        assert late == same
+        pairs.add((early, late))
+    assert {early for early, _ in pairs} > {early for early, late in pairs if early == late}
+    assert max(early for early, _ in pairs) == 4
+
+
+@pytest.mark.parametrize("exit_step", ["last", "random", "per_chunk"])
+def test_a_long_rollout_carries_its_loss_on_the_last_window(exit_step):
+    """Its length is drawn for all ranks; chunks before the window run to their end without gradient; the scores see the window's
+    sound and take its first frame as given."""
+    method, lengths = cell_dmd(exit_step=exit_step, rollout_chunks=9), set()
+    for seed in range(8):
+        told: list = []
+        method.teacher = scorer(told)
+        method.student.zero_grad()
+        method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(seed, 5), rng(seed)).value.backward()
+        count = CHUNKS + drawn(rng(seed), 9 - CHUNKS + 1)
+        start = count - CHUNKS
+        lengths.add(count)
+        assert [j for j, _ in method.student.reached()] == list(range(start + 1, count))
+        assert method.student.graphs == list(range(start, count)), "a graph that no loss asks for"
+        before = [s for chunk, s in method.student.seen if chunk < start]
+        assert before == list(method.student.spec.sigmas) * start
+        x, _, conditions = told[0]
+        assert x.shape[2] == CHUNKS
+        assert (
+            conditions.audio.flatten(1).tolist()
+            == of_length(sound(2, CHUNKS), count).audio[:, start:].flatten(1).tolist()
+        )
+        given = sound(2, CHUNKS).reference
+        own = method.student.committed[start][:, :, :1]
+        assert torch.equal(conditions.reference, own if start else given)
+        assert not conditions.reference.requires_grad
+    assert lengths == set(range(CHUNKS, 10))
+
+
+def test_longer_conditions_make_a_longer_rollout():
+    """Clips of data that are longer than the window are rolled out to their end."""
+    method = cell_dmd(exit_step="last")
+    method.loss("student", Batch(conditions=sound(2, 7)), rng(1), rng(2)).value.backward()
+    assert method.student.reached() == [[j, 2] for j in (4, 5, 6)]
+
+
+def test_a_stream_goes_on_with_the_sound_of_the_next_rows():
+    given = replace(sound(3, 4), pose=sound(3, 4).audio)
+    longer = of_length(given, 9)
+    expected = [0, 1, 2, 3, 101, 102, 103, 201, 202]
+    assert longer.audio[0].flatten().tolist() == expected
+    assert longer.pose[0].flatten().tolist() == expected
+    assert longer.audio[2].flatten().tolist() == [200, 201, 202, 203, 1, 2, 3, 101, 102]
+    assert torch.equal(longer.reference, given.reference)
+    assert of_length(given, 3).num_frames == 3
+    assert of_length(sound(1, 4), 9).audio[0].flatten().tolist() == [0, 1, 2, 3, 1, 2, 3, 1, 2]
+
+
+def test_context_noise_is_put_on_what_is_committed():
+    method, x0s = cell_dmd(exit_step="last", context_noise=0.3), []
+    keep = rollouts.advance
+
+    def spy(*args):
+        out = keep(*args)
+        x0s.append(out[0])
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollouts, "advance", spy)
+        method.loss("student", Batch(conditions=sound(400, CHUNKS)), rng(1), rng(2))
+    noises = [(c - 0.7 * x0).detach() / 0.3 for c, x0 in zip(method.student.committed, x0s, strict=False)]
+    assert len(noises) == CHUNKS - 1
+    assert all(float(noise.std()) == pytest.approx(1.0, abs=0.1) for noise in noises)
+    assert float((noises[0] * noises[1]).mean()) == pytest.approx(0.0, abs=0.15)
+
+
+@pytest.mark.parametrize(("start", "chunk"), [(0, 0), (0, 3), (2, 2), (2, 3)])
+def test_no_gradient_runs_through_the_context(start, chunk):
+    """Of the real student: a chunk's x0 hears its own noise, at its own exit step alone; its loss reaches every weight."""
+    student, exits = a_student(History(sinks=1, window=None)), [2, 0, 1, 2]
+    tables = {(j, i): some_latents(1, 2, seed=10 * j + i).requires_grad_() for j in range(CHUNKS) for i in range(STEPS)}
+    x0 = rollout(student, some_conditions(1), lambda j, i: tables[j, i], exits, start=start)
+    assert x0.shape[2] == 2 * (CHUNKS - start)
+    x0[:, :, 2 * (chunk - start) :][:, :, :2].square().sum().backward()
+    heard = {key for key, table in tables.items() if table.grad is not None and table.grad.any()}
+    assert heard == {(chunk, exits[chunk])}
+    assert all(grad is not None and grad.any() for grad in gradients(student))
+
+
+def test_a_window_is_the_end_of_the_whole_rollout():
+    """x0 from `start` on is bit for bit what a rollout without a window makes there."""
+    student, given = a_student(), some_conditions(2)
+    noise = draw_noise(student, 2, rng(1))
+    with torch.no_grad():
+        whole, window = (rollout(student, given, noise, start=start) for start in (0, 2))
+    assert torch.equal(whole[:, :, 4:], window)
+
+
+def test_guidance_within_its_band_only():
+    """Clips inside the band are guided, the others are the teacher's full prediction; as many passes for every sigma."""
+    method, told = cell_dmd(exit_step="last", guidance=Guidance(text=3.0, audio=3.0), guidance_band=(0.4, 0.6)), []
+    method.teacher = scorer(told)
+    sigma, x = torch.tensor([0.3, 0.5, 0.7]), some_latents(3, 4)
+    batch = replace(sound(3, 4), text=torch.ones(3, 1, 1))
+
+    def denoise(x, sigma, conditions):
+        told.append(conditions)
+        return torch.full_like(x, 1.0 if conditions.text.any() else 0.0)
+
+    method.teacher = SimpleNamespace(denoise=denoise)
+    real, _ = method._scores(x, sigma, torch.zeros_like(x), batch)
+    assert real[:, 0, 1, 0, 0].tolist() == [1.0, 3.0, 1.0]
+    assert len(told) == 2
+
+
+def test_sid_is_its_equation_through_both_scores():
+    """mean (r - f)((r - x0) - alpha (r - f)) / mean |x0 - r| with r and f linear in x0: the gradient in closed form."""
+    x0, a, b = some_latents(2, 4), 0.7, 0.4
+
+    def loss_of(clip):
+        return losses.sid(clip, a * clip, b * clip, alpha=1.2)
+
+    gradient = losses.input_gradient(loss_of, x0)
+    scale = (x0 - a * x0)[:, :, 1:].abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+    expected = 2 * (a - b) * ((a - 1) - 1.2 * (a - b)) * x0 / scale / (2 * x0[0, :, 1:].numel())
+    assert torch.allclose(gradient[:, :, 1:], expected[:, :, 1:], rtol=1e-4)
+    assert not gradient[:, :, 0].any()
+
+
+def exact_discriminator(real, fake):
+    """logit = log p_real(x_s) - log p_fake(x_s) of Gaussian oracles, up to a constant."""
+
+    def energy(teacher, x, sigma, conditions):
+        s = sigma.double().unsqueeze(1)
+        mean = teacher.expectation(conditions).flatten(1)[:, ~teacher.given]
+        centred = (x.double().flatten(1)[:, ~teacher.given] - (1 - s) * mean) @ teacher.vectors
+        spread = (1 - s) ** 2 * teacher.values + s**2
+        return -0.5 * (centred.square() / spread + spread.log()).sum(1)
+
+    return lambda net, x, sigma, c: energy(real, x, sigma, c) - energy(fake, x, sigma, c)
+
+
+def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
+    """d softplus(-logit) / d x0 = -(1 - D) (1 - s) (score_real - score_fake), scores from Tweedie on the exact denoisers."""
+    mean, spatial = torch.linspace(-1, 1, 8).view(2, 4, 1, 1), torch.tensor([[1.0, 0.3], [0.3, 0.8]])
+    real, fake = autoregressive(mean, spatial, 0.7), autoregressive(mean + 0.5, 2 * spatial, 0.2)
+    method = cell_dmd(exit_step="last")
+    method.config = replace(method.config, gan=3.0)
+    method.discriminator = exact_discriminator(real, fake)
+    method.teacher = method.fake_score = scorer([])  # dmd's own gradient vanishes
+    given, sigma, eps = sound(5, 4), torch.linspace(0.2, 0.9, 5), randn(5, 2, 4, 1, 1, seed=1)
+    x0 = randn(5, 2, 4, 1, 1, seed=2).requires_grad_()
+    method._student(x0, sigma, eps, given).value.backward()
+    x = flow.add_noise(x0.detach(), eps, sigma)
+    s = flow.expand(sigma, x)
+    scores = [((1 - s) * net.denoise(x, sigma, given) - x) / s**2 for net in (real, fake)]
+    logit = method.discriminator(None, x, sigma, given).view(-1, 1, 1, 1, 1)
+    expected = -3.0 * torch.sigmoid(-logit) * (1 - s) * (scores[0] - scores[1]) / 5
+    assert torch.allclose(x0.grad[:, :, 1:], expected[:, :, 1:].float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("role", ["student", "fake_score", "discriminator"])
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_a_gradient_reaches_its_own_role_only(role, objective):
+    method = make_dmd(objective=objective, gan=0.1)
+    loss = method.loss(role, a_batch(), rng(1), rng(2))
+    loss.value.backward()
+    names = ("student", "teacher", "fake_score", "discriminator")
+    reached = {name for name in names if any(g is not None and g.any() for g in gradients(getattr(method, name)))}
+    assert reached == {role}
+    assert all(g is not None and g.any() for g in gradients(getattr(method, role)))
+    assert all(not value.requires_grad for value in loss.metrics.values())
+
+
+@pytest.mark.parametrize("objective", ["dmd", "sid"])
+def test_an_objective_vanishes_where_the_scores_agree(objective):
+    method = make_dmd(objective=objective)
+    method.fake_score = copy.deepcopy(method.teacher)
+    method.loss("student", a_batch(), rng(1), rng(2)).value.backward()
+    assert not any(g.any() for g in gradients(method.student))
+
+
+def test_hidden_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
+    net, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.3, 0.6])
+    kept = hidden_tokens(net, (0, 1), x, sigma, given)
+    assert [tuple(tokens.shape) for tokens in kept] == [(2, 8 * 4, 32)] * 2
+    assert not torch.equal(*kept)
+    assert not any(block._forward_hooks for block in net.net.blocks)
+    judge = Discriminator(32, (0, 1), 16)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            net.net.enable_gradient_checkpointing()
+        pull = losses.input_gradient(lambda clip: losses.fooling(judge(net, clip, sigma, given)), x)
+        found.append(pull)
+    assert torch.equal(*found)
+    assert found[0][:, :, 1:].any()
+    logits = judge(net, x, sigma, given)
+    assert logits.shape == (2, 2, 7 * 4), "the given frame's tokens have no logit"
+
+
+def test_a_discriminator_learns_to_tell_and_the_student_to_fool():
+    method, batch = make_dmd(gan=1.0, exit_step="last", sigma_max=0.3), a_batch(8)
+    judge = method.discriminator
+    optimizer = torch.optim.Adam(judge.parameters(), lr=0.02)
+    values = []
+    for i in range(16):
+        optimizer.zero_grad()
+        loss = method.loss("discriminator", batch, rng(i), rng(i, 1))
+        loss.value.backward()
+        optimizer.step()
+        values.append(float(loss.value))
+    assert sum(values[-4:]) < 0.6 * sum(values[:4])
+    assert loss.metrics["gap"] > 1.0
+    x0, sigma = some_latents(8).requires_grad_(), torch.full((8,), 0.3)
+    method.fake_score = copy.deepcopy(method.teacher)  # dmd's own gradient vanishes
+    method._student(x0, sigma, torch.zeros_like(x0), batch.conditions).value.backward()
+    moved = x0.detach() - 1e-3 * x0.grad / x0.grad.abs().max()
+    before, after = (judge(method.fake_score, 0.7 * x, sigma, batch.conditions).mean() for x in (x0, moved))
+    assert after > before
+
+
+def test_the_discriminator_is_updated_beside_the_fake_score():
+    method = make_dmd(gan=0.1, fake_updates=2, warmup=1)
+    assert method.roles_to_update(3) == ("fake_score", "discriminator") * 2 + ("student",)
+    assert method.roles_to_update(0) == ("fake_score", "discriminator") * 3 + ("student",)
+    assert dmd.needs(method.config).trained == ("student", "fake_score", "discriminator")
+    assert dmd.needs(Config()).trained == ("student", "fake_score")
+
+
+def test_wrong_options_are_one_line():
+    student = {"student": a_student(), "teacher": None, "fake_score": None}
+    level = {**student, "student": a_student(History(commit="same_level"))}
+    for make, words in (
+        (lambda: Config(context_noise=1.0), r"dmd\.context_noise"),
+        (lambda: Config(gan=-1.0), r"dmd\.gan"),
+        (lambda: Config(first_sigmas=(0.9, 0.5)), r"dmd\.first_sigmas"),
+        (lambda: Config(first_sigmas=(1.0, 0.5, 0.5)), r"dmd\.first_sigmas"),
+        (lambda: Config(guidance_band=(0.7, 0.3)), r"dmd\.guidance_band"),
+        (lambda: dmd.build(Config(rollout_chunks=2), student), r"dmd\.rollout_chunks"),
+        (lambda: dmd.build(Config(gan=0.1), student), r"dmd\.gan: there is no role discriminator"),
+        (lambda: dmd.build(Config(exit_step="per_chunk"), level), r"dmd\.exit_step"),
+        (lambda: dmd.build(Config(exit_step="last", context_noise=0.1), level), r"dmd\.context_noise"),
+        (lambda: dmd.build(Config(exit_step="last", first_sigmas=(1.0, 0.5)), level), r"dmd\.first_sigmas"),
+    ):
+        with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
+            make()
+
+
+def test_a_student_step_is_followed_in_two_files_and_250_lines():
+    path = (DMD.loss, DMD._generate, DMD._sigmas, DMD._exits, DMD._student, DMD._scores, rollout, draw_noise, of_length)
+    assert len({inspect.getsourcefile(function) for function in path}) == 2
+    assert sum(len(inspect.getsourcelines(function)[0]) for function in path) < 250

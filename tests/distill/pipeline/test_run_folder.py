@@ -1,0 +1,231 @@
+"""The run folder: done stages are skipped, killed ones go on, foreign ones are refused, files are whole or absent."""
+
+import errno
+import json
+import os
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from distill.pipeline.run_folder import RunFolder
+from distill.training.metrics_log import MetricsLog
+from teachers.errors import UserError
+from teachers.files import atomic_write, load_tensors, save_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    width: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    run_dir: str
+    seed: int = 0
+    reuse: str | None = None
+    threads: int = 1
+    net: Inner = field(default_factory=Inner)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def toy(tmp_path) -> Toy:
+    return Toy(run_dir=str(tmp_path / "runs" / "toy"))
+
+
+class Body:
+    """Counts its runs; writes one artifact a step and dies after `dies_after` of 3."""
+
+    def __init__(self, dies_after: int = 3):
+        self.dies_after = dies_after
+        self.made: list[int] = []
+
+    def __call__(self, folder):
+        for step in range(3):
+            if (folder / f"{step}.txt").exists():
+                continue
+            if step >= self.dies_after:
+                raise Killed
+            atomic_write(folder / f"{step}.txt", "x")
+            self.made.append(step)
+        return {"steps": 3}
+
+
+def test_a_done_stage_is_skipped_and_its_metrics_returned(toy):
+    body = Body()
+    run = RunFolder.open(toy)
+    assert run.stage("data", {"n": 1}, (), body) == {"steps": 3}
+    assert RunFolder.open(toy).stage("data", {"n": 1}, (), body) == {"steps": 3}
+    assert body.made == [0, 1, 2]
+    done = json.loads((run.stage_dir("data") / "fingerprint.json").read_text())
+    assert set(done) == {"fingerprint", "inputs", "config", "seconds", "metrics", "version", "revision"}
+    assert done["config"] == {"n": 1}
+
+
+def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(toy):
+    run = RunFolder.open(toy)
+    with pytest.raises(Killed):
+        run.stage("data", {"n": 1}, (), Body(dies_after=2))
+    started = run.stage_dir("data") / "started.json"
+    state = json.loads(started.read_text())
+    started.write_text(json.dumps({**state, "began": state["began"] - 100}))
+    body = Body()
+    run.stage("data", {"n": 1}, (), body)
+    assert body.made == [2]
+    assert 100 <= run.finished("data")["seconds"] < 110
+
+
+def test_leftovers_of_another_fingerprint_are_deleted(toy):
+    run = RunFolder.open(toy)
+    with pytest.raises(Killed):
+        run.stage("data", {"n": 1}, (), Body(dies_after=2))
+    body = Body()
+    run.stage("data", {"n": 2}, (), body)
+    assert body.made == [0, 1, 2]
+    body = Body()
+    run.stage("data", {"n": 3}, (), body)
+    assert body.made == [0, 1, 2], "a finished stage with another fingerprint was reused"
+
+
+def test_a_stage_is_redone_when_its_input_was(toy):
+    run = RunFolder.open(toy)
+    for n in (1, 2):
+        body = Body()
+        run.stage("data", {"n": n}, (), Body())
+        run.stage("teacher", {}, ("data",), body)
+        assert body.made == [0, 1, 2]
+    with pytest.raises(AssertionError, match="teacher needs nothing_yet"):
+        run.stage("teacher", {}, ("nothing_yet",), Body())
+
+
+def test_an_evaluation_is_never_reused_for_its_report_lies_outside(toy, tmp_path):
+    RunFolder.open(toy).stage("evaluate", {"n": 1}, (), Body())
+    body = Body()
+    RunFolder.open(replace(toy, run_dir=str(tmp_path / "second"), reuse=toy.run_dir)).stage(
+        "evaluate", {"n": 1}, (), body
+    )
+    assert body.made == [0, 1, 2]
+
+
+def test_reuse_takes_a_finished_stage_of_another_run(toy, tmp_path):
+    RunFolder.open(toy).stage("data", {"n": 1}, (), Body())
+    second = RunFolder.open(replace(toy, run_dir=str(tmp_path / "second"), reuse=toy.run_dir, seed=1))
+    body = Body()
+    assert second.stage("data", {"n": 1}, (), body) == {"steps": 3}
+    assert body.made == []
+    assert (second.stage_dir("data") / "2.txt").read_text() == "x"
+    second.stage("data", {"n": 2}, (), body)
+    assert body.made == [0, 1, 2]
+    assert (RunFolder.open(toy).stage_dir("data") / "2.txt").exists(), "the source run was touched"
+    with pytest.raises(UserError, match="no run folder"):
+        RunFolder.open(replace(toy, run_dir=str(tmp_path / "third"), reuse=str(tmp_path / "nowhere")))
+
+
+def test_another_recipe_s_folder_is_refused_with_every_difference(toy):
+    RunFolder.open(toy)
+    RunFolder.open(replace(toy, threads=4))
+    with pytest.raises(UserError, match=r"has net\.width=8, now net\.width=9; choose another run_dir="):
+        RunFolder.open(replace(toy, net=Inner(width=9)))
+    with pytest.raises(
+        UserError, match=r"now seed=5 \(net\.width changed too\); choose|now net\.width=9 \(seed changed too\); choose"
+    ):
+        RunFolder.open(replace(toy, net=Inner(width=9), seed=5))
+
+
+def test_what_a_killed_start_left_half_written_is_gone(toy):
+    folder = RunFolder.open(toy).path
+    (folder / "stages" / "data").mkdir(parents=True)
+    left = folder / "stages" / "data" / ".fingerprint.json.99.tmp"
+    left.write_text("{")
+    RunFolder.open(toy)
+    assert not left.exists()
+    assert (folder / "recipe.yaml").is_file()
+
+
+def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(Toy(run_dir=str(folder)))
+    assert [file.name for file in folder.iterdir()] == ["thesis.tex"]
+
+
+def test_an_impossible_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        RunFolder.open(Toy(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_recipe_yaml_says_versions_and_revision(toy):
+    text = (RunFolder.open(toy).path / "recipe.yaml").read_text()
+    assert text.startswith("# avatar-distill recipe\n")
+    assert f"# torch: {torch.__version__.split('+')[0]}" in text
+    assert "# revision: " in text
+
+
+class Follower:
+    is_main = False
+
+    def barrier(self):
+        pass
+
+
+def test_only_the_main_rank_writes(toy, tmp_path):
+    RunFolder.open(replace(toy, run_dir=str(tmp_path / "follow")), Follower())
+    assert not (tmp_path / "follow").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "shard.safetensors"
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"the disk is full: .*shard.safetensors needs 4000 bytes, \d+ are free"):
+        save_tensors(path, {"x": torch.zeros(1000)})
+    with pytest.raises(UserError, match="needs 3 bytes"):
+        atomic_write(path, b"abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_tensors_come_back_bit_equal_and_damage_is_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "b": torch.arange(5).half()[::2]}
+    save_tensors(path, tensors, {"sigmas": "1,0.5"})
+    back = load_tensors(path)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="damaged tensor file"):
+        load_tensors(path)
+    with pytest.raises(UserError, match="no tensor file"):
+        load_tensors(tmp_path / "y.safetensors")
+
+
+def test_the_metrics_log_forgets_what_a_killed_run_logged_ahead(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("teacher", 9, {"loss": 0.5})
+    for step in range(4):
+        log.write("dmd", step, {"loss": float(step)})
+    with log.path.open("a") as file:
+        file.write('{"stage": "dmd", "st')
+    log.resume("dmd", 2)
+    assert [(row["stage"], row["step"]) for row in log.rows()] == [("teacher", 9), ("dmd", 0), ("dmd", 1)]
+    log.write("dmd", 2, {"loss": 2.0})
+    assert log.rows("dmd")[-1] == {"stage": "dmd", "step": 2, "loss": 2.0}
+    MetricsLog(tmp_path / "none.jsonl", is_main=False).write("dmd", 0, {"loss": 1.0})
+    assert not (tmp_path / "none.jsonl").exists()

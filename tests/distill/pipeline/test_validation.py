@@ -1,0 +1,58 @@
+"""What the report draws: the systems, and the gap between a student and its teacher on one noise."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from distill.pipeline import evaluate, validation
+from distill.recipe import TrajectoriesConfig
+from teachers.conditions import Conditions, Guidance
+from tests.support.tiny import make_spec
+
+
+def a_pipeline() -> Any:
+    settings = TrajectoriesConfig(num_pairs=1, num_steps=4, shift=3.0, guidance=Guidance(), batch_size=2)
+    recipe = SimpleNamespace(trajectories=settings, eval=SimpleNamespace(batch_size=2, condition_seed=5))
+    net = SimpleNamespace(eval=lambda: "student")
+    return SimpleNamespace(
+        recipe=recipe, spec=make_spec(), own_network=False, teacher="teacher", untrained="init", student=lambda _: net
+    )
+
+
+def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
+    """Each chunk's first noise is the teacher's there; its own clips start from another."""
+    pipeline, seen = a_pipeline(), {}
+    spec = pipeline.spec
+    monkeypatch.setattr(
+        validation, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
+    )
+    monkeypatch.setattr(
+        validation, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
+    )
+    conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
+    systems = evaluate.systems(pipeline)
+    for name in (evaluate.SAME_NOISE, "teacher", "student"):
+        systems[name](conditions, 1, "test")
+    same, own = seen["teacher"]
+    noise, n = seen["student"][0], spec.chunk_frames
+    assert same.shape == own.shape
+    for chunk in range(spec.num_chunks):
+        assert torch.equal(same[:, :, chunk * n : (chunk + 1) * n], noise(chunk, 0))
+    assert not torch.equal(same, own)
+
+
+def test_a_gap_is_a_score_that_needs_no_extractor(tmp_path):
+    from eval.report.report import write_report
+
+    value = {"mean": 0.4, "spread": 0.0, "error": 0.01, "seeds": [0.4]}
+    report = {
+        "systems": {"student": {"metrics": {"gap": value, "fid": value}, "cost": {}}},
+        "protocol": {"extractors": {"admitted": {"fid": False}}},
+    }
+    write_report(report, {}, {}, {}, tmp_path)
+    student = json.loads((tmp_path / "report.json").read_text())["systems"]["student"]
+    assert list(student["metrics"]) == ["gap"]
+    assert list(student["not_admitted"]) == ["fid"]
+    assert "another draw" in (tmp_path / "report.html").read_text()

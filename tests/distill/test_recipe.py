@@ -1,0 +1,231 @@
+"""Recipes are read strictly, and every shipped one loads under every preset."""
+
+import sys
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from distill.compose import RECIPES, compose_values
+from distill.recipe import Recipe, load_recipe, to_dict
+from teachers.config import convert, dump, module_name, to_plain
+from teachers.errors import UserError
+
+FIELDS = Recipe.__dataclass_fields__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    width: int
+    rate: float
+    fps: Fraction = Fraction(25, 2)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    net: Net
+    sigmas: tuple[float, ...]
+    size: tuple[int, int] = (32, 32)
+    path: str | None = None
+    flag: bool = False
+    scales: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.sigmas:
+            raise ValueError("sigmas must not be empty")
+
+
+GOOD = {"net": {"width": 8, "rate": 1}, "sigmas": [1, 0.5]}
+
+
+def test_plain_data_becomes_frozen_configs_and_comes_back():
+    tree = convert(Tree, {**GOOD, "scales": {"audio": 2}})
+    assert tree == Tree(net=Net(width=8, rate=1.0), sigmas=(1.0, 0.5), scales={"audio": 2.0})
+    assert isinstance(tree.net.rate, float)
+    assert to_plain(tree)["net"]["fps"] == "25/2"
+    assert convert(Tree, to_plain(tree)) == tree
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    tree = {**GOOD, "net": dict(GOOD["net"])}
+    node, _, last = key.rpartition(".")
+    (tree[node] if node else tree)[last] = value
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("net.widht", 8, "unknown key 'net.widht': here.yaml; did you mean 'width'?"),
+        ("qqqq", 8, "known: flag, net, path"),
+        ("net.width", "8", "wrong value of 'net.width': '8' in here.yaml; it must be int"),
+        ("net.width", True, "wrong value of 'net.width': True in here.yaml; it must be int"),
+        ("net.width", 8.0, "it must be int"),
+        ("net.rate", "fast", "it must be float"),
+        ("net.fps", "1/0", "it must be number or a fraction such as '25/2'"),
+        ("net.precision", "fp16", "it must be one of 'fp32', 'bf16'"),
+        ("flag", 1, "it must be bool"),
+        ("size", [1, 2, 3], "it must be list of 2 values (int, int)"),
+        ("size", [1, "b"], "wrong value of 'size[1]'"),
+        ("sigmas", 0.5, "it must be list of float"),
+        ("sigmas", [], "wrong value in 'recipe': here.yaml; sigmas must not be empty"),
+        ("path", 3, "it must be str or null"),
+        ("net", 3, "it must be mapping"),
+        ("net.width", "???", "missing value of 'net.width': here.yaml; give it as net.width=VALUE (int)"),
+        ("scales", {"audio": "loud"}, "wrong value of 'scales.audio'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_key_value_and_mending(key, value, words):
+    with pytest.raises(UserError) as caught:
+        convert(Tree, changed(key, value), locate=lambda key: "here.yaml")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named():
+    with pytest.raises(UserError, match=r"missing key 'net.rate': recipe; give it as net.rate=VALUE \(float\)"):
+        convert(Tree, {"net": {"width": 8}, "sigmas": [1.0]})
+
+
+@pytest.fixture
+def methods(tmp_path, monkeypatch):
+    package = tmp_path / "toy_methods"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    for name in ("jump", "crawl"):
+        (package / f"{name}.py").write_text(
+            "from dataclasses import dataclass\n@dataclass(frozen=True, kw_only=True)\nclass Config:\n    steps: int\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "toy_methods"
+    for name in [name for name in sys.modules if name.startswith("toy_methods")]:
+        del sys.modules[name]
+
+
+def test_a_named_node_takes_its_type_from_the_module_it_names(methods):
+    @dataclass(frozen=True, kw_only=True)
+    class Stage:
+        method: Any = field(metadata={"named": methods})
+
+    stage = convert(Stage, {"method": {"name": "jump", "steps": 3}})
+    assert module_name(stage.method) == "jump"
+    assert stage.method.steps == 3
+    assert to_plain(stage) == {"method": {"name": "jump", "steps": 3}}
+    with pytest.raises(UserError, match=r"unknown toy_methods 'jmp': .*; did you mean 'jump'\?"):
+        convert(Stage, {"method": {"name": "jmp", "steps": 3}})
+    with pytest.raises(UserError, match=r"unknown key 'method.step': .*; did you mean 'steps'\?"):
+        convert(Stage, {"method": {"name": "jump", "step": 3}})
+    with pytest.raises(UserError, match=r"missing key 'method.name'"):
+        convert(Stage, {"method": {"steps": 3}})
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A user's recipe outside the shipped folder, with a group of its own and a shipped one."""
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.yaml").write_text("widht: 3\n")
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "# avatar-distill recipe\ndefaults:\n  - student: mine\n  - engine: local\n  - _self_\n"
+        "name: own\nseed: 1\nrun_dir: runs/${name}\nthreads: 1\n"
+    )
+    return file
+
+
+def test_composition_finds_own_and_shipped_groups(own):
+    values, locate = compose_values(own, ["seed=7", "engine.precision=bf16", "name=other"], FIELDS)
+    assert values["seed"] == 7
+    assert values["run_dir"] == "runs/other"
+    assert values["engine"]["precision"] == "bf16"
+    assert values["student"] == {"widht": 3}
+    assert locate("student.widht") == str(own.parent / "student" / "mine.yaml")
+    assert locate("engine.bucket_mib") == str(RECIPES / "engine" / "local.yaml")
+    assert locate("engine.precision") == "command line"
+    assert locate("name.x") == "command line"
+    assert locate("threads") == str(own)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sede=1"], "unknown key 'sede': command line; did you mean 'seed'?"),
+        (["presett=smoke"], "unknown key 'presett': command line; did you mean 'preset'?"),
+        (["engine=locl"], "unknown engine 'locl': command line; did you mean 'local'?"),
+        (["student=mone"], "unknown student 'mone': command line; did you mean 'mine'?"),
+        (["seed"], "not an override: 'seed' on the command line; write key=value"),
+        (["--fast"], "not an override: '--fast' on the command line; write key=value"),
+        (["seed=1,2"], "several values in 'seed=1,2': command line"),
+        (["hydra.run.dir=x"], "'hydra.run.dir=x' would have no effect"),
+        (["run_dir=${nowhere}"], "own.yaml; mend the recipe or the overrides"),
+    ],
+)
+def test_a_wrong_override_is_one_line(own, overrides, words):
+    with pytest.raises(UserError) as caught:
+        compose_values(own, overrides, FIELDS)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["seed: [1\n", "seed: 1\nseed: 2\n", "- 1\n", "defaults:\n  - engine: nowhere\n"])
+def test_a_broken_file_is_one_line(tmp_path, text):
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"broken\.yaml"):
+        compose_values(file, [], FIELDS)
+
+
+def test_a_missing_file_names_the_nearest(own):
+    with pytest.raises(UserError, match=r"no recipe file: .*owm.yaml; did you mean 'own.yaml'\?"):
+        compose_values(own.with_name("owm.yaml"), [], FIELDS)
+
+
+SHIPPED = sorted(file for file in RECIPES.glob("*.yaml"))
+PRESETS = sorted(file.stem for file in (RECIPES / "preset").glob("*.yaml"))
+
+
+def switches(file):
+    """The ways in which a shipped recipe is run: the embedded one by preset, those of real teachers by size."""
+    if "preset:" in file.read_text() or "- dmd_avatar" in file.read_text():
+        return [[f"preset={preset}"] for preset in PRESETS]
+    return [["teacher.path=/models/teacher"], ["size=tiny"]]
+
+
+@pytest.mark.parametrize(
+    ("file", "switch"),
+    [(file, switch) for file in SHIPPED for switch in switches(file)],
+    ids=lambda x: getattr(x, "stem", x[-1] if isinstance(x, list) else None),
+)
+def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
+    recipe = load_recipe(file, [*switch, "seed=3"])
+    assert recipe.seed == 3
+    assert recipe.run_dir == f"runs/{recipe.name}"
+    again = tmp_path / "recipe.yaml"
+    again.write_text(dump(recipe))
+    assert load_recipe(again) == recipe
+    assert to_dict(load_recipe(again)) == to_dict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("engine.precison=bf16", "unknown key 'engine.precison': command line; did you mean 'precision'?"),
+        ("engine.precision=fp8", "it must be one of 'fp32', 'bf16'"),
+        ("seed=one", "wrong value of 'seed': 'one' in command line; it must be int"),
+        ("dmd.method.name=dnd", "unknown distill.methods 'dnd': command line (dmd.method.name)"),
+        ("preset=smok", "did you mean 'smoke'?"),
+    ],
+)
+def test_a_mistyped_override_of_the_shipped_recipe_is_one_line(override, words):
+    with pytest.raises(UserError) as caught:
+        load_recipe(RECIPES / "dmd_avatar.yaml", [override])
+    assert words in str(caught.value)
+
+
+def test_a_recipe_of_a_real_teacher_says_what_it_wants():
+    with pytest.raises(UserError, match=r"missing value of 'teacher\.path': .*give it as teacher\.path=VALUE"):
+        load_recipe(RECIPES / "livetalk.yaml")
+    with pytest.raises(UserError, match=r"no weights of the teacher: give teacher\.path=FOLDER"):
+        load_recipe(RECIPES / "dmd_avatar.yaml", ["~teacher.method"])

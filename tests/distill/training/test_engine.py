@@ -1,0 +1,206 @@
+"""The engine: keyed randomness, true process groups, and refusals instead of accelerate's silent traps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.training.engine import (
+    Engine,
+    EngineConfig,
+    _buckets,
+    check_launcher,
+    check_world_size,
+    hidden_flags,
+    requested_processes,
+)
+from teachers.errors import UserError
+from teachers.flow import keyed_generator
+
+CONFIG = EngineConfig(precision="fp32")
+WORKER = """\
+import json, pathlib, sys
+import torch
+from distill.training.engine import Engine, EngineConfig
+from teachers.errors import UserError
+try:
+    engine = Engine(EngineConfig(precision="fp32", bucket_mib=1))
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+grads = [torch.full((3,), float(engine.rank)), torch.full((300_000,), 2.0 * engine.rank, dtype=torch.float64)]
+engine.all_reduce_mean(grads)
+own = torch.randn(1, generator=engine.generator(0, "noise", 5)).item()
+both = torch.randn(1, generator=engine.generator(0, "exit", 5, shared=True)).item()
+engine.close()
+row = [engine.rank, engine.world_size, str(engine.device), grads[0][0].item(), grads[1][-1].item(), own, both]
+pathlib.Path(sys.argv[0]).with_name(f"{engine.rank}.json").write_text(json.dumps(row))
+"""
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_generator_is_a_function_of_seed_and_keys():
+    def draw(*keys):
+        return torch.randn(4, generator=keyed_generator(*keys))
+
+    state = torch.random.get_rng_state()
+    assert torch.equal(draw(1, "dmd", 3), draw(1, "dmd", 3))
+    others = [draw(2, "dmd", 3), draw(1, "dmd", 4), draw(1, "init", 3), draw(1, "dmd", "3"), draw(1, "dmd3")]
+    assert all(not torch.equal(draw(1, "dmd", 3), other) for other in others)
+    assert torch.equal(torch.random.get_rng_state(), state), "the global generator moved"
+    assert keyed_generator(1, "dmd", 3).initial_seed() == 1678547247474298057
+
+
+def test_one_process_alone(alone):
+    engine = Engine(CONFIG, threads=1)
+    try:
+        assert (engine.rank, engine.world_size, engine.is_main) == (0, 1, True)
+        grad = torch.ones(2)
+        engine.all_reduce_mean([grad])
+        assert torch.equal(grad, torch.ones(2))
+        engine.barrier()
+        with engine.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    finally:
+        engine.close()
+    engine = Engine(EngineConfig(precision="bf16"))
+    with engine.autocast():
+        assert torch.nn.functional.linear(*[torch.ones(2, 2, device=engine.device)] * 2).dtype == torch.bfloat16
+    engine.close()
+
+
+def test_buckets_keep_order_size_and_type():
+    tensors = [torch.zeros(n) for n in (100, 100, 300, 10)] + [torch.zeros(10, dtype=torch.float64)]
+    buckets = _buckets(tensors, 800)
+    assert [[t.numel() for t in bucket] for bucket in buckets] == [[100, 100], [300], [10], [10]]
+    assert [id(t) for bucket in buckets for t in bucket] == [id(t) for t in tensors]
+
+
+LAUNCH = ["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "x.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "parent", "count"),
+    [
+        ({}, ["bash"], 1),
+        ({"WORLD_SIZE": "4"}, ["bash"], 4),
+        ({"OMPI_COMM_WORLD_SIZE": "3"}, ["mpirun"], 3),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, LAUNCH, 2),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["accelerate-launch", "--cpu", "--num-processes=2", "x.yaml"], 2),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, ["accelerate", "launch", "--cpu", "x.yaml"], 1),
+        ({}, LAUNCH, 1),
+    ],
+)
+def test_what_the_launcher_was_asked_for(environ, parent, count):
+    assert requested_processes(environ, parent) == count
+
+
+def test_accelerate_s_configuration_file_is_read(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 3\nuse_cpu: true\n")
+    parent = ["accelerate", "launch", "--config_file", str(file), "x.yaml"]
+    assert requested_processes({"ACCELERATE_MIXED_PRECISION": "no"}, parent) == 3
+
+
+def test_a_wrong_world_is_refused_with_the_right_command():
+    check_world_size(2, 2, on_cpu=True)
+    with pytest.raises(UserError, match=r"2 processes were asked for but 1 would train.*--multi_gpu --num_processes 2"):
+        check_world_size(2, 1, on_cpu=True)
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def zero(stage: str) -> dict[str, str]:
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm would have no effect"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "say --fsdp_version 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true .* say engine.offload=true"),
+        (zero("3") | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "--offload_param_device cpu"),
+        (zero("2") | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json"),
+        (zero("2") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "say train.accumulation"),
+        (zero("4"), "--zero_stage 4"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "say engine.precision=bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "say --mixed_precision no"),
+    ],
+)
+def test_a_setting_that_would_have_no_effect_is_refused(environ, words):
+    with pytest.raises(UserError, match=words):
+        check_launcher(environ, CONFIG)
+    check_launcher({"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16"))
+
+
+@pytest.mark.parametrize(
+    ("environ", "kind", "runs"),
+    [
+        ({}, None, "ddp"),
+        ({}, "zero2", "zero2"),
+        (zero("3"), None, "zero3"),
+        (zero("1"), "zero1", "zero1"),
+        (zero("0"), None, "ddp"),
+        (FSDP2, None, "fsdp2"),
+        (FSDP2, "fsdp2", "fsdp2"),
+    ],
+)
+def test_recipe_and_launcher_agree_on_the_engine(environ, kind, runs):
+    assert check_launcher(environ, EngineConfig(kind=kind, precision="fp32")) == runs
+
+
+def test_recipe_and_launcher_at_odds_are_refused():
+    with pytest.raises(UserError, match="--use_fsdp asks for fsdp2, but engine=zero2"):
+        check_launcher(FSDP2, EngineConfig(kind="zero2", precision="fp32"))
+    with pytest.raises(UserError, match=r"engine\.offload: ddp keeps"):
+        check_launcher({}, EngineConfig(precision="fp32", offload=True))
+    check_launcher(zero("2") | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}, CONFIG)
+
+
+def test_accelerate_itself_does_not_see_the_flags():
+    environ = {**FSDP2, "RANK": "0"}
+    with hidden_flags(environ):
+        assert "ACCELERATE_USE_FSDP" not in environ
+    assert environ == {**FSDP2, "RANK": "0"}
+
+
+@pytest.mark.parametrize("change", [{"bucket_mib": 0}, {"keep_checkpoints": 0}, {"kind": "ddp", "offload": True}])
+def test_a_setting_that_cannot_be_is_refused(change):
+    with pytest.raises(UserError, match=r"^engine\."):
+        EngineConfig(**({"precision": "fp32"} | change))
+
+
+def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", *words, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the traps of a machine without GPU")
+def test_two_processes_are_one_group_on_a_cpu(alone, tmp_path):
+    done = start(
+        tmp_path, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [row[:5] for row in rows] == [[rank, 2, "cpu", 0.5, 1.0] for rank in (0, 1)]
+    assert rows[0][5] != rows[1][5], "ranks draw the same noise"
+    assert rows[0][6] == rows[1][6], "ranks draw different shared values"
+
+
+def test_accelerate_s_single_process_for_two_is_refused(alone, tmp_path):
+    done = start(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    assert done.returncode != 0
+    assert "2 processes were asked for but 1 would train" in done.stderr

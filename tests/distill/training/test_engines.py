@@ -1,0 +1,324 @@
+"""Every engine does one arithmetic: N processes x accumulation == one process; checkpoints cross; resume is exact.
+
+Run as a script this file is one rank of a launch (see `launch`); the tests compare what two ranks left with one process.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+from distill.data.order import batch_rows
+from distill.methods import Batch, Loss, losses
+from distill.methods.rollout import rollout
+from distill.pipeline import run_folder
+from distill.training import checkpoint, fsdp, zero
+from distill.training.engine import Engine, EngineConfig
+from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
+from distill.training.metrics_log import MetricsLog
+from teachers import flow
+from teachers.errors import UserError
+from tests.support.tiny import MIDAS, Ranks, a_student, a_teacher, make_spec, randn, some_conditions, some_latents
+
+KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+ROWS, STEPS = 16, 2
+CHAIN = ("zero3", "fsdp2", "zero2", "ddp", "zero1")
+NARROW, OFFLOADED = ("fsdp2", "zero1"), ("fsdp2", "zero3")
+WITH_OWN = ("zero2", "fsdp2")  # engines for a student with a network of its own
+SMALL = {"horizon_frames": 4, "sigmas": (1.0,)}
+
+
+class KeyedDMD:
+    """DMD whose noise belongs to the row, not to the rank: the same numbers however the rows are shared out."""
+
+    def __init__(self, student, teacher, fake_score):
+        self.student, self.teacher, self.fake_score = student, teacher, fake_score
+
+    def roles_to_update(self, step: int) -> tuple[str, ...]:
+        return ("fake_score", "student")
+
+    def loss(self, role, batch, rng, shared) -> Loss:
+        with torch.set_grad_enabled(role == "student"):
+            x0 = rollout(self.student, batch.conditions, lambda j, i: batch.states[:, j, i])
+        sigma = torch.full((len(x0),), 0.6)
+        x = flow.add_noise(x0.detach(), batch.x0, sigma)
+        if role == "fake_score":
+            value = (self.fake_score.denoise(x, sigma, batch.conditions) - x0).square().mean()
+            return Loss(value, {"loss": value.detach()})
+        with torch.no_grad():
+            real, fake = (net.denoise(x, sigma, batch.conditions) for net in (self.teacher, self.fake_score))
+            gradient = losses.dmd_gradient(x0, real, fake)
+        return Loss(losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean()})
+
+
+def batch_of(rows) -> Batch:
+    conditions = some_conditions(ROWS, 4).index(rows)
+    spec = make_spec(**SMALL)
+    channels, height, width = spec.latent_size
+    shape = (spec.num_chunks, len(spec.sigmas), channels, spec.chunk_frames, height, width)
+    noise = torch.stack([randn(*shape, seed=100 + int(row)) for row in rows])
+    return Batch(conditions=conditions, x0=some_latents(ROWS, 4, seed=5)[rows], states=noise)
+
+
+def run(
+    engine, folder: Path, *, steps: int, batch_size: int, every: int = 0, told: int | None = None, network=None
+) -> Trainer:
+    """Train student and fake score to `steps`, from the newest checkpoint in `folder`; rank 1 gets a SIGTERM at batch `told`.
+    `network`: that of a student with one of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = OptimizerConfig(lr=2e-3, weight_decay=0.01, warmup=2, final=1.0)
+    config = TrainConfig(
+        num_steps=steps,
+        batch_size=batch_size,
+        global_batch=8,
+        log_every=1,
+        checkpoint_every=every,
+        validate_every=steps,
+        ema_decay=0.8,
+        optimizers=dict.fromkeys(("student", "fake_score"), optimizer),
+    )
+    own = {} if network is None else {"network": network}
+    student, fake_score = a_student(seed=1, **SMALL, **own), a_teacher(seed=2)
+    teacher = a_teacher(seed=3).requires_grad_(False)
+    frozen = engine.freeze(teacher) if isinstance(engine, Engine) else teacher
+    trainer = Trainer(engine, config, {"student": student, "fake_score": fake_score}, "student", folder)
+
+    def batches(position: int) -> Batch:
+        if position == told and engine.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_of(batch_rows(ROWS, batch_size, position, 0, engine.rank, engine.world_size))
+
+    @torch.inference_mode()
+    def validate() -> dict[str, float]:
+        given = batch_of(torch.arange(4))
+        x0 = rollout(student, given.conditions, lambda j, i: given.states[:, j, i])
+        return {"score": float(x0.square().mean())}
+
+    with engine.autocast():
+        validate()  # nothing that a pass in inference mode leaves behind may be in the way of training
+    method = KeyedDMD(student, frozen, fake_score)
+    log = MetricsLog(folder / "metrics.jsonl", engine.is_main)
+    train(trainer, method, batches, stage="dmd", seed=0, log=log, validate=validate)
+    return trainer
+
+
+def newest(folder: Path) -> dict:
+    """Every tensor of the newest checkpoint."""
+    return checkpoint.Reader(checkpoint.saved(folder)[-1]).tensors("")
+
+
+def facts_of(engine: Engine, trainer: Trainer) -> dict:
+    """Elements that this rank keeps of a frozen and of the trained networks, and what a micro-step says to the other rank."""
+    frozen = engine.freeze(a_teacher(seed=3).requires_grad_(False))
+    kept = sum(getattr(p, "ds_tensor", fsdp.local(p)).numel() for p in frozen.parameters())
+    held, said = trainer.held["fake_score"], []
+    net, given = trainer.roles["fake_score"], batch_of(torch.arange(2))
+    trainer._require_grad("fake_score")
+    for last in (False, True):
+        value = held.forward(lambda: net.denoise(given.x0, torch.full((2,), 0.5), given.conditions).square().mean())
+        with CommDebugMode() as debug:
+            held.backward(value, last)
+        said.append(sum(n for op, n in debug.get_comm_counts().items() if "reduce" in str(op)))
+    held.step(0.0)
+    return {"frozen": kept, "trained": sum(p.numel() for _, p in held.named_parameters()), "reductions": said}
+
+
+def stops(engine: Engine, folder: Path) -> list:
+    """How this rank leaves a run that rank 1 is told to stop, and one for which rank 0 finds no room."""
+    with pytest.raises(SystemExit) as stopped:
+        run(engine, folder / "told", steps=STEPS, batch_size=2, told=1)
+    if engine.is_main:
+        run_folder.save_file = no_room
+    with pytest.raises(UserError) as full:
+        run(engine, folder / "told", steps=STEPS, batch_size=2)
+    return [stopped.value.code, str(full.value)]
+
+
+def no_room(tensors, path, metadata=None):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def worker(folder: Path) -> None:
+    """One of two ranks: each kind alone, each resumed, a chain of all kinds, bf16 and offload."""
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = os.environ["RANK"], "2"
+    zero.PERSISTENT = 200  # tiny matrices are partitioned too
+    made = {kind: Engine(EngineConfig(kind=kind, precision="fp32"), threads=2) for kind in KINDS}
+    facts = {}
+    for kind, engine in made.items():
+        run(engine, folder / kind, steps=STEPS, batch_size=2, every=1)
+        if engine.is_main:
+            shutil.copytree(folder / kind / "checkpoint-00000001", folder / f"{kind}-cut" / "checkpoint-00000001")
+        engine.barrier()
+        facts[kind] = facts_of(engine, run(engine, folder / f"{kind}-cut", steps=STEPS, batch_size=2))
+    for step, kind in enumerate(CHAIN, start=1):
+        run(made[kind], folder / "chain", steps=step, batch_size=2)
+    for kind in NARROW:
+        trainer = run(Engine(EngineConfig(kind=kind, precision="bf16")), folder / f"{kind}-bf16", steps=1, batch_size=2)
+        if kind == "fsdp2":
+            block = trainer.roles["student"].net.blocks[0]
+            block.unshard()
+            facts["gathered"] = str(block.ffn.net[2].weight.dtype)
+    for kind in OFFLOADED:
+        engine = Engine(EngineConfig(kind=kind, precision="fp32", offload=True))
+        run(engine, folder / f"{kind}-offload", steps=1, batch_size=2)
+    for kind in WITH_OWN:
+        run(made[kind], folder / f"{kind}-midas", steps=STEPS, batch_size=2, network=MIDAS)
+    facts["stops"] = stops(made["ddp"], folder)
+    (folder / f"facts-{made['ddp'].rank}.json").write_text(json.dumps(facts))
+    made["ddp"].close()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> Path:
+    """What two processes left."""
+    if torch.cuda.is_available():
+        pytest.skip("two ranks of one GPU are no group")
+    folder = tmp_path_factory.mktemp("launched")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = str(Path(__file__).resolve().parents[3])
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
+    ranks = []
+    for rank in range(2):
+        with (folder / f"{rank}.log").open("w") as log:
+            command = [sys.executable, __file__, str(folder)]
+            ranks.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given | {"RANK": str(rank)})
+            )
+    try:
+        codes = [process.wait(timeout=400) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> tuple[dict[int, dict], list[dict]]:
+    """One process with a batch of 8: every tensor after step 1, STEPS and the chain's last, and its log."""
+    folder = tmp_path_factory.mktemp("alone")
+    states = {}
+    for steps in (1, STEPS, len(CHAIN)):
+        run(Ranks(), folder, steps=steps, batch_size=8)
+        states[steps] = newest(folder)
+    return states, MetricsLog(folder / "metrics.jsonl").rows()
+
+
+def differences(ours: dict, theirs: dict, kinds: tuple[str, ...] = ("weight", "ema")) -> dict[str, float]:
+    """Relative distance of the tensors that are further apart than 1e-5."""
+    assert set(ours) == set(theirs)
+    apart = {}
+    for name, x in ours.items():
+        if any(f"{kind}/" in name for kind in kinds):
+            apart[name] = float((x.double() - theirs[name].double()).norm() / theirs[name].double().norm())
+    assert apart
+    return {name: distance for name, distance in apart.items() if not distance < 1e-5}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_times_two_micro_steps_of_two_are_one_batch_of_eight(launched, alone, kind):
+    states, log = alone
+    assert not differences(newest(launched / kind), states[STEPS])
+    rows = [without(row, "stage") for row in MetricsLog(launched / kind / "metrics.jsonl").rows()]
+    expected = [without(row, "stage") for row in log if row["step"] <= STEPS]
+    expected = [row for row in expected if "validate/score" not in row or row["step"] == STEPS]
+    assert len(rows) == len(expected) == STEPS + 1
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def without(row: dict, key: str) -> dict:
+    return {name: value for name, value in row.items() if name != key}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_is_never_stopped_bit_for_bit(launched, kind):
+    ours, theirs = newest(launched / f"{kind}-cut"), newest(launched / kind)
+    assert set(ours) == set(theirs)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_chain_of_engines_each_resuming_the_one_before_is_one_run(launched, alone):
+    written = [checkpoint.Reader(path).facts["engine"] for path in checkpoint.saved(launched / "chain")]
+    assert written == [{"kind": kind, "processes": 2} for kind in CHAIN[-2:]], "the last two are kept"
+    assert not differences(newest(launched / "chain"), alone[0][len(CHAIN)])
+
+
+def test_one_process_resumes_what_two_wrote(launched, alone, tmp_path):
+    shutil.copytree(launched / "zero3-cut", tmp_path / "run")
+    run(Ranks(), tmp_path / "run", steps=len(CHAIN), batch_size=8)
+    assert not differences(newest(tmp_path / "run"), alone[0][len(CHAIN)])
+
+
+def test_one_process_alone_may_shard(alone, tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    engine = Engine(EngineConfig(kind="fsdp2", precision="fp32"), threads=1)
+    try:
+        run(engine, tmp_path, steps=STEPS, batch_size=4)
+    finally:
+        engine.close()
+    assert not differences(newest(tmp_path), alone[0][STEPS])
+    assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize("kind", OFFLOADED)
+def test_offload_changes_no_number(launched, alone, kind):
+    assert not differences(newest(launched / f"{kind}-offload"), alone[0][1])
+
+
+@pytest.mark.parametrize("kind", WITH_OWN)
+def test_a_language_model_as_student_is_trained_in_parts_as_whole(launched, tmp_path, kind):
+    """But for what has no gradient: the token of a clip without a reference, which ZeRO-2 steps all the same, and the bias of the
+    head's keys, which softmax takes out, so that Adam steps along its rounding."""
+    run(Ranks(), tmp_path, steps=STEPS, batch_size=8, network=MIDAS)
+    without_gradient = ("net.first", "qkv.bias")
+    ours, theirs = (
+        {name: x for name, x in newest(folder).items() if not name.endswith(without_gradient)}
+        for folder in (launched / f"{kind}-midas", tmp_path)
+    )
+    assert not differences(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_bf16_computes_in_bf16_and_keeps_fp32(launched, alone, kind):
+    ours, theirs = newest(launched / f"{kind}-bf16"), alone[0][1]
+    assert all(x.dtype == torch.float32 for x in ours.values())
+    moments = differences(ours, theirs, ("exp_avg",))
+    assert 1e-4 < sum(moments.values()) / len(moments) < 0.1
+
+
+def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
+    rows = [json.loads((launched / f"facts-{rank}.json").read_text())["stops"] for rank in range(2)]
+    assert [row[0] for row in rows] == [143, 143]
+    assert rows[0][1].startswith("the disk is full: ")
+    assert "rank 0 could not write" in rows[1][1]
+    assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000001"]
+
+
+def test_shards_are_halves_and_reductions_wait_for_the_last_micro_step(launched):
+    total = sum(p.numel() for p in a_teacher().parameters())
+    for rank in range(2):
+        facts = json.loads((launched / f"facts-{rank}.json").read_text())
+        assert facts["gathered"] == "torch.bfloat16"
+        facts = {kind: facts[kind] for kind in KINDS}
+        for kind, fact in facts.items():
+            assert (fact["trained"] < 0.6 * total) == (kind != "ddp"), kind
+            assert (fact["frozen"] < 0.6 * total) == (kind in ("fsdp2", "zero3")), kind
+        assert [fact["reductions"][0] > 0 for fact in facts.values()] == [False, False, False, True, True]
+        assert [fact["reductions"][1] > 0 for fact in facts.values()] == [False, True, True, True, True]
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]))

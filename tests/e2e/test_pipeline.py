@@ -1,0 +1,239 @@
+"""The whole pipeline at its smallest, through the command line: every stage, killed and resumed, finished and run again."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import wave
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.cli import main
+from distill.compose import RECIPES
+from distill.training import checkpoint
+from students.serving.session import Session
+from students.weights.checkpoint import load_student
+from teachers import media
+
+RECIPE = RECIPES / "dmd_avatar.yaml"
+SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
+STAGES = ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate")
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    words = ("preset=smoke", "threads=1", f"run_dir={run_dir}", *overrides)
+    return [sys.executable, "-m", "distill", "run", str(RECIPE), *words]
+
+
+def run(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(run_dir, *overrides), capture_output=True, text=True, timeout=240, check=False)
+
+
+def results(run_dir: Path) -> dict[str, str]:
+    """sha256 of every lasting tensor file and of the scores (times and revision left out)."""
+    found = {}
+    for file in sorted(run_dir.rglob("*.safetensors")):
+        found[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    report = json.loads((run_dir / "report.json").read_text())
+    scores = {name: system["metrics"] for name, system in report["systems"].items()}
+    found["scores"] = json.dumps(scores, sort_keys=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "run"
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert ended.ru_utime - began.ru_utime < 90  # of a processor, for other tests run beside
+    return folder
+
+
+def test_two_processes_make_one_run(tmp_path):
+    """Data parallel over gloo, from the first stage to the report, which says how many processes it was."""
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(RECIPE)]
+    words += ["preset=smoke", "threads=1", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["device"]["processes"] == 2
+    assert (tmp_path / "run" / "student" / "spec.json").is_file()
+
+
+def test_every_stage_leaves_its_artifacts(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
+    for system in report["systems"].values():
+        scores = {**system["metrics"], **system.get("not_admitted", {})}
+        assert {"fid", "fvd", "kid", "sync", "sync_offset_frames", "identity", "motion", "diversity"} <= set(scores)
+        assert {"nfe_per_chunk", "seconds_per_video_second", "ttff_seconds", "fps"} <= set(system["cost"])
+    assert {"seconds", "fingerprint", "metrics"} <= set(report["stages"]["dmd"])
+    for name in STAGES:
+        assert (finished / "stages" / name / "fingerprint.json").is_file()
+    assert (finished / "student" / "spec.json").is_file()
+    assert (finished / "report.html").stat().st_size > 10_000
+    assert len(list((finished / "samples").glob("*.mp4"))) > 0
+
+
+def test_what_is_handed_on_is_the_average_then_the_best(finished):
+    """teacher and init hand on the averaged weights, not the raw ones; dmd its best; the exported student is dmd's."""
+    stages = finished / "stages"
+    for stage, role in (("teacher", "teacher"), ("init", "student")):
+        stored = checkpoint.Reader(checkpoint.saved(stages / stage)[-1])
+        given = load_file(stages / stage / "model.safetensors")
+        averaged = {name.removeprefix("net."): x for name, x in stored.stream("ema/")}
+        raw = {name.removeprefix("net."): x for name, x in stored.stream(f"{role}/weight/")}
+        assert set(averaged) <= set(given)
+        assert all(torch.equal(given[name], averaged[name]) for name in averaged)
+        assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
+    best = torch.load(stages / "dmd" / "best.pt", weights_only=True)
+    given = load_file(stages / "dmd" / "model.safetensors")
+    assert all(torch.equal(given[name.removeprefix("net.")], x) for name, x in best.items())
+    exported = load_file(finished / "student" / "model.safetensors")
+    assert all(torch.equal(exported[name], x) for name, x in given.items())
+
+
+def cpu_seconds() -> float:
+    """What processes that this one started and that have ended took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_a_finished_run_recomputes_nothing(finished):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    began = cpu_seconds()
+    done = run(finished)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert cpu_seconds() - began < 20, "on an idle machine about as long by the clock"
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+
+
+def test_another_seed_in_the_same_folder_is_refused(finished):
+    done = run(finished, "seed=1")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "seed" in done.stderr
+
+
+def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
+    """SIGKILL once in every stage, each as soon as it has left something (extractors and export: as soon as it began)."""
+    folder = tmp_path / "run"
+    marks = [
+        ("data", "shard-*.safetensors"),
+        ("extractors", "started.json"),
+        ("teacher", "checkpoint-*"),
+        ("trajectories", "shard-*.safetensors"),
+        ("init", "checkpoint-*"),
+        ("dmd", "checkpoint-*"),
+        ("export", "started.json"),
+        ("evaluate", "clips/*.safetensors"),
+    ]
+    killed = []
+    for stage, pattern in marks:
+        process = subprocess.Popen(
+            command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        while process.poll() is None and not list((folder / "stages" / stage).glob(pattern)):
+            time.sleep(0.005)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            killed.append(stage)
+    assert len(killed) >= 7, killed
+    done = run(folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results(folder) == results(finished)
+
+
+@pytest.mark.parametrize("name", ["midas_avatar", "flowact_avatar", "flowact_full"])
+def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
+    """The stages that are equal are the finished run's; the student comes out of the same sampler."""
+    words = [f"run_dir={tmp_path / 'run'}", f"reuse={finished}", "preset=smoke", "threads=1"]
+    if name == "midas_avatar":
+        words += [f"student.network.{key}={size}" for key, size in SMALL.items()]
+    assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    own = {"ar_teacher"} if name == "midas_avatar" else set()
+    assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"} | own
+    assert ("fid_student_over_ar_teacher" in report["ratios"]) == bool(own)
+    assert report["systems"]["student"]["cost"]["nfe_per_chunk"] == (5 if name == "midas_avatar" else 1)
+    if name == "flowact_full":
+        init = json.loads((tmp_path / "run" / "stages" / "init" / "fingerprint.json").read_text())
+        assert init["inputs"] == ["trajectories", "ar_teacher"], "its weights are those of forcing"
+    bundle = load_student(tmp_path / "run" / "student")
+    session = Session(bundle, torch.zeros(3, bundle.spec.height, bundle.spec.width), "a person nods")
+    session.push(0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))
+    session.close()
+    assert 13 <= sum(len(chunk.frames) for chunk in session.frames()) <= 15  # to the end of a chunk
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("method@init=ode_init", "trajectories.role=teacher"),
+            "init: a student with a network of its own has a teacher of its own",
+        ),
+        (("~method@ar_teacher",), "method@ar_teacher=forcing"),
+        (("method@ar_teacher=null",), "Config group override must be a string"),
+        (("engine=zero3",), "student.network: midas is trained whole"),
+        (("student.network.depth=3",), "unknown key 'student.network.depth'"),
+        (("student.network.name=mida",), "did you mean 'midas'?"),
+        (("student.history_noise.buckets=30",), "student.history_noise.buckets: got 30"),
+    ],
+)
+def test_what_a_midas_recipe_cannot_be_is_one_line(tmp_path, capsys, words, told):
+    folder = tmp_path / "run"
+    assert main(["run", str(RECIPES / "midas_avatar.yaml"), "preset=smoke", f"run_dir={folder}", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert told in error[-1]
+    assert not folder.exists()
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / "speech.wav"
+    from distill.data.procedural.speech import synthesise
+
+    samples = synthesise(1, 40_123, torch.Generator().manual_seed(0)).audio[0]
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes((samples * 32767).short().numpy().tobytes())
+    return path
+
+
+def test_sample_makes_a_film_as_long_as_its_sound(finished, wav, tmp_path):
+    from PIL import Image
+
+    image = tmp_path / "face.png"
+    Image.new("RGB", (40, 60), (200, 150, 120)).save(image)
+    out = tmp_path / "out.mp4"
+    words = [
+        "sample",
+        "--student",
+        finished / "student",
+        "--image",
+        image,
+        "--audio",
+        wav,
+        "--text",
+        "smiles",
+        "--out",
+        out,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "distill", *map(str, words)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    frames, fps = media.read_video(out)
+    assert abs(len(frames) / float(fps) - 40_123 / 16_000) <= 1 / float(fps)

@@ -1,0 +1,204 @@
+"""Weight-free measures by their closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from eval.metrics.quality import (
+    failure_rates,
+    flickers,
+    measure,
+    quality_scores,
+    seam_ratio,
+    seed_variances,
+    slope_with_error,
+    teacher_gap,
+    window_identity,
+    window_quality,
+)
+from teachers.errors import UserError
+from tests.support.tiny import randn, rng
+
+
+def grey(levels: list[float], side: int = 8, num: int = 1) -> torch.Tensor:
+    """Clips of flat grey frames."""
+    values = torch.tensor(levels).round().to(torch.uint8)
+    return values[None, None, :, None, None].expand(num, 3, -1, side, side).clone()
+
+
+def noise_video(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, shape, generator=rng(seed), dtype=torch.uint8)
+
+
+def test_frames_are_measured_by_their_definitions():
+    video = noise_video(2, 3, 5, 8, 12)
+    frames, exact = measure(video), video.double()
+    luma = (exact * torch.tensor([0.2126, 0.7152, 0.0722]).double()[:, None, None, None]).sum(1)
+    torch.testing.assert_close(frames.colour, exact.mean((3, 4)))
+    torch.testing.assert_close(frames.luma, luma.mean((2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(frames.saturation, (exact.amax(1) - exact.amin(1)).mean((2, 3)))
+    torch.testing.assert_close(frames.dark, (luma < 25.5).double().mean((2, 3)))
+    torch.testing.assert_close(frames.change, exact.diff(dim=2).abs().mean((1, 3, 4)), rtol=1e-6, atol=0)
+    cells = luma.unflatten(3, (4, 3)).unflatten(2, (4, 2)).mean((3, 5)).flatten(2).mT
+    torch.testing.assert_close(frames.cells, cells, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_pieces_and_clip_order_change_nothing(size: int):
+    video = noise_video(3, 3, 7, 8, 8)
+    whole, parts, turned = measure(video), measure(video, size), measure(video.flip(0))
+    for name in ("colour", "saturation", "dark", "cells", "change"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(getattr(turned, name).flip(0), getattr(whole, name), rtol=1e-6, atol=1e-9)
+
+
+def test_black_frozen_and_flash_are_shares():
+    levels = [120.0, 121, 122, 0, 122, 122, 122, 123, 160, 160]
+    rates = {name: float(x) for name, x in failure_rates(measure(grey(levels))).items()}
+    assert rates == pytest.approx({"black": 1 / 10, "frozen": 3 / 9, "flash": 3 / 9})
+    for step, expected in ((25, 0), (26, 1)):  # of 255
+        fade = failure_rates(measure(grey([100.0 + step * i for i in range(6)])))
+        assert float(fade["flash"]) == expected
+
+
+def test_a_dark_picture_with_a_bright_corner_is_not_black():
+    video = grey([10.0, 12, 14])
+    assert float(failure_rates(measure(video))["black"]) == 1
+    video[..., :2, :2] = 200  # 6 percent of the pixels
+    assert float(failure_rates(measure(video))["black"]) == 0
+
+
+def test_flicker_is_the_amplitude_of_alternating_light():
+    alternating = grey([100.0 + 6 * (-1) ** i for i in range(9)])
+    fade = grey([50.0 + 7 * i for i in range(9)])
+    assert float(flickers(measure(alternating))) == pytest.approx(6)
+    assert float(flickers(measure(fade))) == pytest.approx(0, abs=1e-5)
+    part = grey([100.0] * 9)
+    part[:, :, ::2, :4, :4] += 12  # a quarter of the picture, +- 6
+    assert float(flickers(measure(part))) == pytest.approx(1.5)
+
+
+def test_a_seam_is_a_larger_step_at_chunk_borders():
+    steps = [2.0, 2, 2, 8, 2, 2, 2, 8, 2, 2, 2]
+    levels = torch.tensor([50.0, *steps]).cumsum(0).tolist()
+    frames = measure(grey(levels, num=3))
+    assert seam_ratio(frames, [4, 8]) == (pytest.approx(4), pytest.approx(0, abs=1e-9))
+    assert seam_ratio(frames, [3, 7])[0] == pytest.approx(2 / (30 / 9))
+    for wrong in ([], [0], [12], list(range(1, 12))):
+        with pytest.raises(UserError, match=r"^seams lie at frames 1\.\.11, not at all of them"):
+            seam_ratio(frames, wrong)
+
+
+def test_windows_of_a_fading_film():
+    levels = torch.linspace(100, 159, 60).tolist()
+    film = grey(levels, num=2)
+    scores = window_quality(film, 15)
+    means = film[0, 0, :, 0, 0].double().unflatten(0, (4, 15)).mean(1) - 100
+    torch.testing.assert_close(scores["luma"], means.expand(2, 4), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores["colour"], means.expand(2, 4) * 3**0.5, rtol=1e-5, atol=1e-5)
+    assert slope_with_error(scores["luma"]) == (pytest.approx(15, rel=0.02), pytest.approx(0, abs=1e-9))
+    assert float(scores["saturation"].abs().max()) == 0
+    assert float(scores["sharpness"].abs().max()) == 0
+    torch.testing.assert_close(scores["motion_energy"], torch.ones(2, 4).double(), rtol=0.05, atol=0)
+    portrait = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
+    torch.testing.assert_close(window_quality(film, 15, portrait)["luma"], scores["luma"] + 10, rtol=1e-5, atol=1e-5)
+    assert window_quality(film, 14)["luma"].shape == (2, 4)  # the rest of 4 frames is dropped
+    red = film.clone()
+    red[:, 1:] -= 20
+    torch.testing.assert_close(window_quality(red, 15, portrait)["saturation"], torch.full((2, 4), 20.0).double())
+
+
+def test_windows_see_blur_that_grows():
+    film = noise_video(2, 3, 30, 16, 16)
+    soft = torch.nn.functional.avg_pool2d(film.float().flatten(1, 2), 3, 1, 1).unflatten(1, (3, 30)).to(torch.uint8)
+    film[:, :, 15:] = soft[:, :, 15:]
+    sharpness = window_quality(film, 15)["sharpness"]
+    assert (sharpness[:, 1] < 0.2 * sharpness[:, 0]).all()
+
+
+def test_slopes_have_the_error_of_a_mean_over_films():
+    values = torch.tensor([[0.0, 1, 2], [0, 3, 6], [1, 1, 1]])
+    mean, error = slope_with_error(values)
+    assert mean == pytest.approx(4 / 3)
+    assert error == pytest.approx(float(torch.tensor([1.0, 3, 0]).std()) / 3**0.5)
+    assert math.isnan(slope_with_error(values[:1])[1])
+
+
+def test_identity_in_windows_is_a_cosine():
+    reference = torch.tensor([[1.0, 0], [0, 2]])
+    angle = torch.linspace(0, 1, 20)
+    first = torch.stack((angle.cos(), angle.sin()), dim=1) * 5
+    embeddings = torch.stack((first, reference[1].expand(20, 2)))
+    scores = window_identity(embeddings, reference, 10)
+    expected = angle.double().cos().unflatten(0, (2, 10)).mean(1)
+    torch.testing.assert_close(scores, torch.stack((expected, torch.ones(2).double())), rtol=1e-6, atol=1e-7)
+    with pytest.raises(UserError, match="needs longer films"):
+        window_identity(embeddings, reference, 30)
+
+
+def test_variance_over_noise_is_unbiased_and_leaves_frame_0_out():
+    draws = (randn(2, 400, 3, 3, 4, 4) * torch.tensor([10.0, 20.0])[:, None, None, None, None, None] + 127).clamp(
+        0, 255
+    )
+    videos = draws.round().to(torch.uint8)
+    expected = torch.tensor([100.0, 400.0]).double() / 127.5**2
+    torch.testing.assert_close(seed_variances(videos), expected, rtol=0.02, atol=0)
+    two = torch.stack([seed_variances(videos[:, i : i + 2]) for i in range(0, 400, 2)]).mean(0)
+    torch.testing.assert_close(two, seed_variances(videos), rtol=0.02, atol=0)
+    collapsed = videos[:, :1].expand(-1, 3, -1, -1, -1, -1).clone()
+    collapsed[:, 0, :, 0] = 0
+    assert seed_variances(collapsed).tolist() == [0, 0]
+    with pytest.raises(UserError, match="at least 2 seeds"):
+        seed_variances(videos[:, :1])
+
+
+def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
+    base = randn(24, 3, 6, 8, 8, seed=5) * 25
+    teacher, other, third = (
+        (base + 20 * randn(24, 3, 6, 8, 8, seed=seed) + 127).clamp(0, 255).round().to(torch.uint8) for seed in (1, 2, 3)
+    )
+    copy = teacher_gap(teacher, teacher, other)
+    assert copy["gap"] == (0, 0)
+    assert copy["psnr_db"][0] == math.inf
+    value, error = teacher_gap(third, teacher, other)["gap"]
+    assert abs(value - 1) < 4 * error < 0.1
+    half = teacher_gap(((teacher.float() + third.float()) / 2).round().to(torch.uint8), teacher, other)
+    assert half["gap"][0] == pytest.approx(0.25, rel=0.05)
+    assert half["psnr_db"][0] == pytest.approx(10 * math.log10(255**2 / 200), abs=0.1)
+    late = teacher.clone()
+    late[:, :, 4:] = third[:, :, 4:]
+    late[:, :, 0] = 0
+    by_frame = teacher_gap(late, teacher, other)["gap_by_frame"]
+    assert by_frame[:3] == [0, 0, 0]
+    assert by_frame[3:] == pytest.approx([1, 1], rel=0.1)
+    with pytest.raises(UserError, match="same clips from all three"):
+        teacher_gap(teacher[:3], teacher, other)
+
+
+def test_scores_of_a_set_are_means_with_errors():
+    video = torch.cat((grey([100.0, 110] * 4), grey([100.0, 102] * 4), grey([0.0] * 8)))
+    scores = quality_scores(video)
+    assert scores["motion_energy"] == (
+        pytest.approx(4),
+        pytest.approx(float(torch.tensor([10.0, 2, 0]).std()) / 3**0.5),
+    )
+    assert scores["flicker"][0] == pytest.approx(2)
+    assert scores["black"][0] == scores["frozen"][0] == pytest.approx(1 / 3)
+    assert scores["flash"][0] == scores["sharpness"][0] == scores["saturation"][0] == 0
+    order = quality_scores(video[[2, 0, 1]])
+    assert {name: x[0] for name, x in order.items()} == pytest.approx({name: x[0] for name, x in scores.items()})
+
+
+@pytest.mark.parametrize("video", [torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)])
+def test_other_videos_are_refused(video):
+    with pytest.raises(UserError, match="quality needs uint8 clips"):
+        measure(video)
+
+
+def test_short_films_are_refused():
+    film = grey([1.0, 2, 3])
+    with pytest.raises(UserError, match=r"^windows of 4 frames: films have 3; use 2 to 3 frames$"):
+        window_quality(film, 4)
+    with pytest.raises(UserError, match="at least 3 frames"):
+        flickers(measure(film[:, :, :2]))

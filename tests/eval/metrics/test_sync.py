@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from eval.metrics.sync import correlation, envelope_sync, mouth_sync
+from teachers.errors import UserError
+
+
+def speech_like(num: int, frames: int, seed: int = 0) -> torch.Tensor:
+    """Open and width [N, T, 2], smooth over about two frames."""
+    noise = torch.randn(num, frames + 2, 2, generator=torch.Generator().manual_seed(seed))
+    return noise[:, 2:] + noise[:, 1:-1] + 0.5 * noise[:, :-2]
+
+
+def shift(x: torch.Tensor, lag: int) -> torch.Tensor:
+    """The picture lags the sound by `lag` frames."""
+    return x.roll(lag, dims=1)
+
+
+@pytest.mark.parametrize("lag", range(-4, 5))
+def test_offset_is_found_and_positive_when_the_picture_lags(lag: int):
+    heard = speech_like(40, 24)
+    result = mouth_sync(shift(heard, lag), heard)
+    assert result["sync_offset_frames"] == lag
+    assert result["sync_at_offset"] > 0.8
+    assert (result["sync"] > 0.99) == (lag == 0)
+
+
+def test_in_sync_beats_noisy_beats_swapped():
+    heard = speech_like(60, 15)
+    noisy = heard + torch.randn(heard.shape, generator=torch.Generator().manual_seed(1))
+    scores = [mouth_sync(seen, heard)["sync"] for seen in (heard, noisy, heard.roll(1, 0))]
+    assert scores[0] > 0.999
+    assert scores[0] > scores[1] > 0.6
+    assert abs(scores[2]) < 0.15
+    assert mouth_sync(-heard, heard)["sync"] == pytest.approx(-1)
+
+
+def test_frame_0_and_the_level_of_each_clip_do_not_count():
+    heard = speech_like(10, 15)
+    seen = heard * 0.3 + torch.arange(10.0)[:, None, None]
+    seen[:, 0] = 99
+    assert mouth_sync(seen, heard)["sync"] == pytest.approx(1, abs=1e-5)
+
+
+def test_still_mouths_score_zero_and_do_not_outweigh_moving_ones():
+    heard = speech_like(20, 15)
+    still = torch.zeros_like(heard)
+    assert mouth_sync(still, heard)["sync"] == 0
+    half = torch.cat((heard[:10], still[10:] + 1e-6 * speech_like(10, 15, seed=5)))
+    assert 0.4 < mouth_sync(half, heard)["sync"] < 0.95
+
+
+def test_error_matches_the_scatter_of_repeated_draws():
+    def one(seed: int) -> dict:
+        heard = speech_like(30, 15, seed)
+        noise = torch.randn(heard.shape, generator=torch.Generator().manual_seed(1000 + seed))
+        return mouth_sync(heard + 1.5 * noise, heard)
+
+    runs = [one(seed) for seed in range(60)]
+    scatter = torch.tensor([run["sync"] for run in runs]).std()
+    error = sum(run["error"] for run in runs) / 60
+    assert 0.75 < error / float(scatter) < 1.35
+
+
+def test_one_long_clip_has_an_error_through_segments():
+    heard = speech_like(1, 200)
+    seen = heard + torch.randn(heard.shape, generator=torch.Generator().manual_seed(2))
+    assert mouth_sync(seen, heard)["error"] != mouth_sync(seen, heard)["error"]  # NaN: one clip has no jackknife
+    result = mouth_sync(seen, heard, segment=20)
+    assert 0 < result["error"] < 0.1
+    assert result["sync"] == pytest.approx(mouth_sync(seen, heard)["sync"], abs=0.05)
+
+
+def test_too_short_or_mismatched_is_refused():
+    with pytest.raises(UserError, match="at least 9 frames"):
+        mouth_sync(torch.zeros(3, 8, 2), torch.zeros(3, 8, 2))
+    with pytest.raises(UserError, match="one heard row"):
+        mouth_sync(torch.zeros(3, 15, 2), torch.zeros(3, 14, 2))
+
+
+def test_envelope_follows_loudness():
+    frames, samples = 60, 1280
+    level = torch.rand(frames, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.01
+    noise = torch.randn(frames, samples, generator=torch.Generator().manual_seed(1))
+    audio = (noise * level[:, None]).flatten()
+    assert envelope_sync(level.log(), audio, samples)["envelope"] > 0.97
+    late = envelope_sync(level.log().roll(2), audio, samples)
+    assert late["envelope_offset_frames"] == 2
+    with pytest.raises(UserError, match="at least 10 frames"):
+        envelope_sync(level, audio[:5000], samples)
+
+
+def test_correlation_of_a_constant_is_zero():
+    assert correlation(torch.ones(5), torch.arange(5.0)) == 0
+    assert correlation(torch.arange(5.0), 3 - torch.arange(5.0)) == pytest.approx(-1)

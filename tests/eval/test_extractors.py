@@ -1,0 +1,278 @@
+"""The probes on a toy world of blobs: a face that moves as asked, with a mouth whose size follows the sound."""
+
+import dataclasses
+import json
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+from eval.embedded import probe_training
+from eval.embedded.admission import admit, is_admitted, known_cases
+from eval.embedded.benchmark import Asked, evaluate_videos, prepare_reference
+from eval.embedded.extractors import Probes, blur, change_map
+from eval.embedded.protocol import EvalConfig, Geometry, check_comparable, protocol_card
+from teachers.errors import UserError
+
+FRAMES, SIZE = 15, 32
+CONFIG = EvalConfig(probe_steps=150, probe_batch=64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blobs:
+    video: torch.Tensor
+    decoded: torch.Tensor
+    labels: dict[str, torch.Tensor]
+    audio: torch.Tensor
+
+    def first(self, num: int) -> "Blobs":
+        labels = {name: x[:num] for name, x in self.labels.items()}
+        return Blobs(self.video[:num], self.decoded[:num], labels, self.audio[:num])
+
+
+def blobs(num: int, seed: int) -> Blobs:
+    """Two gestures (still, shake), two expressions (colour of the lips), identity = colour of face and wall."""
+    rng = torch.Generator().manual_seed(seed)
+    time = torch.arange(FRAMES)
+    smooth = torch.rand(num, FRAMES + 1, 2, generator=rng)
+    mouth = (smooth[:, 1:] + smooth[:, :-1]) / 2
+    mouth[:, 0] = 0.2
+    gesture, expression = (torch.randint(2, (num,), generator=rng) for _ in range(2))
+    phase, hertz = torch.rand(num, 1, generator=rng) * 2 * math.pi, 0.9 + 0.3 * torch.rand(num, 1, generator=rng)
+    swing = gesture[:, None] * torch.sin(hertz * time + phase)
+    nuisance = torch.rand(num, 4, 1, generator=rng) * 2 - 1
+    moving = (time > 0).float()
+    labels = {
+        "mouth_open": mouth[..., 0],
+        "mouth_width": mouth[..., 1],
+        "head_x": (swing + 0.3 * nuisance[:, 0]) * moving,
+        "head_y": 0.5 * nuisance[:, 1] * moving,
+        "light": nuisance[:, 2].expand(-1, FRAMES) * moving,
+        "gaze": nuisance[:, 3].expand(-1, FRAMES) * moving,
+        "blink": (torch.rand(num, FRAMES, generator=rng) < 0.15).float() * moving,
+        "expression": expression,
+        "gesture": gesture,
+        "identity": torch.rand(num, 6, generator=rng),
+    }
+    video = draw(labels)
+    noise = 3 * torch.randn(video.shape, generator=rng)
+    soft = video.float() + 0.4 * (blur(video.float().flatten(0, 1)).unflatten(0, (num, 3)) - video)
+    decoded = (soft + noise).clamp(0, 255).round().to(torch.uint8)
+    audio = torch.cat((mouth, mouth.square(), torch.rand(num, FRAMES, 4, generator=rng)), dim=2)
+    return Blobs(video, decoded, labels, audio)
+
+
+def draw(labels: dict[str, torch.Tensor]) -> torch.Tensor:
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    x, y = axis[None, None, None, :], axis[None, None, :, None]
+    at = {name: labels[name][:, :, None, None] for name in labels if labels[name].ndim == 2 and name != "identity"}
+    colours = labels["identity"][:, :, None, None, None]
+    u, v = x - 0.25 * at["head_x"], y - 0.25 * at["head_y"]
+
+    def box(cx, cy, rx, ry):
+        return torch.sigmoid(12 * (1 - ((u - cx) / rx).abs().clamp_min(((v - cy) / ry).abs())))
+
+    image = (0.2 + 0.6 * colours[:, :3]).expand(-1, -1, FRAMES, SIZE, SIZE)
+    face = torch.sigmoid(8 * (1 - (u / 0.6) ** 2 - (v / 0.8) ** 2))[:, None]
+    image = image + face * (0.3 + 0.6 * colours[:, 3:] - image)
+    eyes = (box(-0.25, -0.25, 0.13, 0.12) + box(0.25, -0.25, 0.13, 0.12)) * (1 - at["blink"])
+    image = image + eyes[:, None] * (1 - image)
+    pupils = box(-0.25 + 0.08 * at["gaze"], -0.25, 0.05, 0.09) + box(0.25 + 0.08 * at["gaze"], -0.25, 0.05, 0.09)
+    image = image * (1 - (pupils * (1 - at["blink"]))[:, None] * 0.9)
+    lips = box(0, 0.35, 0.16 + 0.25 * at["mouth_width"], 0.05 + 0.25 * at["mouth_open"])[:, None]
+    tint = torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 0.5]])[labels["expression"]][:, :, None, None, None]
+    image = image + lips * (tint - image)
+    lit = image * (1 + 0.35 * at["light"] * x)[:, None]
+    return lit.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def fit(data: Blobs, seed: int = 0, config: EvalConfig = CONFIG) -> Probes:
+    rng = torch.Generator().manual_seed(seed)
+    return probe_training.fit(data.video, data.labels, data.audio, config, rng, degraded_video=data.decoded)
+
+
+@pytest.fixture(scope="module")
+def train() -> Blobs:
+    return blobs(192, 1)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> Blobs:
+    return blobs(64, 2)
+
+
+@pytest.fixture(scope="module")
+def probes(train: Blobs) -> Probes:
+    return fit(train)
+
+
+def test_probes_read_held_out_clips(probes: Probes, held_out: Blobs):
+    for video in (held_out.video, held_out.decoded):
+        scores = probes.check(video, held_out.labels, held_out.audio)
+        assert scores["mouth_open"] > 0.9
+        assert scores["head_x"] > 0.9
+        assert scores["light"] > 0.9
+        assert scores["gesture"] > 0.9
+        assert scores["expression"] > 0.9
+        assert min(scores["heard_mouth_open"], scores["heard_mouth_width"]) > 0.95
+
+
+def test_fit_is_a_function_of_its_generator_and_leaves_the_global_one_alone(train: Blobs):
+    few = dataclasses.replace(CONFIG, probe_steps=3)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    some = train.first(40)
+    first, other_seed = fit(some, 0, few), fit(some, 1, few)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(6)
+    assert fit(some, 0, few).sha256 == first.sha256
+    assert other_seed.sha256 != first.sha256
+
+
+def test_save_and_load_round_trip(probes: Probes, held_out: Blobs, tmp_path):
+    probes.save(tmp_path)
+    loaded = Probes.load(tmp_path)
+    assert loaded.sha256 == probes.sha256
+    mine, theirs = probes.read(held_out.video[:4]), loaded.read(held_out.video[:4])
+    torch.testing.assert_close(mine.clip_features, theirs.clip_features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.mouth, theirs.mouth, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probes.hear(held_out.audio[:4]), loaded.hear(held_out.audio[:4]))
+
+
+def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        Probes.load(tmp_path / "nowhere")
+    probes.save(tmp_path)
+    meta = json.loads((tmp_path / "probes.json").read_text())
+    (tmp_path / "probes.json").write_text(json.dumps({**meta, "sha256": "0" * 64}))
+    with pytest.raises(UserError, match="do not match their hash"):
+        Probes.load(tmp_path)
+    (tmp_path / "probes.json").write_text(json.dumps({**meta, "audio": meta["audio"] + 1}))
+    with pytest.raises(UserError, match="cannot be read"):
+        Probes.load(tmp_path)
+
+
+def test_reading_does_not_depend_on_the_batch_size(probes: Probes, held_out: Blobs):
+    one, all_at_once = probes.read(held_out.video[:6], batch_size=1), probes.read(held_out.video[:6])
+    torch.testing.assert_close(one.clip_features, all_at_once.clip_features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one.gesture, all_at_once.gesture, rtol=1e-4, atol=1e-4)
+
+
+def test_other_lengths_and_sizes_can_be_read(probes: Probes, held_out: Blobs):
+    longer = held_out.video[:2].repeat(1, 1, 3, 2, 2)
+    reading = probes.read(longer)
+    assert reading.frame_features.shape == (2, 3 * FRAMES, 64)
+    assert reading.mouth.shape == (2, 3 * FRAMES, 2)
+
+
+def test_labels_that_do_not_fit_are_refused(train: Blobs):
+    rng = torch.Generator()
+    few = {key: value for key, value in train.labels.items() if key != "gesture"}
+    with pytest.raises(UserError, match="the label gesture"):
+        probe_training.fit(train.video, few, train.audio, CONFIG, rng)
+    with pytest.raises(UserError, match="one audio row a pixel frame"):
+        probe_training.fit(train.video, train.labels, train.audio[:, 1:], CONFIG, rng)
+    with pytest.raises(UserError, match="multiples of 16"):
+        probe_training.fit(train.video[..., 1:], train.labels, train.audio, CONFIG, rng)
+
+
+@pytest.fixture(scope="module")
+def admission(probes: Probes, held_out: Blobs) -> dict:
+    rng = torch.Generator().manual_seed(3)
+    gesture = held_out.labels["gesture"]
+    reference = blobs(96, 4).video
+    return admit(probes, held_out.video, held_out.decoded, held_out.audio, gesture, reference, rng)
+
+
+def test_known_cases_are_ranked_and_admitted(admission: dict):
+    assert all(admission["admitted"].values()), admission
+    cases = admission["cases"]
+    assert cases["fvd"]["shuffled"] > 2 * cases["fvd"]["decoded"]
+    assert cases["sync"]["shifted_offset"] == 3
+    assert abs(cases["identity"]["swapped"]) < 0.35
+    assert cases["motion_energy"]["static"] == 0
+
+
+def test_an_untrained_metric_is_not_admitted(train: Blobs, held_out: Blobs):
+    untrained = fit(train.first(40), 0, dataclasses.replace(CONFIG, probe_steps=1))
+    rng = torch.Generator().manual_seed(3)
+    gesture = held_out.labels["gesture"]
+    result = admit(untrained, held_out.video, held_out.decoded, held_out.audio, gesture, blobs(32, 4).video, rng)
+    assert not result["admitted"]["sync"]
+    assert not result["admitted"]["motion"]
+    assert not is_admitted("sync_offset_frames", result["admitted"])
+    assert not is_admitted("a metric nobody tested", result["admitted"])
+
+
+def test_known_cases_are_what_they_say(held_out: Blobs):
+    cases = known_cases(held_out.video, held_out.decoded, torch.Generator().manual_seed(0))
+    assert all(case.shape == held_out.video.shape and case.dtype == torch.uint8 for case in cases.values())
+    assert not cases["static"].float().diff(dim=2).any()
+    assert torch.equal(cases["shuffled"].float().mean(2), held_out.decoded.float().mean(2))
+    assert torch.equal(cases["frozen"][:, :, -1], held_out.decoded[:, :, FRAMES // 2])
+
+
+@pytest.fixture(scope="module")
+def asked(held_out: Blobs) -> Asked:
+    labels = held_out.labels
+    return Asked(held_out.audio, labels["gesture"], labels["expression"], held_out.video[:, :, 0])
+
+
+def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: Asked):
+    reference = prepare_reference(probes, blobs(96, 4).video, held_out.decoded)
+    videos = torch.stack((held_out.decoded, held_out.video))
+    spread = torch.stack([blobs(6, 30 + i).video for i in range(3)])
+    scores = evaluate_videos(probes, videos, reference, asked, spread, spread)
+    for name in ("fid", "fvd", "kid", "sync", "identity", "motion", "motion_energy", "sharpness", "diversity"):
+        score = scores[name]
+        assert score["mean"] == pytest.approx(sum(score["seeds"]) / 2, rel=0.05)
+        assert score["error"] >= 0
+    low, high = sorted(scores["fid"]["seeds"])
+    assert scores["fid"]["spread"] == pytest.approx((high - low) / 2)
+    assert scores["sharpness"]["seeds"][0] == pytest.approx(1)
+    assert scores["motion_energy"]["seeds"][0] == pytest.approx(1)
+    assert scores["sync"]["mean"] > 0.85
+    assert scores["sync_offset_frames"]["mean"] == 0
+    assert scores["sync_offset_frames"]["error"] is None
+    assert scores["identity"]["mean"] > 0.7
+    assert scores["diversity"]["mean"] == pytest.approx(1)
+    assert scores["diversity"]["parts"]["blink_rate"] == pytest.approx(1)
+    swapped = evaluate_videos(probes, videos[:1].roll(1, 1), reference, asked)
+    assert swapped["identity"]["mean"] < 0.3
+    assert swapped["sync"]["mean"] < 0.3
+    assert swapped["fid"]["mean"] == pytest.approx(scores["fid"]["seeds"][0], rel=1e-6)  # marginals are the same
+
+
+def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs, asked: Asked):
+    reference = prepare_reference(probes, held_out.video, held_out.decoded)
+    with pytest.raises(UserError, match="for 64 conditions"):
+        evaluate_videos(probes, held_out.video[None, :9], reference, asked)
+
+
+def test_change_map_measures_change():
+    clips = torch.zeros(1, 3, 4, 32, 32)
+    clips[:, :, 2:, :8, :8] = 0.5
+    changes = change_map(clips)
+    assert changes.shape == (1, 4, 16)
+    assert changes[0, 2].tolist() == [2.0] + [0.0] * 15
+    assert not changes[0, 3].any()
+
+
+def test_protocol_card_hashes_what_decides_comparability():
+    geometry = Geometry(frames=15, height=32, width=32, fps=Fraction(25, 2))
+    card = protocol_card(EvalConfig(), geometry, "a" * 64, {"fid": True}, {"run": 1})
+    assert json.loads(json.dumps(card)) == card
+    assert "not comparable" in card["note"]
+    check_comparable(card, protocol_card(EvalConfig(sheet_frames=4), geometry, "a" * 64, {"fid": True}, {"run": 1}))
+    fewer = protocol_card(EvalConfig(num_reference=100), geometry, "a" * 64, {"fid": True}, {"run": 1})
+    with pytest.raises(UserError, match=r"knobs\.num_reference is 288 here and 100 there"):
+        check_comparable(card, fewer)
+    with pytest.raises(UserError, match=r"extractors\.sha256"):
+        check_comparable(card, protocol_card(EvalConfig(), geometry, "b" * 64, {"fid": True}, {"run": 1}))
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(UserError, match=r"eval\.num_conditions is too small"):
+        EvalConfig(num_conditions=1)

@@ -1,0 +1,45 @@
+"""Faster serving changes the frames no more than it says."""
+
+import sys
+
+import pytest
+import torch
+
+from students.history import History
+from students.serving.optimize import Speed, prepare
+from teachers.errors import UserError
+from tests.students.serving.test_session import PER_FRAME, film, play
+from tests.support.tiny import a_bundle, some_sound
+
+
+def shown(speed: Speed) -> torch.Tensor:
+    bundle = prepare(a_bundle(History(sinks=1, window=2)), "cpu", speed)
+    return film(play(bundle, some_sound(24 * PER_FRAME))).float()
+
+
+def test_bf16_keeps_norms_and_time_in_fp32_and_stays_near():
+    bundle = prepare(a_bundle(), "cpu", Speed(dtype="bf16"))
+    kinds = {name: p.dtype for name, p in bundle.student.net.named_parameters()}
+    assert kinds["blocks.0.attn1.to_q.weight"] == kinds["condition_embedder.time_proj.weight"] == torch.bfloat16
+    assert kinds["blocks.0.scale_shift_table"] == kinds["blocks.0.norm2.weight"] == torch.float32
+    assert kinds["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    gap = (shown(Speed(dtype="bf16")) - shown(Speed())).abs()
+    assert 0 < gap.mean() < 1.5, "grey levels of 255"
+
+
+def test_a_compiled_step_draws_the_same():
+    gap = (shown(Speed(compile="default")) - shown(Speed())).abs()
+    assert gap.max() <= 2
+
+
+def test_an_attention_backend_is_used_and_an_unknown_one_is_one_line():
+    assert (shown(Speed(attention="_native_math")) - shown(Speed())).abs().max() <= 2
+    with pytest.raises(UserError, match=r"^attention backend 'flush': [^\n]*; native always works$"):
+        prepare(a_bundle(), "cpu", Speed(attention="flush"))
+
+
+def test_quantised_weights_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(UserError, match=r"^weights=int8: torchao is not installed; pip install torchao$"):
+        prepare(a_bundle(), "cpu", Speed(weights="int8"))

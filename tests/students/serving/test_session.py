@@ -1,0 +1,429 @@
+"""The session: pushes may be split anywhere, streams never mix, memory is bounded, training's rollout is the same."""
+
+from collections import deque
+from dataclasses import fields, is_dataclass, replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from distill.methods.rollout import rollout
+from students.history import History
+from students.kv_cache import Ring
+from students.schedule import denoise_chunk
+from students.serving.session import Session, Starved, chunk_noise
+from teachers.codecs.linear import to_uint8
+from teachers.conditions import Conditions, pack_rows
+from teachers.errors import UserError
+from teachers.media.streams import Stream
+from tests.support.tiny import a_bundle, a_portrait, randn, rng, some_sound
+
+PER_FRAME = 1280
+HISTORIES = [
+    History(sinks=1, window=2),
+    History(sinks=0, window=None),
+    History(sinks=1, window=1),
+    History(sinks=3, window=1),
+    History(sinks=1, window=2, level=0.1),
+    History(sinks=1, window=1, memory=2, memory_every=2),
+    History(sinks=1, window=2, commit="same_level"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return a_bundle(History(sinks=1, window=2))
+
+
+def play(bundle, sound, cuts=(), seed=0, text="a person nods", close=True):
+    """All chunks of a session that gets `sound` in the pieces between the cuts."""
+    session, chunks = Session(bundle, a_portrait(), text, seed), []
+    edges = [0, *cuts, len(sound)]
+    for start, stop in pairwise(edges):
+        session.push(sound[start:stop])
+        chunks += session.frames()
+    if close:
+        session.close()
+        chunks += session.frames()
+    return chunks
+
+
+def drawn(session):
+    """What the session drew last."""
+    return session.point.seen[-1]
+
+
+def film(chunks):
+    return torch.cat([chunk.frames for chunk in chunks])
+
+
+def test_frames_come_in_order_and_cover_the_sound(bundle):
+    chunks = play(bundle, some_sound(20 * PER_FRAME + 100))
+    assert [chunk.index for chunk in chunks] == list(range(6))
+    assert [len(chunk.frames) for chunk in chunks] == [3, 4, 4, 4, 4, 4]
+    assert [chunk.first_frame for chunk in chunks] == [0, 3, 7, 11, 15, 19]
+    frames = film(chunks)
+    assert frames.dtype == torch.uint8
+    assert frames.shape[1:] == (16, 16, 3)
+    assert 0.1 < (frames.float() / 255).mean() < 0.9
+    assert frames.float().std() > 5, "a saturated picture proves nothing"
+    assert set(chunks[0].seconds) == {"wait", "encode", "denoise", "decode"}
+
+
+def test_any_split_of_the_sound_gives_the_same_frames(bundle):
+    sound = some_sound(12 * PER_FRAME + 77)
+    whole = film(play(bundle, sound))
+    for seed in range(4):
+        cuts = torch.randint(0, len(sound), (3 + 8 * seed,), generator=rng(seed)).sort().values.tolist()
+        assert torch.equal(film(play(bundle, sound, cuts)), whole)
+    assert torch.equal(film(play(bundle, sound, range(160, len(sound), 160))), whole)
+    open_end = film(play(bundle, sound, close=False))
+    assert torch.equal(open_end, whole[: len(open_end)])
+
+
+def test_two_sessions_never_mix(bundle):
+    sounds = [some_sound(12 * PER_FRAME, seed=i) for i in range(2)]
+    alone = [film(play(bundle, sounds[i], seed=i, close=False)) for i in range(2)]
+    sessions = [Session(bundle, a_portrait(), "a person nods", seed=i) for i in range(2)]
+    together = [[], []]
+    for start in range(0, 12 * PER_FRAME, 1000):
+        for i, session in enumerate(sessions):
+            session.push(sounds[i][start : start + 1000])
+            together[i] += session.frames()
+    assert all(torch.equal(film(together[i]), alone[i]) for i in range(2))
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_noise_is_a_function_of_seed_chunk_and_step(bundle):
+    keys = [(seed, chunk, step) for seed in (0, 1) for chunk in (0, 1, 10) for step in (0, 1)]
+    forward = {key: chunk_noise(bundle.spec, *key) for key in keys}
+    backward = {key: chunk_noise(bundle.spec, *key) for key in reversed(keys)}
+    assert all(torch.equal(forward[key], backward[key]) for key in keys)
+    assert len({float(noise.sum()) for noise in forward.values()}) == len(keys)
+
+
+def test_what_is_asked_changes_what_is_shown(bundle):
+    sound = some_sound(8 * PER_FRAME)
+    shown = film(play(bundle, sound))
+    others = [play(bundle, sound, seed=1), play(bundle, sound, text="someone smiles"), play(bundle, 0.2 * sound)]
+    assert all(not torch.equal(film(other), shown) for other in others)
+    session = Session(bundle, -a_portrait(), "a person nods")
+    session.push(sound)
+    assert not torch.equal(film(session.frames()), shown[:7])
+
+
+def test_the_future_is_not_heard_and_the_margin_is(bundle):
+    """Sound after a chunk's last frame plus the ears' margin cannot change it, to the bit; sound just before can."""
+    sound, margin = some_sound(16 * PER_FRAME), bundle.ears.lookahead
+    chunks = play(bundle, sound)
+    for index in (0, 1, 2):
+        edge = bundle.spec.pixel_frames(index)[1] * PER_FRAME + margin
+        late, early = sound.clone(), sound.clone()
+        late[edge:] = some_sound(len(sound) - edge, seed=9)
+        early[edge - 2 * margin : edge - margin] += 0.5
+        assert torch.equal(play(bundle, late)[index].frames, chunks[index].frames)
+        assert not torch.equal(play(bundle, early)[index].frames, chunks[index].frames)
+        session = Session(bundle, a_portrait(), "a person nods")
+        session.push(sound[: edge - 1])
+        assert len(list(session.frames())) == index, "a chunk was drawn before its sound was there"
+        session.push(sound[edge - 1 : edge])
+        assert len(list(session.frames())) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("history", HISTORIES, ids=str)
+def test_the_training_rollout_is_the_stream_bit_for_bit(history):
+    bundle = a_bundle(history)
+    session, latents, heard = Session(bundle, a_portrait(), "a person nods", seed=3), [], []
+    sound = some_sound(35 * PER_FRAME + 200)
+    session.push(sound)
+    frames = []
+    for chunk in session.frames():
+        latents.append(drawn(session).x0)
+        heard.append(drawn(session).conditions)
+        frames.append(chunk.frames)
+    assert len(latents) == 9
+    given = Conditions(
+        text=heard[0].text, reference=heard[0].reference, audio=torch.cat([part.audio for part in heard], dim=1)
+    )
+    whole = pack_rows(bundle.ears(sound[None], 0, 35), 2)
+    assert torch.allclose(given.audio, whole, atol=1e-4), "a stream hears something else than training"
+    x0 = rollout(bundle.student, given, lambda chunk, step: chunk_noise(bundle.spec, 3, chunk, step))
+    assert torch.equal(x0, torch.cat(latents, dim=2))
+    pixels = to_uint8(bundle.codec.decode(x0))[0].permute(1, 2, 3, 0)
+    assert (pixels.int() - torch.cat(frames).int()).abs().max() <= 1, "stream decode is not whole decode"
+    reference = bundle.codec.encode(a_portrait()[None, :, None])
+    assert torch.equal(x0[:, :, :1], reference)
+
+
+def test_an_impulse_lands_on_its_frame_at_any_time(bundle):
+    """A click in pixel frame k is in the audio row of frame k: at the start, inside and long after."""
+    clicks = (1, 2, 3, 6, 11, 38, 203)
+    sound = torch.zeros(210 * PER_FRAME)
+    for k in clicks:
+        sound[k * PER_FRAME + PER_FRAME // 2] = 1.0
+    session = Session(bundle, a_portrait(), "a person nods")
+    rows = []
+    for start in range(0, len(sound), 3 * PER_FRAME):
+        session.push(sound[start : start + 3 * PER_FRAME])
+        for _ in session.frames():
+            rows.append(drawn(session).conditions.audio[0].flatten(0, 1).sum(dim=1))
+    rows = torch.cat(rows)[1:]  # the first row is repeated in front
+    quiet = rows.median()
+    assert tuple((rows > quiet + 1.0).nonzero().flatten().tolist()) == clicks
+
+
+def stored_bytes(value) -> int:
+    """Bytes of every tensor storage that is reachable through containers and objects of this project."""
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    if is_dataclass(value):
+        return sum(stored_bytes(getattr(value, field.name)) for field in fields(value))
+    if isinstance(value, dict):
+        return sum(stored_bytes(item) for item in value.values())
+    if isinstance(value, tuple | list | deque):
+        return sum(stored_bytes(item) for item in value)
+    return stored_bytes(vars(value)) if isinstance(value, Stream | Ring) else 0
+
+
+@pytest.mark.parametrize("history", [history for history in HISTORIES if history.window is not None], ids=str)
+def test_what_a_session_holds_does_not_grow(history):
+    session, sizes, longest = Session(a_bundle(history), a_portrait(), "a person nods", lead=2), [], 0
+    sound = some_sound(4 * PER_FRAME)
+    for _ in range(60):
+        session.push(sound)
+        for chunk in session.frames():
+            session.played(chunk.first_frame + len(chunk.frames))
+            session.settle()
+            sizes.append(stored_bytes({k: v for k, v in vars(session).items() if k not in ("bundle", "spec")}))
+        longest = max(longest, session.audio.end - session.audio.start)
+    assert len(sizes) == 60
+    assert len(set(sizes[20:])) == 1, "what a session holds grows"
+    assert longest <= 20 * PER_FRAME
+    assert len(session.point.state.kept) == history.capacity
+
+
+def test_an_empty_or_short_sound(bundle):
+    session = Session(bundle, a_portrait(), "a person nods")
+    starved = session.step()
+    assert not starved
+    assert starved == Starved("audio", 3 * PER_FRAME + bundle.ears.lookahead)
+    session.push(torch.zeros(0))
+    session.close()
+    assert session.step() == Starved("end")
+    assert [len(chunk.frames) for chunk in play(bundle, some_sound(10))] == [3]
+    assert [len(chunk.frames) for chunk in play(bundle, some_sound(3 * PER_FRAME))] == [3]
+    assert [len(chunk.frames) for chunk in play(bundle, some_sound(3 * PER_FRAME + 1))] == [3, 4]
+
+
+def test_a_chunk_carries_its_sound(bundle):
+    sound = some_sound(11 * PER_FRAME)
+    chunks = play(bundle, sound)
+    assert all(len(chunk.audio) == len(chunk.frames) * PER_FRAME for chunk in chunks)
+    assert torch.equal(torch.cat([chunk.audio for chunk in chunks]), sound)
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8000, 1), (44100, 1), (48000, 2)])
+def test_other_rates_are_heard_the_same_however_they_are_cut(bundle, rate, channels):
+    sound = some_sound(rate * 2).expand(channels, -1)
+    films = []
+    for cuts in ([], [333, 4000, 4001, rate]):
+        session, chunks = Session(bundle, a_portrait(), "a person nods"), []
+        for start, stop in pairwise([0, *cuts, rate * 2]):
+            session.push(sound[:, start:stop], rate=rate)
+            chunks += session.frames()
+        session.close()
+        films.append(film([*chunks, *session.frames()]))
+        assert session.audio.end == 32000
+    assert torch.equal(*films)
+    assert len(films[0]) == 27  # 25 frames of sound end inside the seventh chunk
+
+
+def test_lead_holds_the_engine_back(bundle):
+    session = Session(bundle, a_portrait(), "a person nods", lead=2)
+    session.push(some_sound(40 * PER_FRAME))
+    assert len(list(session.frames())) == 2
+    assert session.step() == Starved("lead")
+    session.played(3)
+    assert [chunk.first_frame for chunk in session.frames()] == [7]
+    session.played(11)
+    assert [chunk.first_frame for chunk in session.frames()] == [11, 15]
+
+
+def test_idle_live_goes_on_in_silence_and_speech_follows(bundle):
+    session = Session(bundle, a_portrait(), "a person nods", lead=1, idle="live")
+    sound, chunks = some_sound(4 * PER_FRAME), []
+    for i in range(8):
+        if i == 3:
+            session.push(sound)
+        chunk = session.step()
+        session.played(chunk.first_frame + len(chunk.frames))
+        chunks.append(chunk)
+    assert [chunk.idle for chunk in chunks] == ["live"] * 3 + [""] + ["live"] * 4
+    heard = torch.cat([chunk.audio for chunk in chunks])
+    assert not heard[: 11 * PER_FRAME + bundle.ears.lookahead].any()
+    assert torch.equal(heard[11 * PER_FRAME + bundle.ears.lookahead :][: len(sound)], sound)
+    same = Session(bundle, a_portrait(), "a person nods")
+    same.push(heard)
+    assert torch.equal(film(same.frames()), film(chunks)[: 4 * 7 - 1]), "idle life differs from pushed silence"
+
+
+def test_idle_hold_repeats_the_last_frame_and_draws_nothing(bundle):
+    session = Session(bundle, a_portrait(), "a person nods", lead=1, idle="hold")
+    sound = some_sound(11 * PER_FRAME + bundle.ears.lookahead)
+    assert session.step() == Starved("audio", 3 * PER_FRAME + bundle.ears.lookahead), "there is nothing to hold yet"
+    session.push(sound[: 3 * PER_FRAME + bundle.ears.lookahead])
+    chunks = []
+    for i in range(5):
+        if i == 3:
+            session.push(sound[3 * PER_FRAME + bundle.ears.lookahead :])
+        chunk = session.step()
+        session.played(chunk.first_frame + len(chunk.frames))
+        chunks.append(chunk)
+    assert [chunk.idle for chunk in chunks] == ["", "hold", "hold", "", ""]
+    assert [chunk.first_frame for chunk in chunks] == [0, 3, 7, 11, 15]
+    assert [chunk.index for chunk in chunks] == [0, 0, 0, 1, 2]
+    assert all(torch.equal(frame, chunks[0].frames[-1]) for frame in chunks[2].frames)
+    assert torch.equal(film([chunks[0], *chunks[3:]]), film(play(bundle, sound, close=False)))
+
+
+def test_a_text_switch_touches_no_earlier_frame(bundle):
+    sound, films = some_sound(23 * PER_FRAME), {}
+    for how in (None, "keep", "recache"):
+        session = Session(bundle, a_portrait(), "a person nods")
+        session.push(sound)
+        if how is not None:
+            session.set(text="someone smiles", at=3, how=how)
+        films[how] = film(session.frames())
+    edge = bundle.spec.pixel_frames(3)[0]
+    for how in ("keep", "recache"):
+        assert torch.equal(films[how][:edge], films[None][:edge])
+        assert not torch.equal(films[how][edge : edge + 4], films[None][edge : edge + 4])
+    assert not torch.equal(films["keep"], films["recache"])
+
+
+def test_next_is_the_chunk_after_the_last_drawn(bundle):
+    sound, films = some_sound(23 * PER_FRAME), []
+    for at in ("next", 2):
+        session = Session(bundle, a_portrait(), "a person nods")
+        session.push(sound[: 7 * PER_FRAME + bundle.ears.lookahead])
+        if at != "next":
+            session.set(text="someone smiles", at=at)
+        chunks = list(session.frames())
+        if at == "next":
+            session.set(text="someone smiles", at=at)
+        session.push(sound[7 * PER_FRAME + bundle.ears.lookahead :])
+        films.append(film([*chunks, *session.frames()]))
+        with pytest.raises(UserError, match=r"^text at chunk 1: chunk \d is already drawn; give a later one$"):
+            session.set(text="a person nods", at=1)
+    assert torch.equal(*films)
+
+
+def test_recache_is_a_session_that_had_the_new_text_for_the_window(bundle):
+    """Before anything left the window, recaching commits the same latents under the new text: so does a stream by hand."""
+    session = Session(bundle, a_portrait(), "a person nods", seed=5)
+    session.push(some_sound(19 * PER_FRAME + bundle.ears.lookahead))
+    latents, heard = [], []
+    for i in range(5):
+        if i == 3:
+            session.set(text="someone smiles", how="recache")
+        session.step()
+        latents.append(drawn(session).x0)
+        heard.append(drawn(session).conditions)
+    with torch.inference_mode():
+        text, student = bundle.text(["someone smiles"]), bundle.student
+        state = student.open(text)
+        for x0, conditions in zip(latents[:3], heard[:3], strict=True):
+            state = student.commit(state, x0, replace(conditions, text=text))
+        for i in (3, 4):  # the text is told once: chunk 4 follows from the state after chunk 3
+            x0, steps = denoise_chunk(
+                student, state, heard[i], lambda step, i=i: chunk_noise(bundle.spec, 5, i, step), bundle.spec.sigmas
+            )
+            assert torch.equal(x0, latents[i])
+            state = student.commit(state, x0, heard[i], steps)
+
+
+def test_mistakes_are_one_line_and_the_session_goes_on(bundle):
+    sound = some_sound(12 * PER_FRAME)
+    session = Session(bundle, a_portrait(), "a person nods", seed=0)
+    session.push(sound[:5000])
+    for wrong, says in [
+        (torch.tensor([0.0, float("nan")]), "finite"),
+        (torch.tensor([float("inf")]), "finite"),
+        (torch.zeros(2, 3, 4), "shape|got"),
+        (torch.zeros(100, 2), "got"),
+        (torch.zeros(100, dtype=torch.int16), "int16"),
+        (torch.full((9,), 20000.0), "peak of 20000"),
+    ]:
+        with pytest.raises(UserError, match=rf"^audio must [^\n]*({says})[^\n]*$"):
+            session.push(wrong)
+    with pytest.raises(UserError, match=r"^audio rate: got 0 Hz[^\n]*$"):
+        session.push(torch.zeros(10), rate=0)
+    with pytest.raises(UserError, match=r"^pose: this student takes none[^\n]*$"):
+        session.push(audio=torch.zeros(10), pose=torch.zeros(1, 3))
+    with pytest.raises(UserError, match=r"^text how='blend': keep or recache$"):
+        session.set(text="someone smiles", how="blend")
+    with pytest.raises(UserError, match=r"^played=99: 0 frames were drawn[^\n]*$"):
+        session.interrupt(played=99)
+    session.push(sound[5000:])
+    session.close()
+    assert torch.equal(film(session.frames()), film(play(bundle, sound)))
+    with pytest.raises(UserError, match=r"^push after close[^\n]*$"):
+        session.push(torch.zeros(10))
+    with pytest.raises(UserError, match=r"^reference image: got \(3, 8, 16\)[^\n]*\(3, 16, 16\); resize it$"):
+        Session(bundle, torch.zeros(3, 8, 16), "a person nods")
+    for options in ({"idle": "live"}, {"idle": "asleep"}, {"lead": 0}):
+        with pytest.raises(UserError, match=r"^session: [^\n]*$"):
+            Session(bundle, a_portrait(), "a person nods", **options)
+
+
+def test_a_long_text_is_cut_with_a_warning_and_a_clipped_sound_is_drawn(bundle):
+    with pytest.warns(UserWarning, match=r"^text of \d+ tokens: the student reads the first 5$"):
+        session = Session(bundle, a_portrait(), "a person nods " * 700)
+    session.push((some_sound(8 * PER_FRAME) * 90).clamp(-1, 1))
+    assert len(list(session.frames())) == 2
+
+
+def test_silence_is_drawn(bundle):
+    frames = film(play(bundle, torch.zeros(12 * PER_FRAME)))
+    assert torch.isfinite(frames.float()).all()
+    assert frames.float().std() > 5
+
+
+def test_pose_steers_and_waits_and_can_be_left_out():
+    bundle = a_bundle(pose_dim=3)
+    sound, pose, films = some_sound(12 * PER_FRAME), randn(12, 3, seed=4), []
+    for rows in (pose, pose.flip(0), None):
+        session = Session(bundle, a_portrait(), "a person nods", drop=() if rows is not None else ("pose",))
+        session.push(sound)
+        if rows is not None:
+            assert session.step() == Starved("pose", 3)
+            with pytest.raises(UserError, match=r"^pose must be finite rows \[T, 3\][^\n]*got \(4, 2\)$"):
+                session.push(pose=torch.zeros(4, 2))
+            session.push(pose=rows[:5])
+            chunks = list(session.frames())
+            assert len(chunks) == 1
+            session.push(pose=rows[5:])
+        else:
+            chunks = []
+        films.append(film([*chunks, *session.frames()]))
+    assert len(films[0]) == len(films[2]) == 11
+    assert len({frames.sum().item() for frames in films}) == 3
+
+
+def test_first_chunks_take_their_own_steps_in_rollout_and_stream():
+    """JoyAvatar's first sigmas: served as they are rolled out, bit for bit, and another film than without them."""
+    first = (1.0, 0.9, 0.8, 0.5)
+    films = []
+    for changes in ({"first_sigmas": first, "first_chunks": 1}, {}):
+        bundle = a_bundle(**changes)
+        session = Session(bundle, a_portrait(), "a person nods", seed=4)
+        session.push(audio=some_sound(6 * 2 * 2 * 1280))
+        drawn = [session.step() and session.point.seen[-1].x0 for _ in range(2)]
+        films.append(torch.cat(drawn, dim=2))
+        given = [past.conditions for past in session.point.seen]
+        whole = replace(given[0], audio=torch.cat([part.audio for part in given], dim=1))
+        with torch.inference_mode():
+            made = rollout(bundle.student, whole, lambda chunk, step, b=bundle: chunk_noise(b.spec, 4, chunk, step))
+        assert torch.equal(made, films[-1])
+    assert not torch.equal(*films)

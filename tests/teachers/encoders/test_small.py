@@ -1,0 +1,76 @@
+"""Ears and text: bounded windows, streaming equals whole, padding is silent, a saved encoder is the same encoder."""
+
+import pytest
+import torch
+
+from teachers.encoders.small import AudioConfig, LogMel, TextEncoder
+from tests.support.tiny import TEXT, TOKENS, make_spec, some_sound, text_encoder
+
+N = 1280
+
+
+def ears() -> LogMel:
+    return LogMel(AudioConfig(num_mels=20, hop=320, window=512), N)
+
+
+def test_a_row_hears_its_frame_and_the_margin_alone():
+    ear, sound = ears(), some_sound(10 * N)
+    rows = ear(sound)
+    assert rows.shape == (10, ear.dim) == (10, 80)
+    edge = 5 * N
+    for offset, reaches in [(-ear.lookahead - 3, {4}), (-ear.lookahead + 5, {4, 5}), (ear.lookback - 3, {4, 5})]:
+        changed = sound.clone()
+        changed[edge + offset] += 0.5
+        moved = (ear(changed) != rows).any(dim=1).nonzero().flatten().tolist()
+        assert set(moved) == reaches, offset
+
+
+def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
+    ear, sound = ears(), some_sound(12 * N)
+    whole = ear(sound[None])
+    for first, last in [(0, 1), (0, 5), (3, 7), (11, 12)]:
+        assert torch.allclose(ear(sound[None], first, last), whole[:, first:last], atol=1e-5)
+    window = sound[3 * N - ear.lookback : 7 * N + ear.lookahead]
+    assert torch.allclose(ear.rows(window, 3, 7), whole[0, 3:7], atol=1e-5)
+
+
+def test_outside_the_clip_is_silence():
+    ear = ears()
+    silent = ear(torch.zeros(N), 0, 1)[0]
+    assert torch.allclose(ear(some_sound(2 * N), 4, 6), silent.expand(2, -1))
+    assert torch.allclose(ear(some_sound(2 * N), -3, -1), silent.expand(2, -1))
+
+
+def test_a_hop_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="320 does not divide 1000"):
+        LogMel(AudioConfig(), 1000)
+
+
+def test_louder_is_more_and_pitch_is_heard():
+    ear = ears()
+    time = torch.arange(4 * N) / 16000
+    low, high = (0.2 * torch.sin(2 * torch.pi * hz * time) for hz in (200.0, 3000.0))
+    assert (ear(2 * low)[1:3] >= ear(low)[1:3]).all()
+    bands = ear(low).unflatten(1, (4, 20))[1:3].mean((0, 1)), ear(high).unflatten(1, (4, 20))[1:3].mean((0, 1))
+    assert bands[0].argmax() < bands[1].argmax()
+
+
+def test_text_features_have_silent_padding():
+    encoder = text_encoder()
+    texts = ["nods", "a person nods and someone smiles for a long time", ""]
+    features = encoder(texts)
+    _, mask = encoder.tokens(texts)
+    assert features.shape == (3, TOKENS, TEXT)
+    assert not features[mask == 0].any()
+    assert features[0].any()
+    assert not torch.equal(features[0], features[1])
+    assert torch.allclose(encoder(["nods"])[0], features[0], atol=1e-6), "a text depends on its neighbours in the batch"
+    assert torch.isfinite(encoder(["\N{GRINNING FACE} zażółć " + "x" * 500])).all()
+
+
+def test_a_saved_encoder_is_the_same(tmp_path):
+    encoder = text_encoder()
+    encoder.save(tmp_path / "text")
+    again = TextEncoder.load(tmp_path / "text", make_spec().text.max_tokens)
+    assert torch.equal(again(["a person nods"]), encoder(["a person nods"]))
+    assert not any(p.requires_grad for p in again.parameters())
