@@ -37,7 +37,7 @@ from teachers.errors import UserError
 from teachers.files import load_tensors
 
 FRAMES, SWITCH = 61, 31  # pixel frames of a stream; where the reaction test turns, the first frame of a chunk of two
-COLOURS = {duplex.OWN: (60, 200, 60), duplex.OTHER: (200, 60, 60), duplex.NOBODY: (60, 60, 60)}
+COLOURS = {duplex.OWN: (60, 200, 60), duplex.OTHER: (200, 60, 60), duplex.NO_ONE: (60, 60, 60)}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Bench:
 
     recipe: Recipe
     student: Student
-    senses: latents.Senses
+    encoders: latents.ConditionEncoders
     probes: Probes
 
     @classmethod
@@ -62,8 +62,8 @@ class Bench:
             raise UserError(f"no weights: {weights}; let the stage end, or give another --stage")
         student = make_student(spec)
         fill(student.net, load_tensors(weights), weights)
-        senses = latents.load_senses(recipe.data, run / "stages" / "data")
-        return cls(recipe, student.eval().requires_grad_(False), senses, Probes.load(run / "stages" / "extractors"))
+        encoders = latents.load_encoders(recipe.data, run / "stages" / "data")
+        return cls(recipe, student.eval().requires_grad_(False), encoders, Probes.load(run / "stages" / "extractors"))
 
     def world(self, name: str, num: int) -> Clips:
         """Held-out clips of FRAMES."""
@@ -72,7 +72,7 @@ class Bench:
 
     def draw(self, conditions: Conditions) -> Tensor:
         noise = stream_noise(self.student.spec, conditions.text.shape[0], 0, "duplex")
-        return self.senses.decode(student_clips(self.student, conditions, noise, 12))
+        return self.encoders.decode(student_clips(self.student, conditions, noise, 12))
 
     def read(self, video: Tensor) -> dict[str, Tensor]:
         return self.probes.read(video).labels
@@ -80,7 +80,7 @@ class Bench:
 
 def conditions_of(bench: Bench, clips: Clips, **changes: Tensor) -> Conditions:
     """The conditions of clips whose audio [N, 2, S] or pose [N, T, P] is another."""
-    return bench.senses.of_clips(replace(clips, **changes))[1]
+    return bench.encoders.of_clips(replace(clips, **changes))[1]
 
 
 def table(rows: dict[str, tuple[float, ...]], heads: tuple[str, ...]) -> str:
@@ -131,7 +131,7 @@ def measure(bench: Bench, num: int, out: Callable[[str], object]) -> None:
     clips, fps = bench.world("duplex", num), float(bench.student.spec.fps)
     draw = partial(conditions_of, bench, clips)
     asked = bench.draw(draw())
-    ceiling, seen = bench.read(bench.senses.decode(bench.senses.encode(clips.video))), bench.read(asked)
+    ceiling, seen = bench.read(bench.encoders.decode(bench.encoders.encode(clips.video))), bench.read(asked)
     back = bench.read(bench.draw(draw(pose=clips.pose * torch.tensor([-1.0, -1.0, 1.0]))))
     swapped = bench.read(bench.draw(draw(audio=clips.audio.flip(1))))
     deaf = bench.read(bench.draw(draw(audio=clips.audio * torch.tensor([1.0, 0.0]).view(1, 2, 1))))

@@ -36,7 +36,11 @@ SENTENCES = (
     "I would take the smaller one, it is lighter and much cheaper.",
     "Mama, papa, a boat, a moon, and nobody at home.",
 )
-TEXTS = ("a person talks", "someone nods along while talking, with a calm face", "a person smiles and shakes the head")
+TEXT_ENCODERS = (
+    "a person talks",
+    "someone nods along while talking, with a calm face",
+    "a person smiles and shakes the head",
+)
 
 
 def act(client: Client, rng: random.Random) -> str:
@@ -45,7 +49,7 @@ def act(client: Client, rng: random.Random) -> str:
     if what == "silence":
         client.pump(rng.uniform(1.0, 4.0))
     elif what == "text":
-        client.send(type="text", text=rng.choice(TEXTS))
+        client.send(type="text", text=rng.choice(TEXT_ENCODERS))
         client.pump(0.5)
     elif what == "talk":
         client.converse(rng.choice(SENTENCES))

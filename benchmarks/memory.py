@@ -63,11 +63,11 @@ class Alive(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self.hold(tensor.untyped_storage())
+                self.make_role(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out
 
-    def hold(self, storage: torch.UntypedStorage) -> None:
+    def make_role(self, storage: torch.UntypedStorage) -> None:
         address, size = storage._cdata, storage.nbytes()
         if address not in self.held:
             self.held[address] = weakref.ref(storage, functools.partial(self.forget, address, size))

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from students.history import History, HistoryNoise
-from students.kv_cache import Entry
+from students.kv_cache import CachedChunk
 from students.networks.midas import Midas
 from students.networks.midas_net import MidasConfig
 from students.spec import Spec, student_sigmas
@@ -110,7 +110,7 @@ def measure(student: Midas) -> dict[str, Cost]:
     cached = given.text.new_empty(config.num_layers, 1, student._size, heads, width)
     x = given.text.new_empty(1, spec.latent_size[0], spec.chunk_frames, *spec.latent_size[1:])
     chunk = SEEN // spec.chunk_frames + 1
-    kept = tuple(Entry(i, (cached,), (cached,)) for i in spec.history.visible(chunk))
+    kept = tuple(CachedChunk(i, (cached,), (cached,)) for i in spec.history.visible(chunk))
     state = student.resume(replace(student.open(), chunk=chunk), kept, chunk)
     state = replace(state, pending=Finished(chunk - 1, x, given))
     with FlopCounterMode(display=False) as planned, WeightsRead(net) as read:

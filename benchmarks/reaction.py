@@ -25,17 +25,17 @@ from teachers.flow import keyed_generator
 
 How = Literal["keep", "recache"]
 SWITCH, LAST = 8, 48
-TEXTS = ("a person, neutral, talks and holds still", "a person, smiling, talks and nods")
+TEXT_ENCODERS = ("a person, neutral, talks and holds still", "a person, smiling, talks and nods")
 
 
 def film(bundle: Bundle, portrait: Tensor, sound: Tensor, seed: int, how: How | None) -> list[Tensor]:
     """Chunks [T, H, W, 3] of one stream; `how` None: without a switch."""
-    session = Session(bundle, portrait, TEXTS[0], seed=seed)
+    session = Session(bundle, portrait, TEXT_ENCODERS[0], seed=seed)
     session.push(sound)
     chunks = []
     for index in range(LAST):
         if index == SWITCH and how is not None:
-            session.set(text=TEXTS[1], how=how)
+            session.set(text=TEXT_ENCODERS[1], how=how)
         chunk = session.step()
         assert isinstance(chunk, Chunk)
         chunks.append(chunk.frames.float())
@@ -57,7 +57,9 @@ def main() -> None:
     for run in args.runs:
         bundle = load_student(run / "student")
         spec = bundle.spec
-        size = spec.pixel_frames(LAST + spec.schedule.ahead)[1] * spec.samples_per_frame + bundle.ears.lookahead
+        size = (
+            spec.pixel_frames(LAST + spec.schedule.ahead)[1] * spec.samples_per_frame + bundle.audio_encoder.lookahead
+        )
         shown = held_out(_data_config(run), 0, "reaction", args.streams).video[:, :, 0]
         for how in get_args(How):
             curves = []

@@ -33,8 +33,8 @@ def measure_seams(run_dir: Path) -> dict[str, tuple[float, float, float]]:
     recipe = convert(Recipe, yaml.safe_load(file.read_text(encoding="utf-8")))
     borders, stage = seam_frames(spec_of(recipe)), run_dir / "stages" / "evaluate"
     world = held_out(recipe.data, recipe.eval.condition_seed, "test", recipe.eval.num_conditions)
-    senses = latents.load_senses(recipe.data, run_dir / "stages" / "data")
-    clips = {"real": [world.video], "codec": [senses.decode(senses.encode(world.video))]}
+    encoders = latents.load_encoders(recipe.data, run_dir / "stages" / "data")
+    clips = {"real": [world.video], "codec": [encoders.decode(encoders.encode(world.video))]}
     for name in SYSTEMS:
         files = [clips_file(stage, "test", name, seed) for seed in range(recipe.eval.num_seeds)]
         clips[name] = [load_tensors(file)["video"] for file in files]

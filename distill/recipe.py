@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.compose import compose_values
-from distill.data.procedural.degraded import Degraded
+from distill.data.procedural.corruption import CorruptionConfig
 from distill.data.procedural.source import DataConfig
 from distill.training.engine import EngineConfig
 from distill.training.loop import TrainConfig
@@ -140,7 +140,7 @@ class Recipe:
 
     `base`: the network that student and fake score start from, where that is not the teacher. `ar_teacher`: how an autoregressive
     teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
-    layouts are written where the paths point. `degraded`: what is done to the clips that trajectories, init and dmd take their
+    layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and dmd take their
     conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
     `lora`: students and fake score are trained as adapters over one network.
     """
@@ -162,7 +162,7 @@ class Recipe:
     ar_teacher: MethodStage | None = None
     health: HealthConfig = field(default_factory=HealthConfig)
     tiny: bool = False
-    degraded: Degraded | None = None
+    corruption: CorruptionConfig | None = None
     tracker: TrackerKind = "none"
     lora: LoraRoles | None = None
 

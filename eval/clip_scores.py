@@ -218,7 +218,7 @@ def _probes(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[
     rows = LogMel(AudioConfig(hop=samples.numerator // 4), samples.numerator)(sound[None], 0, take.video.shape[1])
     if rows.shape[-1] != len(probes.scales["audio_mean"]):
         raise UserError(f"{take.fps} frames a second are not what the embedded ears hear; use clips of the run's rate")
-    return {**found, "heard": probes.hear(rows)[0]}
+    return {**found, "heard": probes.mouth_from_audio(rows)[0]}
 
 
 def _quality(take: Take, real: Take, card: Card, extractors: Extractors) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def run() -> list[Golden]:
     return results
 
 
-def remembered() -> dict[str, dict[str, Any]]:
+def refine_context() -> dict[str, dict[str, Any]]:
     """What the last run found, name -> expected, found, passed, for files that are those of `eval.networks.weights`; else empty."""
     try:
         rows = json.loads((weights_folder() / FILE).read_text(encoding="utf-8"))

@@ -56,7 +56,7 @@ class History:
         if self.commit == "same_level" and self.refine_every:
             raise UserError("student.history.refine_every: same_level keeps the steps as they were; leave it 0")
 
-    def refines(self, chunk: int) -> bool:
+    def is_refined(self, chunk: int) -> bool:
         """Whether chunk number `chunk` is denoised once more before it becomes context, where any is."""
         return (chunk + 1) % self.refine_every == 0
 

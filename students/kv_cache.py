@@ -11,7 +11,7 @@ from teachers.networks.wan import KeyValue
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedChunk:
     """A chunk in the context: its number, and the un-rotated keys and values of all blocks [L, B, n, M, d], once for the clean
     pass or once for each denoising step (same_level)."""
 
@@ -20,22 +20,26 @@ class Entry:
     values: tuple[Tensor, ...]
 
 
-Ready = tuple[tuple[KeyValue, ...], ...]  # per pass and block: rotated keys and values [B, N, M, d] of all that is seen
-Turn = Callable[[Tensor, int], Tensor]  # keys of a chunk and its place in time among the visible ones -> rotated keys
+ContextKV = tuple[
+    tuple[KeyValue, ...], ...
+]  # per pass and block: rotated keys and values [B, N, M, d] of all that is seen
+RotateKeys = Callable[
+    [Tensor, int], Tensor
+]  # keys of a chunk and its place in time among the visible ones -> rotated keys
 
 
-def concatenate(kept: Sequence[Entry], chunk: int, history: History, turn: Turn) -> Ready:
+def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, turn: RotateKeys) -> ContextKV:
     """The context of chunk number `chunk` as new tensors, in the order of History.slot."""
-    order = sorted(range(len(kept)), key=lambda i: history.slot(kept[i].chunk, chunk))
-    ready = []
-    for step in range(len(kept[0].keys)):
-        keys = torch.cat([turn(kept[i].keys[step], i) for i in order], dim=2)
-        values = torch.cat([kept[i].values[step] for i in order], dim=2)
-        ready.append(tuple(zip(keys, values, strict=True)))
-    return tuple(ready)
+    order = sorted(range(len(cached)), key=lambda i: history.slot(cached[i].chunk, chunk))
+    context_kv = []
+    for step in range(len(cached[0].keys)):
+        keys = torch.cat([turn(cached[i].keys[step], i) for i in order], dim=2)
+        values = torch.cat([cached[i].values[step] for i in order], dim=2)
+        context_kv.append(tuple(zip(keys, values, strict=True)))
+    return tuple(context_kv)
 
 
-class Ring:
+class InplaceKVCache:
     """The same context in buffers that are written in place, of one stream, without gradient.
 
     Only what changed is written: a slot's values when another chunk takes it, its keys also when its place in time moves. Any
@@ -45,18 +49,18 @@ class Ring:
     def __init__(self, history: History):
         self.history = history
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.held: dict[int, tuple[Entry, int]] = {}  # slot -> entry and its place in time
-        self.views: dict[int, Ready] = {}  # tokens -> the front of the buffers, cut into blocks
-        self.asked: tuple[Sequence[Entry], int] = ((), -1)  # last: every step of a chunk asks for the same
+        self.held: dict[int, tuple[CachedChunk, int]] = {}  # slot -> entry and its place in time
+        self.views: dict[int, ContextKV] = {}  # tokens -> the front of the buffers, cut into blocks
+        self.asked: tuple[Sequence[CachedChunk], int] = ((), -1)  # last: every step of a chunk asks for the same
 
-    def ready(self, kept: Sequence[Entry], chunk: int, turn: Turn) -> Ready:
+    def context_kv(self, cached: Sequence[CachedChunk], chunk: int, turn: RotateKeys) -> ContextKV:
         """The context of chunk number `chunk`: views of the buffers, valid until the next call."""
-        size = kept[0].keys[0].shape[2]
-        tokens = len(kept) * size
-        if self.asked[0] is kept and self.asked[1] == chunk:
+        size = cached[0].keys[0].shape[2]
+        tokens = len(cached) * size
+        if self.asked[0] is cached and self.asked[1] == chunk:
             return self.views[tokens]
-        self._allocate(kept[0], len(kept))
-        for place, entry in enumerate(kept):
+        self._allocate(cached[0], len(cached))
+        for place, entry in enumerate(cached):
             slot = self.history.slot(entry.chunk, chunk)
             held, at = self.held.get(slot, (None, -1))
             if held is entry and at == place:
@@ -67,14 +71,14 @@ class Ring:
                 if held is not entry:
                     values[:, :, where] = entry.values[step]
             self.held[slot] = (entry, place)
-        self.asked = (kept, chunk)
+        self.asked = (cached, chunk)
         if tokens not in self.views:
             self.views[tokens] = tuple(
                 tuple(zip(keys[:, :, :tokens], values[:, :, :tokens], strict=True)) for keys, values in self.buffers
             )
         return self.views[tokens]
 
-    def _allocate(self, like: Entry, count: int) -> None:
+    def _allocate(self, like: CachedChunk, count: int) -> None:
         """Buffers for every slot; without a bound they double."""
         size = like.keys[0].shape[2]
         room = self.buffers[0][0].shape[2] // size if self.buffers else 0

@@ -63,7 +63,7 @@ class InFlight:
 
 
 @dataclass(frozen=True)
-class Told:
+class DiagonalStep:
     """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if made."""
 
     flight: tuple[InFlight, ...]
@@ -90,7 +90,7 @@ def advance(
         return denoise_chunk(student, state, conditions, functools.partial(noise, 0), sigmas, exit_step, plan)
     if exit_step not in (None, len(sigmas) - 1):
         raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
-    return move_flight(student, state, conditions, noise, sigmas)
+    return step_diagonal(student, state, conditions, noise, sigmas)
 
 
 def denoise_chunk(
@@ -110,7 +110,7 @@ def denoise_chunk(
     return x0, steps
 
 
-def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float]):
+def step_diagonal(student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float]):
     """Diagonal: all chunks in flight move together until the front one is done; a new one enters behind them while there is room
     and conditions for it. The chunk that was finished before enters the context within the first of these forwards."""
     schedule, n = student.spec.schedule, student.spec.chunk_frames
@@ -124,16 +124,16 @@ def move_flight(student, state, conditions: Conditions, noise: Noise, sigmas: Se
             last = flight[0].done == len(sigmas) - 1
             with torch.set_grad_enabled(torch.is_grad_enabled() and last):
                 x = torch.cat([chunk.x for chunk in flight], dim=2)
-                x0, entry = student.denoise_stream(state, x, [sigmas[chunk.done] for chunk in flight], heard)
+                x0, entry = student.denoise_diagonal(state, x, [sigmas[chunk.done] for chunk in flight], heard)
             if entry is not None:
                 state, told = student.settle(state, entry), entry
             moved = zip(x0.split(n, dim=2), flight, strict=True)
             flight = [_next(x, chunk, noise, i, sigmas) for i, (x, chunk) in enumerate(moved)]
-    return flight[0].x, Told(tuple(flight[1:]), told)
+    return flight[0].x, DiagonalStep(tuple(flight[1:]), told)
 
 
 @torch.no_grad()
-def remembered(
+def refine_context(
     student, state, x0: Tensor, conditions: Conditions, told, noise: Noise, num_steps: int, plan=None
 ) -> Tensor:
     """What the context gets of the state's chunk after its `num_steps` steps: x0, or where the history refines it, x0 noised and
@@ -142,9 +142,9 @@ def remembered(
     `told` is what `advance` told, noise(0, num_steps) [B, C, n, H, W] the noise of this step.
     """
     history = student.spec.history
-    if not history.refine_every or not history.refines(state.chunk):
+    if not history.refine_every or not history.is_refined(state.chunk):
         return x0
-    if isinstance(told, Told) and told.entry is not None:
+    if isinstance(told, DiagonalStep) and told.entry is not None:
         state = student.settle(state, told.entry)
     x = flow.add_noise(x0, noise(0, num_steps), history.refine_level)
     plan = student.plan(state, conditions) if plan is None else plan

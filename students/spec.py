@@ -12,7 +12,7 @@ from teachers.conditions import GuidanceRange
 from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.registry import CodecKind, EarsKind, TextKind
+from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
 
 NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
 """The kinds of network that a student can be, the first without a name."""
@@ -46,8 +46,8 @@ class Spec:
     history: History
     network: Any = field(metadata={"kinds": NETWORKS})
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
-    audio: EarsKind = field(metadata={"kinds": registry.EARS})
-    text: TextKind = field(metadata={"kinds": registry.TEXTS})
+    audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
+    text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
     schedule: Schedule = field(default_factory=Schedule)

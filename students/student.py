@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.kv_cache import Entry, Ready, Ring, concatenate
+from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenate
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
@@ -25,17 +25,17 @@ class Finished:
 
 @dataclass(frozen=True)
 class State:
-    """The context of a stream before chunk number `chunk`: what is `kept` of the visible chunks, and the same made `ready` for
-    attention (in training; a serving stream has a `ring` for it). `text` and `times` are read once for all steps without
+    """The context of a stream before chunk number `chunk`: what is `cached` of the visible chunks, and the same made `context_kv` for
+    attention (in training; a serving stream has a `kv_cache` for it). `text` and `times` are read once for all steps without
     gradient, which hear the text that `open` was given, whatever their conditions say.
 
     The `pending` chunk before this one enters the context with the next forward (a diagonal schedule, MIDAS); with a diagonal
     schedule the `flight` is on its way behind this chunk."""
 
     chunk: int = 0
-    kept: tuple[Entry, ...] = ()
-    ready: Ready = ()
-    ring: Ring | None = None
+    cached: tuple[CachedChunk, ...] = ()
+    context_kv: ContextKV = ()
+    kv_cache: InplaceKVCache | None = None
     text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
     times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
     flight: tuple[InFlight, ...] = ()
@@ -56,7 +56,7 @@ class Student(nn.Module):
         """The empty context of a stream under text features [B, L, D]."""
         raise NotImplementedError
 
-    def hear(self, state: State, text: Tensor) -> State:
+    def set_text(self, state: State, text: Tensor) -> State:
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
         raise NotImplementedError
 
@@ -82,20 +82,20 @@ class Student(nn.Module):
         which are told to be at `level` [B, num_chunks] (default: the history's)."""
         raise NotImplementedError
 
-    def denoise_stream(
+    def denoise_diagonal(
         self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
-    ) -> tuple[Tensor, Entry | None]:
+    ) -> tuple[Tensor, CachedChunk | None]:
         """Chunks in flight, each at its own sigma -> x0, and the pending chunk's entry; of students with a diagonal schedule."""
         raise NotImplementedError
 
-    def denoise_flight(
+    def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
     ) -> Tensor:
         """The same in one masked pass, for training: x [B, C, k n, H, W] in flight, each chunk at its own sigma [B, k], behind the
         clean [B, C, m n, H, W] chunks; of students with a diagonal schedule."""
         raise NotImplementedError
 
-    def settle(self, state: State, entry: Entry) -> State:
+    def settle(self, state: State, entry: CachedChunk) -> State:
         """The state whose pending chunk is in the context, as `entry`; of students with a diagonal schedule."""
         raise NotImplementedError
 
@@ -106,24 +106,28 @@ class Student(nn.Module):
     def new_state(self) -> State:
         """The empty context; while serving (inference mode) in buffers of its own."""
         in_place = torch.is_inference_mode_enabled() and self.spec.schedule.depth == 1
-        return State(ring=Ring(self.spec.history) if in_place else None)
+        return State(kv_cache=InplaceKVCache(self.spec.history) if in_place else None)
 
     def past(self, state: State, step: int = 0) -> Sequence[KeyValue] | None:
         """Each block's rotated keys and values that a step of the state's chunk sees."""
-        if not state.kept:
+        if not state.cached:
             return None
-        ready = state.ready if state.ring is None else state.ring.ready(state.kept, state.chunk, self.turn)
-        return ready[step if len(ready) > 1 else 0]
+        context_kv = (
+            state.context_kv
+            if state.kv_cache is None
+            else state.kv_cache.context_kv(state.cached, state.chunk, self.turn)
+        )
+        return context_kv[step if len(context_kv) > 1 else 0]
 
-    def resume(self, state: State, kept: Sequence[Entry], chunk: int) -> State:
-        """The state before chunk number `chunk` with those of `kept` that it sees, made ready."""
+    def resume(self, state: State, cached: Sequence[CachedChunk], chunk: int) -> State:
+        """The state before chunk number `chunk` with those of `cached` that it sees, made ready."""
         see = self.spec.history.visible(chunk)
-        kept, ready = tuple(entry for entry in kept if entry.chunk in see), ()
-        if kept and state.ring is not None:
-            state.ring.ready(kept, chunk, self.turn)
-        elif kept:
-            ready = concatenate(kept, chunk, self.spec.history, self.turn)
-        return replace(state, chunk=chunk, kept=kept, ready=ready)
+        cached, context_kv = tuple(entry for entry in cached if entry.chunk in see), ()
+        if cached and state.kv_cache is not None:
+            state.kv_cache.context_kv(cached, chunk, self.turn)
+        elif cached:
+            context_kv = concatenate(cached, chunk, self.spec.history, self.turn)
+        return replace(state, chunk=chunk, cached=cached, context_kv=context_kv)
 
     def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
         """The state before chunk number `chunk` of a stream under `text` that has only these chunks behind it, in order of
@@ -131,7 +135,7 @@ class Student(nn.Module):
         state = self.open(text)
         for past in seen:
             state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))
-        return self.resume(state, state.kept, chunk)
+        return self.resume(state, state.cached, chunk)
 
 
 def stacked(cache: Sequence[KeyValue]) -> KeyValue:

@@ -102,10 +102,10 @@ def read_json_or_none(path: Path) -> dict[str, Any] | None:
 def remove_folder(folder: Path) -> None:
     """Delete a stage folder so that a kill in between leaves no half of it under its name."""
     if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+        trash = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+        shutil.rmtree(trash)
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -14,12 +14,12 @@ CODECS = {
     "taehv": "teachers.codecs.taehv:TAEHVConfig",
     "dc_ae": "teachers.codecs.dc_ae:DCAEConfig",
 }
-EARS = {
+AUDIO_ENCODERS = {
     "log_mel": "teachers.encoders.small:AudioConfig",
     "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
-    "none": "teachers.encoders.small:NoEarsConfig",
+    "none": "teachers.encoders.small:NoAudioConfig",
 }
-TEXTS = {"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"}
+TEXT_ENCODERS = {"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"}
 
 
 class Module(Protocol):
@@ -59,7 +59,7 @@ class CodecKind(Geometry, Protocol):
     def load(self, folder: Path, height: int, width: int) -> Codec: ...
 
 
-class Ears(Module, Protocol):
+class AudioEncoder(Module, Protocol):
     """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it; `of_clip` for
     bidirectional networks, where they hear something else."""
 
@@ -72,11 +72,11 @@ class Ears(Module, Protocol):
     def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None: ...
 
 
-class EarsKind(Protocol):
+class AudioEncoderKind(Protocol):
     """Config of ears; `dim` of a row with so many samples a frame."""
 
     def dim(self, samples_per_frame: int) -> int: ...
-    def load(self, samples_per_frame: int) -> Ears: ...
+    def load(self, samples_per_frame: int) -> AudioEncoder: ...
 
 
 class Text(Module, Protocol):
@@ -86,7 +86,7 @@ class Text(Module, Protocol):
     def count(self, text: str) -> int: ...
 
 
-class TextKind(Protocol):
+class TextEncoderKind(Protocol):
     """Config of a text encoder of `max_tokens` tokens and width `dim`."""
 
     fitted: ClassVar[bool]

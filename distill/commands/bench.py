@@ -141,13 +141,13 @@ def random_student(shape: Shape, device: torch.device, dtype: torch.dtype, seed:
         student = make_student(spec)
         nn.init.xavier_uniform_(student.net.proj_out.weight)  # zero before training
         codec: Any = TAEHV(shape.decoder_widths, shape.encoder_width)
-        ears: Any = AnyEars(shape.audio_dim, spec.samples_per_frame)
+        audio_encoder: Any = AnyEars(shape.audio_dim, spec.samples_per_frame)
         text: Any = AnyText(shape.text)
     kept = set(student.net._keep_in_fp32_modules or ())
     for name, parameter in student.net.named_parameters():
         if kept & set(name.split(".")):
             parameter.data = parameter.data.float()
-    return Bundle(student.eval().requires_grad_(False), codec, ears, text)
+    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

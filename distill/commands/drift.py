@@ -99,7 +99,7 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
         session.push(audio=speech.synthesise(1, 60 * spec.sample_rate, rng).audio[0])
         for chunk in session.frames():
             frames.append(chunk.frames)
-            rows.append(bundle.ears(chunk.audio))
+            rows.append(bundle.audio_encoder(chunk.audio))
             count += len(chunk.frames)
             if count >= total:
                 break

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from distill.scoring.clip_sets import Entry, open_set, read_clip
-from distill.scoring.generate import Drawing
-from distill.scoring.scoring import Job, check_number, draw_all, match, score
+from distill.scoring.generate import GenerateJob
+from distill.scoring.scoring import Job, check_number, generate_all, match, score
 from eval.cards import Card, load_card
 from eval.clip_scores import METRICS, default_metrics
 from eval.embedded.admission import is_admitted
@@ -172,8 +172,8 @@ def evaluate(
     adapted = [read_scores(path, sorted(real)) for path in others]
     make_folder(out)
     if is_student:
-        drawing = Drawing(source, settings.seed, settings.text, out / "drawn", settings.device)
-        generated = draw_all(drawing, real, card, settings.processes)
+        job = GenerateJob(source, settings.seed, settings.text, out / "drawn", settings.device)
+        generated = generate_all(job, real, card, settings.processes)
     job = Job(
         card=card,
         metrics=settings.metrics,

@@ -170,9 +170,9 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
         scores = window_quality(part, length, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
         if probes is not None and length >= MIN_SYNC_FRAMES:
-            heard = bundle.ears(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
+            heard = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
             reading, known = probes.read(part), probes.read(portrait[:, :, None].expand(-1, -1, 2, -1, -1))
-            row["sync"] = mouth_sync(reading.mouth, probes.hear(heard))["sync"]
+            row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(heard))["sync"]
             row["identity_gap"] = float((reading.identity - known.identity[:, :1]).square().mean())
         if dino is not None:
             faces = dino.features(part[0].transpose(0, 1))[None]

@@ -59,7 +59,7 @@ def as_text(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
 
 def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float) -> dict[str, Any]:
     """The report's numbers: bytes, parameters, forwards. ranks[count][engine][update] without and with checkpointing."""
-    from distill.planning.estimate import is_possible, rank_bytes, remedy
+    from distill.planning.estimate import is_possible, rank_bytes, suggest_fix
 
     def parts(engine: str, count: int) -> dict[str, Any]:
         return {
@@ -71,7 +71,7 @@ def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
         }
 
     def fits(engine: str, count: int) -> list[str] | None:
-        found = remedy(plan, engine, count, gib * 2**30)
+        found = suggest_fix(plan, engine, count, gib * 2**30)
         return None if found is None else list(found)
 
     return {
@@ -164,11 +164,11 @@ def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator
 
 def _verdict(plan: "Plan", engine: str, count: int, gib: float) -> str:
     """Whether everything fits, or else what does not and the first switches that mend it."""
-    from distill.planning.estimate import is_possible, rank_bytes, remedy
+    from distill.planning.estimate import is_possible, rank_bytes, suggest_fix
 
     if not is_possible(plan, engine):
         return "shards weights, which LoRA roles share: use ddp, zero1 or zero2"
-    found = remedy(plan, engine, count, gib * 2**30)
+    found = suggest_fix(plan, engine, count, gib * 2**30)
     if found == ():
         return f"fits into {gib:g} GiB"
     peaks = {update.name: rank_bytes(plan, update, engine, count)["peak"] / 2**30 for update in plan.updates}

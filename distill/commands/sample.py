@@ -267,10 +267,10 @@ def _film(
 def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, rate: int) -> None:
     """Sound [n], of two speakers [n, 2], to the session; the film has all that is heard."""
     if piece.ndim == 1:
-        writer.hear(piece)
+        writer.write_audio(piece)
         session.push(audio=piece, rate=rate)
     else:
-        writer.hear(piece.sum(dim=1).clamp(-1, 1))
+        writer.write_audio(piece.sum(dim=1).clamp(-1, 1))
         session.push(audio=piece[:, 0], other=piece[:, 1], rate=rate)
 
 

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
     teacher = load_teacher(recipe, spec, device)
     reference = recipe.teacher.network.reference
-    senses = latents.load_senses(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
+    encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
     num_frames = recipe.data.world.num_frames
     wanted = num_frames * spec.samples_per_frame
     sound = torch.nn.functional.pad(sound[:wanted], (0, max(0, wanted - len(sound))))
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
-    given = senses.codec.encode(portrait[None, :, None].to(device)).float().cpu()
-    conditions = senses.conditions(voices, [args.text], given, num_frames, pose).to(device)
+    given = encoders.codec.encode(portrait[None, :, None].to(device)).float().cpu()
+    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
     grid = flow.sigma_grid(settings.num_steps, settings.shift)
     began = time.perf_counter()
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
         states = tqdm(flow.solve(denoise, x, grid), total=len(grid), desc="teacher", file=sys.stderr)
         (last,) = deque(states, maxlen=1)
-        frames = senses.decode(last)[0].permute(1, 2, 3, 0).contiguous()
+        frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
     media.write_video(args.out, frames, spec.fps, sound, upscale=upscale, smooth=True)

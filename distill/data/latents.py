@@ -24,21 +24,21 @@ from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.registry import Codec, Ears, Text
+from teachers.registry import AudioEncoder, Codec, Text
 
 CPU, CLIP_AUDIO = torch.device("cpu"), "clip_audio"
 
 
 @dataclass(frozen=True)
-class Senses:
+class ConditionEncoders:
     """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen).
 
     They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
-    `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_mark`).
+    `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_fingerprint`).
     """
 
     codec: Codec
-    ears: Ears
+    audio_encoder: AudioEncoder
     text: Text
     reference: bool = True
     negative: str | None = None
@@ -61,7 +61,7 @@ class Senses:
     ) -> Conditions:
         """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]."""
         audio, stride = audio.to(self.device), self.codec.config.stride
-        rows, whole = self.ears(audio, 0, num_frames), self.ears.of_clip(audio, num_frames)
+        rows, whole = self.audio_encoder(audio, 0, num_frames), self.audio_encoder.of_clip(audio, num_frames)
         if audio.ndim == 3:
             rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
         packed = pack_rows(rows.float().cpu(), stride)
@@ -106,7 +106,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Pool:
+class TrainSet:
     """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]; where there are such,
     features [1, L, D] of the negative prompt, the rows that bidirectional networks hear, pose rows [N, F, stride, P]."""
 
@@ -159,26 +159,30 @@ def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine:
             fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(folder / "text")
             (folder / "text" / "done").touch()
     engine.barrier()
-    senses = load_senses(config, folder, device=engine.device)
+    encoders = load_encoders(config, folder, device=engine.device)
 
     def clips_of(numbers: Sequence[int]) -> Iterator[Clips]:
         yield from [first] if 0 in numbers else []
         yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
 
-    clips = write_shards(source, folder, engine, senses, clips_of)
+    clips = write_shards(source, folder, engine, encoders, clips_of)
     original = to_float(first.video[:64])
-    error = (to_float(senses.decode(senses.encode(first.video[:64]))) - original).square().mean() / 4
+    error = (to_float(encoders.decode(encoders.encode(first.video[:64]))) - original).square().mean() / 4
     stages = read_json(folder / "codec.json")  # of a codec that was trained
     found = {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
     return found | ({"codec": stages} if stages else {})
 
 
 def write_shards(
-    source: Source, folder: Path, engine: Engine, senses: Senses, clips_of: Callable[[Sequence[int]], Iterable[Clips]]
+    source: Source,
+    folder: Path,
+    engine: Engine,
+    encoders: ConditionEncoders,
+    clips_of: Callable[[Sequence[int]], Iterable[Clips]],
 ) -> int:
     """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and their mirror
     images, and the negative prompt; returns the number of clips."""
-    mine, mark = range(engine.rank, source.num_shards, engine.world_size), senses.mark
+    mine, mark = range(engine.rank, source.num_shards, engine.world_size), encoders.mark
     files = [folder / f"shard-{i:05d}.safetensors" for i in mine]
     missing = [i for i, file in zip(mine, files, strict=True) if not file.is_file()]
     done = len(mine) - len(missing)
@@ -188,7 +192,7 @@ def write_shards(
         both = []
         for video, pose in ((clips.video, clips.pose), (clips.video.flip(-1), duplex.mirrored(clips.pose))):
             shown = Clips(video=video, audio=clips.audio, text=clips.text, labels={}, pose=pose)
-            x0, conditions = senses.of_clips(shown)
+            x0, conditions = encoders.of_clips(shown)
             parts = {
                 "x0": x0.half(),
                 "audio": conditions.audio,
@@ -199,23 +203,25 @@ def write_shards(
             both.append({name: part for name, part in parts.items() if part is not None})
         save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
     engine.barrier()
-    negative = senses.negatives(1)
+    negative = encoders.negatives(1)
     if engine.is_main and negative is not None:
         save_tensors(folder / "negative.safetensors", {"text": negative})
     engine.barrier()
     return 2 * source.num_train
 
 
-def load_senses(config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU) -> Senses:
+def load_encoders(
+    config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU
+) -> ConditionEncoders:
     """Codec, ears and text encoder of a finished data stage, on `device`."""
     codec = config.codec.load(folder, *config.world.size)
-    ears, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
-    for part in (codec, ears, text):
+    audio_encoder, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
+    for part in (codec, audio_encoder, text):
         part.to(device)
-    return Senses(codec, ears, text, reference, config.negative, device, fitted_mark(folder))
+    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, fitted_fingerprint(folder))
 
 
-def fitted_mark(folder: Path) -> str:
+def fitted_fingerprint(folder: Path) -> str:
     """Which fitted codec and text encoder a data stage holds: a hash of their files. Those given are in the stage's fingerprint."""
     digest = hashlib.sha256()
     for file in (folder / "codec.safetensors", *sorted((folder / "text").glob("*"))):
@@ -224,7 +230,7 @@ def fitted_mark(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
+def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
     """All shards of a finished data stage; they stay on disk. UserError for one that senses of another `mark` made."""
     files = sorted(folder.glob("shard-*.safetensors"))
     for file in files:
@@ -240,7 +246,7 @@ def load_pool(folder: Path, mark: str, reference: bool = True) -> Pool:
         if key in parts[0]
     }
     file = folder / "negative.safetensors"
-    return Pool(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
+    return TrainSet(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
 
 
 def _made_by(file: Path) -> str | None:

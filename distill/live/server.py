@@ -280,7 +280,7 @@ class Server:
             sound = await asyncio.to_thread(protocol.decode_file, content)
             await self._ask(viewer.say, sound, time.monotonic())
         else:
-            await self._ask(lambda: viewer.hear(protocol.to_sound(content), time.monotonic()))
+            await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))
 
     async def _told(self, viewer: Viewer, message: Any, picture: list[Tensor]) -> None:
         now = time.monotonic()

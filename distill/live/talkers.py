@@ -157,10 +157,10 @@ class Omni:
 
 @dataclass
 class OmniConversation:
-    """The turns so far, which every answer is made from; sounds are kept for the last `remembered` turns."""
+    """The turns so far, which every answer is made from; sounds are kept for the last `refine_context` turns."""
 
     talker: Omni
-    remembered: int = 8
+    refine_context: int = 8
     history: list[dict] = field(default_factory=list)
 
     @torch.inference_mode()
@@ -176,7 +176,7 @@ class OmniConversation:
         new = answer[:, inputs["input_ids"].shape[1] :]
         text = talker.processor.batch_decode(new, skip_special_tokens=True)[0]
         answered = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        self.history = [*said, answered][-2 * self.remembered :]
+        self.history = [*said, answered][-2 * self.refine_context :]
         yield from _at_16k(sound.flatten(), 24_000)
 
 

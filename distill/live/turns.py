@@ -111,7 +111,7 @@ class Listening:
 @dataclass
 class Endpointer:
     """Begin and end of a spoken turn by energy: it begins when 100 ms are 12 dB above the noise floor and above -50 dBFS, and ends
-    after 500 ms below that. `hear` gives "begin", then the turn's samples with 200 ms before them."""
+    after 500 ms below that. `feed` gives "begin", then the turn's samples with 200 ms before them."""
 
     window: int = SAMPLE_RATE // 50
     begin_windows: int = 5
@@ -126,7 +126,7 @@ class Endpointer:
     _rest: Tensor = field(default_factory=lambda: torch.zeros(0))
     _kept: deque = field(default_factory=deque)
 
-    def hear(self, samples: Tensor) -> list[str | Tensor]:
+    def feed(self, samples: Tensor) -> list[str | Tensor]:
         """Microphone samples [n] -> what happened, in order."""
         samples = torch.cat([self._rest, samples])
         whole = len(samples) // self.window * self.window

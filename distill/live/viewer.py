@@ -70,12 +70,12 @@ class Viewer:
         self.start(self.turn, heard)
         return self.turns
 
-    def hear(self, samples: Tensor, now: float) -> None:
+    def feed(self, samples: Tensor, now: float) -> None:
         """Microphone samples: a voice interrupts the avatar, its end is the end of a turn. A student of two speakers hears them
         too, while it listens and while it talks."""
         if self.spec.speakers > 1:
             self.listening.put(samples)
-        for found in self.endpointer.hear(samples):
+        for found in self.endpointer.feed(samples):
             if isinstance(found, Tensor):
                 self.say(found, now)
             elif self.turn is not None:
@@ -84,7 +84,7 @@ class Viewer:
     def microphone(self, on: bool, now: float) -> None:
         """The microphone was switched: a turn that was being spoken ends here."""
         if not on and self.endpointer.speaking:
-            self.hear(torch.zeros(self.endpointer.window * (self.endpointer.end_windows + 1)), now)
+            self.feed(torch.zeros(self.endpointer.window * (self.endpointer.end_windows + 1)), now)
         self.endpointer = Endpointer()
 
     def interrupt(self, now: float) -> None:
@@ -219,13 +219,13 @@ class Viewer:
         session = self._open()
         stop = self.spec.pixel_frames(session.point.chunk + self.spec.schedule.ahead)[1]
         have = session.audio.end + (turn.held if turn is not None else 0)
-        return stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - have
+        return stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - have
 
     def _ready(self, turn: Turn) -> bool:
         """Enough of the answer is there for a chunk, and for those in flight behind it."""
         chunks = 1 + self.spec.schedule.ahead
         length = chunks * self.spec.codec.stride * self.spec.chunk_frames * self.spec.samples_per_frame
-        return turn.finished or turn.held >= length + self.bundle.ears.lookahead
+        return turn.finished or turn.held >= length + self.bundle.audio_encoder.lookahead
 
     def _begin(self, turn: Turn, now: float) -> None:
         """The answer takes the place of the idle frames that were not seen."""

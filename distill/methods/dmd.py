@@ -170,21 +170,21 @@ class DMD:
                 gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), start)
             value = losses.surrogate(x0, gradient)
         else:
-            gradient = losses.input_gradient(
+            gradient = losses.grad_wrt_input(
                 lambda clip: losses.sid(
                     clip, *self._scores(clip, sigma, eps, conditions), self.config.sid_alpha, start
                 ),
                 x0,
             )
-            value = losses.carry(x0, gradient)
+            value = losses.gradient_as_loss(x0, gradient)
         metrics = {f"{self.config.objective}_grad_abs": gradient.abs().mean()}
         if self.config.gan:
             judge, net = self.discriminator, self.fake_score
             assert judge is not None
-            gradient = losses.input_gradient(
-                lambda clip: losses.fooling(judge(net, flow.add_noise(clip, eps, sigma), sigma, conditions)), x0
+            gradient = losses.grad_wrt_input(
+                lambda clip: losses.generator_loss(judge(net, flow.add_noise(clip, eps, sigma), sigma, conditions)), x0
             )
-            value = value + self.config.gan * losses.carry(x0, gradient)
+            value = value + self.config.gan * losses.gradient_as_loss(x0, gradient)
             metrics["gan_grad_abs"] = gradient.abs().mean()
         return Loss(value, metrics)
 
@@ -206,7 +206,7 @@ class DMD:
         other = torch.randn(data.shape, generator=rng).to(data)
         real = self.discriminator(self.fake_score, flow.add_noise(data, other, sigma), sigma, batch.conditions)
         fake = self.discriminator(self.fake_score, flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.discrimination(real, fake)
+        value = losses.discriminator_loss(real, fake)
         return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
 
 

@@ -6,7 +6,7 @@ context: clean is teacher forcing, chunk j sees the data before it (the first st
 Diffusion Forcing (2407.01392) with a sigma per chunk, chunk j sees the other chunks' own noisy states. It is an initialisation
 of the student, and with clean context it trains the autoregressive teacher that `ode_init` (context: data) and `consistency` ask
 for: `Forced` makes it a denoiser of whole clips. stream (FlowAct-R1 2601.10103) is what a diagonal schedule serves: clean context
-and the chunks in flight behind it, which see each other, each at a sigma of the step that it is at (`denoise_flight`).
+and the chunks in flight behind it, which see each other, each at a sigma of the step that it is at (`denoise_diagonal_train`).
 
 `generated` is FlowAct-R1's self-forcing variant: with that probability a clip's context is the student's own few-step rollout, with
 `renoise`d latents; the loss stays on the data. As in Self Forcing the network is told the level that it is served with, so that it
@@ -106,7 +106,7 @@ class Forcing:
         x = flow.add_noise(target, torch.randn(target.shape, generator=rng).to(x0), levels)
         clean, told = self._history(self._memory(x0, given, rng, shared), rng) if front else (x0, None)
         told = None if told is None else told[:, :front]
-        x0_hat = self.student.denoise_flight(x, sigma, conditions.frames(0, stop), clean[:, :, :start], told)
+        x0_hat = self.student.denoise_diagonal_train(x, sigma, conditions.frames(0, stop), clean[:, :, :start], told)
         known = len(conditions.known) if front == 0 else 0
         value = losses.denoising(x0_hat, target, levels, config.loss_power, config.loss_floor, known)
         return Loss(value, {"loss": value.detach()})

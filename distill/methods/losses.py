@@ -60,12 +60,12 @@ def sid(x0: Tensor, real: Tensor, fake: Tensor, alpha: float, start: int = 1, ep
     return (frame_mean(gap * ((real - x0) - alpha * gap), start) / (scale + eps)).mean()
 
 
-def discrimination(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3)."""
     return softplus(-real.float()).mean() + softplus(fake.float()).mean()
 
 
-def fooling(fake: Tensor) -> Tensor:
+def generator_loss(fake: Tensor) -> Tensor:
     """The generator's side of it: softplus(-fake) of the logits, which is -log D."""
     return softplus(-fake.float()).mean()
 
@@ -82,7 +82,7 @@ def unit_tangent(tangent: Tensor, softening: float, start: int = 1) -> Tensor:
     return out
 
 
-def input_gradient(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+def grad_wrt_input(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     """d loss_of(x0) / d x0 in fp32, through networks that are left without a gradient; their graph is freed before it returns."""
     with torch.enable_grad():
         leaf = x0.detach().float().requires_grad_()
@@ -90,6 +90,6 @@ def input_gradient(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     return gradient
 
 
-def carry(x0: Tensor, gradient: Tensor) -> Tensor:
+def gradient_as_loss(x0: Tensor, gradient: Tensor) -> Tensor:
     """A scalar whose gradient with respect to x0 is `gradient` itself; its value means nothing."""
     return (x0.float() * gradient.detach()).sum()

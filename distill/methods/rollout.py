@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.schedule import Told, advance, remembered
+from students.schedule import DiagonalStep, advance, refine_context
 from students.student import Student
 from teachers.conditions import Conditions
 
@@ -43,7 +43,7 @@ def rollout(
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:
-            kept = remembered(student, state, x0, part, steps, lambda k, i, j=j: noise(j + k, i), len(levels))
+            kept = refine_context(student, state, x0, part, steps, lambda k, i, j=j: noise(j + k, i), len(levels))
             state = student.commit(state, kept if corrupt is None else corrupt(j, kept), part, steps)
     return torch.cat(chunks, dim=2)
 
@@ -54,7 +54,7 @@ def context(student: Student, clean: Tensor, conditions: Conditions, front: int)
     schedule as in serving: the last of them is still pending."""
     n, state = student.spec.chunk_frames, student.open(conditions.text)
     for j in range(front):
-        told = Told((), None) if j == front - 1 and student.spec.schedule.depth > 1 else ()
+        told = DiagonalStep((), None) if j == front - 1 and student.spec.schedule.depth > 1 else ()
         x0 = clean[:, :, j * n : (j + 1) * n]
         state = student.commit(state, x0, conditions.frames(j * n, (j + 1) * n), told)
     return state

@@ -41,7 +41,7 @@ class Artifacts:
     @property
     def pool_stage(self) -> str:
         """The stage that the student's conditions come from."""
-        return "data" if self.recipe.degraded is None else "conditions"
+        return "data" if self.recipe.corruption is None else "corrupted"
 
     @property
     def own_network(self) -> bool:
@@ -60,18 +60,20 @@ class Artifacts:
         return config
 
     @cached_property
-    def senses(self) -> latents.Senses:
+    def encoders(self) -> latents.ConditionEncoders:
         folder = self.folder.stage_dir("data")
-        return latents.load_senses(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
+        return latents.load_encoders(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
 
     @cached_property
-    def pool(self) -> latents.Pool:
-        return latents.load_pool(self.folder.stage_dir("data"), self.senses.mark, self.spec.network.reference)
+    def pool(self) -> latents.TrainSet:
+        return latents.load_train_set(self.folder.stage_dir("data"), self.encoders.mark, self.spec.network.reference)
 
     @cached_property
-    def given(self) -> latents.Pool:
-        """What the student is distilled on: the pool, or its degraded clips."""
-        return latents.load_pool(self.folder.stage_dir(self.pool_stage), self.senses.mark, self.spec.network.reference)
+    def given(self) -> latents.TrainSet:
+        """What the student is distilled on: the training set, or its corrupted clips."""
+        return latents.load_train_set(
+            self.folder.stage_dir(self.pool_stage), self.encoders.mark, self.spec.network.reference
+        )
 
     @cached_property
     def probes(self):
@@ -153,4 +155,4 @@ class Artifacts:
 
     def bundle(self, student: Student) -> Bundle:
         """A student with this run's senses, ready for a session."""
-        return Bundle(student.eval(), self.senses.codec, self.senses.ears, self.senses.text)
+        return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text)

@@ -101,11 +101,11 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
 
 def world_spread(pipeline: "Pipeline") -> Tensor:
     """The world's own clips for the diversity conditions, other nuisance each, through the codec: uint8 [C, K, 3, T, H, W]."""
-    config, senses = pipeline.recipe.eval, pipeline.senses
+    config, encoders = pipeline.recipe.eval, pipeline.encoders
     out = []
     for motion in range(config.diversity_seeds):
         clips = pipeline.source.draw(config.condition_seed, "diversity", config.diversity_conditions, motion)
-        out.append(senses.decode(senses.encode(clips.video)))
+        out.append(encoders.decode(encoders.encode(clips.video)))
     return torch.stack(out, dim=1)
 
 
@@ -123,7 +123,7 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
     so that what else the machine does hits all of them.
     """
-    spec, recipe, senses = pipeline.spec, pipeline.recipe, pipeline.senses
+    spec, recipe, encoders = pipeline.spec, pipeline.recipe, pipeline.encoders
     settings, warmup = recipe.trajectories, recipe.eval.latency_warmup
     batch = min(THROUGHPUT_BATCH, len(test.clips.text))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
@@ -138,7 +138,7 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
         def clips(conditions, grid=grid):
             noise = clip_noise(spec, conditions.text.shape[0], 0, "cost")
             made = teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch)
-            senses.decode(made)
+            encoders.decode(made)
 
         alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
         together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
@@ -148,7 +148,7 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
 
         def own(conditions):
             made = many_step_clips(pipeline.ar_teacher, conditions, noise, grid, settings.guidance, batch)
-            senses.decode(made)
+            encoders.decode(made)
 
         alone["ar_teacher"] = lambda: [clocked(lambda: own(one)).seconds]
         together["ar_teacher"] = measure(lambda: own(many), 0, 1)["median"]
@@ -158,7 +158,7 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
         bundle, noise = pipeline.bundle(student), stream_noise(spec, batch, 0, "cost")
 
         def streams(student=student, noise=noise):
-            senses.decode(student_clips(student, many, noise, batch))
+            encoders.decode(student_clips(student, many, noise, batch))
 
         alone[name] = lambda bundle=bundle: stream_marks(bundle, test)
         together[name] = measure(streams, 1, 5)["median"]
@@ -435,7 +435,7 @@ def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Condi
     for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
         if not file.is_file():
             x0 = generate(conditions, seed, name)
-            save_tensors(file, {"video": pipeline.senses.decode(x0)})
+            save_tensors(file, {"video": pipeline.encoders.decode(x0)})
     engine.barrier()
 
 

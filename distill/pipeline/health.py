@@ -141,7 +141,7 @@ class Checkup:
             pipeline.recipe.eval.condition_seed, "health", pipeline.recipe.health.num_conditions
         )
         self.num = len(clips.text)
-        self.conditions = pipeline.senses.of_clips(clips)[1].to(pipeline.engine.device)
+        self.conditions = pipeline.encoders.of_clips(clips)[1].to(pipeline.engine.device)
         self.seams = seam_frames(pipeline.spec)
 
     def student(self, net: Student) -> dict[str, float]:
@@ -154,7 +154,7 @@ class Checkup:
             noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "health", seed)
             return student_clips(net, asked, lambda c, s: noise(c, s)[rows], pipeline.recipe.eval.batch_size)
 
-        return panel(observe(make, self.conditions, torch.arange(num), pipeline.senses.decode), self.seams)
+        return panel(observe(make, self.conditions, torch.arange(num), pipeline.encoders.decode), self.seams)
 
     def teacher(self, folder: Path) -> dict[str, float]:
         """The teacher's panel: that of the stage init where it has been made, else from its guided solutions, shared out over the
@@ -177,7 +177,7 @@ class Checkup:
         files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]
         for rows, file in list(zip(parts, files, strict=True))[engine.rank :: engine.world_size]:
             if not file.is_file():
-                save_tensors(file, observe(make, self.conditions, rows, pipeline.senses.decode))
+                save_tensors(file, observe(make, self.conditions, rows, pipeline.encoders.decode))
         engine.barrier()
         found = [load_tensors(file) for file in files]
         return panel({name: torch.cat([part[name] for part in found]) for name in found[0]}, self.seams)

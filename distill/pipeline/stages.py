@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distill.data import latents
 from distill.data.order import batch_rows
-from distill.data.procedural.degraded import degrade
+from distill.data.procedural.corruption import corrupt_clips
 from distill.data.source import Clips
 from distill.methods import Batch, Needs
 from distill.methods.discriminator import Discriminator, build_discriminator
@@ -72,7 +72,7 @@ class Pipeline(Artifacts):
         base = () if recipe.base is None else ("base",)
         causal = () if recipe.ar_teacher is None else ("ar_teacher",)
         pairs = () if self.needs("init").batch == "x0" else ("trajectories",)
-        worse = () if recipe.degraded is None else ("conditions",)
+        worse = () if recipe.corruption is None else ("corrupted",)
         given = ("data", "extractors", "teacher", *base, *causal, *worse)
         self.names = (*given, *pairs, "init", "dmd", "export", "evaluate")
         self._check_roles()
@@ -99,7 +99,7 @@ class Pipeline(Artifacts):
             "extractors": (probes, ("data",)),
             "teacher": (self._stage_config("teacher"), ("data",)),
             "base": (self._stage_config("base"), ("data",)),
-            "conditions": ({"degraded": recipe["degraded"]}, ("data",)),
+            "corrupted": ({"corruption": recipe["corruption"]}, ("data",)),
             "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, self.pool_stage)),
             "ar_teacher": (
                 {"ar_teacher": recipe["ar_teacher"], **student, **adapters, **self._language_model()},
@@ -203,15 +203,15 @@ class Pipeline(Artifacts):
     def _data(self, folder: Path) -> dict:
         return latents.prepare(self.recipe.data, self.source, self.recipe.seed, folder, self.engine)
 
-    def _conditions(self, folder: Path) -> dict:
-        seed, worse = self.recipe.seed, self.recipe.degraded
+    def _corrupted(self, folder: Path) -> dict:
+        seed, worse = self.recipe.seed, self.recipe.corruption
         assert worse is not None
 
         def clips(shards: Sequence[int]) -> Iterator[Clips]:
             for shard, own in zip(shards, self.source.train(seed, shards), strict=True):
-                yield degrade(worse, own, keyed_generator(seed, "degraded", shard))
+                yield corrupt_clips(worse, own, keyed_generator(seed, "degraded", shard))
 
-        return {"clips": latents.write_shards(self.source, folder, self.engine, self.senses, clips)}
+        return {"clips": latents.write_shards(self.source, folder, self.engine, self.encoders, clips)}
 
     def _extractors(self, folder: Path) -> dict:
         from distill.pipeline.validation import fit_probes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.data.latents import Pool
+from distill.data.latents import TrainSet
 from distill.methods import Batch
 from distill.pipeline.generate import solve_states
 from distill.recipe import TrajectoriesConfig
@@ -40,7 +40,7 @@ class Trajectories:
             [self.shards[i][n - int(ends[i])] for i, n in zip(at, index.tolist(), strict=True)]  # counted from the end
         )
 
-    def batch(self, pool: Pool, rows: Tensor, device: torch.device | str) -> Batch:
+    def batch(self, pool: TrainSet, rows: Tensor, device: torch.device | str) -> Batch:
         batch = pool.batch(self.rows[rows], device)
         conditions = batch.conditions
         if self.guidance is not None:
@@ -51,7 +51,7 @@ class Trajectories:
 def make(
     teacher_of: Callable[[Batch], Any],
     teacher_hash: str,
-    pool: Pool,
+    pool: TrainSet,
     config: TrajectoriesConfig,
     sigmas: Sequence[float],
     *,

@@ -12,7 +12,7 @@ from distill.data.source import Clips
 from distill.pipeline.generate import stream_noise, student_clips
 from distill.pipeline.health import Checkup, reasons
 from eval.embedded import admission, benchmark, probe_training
-from eval.embedded.benchmark import Asked, Reference
+from eval.embedded.benchmark import Reference, TargetLabels
 from eval.embedded.extractors import Probes
 from students.student import Student
 from teachers.conditions import Conditions
@@ -30,21 +30,21 @@ class HeldOut:
     clips: Clips
     decoded: Tensor
     conditions: Conditions
-    asked: Asked
+    asked: TargetLabels
 
     @classmethod
     def draw(cls, pipeline: "Pipeline", name: str, num: int) -> "HeldOut":
         """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
         clips = pipeline.source.draw(pipeline.recipe.eval.condition_seed, name, num)
-        x0, conditions = pipeline.senses.of_clips(clips)
+        x0, conditions = pipeline.encoders.of_clips(clips)
         rows = heard(pipeline, clips)
-        asked = Asked(
+        asked = TargetLabels(
             audio_features=rows,
             gesture=clips.labels.get("gesture"),
             expression=clips.labels.get("expression"),
             portrait=clips.video[:, :, 0],
         )
-        return cls(clips, pipeline.senses.decode(x0), conditions.to(pipeline.engine.device), asked)
+        return cls(clips, pipeline.encoders.decode(x0), conditions.to(pipeline.engine.device), asked)
 
 
 def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
@@ -58,7 +58,7 @@ def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
     config, source, engine = pipeline.recipe.eval, pipeline.source, pipeline.engine
     if engine.is_main:
         clips = source.draw(config.probe_seed, "probes", source.num_train)
-        decoded, rows = pipeline.senses.decode(pipeline.senses.encode(clips.video)), heard(pipeline, clips)
+        decoded, rows = pipeline.encoders.decode(pipeline.encoders.encode(clips.video)), heard(pipeline, clips)
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
@@ -103,7 +103,7 @@ class Validation:
         pipeline, num = self.pipeline, len(self.test.clips.text)
         noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "validate")
         x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
-        video = pipeline.senses.decode(x0)
+        video = pipeline.encoders.decode(x0)
         scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
         return {name: scores[name]["mean"] for name in wanted if name in scores}

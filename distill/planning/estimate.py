@@ -33,8 +33,8 @@ ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 OFFLOAD = "offload"
 SWITCHES = (CHECKPOINTING, OFFLOAD, LORA)
 LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
-LADDER = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLOAD), (CHECKPOINTING, LORA), SWITCHES)
-"""What `remedy` tries, in this order."""
+MEMORY_SAVING_OPTIONS = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLOAD), (CHECKPOINTING, LORA), SWITCHES)
+"""What `suggest_fix` tries, in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,9 +246,9 @@ def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()
     return max(rank_bytes(plan, update, engine, ranks, switches)["peak"] for update in plan.updates)
 
 
-def remedy(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
+def suggest_fix(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
     """The first switches of LADDER with which everything fits into `limit` bytes a rank; None where nothing helps."""
-    ladder = [switches for switches in LADDER if LORA not in switches or engine in LORA_ENGINES]
+    ladder = [switches for switches in MEMORY_SAVING_OPTIONS if LORA not in switches or engine in LORA_ENGINES]
     if not is_possible(plan, engine):
         return None
     return next((switches for switches in ladder if peak_bytes(plan, engine, ranks, switches) <= limit), None)

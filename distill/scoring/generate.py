@@ -19,7 +19,7 @@ from teachers.media.read import fit_image
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GenerateJob:
     """A student, the noise, the text for clips that have none, and where what it draws goes."""
 
     student: Path
@@ -34,7 +34,7 @@ def _loaded(folder: Path, device: str) -> Bundle:
     return load_student(folder).to(device)
 
 
-def draw(task: Drawing, entry: Entry, card: Card) -> Path:
+def generate_clip(task: GenerateJob, entry: Entry, card: Card) -> Path:
     """Draw the student's clip for one real clip and keep it as tensors, unless it is there already.
 
     The stream's noise is that of (seed, name of the clip), so no order and no number of processes changes a frame. Raises UserError

@@ -23,7 +23,7 @@ from distill import __version__
 from distill.data.prepare.workers import shared_out
 from distill.pipeline.run_folder import versions
 from distill.scoring.clip_sets import Entry, open_set, read_clip
-from distill.scoring.generate import Drawing, draw
+from distill.scoring.generate import GenerateJob, generate_clip
 from eval import golden
 from eval.cards import Card
 from eval.clip_scores import (
@@ -79,24 +79,24 @@ class Found:
     without: dict[str, str]
 
 
-def draw_all(drawing: Drawing, real: Mapping[str, Entry], card: Card, processes: int) -> dict[str, Entry]:
+def generate_all(job: GenerateJob, real: Mapping[str, Entry], card: Card, processes: int) -> dict[str, Entry]:
     """The student's clips for every real one, drawn where they are not there yet. Raises UserError naming clips that failed."""
-    make_folder(drawing.folder)
+    make_folder(job.folder)
     problems: dict[str, str] = {}
-    work = partial(_draw, drawing, card)
+    work = partial(_draw, job, card)
     with tqdm(total=len(real), unit="clip", desc="draw", file=sys.stderr) as bar, _one_thread():
         for entry, problem in shared_out(work, real.values(), processes):
             if problem is None or problem:
                 problems[entry.clip.id] = problem or "its process was killed, most likely for want of memory"
             bar.update()
     _raise(problems, len(real), "cannot be drawn")
-    return {name: entry for name, entry in open_set(drawing.folder).items() if name in real}
+    return {name: entry for name, entry in open_set(job.folder).items() if name in real}
 
 
-def _draw(drawing: Drawing, card: Card, entry: Entry) -> str:
+def _draw(job: GenerateJob, card: Card, entry: Entry) -> str:
     """An empty text, or what is wrong with the clip."""
     try:
-        draw(drawing, entry, card)
+        generate_clip(job, entry, card)
     except UserError as error:
         return str(error)
     return ""
@@ -170,7 +170,7 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
         "rows": table,
         "refused": refused,
         "features": files,
-        "golden": golden.remembered(),
+        "golden": golden.refine_context(),
         "versions": versions(),
     }
 

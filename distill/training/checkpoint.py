@@ -107,9 +107,9 @@ def _sync(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    doomed = path.with_name(f".{path.name}.tmp")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    trash = path.with_name(f".{path.name}.tmp")
+    os.rename(path, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 class Reader:

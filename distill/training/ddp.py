@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
 
 
-class Whole:
-    """`Held` by weights, gradients and moments that are whole on every rank."""
+class DDPRole:
+    """`DistributedRole` by weights, gradients and moments that are whole on every rank."""
 
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation

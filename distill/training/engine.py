@@ -18,7 +18,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
-from distill.training.role import Held, Kind, MakeOptimizer
+from distill.training.role import DistributedRole, Kind, MakeOptimizer
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -274,16 +274,18 @@ def _buckets(tensors: Sequence[Tensor], num_bytes: int) -> list[list[Tensor]]:
     return buckets
 
 
-def hold(engine, kind: Kind, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int) -> Held:
+def make_role(
+    engine, kind: Kind, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int
+) -> DistributedRole:
     """`net` as a trained role of an engine of this kind. Sharding changes `net` in place."""
     if kind == "ddp":
-        from distill.training.ddp import Whole
+        from distill.training.ddp import DDPRole
 
-        return Whole(engine, net, make, clip, accumulation)
+        return DDPRole(engine, net, make, clip, accumulation)
     if kind == "fsdp2":
-        from distill.training.fsdp import Sharded
+        from distill.training.fsdp import FSDP2Role
 
-        return Sharded(engine, net, make, clip, accumulation)
-    from distill.training.zero import Partitioned
+        return FSDP2Role(engine, net, make, clip, accumulation)
+    from distill.training.zero import ZeRORole
 
-    return Partitioned(engine, int(kind[-1]), net, make, clip, accumulation)
+    return ZeRORole(engine, int(kind[-1]), net, make, clip, accumulation)

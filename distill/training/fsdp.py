@@ -77,8 +77,8 @@ def _parts(net: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     return net, []
 
 
-class Sharded:
-    """`Held` in shards."""
+class FSDP2Role:
+    """`DistributedRole` in shards."""
 
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from distill.methods import Batch, Method
 from distill.training import checkpoint
-from distill.training.engine import Engine, hold
+from distill.training.engine import Engine, make_role
 from distill.training.metrics_log import MetricsLog
-from distill.training.role import COUNT, MOMENTS, WEIGHT, Held, trained
+from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, trained
 from teachers.errors import UserError
 from teachers.files import replacing
 
@@ -77,19 +77,19 @@ class EMA:
     The decay warms up as min(decay, (1 + n) / (10 + n)) so that short runs are not tied to their start.
     """
 
-    def __init__(self, net: nn.Module | Held, decay: float):
+    def __init__(self, net: nn.Module | DistributedRole, decay: float):
         self.decay, self.num_updates = decay, 0
         self.shadow = {name: p.detach().float().clone() for name, p in net.named_parameters()}
 
     @torch.no_grad()
-    def update(self, net: nn.Module | Held) -> None:
+    def update(self, net: nn.Module | DistributedRole) -> None:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         for name, p in net.named_parameters():
             self.shadow[name].lerp_(p.detach().float(), 1.0 - decay)
 
     @torch.no_grad()
-    def copy_to(self, net: nn.Module | Held) -> None:
+    def copy_to(self, net: nn.Module | DistributedRole) -> None:
         for name, p in net.named_parameters():
             if name in self.shadow:
                 p.copy_(self.shadow[name])
@@ -118,7 +118,7 @@ class Trainer:
         self.keep = engine.config.keep_checkpoints if is_engine else 1
         self.accumulation = config.micro_steps(engine.world_size)
         self.held = {
-            name: hold(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation)
+            name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation)
             for name, net in roles.items()
             for o in [config.optimizers[name]]
         }

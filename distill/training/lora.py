@@ -80,7 +80,7 @@ def adapt(backbone: AvatarTransformer, config: LoraRoles, seed: int, role: str) 
     chosen = targeted(backbone, config.targets, config.full)
     own = {id(p) for name in config.full for p in backbone.get_submodule(name).parameters()}
     shared = {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in own}
-    shared[id(backbone._turns)] = backbone._turns  # pyright: ignore[reportArgumentType]
+    shared[id(backbone._rope_cache)] = backbone._rope_cache  # pyright: ignore[reportArgumentType]
     net = copy.deepcopy(backbone, shared)
     with torch.random.fork_rng(devices=[]):
         peft = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,7 @@
 """How a role is held: whole on every rank (ddp), in FSDP2's shards (fsdp2), or in DeepSpeed's partitions (zero1, zero2, zero3).
 
 All do the same arithmetic: gradients averaged over ranks and accumulation in fp32, clipped by their norm, AdamW on fp32
-weights; with bf16 the matrix products alone are bf16. `distill.training.loop` sees the protocol `Held` and nothing else.
+weights; with bf16 the matrix products alone are bf16. `distill.training.loop` sees the protocol `DistributedRole` and nothing else.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"
 """What a role keeps of each trained parameter: the weight, AdamW's two moments, and how often it was stepped."""
 
 
-class Held(Protocol):
+class DistributedRole(Protocol):
     """A trained role and its optimizer. Every rank calls every method, in the same order."""
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:

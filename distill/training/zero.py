@@ -20,7 +20,7 @@ PERSISTENT = 100_000
 """ZeRO-3 leaves parameters of up to this many elements whole; tables that are read outside their own module must be."""
 
 
-class Door(nn.Module):
+class ZeROModule(nn.Module):
     """DeepSpeed follows one forward of a module: that of the loss."""
 
     def __init__(self, net: nn.Module):
@@ -32,7 +32,7 @@ class Door(nn.Module):
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatSlice:
     """Elements [start, start + count) of a flattened parameter lie at `offset` of the flat tensor number `flat`."""
 
     flat: int
@@ -41,8 +41,8 @@ class Piece:
     count: int
 
 
-class Partitioned:
-    """`Held` in ZeRO's partitions."""
+class ZeRORole:
+    """`DistributedRole` in ZeRO's partitions."""
 
     def __init__(self, engine, stage: int, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.stage, self.accumulation = engine, stage, accumulation
@@ -50,7 +50,7 @@ class Partitioned:
         self.params = trained(net)
         config = settings(engine, stage) | {"gradient_clipping": clip, "gradient_accumulation_steps": accumulation}
         made = make(list(self.params.values()))
-        self.deepspeed = initialize(engine, model=Door(net), optimizer=made, config=config)
+        self.deepspeed = initialize(engine, model=ZeROModule(net), optimizer=made, config=config)
         self.zero: Any = self.deepspeed.optimizer
         self.pieces = {name: self._piece(p) for name, p in self.params.items()}
 
@@ -59,15 +59,15 @@ class Partitioned:
         """This rank's fp32 weights."""
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
-    def _piece(self, p: Any) -> Piece | None:
+    def _piece(self, p: Any) -> FlatSlice | None:
         if self.stage == 3:
             flat, offset, length = self.zero.grad_position[self.zero.get_param_id(p)]
             start = dist.get_rank() * length
-            return Piece(flat, offset, start, max(0, min(length, p.ds_numel - start)))
+            return FlatSlice(flat, offset, start, max(0, min(length, p.ds_numel - start)))
         if p._hp_mapping is None:
             return None
         high, low = p._hp_mapping.hp_fragment_address, p._hp_mapping.lp_fragment_address
-        return Piece(p._hp_mapping.param_group_index, high.start, low.start, low.numel)
+        return FlatSlice(p._hp_mapping.param_group_index, high.start, low.start, low.numel)
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
         with self.engine.autocast():

@@ -96,7 +96,7 @@ def admit(
     }
     cases = {"fid": fid, "kid": kid, "fvd": fvd}
     if probes.knows_mouth:
-        cases["sync"], admitted["sync"] = _admit_sync(readings, probes.hear(audio_features))
+        cases["sync"], admitted["sync"] = _admit_sync(readings, probes.mouth_from_audio(audio_features))
     if portraits.shape[1]:
         identity = cases["identity"] = {
             "real": identity_agreement(readings["real"].identity, portraits)[0],

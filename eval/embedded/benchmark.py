@@ -34,7 +34,7 @@ class Reference:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class TargetLabels:
     """What the N conditions asked for; None where nobody did."""
 
     audio_features: Tensor  # [N, T, A]
@@ -57,7 +57,7 @@ def evaluate_videos(
     probes: Probes,
     videos: UInt8[Tensor, "s n 3 t h w"],
     reference: Reference,
-    asked: Asked,
+    asked: TargetLabels,
     spread_videos: UInt8[Tensor, "c k 3 t h w"] | None = None,
     world_videos: UInt8[Tensor, "c j 3 t h w"] | None = None,
     max_lag: int = 4,
@@ -75,7 +75,7 @@ def evaluate_videos(
         raise UserError(
             f"scores need [seeds, conditions, ...]: got {tuple(videos.shape)} for {len(asked.portrait)} conditions"
         )
-    heard = probes.hear(asked.audio_features) if probes.knows_mouth else None
+    heard = probes.mouth_from_audio(asked.audio_features) if probes.knows_mouth else None
     still = asked.portrait[:, :, None].expand(-1, -1, 2, -1, -1)
     portrait = probes.read(still).identity[:, 0]
     runs = [_one_seed(probes.read(clips), clips, reference, asked, heard, portrait, max_lag) for clips in videos]
@@ -89,7 +89,7 @@ def evaluate_videos(
 
 
 def _one_seed(
-    reading: Reading, clips: Tensor, reference: Reference, asked: Asked, heard, portrait, max_lag: int
+    reading: Reading, clips: Tensor, reference: Reference, asked: TargetLabels, heard, portrait, max_lag: int
 ) -> dict:
     frames = reading.frame_features[:, 1:]
     found = {

@@ -43,7 +43,7 @@ def window_scores(
     colour = clips.float().mean((2, 3, 4)).unflatten(0, (len(films), count)).mean(1) - portraits.float().mean((2, 3))
     return {
         "identity": identity_agreement(faces, portrait)[0],
-        "sync": mouth_sync(reading.mouth, probes.hear(rows))["sync"],
+        "sync": mouth_sync(reading.mouth, probes.mouth_from_audio(rows))["sync"],
         "motion": class_agreement(reading.gesture, asked)[0],
         "motion_energy": float(motion_energies(clips).mean()),
         "sharpness": float(sharpness_energies(clips).mean()),

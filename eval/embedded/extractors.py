@@ -78,7 +78,7 @@ class ClipProbe(nn.Module):
         return features, *self.heads(features).split(self.sizes, dim=1)
 
 
-class Ear(nn.Module):
+class AudioProbe(nn.Module):
     """Audio features [N, T, A], a row a pixel frame -> heard mouth (open, width) [N, T, 2]; hears +-2 frames."""
 
     def __init__(self, num_features: int):
@@ -115,8 +115,15 @@ class Reading:
 class Probes:
     """The three networks with the statistics that standardise their inputs and outputs."""
 
-    def __init__(self, frame: FrameProbe, clip: ClipProbe, ear: Ear, names: tuple[str, ...], scales: dict[str, Tensor]):
-        self.frame, self.clip, self.ear = frame.eval(), clip.eval(), ear.eval()
+    def __init__(
+        self,
+        frame: FrameProbe,
+        clip: ClipProbe,
+        audio_probe: AudioProbe,
+        names: tuple[str, ...],
+        scales: dict[str, Tensor],
+    ):
+        self.frame, self.clip, self.audio_probe = frame.eval(), clip.eval(), audio_probe.eval()
         self.names, self.scales = names, scales
 
     @property
@@ -130,7 +137,7 @@ class Probes:
 
     def to(self, device: torch.device | str) -> "Probes":
         """The same probes with networks and statistics on `device`."""
-        for network in (self.frame, self.clip, self.ear):
+        for network in (self.frame, self.clip, self.audio_probe):
             network.to(device)
         self.scales = {key: value.to(device) for key, value in self.scales.items()}
         return self
@@ -155,11 +162,11 @@ class Probes:
         return Reading(features, clip_features, named, expression, gesture, identity)
 
     @torch.inference_mode()
-    def hear(self, audio_features: Float[Tensor, "n t a"]) -> Float[Tensor, "n t 2"]:
+    def mouth_from_audio(self, audio_features: Float[Tensor, "n t a"]) -> Float[Tensor, "n t 2"]:
         """Mouth (open, width) that the sound asks for, in the world's units."""
         scaled = (audio_features.to(self.device) - self.scales["audio_mean"]) / self.scales["audio_std"]
         columns = [self.names.index(name) for name in MOUTH]
-        heard = self.ear(scaled) * self.scales["label_std"][columns] + self.scales["label_mean"][columns]
+        heard = self.audio_probe(scaled) * self.scales["label_std"][columns] + self.scales["label_mean"][columns]
         return heard.float().cpu()
 
     def check(self, video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> dict[str, float]:
@@ -171,14 +178,14 @@ class Probes:
         late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1).argmax(1)
         scores["expression"] = float((late == labels["expression"].cpu()).double().mean())
         scores["gesture"] = float((reading.gesture.argmax(1) == labels["gesture"].cpu()).double().mean())
-        heard = self.hear(audio_features)
+        heard = self.mouth_from_audio(audio_features)
         for index, name in enumerate(MOUTH):
             scores[f"heard_{name}"] = correlation(heard[:, 1:, index], labels[name][:, 1:])
         return scores
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor by name: `frame.*`, `clip.*`, `ear.*`, `scale.*`."""
-        networks = {"frame": self.frame, "clip": self.clip, "ear": self.ear}
+        """Every tensor by name: `frame.*`, `clip.*`, `audio_probe.*`, `scale.*`."""
+        networks = {"frame": self.frame, "clip": self.clip, "ear": self.audio_probe}
         state = {f"{key}.{name}": x for key, network in networks.items() for name, x in network.state_dict().items()}
         state.update({f"scale.{key}": x for key, x in self.scales.items()})
         return {name: x.detach().cpu().contiguous() for name, x in state.items()}
@@ -214,14 +221,14 @@ class Probes:
             state = load_file(folder / "probes.safetensors")
             names, sizes = tuple(meta["names"]), meta["frame"]
             frame = FrameProbe(sizes[0], sizes[1], sizes[2])
-            clip, ear = ClipProbe(meta["clip"][2], meta["clip"][0]), Ear(meta["audio"])
-            for key, network in {"frame": frame, "clip": clip, "ear": ear}.items():
+            clip, audio_probe = ClipProbe(meta["clip"][2], meta["clip"][0]), AudioProbe(meta["audio"])
+            for key, network in {"frame": frame, "clip": clip, "ear": audio_probe}.items():
                 network.load_state_dict(_under(state, key))
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the probes cannot be read: {folder}: {error}; delete the folder and evaluate again"
             ) from error
-        probes = Probes(frame, clip, ear, names, _under(state, "scale"))
+        probes = Probes(frame, clip, audio_probe, names, _under(state, "scale"))
         if probes.sha256 != meta["sha256"]:
             raise UserError(f"the probes do not match their hash: {folder}; delete the folder and evaluate again")
         return probes

@@ -12,8 +12,8 @@ from eval.embedded.extractors import (
     DIM,
     MOUTH,
     TEMPOS,
+    AudioProbe,
     ClipProbe,
-    Ear,
     FrameProbe,
     Probes,
     Progress,
@@ -28,7 +28,7 @@ Network = TypeVar("Network", bound=nn.Module)
 CLIP_BATCH = 64
 CLIP_ROWS = 448  # clips whose frame features are cached for the clip probe
 NOISE = 0.2  # standard deviation of the strongest added noise, in units where pixels span 2
-NOBODY = {"identity_mean": torch.zeros(0), "identity_std": torch.ones(0)}
+NO_IDENTITY = {"identity_mean": torch.zeros(0), "identity_std": torch.ones(0)}
 WEIGHTS = {"mouth_open": 2.0, "mouth_width": 4.0}  # all other per-frame labels count once
 
 
@@ -52,18 +52,18 @@ def fit(
     per_frame = torch.stack([labels[name].float() for name in names], dim=2)
     scales = {
         **_scale("label", per_frame),
-        **(_scale("identity", labels["identity"].float()) if "identity" in labels else NOBODY),
+        **(_scale("identity", labels["identity"].float()) if "identity" in labels else NO_IDENTITY),
         **_scale("audio", audio_features.float()),
     }
     frame = _build(lambda: FrameProbe(len(names), num[0], scales["identity_mean"].shape[0]), generator)
     clip = _build(lambda: ClipProbe(len(names), num[1]), generator)
-    ear = _build(lambda: Ear(audio_features.shape[2]), generator)
-    probes = Probes(frame, clip, ear, names, scales)
+    audio_probe = _build(lambda: AudioProbe(audio_features.shape[2]), generator)
+    probes = Probes(frame, clip, audio_probe, names, scales)
     sources = (video, video if degraded_video is None else degraded_video)
     targets = (per_frame - scales["label_mean"]) / scales["label_std"]
     trainer = _Trainer(config, generator, progress)
     if probes.knows_mouth:
-        trainer.run(ear, _ear_loss(probes, audio_features, targets, generator), 0)
+        trainer.run(audio_probe, _ear_loss(probes, audio_features, targets, generator), 0)
     trainer.run(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), 1)
     trainer.run(clip, _clip_loss(probes, sources, labels, targets, generator), 2)
     return probes
@@ -172,7 +172,7 @@ def _ear_loss(probes, audio_features: Tensor, targets: Tensor, rng: torch.Genera
 
     def loss() -> Tensor:
         rows = torch.randint(len(scaled), (CLIP_BATCH,), generator=rng)
-        return F.mse_loss(probes.ear(scaled[rows])[:, 1:], target[rows, 1:])  # frame 0 is the given portrait
+        return F.mse_loss(probes.audio_probe(scaled[rows])[:, 1:], target[rows, 1:])  # frame 0 is the given portrait
 
     return loss
 
@@ -238,15 +238,15 @@ def _embed(probes, clips: Tensor) -> Tensor:
 def _degrade(frames: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Half the frames partly blurred, half noised -> (frames, quality [N, 2]: blur 0..1, noise 0..1)."""
     amount = torch.rand(len(frames), 2, generator=rng) * (torch.rand(len(frames), 2, generator=rng) < 0.5)
-    return _soil(frames, amount, rng), amount
+    return _corrupt(frames, amount, rng), amount
 
 
 def _degrade_clips(clips: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
     """Clips [N, 3, T, H, W] soiled frame by frame with amount [N, T, 2]."""
-    flat = _soil(clips.transpose(1, 2).flatten(0, 1), amount.flatten(0, 1), rng)
+    flat = _corrupt(clips.transpose(1, 2).flatten(0, 1), amount.flatten(0, 1), rng)
     return flat.unflatten(0, amount.shape[:2]).transpose(1, 2)
 
 
-def _soil(frames: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
+def _corrupt(frames: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
     noise = torch.randn(frames.shape, generator=rng) * (NOISE * amount[:, 1, None, None, None])
     return frames + amount[:, 0, None, None, None] * (blur(frames) - frames) + noise

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from students.networks.causal_wan import CausalWan
-from students.serving.inputs import hear
+from students.serving.inputs import encode_window
 from students.serving.session import Chunk, Session
 from students.student import Student
 from students.weights.checkpoint import Bundle
@@ -178,10 +178,10 @@ class ChunkWork:
             for call in self.calls:
                 call()
 
-    def senses(self) -> Tensor:
+    def encoders(self) -> Tensor:
         """The ears."""
         with torch.inference_mode():
-            return hear(self.bundle.ears, self.window.to(self.x0.device), *self.span)
+            return encode_window(self.bundle.audio_encoder, self.window.to(self.x0.device), *self.span)
 
     def decode(self) -> Tensor:
         """The codec: frames uint8 [t, H, W, 3]."""
@@ -191,20 +191,20 @@ class ChunkWork:
 
     def all(self) -> None:
         """Senses, network and codec, one after the other."""
-        self.senses()
+        self.encoders()
         self.network()
         self.decode()
 
 
 def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
     """Draw a session's chunks before number `chunk`, then that one, and keep what its network calls were given."""
-    session, spec, ears = open_session(bundle, scene), bundle.spec, bundle.ears
+    session, spec, audio_encoder = open_session(bundle, scene), bundle.spec, bundle.audio_encoder
     for _ in range(chunk):
         session.step()
     session.settle()
     decoder, (start, stop) = session.point.decoder, spec.pixel_frames(chunk)
     window = session.audio.read(
-        start * spec.samples_per_frame - ears.lookback, stop * spec.samples_per_frame + ears.lookahead
+        start * spec.samples_per_frame - audio_encoder.lookback, stop * spec.samples_per_frame + audio_encoder.lookahead
     )
     with recorded(bundle.student) as calls:
         session.step()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eval.speed.latency import Scene
-from students.serving.inputs import hear
+from students.serving.inputs import encode_window
 from students.serving.session import chunk_noise
 from students.spec import Spec
 from students.weights.checkpoint import Bundle
@@ -83,14 +83,14 @@ def naive_loop(bundle: Bundle, scene: Scene, num_chunks: int, keep_text: bool = 
 
 def _conditions(bundle: Bundle, scene: Scene, num_chunks: int) -> Conditions:
     """Those of the whole film at once."""
-    spec, ears = bundle.spec, bundle.ears
+    spec, audio_encoder = bundle.spec, bundle.audio_encoder
     device = next(bundle.student.parameters()).device
     stop = spec.pixel_frames(num_chunks - 1)[1]
-    sound = scene.sound[: stop * spec.samples_per_frame + ears.lookahead]
-    window = torch.nn.functional.pad(sound, (ears.lookback, 0)).to(device)
+    sound = scene.sound[: stop * spec.samples_per_frame + audio_encoder.lookahead]
+    window = torch.nn.functional.pad(sound, (audio_encoder.lookback, 0)).to(device)
     if spec.speakers > 1:  # the other one is silent
         window = torch.stack([window, torch.zeros_like(window)], dim=1)
-    rows = hear(ears, window, 0, stop)
+    rows = encode_window(audio_encoder, window, 0, stop)
     audio = pack_rows(rows[None], spec.codec.stride)
     return Conditions(
         text=bundle.text([scene.text]).to(device),

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from students.kv_cache import Entry
-from students.schedule import Told
+from students.kv_cache import CachedChunk
+from students.schedule import DiagonalStep
 from students.spec import Spec
 from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
@@ -42,9 +42,9 @@ class CausalWan(Student):
             levels = set()  # the scale is told with them
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
         state = replace(self.new_state(), times=times)
-        return state if text is None else self.hear(state, text)
+        return state if text is None else self.set_text(state, text)
 
-    def hear(self, state: State, text: Tensor) -> State:
+    def set_text(self, state: State, text: Tensor) -> State:
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
         return replace(state, text=self.net.read_text(text))
 
@@ -64,7 +64,7 @@ class CausalWan(Student):
     def turn(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
         n = self.spec.chunk_frames
-        return rotate(keys, self.net.turns(place * n, n, *self.spec.token_grid))
+        return rotate(keys, self.net.rope_table(place * n, n, *self.spec.token_grid))
 
     def forward(
         self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0, plan: Plan = None
@@ -77,7 +77,7 @@ class CausalWan(Student):
         dtype = torch.promote_types(x.dtype, torch.float32)
         level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
         time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
-        past, seen = self.past(state, step), len(state.kept) * self.spec.chunk_frames
+        past, seen = self.past(state, step), len(state.cached) * self.spec.chunk_frames
         audio = conditions.audio if plan is None or grad else plan
         scale = self.scale(conditions)
         out, cache = self.net(
@@ -95,7 +95,7 @@ class CausalWan(Student):
 
     @torch.no_grad()
     def commit(
-        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence | Told = (), plan: Plan = None
+        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence | DiagonalStep = (), plan: Plan = None
     ) -> State:
         """Put a finished chunk into the context and return the state of the next chunk.
 
@@ -103,21 +103,21 @@ class CausalWan(Student):
         shares the chunk's `plan`.
         """
         history = self.spec.history
-        if isinstance(steps, Told):
+        if isinstance(steps, DiagonalStep):
             state = state if steps.entry is None else self.settle(state, steps.entry)
             pending = Finished(state.chunk, x0.detach(), conditions)
-            return self.resume(replace(state, pending=pending, flight=steps.flight), state.kept, state.chunk + 1)
+            return self.resume(replace(state, pending=pending, flight=steps.flight), state.cached, state.chunk + 1)
         if history.commit == "clean":
             seen = self._seen_pending(state) if self.spec.schedule.depth > 1 else state
             steps = [stacked(self(seen, x0.detach(), history.level, conditions, plan=plan)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
-        return self.resume(state, (*state.kept, Entry(state.chunk, keys, values)), state.chunk + 1)
+        return self.resume(state, (*state.cached, CachedChunk(state.chunk, keys, values)), state.chunk + 1)
 
-    def denoise_stream(
+    def denoise_diagonal(
         self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
-    ) -> tuple[Tensor, Entry | None]:
+    ) -> tuple[Tensor, CachedChunk | None]:
         """Diagonal: x [B, C, k n, H, W] of the state's chunk and those behind it, each at its own of k sigmas; they see each
         other and the context, which does not see them (FlowAct-R1's fake-causal mask) -> x0, and the pending chunk's entry."""
         n, first = self.spec.chunk_frames, state.chunk == 0
@@ -134,23 +134,23 @@ class CausalWan(Student):
             spans, shown = [Span(0, n), Span(n, inputs.shape[2], ((0, n),))], [*told, *shown]
         text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
         time = x.new_tensor(shown, dtype=level.dtype).expand(shape[0], -1)
-        past, seen = self.past(state), len(state.kept) * n
+        past, seen = self.past(state), len(state.cached) * n
         told = {"past": past, "past_frames": seen, "pose": pose, "guidance": self.scale(conditions)}
         out, cache = self.net(inputs, time, text, audio, spans=spans, **told)
         entry = None
         if pending is not None:
             out, tokens = out[:, :, n:], n * math.prod(self.spec.token_grid)
             keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
-            entry = Entry(pending.chunk, (keys,), (values,))
+            entry = CachedChunk(pending.chunk, (keys,), (values,))
         return to_x0(out, x, level, conditions, self.net.prediction, conditions.known if first else ()), entry
 
     def _seen_pending(self, state: State) -> State:
         """The state with that part of the context that the chunk sees once it is pending: what the next chunk sees of it."""
-        return replace(self.resume(state, state.kept, state.chunk + 1), chunk=state.chunk)
+        return replace(self.resume(state, state.cached, state.chunk + 1), chunk=state.chunk)
 
-    def settle(self, state: State, entry: Entry) -> State:
+    def settle(self, state: State, entry: CachedChunk) -> State:
         """The state whose pending chunk is in the context, as `entry`."""
-        return self.resume(replace(state, pending=None), (*state.kept, entry), state.chunk)
+        return self.resume(replace(state, pending=None), (*state.cached, entry), state.chunk)
 
     def denoise_clip(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
@@ -187,14 +187,14 @@ class CausalWan(Student):
         out = out[:, :, offset:]
         return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, conditions.known)
 
-    def denoise_flight(
+    def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
     ) -> Tensor:
         """A forward of a diagonal stream in one masked pass, for training: x [B, C, k n, H, W], the last k chunks of the
         conditions' frames in flight, each at its own sigma [B, k], see each other and the clean [B, C, m n, H, W] chunks before
         them, which see those before themselves alone (FlowAct-R1's fake-causal mask) -> x0 [B, C, k n, H, W].
 
-        It equals `denoise_stream` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
+        It equals `denoise_diagonal` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
         what the clean chunks are told to be at, where that is not the history's own.
         """
         n, start, see = self.spec.chunk_frames, clean.shape[2], self.spec.history.visible

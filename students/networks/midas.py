@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from students.kv_cache import Entry
+from students.kv_cache import CachedChunk
 from students.networks.midas_net import MidasNet
 from students.spec import Spec
 from students.student import Finished, State, Student, stacked
@@ -24,7 +24,7 @@ class Plan:
     """Hidden states [B, tokens, D] of a chunk, and its place in the context once it is finished."""
 
     hidden: Tensor
-    entry: Entry
+    entry: CachedChunk
 
 
 class Midas(Student):
@@ -57,7 +57,7 @@ class Midas(Student):
         """The empty context; text and the other conditions are read with every chunk."""
         return self.new_state()
 
-    def hear(self, state: State, text: Tensor) -> State:  # noqa: ARG002
+    def set_text(self, state: State, text: Tensor) -> State:  # noqa: ARG002
         return state
 
     def turn(self, keys: Tensor, place: int) -> Tensor:
@@ -66,10 +66,10 @@ class Midas(Student):
     def plan(self, state: State, conditions: Conditions) -> Plan:
         """The language model's pass over the chunk's conditions and the chunk before it, which is `pending`."""
         inputs = self.net("inputs", self._before(state, conditions), conditions, 0, self._like(conditions))
-        hidden, kept = self.net("read", inputs, self.past(state), len(state.kept) * self._size)
-        keys, values = stacked(kept)
+        hidden, cached = self.net("read", inputs, self.past(state), len(state.cached) * self._size)
+        keys, values = stacked(cached)
         own = hidden[:, self.spec.chunk_frames * self.net.conditions.count :]
-        return Plan(own, Entry(state.chunk, (keys,), (values,)))
+        return Plan(own, CachedChunk(state.chunk, (keys,), (values,)))
 
     def _like(self, conditions: Conditions) -> Tensor:
         channels, height, width = self.spec.latent_size
@@ -93,7 +93,7 @@ class Midas(Student):
         sigma: Tensor | float,
         conditions: Conditions,
         step: int = 0,  # noqa: ARG002
-    ) -> tuple[Tensor, Entry]:
+    ) -> tuple[Tensor, CachedChunk]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
         known = conditions.known if state.chunk == 0 else ()
@@ -103,12 +103,17 @@ class Midas(Student):
 
     @torch.no_grad()
     def commit(
-        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence[Entry] = (), plan: Plan | None = None
+        self,
+        state: State,
+        x0: Tensor,
+        conditions: Conditions,
+        steps: Sequence[CachedChunk] = (),
+        plan: Plan | None = None,
     ) -> State:
         """The chunk's plan enters the context, its latents wait for the next plan. Without plan and steps it is planned anew."""
         entry = steps[-1] if steps else (self.plan(state, conditions) if plan is None else plan).entry
         pending = Finished(state.chunk, x0.detach(), conditions)
-        return self.resume(replace(state, pending=pending), (*state.kept, entry), state.chunk + 1)
+        return self.resume(replace(state, pending=pending), (*state.cached, entry), state.chunk + 1)
 
     def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
         """As every student's; a chunk whose predecessor is forgotten cannot be planned again, and is left out of the context."""
@@ -119,7 +124,7 @@ class Midas(Student):
             else:
                 state = replace(state, pending=past)
             last = past.chunk
-        return self.resume(state, state.kept, chunk)
+        return self.resume(state, state.cached, chunk)
 
     def denoise_clip(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None

@@ -203,7 +203,7 @@ class MidasNet(nn.Module):
         self.buckets = nn.Embedding(config.buckets, config.width)
         self.head = DiffusionHead(config, size)
         self.gradient_checkpointing = False
-        self._turns: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._rope_cache: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._start()
 
     def _start(self) -> None:
@@ -260,20 +260,20 @@ class MidasNet(nn.Module):
         index = torch.as_tensor(bucket, device=read.device).expand(read.shape[0])
         return torch.cat([told, read + self.buckets(index).unsqueeze(1)], dim=1)
 
-    def turns(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def rope_table(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin [n, 1, d] of positions first .. first + count - 1."""
         key = (first, count, self.dtype, self.latents.weight.device)
-        if key not in self._turns:
+        if key not in self._rope_cache:
             with torch.inference_mode(False), torch.no_grad():
                 like = torch.zeros((), device=key[3], dtype=torch.promote_types(self.dtype, torch.float32))
                 positions = torch.arange(first, first + count, device=key[3])[None]
                 cos, sin = self.llm.rotary_emb(like, positions)
-                self._turns[key] = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
-        return self._turns[key]
+                self._rope_cache[key] = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+        return self._rope_cache[key]
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
         """x [.., n, M, d] turned to positions first .. first + n - 1."""
-        cos, sin = self.turns(first, x.shape[-3])
+        cos, sin = self.rope_table(first, x.shape[-3])
         return rotate_halves(x.to(cos.dtype), cos, sin).to(x.dtype)
 
     def read(self, x: Tensor, past: Sequence[KeyValue] | None, first: int) -> tuple[Tensor, list[KeyValue]]:
@@ -304,15 +304,15 @@ class MidasNet(nn.Module):
         return self._run(x.flatten(1, 2), attend)[0].unflatten(1, (-1, size))
 
     def _run(self, x: Tensor, attend: Attend) -> tuple[Tensor, list[KeyValue]]:
-        kept = []
+        cached = []
         for i, layer in enumerate(self.llm.layers):
             inputs = (x, functools.partial(attend, i))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, own = checkpoint(layer, *inputs, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             else:
                 x, own = layer(*inputs)
-            kept.append(own)
-        return self.llm.norm(x), kept
+            cached.append(own)
+        return self.llm.norm(x), cached
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

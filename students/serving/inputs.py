@@ -11,7 +11,7 @@ from students.spec import Spec
 from teachers.conditions import side_by_side
 from teachers.errors import UserError
 from teachers.media.streams import LOUDEST_SAMPLE
-from teachers.registry import Ears
+from teachers.registry import AudioEncoder
 
 
 def checked_sound(spec: Spec, audio: Tensor | None, other: Tensor | None, rate: int) -> Tensor | None:
@@ -59,6 +59,10 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
         raise UserError(f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(pose.shape)}")
 
 
-def hear(ears: Ears, window: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1 [T, A] of just the samples that they need (`Ears.rows`): [S], or [S, speakers] side by side in a row."""
-    return ears.rows(window, first, last) if window.ndim == 1 else side_by_side(ears.rows(window.T, first, last))
+def encode_window(audio_encoder: AudioEncoder, window: Tensor, first: int, last: int) -> Tensor:
+    """Rows first..last-1 [T, A] of just the samples that they need (`AudioEncoder.rows`): [S], or [S, speakers] side by side in a row."""
+    return (
+        audio_encoder.rows(window, first, last)
+        if window.ndim == 1
+        else side_by_side(audio_encoder.rows(window.T, first, last))
+    )

@@ -28,13 +28,13 @@ class AvatarPipelineOutput(BaseOutput):
 class AvatarPipeline(DiffusionPipeline):
     """A thin face over students.serving.session for whole files; who streams opens a Session on `pipe.bundle`."""
 
-    def __init__(self, student, codec, ears, text):
+    def __init__(self, student, codec, audio_encoder, text):
         super().__init__()
-        self.register_modules(student=student, codec=codec, ears=ears, text=text)
+        self.register_modules(student=student, codec=codec, audio_encoder=audio_encoder, text=text)
 
     @property
     def bundle(self) -> Bundle:
-        return Bundle(self.student, self.codec, self.ears, self.text)
+        return Bundle(self.student, self.codec, self.audio_encoder, self.text)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **unknown) -> "AvatarPipeline":
@@ -42,7 +42,7 @@ class AvatarPipeline(DiffusionPipeline):
         if unknown:
             raise UserError(f"from_pretrained takes the student's folder alone: got {', '.join(unknown)}")
         bundle = load_student(Path(folder))
-        return cls(bundle.student, bundle.codec, bundle.ears, bundle.text)
+        return cls(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
 
     def save_pretrained(self, folder: str | Path, **unknown) -> None:
         """Write the student's folder, as `distill run` exports it."""

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from students.schedule import advance, remembered
-from students.serving.inputs import check_pose, checked_sound, hear
+from students.schedule import advance, refine_context
+from students.serving.inputs import check_pose, checked_sound, encode_window
 from students.serving.overlap import Beside
 from students.spec import Spec
 from students.student import Finished
@@ -299,7 +299,7 @@ class Session:
             return Starved("lead")
         if self.closed:
             return None
-        missing = stop * per_frame + self.bundle.ears.lookahead - self.audio.end
+        missing = stop * per_frame + self.bundle.audio_encoder.lookahead - self.audio.end
         if missing > 0 and "audio" not in self.drop:
             return Starved("audio", missing)
         if self._takes_pose and stop > self.pose.end:
@@ -317,15 +317,15 @@ class Session:
 
     def _conditions(self, point: Point) -> Conditions:
         """The conditions of the next chunk from what is buffered."""
-        spec, ears = self.spec, self.bundle.ears
+        spec, audio_encoder = self.spec, self.bundle.audio_encoder
         start, stop = self._span()[0], self._heard()
         stride, per_frame = spec.codec.stride, spec.samples_per_frame
 
         def packed(rows: Tensor) -> Tensor:
             return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
 
-        window = self.audio.read(start * per_frame - ears.lookback, stop * per_frame + ears.lookahead)
-        audio = packed(hear(ears, window.to(self.device), start, stop))
+        window = self.audio.read(start * per_frame - audio_encoder.lookback, stop * per_frame + audio_encoder.lookahead)
+        audio = packed(encode_window(audio_encoder, window.to(self.device), start, stop))
         pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
         conditions = Conditions(
             text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
@@ -353,7 +353,7 @@ class Session:
                     state = student.recommit(event.features, point.seen, point.chunk)
                     state = replace(state, flight=point.state.flight)
                 else:
-                    state = student.hear(point.state, event.features)
+                    state = student.set_text(point.state, event.features)
                 point = replace(point, state=state, text=event.text, features=event.features)
         return point
 
@@ -379,7 +379,7 @@ class Session:
             return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():
-            kept = remembered(student, point.state, x0, conditions, steps, noise, len(levels), plan)
+            kept = refine_context(student, point.state, x0, conditions, steps, noise, len(levels), plan)
             return student.commit(point.state, kept, conditions, steps, plan), kept
 
         (frames, decoder), self.committing = self.beside.run(decode, commit)
@@ -407,7 +407,7 @@ class Session:
     def _live(self) -> Chunk:
         """The next chunk, the missing input made up: silence, and the last pose."""
         stop = self._heard()
-        need = stop * self.spec.samples_per_frame + self.bundle.ears.lookahead - self.audio.end
+        need = stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - self.audio.end
         self.audio.push(torch.zeros(max(0, need), *self.audio.row_shape))
         if self._takes_pose:
             last = self.pose.read(self.pose.end - 1, self.pose.end)
@@ -430,7 +430,7 @@ class Session:
         """Drop input that no chunk hears any more, not even after an interrupt, and the events before it."""
         oldest = self.points[0].chunk
         start = self.spec.pixel_frames(oldest)[0]
-        self.audio.forget(start * self.spec.samples_per_frame - self.bundle.ears.lookback)
+        self.audio.forget(start * self.spec.samples_per_frame - self.bundle.audio_encoder.lookback)
         self.pose.forget(start - 1)
         self.events = tuple(event for event in self.events if event.at >= oldest)
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from students.kv_cache import Entry
+from students.kv_cache import CachedChunk
 from students.schedule import InFlight
 from students.serving.session import Event, Point, Session
 from students.student import Finished
@@ -54,7 +54,7 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         tensors["resampler"] = resampler.tail
     if how == "exact":
         tensors |= {f"decoder.{i}": value for i, value in enumerate(point.decoder or ())}
-        for i, entry in enumerate(point.state.kept):
+        for i, entry in enumerate(point.state.cached):
             for name in ("keys", "values"):
                 tensors |= {f"kept.{i}.{name}.{j}": value for j, value in enumerate(getattr(entry, name))}
     facts = {
@@ -67,8 +67,8 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         "began": point.began,
         "text": point.text,
         "seen": [past.chunk for past in point.seen],
-        "kept": [entry.chunk for entry in point.state.kept] if how == "exact" else [],
-        "passes": len(point.state.kept[0].keys) if point.state.kept else 0,
+        "kept": [entry.chunk for entry in point.state.cached] if how == "exact" else [],
+        "passes": len(point.state.cached[0].keys) if point.state.cached else 0,
         "flight": [chunk.done for chunk in point.state.flight],
         "pending": how == "exact" and point.state.pending is not None,
         "decoder": None if point.decoder is None else len(point.decoder),
@@ -149,11 +149,11 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         )
         seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
     if facts["how"] == "exact":
-        kept = tuple(
-            Entry(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
+        cached = tuple(
+            CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
             for i, chunk in enumerate(facts["kept"])
         )  # fmt: skip
-        state = student.resume(start.state, kept, facts["chunk"])
+        state = student.resume(start.state, cached, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:
         state = student.recommit(start.features, seen, facts["chunk"])

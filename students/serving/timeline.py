@@ -60,7 +60,7 @@ class Planner(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class CachedChunk:
     """From `at` seconds on the person does `do`: a behaviour's name, or a text."""
 
     at: Fraction
@@ -82,7 +82,7 @@ class Script:
     """A timeline file. `behaviours` hold the defaults too; either `timeline` or `planner` is there."""
 
     behaviours: dict[str, str] = field(default_factory=dict)
-    timeline: tuple[Entry, ...] = ()
+    timeline: tuple[CachedChunk, ...] = ()
     planner: PlannerConfig | None = None
 
     @property
@@ -134,10 +134,10 @@ def read_script(file: Path) -> Script:
     return Script(behaviours=behaviours, timeline=entries, planner=given.planner)
 
 
-def _resolved(entry: Entry, i: int, behaviours: Mapping[str, str], file: Path) -> Entry:
+def _resolved(entry: CachedChunk, i: int, behaviours: Mapping[str, str], file: Path) -> CachedChunk:
     """The entry with the text that its `do` means. One word that is no name is refused, since it is most often a slip."""
     if entry.do in behaviours:
-        return Entry(at=entry.at, do=behaviours[entry.do], how=entry.how)
+        return CachedChunk(at=entry.at, do=behaviours[entry.do], how=entry.how)
     if len(entry.do.split()) < 2:
         hint = nearest(entry.do, behaviours)
         raise UserError(f"timeline[{i}].do: no behaviour {entry.do!r} in {file}; {hint}, or a text of several words")
@@ -148,7 +148,7 @@ def _resolved(entry: Entry, i: int, behaviours: Mapping[str, str], file: Path) -
 class Timeline:
     """Entries with their texts in order of time, as a planner."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[CachedChunk, ...]
     every: Fraction = Fraction(0)
 
     def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:  # noqa: ARG002

@@ -25,7 +25,7 @@ from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
 from teachers.networks.wan import NetworkConfig, build_network
-from teachers.registry import Codec, Ears, Text
+from teachers.registry import AudioEncoder, Codec, Text
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Bundle:
 
     student: Student
     codec: Codec
-    ears: Ears
+    audio_encoder: AudioEncoder
     text: Text
 
     @property
@@ -43,7 +43,7 @@ class Bundle:
 
     def to(self, device: torch.device | str) -> "Bundle":
         """The same parts, moved."""
-        for part in (self.student, self.codec, self.ears, self.text):
+        for part in (self.student, self.codec, self.audio_encoder, self.text):
             part.to(device)
         return self
 
@@ -114,8 +114,8 @@ def load_student(folder: Path) -> Bundle:
     else:
         load_over_base(student.net, folder, base, _fill_from)
     codec = spec.codec.load(folder, spec.height, spec.width)
-    text, ears = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
-    return Bundle(student.eval().requires_grad_(False), codec, ears, text)
+    text, audio_encoder = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
+    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -33,7 +33,7 @@ class MemoryBlock(nn.Module):
         return torch.relu(x + self.conv(torch.cat((x, before), dim=1)))
 
 
-class Pool(nn.Module):
+class TrainSet(nn.Module):
     """`stride` frames -> one, [B n, C, H, W] -> [B n / stride, C, H, W]: their channels side by side, then a 1 x 1 convolution."""
 
     def __init__(self, width: int, stride: int):
@@ -190,7 +190,7 @@ def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
 def _down(width: int, stride: int) -> list[nn.Module]:
     """Five positions: frames / stride, side / 2."""
     halve = _conv(width, width, stride=2, bias=False)
-    return [Pool(width, stride), halve, *(MemoryBlock(width) for _ in range(3))]
+    return [TrainSet(width, stride), halve, *(MemoryBlock(width) for _ in range(3))]
 
 
 def _up(width: int, outputs: int, stride: int) -> list[nn.Module]:

@@ -30,19 +30,19 @@ class AudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoEarsConfig:
+class NoAudioConfig:
     """A network that hears nothing: plain text-to-video."""
 
     def dim(self, samples_per_frame: int) -> int:
         """Numbers of a row."""
         return 0
 
-    def load(self, samples_per_frame: int) -> "NoEars":
+    def load(self, samples_per_frame: int) -> "NoAudio":
         """The ears; they have no weights."""
-        return NoEars(samples_per_frame)
+        return NoAudio(samples_per_frame)
 
 
-class NoEars(nn.Module):
+class NoAudio(nn.Module):
     """Rows [.., T, 0]: the sound sets the length and nothing else."""
 
     dim = lookback = lookahead = 0

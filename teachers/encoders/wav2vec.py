@@ -58,12 +58,12 @@ class Wav2VecConfig:
         """The frozen ears. UserError names what is missing or does not fit."""
         if self.path is None:
             raise UserError(f"wav2vec2: no path; give the folder of {SOURCE}")
-        ears = Wav2Vec.load(self.path, self, samples_per_frame)
-        if ears.dim != self.features:
+        audio_encoder = Wav2Vec.load(self.path, self, samples_per_frame)
+        if audio_encoder.dim != self.features:
             raise UserError(
-                f"wav2vec2: features={self.features}, the weights give {ears.dim}: {self.path}; say the latter"
+                f"wav2vec2: features={self.features}, the weights give {audio_encoder.dim}: {self.path}; say the latter"
             )
-        return ears
+        return audio_encoder
 
 
 class Wav2Vec(nn.Module):
@@ -214,14 +214,14 @@ class Wav2Vec(nn.Module):
 
 
 @torch.no_grad()
-def deviation_table(ears: Wav2Vec, audio: Tensor, lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)) -> str:
-    """Markdown: how far a stream's rows are from `whole`, for some look-aheads in frames; audio [S], all else as in `ears`.
+def deviation_table(audio_encoder: Wav2Vec, audio: Tensor, lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)) -> str:
+    """Markdown: how far a stream's rows are from `whole`, for some look-aheads in frames; audio [S], all else as in `audio_encoder`.
 
     Relative L2 of a row is |streamed - whole| / |whole|; against the spread, the same over |whole - its mean row|: what all rows
     have in common tells nothing. The last line is the scale: whole's own rows half a clip away.
     """
-    num_frames = -(-audio.shape[-1] // ears.samples_per_frame)
-    whole = ears.whole(audio, num_frames)
+    num_frames = -(-audio.shape[-1] // audio_encoder.samples_per_frame)
+    whole = audio_encoder.whole(audio, num_frames)
     spread = (whole - whole.mean(dim=0)).norm(dim=-1)
     lines = [
         "| look-ahead | relative L2: mean | worst row | cosine: mean | worst row | against the spread: mean |",
@@ -236,9 +236,9 @@ def deviation_table(ears: Wav2Vec, audio: Tensor, lookaheads: Sequence[int] = (0
         lines.append(f"| {name} | {numbers} | {(distance / spread).mean():.2f} |")
 
     for frames in lookaheads:
-        config = replace(ears.config, lookahead_frames=frames)
-        streamed = Wav2Vec(ears.model, config, ears.samples_per_frame, ears.normalise)
-        milliseconds = 1000 * frames * ears.samples_per_frame / SAMPLE_RATE
+        config = replace(audio_encoder.config, lookahead_frames=frames)
+        streamed = Wav2Vec(audio_encoder.model, config, audio_encoder.samples_per_frame, audio_encoder.normalise)
+        milliseconds = 1000 * frames * audio_encoder.samples_per_frame / SAMPLE_RATE
         add(f"{frames} frames, {milliseconds:.0f} ms", streamed(audio, 0, num_frames))
     add("(another row)", whole.roll(num_frames // 2, dims=0))
     return "\n".join(lines)

@@ -66,7 +66,7 @@ def write_video(
     """
     with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth) as writer:
         if audio is not None:
-            writer.hear(audio)
+            writer.write_audio(audio)
         for frame in frames:
             writer.write(frame)
     return writer.num_frames
@@ -75,7 +75,7 @@ def write_video(
 class VideoWriter:
     """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place.
 
-    With a `sample_rate` it has sound, that of `hear`, which may come before its pictures or after them. Held are the sound
+    With a `sample_rate` it has sound, that of `write_audio`, which may come before its pictures or after them. Held are the sound
     that has no pictures yet and, by the encoders, some seconds of film; the index of the file grows by 10 to 20 MB an hour.
     """
 
@@ -133,7 +133,7 @@ class VideoWriter:
         self.num_frames += 1
         self._write_audio(int(self.num_frames / self.fps * self._rate))
 
-    def hear(self, samples: Tensor) -> None:
+    def write_audio(self, samples: Tensor) -> None:
         """Append sound [n] in [-1, 1]; ValueError unless it is mono and a rate was given, UserError as `write_video`."""
         if samples.ndim != 1 or not self._has_sound:
             raise ValueError(f"sound must be mono [n], in a film with a sample rate: got shape {tuple(samples.shape)}")

@@ -77,10 +77,10 @@ class AudioPack(nn.Module):
         return self.norm_out(self.proj(audio.flatten(2)))
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `turns` [1, n, 1, d/2]."""
-    pairs = torch.view_as_complex(x.to(turns.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2).type_as(x)
+def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
+    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]."""
+    pairs = torch.view_as_complex(x.to(rope_table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope_table).flatten(-2).type_as(x)
 
 
 class AvatarBlock(WanTransformerBlock):
@@ -117,13 +117,13 @@ class AvatarBlock(WanTransformerBlock):
         key = attention.norm_k(attention.to_k(normed)).unflatten(2, split)
         value = attention.to_v(normed).unflatten(2, split)
         seen = []
-        for (tokens, context), turns in zip(spans, rotary, strict=True):
+        for (tokens, context), rope_table in zip(spans, rotary, strict=True):
             if context:
                 parts = (*context, tokens)
                 k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
-                q, k = rotate(query[:, tokens], turns[:, -(tokens.stop - tokens.start) :]), rotate(k, turns)
+                q, k = rotate(query[:, tokens], rope_table[:, -(tokens.stop - tokens.start) :]), rotate(k, rope_table)
             else:
-                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), turns).unbind()
+                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), rope_table).unbind()
                 v = value[:, tokens]
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
@@ -223,7 +223,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
-        self._turns: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
+        self._rope_cache: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -254,21 +254,21 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
 
-    def turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+    def rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
         rope, last = self.rope, first + count
         key = (first, count, height, width, self.compute_dtype, rope.freqs_cos.device)
-        if key in self._turns:
-            return self._turns[key]
+        if key in self._rope_cache:
+            return self._rope_cache[key]
         if last > rope.max_seq_len:
             raise ValueError(
                 f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
             )
         with torch.inference_mode(False):  # kept for training too, whoever asked first
-            self._turns[key] = self._make_turns(first, count, height, width)
-        return self._turns[key]
+            self._rope_cache[key] = self._make_rope_table(first, count, height, width)
+        return self._rope_cache[key]
 
-    def _make_turns(self, first: int, count: int, height: int, width: int) -> Tensor:
+    def _make_rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:
         rope, last = self.rope, first + count
         cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
                     for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
@@ -279,8 +279,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             y[:height].view(1, height, 1, -1).expand(grid),
             x[:width].view(1, 1, width, -1).expand(grid),
         ]
-        turns = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-        return turns if self.compute_dtype == torch.float64 else turns.to(torch.complex64)
+        rope_table = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
+        return rope_table if self.compute_dtype == torch.float64 else rope_table.to(torch.complex64)
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
@@ -328,7 +328,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for span in spans:
             ranges = (*span.context, (span.start, span.stop))
             count = sum(b - a for a, b in ranges)
-            rotary.append(self.turns(past_frames, count, height, width))
+            rotary.append(self.rope_table(past_frames, count, height, width))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
         dtype = self.compute_dtype

@@ -34,7 +34,7 @@ def test_a_recipe_runs_whole(name, tmp_path, capsys):
     bundle = load_student(run / "student")
     assert isinstance(bundle.codec, WanVAE)
     assert not list((run / "student").glob("codec*")), "what was given stays where it is"
-    hears = isinstance(bundle.ears, Wav2Vec)
+    hears = isinstance(bundle.audio_encoder, Wav2Vec)
     assert hears == (name != "self_forcing")
     portrait = torch.zeros(3, bundle.spec.height, bundle.spec.width) if hears else None
     session = Session(bundle, portrait, "a person nods", seed=1)

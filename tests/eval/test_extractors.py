@@ -10,7 +10,7 @@ import torch
 
 from eval.embedded import probe_training
 from eval.embedded.admission import admit, is_admitted, known_cases
-from eval.embedded.benchmark import Asked, evaluate_videos, prepare_reference
+from eval.embedded.benchmark import TargetLabels, evaluate_videos, prepare_reference
 from eval.embedded.extractors import Probes, blur, change_map
 from eval.embedded.protocol import EvalConfig, Geometry, check_comparable, protocol_card
 from teachers.errors import UserError
@@ -138,7 +138,7 @@ def test_save_and_load_round_trip(probes: Probes, held_out: Blobs, tmp_path):
     mine, theirs = probes.read(held_out.video[:4]), loaded.read(held_out.video[:4])
     torch.testing.assert_close(mine.clip_features, theirs.clip_features, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mine.mouth, theirs.mouth, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(probes.hear(held_out.audio[:4]), loaded.hear(held_out.audio[:4]))
+    torch.testing.assert_close(probes.mouth_from_audio(held_out.audio[:4]), loaded.mouth_from_audio(held_out.audio[:4]))
 
 
 def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
@@ -215,12 +215,12 @@ def test_known_cases_are_what_they_say(held_out: Blobs):
 
 
 @pytest.fixture(scope="module")
-def asked(held_out: Blobs) -> Asked:
+def asked(held_out: Blobs) -> TargetLabels:
     labels = held_out.labels
-    return Asked(held_out.audio, labels["gesture"], labels["expression"], held_out.video[:, :, 0])
+    return TargetLabels(held_out.audio, labels["gesture"], labels["expression"], held_out.video[:, :, 0])
 
 
-def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: Asked):
+def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: TargetLabels):
     reference = prepare_reference(probes, blobs(96, 4).video, held_out.decoded)
     videos = torch.stack((held_out.decoded, held_out.video))
     spread = torch.stack([blobs(6, 30 + i).video for i in range(3)])
@@ -245,7 +245,7 @@ def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: Asked):
     assert swapped["fid"]["mean"] == pytest.approx(scores["fid"]["seeds"][0], rel=1e-6)  # marginals are the same
 
 
-def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs, asked: Asked):
+def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs, asked: TargetLabels):
     reference = prepare_reference(probes, held_out.video, held_out.decoded)
     with pytest.raises(UserError, match="for 64 conditions"):
         evaluate_videos(probes, held_out.video[None, :9], reference, asked)

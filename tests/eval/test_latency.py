@@ -95,8 +95,8 @@ def test_the_bare_work_is_the_sessions_own(commit, scene):
     assert len(made) == 7 * count
     assert all(torch.equal(a, b) for a, b in zip(made[5 * count : 6 * count], made[6 * count :], strict=True))
     assert torch.equal(work.decode(), stream(bundle, scene, 6).chunks[5].frames)
-    heard = bundle.ears(scene.sound[None], *spec.pixel_frames(5))[0]
-    assert torch.allclose(work.senses(), heard, atol=1e-4)
+    heard = bundle.audio_encoder(scene.sound[None], *spec.pixel_frames(5))[0]
+    assert torch.allclose(work.encoders(), heard, atol=1e-4)
 
 
 def flops_by_hand(spec, queries: int, keys: int) -> int:

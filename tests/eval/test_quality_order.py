@@ -44,7 +44,7 @@ class LinearTowers:
         num = windows_of(FRAMES, FRAMES * 640)
         heard = torch.cat([self._sound(mfcc(to_int16(sound)), num) for sound in clips.audio])
         spoken = torch.cat([x.unfold(0, 5, 1)[:num].flatten(1) for x in mouth])
-        self.ears = self._fit(heard, spoken, 30.0)
+        self.audio_encoder = self._fit(heard, spoken, 30.0)
 
     @staticmethod
     def _pixels(faces: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ class LinearTowers:
 
     def features(self, faces, rows, num_windows):
         lips = (self._pixels(faces) @ self.lips).unfold(0, 5, 1)[:num_windows].flatten(1)
-        return lips, self._sound(rows, num_windows) @ self.ears
+        return lips, self._sound(rows, num_windows) @ self.audio_encoder
 
 
 class RandomFeatures:

@@ -66,7 +66,7 @@ class Towers:
     def __init__(self, clips: torch.Tensor, sound: torch.Tensor, mouth: tuple[int, int, int, int]):
         self.mouth = mouth
         lips, heard = self._windows(clips, sound)
-        (self.lips, x), (self.ears, y) = self._components(lips), self._components(heard)
+        (self.lips, x), (self.audio_encoder, y) = self._components(lips), self._components(heard)
         left, _, right = torch.linalg.svd(x.mT @ y)
         self.turn = left[:, :2], right.mT[:, :2]
 
@@ -86,7 +86,7 @@ class Towers:
         return seen.unfold(0, 5, 1)[:num].flatten(1), rows
 
     def scores(self, clips: torch.Tensor, sound: torch.Tensor) -> dict[str, float]:
-        rows = zip(self._windows(clips, sound), (self.lips, self.ears), self.turn, strict=True)
+        rows = zip(self._windows(clips, sound), (self.lips, self.audio_encoder), self.turn, strict=True)
         found = sync_scores(*((x - mean) @ basis @ turn for x, (mean, basis), turn in rows))
         return {name: getattr(found, name) for name in ("sync_c", "sync_d", "distance_at_zero", "offset_frames")}
 

@@ -45,7 +45,7 @@ def bundle(request):
 def sound_of(bundle, num_chunks, seed=0):
     """What a session must be given to draw `num_chunks`, and not one more."""
     stop = bundle.spec.pixel_frames(num_chunks - 1 + bundle.spec.schedule.ahead)[1]
-    return some_sound(stop * PER_FRAME + bundle.ears.lookahead, seed)
+    return some_sound(stop * PER_FRAME + bundle.audio_encoder.lookahead, seed)
 
 
 def play(session, sound=None, close=False):
@@ -191,7 +191,9 @@ def test_dropped_sound_is_not_heard(bundle):
 
     size = len(sound_of(bundle, 6))
     same, other = some_sound(size, seed=1), some_sound(size, seed=1)
-    behind = bundle.spec.schedule.ahead * 4 * PER_FRAME + bundle.ears.lookahead  # what chunk 0 itself has heard of it
+    behind = (
+        bundle.spec.schedule.ahead * 4 * PER_FRAME + bundle.audio_encoder.lookahead
+    )  # what chunk 0 itself has heard of it
     other[behind:] *= 0.3
     assert torch.equal(barge_in(same), barge_in(other))
 

@@ -29,10 +29,10 @@ from tests.support.tiny import (
     NETWORK,
     Ranks,
     a_bundle,
-    a_pool,
     a_portrait,
     a_student,
     a_teacher,
+    a_train_set,
     make_net,
     make_spec,
     randn,
@@ -96,9 +96,9 @@ def test_one_masked_pass_equals_the_stream(history, told):
             levels = [student.spec.sigmas[i] for i in done]
             x = randn(2, *clean.shape[1:2], stop - start, *clean.shape[3:], seed=front).double()
             state = context(student, clean, given, front)
-            streamed, _ = student.denoise_stream(state, x, levels, given.frames(start, stop))
+            streamed, _ = student.denoise_diagonal(state, x, levels, given.frames(start, stop))
             sigma = torch.tensor(levels).double().expand(2, -1)
-            masked = student.denoise_flight(x, sigma, given.frames(0, stop), clean[:, :, :start])
+            masked = student.denoise_diagonal_train(x, sigma, given.frames(0, stop), clean[:, :, :start])
             assert masked.std() > 0.1
             assert (masked - streamed).abs().max() < 1e-9, (front, done)
 
@@ -106,7 +106,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
 def test_a_flight_that_does_not_fit_its_conditions_is_refused():
     student, given = diagonal(), some_conditions(2, 8)
     with pytest.raises(ValueError, match="the conditions hear 8"):
-        student.denoise_flight(some_latents(2, 4), torch.ones(2, 2), given, some_latents(2, 2))
+        student.denoise_diagonal_train(some_latents(2, 4), torch.ones(2, 2), given, some_latents(2, 2))
 
 
 # ---- forcing
@@ -191,7 +191,7 @@ def test_the_loss_of_a_stream_is_that_of_its_flight():
             truth[:, :, 0] += 7.0
         return truth
 
-    student.denoise_flight = answer
+    student.denoise_diagonal_train = answer
     method = forcing.build(forcing.Config(context="stream"), {"student": student})
     assert all(method.loss("student", batch, rng(seed), rng(seed)).value == 0 for seed in range(30))
 
@@ -238,7 +238,7 @@ def test_a_scale_for_each_row_is_that_row_s_guidance():
 
 
 def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
-    sigmas, teacher, pool = flow.sigma_grid(4, 3.0)[:-1], a_teacher(), a_pool()
+    sigmas, teacher, pool = flow.sigma_grid(4, 3.0)[:-1], a_teacher(), a_train_set()
     config = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
     make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), told=TOLD)
     pairs = load(tmp_path, sigmas, "abc")
@@ -276,7 +276,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
     )
     fake.net.add_guidance()
     method = dmd.build(dmd.Config(exit_step="last"), {"student": student, "teacher": teacher, "fake_score": fake})
-    batch, drawn = a_pool().batch(torch.arange(2)), set()
+    batch, drawn = a_train_set().batch(torch.arange(2)), set()
     for seed in range(3):
         calls = [recorded(net, "read_time") for net in (student.net, fake.net)]
         x0, guides = recorded(method, "_scores"), recorded(teacher, "denoise")
@@ -300,7 +300,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
 def talk(bundle, chunks=5, **options):
     session = Session(bundle, a_portrait(), "a person nods", **options)
     stop = bundle.spec.pixel_frames(chunks - 1 + bundle.spec.schedule.ahead)[1]
-    session.push(some_sound(stop * 1280 + bundle.ears.lookahead))
+    session.push(some_sound(stop * 1280 + bundle.audio_encoder.lookahead))
     return torch.cat([chunk.frames for chunk in session.frames()])
 
 
@@ -320,7 +320,7 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
 
 def test_the_pipeline_takes_diffusers_guidance_scale():
     bundle, sound = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS), some_sound(11 * 1280)
-    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.ears, bundle.text)
+    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
     pipe.set_progress_bar_config(disable=True)
     session = Session(bundle, a_portrait(), "a person nods", guidance=3.0)
     session.push(sound)
@@ -390,7 +390,7 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
                 continue
             if depth > 1:
                 state = student.settle(state, told.entry) if told.entry else state
-            alone = State(chunk=j, kept=state.kept, ready=state.ready, text=state.text)
+            alone = State(chunk=j, kept=state.kept, context_kv=state.context_kv, text=state.text)
             expected, _ = student(alone, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
             assert (x0 - own).abs().mean() > 0.01

@@ -68,11 +68,11 @@ def test_a_flight_equals_the_forwards_written_out(history):
             sigma = torch.tensor([s for k in done for s in [sigmas[k]] * N]).double().expand(2, -1)
             reply = _call(plain, state, x, sigma, part)
             for i, (c, k) in enumerate(zip(numbers, done, strict=True)):
-                ready = reply[:, :, i * N : (i + 1) * N]
+                context_kv = reply[:, :, i * N : (i + 1) * N]
                 if k + 1 == len(sigmas):
-                    out[c] = ready
+                    out[c] = context_kv
                 else:
-                    flight[c] = flow.add_noise(ready, noise(c, k + 1), sigmas[k + 1])
+                    flight[c] = flow.add_noise(context_kv, noise(c, k + 1), sigmas[k + 1])
     expected = torch.cat([out[c] for c in range(chunks)], dim=2)
     assert expected.std() > 0.1
     assert (x0 - expected).abs().max() < 1e-10
@@ -123,7 +123,7 @@ def test_ode_init_trains_the_forwards_that_are_served():
     student = diagonal()
     method = ODEInit(Config(), student, (*student.spec.sigmas, 0.0))
     batch, seen = trajectories_of(student), set()
-    keep = student.denoise_stream
+    keep = student.denoise_diagonal
 
     def spy(state, x, sigmas, conditions):
         assert (state.pending is None) == (state.chunk == 0), "the chunk before is pending, as in serving"
@@ -132,7 +132,7 @@ def test_ode_init_trains_the_forwards_that_are_served():
         seen.add((state.chunk, done))
         return keep(state, x, sigmas, conditions)
 
-    student.denoise_stream = spy
+    student.denoise_diagonal = spy
     for seed in range(60):
         loss = method.loss("student", batch, rng(0), rng(seed))
         assert torch.isfinite(loss.value)

@@ -13,7 +13,7 @@ from distill.data.procedural.render import FRAME_LABELS
 from distill.scoring.clip_sets import write_clip
 from eval.cards import Card, load_card
 from eval.clip_scores import Extractors
-from eval.embedded.extractors import ClipProbe, Ear, FrameProbe, Probes
+from eval.embedded.extractors import AudioProbe, ClipProbe, FrameProbe, Probes
 from students.weights.checkpoint import save_student
 from teachers.config import convert, to_plain
 from tests.eval.metrics.test_lip_sync import Code, coded
@@ -58,10 +58,10 @@ def probes(folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         labels = len(FRAME_LABELS)
-        frame, clip, ear = FrameProbe(labels, 4, 14), ClipProbe(labels, 4), Ear(80)
+        frame, clip, audio_probe = FrameProbe(labels, 4, 14), ClipProbe(labels, 4), AudioProbe(80)
     scales = {"label_mean": torch.zeros(labels), "label_std": torch.ones(labels)}
     scales |= {"audio_mean": torch.zeros(80), "audio_std": torch.ones(80)}
-    Probes(frame, clip, ear, tuple(FRAME_LABELS), scales).save(folder)
+    Probes(frame, clip, audio_probe, tuple(FRAME_LABELS), scales).save(folder)
     return folder
 
 

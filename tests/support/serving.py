@@ -68,7 +68,7 @@ class PuppetStudent(nn.Module):
     def commit(self, state, x0, conditions, steps=(), plan=None):
         return replace(state, chunk=state.chunk + 1)
 
-    def hear(self, state, text):
+    def set_text(self, state, text):
         return state
 
     def recommit(self, text, seen, chunk):

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from distill.data.latents import Pool
+from distill.data.latents import TrainSet
 from distill.training.engine import Engine
 from students.history import History
 from students.networks.causal_wan import CausalWan
@@ -109,9 +109,9 @@ def some_latents(batch: int = 2, frames: int = 8, seed: int = 0) -> Tensor:
     return randn(batch, CHANNELS, frames, SIDE, SIDE, seed=seed + 11)
 
 
-def a_pool(num: int = 12, frames: int = 8, seed: int = 0) -> Pool:
+def a_train_set(num: int = 12, frames: int = 8, seed: int = 0) -> TrainSet:
     given = some_conditions(num, frames, seed)
-    return Pool(x0=some_latents(num, frames, seed).half(), audio=given.audio, text=given.text)
+    return TrainSet(x0=some_latents(num, frames, seed).half(), audio=given.audio, text=given.text)
 
 
 @lru_cache(maxsize=1)

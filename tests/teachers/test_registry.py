@@ -13,7 +13,7 @@ from students.weights.checkpoint import load_student, save_student
 from teachers.codecs.linear import CodecConfig
 from teachers.codecs.wan_vae import WanVAEConfig
 from teachers.config import convert, to_plain
-from teachers.encoders.small import NoEarsConfig
+from teachers.encoders.small import NoAudioConfig
 from teachers.encoders.umt5 import UMT5Config
 from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
@@ -47,9 +47,9 @@ def test_an_unknown_kind_is_told_with_the_nearest():
 
 
 def test_nothing_is_heard_without_ears():
-    ears = NoEarsConfig().load(640)
-    assert ears(torch.zeros(2, 1500)).shape == (2, 3, 0)
-    assert (ears.dim, ears.lookback, ears.lookahead) == (0, 0, 0)
+    audio_encoder = NoAudioConfig().load(640)
+    assert audio_encoder(torch.zeros(2, 1500)).shape == (2, 3, 0)
+    assert (audio_encoder.dim, audio_encoder.lookback, audio_encoder.lookahead) == (0, 0, 0)
 
 
 def test_a_missing_path_and_another_geometry_are_one_line(tmp_path):
@@ -61,7 +61,7 @@ def test_a_missing_path_and_another_geometry_are_one_line(tmp_path):
 
 def text_to_video_bundle():
     network = replace(make_spec().network, reference=False)
-    return a_bundle(prediction="velocity", network=network, audio=NoEarsConfig())
+    return a_bundle(prediction="velocity", network=network, audio=NoAudioConfig())
 
 
 def test_a_text_to_video_student_streams_and_comes_back(tmp_path):

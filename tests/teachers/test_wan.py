@@ -157,7 +157,7 @@ def test_audio_enters_where_the_published_rule_says():
 
 def test_positions_past_the_table_are_refused():
     with pytest.raises(ValueError, match="1030 latent frames attend at once, the table has 1024"):
-        make_net().turns(1020, 10, 2, 2)
+        make_net().rope_table(1020, 10, 2, 2)
 
 
 def test_a_bidirectional_network_hears_the_whole_clip_and_a_causal_one_does_not():

@@ -68,9 +68,9 @@ def read_candidates(data: Path, videos: Path | None, faces: Mapping[str, Box]) -
     manifest = Manifest.load(data if videos is not None else data / "manifest.parquet") if data.exists() else None
     if manifest is None:
         raise UserError(f"data not found: {data}; give what distill data prepare wrote, or a manifest.parquet")
-    strangers = sorted(faces.keys() - {clip.id for clip in manifest.clips})
-    if strangers:
-        raise UserError(f"face of a clip that is not in the data: {strangers[0]}; correct its id or leave it out")
+    unknown_ids = sorted(faces.keys() - {clip.id for clip in manifest.clips})
+    if unknown_ids:
+        raise UserError(f"face of a clip that is not in the data: {unknown_ids[0]}; correct its id or leave it out")
     places = _in_shards(data) if videos is None else {}
     found = []
     for clip in manifest.clips:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.data.procedural.speech import HOP, REST, SAMPLE_RATE, Speech, smooth
 
-OWN, OTHER, NOBODY = 0, 1, -1
+OWN, OTHER, NO_ONE = 0, 1, -1
 POSE_DIM = 3  # a row: right and down in [-1, 1], and 1 for "steered"; a dropped pose is zeros
 REACH, NOD = 1.5, 1.2  # of a full direction and of the loudest syllable, in units of head_x and head_y
 LAG_SECONDS = 0.12  # of the head behind what moves it
@@ -28,7 +28,7 @@ def draw_turns(num: int, num_ticks: int, rng: torch.Generator) -> Tensor:
     ticks = torch.arange(num_ticks).expand(num, -1).contiguous().to(start)
     index = torch.searchsorted(start.contiguous(), ticks, right=True) - 1
     inside = ticks - start.gather(1, index) < turn.gather(1, index)
-    return torch.where(inside, (first + index) % 2, NOBODY)
+    return torch.where(inside, (first + index) % 2, NO_ONE)
 
 
 def in_turn(said: Speech, turn: Tensor, speaker: int) -> Speech:

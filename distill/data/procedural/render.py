@@ -78,7 +78,7 @@ class WorldConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class SceneParameters:
     """What conditions fix: identity [N, IDENTITY] in [0, 1], sound with its mouth, text and its meaning; in a conversation the
     other's sound and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
 
@@ -91,8 +91,8 @@ class Asked:
     turn: Tensor | None = None
     pose: Tensor | None = None
 
-    def index(self, rows: Tensor) -> "Asked":
-        return Asked(
+    def index(self, rows: Tensor) -> "SceneParameters":
+        return SceneParameters(
             identity=self.identity[rows],
             speech=_of_rows(self.speech, rows),
             text=[self.text[i] for i in rows.tolist()],
@@ -116,7 +116,7 @@ def samples_per_frame(config: WorldConfig) -> int:
     return samples.numerator
 
 
-def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Asked:
+def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> SceneParameters:
     """Identity, sound and text of `num` clips."""
     expression = torch.randint(0, len(EXPRESSIONS), (num,), generator=rng)
     gesture = torch.randint(0, len(GESTURES), (num,), generator=rng)
@@ -136,7 +136,7 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Aske
         said, other = duplex.in_turn(said, turn, duplex.OWN), duplex.in_turn(other, turn, duplex.OTHER)
     if config.steered:
         pose = duplex.draw_directions(num, config.num_frames, float(Fraction(config.fps)), rng)
-    return Asked(
+    return SceneParameters(
         identity=identity,
         speech=said,
         text=text,
@@ -155,9 +155,9 @@ def frame_ticks(config: WorldConfig) -> Tensor:
     return ((time + 0.5 / fps) * (speech.SAMPLE_RATE / speech.HOP)).round().long()
 
 
-def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict[str, Tensor]:
+def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generator) -> dict[str, Tensor]:
     """What conditions leave open, [N, T] each: sway, gesture phase, blinks, gaze, light; with what they fix, as labels."""
-    num, frames, fps = asked.gesture.shape[0], config.num_frames, float(Fraction(config.fps))
+    num, frames, fps = scene.gesture.shape[0], config.num_frames, float(Fraction(config.fps))
     time = torch.arange(frames) / fps
     fade = 1.0 - torch.exp(-time / 0.10)
 
@@ -171,10 +171,10 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
         return amplitude * torch.sin(2 * math.pi * (uniform(low_hz, high_hz) * time + uniform(0, 1)))
 
     swing = torch.sin(2 * math.pi * uniform(1.7, 2.1) * time) * sign() * uniform(0.8, 1.1)
-    asked_for = [(asked.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
+    asked_for = [(scene.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
     sway_x, sway_y = fade * sway(0.5, 0.15, 0.45), fade * sway(0.25, 0.15, 0.45)
-    if asked.pose is not None:
-        sway_x, sway_y = (duplex.REACH * duplex.follow(asked.pose[..., i], fps) for i in (0, 1))
+    if scene.pose is not None:
+        sway_x, sway_y = (duplex.REACH * duplex.follow(scene.pose[..., i], fps) for i in (0, 1))
     head_x, head_y = sway_x + asked_for[2] * swing, sway_y + asked_for[1] * swing
     tilt = fade * sway(0.25, 0.15, 0.4) + asked_for[3] * swing
     light = fade * sign() * uniform(0.5, 1.0)
@@ -188,10 +188,10 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
         blink = torch.maximum(blink, (1.45 - (time - centre).abs() / 0.10).clamp(0, 1))
         centre = centre + uniform(1.5, 3.5)
     ticks = frame_ticks(config)
-    if asked.other is not None and asked.turn is not None:
-        head_y = head_y + duplex.NOD * duplex.follow(asked.other.opening[:, ticks], fps)
-        gaze = gaze * (asked.turn[:, ticks] != duplex.OTHER)
-    opening, width = asked.speech.opening[:, ticks].clone(), asked.speech.width[:, ticks].clone()
+    if scene.other is not None and scene.turn is not None:
+        head_y = head_y + duplex.NOD * duplex.follow(scene.other.opening[:, ticks], fps)
+        gaze = gaze * (scene.turn[:, ticks] != duplex.OTHER)
+    opening, width = scene.speech.opening[:, ticks].clone(), scene.speech.width[:, ticks].clone()
     opening[:, 0], width[:, 0] = speech.REST  # frame 0 is the portrait
     return {
         "mouth_open": opening,
@@ -202,7 +202,7 @@ def draw_motion(config: WorldConfig, asked: Asked, rng: torch.Generator) -> dict
         "head_y": head_y,
         "tilt": tilt,
         "light": light,
-        **{name: (asked.expression == i).float().unsqueeze(1) * fade for i, name in enumerate(EXPRESSIONS) if i},
+        **{name: (scene.expression == i).float().unsqueeze(1) * fade for i, name in enumerate(EXPRESSIONS) if i},
     }
 
 
@@ -270,13 +270,13 @@ def _draw_head(image, u, v, shape, colour, state, soft):
     return _paint(image, teeth, white * 0.93)
 
 
-def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tensor:
+def render(config: WorldConfig, scene: SceneParameters, state: dict[str, Tensor]) -> Tensor:
     """Draw the frames, uint8 [N, 3, T, H, W]; labels are [N, T]."""
     height, width = config.size
     size = min(height, width)  # -1..1 is the square in the middle
     gu, gv = (((torch.arange(side) + 0.5) * 2 - side) / size for side in (width, height))
     gu, gv = gu.view(1, 1, 1, -1), gv.view(1, 1, -1, 1)
-    p = asked.identity
+    p = scene.identity
     state = {k: v[:, :, None, None] for k, v in state.items()}
     shape_of = lambda i, low, high: (p[:, i] * (high - low) + low).view(-1, 1, 1, 1)  # noqa: E731
     zoom, off_x, off_y = shape_of(7, 0.96, 1.02), shape_of(8, -0.03, 0.03), shape_of(9, -0.01, 0.04)
@@ -298,18 +298,18 @@ def render(config: WorldConfig, asked: Asked, state: dict[str, Tensor]) -> Tenso
     return (image * lit).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def make_clips(config: WorldConfig, asked: Asked, rng: torch.Generator) -> Clips:
-    """Render `asked` with nuisance drawn from `rng`."""
+def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator) -> Clips:
+    """Render `scene` with nuisance drawn from `rng`."""
     batch = max(1, PIXELS_AT_ONCE // (config.num_frames * config.size[0] * config.size[1]))
-    state = draw_motion(config, asked, rng)
+    state = draw_motion(config, scene, rng)
     video = []
-    for start in range(0, asked.gesture.shape[0], batch):
-        rows = torch.arange(start, min(start + batch, asked.gesture.shape[0]))
-        video.append(render(config, asked.index(rows), {k: v[rows] for k, v in state.items()}))
-    labels = dict(state, expression=asked.expression, gesture=asked.gesture, identity=asked.identity)
-    audio, talk = asked.speech.audio, {}
-    if asked.other is not None and asked.turn is not None:
+    for start in range(0, scene.gesture.shape[0], batch):
+        rows = torch.arange(start, min(start + batch, scene.gesture.shape[0]))
+        video.append(render(config, scene.index(rows), {k: v[rows] for k, v in state.items()}))
+    labels = dict(state, expression=scene.expression, gesture=scene.gesture, identity=scene.identity)
+    audio, talk = scene.speech.audio, {}
+    if scene.other is not None and scene.turn is not None:
         ticks = frame_ticks(config)
-        audio = torch.stack([audio, asked.other.audio], dim=1)
-        talk = {"turn": asked.turn[:, ticks], "other_open": asked.other.opening[:, ticks]}
-    return Clips(video=torch.cat(video), audio=audio, text=asked.text, labels=labels, pose=asked.pose, talk=talk)
+        audio = torch.stack([audio, scene.other.audio], dim=1)
+        talk = {"turn": scene.turn[:, ticks], "other_open": scene.other.opening[:, ticks]}
+    return Clips(video=torch.cat(video), audio=audio, text=scene.text, labels=labels, pose=scene.pose, talk=talk)

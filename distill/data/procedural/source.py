@@ -12,7 +12,7 @@ from distill.data.source import Clips, Source
 from teachers import registry
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.registry import CodecKind, EarsKind, TextKind
+from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class DataConfig:
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
-    audio: EarsKind = field(metadata={"kinds": registry.EARS})
-    text: TextKind = field(metadata={"kinds": registry.TEXTS})
+    audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
+    text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
     text_steps: int = 200
     negative: str | None = None
 

@@ -35,7 +35,7 @@ class FakeProbes:
     def read(self, clips):
         return FakeReading(clips)
 
-    def hear(self, rows):
+    def mouth_from_audio(self, rows):
         return rows[..., :2]
 
 

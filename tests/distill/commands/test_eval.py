@@ -12,7 +12,7 @@ from distill.cli import main
 from distill.pipeline.health import seam_frames
 from distill.scoring import scoring
 from distill.scoring.clip_sets import facts_of, open_set, read_clip, write_clip
-from distill.scoring.generate import Drawing
+from distill.scoring.generate import GenerateJob
 from eval.cards import load_card
 from eval.embedded.extractors import Probes
 from students.weights.checkpoint import load_student
@@ -115,8 +115,8 @@ def test_the_noise_of_a_clip_is_its_names_alone(run_folder, tmp_path):
     card = load_card("embedded")
     drawn = {}
     for folder in (real, alone):
-        drawing = Drawing(run_folder / "student", 0, None, tmp_path / f"{folder.name}-drawn", "cpu")
-        entries = scoring.draw_all(drawing, open_set(folder), card, 0)
+        job = GenerateJob(run_folder / "student", 0, None, tmp_path / f"{folder.name}-drawn", "cpu")
+        entries = scoring.generate_all(job, open_set(folder), card, 0)
         drawn[folder] = {name: read_clip(entry, card, True).video for name, entry in entries.items()}
     assert not torch.equal(drawn[real]["a"], drawn[real]["b"])
     assert torch.equal(drawn[real]["b"], drawn[alone]["b"])

@@ -216,19 +216,19 @@ def test_golden_names_what_is_missing_and_remembers_what_passed(tmp_path, monkey
     assert [result.passed for result in results] == [None, None]
     assert "syncnet_v2.model is not there" in results[0].found
     assert "i3d_torchscript.pt is not there" in results[1].found
-    assert golden.remembered() == {}
+    assert golden.refine_context() == {}
     monkeypatch.setattr(golden, "locate", lambda name: tmp_path / name)
     monkeypatch.setattr(golden, "_syncnet", lambda: ("3 / 5.353 / 10.021", "3 / 5.350 / 10.020", True))
     monkeypatch.setattr(golden, "_fvd", lambda: ("151.256", "12.000", False))
     assert [result.passed for result in golden.run()] == [True, False]
-    assert {name: row["passed"] for name, row in golden.remembered().items()} == {
+    assert {name: row["passed"] for name, row in golden.refine_context().items()} == {
         "SyncNet example": True,
         "FVD vector": False,
     }
     rows = json.loads((tmp_path / "golden.json").read_text())
     rows[0]["sha256"][0] = "0" * 64
     (tmp_path / "golden.json").write_text(json.dumps(rows))
-    assert list(golden.remembered()) == ["FVD vector"]
+    assert list(golden.refine_context()) == ["FVD vector"]
 
 
 def test_golden_measures_what_the_authors_measured(tmp_path, monkeypatch):

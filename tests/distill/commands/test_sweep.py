@@ -21,7 +21,7 @@ from distill.cli import main
 from distill.commands import sweep, sweep_table
 from distill.compose import RECIPES
 from distill.data.procedural import render
-from distill.data.procedural.degraded import Degraded, degrade
+from distill.data.procedural.corruption import CorruptionConfig, corrupt_clips
 from distill.data.source import Clips
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.stages import Pipeline
@@ -127,7 +127,7 @@ def test_the_ablation_undoes_the_default_step_by_step():
         rates = [there.train.optimizers[role].lr / here.train.optimizers[role].lr for role in here.train.optimizers]
         guidance = {there.method.guidance.text, there.method.guidance.audio}
         assert set(rates) <= {0.5} or set(rates) <= {1.0}
-        wrong = {"conditions": recipe.degraded is not None, "lr": rates[0] != 1.0, "guidance": guidance != {1.25}}
+        wrong = {"conditions": recipe.corruption is not None, "lr": rates[0] != 1.0, "guidance": guidance != {1.25}}
         wrong["init"] = recipe.init.train.num_steps * 5 == default.init.train.num_steps
         return {name for name, is_wrong in wrong.items() if is_wrong}
 
@@ -319,7 +319,7 @@ def test_degraded_clips_are_worse_in_what_was_asked():
 
     def worse(**changes) -> Clips:
         off = {"blur": 0.0, "exposure": 0.0, "shift": 0.0, "static_text": False}
-        return degrade(Degraded(**(off | changes)), clips, keyed_generator(0, "degraded"))
+        return corrupt_clips(CorruptionConfig(**(off | changes)), clips, keyed_generator(0, "degraded"))
 
     def edges(video):
         return video.float().diff(dim=-1).abs().mean()
@@ -338,8 +338,8 @@ def test_degraded_clips_are_worse_in_what_was_asked():
     assert {text.split(" in front")[0] for text in static.text} <= set(render.SAY_WHO)
     assert torch.equal(static.audio, clips.audio)
     assert torch.equal(worse(blur=0.05, shift=0.1).video, worse(blur=0.05, shift=0.1).video)
-    with pytest.raises(UserError, match=r"degraded\.shift: got 0\.7"):
-        Degraded(blur=0.0, exposure=0.0, shift=0.7, static_text=False)
+    with pytest.raises(UserError, match=r"corruption\.shift: got 0\.7"):
+        CorruptionConfig(blur=0.0, exposure=0.0, shift=0.7, static_text=False)
 
 
 SMALL = """\
@@ -349,7 +349,7 @@ overrides: [preset=smoke, threads=1, data.text_steps=1, teacher.train.num_steps=
   eval.diversity_seeds=2, eval.probe_steps=2, eval.probe_batch=8, eval.admit_clips=8, eval.latency_runs=1, eval.latency_warmup=0]
 jobs:
   clean: []
-  degraded: ["degraded={blur: 0.06, exposure: 1.0, shift: 0.15, static_text: true}"]
+  degraded: ["corruption={blur: 0.06, exposure: 1.0, shift: 0.15, static_text: true}"]
 """
 
 
@@ -373,7 +373,7 @@ def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
     for stage in ("trajectories", "init", "dmd"):
         marks = [json.loads((stages[name][stage] / "fingerprint.json").read_text())["fingerprint"] for name in stages]
         assert marks[0] != marks[1]
-    assert set(stages["degraded"]) - set(stages["clean"]) == {"conditions"}
+    assert set(stages["degraded"]) - set(stages["clean"]) == {"corrupted"}
     with (folder / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["status"] for row in rows] == ["done", "done"]
@@ -397,7 +397,7 @@ def _check_who_sees_what(run: Path, monkeypatch) -> None:
     pipeline._dmd(run)
     engine.close()
     rows = torch.arange(4)
-    for stage, source in (("teacher", "data"), ("dmd", "conditions")):
+    for stage, source in (("teacher", "data"), ("dmd", "corrupted")):
         stored = load_file(run / "stages" / source / "shard-00000.safetensors")
         seen = batches[stage](rows, "cpu").conditions
         assert torch.equal(seen.reference, stored["x0"][:4, :, :1].float())

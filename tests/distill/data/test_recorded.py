@@ -138,11 +138,11 @@ def test_the_pool_is_the_clips_through_the_senses(finished, data):
     """Latents and features on disk are those of the training clips, each with its mirror image, once."""
     recipe, run_dir = finished
     source, folder = opened(data), run_dir / "stages" / "data"
-    senses = latents.load_senses(recipe.data, folder)
-    pool = latents.load_pool(folder, senses.mark)
+    encoders = latents.load_encoders(recipe.data, folder)
+    pool = latents.load_train_set(folder, encoders.mark)
     assert len(pool) == 2 * source.num_train == 2 * len(source.training)
     own = source.training.batch(torch.arange(len(source.training)))
-    x0, conditions = senses.of_clips(
+    x0, conditions = encoders.of_clips(
         Clips(
             video=torch.cat([own.video, own.video.flip(-1)]), audio=own.audio.repeat(2, 1), text=own.text * 2, labels={}
         )
@@ -153,7 +153,7 @@ def test_the_pool_is_the_clips_through_the_senses(finished, data):
         order = [sorted(range(len(pool)), key=lambda i, x=x: x[i].flatten().tolist()) for x in (made, kept)]
         assert torch.allclose(made[order[0]], kept[order[1]], atol=1e-3)
     psnr = -10 * torch.log10(
-        (to_float(senses.decode(senses.encode(own.video))) - to_float(own.video)).square().mean() / 4
+        (to_float(encoders.decode(encoders.encode(own.video))) - to_float(own.video)).square().mean() / 4
     )
     assert psnr > 25
 
@@ -208,14 +208,14 @@ def test_stale_features_are_refused(finished, tmp_path):
     recipe, run_dir = finished
     folder = tmp_path / "data"
     shutil.copytree(run_dir / "stages" / "data", folder)
-    latents.load_pool(folder, latents.fitted_mark(folder))
+    latents.load_train_set(folder, latents.fitted_fingerprint(folder))
     codec = folder / "codec.safetensors"
     codec.write_bytes(codec.read_bytes()[:-1] + b"\1")
-    senses = latents.load_senses(recipe.data, folder)
+    encoders = latents.load_encoders(recipe.data, folder)
     with pytest.raises(
         UserError, match=rf"^stale features: {folder}/shard-00000.safetensors was made by another codec[^\n]*$"
     ):
-        latents.load_pool(folder, senses.mark)
+        latents.load_train_set(folder, encoders.mark)
 
 
 def test_other_clips_in_the_folder_are_other_data(data, films, tmp_path):

@@ -33,7 +33,7 @@ class Duplex(Stage):
         for _ in range(round(seconds * 100)):
             if self.viewer.session is not None:
                 self.said.append(1e-3 * randn(MICROPHONE, seed=len(self.said)))  # too soft for a turn
-                self.viewer.hear(self.said[-1], self.now)
+                self.viewer.feed(self.said[-1], self.now)
             super().run(0.01)
 
 

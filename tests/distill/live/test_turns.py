@@ -28,7 +28,7 @@ def test_the_endpointer_finds_a_turn_in_noise_however_it_is_cut():
     found = []
     for size in (137, 640, 5000):
         endpointer = Endpointer()
-        found.append([x for piece in sound.split(size) for x in endpointer.hear(piece)])
+        found.append([x for piece in sound.split(size) for x in endpointer.feed(piece)])
         assert [type(x) for x in found[-1]] == [str, torch.Tensor]
     assert all(torch.equal(other[1], found[0][1]) for other in found)
     assert 1.0 * RATE <= len(found[0][1]) <= 1.5 * RATE
@@ -39,7 +39,7 @@ def test_clicks_and_a_louder_room_are_no_turn():
     room = 0.003 * torch.randn(6 * RATE, generator=torch.Generator().manual_seed(1))
     room[2 * RATE : 2 * RATE + 400] += 0.5  # a click of 25 ms
     room[4 * RATE :] *= 2
-    assert endpointer.hear(room) == []
+    assert endpointer.feed(room) == []
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
@@ -47,13 +47,13 @@ def test_a_voice_of_soft_syllables_is_a_turn(noise):
     """The noise floor must not rise with a voice that begins softly."""
     said = torch.cat([torch.zeros(RATE), *voice.formant_voice("hello mama papa"), torch.zeros(2 * RATE)])
     rustle = noise * torch.randn(len(said), generator=torch.Generator().manual_seed(0))
-    found = Endpointer().hear(0.3 * said + rustle)
+    found = Endpointer().feed(0.3 * said + rustle)
     assert found[0] == "begin"
     assert len(found) == 2
 
 
 def test_a_turn_without_end_is_cut_after_30_seconds():
-    found = Endpointer().hear(torch.cat([torch.zeros(RATE), 0.3 * torch.ones(31 * RATE)]))
+    found = Endpointer().feed(torch.cat([torch.zeros(RATE), 0.3 * torch.ones(31 * RATE)]))
     assert len(found[1]) == pytest.approx(30 * RATE, abs=RATE)
 
 
@@ -154,12 +154,18 @@ def a_tiny_omni():
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     ids = {"audio_token_index": 260, "image_token_index": 261, "video_token_index": 262, "audio_start_token_id": 263}
     ids |= {"audio_end_token_id": 264, "vision_start_token_id": 269, "vision_end_token_id": 270}
-    ears = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32, "output_dim": 32}
+    audio_encoder = {
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32,
+        "d_model": 32,
+        "output_dim": 32,
+    }
     eyes = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     text = {**size, "vocab_size": 300, "rope_parameters": rope}
     thinker = {
         "text_config": text,
-        "audio_config": ears,
+        "audio_config": audio_encoder,
         "vision_config": {**eyes, "fullatt_block_indexes": [0]},
         **ids,
     }

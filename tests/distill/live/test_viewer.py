@@ -215,7 +215,7 @@ def test_a_voice_in_the_microphone_interrupts_and_its_end_is_a_turn():
     noise = 0.001 * tiny.randn(16000)
     said = a_tone(0.8)
     for piece in torch.cat([noise, said, noise]).split(640):
-        stage.viewer.hear(piece, stage.now)
+        stage.viewer.feed(piece, stage.now)
         stage.run(0.04)
     assert talking.cancelled.is_set()
     turn, heard = stage.started[-1]

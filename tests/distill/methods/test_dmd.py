@@ -22,9 +22,9 @@ from teachers.errors import UserError
 from tests.support.gaussian import autoregressive
 from tests.support.tiny import (
     CHANNELS,
-    a_pool,
     a_student,
     a_teacher,
+    a_train_set,
     make_spec,
     randn,
     rng,
@@ -47,7 +47,7 @@ def make_dmd(student=None, **config) -> DMD:
 
 
 def a_batch(num: int = 2) -> Batch:
-    return a_pool().batch(torch.arange(num))
+    return a_train_set().batch(torch.arange(num))
 
 
 def gradients(net: nn.Module) -> list[Tensor | None]:
@@ -306,7 +306,7 @@ def test_sid_is_its_equation_through_both_scores():
     def loss_of(clip):
         return losses.sid(clip, a * clip, b * clip, alpha=1.2)
 
-    gradient = losses.input_gradient(loss_of, x0)
+    gradient = losses.grad_wrt_input(loss_of, x0)
     scale = (x0 - a * x0)[:, :, 1:].abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
     expected = 2 * (a - b) * ((a - 1) - 1.2 * (a - b)) * x0 / scale / (2 * x0[0, :, 1:].numel())
     assert torch.allclose(gradient[:, :, 1:], expected[:, :, 1:], rtol=1e-4)
@@ -377,7 +377,7 @@ def test_hidden_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
     for checkpointing in (False, True):
         if checkpointing:
             net.net.enable_gradient_checkpointing()
-        pull = losses.input_gradient(lambda clip: losses.fooling(judge(net, clip, sigma, given)), x)
+        pull = losses.grad_wrt_input(lambda clip: losses.generator_loss(judge(net, clip, sigma, given)), x)
         found.append(pull)
     assert torch.equal(*found)
     assert found[0][:, :, 1:].any()

@@ -18,7 +18,7 @@ from teachers import flow
 from teachers.conditions import Conditions, Guidance
 from teachers.errors import UserError
 from tests.support.gaussian import autoregressive
-from tests.support.tiny import a_pool, a_student, randn, rng, some_conditions, some_latents
+from tests.support.tiny import a_student, a_train_set, randn, rng, some_conditions, some_latents
 
 C, F, RHO = 2, 4, 0.7
 MEAN = torch.tensor([[0.3, 0.8, -0.5, 0.4], [-0.2, -0.6, 0.5, 1.0]]).view(C, F, 1, 1)
@@ -117,7 +117,7 @@ class Recorder:
 
 @pytest.mark.parametrize("context", ["clean", "noisy"])
 def test_forcing_noises_every_chunk_to_its_own_sigma(context):
-    batch = a_pool(16).batch(torch.arange(16))
+    batch = a_train_set(16).batch(torch.arange(16))
     student = Recorder(batch.x0)
     config = forcing.Config(context=context, shift=1.0, drop_text=0.5, drop_audio=0.25)
     assert Forcing(config, student).loss("student", batch, rng(1), rng(2)).value == 0, "the target is not the data"
@@ -139,7 +139,7 @@ def _audio(student, config, batch, seed):
 
 
 def test_forcing_leaves_the_given_frame_out():
-    batch = a_pool(2).batch(torch.arange(2))
+    batch = a_train_set(2).batch(torch.arange(2))
     wrong = batch.x0.clone()
     wrong[:, :, 0] += 5.0
     assert Forcing(forcing.Config(), Recorder(wrong)).loss("student", batch, rng(1), rng(2)).value == 0
@@ -261,7 +261,7 @@ def test_the_tangent_of_a_network_is_the_central_difference(prediction):
 
 def test_a_discrete_step_lands_on_the_next_grid_point():
     """Student at (x_s, s), teacher at the same, then the student without gradient where the Euler step ends, all told the data."""
-    batch = a_pool(4).batch(torch.arange(4))
+    batch = a_train_set(4).batch(torch.arange(4))
     student, teacher = Recorder(torch.ones_like(batch.x0)), Recorder(2 * torch.ones_like(batch.x0))
     method = consistency_of(student, teacher, num_steps=6, guidance=Guidance(text=2.0, audio=2.0))
     loss = method.loss("student", batch, rng(1), rng(2))
@@ -317,7 +317,7 @@ def test_continuous_targets_are_a_step_along_the_tangent():
 @pytest.mark.parametrize("name", ["forcing", "forcing_noisy", "discrete", "continuous"])
 def test_an_initialisation_trains_a_real_student(name):
     """Every weight of the student is reached, the teacher's none; a loss is a function of its generators."""
-    student, teacher, batch = a_student(), a_student(seed=1), a_pool().batch(torch.arange(2))
+    student, teacher, batch = a_student(), a_student(seed=1), a_train_set().batch(torch.arange(2))
     if name.startswith("forcing"):
         method = Forcing(forcing.Config(context="noisy" if "noisy" in name else "clean"), student)
     else:

@@ -97,8 +97,8 @@ def test_the_gan_losses_are_logarithms():
     """-log D(real) - log(1 - D(fake)), and -log D(fake) for the one who is judged."""
     real, fake = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
     expected = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
-    assert torch.allclose(losses.discrimination(real, fake), expected)
-    assert torch.allclose(losses.fooling(fake), -fake.sigmoid().log().mean())
+    assert torch.allclose(losses.discriminator_loss(real, fake), expected)
+    assert torch.allclose(losses.generator_loss(fake), -fake.sigmoid().log().mean())
 
 
 def test_a_unit_tangent_has_length_one_without_softening():
@@ -116,14 +116,14 @@ def test_a_unit_tangent_has_length_one_without_softening():
 def test_an_input_gradient_leaves_the_network_alone():
     net, x0 = torch.nn.Linear(4, 1), some_latents(2, 4).requires_grad_()
     with torch.no_grad():
-        gradient = losses.input_gradient(lambda x: net(x).square().sum(), x0)
+        gradient = losses.grad_wrt_input(lambda x: net(x).square().sum(), x0)
     with torch.enable_grad():
         (expected,) = torch.autograd.grad(net(x0).square().sum(), x0)
     assert torch.allclose(gradient, expected)
     assert net.weight.grad is None
     assert x0.grad is None
     plain = x0.detach().clone()
-    losses.input_gradient(lambda x: x.square().sum(), plain)
+    losses.grad_wrt_input(lambda x: x.square().sum(), plain)
     assert not plain.requires_grad
-    losses.carry(x0, gradient).backward()
+    losses.gradient_as_loss(x0, gradient).backward()
     assert torch.equal(x0.grad, gradient)

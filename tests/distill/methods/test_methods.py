@@ -19,7 +19,7 @@ from students.spec import student_sigmas
 from teachers import flow
 from teachers.conditions import Guidance
 from teachers.errors import UserError
-from tests.support.tiny import a_pool, a_student, a_teacher, rng, some_conditions, some_latents
+from tests.support.tiny import a_student, a_teacher, a_train_set, rng, some_conditions, some_latents
 
 SIGMAS = student_sigmas(3, 3.0)
 
@@ -93,7 +93,7 @@ def make_dmd(**config):
 
 
 def batch_of_pool() -> Batch:
-    return a_pool().batch(torch.arange(2))
+    return a_train_set().batch(torch.arange(2))
 
 
 def test_the_cadence_of_dmd():
@@ -189,7 +189,7 @@ def test_dmd_draws_its_exit_step_from_the_shared_generator():
 
 def test_flow_matching_trains_on_interpolations():
     """x_sigma = (1 - sigma) x0 + sigma eps with one sigma in each stratum; an exact teacher has no loss."""
-    batch, config = a_pool(16).batch(torch.arange(16)), FlowConfig(shift=1.0, drop_text=0.25, drop_audio=0.5)
+    batch, config = a_train_set(16).batch(torch.arange(16)), FlowConfig(shift=1.0, drop_text=0.25, drop_audio=0.5)
     seen = {}
 
     def exact(x, sigma, conditions):

@@ -18,7 +18,7 @@ from teachers.conditions import Guidance
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from tests.support.gaussian import autoregressive
-from tests.support.tiny import Ranks, a_pool, a_teacher, randn, rng, some_conditions
+from tests.support.tiny import Ranks, a_teacher, a_train_set, randn, rng, some_conditions
 
 SIGMAS = student_sigmas(4, 3.0)
 CONFIG = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
@@ -27,7 +27,9 @@ CONFIG = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
 def write(folder, sigmas=SIGMAS, seed=0, engine=None):
     folder.mkdir(exist_ok=True)
     teacher = a_teacher()
-    return make(lambda _: teacher, "abc", a_pool(), CONFIG, sigmas, seed=seed, folder=folder, engine=engine or Ranks())
+    return make(
+        lambda _: teacher, "abc", a_train_set(), CONFIG, sigmas, seed=seed, folder=folder, engine=engine or Ranks()
+    )
 
 
 def contents(folder):
@@ -67,7 +69,7 @@ def test_a_round_trip(tmp_path):
     assert states.dtype == torch.float16
     assert pairs.sigmas == pytest.approx((*SIGMAS, 0.0))
     assert torch.isfinite(states.float()).all()
-    pool = a_pool()
+    pool = a_train_set()
     batch = pairs.batch(pool, torch.tensor([3, 7]), "cpu")
     assert torch.equal(batch.conditions.audio, pool.audio[pairs.rows[[3, 7]]])
     assert torch.equal(batch.states, states[[3, 7]].float())

@@ -31,8 +31,8 @@ from distill.planning.estimate import (
     num_parameters,
     peak_bytes,
     rank_bytes,
-    remedy,
     split_blocks,
+    suggest_fix,
     trajectory_bytes,
 )
 from distill.planning.live_bytes import LiveBytes, OnMeta
@@ -51,7 +51,7 @@ from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.networks.wan import AvatarTeacher, NetworkConfig
-from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_pool, a_student, a_teacher, make_spec, some_conditions
+from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
 
 BIG = NetworkConfig(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824)
 SMALL = NetworkConfig(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960)
@@ -263,9 +263,9 @@ def test_the_context_is_what_the_last_state_holds(history):
             x0, steps = denoise_chunk(student, state, part, lambda i, j=j: noise(j, i), spec.sigmas)
             state = student.commit(state, x0, part, steps)
     kept = [t for entry in state.kept for t in (*entry.keys, *entry.values)]
-    ready = [t for blocks in state.ready for pair in blocks for t in pair]
+    context_kv = [t for blocks in state.context_kv for pair in blocks for t in pair]
     whole, half = (context_bytes(a_job(spec, batch=3, precision=name), "dmd") for name in ("fp32", "bf16"))
-    assert whole == 2 * half == sum(t.numel() * t.element_size() for t in (*kept, *ready))
+    assert whole == 2 * half == sum(t.numel() * t.element_size() for t in (*kept, *context_kv))
 
 
 def test_trajectories_are_as_large_as_their_files(tmp_path):
@@ -273,7 +273,7 @@ def test_trajectories_are_as_large_as_their_files(tmp_path):
     spec = make_spec()
     engine: Any = Ranks()
     metrics = trajectories.make(
-        lambda _: a_teacher(), "abc", a_pool(), config, spec.sigmas, seed=0, folder=tmp_path, engine=engine
+        lambda _: a_teacher(), "abc", a_train_set(), config, spec.sigmas, seed=0, folder=tmp_path, engine=engine
     )
     tensors = [t for file in tmp_path.glob("*.safetensors") for t in load_tensors(file).values()]
     assert trajectory_bytes(spec, 10) == sum(t.numel() * t.element_size() for t in tensors)
@@ -521,13 +521,13 @@ def test_switches_and_the_first_remedy():
     assert peak_bytes(plan, "ddp", 1) / GIB == 60 + 40
     assert peak_bytes(plan, "ddp", 1, ("checkpointing",)) / GIB == 60 + 4
     assert peak_bytes(plan, "ddp", 1, ("checkpointing", "lora")) / GIB == pytest.approx(40 + 0.01 * 32, rel=1e-3)
-    assert remedy(plan, "ddp", 1, 100 * GIB) == ()
-    assert remedy(plan, "ddp", 1, 64 * GIB) == ("checkpointing",)
-    assert remedy(plan, "ddp", 1, 41 * GIB) == ("checkpointing", "lora")
-    assert remedy(plan, "ddp", 1, 40 * GIB) is None
+    assert suggest_fix(plan, "ddp", 1, 100 * GIB) == ()
+    assert suggest_fix(plan, "ddp", 1, 64 * GIB) == ("checkpointing",)
+    assert suggest_fix(plan, "ddp", 1, 41 * GIB) == ("checkpointing", "lora")
+    assert suggest_fix(plan, "ddp", 1, 40 * GIB) is None
     assert peak_bytes(plan, "zero2", 8, ("offload",)) / GIB == 40 + 40
-    assert remedy(plan, "zero2", 8, 44.5 * GIB) == ("checkpointing",)  # 40 + 0.5 + 2 + 1, and two of gradients
-    assert remedy(plan, "zero2", 8, 44 * GIB) == ("checkpointing", "offload")
+    assert suggest_fix(plan, "zero2", 8, 44.5 * GIB) == ("checkpointing",)  # 40 + 0.5 + 2 + 1, and two of gradients
+    assert suggest_fix(plan, "zero2", 8, 44 * GIB) == ("checkpointing", "offload")
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from distill.compose import RECIPES
 from distill.data.order import batch_rows
 from distill.methods import Batch, dmd
 from distill.pipeline.stages import Pipeline
-from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, remedy
+from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
 from distill.training.engine import Engine, EngineConfig
@@ -36,7 +36,7 @@ from tests.support.tiny import (
     CHANNELS,
     Ranks,
     a_bundle,
-    a_pool,
+    a_train_set,
     make_net,
     make_spec,
     randn,
@@ -48,7 +48,7 @@ from tests.support.tiny import (
 FULL = ("patch_embedding", "audio_proj", "audio_cond_projs")
 SMALL: dict[str, Any] = {"horizon_frames": 4}
 CONFIG = LoraRoles(rank=3, alpha=1.5, full=FULL)
-POOL = a_pool(frames=4)
+POOL = a_train_set(frames=4)
 METHOD = dmd.Config(fake_updates=2, warmup=0, exit_step="random")
 
 
@@ -126,8 +126,8 @@ def test_frozen_weights_are_one_set_of_tensors():
     assert sum(alive.values()) == sum(p.numel() for p in own.values()) + sum(learned)
     names = {n for role in roles.values() for n, p in role.net.named_parameters() if p.data_ptr() not in alive}
     assert not names
-    turns = {id(net._turns) for net in (backbone, *(role.net for role in roles.values()))}
-    assert len(turns) == 1
+    rope_table = {id(net._rope_cache) for net in (backbone, *(role.net for role in roles.values()))}
+    assert len(rope_table) == 1
 
 
 def test_a_fresh_adapter_changes_nothing_and_is_a_function_of_seed_and_role():
@@ -643,7 +643,7 @@ def test_the_plan_of_the_real_size_knows_adapters_and_one_backbone():
     assert "backbone     one set of weights for teacher, student, fake_score" in text
     assert f"a LoRA of {by_hand(recipe.lora):,}" in text
     assert "FSDP2   shards weights, which LoRA roles share: use ddp, zero1 or zero2" in text
-    assert remedy(plan, "zero3", 8, 1e15) is None
+    assert suggest_fix(plan, "zero3", 8, 1e15) is None
 
 
 def test_lora_is_named_as_the_switch_that_makes_it_fit():
@@ -656,5 +656,5 @@ def test_lora_is_named_as_the_switch_that_makes_it_fit():
     plan = replace(plan, updates=(update,))
     full, switched = (peak_bytes(plan, "ddp", 1, on) for on in ((), ("checkpointing", "lora")))
     assert switched < 0.3 * full
-    assert remedy(plan, "ddp", 1, 0.5 * full) == ("checkpointing", "lora")
+    assert suggest_fix(plan, "ddp", 1, 0.5 * full) == ("checkpointing", "lora")
     assert "fits with checkpointing + lora" in command.as_text(plan, "name", [1], ["ddp"], 0.5 * full / 2**30)

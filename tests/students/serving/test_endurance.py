@@ -40,10 +40,10 @@ def test_thousands_of_chunks_in_constant_memory_and_time(kind):
     spec, process, resident = bundle.spec, psutil.Process(), []
     sound = some_sound(spec.chunk_frames * spec.codec.stride * PER_FRAME)
     for session in (old, young):
-        session.push(some_sound(spec.pixel_frames(spec.schedule.ahead)[1] * PER_FRAME + bundle.ears.lookahead))
+        session.push(some_sound(spec.pixel_frames(spec.schedule.ahead)[1] * PER_FRAME + bundle.audio_encoder.lookahead))
     for _ in range(100):
         timed_step(young, sound)
-    turns = len(bundle.student.net._turns)
+    rope_table = len(bundle.student.net._rope_cache)
     for i in range(count - 100):
         timed_step(old, sound)
         if i % 250 == 249:
@@ -54,6 +54,8 @@ def test_thousands_of_chunks_in_constant_memory_and_time(kind):
     late, early = (statistics.median(seconds for seconds, _ in steps) for steps in zip(*pairs, strict=True))
     print(f"{kind}: step {count} takes {late / early:.3f} of step 200")
     assert late < 1.25 * early, (late, early)
-    assert len(bundle.student.net._turns) == turns, "a position's angles are kept, and there are only so many places"
+    assert len(bundle.student.net._rope_cache) == rope_table, (
+        "a position's angles are kept, and there are only so many places"
+    )
     if kind == "sequential":
         assert count * spec.chunk_frames > 5 * bundle.student.net.rope.max_seq_len

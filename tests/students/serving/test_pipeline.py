@@ -37,7 +37,7 @@ def test_a_call_is_a_session(folder):
 
 def test_a_call_with_two_voices_and_directions():
     bundle = a_bundle(speakers=2, pose_dim=3)
-    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.ears, bundle.text)
+    pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
     pipe.set_progress_bar_config(disable=True)
     own, other, pose = some_sound(9 * PER_FRAME), some_sound(9 * PER_FRAME, 5), randn(4, 3, seed=2).clamp(-1, 1)
     out = pipe(a_portrait(), own, "a person nods", output_type="pt", other=other.numpy(), pose=pose)

@@ -9,7 +9,7 @@ import torch
 
 from distill.methods.rollout import rollout
 from students.history import History
-from students.kv_cache import Ring
+from students.kv_cache import InplaceKVCache
 from students.schedule import denoise_chunk
 from students.serving.session import Session, Starved, chunk_noise
 from teachers.codecs.linear import to_uint8
@@ -114,7 +114,7 @@ def test_what_is_asked_changes_what_is_shown(bundle):
 
 def test_the_future_is_not_heard_and_the_margin_is(bundle):
     """Sound after a chunk's last frame plus the ears' margin cannot change it, to the bit; sound just before can."""
-    sound, margin = some_sound(16 * PER_FRAME), bundle.ears.lookahead
+    sound, margin = some_sound(16 * PER_FRAME), bundle.audio_encoder.lookahead
     chunks = play(bundle, sound)
     for index in (0, 1, 2):
         edge = bundle.spec.pixel_frames(index)[1] * PER_FRAME + margin
@@ -146,7 +146,7 @@ def test_the_training_rollout_is_the_stream_bit_for_bit(history):
     given = Conditions(
         text=heard[0].text, reference=heard[0].reference, audio=torch.cat([part.audio for part in heard], dim=1)
     )
-    whole = pack_rows(bundle.ears(sound[None], 0, 35), 2)
+    whole = pack_rows(bundle.audio_encoder(sound[None], 0, 35), 2)
     assert torch.allclose(given.audio, whole, atol=1e-4), "a stream hears something else than training"
     x0 = rollout(bundle.student, given, lambda chunk, step: chunk_noise(bundle.spec, 3, chunk, step))
     assert torch.equal(x0, torch.cat(latents, dim=2))
@@ -183,7 +183,7 @@ def stored_bytes(value) -> int:
         return sum(stored_bytes(item) for item in value.values())
     if isinstance(value, tuple | list | deque):
         return sum(stored_bytes(item) for item in value)
-    return stored_bytes(vars(value)) if isinstance(value, Stream | Ring) else 0
+    return stored_bytes(vars(value)) if isinstance(value, Stream | InplaceKVCache) else 0
 
 
 @pytest.mark.parametrize("history", [history for history in HISTORIES if history.window is not None], ids=str)
@@ -207,7 +207,7 @@ def test_an_empty_or_short_sound(bundle):
     session = Session(bundle, a_portrait(), "a person nods")
     starved = session.step()
     assert not starved
-    assert starved == Starved("audio", 3 * PER_FRAME + bundle.ears.lookahead)
+    assert starved == Starved("audio", 3 * PER_FRAME + bundle.audio_encoder.lookahead)
     session.push(torch.zeros(0))
     session.close()
     assert session.step() == Starved("end")
@@ -261,8 +261,8 @@ def test_idle_live_goes_on_in_silence_and_speech_follows(bundle):
         chunks.append(chunk)
     assert [chunk.idle for chunk in chunks] == ["live"] * 3 + [""] + ["live"] * 4
     heard = torch.cat([chunk.audio for chunk in chunks])
-    assert not heard[: 11 * PER_FRAME + bundle.ears.lookahead].any()
-    assert torch.equal(heard[11 * PER_FRAME + bundle.ears.lookahead :][: len(sound)], sound)
+    assert not heard[: 11 * PER_FRAME + bundle.audio_encoder.lookahead].any()
+    assert torch.equal(heard[11 * PER_FRAME + bundle.audio_encoder.lookahead :][: len(sound)], sound)
     same = Session(bundle, a_portrait(), "a person nods")
     same.push(heard)
     assert torch.equal(film(same.frames()), film(chunks)[: 4 * 7 - 1]), "idle life differs from pushed silence"
@@ -270,13 +270,15 @@ def test_idle_live_goes_on_in_silence_and_speech_follows(bundle):
 
 def test_idle_hold_repeats_the_last_frame_and_draws_nothing(bundle):
     session = Session(bundle, a_portrait(), "a person nods", lead=1, idle="hold")
-    sound = some_sound(11 * PER_FRAME + bundle.ears.lookahead)
-    assert session.step() == Starved("audio", 3 * PER_FRAME + bundle.ears.lookahead), "there is nothing to hold yet"
-    session.push(sound[: 3 * PER_FRAME + bundle.ears.lookahead])
+    sound = some_sound(11 * PER_FRAME + bundle.audio_encoder.lookahead)
+    assert session.step() == Starved("audio", 3 * PER_FRAME + bundle.audio_encoder.lookahead), (
+        "there is nothing to hold yet"
+    )
+    session.push(sound[: 3 * PER_FRAME + bundle.audio_encoder.lookahead])
     chunks = []
     for i in range(5):
         if i == 3:
-            session.push(sound[3 * PER_FRAME + bundle.ears.lookahead :])
+            session.push(sound[3 * PER_FRAME + bundle.audio_encoder.lookahead :])
         chunk = session.step()
         session.played(chunk.first_frame + len(chunk.frames))
         chunks.append(chunk)
@@ -306,13 +308,13 @@ def test_next_is_the_chunk_after_the_last_drawn(bundle):
     sound, films = some_sound(23 * PER_FRAME), []
     for at in ("next", 2):
         session = Session(bundle, a_portrait(), "a person nods")
-        session.push(sound[: 7 * PER_FRAME + bundle.ears.lookahead])
+        session.push(sound[: 7 * PER_FRAME + bundle.audio_encoder.lookahead])
         if at != "next":
             session.set(text="someone smiles", at=at)
         chunks = list(session.frames())
         if at == "next":
             session.set(text="someone smiles", at=at)
-        session.push(sound[7 * PER_FRAME + bundle.ears.lookahead :])
+        session.push(sound[7 * PER_FRAME + bundle.audio_encoder.lookahead :])
         films.append(film([*chunks, *session.frames()]))
         with pytest.raises(UserError, match=r"^text at chunk 1: chunk \d is already drawn; give a later one$"):
             session.set(text="a person nods", at=1)
@@ -322,7 +324,7 @@ def test_next_is_the_chunk_after_the_last_drawn(bundle):
 def test_recache_is_a_session_that_had_the_new_text_for_the_window(bundle):
     """Before anything left the window, recaching commits the same latents under the new text: so does a stream by hand."""
     session = Session(bundle, a_portrait(), "a person nods", seed=5)
-    session.push(some_sound(19 * PER_FRAME + bundle.ears.lookahead))
+    session.push(some_sound(19 * PER_FRAME + bundle.audio_encoder.lookahead))
     latents, heard = [], []
     for i in range(5):
         if i == 3:

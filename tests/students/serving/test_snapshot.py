@@ -56,13 +56,13 @@ def test_a_light_session_is_small_and_exact_before_anything_left_the_window(bund
     sound, sizes, films = some_sound(31 * PER_FRAME), {}, {}
     for chunks in (3, 6):
         session = a_session(bundle)
-        session.push(sound[: (4 * chunks - 1) * PER_FRAME + bundle.ears.lookahead])
+        session.push(sound[: (4 * chunks - 1) * PER_FRAME + bundle.audio_encoder.lookahead])
         assert len(list(session.frames())) == chunks
         for how in ("exact", "light"):
             save_session(session, tmp_path / how, how)
             sizes[how] = (tmp_path / how).stat().st_size
             again = load_session(bundle, tmp_path / how)
-            again.push(sound[(4 * chunks - 1) * PER_FRAME + bundle.ears.lookahead :])
+            again.push(sound[(4 * chunks - 1) * PER_FRAME + bundle.audio_encoder.lookahead :])
             films[how] = film(again.frames())
         assert sizes["light"] < sizes["exact"]
         gap = (films["light"].int() - films["exact"].int()).abs().float().mean()
@@ -91,7 +91,7 @@ def test_interrupt_is_never_having_drawn_the_dropped_chunks(history):
     films = []
     for ahead in (0, 3):
         session = a_session(bundle, lead=8)
-        session.push(old[: (edge + 4 * ahead) * PER_FRAME + bundle.ears.lookahead])
+        session.push(old[: (edge + 4 * ahead) * PER_FRAME + bundle.audio_encoder.lookahead])
         assert len(list(session.frames())) == 4 + ahead
         assert session.interrupt(played=edge - 2) == edge
         assert session.audio.end == edge * PER_FRAME

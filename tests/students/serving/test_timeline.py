@@ -17,7 +17,7 @@ from distill.live.chat_planner import ChatPlanner, audio_facts, named
 from students.history import History
 from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
-from students.serving.timeline import BEHAVIOURS, Cue, Director, Entry, Script, Timeline, chunk_at, read_script
+from students.serving.timeline import BEHAVIOURS, CachedChunk, Cue, Director, Script, Timeline, chunk_at, read_script
 from teachers.errors import UserError
 from tests.distill.commands.test_sample import FPS, RATE, inputs, noted, parse, student  # noqa: F401, fixtures
 from tests.distill.commands.test_sample import film as sample_film
@@ -68,7 +68,7 @@ def timeline(*entries) -> Timeline:
 
 
 def script_of(entries) -> Script:
-    return Script(timeline=tuple(Entry(at=Fraction(at), do=do, how=how) for at, do, how in entries))
+    return Script(timeline=tuple(CachedChunk(at=Fraction(at), do=do, how=how) for at, do, how in entries))
 
 
 def test_every_frame_lies_in_its_chunk(bundle):

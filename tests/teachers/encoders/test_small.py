@@ -9,12 +9,12 @@ from tests.support.tiny import TEXT, TOKENS, make_spec, some_sound, text_encoder
 N = 1280
 
 
-def ears() -> LogMel:
+def audio_encoder() -> LogMel:
     return LogMel(AudioConfig(num_mels=20, hop=320, window=512), N)
 
 
 def test_a_row_hears_its_frame_and_the_margin_alone():
-    ear, sound = ears(), some_sound(10 * N)
+    ear, sound = audio_encoder(), some_sound(10 * N)
     rows = ear(sound)
     assert rows.shape == (10, ear.dim) == (10, 80)
     edge = 5 * N
@@ -26,7 +26,7 @@ def test_a_row_hears_its_frame_and_the_margin_alone():
 
 
 def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
-    ear, sound = ears(), some_sound(12 * N)
+    ear, sound = audio_encoder(), some_sound(12 * N)
     whole = ear(sound[None])
     for first, last in [(0, 1), (0, 5), (3, 7), (11, 12)]:
         assert torch.allclose(ear(sound[None], first, last), whole[:, first:last], atol=1e-5)
@@ -35,7 +35,7 @@ def test_a_window_of_the_clip_gives_the_rows_of_the_whole():
 
 
 def test_outside_the_clip_is_silence():
-    ear = ears()
+    ear = audio_encoder()
     silent = ear(torch.zeros(N), 0, 1)[0]
     assert torch.allclose(ear(some_sound(2 * N), 4, 6), silent.expand(2, -1))
     assert torch.allclose(ear(some_sound(2 * N), -3, -1), silent.expand(2, -1))
@@ -47,7 +47,7 @@ def test_a_hop_that_does_not_fit_is_refused():
 
 
 def test_louder_is_more_and_pitch_is_heard():
-    ear = ears()
+    ear = audio_encoder()
     time = torch.arange(4 * N) / 16000
     low, high = (0.2 * torch.sin(2 * torch.pi * hz * time) for hz in (200.0, 3000.0))
     assert (ear(2 * low)[1:3] >= ear(low)[1:3]).all()

@@ -18,7 +18,7 @@ from tests.support.tiny import randomise
 
 LAYERS, HEADS, WIDTH, TOKENS = 2, 4, 24, 12
 WORDS = ["a", "person", "nods", "and", "someone", "smiles"]
-TEXTS = ["a person nods", "someone smiles and nods and smiles and a person nods and smiles and nods", ""]
+TEXT_ENCODERS = ["a person nods", "someone smiles and nods and smiles and a person nods and smiles and nods", ""]
 
 
 def a_tokenizer(extra: int = 0) -> T5Tokenizer:
@@ -108,8 +108,8 @@ def files_of_wan(path, tensors):
 def test_features_equal_the_equations_and_padding_is_zero(tmp_path):
     model = an_encoder()
     encoder = UMT5.load(a_folder(tmp_path / "wan", model), TOKENS, torch.float32)
-    features = encoder(TEXTS)
-    ids, mask = encoder.tokens(TEXTS)
+    features = encoder(TEXT_ENCODERS)
+    ids, mask = encoder.tokens(TEXT_ENCODERS)
     assert features.shape == (3, TOKENS, WIDTH)
     assert mask.sum(dim=1).tolist() == [4, TOKENS, 1]
     assert ids[:, 0].tolist() == [4, 8, 1]
@@ -119,12 +119,12 @@ def test_features_equal_the_equations_and_padding_is_zero(tmp_path):
         length = int(seen.sum())
         assert not row[length:].any()
         assert (row[:length] - by_the_equations(weights, one[:length].tolist())).abs().max() < 1e-5
-    assert torch.allclose(encoder(TEXTS[:1])[0], features[0], atol=1e-6), "a text depends on its neighbours"
+    assert torch.allclose(encoder(TEXT_ENCODERS[:1])[0], features[0], atol=1e-6), "a text depends on its neighbours"
 
 
 def test_defaults_are_512_tokens_in_bf16(tmp_path):
     encoder = UMT5.load(a_folder(tmp_path / "wan"))
-    features = encoder(TEXTS[:1])
+    features = encoder(TEXT_ENCODERS[:1])
     assert features.shape == (1, 512, WIDTH)
     assert features.dtype == torch.bfloat16
     assert not any(p.requires_grad for p in encoder.parameters())
@@ -135,11 +135,11 @@ def test_wan_s_own_file_gives_the_same_encoder(tmp_path):
     weights, tokenizer = files_of_wan(tmp_path / "wan", original(model))
     encoder = UMT5.load_original(weights, tokenizer, TOKENS, torch.float32)
     folder = UMT5.load(a_folder(tmp_path / "diffusers", model), TOKENS, torch.float32)
-    assert torch.equal(encoder(TEXTS), folder(TEXTS))
+    assert torch.equal(encoder(TEXT_ENCODERS), folder(TEXT_ENCODERS))
     assert encoder.model.encoder.embed_tokens.weight is encoder.model.shared.weight
     assert {p.dtype for p in UMT5.load_original(weights, tokenizer).parameters()} == {torch.bfloat16}
     encoder.save(tmp_path / "saved")
-    assert torch.equal(UMT5.load(tmp_path / "saved", TOKENS, torch.float32)(TEXTS), folder(TEXTS))
+    assert torch.equal(UMT5.load(tmp_path / "saved", TOKENS, torch.float32)(TEXT_ENCODERS), folder(TEXT_ENCODERS))
 
 
 def test_the_published_size():
@@ -213,7 +213,8 @@ def test_a_missing_shard_is_named(tmp_path):
     model.save_pretrained(tmp_path / "wan" / "text_encoder", max_shard_size=4000)
     a_tokenizer().save_pretrained(tmp_path / "wan" / "tokenizer")
     assert torch.equal(
-        UMT5.load(tmp_path / "wan", TOKENS, torch.float32)(TEXTS), UMT5(a_tokenizer(), model, TOKENS)(TEXTS)
+        UMT5.load(tmp_path / "wan", TOKENS, torch.float32)(TEXT_ENCODERS),
+        UMT5(a_tokenizer(), model, TOKENS)(TEXT_ENCODERS),
     )
     shard = sorted((tmp_path / "wan" / "text_encoder").glob("model-*.safetensors"))[1]
     shard.unlink()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
-from distill.data.latents import Senses
+from distill.data.latents import ConditionEncoders
 from teachers.conditions import pack_rows
 from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig, deviation_table, load_pretrained
 from teachers.errors import UserError
@@ -389,15 +389,17 @@ def test_a_clip_for_bidirectional_networks_is_the_published_whole_clip():
     """Through the data stage's senses: the pool's rows for teacher and fake score are `whole`, with the zero row where asked."""
     sound = randn(2, 9 * N, seed=3)
     for config in (WINDOWS, replace(WINDOWS, prefix_frames=1), replace(WINDOWS, whole_clip=False)):
-        ears = an_ear(config)
-        senses = Senses(
-            codec=SimpleNamespace(config=SimpleNamespace(stride=4)), ears=ears, text=lambda t: torch.zeros(len(t), 1, 1)
+        audio_encoder = an_ear(config)
+        encoders = ConditionEncoders(
+            codec=SimpleNamespace(config=SimpleNamespace(stride=4)),
+            audio_encoder=audio_encoder,
+            text=lambda t: torch.zeros(len(t), 1, 1),
         )
-        given = senses.conditions(sound, ["a", "b"], torch.zeros(2, 1, 1, 1, 1), 9)
+        given = encoders.conditions(sound, ["a", "b"], torch.zeros(2, 1, 1, 1, 1), 9)
         if not config.whole_clip:
             assert given.clip_audio is None
             continue
-        expected = pack_rows(ears.whole(sound, 9, config.prefix_frames), 4)
+        expected = pack_rows(audio_encoder.whole(sound, 9, config.prefix_frames), 4)
         assert torch.equal(given.clip_audio, expected)
         assert given.clip_audio.shape == given.audio.shape
         assert not torch.equal(given.clip_audio, given.audio)

@@ -318,10 +318,10 @@ def test_sound_may_come_in_any_pieces(tmp_path, sample_rate):
             for number, frame in enumerate(frames):
                 until = max(heard, round((number / FPS + ahead) * sample_rate))
                 for piece in sound[heard:until].split(777):
-                    writer.hear(piece)
+                    writer.write_audio(piece)
                 heard = until
                 writer.write(frame)
-            writer.hear(sound[heard:])
+            writer.write_audio(sound[heard:])
         assert durations(tmp_path / name) == durations(tmp_path / "whole.mp4")
         whole, pieces = media.decode_audio(tmp_path / "whole.mp4")[0], media.decode_audio(tmp_path / name)[0]
         assert torch.equal(whole, pieces)
@@ -329,7 +329,7 @@ def test_sound_may_come_in_any_pieces(tmp_path, sample_rate):
     with media.VideoWriter(tmp_path / "mute.mp4", FPS) as writer:
         writer.write(frames[0])
         with pytest.raises(ValueError, match="with a sample rate"):
-            writer.hear(sound)
+            writer.write_audio(sound)
     assert list(durations(tmp_path / "mute.mp4")) == ["video"]
 
 

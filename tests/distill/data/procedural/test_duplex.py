@@ -61,7 +61,7 @@ def clips():
 def inputs(bundle, num_chunks=CHUNKS, seed=0):
     """Own voice, the other's and directions: just what `num_chunks` need."""
     stop = bundle.spec.pixel_frames(num_chunks - 1)[1]
-    num = stop * PER_FRAME + bundle.ears.lookahead
+    num = stop * PER_FRAME + bundle.audio_encoder.lookahead
     return some_sound(num, seed), some_sound(num, seed + 5), randn(stop, duplex.POSE_DIM, seed=seed + 9).clamp(-1, 1)
 
 
@@ -91,7 +91,7 @@ def one_line(words: str, call, *given, **options) -> None:
 def test_each_voice_is_silent_out_of_its_turn(clips):
     turn = clips.talk["turn"]
     assert clips.audio.shape == (48, 2, 15 * PER_FRAME)
-    assert {*turn.unique().tolist()} == {duplex.OWN, duplex.OTHER, duplex.NOBODY}
+    assert {*turn.unique().tolist()} == {duplex.OWN, duplex.OTHER, duplex.NO_ONE}
     switched = ((turn == duplex.OWN).any(1) & (turn == duplex.OTHER).any(1)).float().mean()
     assert 0.4 < switched < 0.95, "some clips have both, some do not"
     # Frames well inside one's turn: the other's sound is zero there, and one's own is not.
@@ -152,14 +152,14 @@ def test_the_default_world_is_what_it_was():
 def test_training_rows_have_both_voices_and_mirrored_directions(tmp_path):
     source = DATA.open()
     latents.prepare(replace(DATA, text_steps=2), source, 0, tmp_path, Ranks())
-    senses = latents.load_senses(DATA, tmp_path)
-    pool = latents.load_pool(tmp_path, senses.mark)
+    encoders = latents.load_encoders(DATA, tmp_path)
+    pool = latents.load_train_set(tmp_path, encoders.mark)
     shown = next(source.train(0, [0]))
     rows = pool.batch(torch.tensor([1, 5])).conditions  # a clip of the first shard and its mirror image
     size = DATA.audio.dim(PER_FRAME)
     assert rows.audio.shape == (2, 8, 2, 2 * size)
     for k in (0, 1):
-        heard = senses.ears(shown.audio[1, k], 0, 15)
+        heard = encoders.audio_encoder(shown.audio[1, k], 0, 15)
         assert torch.allclose(rows.audio[0, 1:, :, k * size : (k + 1) * size].flatten(0, 1), heard[1:], atol=1e-5)
     assert torch.equal(rows.pose[0, 1:].flatten(0, 1), shown.pose[1, 1:])
     assert torch.equal(rows.pose[1], rows.pose[0] * torch.tensor([-1.0, 1.0, 1.0]))
@@ -260,7 +260,7 @@ def test_a_change_is_seen_from_its_frame_on_and_not_before(bundle, which):
     whole = play(opened(bundle), **given)
     for chunk in (2, 4):
         start, stop = bundle.spec.pixel_frames(chunk)
-        late = start * PER_FRAME + (bundle.ears.lookahead if which != "pose" else 0)
+        late = start * PER_FRAME + (bundle.audio_encoder.lookahead if which != "pose" else 0)
         changed = given[which].clone()
         rows = changed[start:] if which == "pose" else changed[late:]
         rows.copy_(rows.flip(0) * 0.7 + 0.05)
@@ -328,7 +328,7 @@ def test_it_lives_on_in_silence_and_its_sound_is_its_own_voice(bundle):
     assert not heard[size:].any()
     stop = bundle.spec.pixel_frames(3)[1]
     spelt = [
-        torch.nn.functional.pad(part, (0, stop * PER_FRAME + bundle.ears.lookahead - len(part)))
+        torch.nn.functional.pad(part, (0, stop * PER_FRAME + bundle.audio_encoder.lookahead - len(part)))
         for part in (own, other)
     ]
     held = torch.cat([pose, pose[-1:].expand(stop - len(pose), -1)])

@@ -17,7 +17,7 @@ from teachers.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Degraded:
+class CorruptionConfig:
     """How bad clips are; each draws its own severity uniformly up to these, one for all of its frames; 0 is off.
 
     `blur`: sigma of a Gaussian over the picture's height. `exposure`: stops over or under, 1 is twice or half the light. `shift`:
@@ -32,10 +32,10 @@ class Degraded:
     def __post_init__(self):
         for name, most in {"blur": 0.1, "exposure": 4.0, "shift": 0.5}.items():
             if not 0.0 <= getattr(self, name) <= most:
-                raise UserError(f"degraded.{name}: got {getattr(self, name)}; it is a number from 0 to {most}")
+                raise UserError(f"corruption.{name}: got {getattr(self, name)}; it is a number from 0 to {most}")
 
 
-def degrade(config: Degraded, clips: Clips, rng: torch.Generator) -> Clips:
+def corrupt_clips(config: CorruptionConfig, clips: Clips, rng: torch.Generator) -> Clips:
     """The same clips, worse: video uint8 [N, 3, T, H, W] and text; sound and labels as they were."""
     num = clips.video.shape[0]
     blur, stops, across, down = torch.rand(4, num, generator=rng).unbind()
