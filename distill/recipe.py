@@ -19,8 +19,25 @@ from teachers.conditions import Guidance
 from teachers.config import ADDED, convert, to_plain
 from teachers.errors import UserError
 from teachers.networks.wan import NetworkConfig
+from teachers.resolve import Registry
 
-DATA = {"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"}
+METHODS = Registry(
+    kind="method",
+    group="methods",
+    package="distill.methods",
+    default=False,
+    needed={
+        "needs": "def needs(config: Config) -> Needs",
+        "build": "def build(config: Config, roles: dict, grid: tuple | None = None) -> Method",
+    },
+)
+"""Training methods: one module each, with a Config, `needs` and `build`; of a user's file by `my_file:Config`."""
+DATA = Registry(
+    kind="data source",
+    group="data",
+    entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    methods={"open": "def open(self) -> Source"},
+)
 """Where clips come from; `data.name` says which, the first without a name."""
 
 
@@ -29,7 +46,7 @@ class MethodStage:
     """A training stage of the student. `start`, of init alone: the autoregressive teacher's weights, where the method does not ask
     for them anyway."""
 
-    method: Any = field(metadata={"named": "distill.methods"})
+    method: Any = field(metadata={"kinds": METHODS})
     train: TrainConfig
     start: Literal["ar_teacher"] | None = field(default=None, metadata=ADDED)
 
@@ -48,7 +65,7 @@ class TeacherStage:
     wan: Path | None = None
     widen: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    method: Any = field(default=None, metadata={"named": "distill.methods"})
+    method: Any = field(default=None, metadata={"kinds": METHODS})
     train: TrainConfig | None = None
 
     def __post_init__(self):
@@ -170,7 +187,7 @@ class Recipe:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe file `path` with Hydra overrides (`key=value`, `group=option`) as a Recipe; raises UserError."""
     values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
-    return convert(Recipe, values, locate=locate)
+    return convert(Recipe, values, locate=locate, folder=Path(path).resolve().parent)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -12,9 +12,13 @@ from teachers.conditions import GuidanceRange
 from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
 
-NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
+NETWORKS = Registry(
+    kind="student network",
+    group="student_networks",
+    entries={"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"},
+)
 """The kinds of network that a student can be, the first without a name."""
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,9 @@ from students.weights.adapter import targeted
 from students.weights.checkpoint import make_student
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import module_name
 from teachers.errors import UserError
 from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.resolve import module_of
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
@@ -196,7 +195,7 @@ def inner(net: Any) -> Any:
 
 
 def _module(method: Any) -> Any:
-    return import_module(f"distill.methods.{module_name(method)}")
+    return module_of(method)
 
 
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
