@@ -18,7 +18,7 @@ from students.spec import Spec, StudentConfig, student_sigmas
 from teachers.conditions import Guidance
 from teachers.config import ADDED, convert, to_plain
 from teachers.errors import UserError
-from teachers.networks.wan import NetworkConfig
+from teachers.networks.kind import NETWORKS, NetworkKind
 from teachers.resolve import Registry
 
 METHODS = Registry(
@@ -60,7 +60,7 @@ class TeacherStage:
     that start at zero. `precision` is that of a frozen network's matrices.
     """
 
-    network: NetworkConfig
+    network: NetworkKind = field(metadata={"kinds": NETWORKS})
     path: Path | None = None
     wan: Path | None = None
     widen: bool = False
@@ -201,7 +201,9 @@ def spec_of(recipe: "Recipe") -> Spec:
     method = recipe.dmd.method
     first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
-    network = student.network or (recipe.base or recipe.teacher).network
+    network = origin = (recipe.base or recipe.teacher).network
+    if student.network is not None:
+        network = student.network.over(origin) if student.network.over_teacher else student.network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
         raise UserError(
             "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
@@ -209,7 +211,7 @@ def spec_of(recipe: "Recipe") -> Spec:
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
             raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
-        network = replace(network, guidance=True)
+        network = network.with_guidance()
     return Spec(
         height=data.world.size[0],
         width=data.world.size[1],

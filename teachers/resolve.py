@@ -16,10 +16,13 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from teachers.errors import UserError
 
@@ -123,6 +126,20 @@ def label(config: Any) -> str:
     """A config's class in errors: `emotion_net.py:EmotionNet`, or the plain name of one of ours."""
     file = getattr(sys.modules[type(config).__module__], "__outside__", None)
     return f"{file.name}:{type(config).__name__}" if file else type(config).__name__
+
+
+@contextmanager
+def in_users_file(config: Any) -> Iterator[None]:
+    """Whatever fails inside, where the class of `config` is from a user's file, is a UserError that names the file and its line."""
+    file = getattr(sys.modules[type(config).__module__], "__outside__", None)
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if file is None:
+            raise
+        raise UserError(f"{file}{_line(error, file)}: {type(error).__name__}: {error}; fix the file") from error
 
 
 def module_of(config: Any) -> ModuleType:

@@ -29,7 +29,6 @@ from distill.training import lora, metrics_log
 from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
-from students.networks.midas_net import MidasNet
 from students.schedule import Schedule
 from students.spec import NETWORKS
 from students.weights import checkpoint
@@ -38,7 +37,7 @@ from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer
+from teachers.networks.kind import AvatarTeacher, networks_in
 from teachers.resolve import module_of, name_of
 
 if TYPE_CHECKING:
@@ -336,9 +335,8 @@ class Pipeline(Artifacts):
         """Train `roles` with the stage's method; model.safetensors is the averaged (with validation: the best) weights."""
         engine, seed = self.engine, self.recipe.seed
         if engine.config.checkpointing:
-            for network in (part for role in roles.values() for part in role.modules()):
-                if isinstance(network, AvatarTransformer | MidasNet):
-                    network.enable_gradient_checkpointing()
+            for network in (net for role in roles.values() for net in networks_in(role)):
+                network.kind.enable_checkpointing(network)
         average = next(iter(roles))
         parameters = sum(p.numel() for p in roles[average].parameters())
         frozen = {name: engine.freeze(net) for name, net in frozen.items()}
