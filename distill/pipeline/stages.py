@@ -259,7 +259,7 @@ class Pipeline(Artifacts):
             seed=self.recipe.seed,
             folder=folder,
             engine=self.engine,
-            told=self.spec.guidance,
+            scales=self.spec.guidance,
         )
 
     def _init(self, folder: Path) -> dict:

@@ -106,10 +106,10 @@ class CausalWan(Student):
         last, n = segments[-1], self.spec.chunk_frames
         composed = [self.net.kind.compose(part.x, part.conditions, part.known) for part in segments]
         parts = [inputs.to(composed[-1][1]) for _, inputs in composed]
-        given, read = [part.conditions for part in segments], read or ReadAhead()
+        read = read or ReadAhead()
+        given = last.conditions if len(segments) == 1 else Conditions.join_frames([part.conditions for part in segments])
         text = last.conditions.text if read.text is None else read.text
-        audio: Any = joined([c.audio for c in given], 1) if read.audio is None else read.audio
-        pose = None if any(c.pose is None for c in given) else joined([c.pose for c in given], 1)
+        audio: Any = given.audio if read.audio is None else read.audio
         level: Any = joined([part.sigma for part in segments], 1)
         if sigma is not None and sigma in read.times:
             level = read.times[sigma]
@@ -121,7 +121,7 @@ class CausalWan(Student):
             spans=_spans(segments, n),
             past=None if state is None else self.past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
-            pose=pose,
+            pose=given.pose,
             guidance=self.scale(last.conditions),
         )
         x, _ = composed[-1]
