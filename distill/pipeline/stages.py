@@ -86,7 +86,7 @@ class Pipeline(Artifacts):
 
     def stage(self, name: str) -> dict:
         """Run the stage `name` unless it is done; returns its metrics."""
-        recipe = to_plain(self.recipe)
+        recipe = to_plain(self.recipe, digests=True)
         plain = {"schedule": to_plain(Schedule()), "history_noise": None, "network": None}
         # A fingerprint names what differs from the plain student.
         facts = {key: value for key, value in recipe["student"].items() if key not in plain or value != plain[key]}
@@ -180,7 +180,7 @@ class Pipeline(Artifacts):
             return {}
         config = self.config(stage)
         given = {"weights": digest(config.path, config.wan)} if config.path else {}
-        return {stage: to_plain(config), "seed": self.recipe.seed, **given}
+        return {stage: to_plain(config, digests=True), "seed": self.recipe.seed, **given}
 
     def _language_model(self) -> dict:
         """Which file a student of its own network starts from."""

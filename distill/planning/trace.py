@@ -17,7 +17,7 @@ from students.weights.adapter import targeted
 from teachers import flow
 from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
-from teachers.networks.kind import AvatarTeacher, NetworkKind
+from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
 from teachers.resolve import module_of
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
@@ -132,8 +132,9 @@ def meta_networks(
         net.train(trained)
         if not trained:
             net.requires_grad_(False)
-        elif checkpointing and net is not inner(net):
-            inner(net).kind.enable_checkpointing(inner(net), checkpointed)
+        elif checkpointing:
+            for network in (part for part in networks_in(net) if part.kind.can_checkpoint):
+                network.kind.enable_checkpointing(network, checkpointed)
     return nets
 
 

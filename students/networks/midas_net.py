@@ -57,6 +57,7 @@ class MidasConfig(NetworkKind):
     llm: Path | None = None
 
     causal: ClassVar = "students.networks.midas:Midas"
+    can_checkpoint: ClassVar = True
 
     def build(self, dims: Dims) -> "MidasNet":
         return MidasNet(

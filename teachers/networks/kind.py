@@ -45,6 +45,7 @@ class NetworkKind:
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
     context_pass  whether a student's `commit` runs the network once
     frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
+    can_checkpoint  whether `enable_checkpointing` recomputes blocks in the backward pass
     guidance    whether a guidance scale is embedded beside the time
     """
 
@@ -54,6 +55,7 @@ class NetworkKind:
     over_teacher: ClassVar[bool] = False
     context_pass: ClassVar[bool] = True
     frame_sigma: ClassVar[bool] = False
+    can_checkpoint: ClassVar[bool] = False
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
