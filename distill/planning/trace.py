@@ -114,7 +114,7 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
                 made.loss(role, batch, rng, shared).value.backward()
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"{stage}.{role} is not possible: {line}; mend the recipe") from error
+        raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error
     return tuple(sorted(live.points.items()))
 
 
@@ -123,7 +123,7 @@ def meta_networks(
 ) -> dict[str, Any]:
     """The roles of a stage without memory, in the type that they compute in; of trained ones what is trained requires gradients.
 
-    `lora`: all trained ones are LoRAs, not only those of which the job says so.
+    `lora`: all trained ones are LoRAs, not only those that the job lists.
     """
     needs, nets = job.needs(stage), {}
     for role in (*needs.trained, *needs.frozen):

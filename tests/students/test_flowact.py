@@ -211,7 +211,7 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
     own = AvatarTeacher(plain).denoise(x, sigma, given)
     scaled = replace(given, guidance=torch.tensor([1.0, 3.0]))
     assert torch.equal(own, AvatarTeacher(told).denoise(x, sigma, scaled))
-    with pytest.raises(ValueError, match="told a guidance scale"):
+    with pytest.raises(ValueError, match="embeds a guidance scale"):
         AvatarTeacher(told).denoise(x, sigma, given)
     randomise(told.guidance_embedder, 3)
     assert (own - AvatarTeacher(told).denoise(x, sigma, scaled)).abs().mean() > 1e-3
@@ -313,7 +313,7 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
     with pytest.raises(UserError, match=r"guidance: got 3\.1; this student was trained from 1\.0 to 3\.0") as error:
         talk(bundle, guidance=3.1)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="this student is told none"):
+    with pytest.raises(UserError, match="this student embeds none"):
         talk(a_bundle(HISTORIES[0]), guidance=1.0)
 
 
