@@ -165,11 +165,11 @@ def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Se
     """Bytes on one of `ranks` GPUs during an update, by part ("student weights", ...), and their "peak".
 
     As the roles of `distill.training` hold them: weights, gradients, moments and averages are fp32, whole (ddp) or in parts of
-    1/ranks. Of zero1 these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3 and
-    fsdp2 all, frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and
+    1/ranks. Of zero1 these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3
+    and fsdp2 all, frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and
     weights of `plan.half`. `switches`, of MEMORY_SAVING_OPTIONS: checkpointing of blocks; offload to the host of what is in
-    parts; lora for all trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum. UserError where
-    the batch does not divide. Codec, encoders, probes and what an allocator wastes are not in it.
+    parts; lora for all trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum.
+    UserError where the batch does not divide. Codec, encoders, probes and what an allocator wastes are not in it.
     """
     parts, learned = _resident(plan, update, engine, ranks, switches)
     resident = sum(parts.values())

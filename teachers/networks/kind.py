@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from teachers import flow
-from teachers.conditions import Conditions
+from teachers.conditions import BUILT_IN, Conditions
 from teachers.errors import UserError
 from teachers.resolve import Registry, in_users_file, label, missing
 
@@ -90,7 +90,12 @@ class NetworkKind:
 
     def denoise(self, net: Any, x: Tensor, sigma: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
         """x [B, C, F, H, W] at sigma, [B] or where the module takes it [B, F] -> x0 in fp32, the known frames as given. UserError
-        for an output of another shape, and for what fails in a user's file."""
+        for an output of another shape, a condition that is not given, and for what fails in a user's file."""
+        for name in self.takes:
+            if name not in BUILT_IN and name not in conditions.features:
+                raise UserError(
+                    f"condition '{name}': {label(self)} takes it, but it is not given; put it into the data's Clips.features"
+                )
         x, inputs = self.compose(x, conditions, known)
         with in_users_file(self):
             out = self.run(net, inputs, sigma, conditions)

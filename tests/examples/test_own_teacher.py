@@ -110,13 +110,33 @@ def edited(folder: Path, file: str, old: str, new: str) -> Path:
 
 MISTAKES = [
     ("emotion_net.py", "def build(", "def biuld(", r"missing method build: {file}:EmotionNet \(.*\); add `def build\("),
-    ("emotion_net.py", "class EmotionNet", "class EmotionNett", r"{file}: no class 'EmotionNet' \(.*\); did you mean 'EmotionNett'"),
-    ("emotion_net.py", "width: int = 64", "widht: int = 64", r"unknown key 'teacher.network.width' of {file}:EmotionNet: .*; did you mean 'widht'"),
+    (
+        "emotion_net.py",
+        "class EmotionNet",
+        "class EmotionNett",
+        r"{file}: no class 'EmotionNet' \(.*\); did you mean 'EmotionNett'",
+    ),
+    (
+        "emotion_net.py",
+        "width: int = 64",
+        "widht: int = 64",
+        r"unknown key 'teacher.network.width' of {file}:EmotionNet: .*; did you mean 'widht'",
+    ),
     ("emotion_net.py", "(NetworkKind)", "", r"{file}:EmotionNet is no network: "),
-    ("own_teacher.yaml", "width: 32", "wdith: 32", r"unknown key 'teacher.network.wdith' of .*/emotion_net.py:EmotionNet: .*; did you mean 'width'"),
-    ("own_teacher.yaml", "emotion_net:EmotionNet", "emotion_nett:EmotionNet", r"no file of the network: .*there is no .*/emotion_nett.py"),
+    (
+        "own_teacher.yaml",
+        "width: 32",
+        "wdith: 32",
+        r"unknown key 'teacher.network.wdith' of .*/emotion_net.py:EmotionNet: .*; did you mean 'width'",
+    ),
+    (
+        "own_teacher.yaml",
+        "emotion_net:EmotionNet",
+        "emotion_nett:EmotionNet",
+        r"no file of the network: .*there is no .*/emotion_nett.py",
+    ),
     ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:15: SyntaxError"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[2].strip("():"))
@@ -138,23 +158,42 @@ def conditions(spec, frames: int) -> Conditions:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("return self.out(x)", "return self.out(x)[:, :1]", r"emotion_net.py:EmotionNet: wrong shape: its output is \[1, 1, 3, 4, 4\]"),
+        (
+            "return self.out(x)",
+            "return self.out(x)[:, :1]",
+            r"emotion_net.py:EmotionNet: wrong shape: its output is \[1, 1, 3, 4, 4\]",
+        ),
         ("nn.Linear(EMOTIONS, width)", "nn.Linear(5, width)", r"/emotion_net.py:\d+: RuntimeError: .*; fix the file"),
         ("nn.Conv3d(width, width, 3", "nn.Conv3d('a', width, 3", r"/emotion_net.py:\d+: .*; fix the file"),
     ],
     ids=["shape", "inside", "build"],
-)  # fmt: skip
+)
 def test_a_network_of_wrong_shapes_is_one_line_that_names_the_file(tmp_path, old, new, expected):
     folder = copied(tmp_path)
     edited(folder, "emotion_net.py", old, new)
     recipe = load_recipe(folder / "own_teacher.yaml")
     spec = spec_of(recipe)
+    x = torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1)
+
+    def used() -> None:
+        AvatarTeacher(recipe.teacher.network.new(spec.dims)).denoise(x, torch.ones(1), conditions(spec, 3))
+
     with pytest.raises(UserError, match=expected) as error:
-        teacher = AvatarTeacher(recipe.teacher.network.new(spec.dims))
-        teacher.denoise(
-            torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1), torch.ones(1), conditions(spec, 3)
-        )
+        used()
     assert "\n" not in str(error.value)
+
+
+def test_a_condition_that_the_data_lacks_is_one_line(tmp_path):
+    recipe = load_recipe(copied(tmp_path) / "own_teacher.yaml", ["data.name=avatars"])
+    spec = spec_of(recipe)
+    teacher, given = AvatarTeacher(recipe.teacher.network.new(spec.dims)), conditions(spec, 3)
+    without = Conditions({name: value for name, value in given.features.items() if name != "emotion"})
+    with pytest.raises(
+        UserError, match=r"condition 'emotion': emotion_net.py:EmotionNet takes it, but it is not given; put"
+    ):
+        teacher.denoise(
+            torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1), torch.ones(1), without
+        )
 
 
 def test_a_file_that_is_gone_is_one_line(tmp_path, finished):
