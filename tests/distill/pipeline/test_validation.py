@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill.pipeline import evaluate, validation
+from distill.pipeline import evaluate
 from distill.recipe import TrajectoriesConfig
 from teachers.conditions import Conditions, Guidance
 from tests.support.tiny import make_spec
@@ -26,10 +26,10 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
     pipeline, seen = a_pipeline(), {}
     spec = pipeline.spec
     monkeypatch.setattr(
-        validation, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
+        evaluate, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
     )
     monkeypatch.setattr(
-        validation, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
+        evaluate, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
     systems = evaluate.systems(pipeline)
