@@ -347,7 +347,9 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
     save_student(tmp_path, bundle, "")
     again = load_student(tmp_path)
     assert again.spec.guidance == TOLD
-    assert torch.equal(talk(again, guidance=2.0), talk(bundle, guidance=2.0))
+    gap = (talk(again, guidance=2.0).int() - talk(bundle, guidance=2.0).int()).abs()
+    assert gap.max() <= 1  # small matrix products round by where a tensor lies in memory, on some CPUs
+    assert gap.float().mean() < 0.01
     spec = (tmp_path / "spec.json").read_text()
     (tmp_path / "spec.json").write_text(spec.replace('"most": 3.0', '"most": 9.0'))
     with pytest.raises(UserError, match="not trained for this sampler: guidance"):
