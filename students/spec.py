@@ -8,13 +8,25 @@ from typing import Any
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
-from teachers.conditions import GuidanceRange
 from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.guidance import GuidanceRange
+from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
+from teachers.networks.kind import Dims
+from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
 
-NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
+NETWORKS = Registry(
+    kind="student network",
+    group="student_networks",
+    entries={
+        **TEACHER_NETWORKS.ours,
+        "midas": "students.networks.midas_net:MidasConfig",
+        "windowed": "students.networks.windowed:WindowedConfig",
+    },
+    methods=TEACHER_NETWORKS.methods,
+    base=TEACHER_NETWORKS.base,
+)
 """The kinds of network that a student can be, the first without a name."""
 
 
@@ -106,6 +118,18 @@ class Spec:
         return self.codec.channels, self.height // self.codec.patch, self.width // self.codec.patch
 
     @property
+    def dims(self) -> Dims:
+        """The sizes of a network that codec, encoders and data decide."""
+        return Dims(
+            latent_channels=self.codec.channels,
+            stride=self.codec.stride,
+            text_dim=self.text.dim,
+            audio_dim=self.audio_dim,
+            pose_dim=self.pose_dim,
+            speakers=self.speakers,
+        )
+
+    @property
     def token_grid(self) -> tuple[int, int]:
         """Height and width of a latent frame in tokens."""
         _, height, width = self.latent_size
@@ -132,7 +156,7 @@ class Spec:
         refined = 1 / every if every else 0
         if self.schedule.depth > 1:
             return self.schedule.forwards(len(self.sigmas)) + refined
-        return len(self.sigmas) + (self.history.commit == "clean") + refined
+        return len(self.sigmas) + (self.history.commit == "clean" and self.network.context_pass) + refined
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

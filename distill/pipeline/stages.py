@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +29,16 @@ from distill.training import lora, metrics_log
 from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
-from students.networks.midas_net import MidasNet
 from students.schedule import Schedule
 from students.spec import NETWORKS
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
-from teachers.config import kind_name, module_name, to_plain
+from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer
+from teachers.networks.kind import AvatarTeacher, networks_in
+from teachers.resolve import module_of, name_of
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -121,7 +120,7 @@ class Pipeline(Artifacts):
     def needs(self, stage: str) -> Needs:
         """What the method of a training stage asks for."""
         method = getattr(self.recipe, stage).method
-        return import_module(f"distill.methods.{module_name(method)}").needs(method)
+        return module_of(method).needs(method)
 
     @property
     def _init_inputs(self) -> tuple[str, ...]:
@@ -156,7 +155,7 @@ class Pipeline(Artifacts):
             )
         whole = self.recipe.lora is None and self.engine.kind != "zero3"
         if self.own_network and not whole:
-            kind = kind_name(NETWORKS, self.spec.network)
+            kind = name_of(NETWORKS, self.spec.network)
             raise UserError(
                 f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1, zero2 or fsdp2"
             )
@@ -260,7 +259,7 @@ class Pipeline(Artifacts):
             seed=self.recipe.seed,
             folder=folder,
             engine=self.engine,
-            told=self.spec.guidance,
+            scales=self.spec.guidance,
         )
 
     def _init(self, folder: Path) -> dict:
@@ -336,15 +335,12 @@ class Pipeline(Artifacts):
         """Train `roles` with the stage's method; model.safetensors is the averaged (with validation: the best) weights."""
         engine, seed = self.engine, self.recipe.seed
         if engine.config.checkpointing:
-            for network in (part for role in roles.values() for part in role.modules()):
-                if isinstance(network, AvatarTransformer | MidasNet):
-                    network.enable_gradient_checkpointing()
+            for network in (net for role in roles.values() for net in networks_in(role)):
+                network.kind.enable_checkpointing(network)
         average = next(iter(roles))
         parameters = sum(p.numel() for p in roles[average].parameters())
         frozen = {name: engine.freeze(net) for name, net in frozen.items()}
-        method = import_module(f"distill.methods.{module_name(config.method)}").build(
-            config.method, {**roles, **frozen}, grid
-        )
+        method = module_of(config.method).build(config.method, {**roles, **frozen}, grid)
         trainer = Trainer(engine, config.train, roles, average, folder)
 
         def batches(position: int) -> Batch:
