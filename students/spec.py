@@ -9,7 +9,6 @@ from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
 from teachers.conditions import GuidanceRange
-from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
@@ -22,7 +21,7 @@ NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.net
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    scales that the student is told, from `init` on, in the place of those of trajectories and dmd."""
+    scales that the student is told, from `init` on, in the place of those of trajectories and distill."""
 
     chunk_frames: int
     num_steps: int
@@ -30,7 +29,7 @@ class StudentConfig:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)
+    guidance: GuidanceRange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +52,9 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
-    speakers: int = field(default=1, metadata=ADDED)  # 2: it also hears somebody else, beside its own voice
+    speakers: int = 1  # 2: it also hears somebody else, beside its own voice
     format: int = 1
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)  # the scales that the student is told
+    guidance: GuidanceRange | None = None  # the scales that the student is told
 
     def __post_init__(self):
         if self.speakers not in (1, 2):

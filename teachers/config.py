@@ -17,8 +17,6 @@ from teachers.errors import UserError
 
 HEADER = "# avatar-distill recipe"
 MISSING = "???"
-ADDED = {"added": True}
-"""Metadata of a field that came after the first release; its default is a plain value."""
 Locate = Callable[[str], str]
 """Dotted key -> the file (or the command line) that the key was written in."""
 
@@ -184,16 +182,11 @@ def module_name(config: Any) -> str:
 
 
 def to_plain(value: Any) -> Any:
-    """The inverse of `convert`: dataclasses, tuples, fractions and paths as YAML and JSON can hold them.
-
-    A field that was `added` is left out at its default, so that files and fingerprints from before it stay as they were.
-    """
+    """The inverse of `convert`: dataclasses, tuples, fractions and paths as YAML and JSON can hold them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            if "added" in field.metadata and item == field.default:
-                continue
             name = _name_of(field, item)
             plain[field.name] = {**name, **to_plain(item)} if name else to_plain(item)
         return plain

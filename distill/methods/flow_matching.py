@@ -1,12 +1,11 @@
 """Flow matching of a bidirectional teacher on data (Lipman et al. 2210.02747), modalities dropped for guidance."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from distill.methods import Batch, Loss, Needs, losses
 from teachers import flow
-from teachers.config import ADDED
 from teachers.networks.wan import AvatarTeacher
 
 
@@ -19,7 +18,7 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
-    drop_pose: float = field(default=0.0, metadata=ADDED)
+    drop_pose: float = 0.0
 
 
 class FlowMatching:

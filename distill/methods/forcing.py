@@ -16,7 +16,7 @@ We differ: sigmas are stratified over the batch's chunks, the loss is `losses.de
 are dropped for guidance as for the bidirectional teacher, and the given reference frame carries no loss.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -27,7 +27,6 @@ from distill.methods.rollout import draw_noise, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
 from teachers.errors import UserError
 
 
@@ -42,9 +41,9 @@ class Config:
     loss_floor: float = 0.15
     drop_text: float = 0.1
     drop_audio: float = 0.1
-    drop_pose: float = field(default=0.0, metadata=ADDED)
-    generated: float = field(default=0.0, metadata=ADDED)
-    renoise: float = field(default=0.0, metadata=ADDED)
+    drop_pose: float = 0.0
+    generated: float = 0.0
+    renoise: float = 0.0
 
     def __post_init__(self):
         if not 0.0 <= self.generated <= 1.0 or not 0.0 <= self.renoise < 1.0:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
+from distill import methods
 from distill.methods import Batch, Needs
+from distill.methods.forcing import Forced
 from distill.pipeline import generate
 from distill.planning.live_bytes import LiveBytes, OnMeta, Points, checkpointed
 from distill.recipe import TrajectoriesConfig
@@ -19,7 +20,6 @@ from students.weights.adapter import targeted
 from students.weights.checkpoint import make_student
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import module_name
 from teachers.errors import UserError
 from teachers.networks.wan import AvatarTeacher, NetworkConfig
 
@@ -51,7 +51,7 @@ class Job:
         """The roles of a stage; trajectories train nobody."""
         if stage != "trajectories":
             method = self.stages[stage].method
-            return _module(method).needs(method)
+            return methods.needs(method)
         assert self.trajectories is not None
         forced = any(self.needs(other).batch == "forced" for other in self.stages)
         return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
@@ -195,20 +195,13 @@ def inner(net: Any) -> Any:
     return getattr(net, "net", net)
 
 
-def _module(method: Any) -> Any:
-    return import_module(f"distill.methods.{module_name(method)}")
-
-
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
-    method = job.stages[stage].method
-    return _module(method).build(method, nets, (*job.spec.sigmas, 0.0))
+    return methods.build(job.stages[stage].method, dict(nets), (*job.spec.sigmas, 0.0))
 
 
 def _solver(net: Any, batch: Batch) -> Any:
     """What solves trajectories: a bidirectional teacher, or an autoregressive one under the data's clean chunks."""
     if not isinstance(net, CausalWan):
         return net
-    from distill.methods.forcing import Forced
-
     assert batch.x0 is not None
     return Forced(net, batch.x0)

@@ -7,7 +7,7 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
 
 KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -50,7 +49,7 @@ class NetworkConfig:
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
-    guidance: bool = field(default=False, metadata=ADDED)
+    guidance: bool = False
 
 
 @dataclass(frozen=True)
