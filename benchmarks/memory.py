@@ -80,13 +80,12 @@ class Alive(TorchDispatchMode):
 
 def make(recipe, spec, fp32: bool) -> dict[str, Any]:
     """Student, fake score and frozen teacher with random weights."""
-    from distill.pipeline.pretrained import network_dims
     from students.networks.causal_wan import CausalWan
     from students.serving.optimize import cast
-    from teachers.networks.wan import AvatarTeacher, build_network
+    from teachers.networks.kind import AvatarTeacher
 
     def network(config):
-        net: Any = build_network(config, **network_dims(spec))
+        net: Any = config.new(spec.dims)
         with torch.no_grad():
             for parameter in net.parameters():
                 if parameter.ndim > 1:
@@ -172,7 +171,8 @@ class Theirs:
         """The student's clip, gradient at the last step of each chunk, the context in buffers as long as the clip."""
         from distill.methods.rollout import draw_noise
         from teachers import flow
-        from teachers.networks.wan import rotate, to_x0, with_reference
+        from teachers.networks.kind import to_x0
+        from teachers.networks.wan import rotate, with_reference
 
         student, given = self.roles["student"], self.batch.conditions
         spec, net, size = student.spec, student.net, given.text.shape[0]

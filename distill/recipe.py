@@ -20,7 +20,8 @@ from students.spec import Spec, StudentConfig, student_sigmas
 from teachers.conditions import Guidance
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
-from teachers.networks.wan import NetworkConfig
+from teachers.networks.kind import NETWORKS, NetworkKind
+from teachers.resolve import Registry
 
 NO_RESULT = (
     *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size"),
@@ -28,7 +29,23 @@ NO_RESULT = (
 )
 """Fields that change no result: where, how fast, in how much memory and how closely watched a run is. They are in no fingerprint
 and may change from one start of a run to the next. Every other field belongs to a stage (`distill.pipeline.stages`)."""
-DATA = {"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"}
+METHODS = Registry(
+    kind="method",
+    group="methods",
+    package="distill.methods",
+    default=False,
+    needed={
+        "needs": "def needs(config: Config) -> Needs",
+        "build": "def build(config: Config, roles: dict, grid: tuple | None = None) -> Method",
+    },
+)
+"""Training methods: one module each, with a Config, `needs` and `build`; of a user's file by `my_file:Config`."""
+DATA = Registry(
+    kind="data source",
+    group="data",
+    entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    methods={"open": "def open(self) -> Source"},
+)
 """Where clips come from; `data.name` says which, the first without a name."""
 
 
@@ -36,7 +53,7 @@ DATA = {"avatars": "distill.data.procedural.source:DataConfig", "folder": "disti
 class MethodStage:
     """A slot: a training stage of the student by any method of `distill.methods`."""
 
-    method: Any = field(metadata={"named": "distill.methods"})
+    method: Any = field(metadata={"kinds": METHODS})
     train: TrainConfig
 
 
@@ -57,12 +74,12 @@ class TeacherStage:
     that start at zero. `precision` is that of a frozen network's matrices.
     """
 
-    network: NetworkConfig
+    network: NetworkKind = field(metadata={"kinds": NETWORKS})
     path: Path | None = None
     wan: Path | None = None
     widen: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    method: Any = field(default=None, metadata={"named": "distill.methods"})
+    method: Any = field(default=None, metadata={"kinds": METHODS})
     train: TrainConfig | None = None
 
     def __post_init__(self):
@@ -195,7 +212,7 @@ class Recipe:
     @property
     def has_custom_network(self) -> bool:
         """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
-        return self.student.network is not None
+        return self.student.network is not None and not self.student.network.over_teacher
 
     @property
     def zero_shot_stage(self) -> str:
@@ -232,7 +249,7 @@ class Recipe:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe file `path` with Hydra overrides (`key=value`, `group=option`) as a Recipe; raises UserError."""
     values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
-    return convert(Recipe, values, locate=locate)
+    return convert(Recipe, values, locate=locate, folder=Path(path).resolve().parent)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -246,7 +263,9 @@ def spec_of(recipe: "Recipe") -> Spec:
     method = recipe.distill.method
     first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
-    network = student.network or (recipe.base or recipe.teacher).network
+    network = origin = (recipe.base or recipe.teacher).network
+    if student.network is not None:
+        network = student.network.over(origin) if student.network.over_teacher else student.network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
         raise UserError(
             "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
@@ -254,7 +273,7 @@ def spec_of(recipe: "Recipe") -> Spec:
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
             raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
-        network = replace(network, guidance=True)
+        network = network.with_guidance()
     return Spec(
         height=data.world.size[0],
         width=data.world.size[1],

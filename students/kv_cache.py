@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from students.history import History
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import KeyValue
 
 
 @dataclass(frozen=True)

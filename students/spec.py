@@ -11,9 +11,17 @@ from teachers import flow, registry
 from teachers.conditions import GuidanceRange
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
+from teachers.networks.kind import Dims
+from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
 
-NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
+NETWORKS = Registry(
+    kind="student network",
+    group="student_networks",
+    entries={**TEACHER_NETWORKS.ours, "midas": "students.networks.midas_net:MidasConfig"},
+    methods=TEACHER_NETWORKS.methods,
+    base=TEACHER_NETWORKS.base,
+)
 """The kinds of network that a student can be, the first without a name."""
 
 
@@ -103,6 +111,18 @@ class Spec:
     def latent_size(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent frame."""
         return self.codec.channels, self.height // self.codec.patch, self.width // self.codec.patch
+
+    @property
+    def dims(self) -> Dims:
+        """The sizes of a network that codec, encoders and data decide."""
+        return Dims(
+            latent_channels=self.codec.channels,
+            stride=self.codec.stride,
+            text_dim=self.text.dim,
+            audio_dim=self.audio_dim,
+            pose_dim=self.pose_dim,
+            speakers=self.speakers,
+        )
 
     @property
     def token_grid(self) -> tuple[int, int]:

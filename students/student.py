@@ -11,7 +11,8 @@ from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenat
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
-from teachers.networks.wan import KeyValue, Time
+from teachers.networks.kind import KeyValue
+from teachers.networks.wan import Time
 
 
 @dataclass(frozen=True)

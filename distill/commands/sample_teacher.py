@@ -13,7 +13,7 @@ from tqdm import tqdm
 from distill.commands.sample_inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
-from distill.pipeline.pretrained import load_given, network_dims
+from distill.pipeline.pretrained import load_given
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.spec import Spec
 from students.weights import checkpoint
@@ -21,7 +21,7 @@ from teachers import flow, media
 from teachers.codecs.linear import to_float
 from teachers.errors import UserError
 from teachers.files import load_tensors
-from teachers.networks.wan import AvatarTeacher, build_network
+from teachers.networks.kind import AvatarTeacher
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,7 +80,7 @@ def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeac
         file = Path(recipe.run_dir) / "stages" / "teacher" / "model.safetensors"
         if not file.is_file():
             raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
-        net = build_network(recipe.teacher.network, **network_dims(spec))
+        net = recipe.teacher.network.new(spec.dims)
         checkpoint.fill(net, load_tensors(file), file)
-        net.to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+        net.to(device)
     return AvatarTeacher(net).eval().requires_grad_(False)

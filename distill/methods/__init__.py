@@ -6,16 +6,14 @@ and `shared`, the same on every rank (the exit step, say).
 `needs(config)` says beforehand which roles and which part of a batch a stage has to bring.
 """
 
-import sys
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from teachers.conditions import Conditions
-from teachers.errors import UserError
+from teachers.resolve import in_users_file, module_of
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,13 @@ class Method(Protocol):
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss: ...
 
 
-def module_of(config: Any) -> ModuleType:
-    """The file of a method, by its `Config`: it has `needs(config)` and `build(config, roles, grid)`. UserError for one that lacks
-    them."""
-    module = sys.modules[type(config).__module__]
-    for name in ("needs", "build"):
-        if not callable(getattr(module, name, None)):
-            raise UserError(f"a method needs {name}(config, ..): {module.__file__}; see distill/methods/__init__.py")
-    return module
-
-
 def needs(config: Any) -> Needs:
-    """The roles and the batch that a method asks for."""
-    return module_of(config).needs(config)
+    """The roles and the batch that a method asks for, by its config."""
+    with in_users_file(config):
+        return module_of(config).needs(config)
 
 
 def build(config: Any, roles: dict, grid: tuple[float, ...]) -> Method:
     """The method of a config over its roles; `grid`: the sigmas of the stored trajectories, else the student's, 0 last."""
-    return module_of(config).build(config, roles, grid)
+    with in_users_file(config):
+        return module_of(config).build(config, roles, grid)

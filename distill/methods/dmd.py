@@ -35,7 +35,7 @@ from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions, Guidance, told_guidance
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)

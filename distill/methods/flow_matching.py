@@ -6,7 +6,7 @@ import torch
 
 from distill.methods import Batch, Loss, Needs, losses
 from teachers import flow
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,19 @@
 """Lazy loading of finished stages' outputs: encoders, training sets, probes, networks of every role."""
 
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from distill.data import latents
 from distill.data.source import Source
-from distill.pipeline.pretrained import load_given, network_dims
+from distill.pipeline.pretrained import load_given
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import Recipe, TeacherStage
 from distill.training import lora
 from distill.training.engine import Engine
 from distill.training.metrics_log import MetricsLog
 from eval.embedded.extractors import Probes
-from students.networks.causal_wan import CausalWan
-from students.networks.midas_net import read_language_model
 from students.spec import Spec
 from students.student import Student
 from students.weights import checkpoint
@@ -22,7 +21,7 @@ from students.weights.adapter import fold
 from students.weights.checkpoint import Bundle
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer, build_network
+from teachers.networks.kind import AvatarTeacher
 
 
 class Artifacts:
@@ -65,13 +64,13 @@ class Artifacts:
         """The embedded extractors."""
         return Probes.load(self.folder.stage_dir("extractors"))
 
-    def new_network(self, stage: str) -> AvatarTransformer:
+    def new_network(self, stage: str) -> Any:
         """An untrained network, initialised from the recipe's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
-            return build_network(self.config(stage).network, **network_dims(self.spec))
+            return self.config(stage).network.new(self.spec.dims)
 
-    def network(self, stage: str, frozen: bool = True) -> AvatarTransformer:
+    def network(self, stage: str, frozen: bool = True) -> Any:
         """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
         recipe, file = self.recipe, self.folder.stage_dir(stage) / "model.safetensors"
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
@@ -84,14 +83,14 @@ class Artifacts:
         if self.spec.guidance is not None and stage in ("init", "distill"):
             net.add_guidance()
         checkpoint.fill(net, load_tensors(file), file)
-        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+        return net.to(self.engine.device)
 
     @cached_property
-    def backbone(self) -> AvatarTransformer:
+    def backbone(self) -> Any:
         """The frozen network whose tensors all LoRA roles share."""
         return lora.make_backbone(self.network(self.recipe.init_checkpoint), self.engine.config.precision)
 
-    def adapted(self, role: str, stage: str) -> AvatarTransformer:
+    def adapted(self, role: str, stage: str) -> Any:
         """A LoRA role over the backbone, with the adapter of a finished stage or, at `init_checkpoint`, a fresh one."""
         assert self.recipe.lora is not None
         net = lora.adapt(self.backbone, self.recipe.lora, self.recipe.seed, role)
@@ -125,7 +124,7 @@ class Artifacts:
     def student(self, stage: str) -> Student:
         """A student with the weights of a finished stage; at `init_checkpoint` an untrained one, zero-shot."""
         if not self.recipe.has_custom_network:
-            return CausalWan(self.network(stage, frozen=False), self.spec)
+            return self.spec.network.student(self.network(stage, frozen=False), self.spec)
         student = self._new_student()
         if stage != self.recipe.init_checkpoint:
             file = self.folder.stage_dir(stage) / "model.safetensors"
@@ -137,15 +136,14 @@ class Artifacts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "student").initial_seed())
             student = checkpoint.make_student(self.spec)
-        if self.recipe.student.network.llm is not None:
-            read_language_model(student.net, self.recipe.student.network.llm)
+        self.spec.network.start(student.net)
         return student
 
     def trainee(self, stage: str) -> Student:
         """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
         if self.recipe.lora is None:
             return self.student(stage)
-        return CausalWan(self.adapted("student", stage), self.spec)
+        return self.spec.network.student(self.adapted("student", stage), self.spec)
 
     @cached_property
     def ar_teacher(self) -> Student:

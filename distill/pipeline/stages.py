@@ -36,9 +36,10 @@ from distill.training.metrics_log import MetricsLog
 from eval.embedded.protocol import EvalConfig
 from students.spec import NETWORKS, Spec
 from students.weights import checkpoint
-from teachers.config import kind_name, to_plain
+from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.resolve import name_of
 
 SPEC = ("student", "trajectories.shift")  # besides data and teacher, whose stages are inputs of all that have a student
 TRAINING = ("seed", "engine.precision")
@@ -114,7 +115,7 @@ def field_value(recipe: Recipe, field: str) -> Any:
 
 def facts(stage: Stage, recipe: Recipe, source_digests: Mapping[str, str]) -> dict[str, Any]:
     """What a stage depends on besides its inputs, as plain data: `field: value` and, where its fields name some, `files`."""
-    plain, files = to_plain(recipe), {}
+    plain, files = to_plain(recipe, digests=True), {}
     found: dict[str, Any] = {}
     for field in stage.fields:
         value: Any = plain
@@ -239,7 +240,7 @@ def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:
         )
     if recipe.has_custom_network:
         if recipe.lora is not None or engine.kind == "zero3":
-            kind = kind_name(NETWORKS, spec.network)
+            kind = name_of(NETWORKS, spec.network)
             raise UserError(
                 f"student.network: {kind} is trained whole: remove lora, use engine=local, ddp, zero1, zero2 or fsdp2"
             )

@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.pipeline.pretrained import network_dims
+from distill.pipeline.pretrained import OURS
 from distill.recipe import TeacherStage
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
@@ -58,7 +58,7 @@ def write_weights(recipe: "Recipe", spec: "Spec") -> None:
 
 
 def _architecture(stage: TeacherStage, spec: "Spec") -> Architecture:
-    n, dims = stage.network, network_dims(spec)
+    n, dims = cast(Any, stage.network), vars(spec.dims)
     channels, audio = dims["latent_channels"], dims["audio_dim"]
     rule = tuple(range(2, n.num_layers // 2 + 1))
     places = rule if n.audio_blocks is None else n.audio_blocks
@@ -91,6 +91,10 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
 def _network(stage: TeacherStage, spec: "Spec", place: Any) -> None:
     """Wan's own layout; with `wan` a text-to-video base there, and OmniAvatar's LoRA over it in `path`."""
     assert stage.path is not None
+    if "wan" not in stage.network.layouts:
+        tensors = {k: v.contiguous() for k, v in stage.network.new(spec.dims).state_dict().items()}
+        save_file(tensors, place(stage.path) / OURS)
+        return
     whole = _architecture(stage, spec)
     tensors = {name: _random(shape, name) for name, shape in layouts.tensors(whole, "wan").items()}
     if stage.wan is None:

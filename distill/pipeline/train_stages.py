@@ -25,10 +25,9 @@ from distill.pipeline.validation import Validation
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
 from distill.training.loop import Trainer, train
-from students.networks.midas_net import MidasNet
 from teachers.files import save_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer
+from teachers.networks.kind import AvatarTeacher, networks_in
 
 TRAINED, FROZEN = ("student", "fake_score", "discriminator"), ("teacher", "ar_teacher")
 
@@ -110,9 +109,8 @@ def run_training(
     engine, seed, settings = artifacts.engine, artifacts.recipe.seed, config.train
     assert settings is not None
     if engine.config.checkpointing:
-        for network in (part for role in roles.values() for part in role.modules()):
-            if isinstance(network, AvatarTransformer | MidasNet):
-                network.enable_gradient_checkpointing()
+        for network in (net for role in roles.values() for net in networks_in(role)):
+            network.kind.enable_checkpointing(network)
     average = next(iter(roles))
     parameters = sum(p.numel() for p in roles[average].parameters())
     held = {name: engine.freeze(net) for name, net in frozen.items()}

@@ -17,13 +17,12 @@ from distill.planning.trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards
 from distill.recipe import spec_of
 from distill.training.loop import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
-from distill.training.lora import TARGETS
 from students.serving.optimize import DTYPES
 from students.spec import Spec
 from students.weights.adapter import expected
 from teachers import flow
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer
+from teachers.networks.kind import networks_in
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -132,10 +131,11 @@ def num_adapters(net: nn.Module) -> int:
 
 def num_lora_parameters(job: Job, role: str, net: nn.Module) -> int:
     """What is trained of a role as a LoRA, by default on every matrix of attentions and MLP; all of a role without blocks."""
-    network = inner(net)
-    if role in job.lora or not isinstance(network, AvatarTransformer):
+    network = next(networks_in(net), None)
+    targets = () if network is None else network.kind.lora_targets
+    if role in job.lora or not targets:
         return num_parameters(net, trained=role in job.lora)
-    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, TARGETS, ()).values())
+    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, targets, ()).values())
 
 
 def split_blocks(net: nn.Module) -> tuple[int, int]:
@@ -150,10 +150,9 @@ def context_bytes(job: Job, stage: str) -> int:
     longest = max(spec.num_chunks, getattr(part.method, "rollout_chunks", 0))
     seen = max(len(spec.history.visible(chunk)) for chunk in range(longest))
     tokens = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
-    width = spec.network.num_heads * spec.network.head_dim
     passes = 1 if spec.history.commit == "clean" else len(spec.sigmas)
     size = DTYPES[job.precision].itemsize
-    return 2 * passes * seen * 2 * spec.network.num_layers * part.train.batch_size * tokens * width * size
+    return 2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size
 
 
 def trajectory_bytes(spec: Spec, num_pairs: int) -> int:
@@ -261,7 +260,7 @@ def is_possible(plan: Plan, engine: str) -> bool:
 
 def job_of(recipe: "Recipe") -> Job:
     """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
-    if recipe.student.network is not None:
+    if recipe.student.network is not None and not recipe.student.network.over_teacher:
         raise UserError(
             "student.network: the plan knows students that share the teacher's network; leave it out to plan the rest"
         )
@@ -327,5 +326,4 @@ def _check_geometry(spec: Spec) -> None:
             raise UserError(
                 f"{name} {getattr(spec, name)} is no multiple of {cell}: recipe; a token is {cell} pixels wide"
             )
-    if spec.network.head_dim % 2 or spec.network.head_dim < 6:
-        raise UserError(f"head_dim {spec.network.head_dim}: network; rotary positions need an even number from 6 on")
+    spec.network.check()

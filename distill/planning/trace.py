@@ -13,15 +13,13 @@ from distill.pipeline import generate
 from distill.planning.live_bytes import LiveBytes, OnMeta, Points, checkpointed
 from distill.recipe import TrajectoriesConfig
 from distill.training.lora import TARGETS
-from students.networks.causal_wan import CausalWan
 from students.serving.optimize import cast as cast_network
 from students.spec import Spec
 from students.weights.adapter import targeted
-from students.weights.checkpoint import make_student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.networks.kind import AvatarTeacher, NetworkKind
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
@@ -38,7 +36,7 @@ class Job:
     spec: Spec
     stages: Mapping[str, Any]
     precision: Literal["fp32", "bf16"]
-    networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
+    networks: Mapping[str, NetworkKind] = field(default_factory=dict)
     trajectories: TrajectoriesConfig | None = None
     lora: Mapping[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = TARGETS
@@ -64,8 +62,8 @@ def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
     role's forward is over a whole clip (with clean context, over twice its frames), in a rollout the student's over one chunk.
     Backward and recomputation are not counted.
     """
-    shallow = None if "discriminator" in job.needs(stage).trained else 1  # whose heads ask for deeper blocks
-    nets = meta_networks(job, stage, num_layers=shallow)
+    shallow = "discriminator" not in job.needs(stage).trained  # whose heads ask for deeper blocks
+    nets = meta_networks(job, stage, shallow=shallow)
     made = _method(job, stage, nets)
     called: dict[str, int] = dict.fromkeys(nets, 0)
     for name, net in nets.items():
@@ -122,7 +120,7 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
 
 
 def meta_networks(
-    job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False, num_layers: int | None = None
+    job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False, shallow: bool = False
 ) -> dict[str, Any]:
     """The roles of a stage without memory, in the type that they compute in; of trained ones what is trained requires gradients.
 
@@ -131,12 +129,12 @@ def meta_networks(
     needs, nets = job.needs(stage), {}
     for role in (*needs.trained, *needs.frozen):
         trained = role in needs.trained
-        net = nets[role] = make_network(job, role, stage, trained and (lora or role in job.lora), num_layers)
+        net = nets[role] = make_network(job, role, stage, trained and (lora or role in job.lora), shallow)
         net.train(trained)
         if not trained:
             net.requires_grad_(False)
         elif checkpointing and net is not inner(net):
-            inner(net).enable_gradient_checkpointing(checkpointed)
+            inner(net).kind.enable_checkpointing(inner(net), checkpointed)
     return nets
 
 
@@ -161,7 +159,7 @@ def meta_batch(job: Job, stage: str) -> Batch:
     return Batch(conditions=conditions, x0=None if kind == "trajectories" else x0, states=states)
 
 
-def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_layers: int | None = None) -> Any:
+def make_network(job: Job, role: str, stage: str = "", lora: bool = False, shallow: bool = False) -> Any:
     """A role's network on the meta device; as a LoRA what is trained alone requires gradients."""
     own = (
         role not in ("student", "base") and stage != "base"
@@ -173,21 +171,19 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_l
 
             score = job.networks.get("fake_score", job.spec.network)
             return build_discriminator(score, job.stages[stage].method.gan_blocks)
-        if num_layers:
-            config = replace(config, num_layers=num_layers)
-        student = make_student(replace(job.spec, network=config))
+        net = (config.shallow() if shallow else config).new(job.spec.dims)
         if job.precision != "fp32" or role in job.half:
-            cast_network(student.net, torch.bfloat16)
+            cast_network(net, torch.bfloat16)
         if lora:
             from peft import LoraConfig
 
             given = role in job.lora
             rank, targets, full = (job.lora[role], job.targets, job.full) if given else (LORA_RANK, TARGETS, ())
-            targeted(student.net, targets, full)
-            student.net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
+            targeted(net, targets, full)
+            net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
             for name in full:
-                student.net.get_submodule(name).requires_grad_(True)
-    return CausalWan(student.net, job.spec) if role in CAUSAL else AvatarTeacher(student.net)
+                net.get_submodule(name).requires_grad_(True)
+    return job.spec.network.student(net, job.spec) if role in CAUSAL else AvatarTeacher(net)
 
 
 def inner(net: Any) -> Any:
@@ -201,7 +197,7 @@ def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
 
 def _solver(net: Any, batch: Batch) -> Any:
     """What solves trajectories: a bidirectional teacher, or an autoregressive one under the data's clean chunks."""
-    if not isinstance(net, CausalWan):
+    if isinstance(net, AvatarTeacher):
         return net
     assert batch.x0 is not None
     return Forced(net, batch.x0)

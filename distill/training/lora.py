@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from students.serving.optimize import cast as cast_network
 from students.weights.adapter import Adapter, check_shapes, shapes_of, targeted
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTransformer
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 """OmniAvatar's q, k, v, o, ffn.0, ffn.2: every matrix of both attentions and of the MLP."""
@@ -66,21 +65,21 @@ def check(held: str, computes: str, engine: str) -> None:
         )
 
 
-def make_backbone(net: AvatarTransformer, precision: str) -> AvatarTransformer:
+def make_backbone(net: Any, precision: str) -> Any:
     """`net`, frozen, with its matrices in the type that they are multiplied in."""
     cast_network(net, DTYPES[precision])
     return net.requires_grad_(False)
 
 
-def adapt(backbone: AvatarTransformer, config: LoraRoles, seed: int, role: str) -> AvatarTransformer:
+def adapt(backbone: Any, config: LoraRoles, seed: int, role: str) -> Any:
     """A network over the backbone's own tensors with a fresh fp32 adapter, a function of (seed, role); its adapter and the modules
     of `config.full`, which are copies, require gradients. UserError for modules that the network does not have."""
     from peft import LoraConfig
 
     chosen = targeted(backbone, config.targets, config.full)
     own = {id(p) for name in config.full for p in backbone.get_submodule(name).parameters()}
-    shared = {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in own}
-    shared[id(backbone._rope_cache)] = backbone._rope_cache  # pyright: ignore[reportArgumentType]
+    shared: dict[int, Any] = {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in own}
+    shared |= {id(cache): cache for cache in backbone.kind.shared_caches(backbone)}
     net = copy.deepcopy(backbone, shared)
     with torch.random.fork_rng(devices=[]):
         peft = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))  # pyright: ignore[reportArgumentType]
@@ -110,7 +109,7 @@ def stored_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load(net: AvatarTransformer, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load(net: Any, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Fill what is trained of an adapted network; UserError that lists what does not fit."""
     own = trained(net)
     check_shapes(shapes_of(tensors), shapes_of(own), source)

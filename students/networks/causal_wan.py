@@ -17,7 +17,8 @@ from students.spec import Spec
 from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
+from teachers.networks.kind import KeyValue, to_x0
+from teachers.networks.wan import AvatarTransformer, Span, rotate, with_reference
 
 Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
 

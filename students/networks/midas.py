@@ -16,7 +16,7 @@ from students.spec import Spec
 from students.student import Finished, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import to_x0, write_reference
+from teachers.networks.kind import to_x0, write_reference
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import KeyValue
 
 
 class MidasLayer(Qwen2DecoderLayer):

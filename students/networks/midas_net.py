@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import Dims, KeyValue, NetworkKind
 
 Attend = Callable[
     [int, Tensor, Tensor, Tensor], Tensor
@@ -34,7 +34,7 @@ Attend = Callable[
 
 
 @dataclass(frozen=True, kw_only=True)
-class MidasConfig:
+class MidasConfig(NetworkKind):
     """Sizes: of the language model (defaults: Qwen2.5-3B's, `llm` a local folder with its weights, read when training starts), of
     the head, and the condition tokens of a latent frame: `text_tokens`, one a speaker, one for pose where the student has it.
     `buckets`: embeddings of history noise, the first for none."""
@@ -55,6 +55,30 @@ class MidasConfig:
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
     llm: Path | None = None
+
+    causal: ClassVar = "students.networks.midas:Midas"
+
+    def build(self, dims: Dims) -> "MidasNet":
+        return MidasNet(
+            self,
+            dims.latent_channels,
+            text_dim=dims.text_dim,
+            audio_dim=dims.stride * dims.audio_dim,
+            pose_dim=dims.stride * dims.pose_dim,
+            speakers=dims.speakers,
+        )
+
+    def start(self, net: "MidasNet") -> None:
+        """The language model's weights, where a folder of them is given."""
+        if self.llm is not None:
+            read_language_model(net, self.llm)
+
+    def enable_checkpointing(self, net: "MidasNet", *function: Callable) -> None:  # noqa: ARG002
+        net.enable_gradient_checkpointing()
+
+    @property
+    def kv_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.width // self.num_heads
 
 
 class TextQueries(nn.Module):

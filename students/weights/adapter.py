@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from teachers.checkpoints.convert import fill_network
 from teachers.config import nearest
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -124,7 +123,7 @@ def expected(net: nn.Module, rank: int, targets: Sequence[str], full: Sequence[s
 
 
 @torch.no_grad()
-def fold(net: AvatarTransformer, adapter: Adapter, source: Path) -> None:
+def fold(net: Any, adapter: Adapter, source: Path) -> None:
     """Change the weights of a plain fp32 network in place; UserError that lists what does not fit."""
     check_shapes(shapes_of(adapter.tensors), expected(net, adapter.rank, adapter.targets, adapter.full), source)
     given, own = adapter.tensors, dict(net.named_parameters())
@@ -150,7 +149,7 @@ def check_shapes(given: Mapping[str, tuple], wanted: Mapping[str, tuple], source
         raise UserError(f"weights do not fit: {source}: {'; '.join(faults[:3])}{more}; is it the folder of this spec?")
 
 
-def write_adapter(folder: Path, adapter: Adapter, base: Base, net: AvatarTransformer, header: dict[str, str]) -> None:
+def write_adapter(folder: Path, adapter: Adapter, base: Base, net: Any, header: dict[str, str]) -> None:
     """Write both files as peft does; `net` says what the modules of `full` are made of, `header` goes to the weights."""
     from peft import LoraConfig
 
@@ -189,7 +188,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(rank=rank, alpha=alpha, targets=targets, full=full, tensors=named)
 
 
-def load_over_base(net: AvatarTransformer, folder: Path, base: Base, fill: Any) -> None:
+def load_over_base(net: Any, folder: Path, base: Base, fill: Any) -> None:
     """Fill a plain network with the base's weights, fold the adapter of `folder` in. UserError where the base is gone or another.
 
     fill(net, file) reads a file of our names.

@@ -7,8 +7,8 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,19 +25,23 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
+from teachers.errors import UserError
+from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
 
-KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(NetworkKind):
     """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
 
     `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: the network is told a scale.
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: a guidance scale is embedded.
     """
+
+    layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
+    causal: ClassVar = "students.networks.causal_wan:CausalWan"
 
     num_layers: int = 30
     num_heads: int = 12
@@ -50,6 +54,57 @@ class NetworkConfig:
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
     guidance: bool = False
+
+    def build(self, dims: Dims) -> "AvatarTransformer":
+        sizes = {k: v for k, v in vars(dims).items() if k != "speakers"}
+        return build_network(self, **sizes)
+
+    def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return with_reference(x, conditions, known)
+
+    def run(self, net: "AvatarTransformer", inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
+        told = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance}
+        return net(inputs, sigma, conditions.text, audio, **told)[0]
+
+    def check(self) -> None:
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
+
+    def shallow(self) -> "NetworkConfig":
+        return replace(self, num_layers=1)
+
+    def with_guidance(self) -> "NetworkConfig":
+        return replace(self, guidance=True)
+
+    def enable_checkpointing(self, net: "AvatarTransformer", *function: Callable) -> None:
+        net.enable_gradient_checkpointing(*function)
+
+    def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
+        net.set_attention_backend(backend)
+
+    @property
+    def kv_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_heads * self.head_dim
+
+    @property
+    def feature_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers
+
+    def feature_blocks(self, net: "AvatarTransformer") -> Sequence[nn.Module]:
+        return list(net.blocks)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """OmniAvatar's q, k, v, o, ffn.0, ffn.2: every matrix of both attentions and of the MLP."""
+        return ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+    def shared_caches(self, net: "AvatarTransformer") -> tuple[dict, ...]:
+        return (net._rope_cache,)
 
 
 @dataclass(frozen=True)
@@ -219,6 +274,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
         self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
         self.gradient_checkpointing = False
+        self.kind = NetworkConfig(**{f.name: self.config[f.name] for f in fields(NetworkConfig)})
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
@@ -237,6 +293,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.init.zeros_(parameter)
         self.guidance_embedder.to(weight.device, weight.dtype)
         self.register_to_config(guidance=True)
+        self.kind = self.kind.with_guidance()
 
     def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
         """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is told; the network's time is
@@ -376,48 +433,6 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
     for frame in known:
         mask[:, :, frame] = 0.0
     return x, torch.cat([x, conditions.reference.to(x).expand(-1, -1, frames, -1, -1), mask], dim=1)
-
-
-def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
-    """x [B, C, F, H, W] with the clean reference, where there is one, in the place of the known frames."""
-    if conditions.reference is None or not known:
-        return x
-    x = x.clone()
-    for frame in known:
-        x[:, :, frame] = conditions.reference[:, :, 0].to(x)
-    return x
-
-
-def to_x0(
-    out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]
-) -> Tensor:
-    """Raw network output -> x0 in fp32, the known frames replaced by the reference."""
-    if prediction == "velocity":
-        x0 = flow.x0_from_velocity(x, out, sigma)
-    else:
-        assert conditions.reference is not None
-        x0 = conditions.reference.float() + out.float()
-    return write_reference(x0, conditions, known)
-
-
-class AvatarTeacher(nn.Module):
-    """The bidirectional denoiser over a whole clip; frame 0 is the reference, where one is given. Teacher and fake score alike."""
-
-    def __init__(self, net: AvatarTransformer):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        x, inputs = with_reference(x, conditions)
-        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
-        out, _ = self.net(
-            inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False, guidance=conditions.guidance
-        )
-        return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
-
-    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference where there is one."""
-        return self(x, sigma, conditions)
 
 
 def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:

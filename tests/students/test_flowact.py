@@ -24,7 +24,8 @@ from teachers import flow
 from teachers.conditions import Guidance, GuidanceRange, told_guidance
 from teachers.config import to_plain
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import (
     NETWORK,
     Ranks,
@@ -390,7 +391,7 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
                 continue
             if depth > 1:
                 state = student.settle(state, told.entry) if told.entry else state
-            alone = State(chunk=j, kept=state.kept, context_kv=state.context_kv, text=state.text)
+            alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, text=state.text)
             expected, _ = student(alone, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
             assert (x0 - own).abs().mean() > 0.01

@@ -135,5 +135,5 @@ def test_a_stream_of_another_length_does_not_lose_its_sinks():
     state = student.open(given.text)
     for i in range(30):
         state = student.commit(state, some_latents(1, N, seed=i), given)
-    assert [entry.chunk for entry in state.kept] == [0, 29]
-    assert replace(state, chunk=5).kept[0].chunk == 0
+    assert [entry.chunk for entry in state.cached] == [0, 29]
+    assert replace(state, chunk=5).cached[0].chunk == 0

@@ -130,7 +130,7 @@ def test_a_commit_leaves_its_state_alone():
     for i in range(4):
         states.append(student.commit(states[-1], some_latents(1, N, seed=i), given))
     assert [state.chunk for state in states] == [0, 1, 2, 3, 4]
-    assert [tuple(entry.chunk for entry in state.kept) for state in states] == [(), (0,), (0, 1), (0, 2), (0, 3)]
+    assert [tuple(entry.chunk for entry in state.cached) for state in states] == [(), (0,), (0, 1), (0, 2), (0, 3)]
     again = student.commit(states[1], some_latents(1, N, seed=1), given)
     for one, other in zip(again.context_kv[0], states[2].context_kv[0], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

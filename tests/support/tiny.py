@@ -19,7 +19,8 @@ from teachers.codecs.linear import CodecConfig, EigenCodec
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, TextConfig, TextEncoder
 from teachers.flow import sigma_grid
-from teachers.networks.wan import AvatarTeacher, NetworkConfig, build_network
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig, build_network
 
 STRIDE, CHANNELS, SIDE, AUDIO, TOKENS, TEXT = 2, 4, 4, 20, 5, 16
 NETWORK = {"num_layers": 2, "num_heads": 2, "head_dim": 16, "ffn_dim": 48, "freq_dim": 32, "audio_hidden": 8}

@@ -50,7 +50,8 @@ from teachers.conditions import Conditions, Guidance
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.files import load_tensors
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
 
 BIG = NetworkConfig(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824)

@@ -31,7 +31,7 @@ from students.weights.checkpoint import Bundle, load_student, save_student
 from teachers.config import convert
 from teachers.errors import UserError
 from teachers.files import save_tensors
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 from tests.support.tiny import (
     CHANNELS,
     Ranks,

@@ -26,7 +26,7 @@ from teachers.config import to_plain
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.media.streams import Resampler
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 from tests.support.tiny import (
     MIDAS,
     Ranks,
