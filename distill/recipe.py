@@ -6,10 +6,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from distill import methods
+from distill import expect, methods
 from distill.compose import compose_values
 from distill.data.procedural.corruption import CorruptionConfig
 from distill.data.procedural.source import DataConfig
+from distill.expect import Bounds
 from distill.methods import Needs
 from distill.training.engine import EngineConfig
 from distill.training.loop import TrainConfig
@@ -173,7 +174,8 @@ class Recipe:
     teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
     layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and distill take
     their conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
-    `lora`: students and fake score are trained as adapters over one network.
+    `lora`: students and fake score are trained as adapters over one network. `expect`: what its report should show
+    (`distill.expect`).
 
     The student goes through the slots `ar_teacher` (where there is one), `init` and `distill`; each takes any method.
     """
@@ -198,6 +200,10 @@ class Recipe:
     corruption: CorruptionConfig | None = None
     tracker: TrackerKind = "none"
     lora: LoraRoles | None = None
+    expect: dict[str, Bounds] = field(default_factory=dict)
+
+    def __post_init__(self):
+        expect.check(self.expect)
 
     @property
     def init_checkpoint(self) -> str:

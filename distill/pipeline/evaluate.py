@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.data.source import Clips
+from distill.expect import SHOWN, SYSTEMS, Bounds, compare
 from distill.pipeline import validation
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import (
@@ -40,14 +42,6 @@ from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
 
 THROUGHPUT_BATCH = 96
-SYSTEMS = (
-    "teacher",
-    "teacher_few_step",
-    "ar_teacher",
-    "zero_shot",
-    "init",
-    "student",
-)  # the third: of a student with a network of its own
 
 
 def evaluate(artifacts: Artifacts, folder: Path) -> dict:
@@ -61,8 +55,32 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     generate_all(artifacts, folder, sets)
     if not artifacts.engine.is_main:
         return {}
-    world = world_spread(artifacts) if varied else None
     real = artifacts.source.draw(config.condition_seed, "reference", config.num_reference)
+    scores, floor, sheets = score_systems(artifacts, folder, test, real, varied)
+    costs = measure_costs(artifacts, test)
+    systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
+    counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
+    report = assemble(artifacts, systems, floor, counted)
+    samples = write_samples(artifacts, test)
+    curves = read_curves(artifacts.log.rows())
+    shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
+    captions = named(test.clips.text)[: config.sheet_conditions]
+    write_report(report, curves, shown, samples, artifacts.folder.path, captions, config.sheet_frames)
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    flat = {name: {k: finite(v["mean"]) for k, v in metrics.items()} for name, metrics in scores.items()}
+    return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
+
+
+def score_systems(
+    artifacts: Artifacts, folder: Path, test: validation.HeldOut, real: Clips, varied: bool
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, Tensor]]:
+    """(Scores of every system; of real clips and of the codec's ceiling; name -> clips uint8 [N, 3, T, H, W] of one noise seed)
+    from the clips that `generate_all` stored, against `real` ones. varied: whether diversity is measured."""
+    config = artifacts.recipe.eval
+    world = world_spread(artifacts) if varied else None
     reference = benchmark.prepare_reference(artifacts.probes, real.video, test.decoded)
     borders = seam_frames(artifacts.spec)
 
@@ -87,21 +105,7 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     for name in ("zero_shot", "init", "student"):
         mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
         scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
-    costs = measure_costs(artifacts, test)
-    systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
-    counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
-    report = assemble(artifacts, systems, floor, counted)
-    samples = write_samples(artifacts, test)
-    curves = read_curves(artifacts.log.rows())
-    shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
-    captions = named(test.clips.text)[: config.sheet_conditions]
-    write_report(report, curves, shown, samples, artifacts.folder.path, captions, config.sheet_frames)
-
-    def finite(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    flat = {name: {k: finite(v["mean"]) for k, v in metrics.items()} for name, metrics in scores.items()}
-    return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
+    return scores, floor, sheets
 
 
 def world_spread(artifacts: Artifacts) -> Tensor:
@@ -250,7 +254,7 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, counted: EvalConf
         "codec": floor["codec"],
         "health": health_of(stages),
         "ratios": ratios(systems),
-        "targets": targets(systems),
+        "targets": targets(systems, recipe.expect, artifacts.source.left_out),
         "protocol": card,
         **({"left_out": dict(artifacts.source.left_out)} if artifacts.source.left_out else {}),
     }
@@ -267,70 +271,21 @@ def health_of(stages: dict) -> dict[str, Any]:
 
 
 def ratios(systems: dict) -> dict[str, float]:
-    """Student against teacher and against init, and what the student saves; NaN over a score of 0. What was left out is in none."""
-
-    known = systems["student"]["metrics"]
-
-    def mean(system: str, name: str) -> float:
-        return systems[system]["metrics"][name]["mean"]
-
-    def over(name: str, system: str, other: str) -> float:
-        return mean(system, name) / mean(other, name) if mean(other, name) else math.nan
-
-    out = {
-        f"{name}_student_over_teacher": over(name, "student", "teacher")
-        for name in ("fid", "fvd", "sync", "motion")
-        if name in known
-    }
-    if "ar_teacher" in systems:
-        names = ("fid", "fvd", "sync", "motion")
-        out |= {
-            f"{name}_student_over_ar_teacher": over(name, "student", "ar_teacher") for name in names if name in known
-        }
-    out |= {f"{name}_student_over_init": over(name, "student", "init") for name in ("fid", "fvd")}
-    out |= {
-        f"{name}_student_minus_init": mean("student", name) - mean("init", name)
-        for name in ("diversity", "sync")
-        if name in known
-    }
-    out |= {f"{name}_init_over_zero_shot": over(name, "init", "zero_shot") for name in ("fid", "fvd")}
-    if "diversity" in known:
-        out["diversity_init_minus_zero_shot"] = mean("init", "diversity") - mean("zero_shot", "diversity")
-    teacher, student = systems["teacher"]["cost"], systems["student"]["cost"]
-    out["cost_teacher_over_student"] = teacher["seconds_per_video_second"] / student["seconds_per_video_second"]
-    out["batch_cost_teacher_over_student"] = (
-        teacher["batch_seconds_per_video_second"] / student["batch_seconds_per_video_second"]
-    )
-    out["ttff_teacher_over_student"] = teacher["ttff_seconds"] / student["ttff_seconds"]
-    return out
+    """Every comparison of `distill.expect.SHOWN` that is measured; NaN over a score of 0."""
+    found = {name: compare(name, systems) for name in SHOWN}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-TARGETS = {  # what the recipe promises; least and most
-    "fid_student_over_teacher": (None, 1.10),
-    "fvd_student_over_teacher": (None, 1.10),
-    "sync_student_over_teacher": (0.97, None),
-    "motion_student_over_teacher": (0.85, None),
-    "fid_student_over_init": (None, 0.95),
-    "fvd_student_over_init": (None, 0.97),
-    "diversity_student_minus_init": (0.05, None),
-    "sync_student_minus_init": (-0.01, None),
-    "fid_init_over_zero_shot": (None, 1.0),
-    "fvd_init_over_zero_shot": (None, 1.0),
-    "diversity_init_minus_zero_shot": (0.0, None),
-    "batch_cost_teacher_over_student": (15.0, None),
-    "ttff_teacher_over_student": (40.0, None),
-}
-
-
-def targets(systems: dict) -> dict[str, dict]:
-    """Each promise with its value and whether it is kept."""
-    found = ratios(systems)
-    judged = {name: bounds for name, bounds in TARGETS.items() if name in found}
-    out = {name: target(found[name], at_least=low, at_most=high) for name, (low, high) in judged.items()}
-    if "sync" in systems["teacher"]["metrics"]:
-        out["teacher_sync"] = target(systems["teacher"]["metrics"]["sync"]["mean"], at_least=0.88)
-    for name in ("motion_energy", "sharpness"):
-        out[f"student_{name}"] = target(systems["student"]["metrics"][name]["mean"], at_least=0.88, at_most=1.15)
+def targets(systems: dict, expect: Mapping[str, Bounds], left_out: Collection[str]) -> dict[str, dict]:
+    """Each expectation of the recipe with its value and whether it is met; one of a measure that is `left_out` is skipped."""
+    out = {}
+    for name, bounds in expect.items():
+        value = compare(name, systems)
+        if value is not None:
+            out[name] = target(value, at_least=bounds.at_least, at_most=bounds.at_most)
+        elif not any(name.startswith(f"{measure}_") for measure in left_out):
+            shown = target(0.0, at_least=bounds.at_least, at_most=bounds.at_most)
+            out[name] = {**shown, "value": None, "passed": None}
     return out
 
 

@@ -85,7 +85,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         _slot(recipe, "init"),
         _slot(recipe, "distill"),
         Stage("export", ("name", "lora.export"), ("distill",), export),
-        Stage("evaluate", ("name", "seed", *SOLVER, *REPORT), ("export",), evaluate),
+        Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate),
     ]
     return tuple(table)
 
