@@ -8,6 +8,7 @@ fingerprints of its inputs. So a stage that is done is run again when, and only 
 import dataclasses
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from distill.data import latents
 from distill.data.procedural.corruption import corrupt_clips
@@ -200,6 +202,8 @@ def run(recipe: Recipe) -> Path:
     try:
         pipeline = Pipeline(recipe, engine)
         try:
+            if engine.is_main:
+                tqdm.write(f"distill: {engine.description}", file=sys.stderr)
             pipeline.run()
         finally:
             pipeline.artifacts.log.close()
