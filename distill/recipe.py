@@ -18,9 +18,9 @@ from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig
 from students.spec import Spec, StudentConfig, student_sigmas
-from teachers.conditions import Guidance
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
 from teachers.resolve import Registry
 

@@ -8,9 +8,9 @@ from typing import Any
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
-from teachers.conditions import GuidanceRange
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.guidance import GuidanceRange
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
 from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind

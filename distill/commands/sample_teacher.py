@@ -21,6 +21,7 @@ from teachers import flow, media
 from teachers.codecs.linear import to_float
 from teachers.errors import UserError
 from teachers.files import load_tensors
+from teachers.guidance import guided
 from teachers.networks.kind import AvatarTeacher
 
 
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.inference_mode():
 
         def denoise(x, sigma):
-            return settings.guidance(lambda c: teacher.denoise(x, sigma, c), conditions)
+            return guided(teacher.denoise, x, sigma, conditions, settings.guidance)
 
         states = tqdm(flow.solve(denoise, x, grid), total=len(grid), desc="teacher", file=sys.stderr)
         (last,) = deque(states, maxlen=1)

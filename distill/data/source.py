@@ -10,7 +10,12 @@ from torch import Tensor
 @dataclass(frozen=True, kw_only=True)
 class Clips:
     """video uint8 [N, 3, T, H, W]; audio [N, S], of two speakers [N, 2, S], own voice first; text; labels per frame [N, T] and per
-    clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`."""
+    clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`.
+
+    `features`: conditions that no encoder makes, by the name that they are declared under, as a network takes them: [N, ..], on the
+    latent clock [N, F, ..] (`teachers.conditions.pack_rows` makes latent frames of pixel frames). They are trained on and sampled
+    with as they are.
+    """
 
     video: Tensor
     audio: Tensor
@@ -18,6 +23,7 @@ class Clips:
     labels: dict[str, Tensor]
     pose: Tensor | None = None
     talk: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def voice(self) -> Tensor:
@@ -26,7 +32,7 @@ class Clips:
 
     @property
     def mixed(self) -> Tensor:
-        """All that is heard [N, S]."""
+        """All speakers mixed [N, S]."""
         return self.audio if self.audio.ndim == 2 else self.audio.sum(dim=1).clamp(-1, 1)
 
 

@@ -6,13 +6,15 @@ and `shared`, the same on every rank (the exit step, say).
 `needs(config)` says beforehand which roles and which part of a batch a stage has to bring.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from teachers.conditions import Conditions
+from teachers.conditions import FEATURES, Conditions, known
+from teachers.errors import UserError
 from teachers.resolve import in_users_file, module_of
 
 
@@ -44,6 +46,22 @@ class Needs:
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     batch: Literal["x0", "trajectories", "forced"] = "x0"
+
+
+def check_drop(key: str, drop: Mapping[str, float]) -> None:
+    """UserError unless these are probabilities of known conditions; `key` is where they were written."""
+    for name, probability in drop.items():
+        known(name)
+        if not 0.0 <= probability <= 1.0:
+            raise UserError(f"{key}.{name}: got {probability}; it is a probability")
+
+
+def drop_conditions(conditions: Conditions, drop: Mapping[str, float], rng: torch.Generator) -> Conditions:
+    """The conditions with each of these features zero in the rows that its probability draws, for guidance. In the order of the
+    table, whatever that of `drop`; a feature that is never dropped, or not given, draws nothing."""
+    rows = conditions.num_rows
+    drawn = [name for name in FEATURES if drop.get(name, 0.0) > 0.0 and name in conditions.features]
+    return conditions.drop_rows(**{name: torch.rand(rows, generator=rng) < drop[name] for name in drawn})
 
 
 class Method(Protocol):

@@ -4,7 +4,7 @@
 
 and the fake score learns to denoise rollouts. Differences to the published recipes: the normaliser and every loss leave out the
 given reference frame, the gradient is fp32 throughout, the fake score trains before the student's first step, and guidance scales
-are effective ones (teachers.conditions.Guidance). What else `Config` offers, and where it differs:
+are effective ones (teachers.guidance.Guidance). What else `Config` offers, and where it differs:
 
 objective sid       Score identity distillation (2404.04057) in place of the gradient above: `losses.sid`, through both scores.
 gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
@@ -13,12 +13,12 @@ exit_step           per_chunk: each chunk its own exit; Self Forcing has one for
 rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
-context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is told `history.level`.
+context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is conditioned on `history.level`.
 first_sigmas        More denoising steps for the first chunks (progressive step bootstrapping, JoyAvatar 2512.11423).
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
 
-Where the student is told a guidance scale (`student.guidance`), each clip draws one: student and fake score are told it, the
-teacher is guided with it in the place of `guidance`.
+Where the student is conditioned on a guidance scale (`student.guidance`), each clip draws one: student and fake score are
+conditioned on it, the teacher is guided with it in the place of `guidance`.
 """
 
 import itertools
@@ -33,8 +33,9 @@ from distill.methods.discriminator import Discriminator
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions, Guidance, told_guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedGuidance, Guidance, branch_outputs
 from teachers.networks.kind import AvatarTeacher
 
 
@@ -95,13 +96,13 @@ class DMD:
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
         """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student."""
-        judges = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
-        return judges * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
+        critics = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
+        return critics * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
-        given, told = batch.conditions, self.student.spec.guidance
-        if told is not None:
-            given = replace(given, guidance=told.draw(given.text.shape[0], rng).to(given.text))
+        given, scales = batch.conditions, self.student.spec.guidance
+        if scales is not None:
+            given = replace(given, guidance=scales.draw(given.num_rows, rng).to(given.device))
             batch = replace(batch, conditions=given)
         with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
             x0, conditions = self._generate(given, rng, shared)
@@ -125,8 +126,8 @@ class DMD:
             count = int(torch.randint(window, config.rollout_chunks + 1, (1,), generator=shared))
             conditions = of_length(conditions, count * n)
         start, num_steps = max(0, count - window), max(len(spec.sigmas), len(config.first_sigmas))
-        noise = draw_noise(self.student, conditions.text.shape[0], rng, count, num_steps)
-        dirt = draw_noise(self.student, conditions.text.shape[0], rng, count, 1) if config.context_noise else None
+        noise = draw_noise(self.student, conditions.num_rows, rng, count, num_steps)
+        dirt = draw_noise(self.student, conditions.num_rows, rng, count, 1) if config.context_noise else None
 
         def corrupt(chunk: int, x0: Tensor) -> Tensor:
             return x0 if dirt is None else flow.add_noise(x0, dirt(chunk, 0).to(x0), config.context_noise)
@@ -179,23 +180,28 @@ class DMD:
             value = losses.gradient_as_loss(x0, gradient)
         metrics = {f"{self.config.objective}_grad_abs": gradient.abs().mean()}
         if self.config.gan:
-            judge, net = self.discriminator, self.fake_score
-            assert judge is not None
+            discriminator, net = self.discriminator, self.fake_score
+            assert discriminator is not None
             gradient = losses.grad_wrt_input(
-                lambda clip: losses.generator_loss(judge(net, flow.add_noise(clip, eps, sigma), sigma, conditions)), x0
+                lambda clip: losses.generator_loss(
+                    discriminator(net, flow.add_noise(clip, eps, sigma), sigma, conditions)
+                ),
+                x0,
             )
             value = value + self.config.gan * losses.gradient_as_loss(x0, gradient)
             metrics["gan_grad_abs"] = gradient.abs().mean()
         return Loss(value, metrics)
 
     def _scores(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
-        """x0 predictions of the guided teacher (real) and of the fake score at one noisy x."""
+        """x0 predictions [B, C, F, H, W] of the guided teacher (real) and of the fake score at one noisy x."""
         x, (low, high) = flow.add_noise(x0, eps, sigma), self.config.guidance_band
-        full = self.teacher.denoise(x, sigma, conditions)
-        guide = self.config.guidance if self.student.spec.guidance is None else told_guidance
-        guided = guide(lambda c: full if c is conditions else self.teacher.denoise(x, sigma, c), conditions)
+        guidance = self.config.guidance
+        if self.student.spec.guidance is not None:
+            guidance = EmbeddedGuidance(conditions.guidance, guidance.batched)
+        outputs = branch_outputs(self.teacher.denoise, x, sigma, conditions, guidance)
         inside = ((sigma >= low) & (sigma <= high)).view(-1, 1, 1, 1, 1)
-        return torch.where(inside, guided, full), self.fake_score.denoise(x, sigma, conditions)
+        real = torch.where(inside, guidance.combine(outputs), outputs[0])
+        return real, self.fake_score.denoise(x, sigma, conditions)
 
     def _discriminator(
         self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, rng: torch.Generator

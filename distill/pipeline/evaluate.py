@@ -196,7 +196,8 @@ def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
     marks: list[float] = []
     for _ in range(2):
         portrait = to_float(test.clips.video[0, :, 0]) if bundle.spec.network.reference else None
-        session = Session(bundle, portrait, test.clips.text[0])
+        outside = {name: value[0] for name, value in test.conditions.outside.items()}
+        session = Session(bundle, portrait, test.clips.text[0], conditions=outside)
         session.push(audio=test.clips.voice[0])
         session.close()
         began = time.perf_counter()

@@ -6,7 +6,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,17 +39,11 @@ Make = Callable[[Conditions, Tensor, int], Tensor]  # (conditions, their rows, n
 
 
 def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
-    """Name -> (conditions, noise seed): as given; with the sound, then the text, of another row under the same noise; and
-    another noise. Without a sound there is no "audio"."""
-    out = {
-        "own": (conditions, 0),
-        "text": (replace(conditions, text=conditions.text.roll(1, 0)), 0),
-        "noise": (conditions, 1),
-    }
-    if conditions.audio.numel():
-        sound = {"audio": conditions.audio, "clip_audio": conditions.clip_audio}
-        out["audio"] = (replace(conditions, **{k: v.roll(1, 0) for k, v in sound.items() if v is not None}), 0)
-    return out
+    """Name -> (conditions, noise seed): its own; with the text, then the audio, of another row under the same noise, where there is
+    any; and another noise."""
+    given = [name for name in ("text", "audio") if conditions.has(name)]
+    changed = {name: (conditions.roll_rows(name), 0) for name in given}
+    return {"own": (conditions, 0), "noise": (conditions, 1)} | changed
 
 
 def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

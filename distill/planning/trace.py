@@ -17,7 +17,7 @@ from students.serving.optimize import cast as cast_network
 from students.spec import Spec
 from students.weights.adapter import targeted
 from teachers import flow
-from teachers.conditions import Conditions
+from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind
 
@@ -102,7 +102,7 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
         live.weigh(net)
     rng, shared = (flow.keyed_generator(0, name) for name in ("loss", "shared"))
     made = _method(job, stage, nets) if stage != "trajectories" else None
-    given = (*vars(batch.conditions).values(), batch.x0, batch.states)
+    given = (*batch.conditions.features.values(), batch.x0, batch.states)
     try:
         with OnMeta(shared), live:
             live.count(tensor for tensor in given if tensor is not None)
@@ -150,6 +150,7 @@ def meta_batch(job: Job, stage: str) -> Batch:
     with torch.device("meta"):
         x0 = torch.empty(size, spec.codec.channels, frames, *spec.latent_size[1:])
         conditions = Conditions(
+            blank_features(spec.network, size, frames),
             text=torch.empty(size, spec.text.max_tokens, spec.text.dim),
             audio=torch.empty(size, frames, stride, spec.audio_dim),
             reference=x0[:, :, :1] if spec.network.reference else None,

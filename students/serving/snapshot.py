@@ -43,9 +43,12 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         tensors[name] = stream.read(stream.start, stream.end)
     for i, past in enumerate(point.seen):
         tensors[f"seen.{i}.x0"] = past.x0
-        tensors[f"seen.{i}.audio"] = past.conditions.audio  # text and reference are the session's own
-        if past.conditions.pose is not None:
-            tensors[f"seen.{i}.pose"] = past.conditions.pose
+        for name, value in past.conditions.timed.items():
+            if (
+                name not in session.given.features
+            ):  # which, like what does not run with the frames, is the session's own
+                tensors[f"seen.{i}.{name}"] = value
+    tensors |= {f"given.{name}": value for name, value in session.given.features.items()}
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
@@ -120,6 +123,7 @@ def load_session(bundle: Bundle, path: Path) -> Session:
         guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
+    session.given = Conditions(_named(tensors, "given.")).to(device)
     session.viewed, session.closed = facts["viewed"], facts["closed"]
     for name in ("audio", "pose"):
         stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
@@ -143,11 +147,16 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     start, student = session.point, session.bundle.student
     seen = []
     for i, chunk in enumerate(facts["seen"]):
-        audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
+        timed = _named(tensors, f"seen.{i}.")
+        x0 = timed.pop("x0")
+        first = chunk * session.spec.chunk_frames
         conditions = Conditions(
-            text=start.features, audio=audio, reference=session.reference, pose=pose, guidance=session._scale
-        )
-        seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
+            session.given.frames(first, first + x0.shape[2], hold=True).features | timed,
+            text=start.features,
+            reference=session.reference,
+            guidance=session._scale,
+        ).drop(*session.drop)
+        seen.append(Finished(chunk, x0, conditions))
     if facts["how"] == "exact":
         cached = tuple(
             CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
@@ -172,6 +181,11 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         tensors["last"].cpu() if "last" in tensors else None,
         facts["began"],
     )
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _warm(session: Session, seen: list[Finished], chunk: int):

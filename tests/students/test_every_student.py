@@ -10,7 +10,8 @@ from students.history import History
 from students.schedule import Schedule
 from students.serving.session import Session, Starved, chunk_noise
 from students.serving.snapshot import load_session, save_session
-from teachers.conditions import Conditions, GuidanceRange
+from teachers.conditions import Conditions
+from teachers.guidance import GuidanceRange
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, rng, some_sound
 

@@ -21,9 +21,9 @@ from students.serving.snapshot import load_session, save_session
 from students.student import State
 from students.weights.checkpoint import load_student, make_student, save_student
 from teachers import flow
-from teachers.conditions import Guidance, GuidanceRange, told_guidance
 from teachers.config import to_plain
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, guided
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import (
@@ -232,16 +232,16 @@ def test_a_new_network_that_is_told_starts_as_one_that_is_not():
 
 def test_a_scale_for_each_row_is_that_row_s_guidance():
     teacher, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
-    rows = told_guidance(lambda c: teacher.denoise(x, sigma, c), replace(given, guidance=torch.tensor([1.25, 3.0])))
+    rows = guided(teacher.denoise, x, sigma, given, EmbeddedGuidance(torch.tensor([1.25, 3.0])))
     for i, scale in enumerate((1.25, 3.0)):
-        alone = Guidance(text=scale, audio=scale)(lambda c: teacher.denoise(x, sigma, c), given)
+        alone = guided(teacher.denoise, x, sigma, given, Guidance(text=scale, audio=scale))
         assert torch.allclose(rows[i], alone[i], atol=1e-6)
 
 
 def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
     sigmas, teacher, pool = flow.sigma_grid(4, 3.0)[:-1], a_teacher(), a_train_set()
     config = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
-    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), told=TOLD)
+    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), scales=TOLD)
     pairs = load(tmp_path, sigmas, "abc")
     assert pairs.guidance.shape == (10,)
     assert pairs.guidance.min() >= TOLD.least
@@ -290,9 +290,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
         noisy = flow.add_noise(x0[0][0].detach(), x0[0][2], sigma)
         for i in range(2):
             alone = Guidance(text=float(scale[i]), audio=float(scale[i]))
-            assert torch.allclose(
-                real[i], alone(lambda c, at=(noisy, sigma): teacher.denoise(*at, c), given)[i], atol=1e-5
-            )
+            assert torch.allclose(real[i], guided(teacher.denoise, noisy, sigma, given, alone)[i], atol=1e-5)
         drawn.add(round(float(scale[0]), 3))
     assert len(drawn) == 3
     assert student.net.guidance_embedder.weight.grad.abs().sum() > 0

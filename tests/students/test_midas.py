@@ -15,8 +15,8 @@ from students.schedule import Schedule
 from students.serving.optimize import Speed, prepare
 from students.serving.session import Session
 from students.weights.checkpoint import load_student, make_student, save_student
-from teachers.conditions import Guidance
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from tests.support.tiny import (
     CHANNELS,
     MIDAS,

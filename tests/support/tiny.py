@@ -113,7 +113,7 @@ def some_latents(batch: int = 2, frames: int = 8, seed: int = 0) -> Tensor:
 
 def a_train_set(num: int = 12, frames: int = 8, seed: int = 0) -> TrainSet:
     given = some_conditions(num, frames, seed)
-    return TrainSet(x0=some_latents(num, frames, seed).half(), audio=given.audio, text=given.text)
+    return TrainSet(some_latents(num, frames, seed).half(), given.stored)
 
 
 @lru_cache(maxsize=1)

@@ -17,8 +17,9 @@ from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule, denoise_chunk
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from tests.support.gaussian import autoregressive
 from tests.support.tiny import (
     CHANNELS,

@@ -8,7 +8,8 @@ import torch
 
 from distill.pipeline import evaluate
 from distill.recipe import TrajectoriesConfig
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
+from teachers.guidance import Guidance
 from tests.support.tiny import make_spec
 
 

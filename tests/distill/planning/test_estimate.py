@@ -46,10 +46,11 @@ from students.schedule import denoise_chunk
 from students.spec import Spec, student_sigmas
 from students.weights.checkpoint import make_student
 from teachers.codecs.linear import CodecConfig
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.files import load_tensors
+from teachers.guidance import Guidance
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
