@@ -266,8 +266,6 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
-    method = recipe.distill.method
-    first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
     network = origin = (recipe.base or recipe.teacher).network
     if student.network is not None:
@@ -290,8 +288,8 @@ def spec_of(recipe: "Recipe") -> Spec:
         history=student.history,
         schedule=student.schedule,
         history_noise=student.history_noise,
-        first_sigmas=first,
-        first_chunks=method.first_chunks if first else 0,
+        first_sigmas=student.first_sigmas,
+        first_chunks=student.first_chunks if student.first_sigmas else 0,
         network=network,
         guidance=student.guidance,
         codec=codec,

@@ -1,5 +1,6 @@
 """The static facts of a student, stored in its checkpoint."""
 
+import itertools
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -38,6 +39,15 @@ class StudentConfig:
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
     guidance: GuidanceRange | None = None
+    first_sigmas: tuple[float, ...] = ()
+    first_chunks: int = 1
+
+    def __post_init__(self):
+        levels = (*self.first_sigmas, 0.0)
+        if self.first_sigmas and (levels[0] != 1.0 or any(a <= b for a, b in itertools.pairwise(levels))):
+            raise UserError(
+                f"student.first_sigmas: got {list(self.first_sigmas)}; start at 1.0 and go down, without the 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +93,7 @@ class Spec:
                 "want commit: clean and a window from 1"
             )
         if self.first_sigmas:
-            raise UserError("dmd.first_sigmas: chunks in flight together take the same steps; leave it out")
+            raise UserError("student.first_sigmas: chunks in flight together take the same steps; remove it")
 
     @property
     def audio_dim(self) -> int:
