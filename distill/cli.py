@@ -62,7 +62,7 @@ def _parser(words: Sequence[str]) -> Parser:
     )
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
-    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, dmd, export, evaluate")
+    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, distill, export, evaluate")
     run.add_argument("recipe", type=Path, metavar="RECIPE")
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
     run.add_argument("-m", "--multirun", action="store_true", help="a sweep: a=1,2 b=x,y or sweep=NAME [sweep_dir=DIR]")

@@ -36,7 +36,7 @@ from distill.compose import RECIPES
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
-from distill.training.engine import parent_command, requested_processes
+from distill.training.engine import requested_processes
 from distill.training.loop import terminations
 from teachers.config import nearest
 from teachers.errors import UserError
@@ -71,7 +71,7 @@ class Sweep:
 
 def run(recipe: Path, words: Sequence[str]) -> int:
     """Run every job that is not done and write the tables; 0 when all are done, else 1. UserError before the first job starts."""
-    if (processes := requested_processes(os.environ, parent_command())) > 1:
+    if (processes := requested_processes(os.environ)) > 1:
         raise UserError(
             f"a sweep of {processes} processes: launcher; start it once, with launcher='accelerate launch --num_processes "
             f"{processes}' for jobs of several processes"
