@@ -22,8 +22,9 @@ RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
-    """Hydra's composition of `path` as plain data, and the function that says where a key was written; `fields` are the known
+    """Hydra's composition of the recipe `path` (find_recipe) as plain data, and the function that says where a key was written; `fields` are the known
     top-level keys. Raises UserError."""
+    path = find_recipe(path)
     if not path.is_file():
         near = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
         raise UserError(f"no recipe file: {path}; {near}")
@@ -58,6 +59,27 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
             known = {*fields, *groups}
             raise UserError(f"unknown key '{name}': {locate(str(name))}; {nearest(str(name), known)}")
     return {str(name): value for name, value in values.items()}, locate
+
+
+def find_recipe(word: Path | str) -> Path:
+    """The file of a recipe: a path ending in .yaml as it is, a bare name (`dmd_avatar`) the shipped recipe of that name.
+
+    Raises UserError where no shipped recipe has the name, or where another file of that name is in the working directory.
+    """
+    path = Path(word)
+    if path.suffix or len(path.parts) != 1:
+        return path
+    own, shipped = path.with_suffix(".yaml"), RECIPES / f"{path}.yaml"
+    if not shipped.is_file():
+        known = [*(file.stem for file in RECIPES.glob("*.yaml")), *([own.name] if own.is_file() else ())]
+        raise UserError(
+            f"no shipped recipe is called '{path}': `distill recipes` lists them; {nearest(str(path), known)}"
+        )
+    if own.is_file() and not own.samefile(shipped):
+        raise UserError(
+            f"two recipes are called '{path}': {own} here and {shipped}; write {own} for yours, the path for that"
+        )
+    return shipped
 
 
 def _parse(text: str) -> Override:
