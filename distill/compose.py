@@ -22,8 +22,10 @@ RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
-    """Hydra's composition of the recipe `path` (find_recipe) as plain data, and the function that says where a key was written; `fields` are the known
-    top-level keys. Raises UserError."""
+    """Hydra's composition of the recipe `path` (see find_recipe) as plain data, and the function that says where a key was written.
+
+    `fields` are the known top-level keys. Raises UserError.
+    """
     path = find_recipe(path)
     if not path.is_file():
         near = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
