@@ -57,4 +57,6 @@ def test_unpacked_it_runs_outside_the_checkout(wheel, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted(f.stem for f in (ROOT / "recipes").glob("*.yaml"))
+    assert [line.split()[0] for line in done.stdout.splitlines()] == sorted(
+        f.stem for f in (ROOT / "recipes").glob("*.yaml")
+    )
