@@ -120,12 +120,12 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
     """This trainer: two updates of each role."""
     import tempfile
 
+    from distill.training.engine import Engine, EngineConfig
     from distill.training.loop import Trainer
-    from tests.support.tiny import Ranks
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Ranks(), recipe.dmd.train, trained, "student", Path(folder))  # pyright: ignore[reportArgumentType]
+        trainer = Trainer(Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder))
         for _ in range(updates):
             for role in ("student", "fake_score"):
                 metrics = trainer.update(role, method, lambda _: batch, 0, updates)
@@ -141,7 +141,7 @@ class Theirs:
 
     def run(self, recipe, updates: int) -> Tensor:
         """Two updates of each role, generator first."""
-        config = recipe.dmd.train
+        config = recipe.distill.train
         nets = {name: self.roles[name] for name in ("student", "fake_score")}
         optimizers = {
             name: torch.optim.AdamW(
@@ -253,15 +253,15 @@ def measure(way: str, words: list[str], updates: int = 2) -> dict[str, float]:
     from distill.recipe import load_recipe, spec_of
     from students.history import History
 
-    words = ["teacher.path=nowhere/tiny/teacher", "size=tiny", "dmd.method.exit_step=last", *words]
+    words = ["teacher.path=nowhere/tiny/teacher", "size=tiny", "distill.method.exit_step=last", *words]
     recipe, habits = load_recipe(RECIPES / "livetalk.yaml", words), WAYS[way]
     assert recipe.base is not None
     spec = replace(spec_of(recipe), history=History(sinks=0, window=None), network=recipe.base.network)
     with Alive() as alive:
         roles = make(recipe, spec, habits is not None and "fp32" in habits)
         networks = alive.now
-        method = build(recipe.dmd.method, roles, None)
-        batch = Batch(conditions=some_conditions(spec, recipe.dmd.train.batch_size))
+        method = build(recipe.distill.method, roles, None)
+        batch = Batch(conditions=some_conditions(spec, recipe.distill.train.batch_size))
         if habits is None:
             loss = ours(recipe, method, roles, batch, updates)
         else:

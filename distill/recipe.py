@@ -6,21 +6,30 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from distill import expect, methods
 from distill.compose import compose_values
 from distill.data.procedural.corruption import CorruptionConfig
 from distill.data.procedural.source import DataConfig
+from distill.expect import Bounds
+from distill.methods import Needs
 from distill.training.engine import EngineConfig
 from distill.training.loop import TrainConfig
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig
 from students.spec import Spec, StudentConfig, student_sigmas
-from teachers.config import ADDED, convert, to_plain
+from teachers.config import convert, to_plain
 from teachers.errors import UserError
 from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
 from teachers.resolve import Registry
 
+NO_RESULT = (
+    *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size"),
+    *(f"engine.{name}" for name in EngineConfig.__dataclass_fields__ if name != "precision"),
+)
+"""Fields that change no result: where, how fast, in how much memory and how closely watched a run is. They are in no fingerprint
+and may change from one start of a run to the next. Every other field belongs to a stage (`distill.pipeline.stages`)."""
 METHODS = Registry(
     kind="method",
     group="methods",
@@ -43,12 +52,18 @@ DATA = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class MethodStage:
-    """A training stage of the student. `start`, of init alone: the autoregressive teacher's weights, where the method does not ask
-    for them anyway."""
+    """A slot: a training stage of the student by any method of `distill.methods`."""
 
     method: Any = field(metadata={"kinds": METHODS})
     train: TrainConfig
-    start: Literal["ar_teacher"] | None = field(default=None, metadata=ADDED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitStage(MethodStage):
+    """The first slot. `start`: the stage whose weights it starts from, where the method and the network do not decide: null is the
+    teacher's (or base's)."""
+
+    start: Literal["ar_teacher"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +112,7 @@ class TrajectoriesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a student may be beside its teacher. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
+    """Bounds on a student's health metrics. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
     are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least."""
 
     black: float
@@ -113,9 +128,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """`ready` decides what `init` says of its student; a student beyond `collapse` ends `dmd` at a validation, unless stop is
-    false. No number here is an input of training: all may change from one start of a run to the next. A panel takes 4
-    num_conditions clips, of the teacher once a run."""
+    """`ready` is the quality gate after `init`, which is reported; a student beyond `collapse` ends `distill` at a validation,
+    unless stop is false. No number here is an input of training: all may change from one start of a run to the next. A check
+    generates 4 num_conditions clips, of the teacher once a run."""
 
     num_conditions: int = 8
     stop: bool = True
@@ -157,9 +172,12 @@ class Recipe:
 
     `base`: the network that student and fake score start from, where that is not the teacher. `ar_teacher`: how an autoregressive
     teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
-    layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and dmd take their
-    conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
-    `lora`: students and fake score are trained as adapters over one network.
+    layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and distill take
+    their conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
+    `lora`: students and fake score are trained as adapters over one network. `expect`: what its report should show
+    (`distill.expect`).
+
+    The student goes through the slots `ar_teacher` (where there is one), `init` and `distill`; each takes any method.
     """
 
     name: str
@@ -171,8 +189,8 @@ class Recipe:
     teacher: TeacherStage
     student: StudentConfig
     trajectories: TrajectoriesConfig
-    init: MethodStage
-    dmd: MethodStage
+    init: InitStage
+    distill: MethodStage
     engine: EngineConfig
     eval: EvalConfig
     base: TeacherStage | None = None
@@ -182,6 +200,56 @@ class Recipe:
     corruption: CorruptionConfig | None = None
     tracker: TrackerKind = "none"
     lora: LoraRoles | None = None
+    expect: dict[str, Bounds] = field(default_factory=dict)
+
+    def __post_init__(self):
+        expect.check(self.expect)
+
+    @property
+    def init_checkpoint(self) -> str:
+        """The stage whose weights student and fake score start from: `base` where it is given, else `teacher`."""
+        return "teacher" if self.base is None else "base"
+
+    @property
+    def conditions_stage(self) -> str:
+        """The stage that the student's conditions come from."""
+        return "data" if self.corruption is None else "corrupted"
+
+    @property
+    def has_custom_network(self) -> bool:
+        """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
+        return self.student.network is not None and not self.student.network.over_teacher
+
+    @property
+    def zero_shot_stage(self) -> str:
+        """The stage whose weights are the zero-shot student's; a network of its own has them from its own teacher."""
+        return "ar_teacher" if self.has_custom_network else self.init_checkpoint
+
+    @property
+    def solver_stage(self) -> str:
+        """The stage of the network whose trajectories are stored."""
+        return self.init_checkpoint if self.trajectories.role == "base" else self.trajectories.role
+
+    def needs(self, slot: str) -> Needs:
+        """The roles and the batch that the method of a slot asks for."""
+        return methods.needs(getattr(self, slot).method)
+
+    def start_of(self, slot: str) -> str:
+        """The stage whose weights a slot starts from."""
+        if slot == "distill":
+            return "init"
+        if slot == "ar_teacher":
+            return self.init_checkpoint
+        needs = self.needs("init")
+        forced = "ar_teacher" in needs.frozen or needs.batch == "forced"
+        return (
+            "ar_teacher" if self.has_custom_network or forced or self.init.start is not None else self.init_checkpoint
+        )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The student's training stages, in order."""
+        return ("init", "distill") if self.ar_teacher is None else ("ar_teacher", "init", "distill")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -198,8 +266,6 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
-    method = recipe.dmd.method
-    first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
     network = origin = (recipe.base or recipe.teacher).network
     if student.network is not None:
@@ -222,8 +288,8 @@ def spec_of(recipe: "Recipe") -> Spec:
         history=student.history,
         schedule=student.schedule,
         history_noise=student.history_noise,
-        first_sigmas=first,
-        first_chunks=method.first_chunks if first else 0,
+        first_sigmas=student.first_sigmas,
+        first_chunks=student.first_chunks if student.first_sigmas else 0,
         network=network,
         guidance=student.guidance,
         codec=codec,

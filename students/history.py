@@ -1,12 +1,11 @@
 """What a chunk may see of the past: one policy value, used by training masks, rollouts and the serving session alike."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from teachers.config import ADDED
 from teachers.errors import UserError
 
 
@@ -34,8 +33,8 @@ class History:
     memory_every: int = 4
     commit: Literal["clean", "same_level"] = "clean"
     level: float = 0.0
-    refine_every: int = field(default=0, metadata=ADDED)
-    refine_level: float = field(default=0.25, metadata=ADDED)
+    refine_every: int = 0
+    refine_level: float = 0.25
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}

@@ -1,5 +1,6 @@
 """The static facts of a student, stored in its checkpoint."""
 
+import itertools
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -8,7 +9,6 @@ from typing import Any
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
-from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
@@ -34,7 +34,7 @@ NETWORKS = Registry(
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    guidance scales that are embedded, from `init` on, in the place of those of trajectories and dmd."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill."""
 
     chunk_frames: int
     num_steps: int
@@ -42,7 +42,16 @@ class StudentConfig:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)
+    guidance: GuidanceRange | None = None
+    first_sigmas: tuple[float, ...] = ()
+    first_chunks: int = 1
+
+    def __post_init__(self):
+        levels = (*self.first_sigmas, 0.0)
+        if self.first_sigmas and (levels[0] != 1.0 or any(a <= b for a, b in itertools.pairwise(levels))):
+            raise UserError(
+                f"student.first_sigmas: got {list(self.first_sigmas)}; start at 1.0 and go down, without the 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +74,9 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
-    speakers: int = field(default=1, metadata=ADDED)  # 2: another speaker's audio too, beside its own voice
+    speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)  # the guidance scales that are embedded
+    guidance: GuidanceRange | None = None  # the guidance scales that are embedded
 
     def __post_init__(self):
         if self.speakers not in (1, 2):
@@ -88,7 +97,7 @@ class Spec:
                 "want commit: clean and a window from 1"
             )
         if self.first_sigmas:
-            raise UserError("dmd.first_sigmas: chunks in flight together take the same steps; remove it")
+            raise UserError("student.first_sigmas: chunks in flight together take the same steps; remove it")
 
     @property
     def audio_dim(self) -> int:

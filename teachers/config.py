@@ -16,8 +16,6 @@ from teachers.resolve import Registry, name_of, nearest, resolve
 
 HEADER = "# avatar-distill recipe"
 MISSING = "???"
-ADDED = {"added": True}
-"""Metadata of a field that came after the first release; its default is a plain value."""
 Locate = Callable[[str], str]
 """Dotted key -> the file (or the command line) that the key was written in."""
 
@@ -173,15 +171,12 @@ def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
 def to_plain(value: Any, digests: bool = False) -> Any:
     """The inverse of `convert`: dataclasses, tuples, fractions and paths as YAML and JSON can hold them.
 
-    A field that was `added` is left out at its default, so that files and fingerprints from before it stay as they were.
     `digests`: a part from a user's file is named by the file's content, not by its path: for fingerprints, not to be read back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            if "added" in field.metadata and item == field.default:
-                continue
             name = _name_in(field, item, digests)
             plain[field.name] = {**name, **to_plain(item, digests)} if name else to_plain(item, digests)
         return plain

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from distill import __version__
 from distill.commands.sweep_table import Row, read_row, write_tables
-from distill.compose import RECIPES
+from distill.compose import RECIPES, find_recipe
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
-from distill.training.engine import parent_command, requested_processes
+from distill.training.engine import requested_processes
 from distill.training.loop import terminations
 from teachers.config import nearest
 from teachers.errors import UserError
@@ -71,7 +71,7 @@ class Sweep:
 
 def run(recipe: Path, words: Sequence[str]) -> int:
     """Run every job that is not done and write the tables; 0 when all are done, else 1. UserError before the first job starts."""
-    if (processes := requested_processes(os.environ, parent_command())) > 1:
+    if (processes := requested_processes(os.environ)) > 1:
         raise UserError(
             f"a sweep of {processes} processes: launcher; start it once, with launcher='accelerate launch --num_processes "
             f"{processes}' for jobs of several processes"
@@ -83,6 +83,7 @@ def run(recipe: Path, words: Sequence[str]) -> int:
 
 def plan(recipe: Path, words: Sequence[str]) -> Sweep:
     """Read the command line and every job's recipe; UserError that names the job."""
+    recipe = find_recipe(recipe)
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN_WORDS}
     common, varied = _overrides([word for word in words if word.partition("=")[0] not in OWN_WORDS])
     rows: dict[str, list[str]] = {"": []}

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 
+DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
 WANTED = ("video", "audio")
 LEAST = (
     8  # clips that a score may rest on, as `eval.embedded.protocol.EvalConfig` has it; twice as many become two sets
@@ -55,9 +56,9 @@ class FolderConfig(DataConfig):
     curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
 
-    path: Path
+    path: Path = field(metadata=DIGEST_BY_SOURCE)
     held_out: float = 0.1
-    manifest: Path | None = None
+    manifest: Path | None = field(default=None, metadata=DIGEST_BY_SOURCE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,7 +104,7 @@ class Folder:
                 )
 
     @property
-    def given(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         """Which clips these are, for the fingerprint of what is made from them."""
         if self.config.manifest is None:
             return {"clips": self.index.sha256}

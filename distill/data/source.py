@@ -37,7 +37,7 @@ class Clips:
 
 
 class Source(Protocol):
-    """Where clips come from: the procedural world (`avatars.World`) or a folder (`clips.Folder`).
+    """Where clips come from: the procedural world (`procedural.source.World`) or a folder (`recorded.Folder`).
 
     A set of clips has a name; the same seed and name are the same clips. Sets that are compared with each other share no clip.
     """
@@ -51,8 +51,8 @@ class Source(Protocol):
         ...
 
     @property
-    def given(self) -> Mapping[str, str]:
-        """Which files the clips are read from, for fingerprints."""
+    def digests(self) -> Mapping[str, str]:
+        """Digests of what the clips are read from, for fingerprints."""
         ...
 
     @property

@@ -28,7 +28,6 @@ from distill.methods.rollout import draw_noise, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
 from teachers.errors import UserError
 from teachers.guidance import repeat_rows
 
@@ -43,8 +42,8 @@ class Config:
     loss_power: float = 1.0
     loss_floor: float = 0.15
     drop: dict[str, float] = field(default_factory=lambda: {"text": 0.1, "audio": 0.1})
-    generated: float = field(default=0.0, metadata=ADDED)
-    renoise: float = field(default=0.0, metadata=ADDED)
+    generated: float = 0.0
+    renoise: float = 0.0
 
     def __post_init__(self):
         check_drop("forcing.drop", self.drop)

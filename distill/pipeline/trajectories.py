@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from distill.data.latents import TrainSet
 from distill.methods import Batch
+from distill.methods.forcing import Forced
+from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import solve_states
 from distill.recipe import TrajectoriesConfig
 from distill.training.engine import Engine
@@ -98,6 +100,36 @@ def make(
     engine.barrier()
     passes = config.guidance.passes if scales is None else EmbeddedGuidance.passes
     return {"pairs": config.num_pairs, "nfe": config.num_steps * passes}
+
+
+def made_by(artifacts: Artifacts) -> str:
+    """The fingerprint of the stage whose network solves the trajectories."""
+    done = artifacts.folder.finished(artifacts.recipe.solver_stage)
+    assert done is not None
+    return done["fingerprint"]
+
+
+def solve(artifacts: Artifacts, folder: Path) -> dict:
+    """The stage: trajectories of the network that `trajectories.role` names, for the student's conditions."""
+    recipe = artifacts.recipe
+
+    def solver(batch: Batch) -> Any:
+        if recipe.solver_stage == "ar_teacher":
+            assert batch.x0 is not None
+            return Forced(artifacts.ar_teacher, batch.x0)
+        return artifacts.teacher if recipe.solver_stage == "teacher" else artifacts.base_solver
+
+    return make(
+        solver,
+        made_by(artifacts),
+        artifacts.student_train_set,
+        recipe.trajectories,
+        artifacts.spec.sigmas,
+        seed=recipe.seed,
+        folder=folder,
+        engine=artifacts.engine,
+        scales=artifacts.spec.guidance,
+    )
 
 
 def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectories:

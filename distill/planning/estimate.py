@@ -269,7 +269,7 @@ def job_of(recipe: "Recipe") -> Job:
     return Job(
         spec=spec_of(recipe),
         networks={"teacher": recipe.teacher.network},
-        stages={**trained, "init": recipe.init, "dmd": recipe.dmd},
+        stages={**trained, "init": recipe.init, "distill": recipe.distill},
         trajectories=recipe.trajectories,
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),

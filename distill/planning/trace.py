@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import torch
 
+from distill import methods
 from distill.methods import Batch, Needs
+from distill.methods.forcing import Forced
 from distill.pipeline import generate
 from distill.planning.live_bytes import LiveBytes, OnMeta, Points, checkpointed
 from distill.recipe import TrajectoriesConfig
@@ -18,7 +20,6 @@ from teachers import flow
 from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
-from teachers.resolve import module_of
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
@@ -48,7 +49,7 @@ class Job:
         """The roles of a stage; trajectories train nobody."""
         if stage != "trajectories":
             method = self.stages[stage].method
-            return _module(method).needs(method)
+            return methods.needs(method)
         assert self.trajectories is not None
         forced = any(self.needs(other).batch == "forced" for other in self.stages)
         return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
@@ -192,20 +193,13 @@ def inner(net: Any) -> Any:
     return getattr(net, "net", net)
 
 
-def _module(method: Any) -> Any:
-    return module_of(method)
-
-
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
-    method = job.stages[stage].method
-    return _module(method).build(method, nets, (*job.spec.sigmas, 0.0))
+    return methods.build(job.stages[stage].method, dict(nets), (*job.spec.sigmas, 0.0))
 
 
 def _solver(net: Any, batch: Batch) -> Any:
     """What solves trajectories: a bidirectional teacher, or an autoregressive one under the data's clean chunks."""
     if isinstance(net, AvatarTeacher):
         return net
-    from distill.methods.forcing import Forced
-
     assert batch.x0 is not None
     return Forced(net, batch.x0)

@@ -113,9 +113,7 @@ class Trainer:
         missing = [name for name in roles if name not in config.optimizers]
         if missing:
             raise UserError(f"no optimizer for role '{missing[0]}': give train.optimizers.{missing[0]}.lr")
-        is_engine = isinstance(engine, Engine)  # a test's stand-in is one process
-        self.kind = engine.kind if is_engine else "ddp"
-        self.keep = engine.config.keep_checkpoints if is_engine else 1
+        self.kind, self.keep = engine.kind, engine.config.keep_checkpoints
         self.accumulation = config.micro_steps(engine.world_size)
         self.held = {
             name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation)

@@ -243,9 +243,9 @@ def _table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Map
 
 
 def _health(panels: Mapping) -> dict | None:
-    """The health panel as a table, with the verdict of init."""
+    """The health metrics as a table, with the quality gate after init."""
     rows = [(name, panels[name], {}) for name in ("teacher", "ar_teacher", "init", "student") if name in panels]
-    return {"verdict": panels.get("verdict"), "table": _table("Health", HEALTH, rows)} if rows else None
+    return {"readiness": panels.get("readiness"), "table": _table("Health", HEALTH, rows)} if rows else None
 
 
 def _cell(score, refused: bool) -> dict:

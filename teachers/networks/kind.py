@@ -149,7 +149,7 @@ class NetworkKind:
 
     def feature_blocks(self, net: Any) -> Sequence[nn.Module]:  # noqa: ARG002
         """Modules whose (first) output is tokens [B, F h w, feature_width], for the discriminator; UserError for none."""
-        raise UserError(f"dmd.method.gan: {label(self)} has no blocks to take features from; set it to 0")
+        raise UserError(f"distill.method.gan: {label(self)} has no blocks to take features from; set it to 0")
 
     @property
     def num_blocks(self) -> int:

@@ -7,7 +7,7 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, cast
 
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
 
@@ -56,7 +55,7 @@ class NetworkConfig(NetworkKind):
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
-    guidance: bool = field(default=False, metadata=ADDED)
+    guidance: bool = False
 
     def build(self, dims: Dims) -> "AvatarTransformer":
         sizes = {k: v for k, v in vars(dims).items() if k != "speakers"}

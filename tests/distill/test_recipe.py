@@ -217,7 +217,7 @@ def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
         ("engine.precison=bf16", "unknown key 'engine.precison': command line; did you mean 'precision'?"),
         ("engine.precision=fp8", "it must be one of 'fp32', 'bf16'"),
         ("seed=one", "wrong value of 'seed': 'one' in command line; it must be int"),
-        ("dmd.method.name=dnd", "unknown method 'dnd': command line (dmd.method.name)"),
+        ("distill.method.name=dnd", "unknown method 'dnd': command line (distill.method.name)"),
         ("preset=smok", "did you mean 'smoke'?"),
     ],
 )

@@ -28,7 +28,7 @@ SMALL = (
     "threads=1",
     "teacher.train.num_steps=12",
     "init.train.num_steps=4",
-    "dmd.train.num_steps=2",
+    "distill.train.num_steps=2",
     "eval.probe_steps=8",
 )
 

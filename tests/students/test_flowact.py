@@ -346,7 +346,9 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
     save_student(tmp_path, bundle, "")
     again = load_student(tmp_path)
     assert again.spec.guidance == TOLD
-    assert torch.equal(talk(again, guidance=2.0), talk(bundle, guidance=2.0))
+    gap = (talk(again, guidance=2.0).int() - talk(bundle, guidance=2.0).int()).abs()
+    assert gap.max() <= 1  # small matrix products round by where a tensor lies in memory, on some CPUs
+    assert gap.float().mean() < 0.01
     spec = (tmp_path / "spec.json").read_text()
     (tmp_path / "spec.json").write_text(spec.replace('"most": 3.0', '"most": 9.0'))
     with pytest.raises(UserError, match="not trained for this sampler: guidance"):
@@ -436,7 +438,7 @@ def test_refinement_is_off_the_path_to_the_screen():
         ("midas_avatar", ["+student.guidance={most: 3.0}"], r"student\.guidance: only a whole DiT"),
         ("flowact_full", ["+teacher.network.guidance=true"], r"teacher\.network\.guidance: a student alone"),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
-        ("flowact_full", ["+dmd.start=ar_teacher"], "only init may start from the ar_teacher"),
+        ("flowact_full", ["+distill.start=ar_teacher"], "unknown key 'distill.start'"),
         ("dmd_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
         ("flowact_full", ["student.guidance.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
     ],

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.latents import TrainSet
-from distill.training.engine import Engine
+from distill.training.engine import Engine, EngineConfig
+from distill.training.role import Kind
 from students.history import History
 from students.networks.causal_wan import CausalWan
 from students.networks.midas_net import MidasConfig
@@ -156,6 +157,8 @@ class Ranks:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     is_main: bool = True
+    kind: Kind = "ddp"
+    config: EngineConfig = field(default_factory=lambda: EngineConfig(precision="fp32", keep_checkpoints=1))
     generator = Engine.generator
 
     def autocast(self):

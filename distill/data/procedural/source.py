@@ -58,7 +58,7 @@ class World:
     """The procedural world as a source of clips: see `distill.data.source.Source`. It can draw whatever is asked for."""
 
     left_out: Mapping[str, str] = {}
-    given: Mapping[str, str] = {}
+    digests: Mapping[str, str] = {}
     facts: Mapping[str, Any] = {}
     description = "procedural avatars, no people"
 

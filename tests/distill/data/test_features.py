@@ -17,7 +17,7 @@ from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.flow import sigma_grid
 from teachers.guidance import Guidance
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 from tests.support.features import MOOD, declared, some_mood
 from tests.support.tiny import Ranks, a_student, make_net, rng, some_conditions, some_latents
 

@@ -122,10 +122,10 @@ def test_the_published_recipes_have_the_published_grid_and_betas(name):
     spec = spec_of(recipe)
     assert [round(1000 * sigma, 2) for sigma in spec.sigmas] == PUBLISHED[::-1]
     assert flow.on_grid(spec.sigmas, flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift))
-    assert recipe.dmd.method.shift == recipe.trajectories.shift
+    assert recipe.distill.method.shift == recipe.trajectories.shift
     assert {role: o.betas for role, o in recipe.init.train.optimizers.items()} == {"student": (0.9, 0.999)}
     betas = {"student": (0.0, 0.999), "fake_score": (0.0, 0.999)}
-    assert {role: o.betas for role, o in recipe.dmd.train.optimizers.items()} == betas
+    assert {role: o.betas for role, o in recipe.distill.train.optimizers.items()} == betas
 
 
 # ---- what is given: reference and text
