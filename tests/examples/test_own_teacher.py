@@ -135,7 +135,7 @@ MISTAKES = [
         "emotion_nett:EmotionNet",
         r"no file of the network: .*there is no .*/emotion_nett.py",
     ),
-    ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:15: SyntaxError"),
+    ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:17: SyntaxError: invalid syntax"),
 ]
 
 
