@@ -16,8 +16,9 @@ from students.networks.midas_net import read_language_model
 from students.spec import Spec
 from students.student import Student
 from students.weights import checkpoint
-from students.weights.adapter import fold
+from students.weights.adapter import HINT, fold
 from students.weights.checkpoint import Bundle
+from teachers.checkpoints.strict import load_strict
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.wan import AvatarTeacher, AvatarTransformer, build_network
@@ -99,7 +100,7 @@ class Artifacts:
         if self.spec.guidance is not None and stage in ("init", "dmd"):
             net.add_guidance()
         file = self.folder.stage_dir(stage) / "model.safetensors"
-        checkpoint.fill(net, load_tensors(file), file)
+        load_strict(net, load_tensors(file), file, HINT)
         return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
 
     @cached_property
@@ -130,7 +131,7 @@ class Artifacts:
         student = self._new_student()
         if stage != self.origin:
             file = self.folder.stage_dir(stage) / "model.safetensors"
-            checkpoint.fill(student.net, load_tensors(file), file)
+            load_strict(student.net, load_tensors(file), file, HINT)
         return student.to(self.engine.device)
 
     def _new_student(self) -> Student:

@@ -37,7 +37,7 @@ from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
 from teachers.config import kind_name, module_name, to_plain
 from teachers.errors import UserError
-from teachers.files import load_tensors, save_tensors
+from teachers.files import load_tensors, save_tensors, staged
 from teachers.flow import keyed_generator
 from teachers.networks.wan import AvatarTeacher, AvatarTransformer
 
@@ -397,10 +397,8 @@ class Pipeline(Artifacts):
         target = self.folder.path / "student"
         if self.engine.is_main and not (target / "spec.json").is_file():
             shutil.rmtree(target, ignore_errors=True)
-            partial = target.with_name(".student.tmp")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.folder.stage_dir("export") / "student", partial)
-            partial.rename(target)
+            with staged(target) as partial:
+                shutil.copytree(self.folder.stage_dir("export") / "student", partial)
         self.engine.barrier()
 
     def _evaluate(self, folder: Path) -> dict:
