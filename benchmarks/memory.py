@@ -125,7 +125,9 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder))
+        trainer = Trainer(
+            Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder)
+        )
         for _ in range(updates):
             for role in ("student", "fake_score"):
                 metrics = trainer.update(role, method, lambda _: batch, 0, updates)

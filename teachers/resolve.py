@@ -227,7 +227,7 @@ def _checked(registry: Registry, module: ModuleType, class_name: str, where: str
     for function, line in registry.needed.items():
         if not callable(getattr(module, function, None)):
             raise UserError(f"missing function {function}: {file} ({where}); add `{line}`")
-    if not dataclasses.is_dataclass(found) or not found.__dataclass_params__.frozen:
+    if not dataclasses.is_dataclass(found) or not vars(found)["__dataclass_params__"].frozen:
         raise UserError(
             f"{what} is no frozen dataclass: {where}; its fields are the keys of YAML: add @dataclass(frozen=True, kw_only=True)"
         )

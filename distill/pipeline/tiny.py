@@ -12,11 +12,11 @@ from distill.pipeline.pretrained import OURS
 from distill.recipe import TeacherStage
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.weights import staged
 from teachers.codecs.wan_vae import WanVAEConfig
 from teachers.encoders.umt5 import UMT5Config
 from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
+from teachers.files import staged
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
