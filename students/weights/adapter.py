@@ -139,7 +139,7 @@ def fold(net: Any, adapter: Adapter, source: Path) -> None:
 
 
 def write_adapter(folder: Path, adapter: Adapter, base: Base, net: Any, header: dict[str, str]) -> None:
-    """Write both files as peft does; `net` says what the modules of `full` are made of, `header` goes to the weights."""
+    """Write both files as peft does; `net` has the modules of `full`, `header` goes to the weights."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -185,7 +185,7 @@ def load_over_base(net: Any, folder: Path, base: Base, fill: Any) -> None:
     adapter, where = read_adapter(folder), f"base of the adapter {folder}"
     for path in (base.path, base.wan):
         if path is not None and not path.exists():
-            raise UserError(f"{where} is not at {path}; put it there, or mend base in {folder / 'spec.json'}")
+            raise UserError(f"{where} is not at {path}; put it there, or fix base in {folder / 'spec.json'}")
     if digest(base.path, base.wan) != base.digest:
         raise UserError(
             f"{where} has changed: {base.path} holds other weights than it was trained over; bring those back"
