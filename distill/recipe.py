@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from distill import expect, methods
 from distill.compose import compose_values
+from distill.data.config import ClipsConfig
 from distill.data.procedural.corruption import CorruptionConfig
-from distill.data.procedural.source import DataConfig
 from distill.expect import Bounds
 from distill.methods import Needs
 from distill.training.engine import EngineConfig
@@ -45,6 +45,7 @@ DATA = Registry(
     kind="data source",
     group="data",
     entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    base="distill.data.config:ClipsConfig",
     methods={"open": "def open(self) -> Source"},
 )
 """Where clips come from; `data.name` says which, the first without a name."""
@@ -185,7 +186,7 @@ class Recipe:
     run_dir: str
     reuse: str | tuple[str, ...] | None
     threads: int
-    data: DataConfig = field(metadata={"kinds": DATA})
+    data: ClipsConfig = field(metadata={"kinds": DATA})
     teacher: TeacherStage
     student: StudentConfig
     trajectories: TrajectoriesConfig
