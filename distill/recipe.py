@@ -273,11 +273,13 @@ def spec_of(recipe: "Recipe") -> Spec:
         network = student.network.over(origin) if student.network.over_teacher else student.network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
         raise UserError(
-            "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
+            "teacher.network.guidance: a student alone has a guidance embedding; remove it, give student.guidance"
         )
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
-            raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
+            raise UserError(
+                "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
+            )
         network = network.with_guidance()
     return Spec(
         height=data.world.size[0],

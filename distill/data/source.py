@@ -14,7 +14,7 @@ from teachers.resolve import in_users_file, label, missing
 
 CELLS = 4  # a side of the grid in which the extractors read brightness and contrast
 UNLABELLED = {
-    "sync": "the clips come without labels of the mouth, from which the embedded extractors learn to read and hear it",
+    "sync": "the clips come without labels of the mouth, from which the embedded extractors learn mouth motion",
     "identity": "the embedded extractors know the faces of the procedural world alone",
     "motion": "the clips come without labels of gestures",
     "expression": "the clips come without labels of expressions",

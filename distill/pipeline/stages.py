@@ -58,7 +58,7 @@ PACKAGES = ("teachers", "students", "eval", "distill")
 
 @dataclass(frozen=True)
 class Stage:
-    """`fields`: the dotted recipe fields that `run` reads, those that an input reads left out; `inputs`: the stages whose outputs
+    """`fields`: the dotted recipe fields that `run` reads, without those that an input reads; `inputs`: the stages whose outputs
     it reads; run(artifacts, folder) returns its metrics, and resumes from what it left in `folder` itself."""
 
     name: str
