@@ -120,12 +120,12 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
     """This trainer: two updates of each role."""
     import tempfile
 
+    from distill.training.engine import Engine, EngineConfig
     from distill.training.loop import Trainer
-    from tests.support.tiny import Ranks
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Ranks(), recipe.distill.train, trained, "student", Path(folder))  # pyright: ignore[reportArgumentType]
+        trainer = Trainer(Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder))
         for _ in range(updates):
             for role in ("student", "fake_score"):
                 metrics = trainer.update(role, method, lambda _: batch, 0, updates)

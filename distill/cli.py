@@ -23,6 +23,7 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
         "distill.commands.plan",
         "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read",
     ),
+    "recipes": ("distill.commands.recipes", "the shipped recipes by name: a list; show NAME; copy NAME DIR"),
     "data": ("distill.commands.data", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.commands.convert", "checkpoints between the published layouts and ours"),
 }
@@ -63,7 +64,9 @@ def _parser(words: Sequence[str]) -> Parser:
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
     run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, distill, export, evaluate")
-    run.add_argument("recipe", type=Path, metavar="RECIPE")
+    run.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="a shipped recipe's name (`distill recipes`) or a .yaml file"
+    )
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
     run.add_argument("-m", "--multirun", action="store_true", help="a sweep: a=1,2 b=x,y or sweep=NAME [sweep_dir=DIR]")
     run.set_defaults(command=_run)

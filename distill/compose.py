@@ -24,8 +24,11 @@ RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
-    """Hydra's composition of `path` as plain data, and the function that says where a key was written; `fields` are the known
-    top-level keys. Raises UserError."""
+    """Hydra's composition of the recipe `path` (see find_recipe) as plain data, and the function that says where a key was written.
+
+    `fields` are the known top-level keys. Raises UserError.
+    """
+    path = find_recipe(path)
     if not path.is_file():
         near = nearest(path.name, (other.name for other in path.parent.glob("*.yaml")))
         raise UserError(f"no recipe file: {path}; {near}")
@@ -75,6 +78,27 @@ def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
                     yield f"++{key}={json.dumps(item)}"
         elif isinstance(value, dict):
             yield from _conditional(value, f"{prefix}{name}.")
+
+
+def find_recipe(word: Path | str) -> Path:
+    """The file of a recipe: a path ending in .yaml as it is, a bare name (`dmd_avatar`) the shipped recipe of that name.
+
+    Raises UserError where no shipped recipe has the name, or where another file of that name is in the working directory.
+    """
+    path = Path(word)
+    if path.suffix or len(path.parts) != 1:
+        return path
+    own, shipped = path.with_suffix(".yaml"), RECIPES / f"{path}.yaml"
+    if not shipped.is_file():
+        known = [*(file.stem for file in RECIPES.glob("*.yaml")), *([own.name] if own.is_file() else ())]
+        raise UserError(
+            f"no shipped recipe is called '{path}': `distill recipes` lists them; {nearest(str(path), known)}"
+        )
+    if own.is_file() and not own.samefile(shipped):
+        raise UserError(
+            f"two recipes are called '{path}': {own} here and {shipped}; write {own} for yours, the path for that"
+        )
+    return shipped
 
 
 def _parse(text: str) -> Override:

@@ -19,7 +19,11 @@ from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoder
 NETWORKS = Registry(
     kind="student network",
     group="student_networks",
-    entries={**TEACHER_NETWORKS.ours, "midas": "students.networks.midas_net:MidasConfig"},
+    entries={
+        **TEACHER_NETWORKS.ours,
+        "midas": "students.networks.midas_net:MidasConfig",
+        "windowed": "students.networks.windowed:WindowedConfig",
+    },
     methods=TEACHER_NETWORKS.methods,
     base=TEACHER_NETWORKS.base,
 )
@@ -161,7 +165,7 @@ class Spec:
         refined = 1 / every if every else 0
         if self.schedule.depth > 1:
             return self.schedule.forwards(len(self.sigmas)) + refined
-        return len(self.sigmas) + (self.history.commit == "clean") + refined
+        return len(self.sigmas) + (self.history.commit == "clean" and self.network.context_pass) + refined
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

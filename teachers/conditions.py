@@ -41,7 +41,7 @@ class Feature:
     follows: str | None = None
     stored: bool = True
     size: tuple[int, ...] | None = None
-    mirror: Callable[[Tensor], Tensor] | None = None
+    mirror: Callable[[Tensor], Tensor] | None = field(default=None, compare=False)
 
     @property
     def axis(self) -> int | None:

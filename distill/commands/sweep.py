@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from distill import __version__
 from distill.commands.sweep_table import Row, read_row, write_tables
-from distill.compose import RECIPES
+from distill.compose import RECIPES, find_recipe
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
@@ -83,6 +83,7 @@ def run(recipe: Path, words: Sequence[str]) -> int:
 
 def plan(recipe: Path, words: Sequence[str]) -> Sweep:
     """Read the command line and every job's recipe; UserError that names the job."""
+    recipe = find_recipe(recipe)
     own = {key: value for key, _, value in (word.partition("=") for word in words) if key in OWN_WORDS}
     common, varied = _overrides([word for word in words if word.partition("=")[0] not in OWN_WORDS])
     rows: dict[str, list[str]] = {"": []}

@@ -75,7 +75,7 @@ class ODEInit:
         assert clean is not None
         state = context(self.student, clean, batch.conditions, front)
         levels, conditions = [spec.sigmas[i] for i in done], batch.conditions.frames(start, stop)
-        x0_hat, _ = self.student.denoise_diagonal(state, x, levels, conditions)
+        x0_hat, _ = self.student.denoise_diagonal(state, None, x, levels, conditions)
         value = losses.regression(
             x0_hat, states[:, -1, :, start:stop], len(batch.conditions.known) if front == 0 else 0
         )

@@ -37,8 +37,8 @@ def rollout(
         part, ahead = (conditions.frames(j * n, min(j + k, count) * n) for k in (1, 1 + student.spec.schedule.ahead))
         levels = student.spec.steps(j) if sigmas is None else sigmas(j)
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
-        with torch.set_grad_enabled(torch.is_grad_enabled() and j >= start):
-            x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last)
+        grad = torch.is_grad_enabled() and j >= start
+        x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad)
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:

@@ -153,7 +153,7 @@ class Session:
             if reference is not None:
                 self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
             features = self._read(text)
-            self.point = Point(0, 0, bundle.student.open(features), text, features)
+            self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
 
     @staticmethod
@@ -356,7 +356,7 @@ class Session:
         for event in self.events:
             if event.at == point.chunk:
                 if event.how == "recache":
-                    state = student.recommit(event.features, point.seen, point.chunk)
+                    state = student.recommit(event.features, point.seen, point.chunk, cache="inplace")
                     state = replace(state, flight=point.state.flight)
                 else:
                     state = student.set_text(point.state, event.features)

@@ -162,10 +162,10 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
             CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
             for i, chunk in enumerate(facts["kept"])
         )  # fmt: skip
-        state = student.resume(start.state, cached, facts["chunk"])
+        state = student.restore(start.state, cached, seen, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:
-        state = student.recommit(start.features, seen, facts["chunk"])
+        state = student.recommit(start.features, seen, facts["chunk"], cache="inplace")
         decoder = _warm(session, seen, facts["chunk"])
     flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
     pending = seen[-1] if facts["pending"] else state.pending

@@ -43,6 +43,8 @@ class NetworkKind:
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
     causal      "module:Class" (net, spec) of its causal student; empty: none, `student.network.name: windowed` wraps it
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
+    context_pass  whether a student's `commit` runs the network once
+    frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
     guidance    whether a guidance scale is embedded beside the time
     """
 
@@ -50,6 +52,8 @@ class NetworkKind:
     layouts: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[str] = ""
     over_teacher: ClassVar[bool] = False
+    context_pass: ClassVar[bool] = True
+    frame_sigma: ClassVar[bool] = False
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1

@@ -42,6 +42,7 @@ class NetworkConfig(NetworkKind):
 
     layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
     causal: ClassVar = "students.networks.causal_wan:CausalWan"
+    frame_sigma: ClassVar = True
 
     num_layers: int = 30
     num_heads: int = 12

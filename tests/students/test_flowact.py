@@ -97,7 +97,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
             levels = [student.spec.sigmas[i] for i in done]
             x = randn(2, *clean.shape[1:2], stop - start, *clean.shape[3:], seed=front).double()
             state = context(student, clean, given, front)
-            streamed, _ = student.denoise_diagonal(state, x, levels, given.frames(start, stop))
+            streamed, _ = student.denoise_diagonal(state, None, x, levels, given.frames(start, stop))
             sigma = torch.tensor(levels).double().expand(2, -1)
             masked = student.denoise_diagonal_train(x, sigma, given.frames(0, stop), clean[:, :, :start])
             assert masked.std() > 0.1
@@ -106,7 +106,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
 
 def test_a_flight_that_does_not_fit_its_conditions_is_refused():
     student, given = diagonal(), some_conditions(2, 8)
-    with pytest.raises(ValueError, match="the conditions hear 8"):
+    with pytest.raises(ValueError, match="the conditions have 8"):
         student.denoise_diagonal_train(some_latents(2, 4), torch.ones(2, 2), given, some_latents(2, 2))
 
 
@@ -346,7 +346,9 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
     save_student(tmp_path, bundle, "")
     again = load_student(tmp_path)
     assert again.spec.guidance == TOLD
-    assert torch.equal(talk(again, guidance=2.0), talk(bundle, guidance=2.0))
+    gap = (talk(again, guidance=2.0).int() - talk(bundle, guidance=2.0).int()).abs()
+    assert gap.max() <= 1  # small matrix products round by where a tensor lies in memory, on some CPUs
+    assert gap.float().mean() < 0.01
     spec = (tmp_path / "spec.json").read_text()
     (tmp_path / "spec.json").write_text(spec.replace('"most": 3.0', '"most": 9.0'))
     with pytest.raises(UserError, match="not trained for this sampler: guidance"):
@@ -389,7 +391,7 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
                 continue
             if depth > 1:
                 state = student.settle(state, told.entry) if told.entry else state
-            alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, text=state.text)
+            alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, read=state.read)
             expected, _ = student(alone, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
             assert (x0 - own).abs().mean() > 0.01

@@ -65,9 +65,9 @@ def test_a_wrong_history_is_refused():
             History(**wrong)
 
 
-def walk(student, given, count):
+def walk(student, given, count, cache):
     """The states of a stream and the x0 of each chunk."""
-    state, states, out = student.open(given.text), [], []
+    state, states, out = student.open(given.text, cache), [], []
     for i in range(count):
         states.append(state)
         x0, steps = denoise_chunk(
@@ -83,9 +83,10 @@ def test_the_ring_holds_what_training_concatenates(history):
     """Bit for bit, in order and when earlier states are asked again in any order (rollback)."""
     student, given = a_student(history, prediction="reference"), some_conditions(1, N)
     with torch.no_grad():
-        _, plain = walk(student, given, 12)
+        _, plain = walk(student, given, 12, "value")
     with torch.inference_mode():
-        states, ringed = walk(student, given, 12)
+        states, ringed = walk(student, given, 12, "inplace")
+        assert all(state.kv_cache is not None and not state.context_kv for state in states)
         assert all(torch.equal(a, b) for a, b in zip(plain, ringed, strict=True))
         order = list(range(12)) * 2
         random.Random(0).shuffle(order)

@@ -174,6 +174,8 @@ def test_a_bad_declaration_is_one_line(feature, words):
     assert "\n" not in str(error.value)
     assert before == FEATURES
     assert declare(FEATURES["audio"]) is FEATURES["audio"], "the same again is nothing new"
+    with declared(Feature(name="smell", clock="stream", mirror=lambda value: -value)):
+        declare(Feature(name="smell", clock="stream", mirror=lambda value: -value))  # its file was read twice
 
 
 def test_a_planner_has_zeros_of_what_a_network_takes(mood):
