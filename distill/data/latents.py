@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data.codec_training import fit_codec
+from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
-from distill.data.procedural.source import DataConfig
 from distill.data.source import Clips, Source
 from distill.methods import Batch
 from distill.training.engine import Engine
@@ -150,7 +150,7 @@ class TrainSet:
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
-def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
     source.verify(engine.rank, engine.world_size)
@@ -222,7 +222,7 @@ def _mirrored(clips: Clips) -> Clips:
 
 
 def load_encoders(
-    config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU
+    config: ClipsConfig, folder: Path, reference: bool = True, device: torch.device = CPU
 ) -> ConditionEncoders:
     """Codec, audio encoder and text encoder of a finished data stage, on `device`."""
     codec = config.codec.load(folder, *config.world.size)
