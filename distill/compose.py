@@ -131,7 +131,7 @@ def _check_group(override: Override, groups: dict[str, list[str]]) -> None:
 
 
 def _force(override: Override, groups: dict[str, list[str]]) -> str:
-    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, judges the key."""
+    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, checks the key."""
     text = str(override.input_line)
     is_group = override.key_or_group in groups or "@" in text.split("=")[0]
     return text if is_group or text.startswith(("+", "~")) else f"++{text}"

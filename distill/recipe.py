@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from distill import expect, methods
 from distill.compose import compose_values
+from distill.data.config import ClipsConfig
 from distill.data.procedural.corruption import CorruptionConfig
-from distill.data.procedural.source import DataConfig
 from distill.expect import Bounds
 from distill.methods import Needs
 from distill.training.engine import EngineConfig
@@ -45,6 +45,7 @@ DATA = Registry(
     kind="data source",
     group="data",
     entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    base="distill.data.config:ClipsConfig",
     methods={"open": "def open(self) -> Source"},
 )
 """Where clips come from; `data.name` says which, the first without a name."""
@@ -185,7 +186,7 @@ class Recipe:
     run_dir: str
     reuse: str | tuple[str, ...] | None
     threads: int
-    data: DataConfig = field(metadata={"kinds": DATA})
+    data: ClipsConfig = field(metadata={"kinds": DATA})
     teacher: TeacherStage
     student: StudentConfig
     trajectories: TrajectoriesConfig
@@ -272,11 +273,13 @@ def spec_of(recipe: "Recipe") -> Spec:
         network = student.network.over(origin) if student.network.over_teacher else student.network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
         raise UserError(
-            "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
+            "teacher.network.guidance: a student alone has a guidance embedding; remove it, give student.guidance"
         )
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
-            raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
+            raise UserError(
+                "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
+            )
         network = network.with_guidance()
     return Spec(
         height=data.world.size[0],

@@ -15,7 +15,7 @@ INSIDE = (
     ("methods",),
     ("training",),
     ("data",),
-    ("compose",),
+    ("compose", "expect"),
     ("recipe",),
     ("pipeline",),
     ("planning", "scoring", "live"),

@@ -16,8 +16,9 @@ from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_given
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.spec import Spec
-from students.weights import checkpoint
+from students.weights.adapter import HINT
 from teachers import flow, media
+from teachers.checkpoints.strict import load_strict
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
 from teachers.errors import UserError
@@ -84,6 +85,6 @@ def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeac
         if not file.is_file():
             raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
         net = recipe.teacher.network.new(spec.dims)
-        checkpoint.fill(net, load_tensors(file), file)
+        load_strict(net, load_tensors(file), file, HINT)
         net.to(device)
     return AvatarTeacher(net).eval().requires_grad_(False)

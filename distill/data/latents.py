@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data.codec_training import fit_codec
+from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
-from distill.data.procedural.source import DataConfig
 from distill.data.source import Clips, Source
 from distill.methods import Batch
 from distill.training.engine import Engine
@@ -104,10 +104,9 @@ def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int,
     for name, value in features.items():
         if name in BUILT_IN:
             raise UserError(f"Clips.features: {name} is made by the encoders; declare a name of your own")
-        timed = name in given.timed
-        counts = {"clips": (value.shape[0], num)}
-        if timed:
-            counts["latent frames"] = (value.shape[known(name).axis], frames)
+        counts, axis = {"clips": (value.shape[0], num)}, known(name).axis
+        if name in given.timed and axis is not None:
+            counts["latent frames"] = (value.shape[axis], frames)
         for what, (own, needed) in counts.items():
             if own != needed:
                 raise UserError(f"Clips.features: {name} {tuple(value.shape)} has {own} {what}, the video has {needed}")
@@ -151,7 +150,7 @@ class TrainSet:
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
-def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
     source.verify(engine.rank, engine.world_size)
@@ -223,7 +222,7 @@ def _mirrored(clips: Clips) -> Clips:
 
 
 def load_encoders(
-    config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU
+    config: ClipsConfig, folder: Path, reference: bool = True, device: torch.device = CPU
 ) -> ConditionEncoders:
     """Codec, audio encoder and text encoder of a finished data stage, on `device`."""
     codec = config.codec.load(folder, *config.world.size)

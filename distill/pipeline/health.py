@@ -51,8 +51,8 @@ def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[
     clipped values, and how far the clip (frames 1.., in grey levels) is from the one of each other variant.
     decode: x0 -> uint8 [N, 3, T, H, W]."""
     own, facts = None, {}
-    for name, (asked, seed) in variants(conditions).items():
-        video = decode(make(asked.index(rows), rows, seed))
+    for name, (given, seed) in variants(conditions).items():
+        video = decode(make(given.index(rows), rows, seed))
         if own is None:
             own, frames = video, measure(video)
             facts = dict(vars(frames)) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), video)}
@@ -70,7 +70,7 @@ def _per_clip(function: Callable[..., Tensor], *videos: Tensor) -> Tensor:
 
 def health_metrics(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, float]:
     """Shares of `black` and `frozen` frames (`eval.metrics.quality.failure_rates`) and of `clipped` values (0 or 255); `saturation`
-    and `motion_energy` in grey levels; `seam`, the change at the frames `seams` over that elsewhere (left out where nothing moves
+    and `motion_energy` in grey levels; `seam`, the change at the frames `seams` over that elsewhere (absent where nothing moves
     elsewhere); `noise`, the change in grey levels with another noise; `audio` and `text`, the change with another sound or text
     under the same noise over that, or over one grey level where it is less."""
     frames = Frames(**{name: facts[name] for name in Frames.__dataclass_fields__})
@@ -118,7 +118,7 @@ def readiness(own: Mapping[str, float], teacher: Mapping[str, float], limits: Li
 
 
 def seam_frames(spec: Spec) -> list[int]:
-    """The pixel frames of a training clip that begin a chunk, frame 0 left out; none where every frame does, as then no change
+    """The pixel frames of a training clip that begin a chunk, without frame 0; none where every frame does, as then no change
     lies elsewhere."""
     first = [spec.pixel_frames(chunk)[0] for chunk in range(1, spec.num_chunks)]
     return first if len(first) < spec.pixel_frames(spec.num_chunks - 1)[1] - 1 else []
@@ -140,9 +140,9 @@ class HealthCheck:
         """A student's metrics by its own rollouts; under FSDP every rank calls it."""
         artifacts, num = self.artifacts, self.num
 
-        def make(asked: Conditions, rows: Tensor, seed: int) -> Tensor:
+        def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
             noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
-            return student_clips(net, asked, lambda c, s: noise(c, s)[rows], artifacts.recipe.eval.batch_size)
+            return student_clips(net, given, lambda c, s: noise(c, s)[rows], artifacts.recipe.eval.batch_size)
 
         return health_metrics(observe(make, self.conditions, torch.arange(num), artifacts.encoders.decode), self.seams)
 
@@ -156,10 +156,10 @@ class HealthCheck:
         settings = artifacts.recipe.trajectories
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
-        def make(asked: Conditions, rows: Tensor, seed: int) -> Tensor:
+        def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
             noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
             batch = artifacts.recipe.eval.batch_size
-            return teacher_clips(artifacts.teacher, asked, noise, grid, settings.guidance, batch)
+            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, batch)
 
         parts = torch.arange(num).chunk(min(num, engine.world_size))
         files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]

@@ -41,7 +41,7 @@ from students.weights import checkpoint
 from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.resolve import name_of
+from teachers.resolve import in_users_file, name_of
 
 SPEC = ("student", "trajectories.shift")  # besides data and teacher, whose stages are inputs of all that have a student
 TRAINING = ("seed", "engine.precision")
@@ -58,7 +58,7 @@ PACKAGES = ("teachers", "students", "eval", "distill")
 
 @dataclass(frozen=True)
 class Stage:
-    """`fields`: the dotted recipe fields that `run` reads, those that an input reads left out; `inputs`: the stages whose outputs
+    """`fields`: the dotted recipe fields that `run` reads, without those that an input reads; `inputs`: the stages whose outputs
     it reads; run(artifacts, folder) returns its metrics, and resumes from what it left in `folder` itself."""
 
     name: str
@@ -171,7 +171,9 @@ class Pipeline:
     """The stages of one recipe over one run folder. UserError, before anything is written, where the recipe's parts do not fit."""
 
     def __init__(self, recipe: Recipe, engine: Engine):
-        spec, source = spec_of(recipe), recipe.data.open()
+        spec = spec_of(recipe)
+        with in_users_file(recipe.data):
+            source = recipe.data.open()
         self.stages = {stage.name: stage for stage in stages(recipe)}
         check(recipe, spec, engine)
         folder = RunFolder.open(recipe, engine)

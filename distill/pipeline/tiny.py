@@ -2,28 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.pipeline.pretrained import OURS
-from distill.recipe import TeacherStage
+from distill.recipe import Recipe, TeacherStage
+from students.spec import Spec
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.weights import staged
 from teachers.errors import UserError
+from teachers.files import staged
 from teachers.resolve import label
-
-if TYPE_CHECKING:
-    from distill.recipe import Recipe
-    from students.spec import Spec
 
 LORA_RANK, LORA_ALPHA = 4, 2.0
 
 
-def write_weights(recipe: "Recipe", spec: "Spec") -> None:
+def write_weights(recipe: Recipe, spec: Spec) -> None:
     """Write what the recipe's paths point to, all below run_dir/tiny; nothing where that folder is there already."""
     folder = Path(recipe.run_dir).resolve() / "tiny"
     if folder.exists():
@@ -53,7 +50,7 @@ def write_weights(recipe: "Recipe", spec: "Spec") -> None:
             part.write_random(place(part.path))
 
 
-def _architecture(stage: TeacherStage, spec: "Spec") -> Architecture:
+def _architecture(stage: TeacherStage, spec: Spec) -> Architecture:
     n, dims = cast(Any, stage.network), vars(spec.dims)
     channels, audio = dims["latent_channels"], dims["audio_dim"]
     rule = tuple(range(2, n.num_layers // 2 + 1))
@@ -84,7 +81,7 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
     return torch.ones(shape) if name.endswith("weight") else 0.1 * torch.randn(shape)
 
 
-def _network(stage: TeacherStage, spec: "Spec", place: Any) -> None:
+def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
     """Wan's own layout; with `wan` a text-to-video base there, and OmniAvatar's LoRA over it in `path`."""
     assert stage.path is not None
     if "wan" not in stage.network.layouts:

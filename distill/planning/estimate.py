@@ -133,7 +133,7 @@ def num_lora_parameters(job: Job, role: str, net: nn.Module) -> int:
     """What is trained of a role as a LoRA, by default on every matrix of attentions and MLP; all of a role without blocks."""
     network = next(networks_in(net), None)
     targets = () if network is None else network.kind.lora_targets
-    if role in job.lora or not targets:
+    if network is None or role in job.lora or not targets:
         return num_parameters(net, trained=role in job.lora)
     return sum(math.prod(shape) for shape in expected(network, LORA_RANK, targets, ()).values())
 

@@ -166,20 +166,20 @@ def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
 
 
 def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
-    """The engine that recipe and launcher agree on; UserError when the launcher was told something that would not be done."""
+    """The engine that recipe and launcher agree on; UserError for a flag of the launcher that would have no effect."""
     kind, flags = launched_kind(environ)
     if kind and config.kind and kind != config.kind:
-        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; leave one out")
+        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; remove one")
     offload = _offload_flag(environ)
     if offload and not config.offload:
-        raise UserError(f"{offload} would have no effect: launcher; say engine.offload=true")
+        raise UserError(f"{offload} would have no effect: launcher; set engine.offload=true")
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
-        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; say train.accumulation")
+        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; use train.accumulation")
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no" and asked != config.precision:
-        mend = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
-        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; say {mend}")
+        fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
+        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
     kind = kind or config.kind or "ddp"
     if kind == "ddp" and config.offload:
         raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
@@ -189,12 +189,12 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
 def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
     """The engine that accelerate's flags name, and those flags; None where they name none. UserError for one we lack."""
     if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError("--use_megatron_lm would have no effect: launcher; leave it out, see engine=")
+        raise UserError("--use_megatron_lm would have no effect: launcher; remove it, see engine=")
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         version = environ.get("FSDP_VERSION", "1")
         if version != "2":
             raise UserError(
-                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, say --fsdp_version 2"
+                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, use --fsdp_version 2"
             )
         return "fsdp2", "--use_fsdp"
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from students.serving.optimize import DTYPES
 from students.serving.optimize import cast as cast_network
-from students.weights.adapter import Adapter, check_shapes, shapes_of, targeted
+from students.weights.adapter import HINT, Adapter, targeted
+from teachers.checkpoints.strict import check_shapes, shapes_of
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -112,6 +113,6 @@ def stored_name(name: str) -> str:
 def load(net: Any, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Fill what is trained of an adapted network; UserError that lists what does not fit."""
     own = trained(net)
-    check_shapes(shapes_of(tensors), shapes_of(own), source)
+    check_shapes(shapes_of(tensors), shapes_of(own), source, HINT)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

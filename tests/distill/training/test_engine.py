@@ -87,7 +87,8 @@ def test_buckets_keep_order_size_and_type():
 
 
 @pytest.mark.parametrize(
-    ("environ", "count"), [({}, 1), ({"WORLD_SIZE": "4"}, 4), ({"OMPI_COMM_WORLD_SIZE": "3"}, 3), ({"WORLD_SIZE": ""}, 1)]
+    ("environ", "count"),
+    [({}, 1), ({"WORLD_SIZE": "4"}, 4), ({"OMPI_COMM_WORLD_SIZE": "3"}, 3), ({"WORLD_SIZE": ""}, 1)],
 )
 def test_what_the_launcher_was_asked_for(environ, count):
     assert requested_processes(environ) == count
@@ -110,14 +111,14 @@ def zero(stage: str) -> dict[str, str]:
     ("environ", "words"),
     [
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm would have no effect"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "say --fsdp_version 2"),
-        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true .* say engine.offload=true"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "use --fsdp_version 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true .* set engine.offload=true"),
         (zero("3") | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "--offload_param_device cpu"),
         (zero("2") | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json"),
-        (zero("2") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "say train.accumulation"),
+        (zero("2") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "use train.accumulation"),
         (zero("4"), "--zero_stage 4"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "say engine.precision=bf16"),
-        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "say --mixed_precision no"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "use engine.precision=bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "use --mixed_precision no"),
     ],
 )
 def test_a_setting_that_would_have_no_effect_is_refused(environ, words):

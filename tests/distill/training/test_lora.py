@@ -494,7 +494,7 @@ def test_an_adapter_without_its_base_is_refused_by_name(tmp_path):
     [
         ({"use_dora": True}, r"adapter of another kind: .*adapter_config\.json has use_dora True"),
         ({"rank_pattern": {"to_q": 2}}, r"has rank_pattern"),
-        ({"r": 4}, r"weights do not fit: .*lora_A\.weight is \(3, 32\), expected \(4, 32\)"),
+        ({"r": 4}, r"weights do not fit: .*lora_A\.weight is \[3, 32\] where \[4, 32\] is needed"),
         ({"target_modules": ["to_q"]}, r"weights do not fit: .*unexpected blocks\.0\."),
         ({"modules_to_save": None}, r"unexpected audio_cond_projs\.0\.bias"),
         ({"target_modules": ["to_z"]}, r"lora\.targets: no module is called 'to_z'; did you mean"),
