@@ -90,7 +90,7 @@ def test_a_file_named_as_something_installed_hides_nothing(tmp_path):
 def test_without_a_folder_the_working_directory_is_not_searched(tmp_path, monkeypatch):
     (tmp_path / "own_toy.py").write_text(DRUM)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no file of the toy .*; write the file.s absolute path"):
+    with pytest.raises(UserError, match=r"no file of the toy .*; write the file.s absolute path"):
         resolve(TOYS, "own_toy.py:Drum")
 
 
