@@ -162,7 +162,7 @@ def test_composition_finds_own_and_shipped_groups(own):
         (["--fast"], "not an override: '--fast' on the command line; write key=value"),
         (["seed=1,2"], "several values in 'seed=1,2': command line"),
         (["hydra.run.dir=x"], "'hydra.run.dir=x' would have no effect"),
-        (["run_dir=${nowhere}"], "own.yaml; mend the recipe or the overrides"),
+        (["run_dir=${nowhere}"], "own.yaml; fix the recipe or the overrides"),
     ],
 )
 def test_a_wrong_override_is_one_line(own, overrides, words):
