@@ -125,7 +125,9 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder))
+        trainer = Trainer(
+            Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder)
+        )
         for _ in range(updates):
             for role in ("student", "fake_score"):
                 metrics = trainer.update(role, method, lambda _: batch, 0, updates)
@@ -200,8 +202,8 @@ class Theirs:
             clip.append(x)
             with torch.no_grad():
                 _, new = call(chunk, x.detach(), spec.history.level, part)
-                turns = net.turns(chunk * n, n, *spec.token_grid)
-                self.store(slice(chunk * n * tokens, (chunk + 1) * n * tokens), [(rotate(k, turns), v) for k, v in new])
+                table = net.rope_table(chunk * n, n, *spec.token_grid)
+                self.store(slice(chunk * n * tokens, (chunk + 1) * n * tokens), [(rotate(k, table), v) for k, v in new])
         return torch.cat(clip, dim=2)
 
     def store(self, where: slice, new: list[tuple[Tensor, Tensor]]) -> None:

@@ -31,15 +31,8 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["run"]:  # some launchers add their rank
-        words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
-        if many := [
-            word for word in words if word in ("-m", "--multirun")
-        ]:  # argparse wants options before positionals
-            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
     try:
-        arguments = _parser(words).parse_args(words)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         return arguments.command(arguments) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
@@ -48,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("distill: interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line (without the program's name), `command` being what runs them. Raises UserError."""
+    words = list(argv)
+    if words[:1] == ["run"]:  # some launchers add their rank
+        words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+        if many := [
+            word for word in words if word in ("-m", "--multirun")
+        ]:  # argparse wants options before positionals
+            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
+    return _parser(words).parse_args(words)
 
 
 class Parser(argparse.ArgumentParser):

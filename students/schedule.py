@@ -64,7 +64,7 @@ class InFlight:
 
 @dataclass(frozen=True)
 class DiagonalStep:
-    """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if made."""
+    """What a diagonal `commit` needs: the chunks still in flight, and the context entry of the chunk before, if made."""
 
     flight: tuple[InFlight, ...]
     entry: Any
@@ -80,7 +80,7 @@ def advance(
     plan=None,
     grad: bool = False,
 ):
-    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` wants to know.
+    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` needs of the steps.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
     at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to

@@ -34,7 +34,7 @@ NETWORKS = Registry(
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    scales that the student is told, from `init` on, in the place of those of trajectories and distill."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill."""
 
     chunk_frames: int
     num_steps: int
@@ -74,13 +74,13 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
-    speakers: int = 1  # 2: it also hears somebody else, beside its own voice
+    speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
-    guidance: GuidanceRange | None = None  # the scales that the student is told
+    guidance: GuidanceRange | None = None  # the guidance scales that are embedded
 
     def __post_init__(self):
         if self.speakers not in (1, 2):
-            raise UserError(f"speakers: got {self.speakers}; a student hears one voice, or its own and another one's")
+            raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
             raise UserError(
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
@@ -149,12 +149,12 @@ class Spec:
         return self.first_sigmas if self.first_sigmas and chunk < self.first_chunks else self.sigmas
 
     def scale(self, guidance: float | None) -> float | None:
-        """The guidance scale that a stream is told: `guidance`, by default the spec's; UserError for one that was not trained, or
-        where the student knows none."""
+        """The guidance scale that a stream is conditioned on: `guidance`, by default the spec's; UserError for one that was not
+        trained, or where the student embeds none."""
         if self.guidance is not None:
             return self.guidance.served if guidance is None else self.guidance.check(guidance)
         if guidance is not None:
-            raise UserError(f"guidance: got {guidance}, this student is told none; leave it out")
+            raise UserError(f"guidance: got {guidance}, this student embeds none; remove it")
         return None
 
     @property

@@ -55,17 +55,17 @@ class State:
 
 
 class Student(nn.Module):
-    """open -> State; plan, denoise and commit turn it into the next chunk's; denoise_clip is the same under masks, for training.
+    """open -> State; plan, denoise and commit make the next chunk's of it; denoise_clip is the same under masks, for training.
 
     A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient. A kind of student
-    has a network `net` and says what its keys' positions are (`rotate_keys`).
+    has a network `net` and rotates its keys to their positions (`rotate_keys`).
     """
 
     net: Any
     spec: Spec
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
-        """The empty context of a stream under text features [B, L, D]; how it is kept, `new_state` says."""
+        """The empty context of a stream under text features [B, L, D], kept as `cache` (see `new_state`)."""
         raise NotImplementedError
 
     def set_text(self, state: State, text: Tensor) -> State:

@@ -75,7 +75,7 @@ class Codec(Module, Protocol):
 
 
 class CodecKind(Geometry, Protocol):
-    """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others where their path says."""
+    """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others at their path."""
 
     @property
     def fitted(self) -> bool: ...
@@ -84,7 +84,7 @@ class CodecKind(Geometry, Protocol):
 
 class AudioEncoder(Module, Protocol):
     """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it; `of_clip` for
-    bidirectional networks, where they hear something else."""
+    bidirectional networks, where they take something else."""
 
     dim: int
     lookback: int
@@ -96,7 +96,7 @@ class AudioEncoder(Module, Protocol):
 
 
 class AudioEncoderKind(Protocol):
-    """Config of ears; `dim` of a row with so many samples a frame."""
+    """Config of an audio encoder; `dim`: numbers of a row, for that many samples a frame."""
 
     def dim(self, samples_per_frame: int) -> int: ...
     def load(self, samples_per_frame: int) -> AudioEncoder: ...

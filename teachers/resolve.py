@@ -22,8 +22,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from teachers.errors import UserError
 
 GROUPS = "avatar_distill"
@@ -134,10 +132,10 @@ def in_users_file(config: Any) -> Iterator[None]:
     file = getattr(sys.modules[type(config).__module__], "__outside__", None)
     try:
         yield
-    except (UserError, MemoryError, torch.OutOfMemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
-        if file is None:
+        if file is None or type(error).__name__ == "OutOfMemoryError":  # torch's, which this file need not import
             raise
         raise UserError(f"{file}{_line(error, file)}: {type(error).__name__}: {error}; fix the file") from error
 
@@ -227,7 +225,7 @@ def _checked(registry: Registry, module: ModuleType, class_name: str, where: str
     for function, line in registry.needed.items():
         if not callable(getattr(module, function, None)):
             raise UserError(f"missing function {function}: {file} ({where}); add `{line}`")
-    if not dataclasses.is_dataclass(found) or not found.__dataclass_params__.frozen:
+    if not dataclasses.is_dataclass(found) or not vars(found)["__dataclass_params__"].frozen:
         raise UserError(
             f"{what} is no frozen dataclass: {where}; its fields are the keys of YAML: add @dataclass(frozen=True, kw_only=True)"
         )

@@ -16,9 +16,11 @@ from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_given
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.spec import Spec
-from students.weights import checkpoint
+from students.weights.adapter import HINT
 from teachers import flow, media
+from teachers.checkpoints.strict import load_strict
 from teachers.codecs.linear import to_float
+from teachers.conditions import blank_features
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.guidance import guided
@@ -49,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
+    blank = blank_features(recipe.teacher.network, 1, spec.horizon_frames)  # nothing else is given here
     given = encoders.codec.encode(portrait[None, :, None].to(device)).float().cpu()
-    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose).to(device)
+    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
     grid = flow.sigma_grid(settings.num_steps, settings.shift)
     began = time.perf_counter()
@@ -82,6 +85,6 @@ def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeac
         if not file.is_file():
             raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
         net = recipe.teacher.network.new(spec.dims)
-        checkpoint.fill(net, load_tensors(file), file)
+        load_strict(net, load_tensors(file), file, HINT)
         net.to(device)
     return AvatarTeacher(net).eval().requires_grad_(False)

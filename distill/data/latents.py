@@ -104,10 +104,9 @@ def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int,
     for name, value in features.items():
         if name in BUILT_IN:
             raise UserError(f"Clips.features: {name} is made by the encoders; declare a name of your own")
-        timed = name in given.timed
-        counts = {"clips": (value.shape[0], num)}
-        if timed:
-            counts["latent frames"] = (value.shape[known(name).axis], frames)
+        counts, axis = {"clips": (value.shape[0], num)}, known(name).axis
+        if name in given.timed and axis is not None:
+            counts["latent frames"] = (value.shape[axis], frames)
         for what, (own, needed) in counts.items():
             if own != needed:
                 raise UserError(f"Clips.features: {name} {tuple(value.shape)} has {own} {what}, the video has {needed}")

@@ -40,17 +40,17 @@ def build_discriminator(network: NetworkKind, blocks: Sequence[int] = ()) -> Dis
 def hidden_tokens(
     fake_score: AvatarTeacher, blocks: Sequence[int], x: Tensor, sigma: Tensor, conditions: Conditions
 ) -> list[Tensor]:
-    """What these transformer blocks of a denoising pass give out, [B, F*h*w, width] each, with a graph where x asks for one."""
+    """The outputs of these feature blocks in a denoising pass, [B, F*h*w, width] each, with a graph where x asks for one."""
     net, kept = fake_score.net, {}
     taps = net.kind.feature_blocks(net)
 
-    def listen(index: int):
+    def tap(index: int):
         def hook(_module: nn.Module, _inputs: tuple, out: tuple) -> None:
             kept[index] = out[0] if isinstance(out, tuple) else out
 
         return taps[index].register_forward_hook(hook)
 
-    handles = [listen(index) for index in blocks]
+    handles = [tap(index) for index in blocks]
     try:
         with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
             fake_score.denoise(x, sigma, conditions)

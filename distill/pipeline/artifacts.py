@@ -17,8 +17,9 @@ from eval.embedded.extractors import Probes
 from students.spec import Spec
 from students.student import Student
 from students.weights import checkpoint
-from students.weights.adapter import fold
+from students.weights.adapter import HINT, fold
 from students.weights.checkpoint import Bundle
+from teachers.checkpoints.strict import load_strict
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher
@@ -82,7 +83,7 @@ class Artifacts:
         net = self.new_network(stage if stage == "teacher" else recipe.init_checkpoint)
         if self.spec.guidance is not None and stage in ("init", "distill"):
             net.add_guidance()
-        checkpoint.fill(net, load_tensors(file), file)
+        load_strict(net, load_tensors(file), file, HINT)
         return net.to(self.engine.device)
 
     @cached_property
@@ -128,7 +129,7 @@ class Artifacts:
         student = self._new_student()
         if stage != self.recipe.init_checkpoint:
             file = self.folder.stage_dir(stage) / "model.safetensors"
-            checkpoint.fill(student.net, load_tensors(file), file)
+            load_strict(student.net, load_tensors(file), file, HINT)
         return student.to(self.engine.device)
 
     def _new_student(self) -> Student:

@@ -8,7 +8,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.pretrained import digest
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
-from teachers.files import load_tensors
+from teachers.files import load_tensors, staged
 
 
 def export(artifacts: Artifacts, folder: Path) -> dict:
@@ -49,8 +49,6 @@ def publish(artifacts: Artifacts) -> None:
     target = artifacts.folder.path / "student"
     if artifacts.engine.is_main and not (target / "spec.json").is_file():
         shutil.rmtree(target, ignore_errors=True)
-        partial = target.with_name(".student.tmp")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(artifacts.folder.stage_dir("export") / "student", partial)
-        partial.rename(target)
+        with staged(target) as partial:
+            shutil.copytree(artifacts.folder.stage_dir("export") / "student", partial)
     artifacts.engine.barrier()

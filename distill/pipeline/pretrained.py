@@ -7,9 +7,9 @@ from accelerate import init_empty_weights
 
 from distill.recipe import TeacherStage
 from students.spec import Spec
-from students.weights import checkpoint
-from students.weights.adapter import check_shapes, digest, shapes_of
+from students.weights.adapter import HINT, digest
 from teachers.checkpoints.convert import fill_network
+from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.resolve import label
@@ -43,7 +43,7 @@ def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bo
         raise UserError(f"no weights: {file}; give teacher.path a folder that holds {OURS}, or that file")
     tensors = load_tensors(file)
     if device.type == "meta":  # an outline is only checked
-        check_shapes(shapes_of(tensors), shapes_of(net.state_dict()), file)
+        check_shapes(shapes_of(tensors), shapes_of(net.state_dict()), file, HINT)
     else:
-        checkpoint.fill(net, tensors, file)
+        load_strict(net, tensors, file, HINT)
     return net.to(device)

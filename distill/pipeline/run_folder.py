@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -73,8 +74,10 @@ class RunFolder:
             raise UserError(f"not a run folder: {run.path} holds something else; choose another run_dir=")
         if ranks.is_main and file.is_file():
             for left in run.path.rglob(".*.tmp"):  # of a killed start
-                if left.is_file():
-                    left.unlink()
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
         ranks.barrier()
         if ranks.is_main and not file.is_file():
             make_folder(run.path)

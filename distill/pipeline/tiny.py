@@ -13,11 +13,11 @@ from distill.recipe import Recipe, TeacherStage
 from students.spec import Spec
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.weights import staged
 from teachers.codecs.wan_vae import WanVAEConfig
 from teachers.encoders.umt5 import UMT5Config
 from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
+from teachers.files import staged
 
 WORDS = ("a", "person", "someone", "the", "and", "nods", "smiles", "talks", "head", "shakes", "still", "looks")
 LORA_RANK, LORA_ALPHA = 4, 2.0

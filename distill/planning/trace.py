@@ -19,7 +19,7 @@ from students.weights.adapter import targeted
 from teachers import flow
 from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
-from teachers.networks.kind import AvatarTeacher, NetworkKind
+from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
@@ -115,7 +115,7 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
                 made.loss(role, batch, rng, shared).value.backward()
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"{stage}.{role} is not possible: {line}; mend the recipe") from error
+        raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error
     return tuple(sorted(live.points.items()))
 
 
@@ -124,7 +124,7 @@ def meta_networks(
 ) -> dict[str, Any]:
     """The roles of a stage without memory, in the type that they compute in; of trained ones what is trained requires gradients.
 
-    `lora`: all trained ones are LoRAs, not only those of which the job says so.
+    `lora`: all trained ones are LoRAs, not only those that the job lists.
     """
     needs, nets = job.needs(stage), {}
     for role in (*needs.trained, *needs.frozen):
@@ -133,8 +133,9 @@ def meta_networks(
         net.train(trained)
         if not trained:
             net.requires_grad_(False)
-        elif checkpointing and net is not inner(net):
-            inner(net).kind.enable_checkpointing(inner(net), checkpointed)
+        elif checkpointing:
+            for network in (part for part in networks_in(net) if part.kind.can_checkpoint):
+                network.kind.enable_checkpointing(network, checkpointed)
     return nets
 
 

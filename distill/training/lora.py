@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from students.serving.optimize import DTYPES
 from students.serving.optimize import cast as cast_network
-from students.weights.adapter import Adapter, check_shapes, shapes_of, targeted
+from students.weights.adapter import HINT, Adapter, targeted
+from teachers.checkpoints.strict import check_shapes, shapes_of
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -46,7 +47,7 @@ class LoraRoles:
         if self.rank < 1 or self.alpha <= 0.0:
             raise UserError(f"lora: got rank {self.rank} and alpha {self.alpha}; both must be above 0")
         if not self.targets:
-            raise UserError("lora.targets: names no module; leave it out for every matrix of a block")
+            raise UserError("lora.targets: names no module; remove it for every matrix of a block")
 
     def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """These tensors as an adapter of this kind."""
@@ -57,11 +58,11 @@ def check(held: str, computes: str, engine: str) -> None:
     """UserError where the backbone's precision is not the engine's, or an engine would cut the shared weights to pieces."""
     if engine not in ENGINES:
         raise UserError(
-            f"lora: {engine} shards weights, which LoRA roles share; use engine=ddp, zero1 or zero2, or leave lora out"
+            f"lora: {engine} shards weights, which LoRA roles share; use engine=ddp, zero1 or zero2, or remove lora"
         )
     if held != computes:
         raise UserError(
-            f"lora: the shared network is held in precision {held}, engine.precision is {computes}; say the same in both"
+            f"lora: the shared network is held in precision {held}, engine.precision is {computes}; set both to one value"
         )
 
 
@@ -112,6 +113,6 @@ def stored_name(name: str) -> str:
 def load(net: Any, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Fill what is trained of an adapted network; UserError that lists what does not fit."""
     own = trained(net)
-    check_shapes(shapes_of(tensors), shapes_of(own), source)
+    check_shapes(shapes_of(tensors), shapes_of(own), source, HINT)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

@@ -107,7 +107,9 @@ class CausalWan(Student):
         composed = [self.net.kind.compose(part.x, part.conditions, part.known) for part in segments]
         parts = [inputs.to(composed[-1][1]) for _, inputs in composed]
         read = read or ReadAhead()
-        given = last.conditions if len(segments) == 1 else Conditions.join_frames([part.conditions for part in segments])
+        given = (
+            last.conditions if len(segments) == 1 else Conditions.join_frames([part.conditions for part in segments])
+        )
         text = last.conditions.text if read.text is None else read.text
         audio: Any = given.audio if read.audio is None else read.audio
         level: Any = joined([part.sigma for part in segments], 1)

@@ -1,7 +1,7 @@
-"""MIDAS' student (2508.19320): a language model plans a chunk, a small diffusion head draws it, the next plan reads what was drawn.
+"""MIDAS' student (2508.19320): a language model plans a chunk, a small diffusion head denoises it, the next plan reads the result.
 
-One chunk is one latent frame in the paper; more are planned and drawn together. What a chunk sees of the past are the plans of the
-chunks that its History names: each holds that chunk's conditions and the latents before it.
+One chunk is one latent frame in the paper; more are planned and denoised together. What a chunk sees of the past are the
+plans of the chunks that its History names: each holds that chunk's conditions and the latents before it.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
 """A session as one safetensors file: tensors, and everything else as JSON in its header. Nothing is unpickled."""
 
 import json
-import os
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from students.kv_cache import CachedChunk
@@ -20,6 +18,7 @@ from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.files import save_tensors
 from teachers.media.streams import Resampler, Stream
 
 FORMAT = 2
@@ -91,16 +90,9 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         "drop": list(session.drop),
         "guidance": session.guidance,
     }
-    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            part,
-            metadata={"session": json.dumps(facts)},
-        )
-        os.replace(part, path)
+        save_tensors(path, tensors, {"session": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"session not saved: {path} ({error}); choose a writable place with room") from error
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from students.spec import Spec
 from students.student import Student
-from students.weights.adapter import WEIGHTS, Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
+from students.weights.adapter import HINT, WEIGHTS, Adapter, Base, load_over_base, write_adapter
 from students.weights.compatible import check, header
+from teachers.checkpoints.strict import load_strict
 from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
@@ -108,15 +109,8 @@ def load_student(folder: Path) -> Bundle:
     return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict; UserError that lists what is missing, unexpected or of another shape."""
-    own = module.state_dict()
-    check_shapes(shapes_of(tensors), shapes_of(own), source)
-    module.load_state_dict(tensors)
-
-
 def _fill_from(module: nn.Module, path: Path) -> None:
-    fill(module, _tensors(path), path)
+    load_strict(module, _tensors(path), path, HINT)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from teachers import flow
-from teachers.conditions import Conditions
+from teachers.conditions import BUILT_IN, Conditions
 from teachers.errors import UserError
 from teachers.resolve import Registry, in_users_file, label, missing
 
@@ -45,6 +45,7 @@ class NetworkKind:
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
     context_pass  whether a student's `commit` runs the network once
     frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
+    can_checkpoint  whether `enable_checkpointing` recomputes blocks in the backward pass
     guidance    whether a guidance scale is embedded beside the time
     """
 
@@ -54,6 +55,7 @@ class NetworkKind:
     over_teacher: ClassVar[bool] = False
     context_pass: ClassVar[bool] = True
     frame_sigma: ClassVar[bool] = False
+    can_checkpoint: ClassVar[bool] = False
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
@@ -88,7 +90,12 @@ class NetworkKind:
 
     def denoise(self, net: Any, x: Tensor, sigma: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
         """x [B, C, F, H, W] at sigma, [B] or where the module takes it [B, F] -> x0 in fp32, the known frames as given. UserError
-        for an output of another shape, and for what fails in a user's file."""
+        for an output of another shape, a condition that is not given, and for what fails in a user's file."""
+        for name in self.takes:
+            if name not in BUILT_IN and name not in conditions.features:
+                raise UserError(
+                    f"condition '{name}': {label(self)} takes it, but it is not given; put it into the data's Clips.features"
+                )
         x, inputs = self.compose(x, conditions, known)
         with in_users_file(self):
             out = self.run(net, inputs, sigma, conditions)
@@ -142,7 +149,7 @@ class NetworkKind:
 
     def feature_blocks(self, net: Any) -> Sequence[nn.Module]:  # noqa: ARG002
         """Modules whose (first) output is tokens [B, F h w, feature_width], for the discriminator; UserError for none."""
-        raise UserError(f"dmd.method.gan: {label(self)} has no blocks to take features from; set it to 0")
+        raise UserError(f"distill.method.gan: {label(self)} has no blocks to take features from; set it to 0")
 
     @property
     def num_blocks(self) -> int:

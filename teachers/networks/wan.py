@@ -1,7 +1,7 @@
 """The avatar DiT: diffusers' Wan transformer with reference and mask channels and OmniAvatar's audio pack.
 
-One network serves teacher, fake score and student: who sees whom is an argument (`spans`, `past`), not a subclass. Weights keep
-the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
+One network serves teacher, fake score and student: the attention mask is an argument (`spans`, `past`), not a subclass. Weights
+keep the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
 (tests hold it).
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
@@ -43,6 +43,7 @@ class NetworkConfig(NetworkKind):
     layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
     causal: ClassVar = "students.networks.causal_wan:CausalWan"
     frame_sigma: ClassVar = True
+    can_checkpoint: ClassVar = True
 
     num_layers: int = 30
     num_heads: int = 12
@@ -65,8 +66,8 @@ class NetworkConfig(NetworkKind):
 
     def run(self, net: "AvatarTransformer", inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
-        told = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance}
-        return net(inputs, sigma, conditions.text, audio, **told)[0]
+        given = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance}
+        return net(inputs, sigma, conditions.text, audio, **given)[0]
 
     def check(self) -> None:
         if self.head_dim % 2 or self.head_dim < 6:
@@ -217,7 +218,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
     `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
     text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
-    `guidance`: a guidance scale is told beside the time, by sinusoids of it and a layer that starts at zero (2210.03142, sec. 3.1).
+    `guidance`: a guidance scale is embedded beside the time, sinusoids and a layer that starts at zero (2210.03142, sec. 3.1).
     """
 
     _supports_gradient_checkpointing = True
@@ -287,7 +288,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.patch_embedding.weight.dtype
 
     def add_guidance(self) -> None:
-        """From here on a guidance scale is told; at first it changes nothing, its layer is zero."""
+        """Add the guidance embedding; its layer is zero, so that at first it changes nothing."""
         weight = self.scale_shift_table
         self.guidance_embedder = nn.Linear(self.condition_embedder.timesteps_proj.num_channels, weight.shape[-1])
         for parameter in self.guidance_embedder.parameters():
@@ -297,14 +298,14 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.kind = self.kind.with_guidance()
 
     def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
-        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is told; the network's time is
+        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is embedded; the network's time is
         1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
         if self.guidance_embedder is not None:
             if guidance is None:
-                raise ValueError("this network is told a guidance scale: give guidance [B]")
+                raise ValueError("this network embeds a guidance scale: pass guidance [B]")
             scale = embedder.timesteps_proj(GUIDANCE_TIME * guidance).to(self.guidance_embedder.weight.dtype)
             time = time + self.guidance_embedder(scale).unsqueeze(1).to(time.dtype)
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
@@ -321,7 +322,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
             )
-        with torch.inference_mode(False):  # kept for training too, whoever asked first
+        with torch.inference_mode(False):  # cached for training too, whoever needs it first
             self._rope_cache[key] = self._make_rope_table(first, count, height, width)
         return self._rope_cache[key]
 
@@ -368,14 +369,14 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         guidance: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim]
-        where image_dim does; guidance [B] where there is an embedding of it (a network without one does not read it).
+        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where there is pose_dim, image [B, K, image_dim]
+        where there is image_dim; guidance [B] where there is an embedding of it (a network without one does not read it).
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
-        an image that is missing or not asked for.
+        an image that is missing or not taken.
         """
         if (image is None) == bool(self.image_dim):
-            wrong = "given, image_dim is 0: leave them out" if image is not None else "missing: give [B, K, image_dim]"
+            wrong = "given, image_dim is 0: remove them" if image is not None else "missing: give [B, K, image_dim]"
             raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
@@ -401,12 +402,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
         if image is not None:
             image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
-        heard = self.read_audio(audio) if isinstance(audio, Tensor) else audio
+        added = self.read_audio(audio) if isinstance(audio, Tensor) else audio
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
-                assert heard is not None
-                x = (x.unflatten(1, (frames, tokens)) + heard[self.audio_at.index(i)]).flatten(1, 2)
+                assert added is not None
+                x = (x.unflatten(1, (frames, tokens)) + added[self.audio_at.index(i)]).flatten(1, 2)
             inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing

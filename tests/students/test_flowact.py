@@ -131,7 +131,7 @@ def test_without_generated_memory_nothing_is_drawn_for_it():
 @pytest.mark.parametrize("name", ["clean", "stream"])
 def test_generated_memory_is_the_student_s_own_rollout_noised(name):
     student, batch = diagonal(), a_batch(6)
-    calls = recorded(student, "denoise_clip" if name == "clean" else "denoise_flight")
+    calls = recorded(student, "denoise_clip" if name == "clean" else "denoise_diagonal_train")
     method = forcing.build(forcing.Config(context=name, generated=0.5, renoise=0.2), {"student": student})
     mixed = 0
     for seed in range(8):
@@ -165,7 +165,7 @@ def test_generated_memory_is_the_student_s_own_rollout_noised(name):
 
 def test_a_stream_is_trained_between_the_steps_of_its_sampler():
     student, batch, seen = diagonal(), a_batch(4), set()
-    calls = recorded(student, "denoise_flight")
+    calls = recorded(student, "denoise_diagonal_train")
     method = forcing.build(forcing.Config(context="stream"), {"student": student})
     steps = (*student.spec.sigmas, 0.0)
     for seed in range(60):
@@ -211,7 +211,7 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
     own = AvatarTeacher(plain).denoise(x, sigma, given)
     scaled = replace(given, guidance=torch.tensor([1.0, 3.0]))
     assert torch.equal(own, AvatarTeacher(told).denoise(x, sigma, scaled))
-    with pytest.raises(ValueError, match="told a guidance scale"):
+    with pytest.raises(ValueError, match="embeds a guidance scale"):
         AvatarTeacher(told).denoise(x, sigma, given)
     randomise(told.guidance_embedder, 3)
     assert (own - AvatarTeacher(told).denoise(x, sigma, scaled)).abs().mean() > 1e-3
@@ -313,7 +313,7 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
     with pytest.raises(UserError, match=r"guidance: got 3\.1; this student was trained from 1\.0 to 3\.0") as error:
         talk(bundle, guidance=3.1)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="this student is told none"):
+    with pytest.raises(UserError, match="this student embeds none"):
         talk(a_bundle(HISTORIES[0]), guidance=1.0)
 
 
@@ -392,7 +392,7 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
             if depth > 1:
                 state = student.settle(state, told.entry) if told.entry else state
             alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, read=state.read)
-            expected, _ = student(alone, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
+            expected, _ = student.denoise(alone, None, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
             assert (x0 - own).abs().mean() > 0.01
     assert torch.equal(shown[:, :, : 2 * N], unrefined[:, :, : 2 * N]), "nothing refined is seen yet"

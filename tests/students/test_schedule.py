@@ -126,12 +126,13 @@ def test_ode_init_trains_the_forwards_that_are_served():
     batch, seen = trajectories_of(student), set()
     keep = student.denoise_diagonal
 
-    def spy(state, x, sigmas, conditions):
+    def spy(state, plan, x, sigmas, conditions):
+        assert plan is None, "a step with gradient reads its conditions itself"
         assert (state.pending is None) == (state.chunk == 0), "the chunk before is pending, as in serving"
         done, first = tuple(student.spec.sigmas.index(sigma) for sigma in sigmas), state.chunk * N
         assert torch.equal(batch.states[:, done[0], :, first : first + N], x[:, :, :N])
         seen.add((state.chunk, done))
-        return keep(state, x, sigmas, conditions)
+        return keep(state, plan, x, sigmas, conditions)
 
     student.denoise_diagonal = spy
     for seed in range(60):

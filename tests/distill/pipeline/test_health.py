@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.eval.test_report import Page, small_report
 
 from distill.compose import RECIPES
 from distill.pipeline import health
@@ -26,7 +27,6 @@ from eval.report.report import write_report
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.distill.training.test_loop import Regression, batches_of, config, nets
-from tests.eval.test_report import Page, small_report
 from tests.support.tiny import SIDE, Ranks, make_spec, rng, some_conditions
 
 NUM, FRAMES, SIZE, SEAMS = 6, 15, 4 * SIDE, [3, 7, 11]

@@ -483,7 +483,7 @@ def test_an_adapter_without_its_base_is_refused_by_name(tmp_path):
     base.unlink()
     refused(
         folder,
-        r"base of the adapter .*adapter is not at .*base\.safetensors; put it there, or mend base in .*spec\.json",
+        r"base of the adapter .*adapter is not at .*base\.safetensors; put it there, or fix base in .*spec\.json",
     )
     base.write_bytes(whole)
     load_student(folder)
@@ -494,7 +494,7 @@ def test_an_adapter_without_its_base_is_refused_by_name(tmp_path):
     [
         ({"use_dora": True}, r"adapter of another kind: .*adapter_config\.json has use_dora True"),
         ({"rank_pattern": {"to_q": 2}}, r"has rank_pattern"),
-        ({"r": 4}, r"weights do not fit: .*lora_A\.weight is \(3, 32\), expected \(4, 32\)"),
+        ({"r": 4}, r"weights do not fit: .*lora_A\.weight is \[3, 32\] where \[4, 32\] is needed"),
         ({"target_modules": ["to_q"]}, r"weights do not fit: .*unexpected blocks\.0\."),
         ({"modules_to_save": None}, r"unexpected audio_cond_projs\.0\.bias"),
         ({"target_modules": ["to_z"]}, r"lora\.targets: no module is called 'to_z'; did you mean"),
@@ -567,7 +567,7 @@ def test_engines_that_shard_weights_are_refused(engine):
 
 
 def test_the_backbone_is_held_as_the_engine_computes():
-    with pytest.raises(UserError, match=r"held in precision fp32, engine\.precision is bf16; say the same in both"):
+    with pytest.raises(UserError, match=r"held in precision fp32, engine\.precision is bf16; set both to one value"):
         lora.check("fp32", "bf16", "ddp")
 
 

@@ -161,5 +161,7 @@ def test_what_it_cannot_be_is_one_line():
         a_windowed(schedule=Schedule(depth=3))
     with pytest.raises(UserError, match="a windowed student has the teacher's network; remove it"):
         WindowedConfig(network=Plain()).over(Plain(width=16))
-    with pytest.raises(UserError, match=r"Plain has no causal student of its own; give student\.network\.name=windowed"):
+    with pytest.raises(
+        UserError, match=r"Plain has no causal student of its own; give student\.network\.name=windowed"
+    ):
         make_student(replace(make_spec(), network=Plain()))
