@@ -26,10 +26,10 @@ from distill.pipeline.generate import (
 )
 from distill.pipeline.health import seam_frames
 from distill.pipeline.run_folder import versions
-from eval.embedded import benchmark
-from eval.embedded.protocol import EvalConfig, Geometry, protocol_card
-from eval.metrics.quality import teacher_gap
-from eval.report.report import target, write_report
+from eval.cards import Card
+from eval.embedded.evaluation import Evaluation
+from eval.embedded.protocol import EvalConfig, Geometry, run_card
+from eval.report.run_report import target, write_report
 from eval.speed.latency import clocked, interleave, measure, percentile
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle
@@ -58,34 +58,26 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
         return {}
     world = world_spread(pipeline) if varied else None
     real = pipeline.source.draw(config.condition_seed, "reference", config.num_reference)
-    reference = benchmark.prepare_reference(pipeline.probes, real.video, test.decoded)
-    borders = seam_frames(pipeline.spec)
-
-    def score(videos: Tensor, spread: Tensor | None = None) -> dict:
-        own = world if spread is not None else None
-        return benchmark.evaluate_videos(
-            pipeline.probes, videos, reference, test.asked, spread, own, config.max_lag, borders
-        )
-
-    floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
+    card = card_of(pipeline, replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text)))
+    evaluation = Evaluation(
+        card, pipeline.probes, test.real, test.decoded, real.video, seam_frames(pipeline.spec), world
+    )
+    floor = {"real": evaluation.score(test.clips.video[None]), "codec": evaluation.score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
 
     def clips(name: str, system: str, seed: int) -> Tensor:
         return load_tensors(clips_file(folder, name, system, seed))["video"]
 
+    beside = {"teacher": clips("test", "teacher", 0), "teacher_same_noise": clips("test", SAME_NOISE, 0)}
     for name in (name for name in SYSTEMS if name != "ar_teacher" or pipeline.own_network):
         seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
         spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
-        scores[name] = score(torch.stack(seeds), spread)
+        others = beside if name in ("zero_shot", "init", "student") else None
+        scores[name] = evaluation.score(torch.stack(seeds), spread, others)
         sheets[name] = seeds[0]
-    same = clips("test", SAME_NOISE, 0)
-    for name in ("zero_shot", "init", "student"):
-        mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
-        scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
     costs = measure_costs(pipeline, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
-    counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
-    report = assemble(pipeline, systems, floor, counted)
+    report = assemble(pipeline, systems, floor, card, evaluation.left_out)
     samples = write_samples(pipeline, test)
     curves = read_curves(pipeline.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
@@ -212,22 +204,27 @@ def cost(marks: list[list[float]], together: float, batch: int, nfe: int, pipeli
     } | ({"p95_chunk_seconds": percentile(chunks, 95)} if chunks else {})
 
 
-def assemble(pipeline: "Pipeline", systems: dict, floor: dict, counted: EvalConfig) -> dict:
-    """report.json as design section 6 has it; `counted` says how many clips there were."""
-    recipe, done = pipeline.recipe, pipeline.folder.finished
-    stages = {}
-    for name in pipeline.names[:-1]:
-        facts = done(name) or {}
-        stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
-    extractors = stages["extractors"]["metrics"]
-    world = recipe.data.world
-    card = protocol_card(
+def card_of(pipeline: "Pipeline", counted: EvalConfig) -> Card:
+    """The run's card; `counted` states how many clips there were."""
+    recipe, world = pipeline.recipe, pipeline.recipe.data.world
+    extractors = (pipeline.folder.finished("extractors") or {})["metrics"]
+    return run_card(
         counted,
         Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=pipeline.spec.fps),
         extractors["sha256"],
         extractors["admitted"],
         {"conditions": recipe.eval.condition_seed, "training": recipe.seed},
     )
+
+
+def assemble(pipeline: "Pipeline", systems: dict, floor: dict, card: Card, refused: dict[str, str]) -> dict:
+    """report.json as design section 6 has it; `refused`: metrics of the card that cannot be had, and why."""
+    recipe, done = pipeline.recipe, pipeline.folder.finished
+    stages = {}
+    for name in pipeline.names[:-1]:
+        facts = done(name) or {}
+        stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
+    left_out = {**pipeline.source.left_out, **refused}
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -246,8 +243,9 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict, counted: EvalConf
         "health": health_panels(stages),
         "ratios": ratios(systems),
         "targets": targets(systems),
-        "protocol": card,
-        **({"left_out": dict(pipeline.source.left_out)} if pipeline.source.left_out else {}),
+        "columns": {name: column.plain() for name, column in card.columns.items()},
+        "protocol": card.plain(),
+        **({"left_out": left_out} if left_out else {}),
     }
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from distill.recipe import Limits
-from eval.embedded.benchmark import seam_jump
 from eval.metrics.quality import Frames, failure_rates, measure
+from eval.metrics.seam import seam_jump
 from students.spec import Spec
 from students.student import Student
 from teachers import flow
@@ -56,7 +56,8 @@ def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
 
 
 def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `panel` needs of these rows of the conditions, a row a clip: `eval.metrics.quality.Frames`, the share of clipped values, and
+    """What `panel` needs of these rows of the conditions, a row a clip: `eval.metrics.quality.Frames`, the share of clipped
+    values, and
     how far the clip (frames 1.., in grey levels) is from the one of each other variant. decode: x0 -> uint8 [N, 3, T, H, W]."""
     own, facts = None, {}
     for name, (asked, seed) in variants(conditions).items():

@@ -11,9 +11,11 @@ from tqdm import tqdm
 from distill.data.source import Clips
 from distill.pipeline.generate import stream_noise, student_clips
 from distill.pipeline.health import Checkup, reasons
-from eval.embedded import admission, benchmark, probe_training
-from eval.embedded.benchmark import Reference, TargetLabels
+from eval.cards import load_card
+from eval.embedded import admission, probe_training
+from eval.embedded.evaluation import Evaluation, clips_of
 from eval.embedded.extractors import Probes
+from eval.metric import Clip
 from students.student import Student
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
@@ -25,26 +27,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out conditions as the metrics want them: real clips, their codec ceiling, conditions and what was asked."""
+    """Held-out clips, the same through the codec (the ceiling), their conditions, and the clips with labels as metrics take
+    them."""
 
     clips: Clips
     decoded: Tensor
     conditions: Conditions
-    asked: TargetLabels
+    real: list[Clip]
 
     @classmethod
     def draw(cls, pipeline: "Pipeline", name: str, num: int) -> "HeldOut":
         """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
         clips = pipeline.source.draw(pipeline.recipe.eval.condition_seed, name, num)
         x0, conditions = pipeline.encoders.of_clips(clips)
-        rows = heard(pipeline, clips)
-        asked = TargetLabels(
-            audio_features=rows,
-            gesture=clips.labels.get("gesture"),
-            expression=clips.labels.get("expression"),
-            portrait=clips.video[:, :, 0],
+        real = clips_of(
+            clips.video,
+            pipeline.spec.fps,
+            load_card(pipeline.recipe.eval.protocol),
+            labels={name: values for name, values in clips.labels.items() if values.ndim == 1},
+            audio_features=heard(pipeline, clips),
         )
-        return cls(clips, pipeline.encoders.decode(x0), conditions.to(pipeline.engine.device), asked)
+        return cls(clips, pipeline.encoders.decode(x0), conditions.to(pipeline.engine.device), real)
 
 
 def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
@@ -74,10 +77,8 @@ def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
     test = HeldOut.draw(pipeline, "admit", config.admit_clips)
     reference = source.draw(config.condition_seed, "reference", config.num_reference)
     rng = keyed_generator(config.probe_seed, "admit")
-    result = admission.admit(
-        probes, test.clips.video, test.decoded, test.asked.audio_features, test.asked.gesture, reference.video, rng
-    )
-    checks = probes.check(test.decoded, test.clips.labels, test.asked.audio_features)
+    result = admission.admit(load_card(config.protocol), probes, test.real, test.decoded, reference.video, rng)
+    checks = probes.check(test.decoded, test.clips.labels, heard(pipeline, test.clips))
     return {"sha256": probes.sha256, "checks": checks, **result}
 
 
@@ -94,7 +95,9 @@ class Validation:
         self.test = HeldOut.draw(pipeline, "validate", 2 * pipeline.recipe.eval.num_conditions)
         config = pipeline.recipe.eval
         real = pipeline.source.draw(config.condition_seed, "validate reference", config.num_reference)
-        self.reference: Reference = benchmark.prepare_reference(pipeline.probes, real.video, self.test.decoded)
+        self.evaluation = Evaluation(
+            load_card(config.protocol), pipeline.probes, self.test.real, self.test.decoded, real.video
+        )
         self.start = self._measure()
         self.checkup = Checkup(pipeline)
         self.teacher = self.checkup.teacher(folder)
@@ -104,8 +107,8 @@ class Validation:
         noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "validate")
         x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
         video = pipeline.encoders.decode(x0)
-        scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
+        scores = self.evaluation.score(video[None], only=wanted)
         return {name: scores[name]["mean"] for name in wanted if name in scores}
 
     def __call__(self) -> dict[str, float]:
