@@ -171,19 +171,16 @@ class Metric:
 
     def floor(self, real: Sequence[Features], splits: int) -> tuple[dict[str, tuple[float, float]], int] | None:
         """(mean, spread) between random halves of the real clips, and the clips in a half; None without a floor."""
-        del real, splits
         return None
 
     def difference(
         self, ours: Sequence[Features], others: Sequence[Features], real: Sequence[Features]
     ) -> tuple[float, float] | None:
         """Score of one system less another's on the same clips, with its error, where it is no mean over clips."""
-        del ours, others, real
         return None
 
     def notes(self, clips: Sequence[str], truth: Mapping[str, Score]) -> list[str]:
         """Lines that must stand beside the numbers; clips: their names, truth: the ground truth's scores."""
-        del clips, truth
         return []
 
     admit: ClassVar[Any] = None

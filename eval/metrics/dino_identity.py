@@ -38,7 +38,6 @@ class DinoIdentity(Metric):
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         found = {"identity": Score.over([clip["cosine"].mean() for clip in features])}
         if all("slope" in clip for clip in features):
             found["identity_slope"] = Score.over([clip["slope"] for clip in features])

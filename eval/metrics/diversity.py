@@ -18,7 +18,6 @@ class Diversity(Metric):
     needs, over, against, admitted_with = ("probes", "noises"), "noises", "real", "fid"
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real
         labels = {f"label {name}": values for name, values in networks.reading(clip).labels.items()}
         return {"video": clip.video, "condition": torch.tensor(clip.condition), **labels}
 

@@ -21,7 +21,6 @@ class Expression(Metric):
         return {"expression": networks.reading(clip).expression, "target": real.labels["expression"]}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         shown = stacked(features, "expression")
         late = shown[:, shown.shape[1] // 3 :].mean(1)
         return {"expression": Score(*class_agreement(late, stacked(features, "target"))[:2])}

@@ -37,7 +37,6 @@ class FID(Metric):
         return (self.extractor,)
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real
         return {"frames": networks.frames(clip, self.extractor, self.resize, self.every)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:

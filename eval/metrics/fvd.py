@@ -34,7 +34,6 @@ class FVD(Metric):
         return (self.extractor,)
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real
         if self.extractor == "probes":
             return {"clip": networks.reading(clip).clip_features}
         if clip.video.shape[1] < MIN_FRAMES:

@@ -22,12 +22,10 @@ class Gap(Metric):
     needs = ("teacher", "teacher_same_noise")
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real, networks
         own, other = clip.beside["teacher_same_noise"], clip.beside["teacher"]
         return {"own": frame_squares(clip.video, own), "other": frame_squares(other, own)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         return {"gap": Score(*ratio_with_error(stacked(features, "own").mean(1), stacked(features, "other").mean(1)))}
 
 

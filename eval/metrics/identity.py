@@ -21,7 +21,6 @@ class Identity(Metric):
         return {"identity": networks.reading(clip).identity, "portrait": networks.portrait(real)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         return {"identity": Score(*identity_agreement(stacked(features, "identity"), stacked(features, "portrait")))}
 
     def admit(self, cases) -> tuple[dict[str, float], bool]:

@@ -74,7 +74,6 @@ class SyncNetSync(Metric):
         return {"curve": curve, "windows": torch.tensor(num_windows)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         clips = [
             from_curve(clip["curve"], self.max_lag, int(clip["windows"])) if len(clip["curve"]) else None
             for clip in features

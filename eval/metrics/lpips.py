@@ -20,5 +20,4 @@ class LPIPS(Metric):
         return {"lpips": networks.alexnet.distance(ours, theirs, networks.batch_size)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         return {"lpips": Score.over([clip["lpips"].double().mean() for clip in features])}

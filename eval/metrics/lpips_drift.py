@@ -42,7 +42,6 @@ class LpipsDrift(Metric):
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         scores = {"lpips_drift": Score.over([clip["distance"].mean() for clip in features])}
         if all("slope" in clip for clip in features):
             scores["lpips_slope"] = Score.over([clip["slope"] for clip in features])

@@ -32,7 +32,6 @@ class Motion(Metric):
         return {"gesture": networks.reading(clip).gesture, "target": real.labels["gesture"]}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         share, error, probability = class_agreement(stacked(features, "gesture"), stacked(features, "target"))
         return {"motion": Score(share, error), "motion_probability": Score(probability)}
 

@@ -43,7 +43,6 @@ class MotionEnergy(Energy):
     name, label = "motion_energy", "motion energy"
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real, networks
         return {"energy": in_parts(motion_energies, clip.video)}
 
     def admit(self, cases) -> tuple[dict[str, float], bool]:

@@ -19,11 +19,9 @@ class PSNR(Metric):
     table, paired = "Against the real frames", True
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del networks
         return {"psnr": psnr(clip.video[:, clip.given :], real.video[:, clip.given :])}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         return {"psnr": Score.over([clip["psnr"].double().mean() for clip in features])}
 
 

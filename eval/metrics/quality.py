@@ -46,7 +46,6 @@ class Quality(Metric):
         return shown | {"colour_slope": self.column("colour drift", 0.0, "levels a second, 0 is none", table="Drift")}
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real
         frames = frames_of(clip, networks)
         values = {"flicker": flickers(frames), "saturation": frames.saturation.mean(1), **failure_rates(frames)}
         found = {name: value[0] for name, value in values.items()}
@@ -55,7 +54,6 @@ class Quality(Metric):
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         names = [name for name in self.columns if all(name in clip for clip in features)]
         return {name: Score.over([clip[name] for clip in features]) for name in names}
 

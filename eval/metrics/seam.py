@@ -20,7 +20,6 @@ class Seam(Metric):
     hint = "1 is none"
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real
         change = frames_of(clip, networks).change[0]
         steps = [frame - 1 for frame in clip.seams if frame < clip.video.shape[1]]
         at = torch.zeros(len(change), dtype=torch.bool)
@@ -28,7 +27,6 @@ class Seam(Metric):
         return {"at_seams": change[at].mean(), "elsewhere": change[~at].mean()} if 0 < len(steps) < len(change) else {}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         if not all("at_seams" in clip for clip in features):
             return {}
         at, elsewhere = stacked(features, "at_seams"), stacked(features, "elsewhere")

@@ -16,7 +16,6 @@ class Sharpness(Energy):
     name, label = "sharpness", "sharpness"
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del real, networks
         return {"energy": in_parts(sharpness_energies, clip.video)}
 
     def admit(self, cases) -> tuple[dict[str, float], bool]:

@@ -23,11 +23,9 @@ class SSIM(Metric):
     table, paired = "Against the real frames", True
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        del networks
         return {"ssim": ssim(clip.video[:, clip.given :], real.video[:, clip.given :])}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         return {"ssim": Score.over([clip["ssim"].double().mean() for clip in features])}
 
 

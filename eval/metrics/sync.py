@@ -39,7 +39,6 @@ class Sync(Metric):
         return {"mouth": networks.reading(clip).mouth, "audio": audio}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        del reference
         found = mouth_sync(stacked(features, "mouth"), stacked(features, "audio"), self.max_lag)
         rest = {name: Score(found[name]) for name in ("sync_offset_frames", "sync_width")}
         return {"sync": Score(found["sync"], found["error"]), **rest}
