@@ -46,7 +46,7 @@ def test_a_student_is_drawn_scored_told_and_resumed(run_folder, tmp_path, capsys
     assert card["probes"] == Probes.load(run_folder / "stages" / "extractors").sha256
     assert f"embedded {card['sha256'][:12]}" in shown.out
     html = (out / "eval.html").read_text()
-    assert html.count("<table>") == 4
+    assert html.count("<table>") == 3
     assert "data:image/png;base64," in html
     assert card["sha256"] in html
 
