@@ -23,6 +23,7 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
         "distill.commands.plan",
         "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read",
     ),
+    "recipes": ("distill.commands.recipes", "the shipped recipes by name: a list; show NAME; copy NAME DIR"),
     "data": ("distill.commands.data", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.commands.convert", "checkpoints between the published layouts and ours"),
 }
@@ -30,15 +31,8 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["run"]:  # some launchers add their rank
-        words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
-        if many := [
-            word for word in words if word in ("-m", "--multirun")
-        ]:  # argparse wants options before positionals
-            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
     try:
-        arguments = _parser(words).parse_args(words)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
         return arguments.command(arguments) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
@@ -47,6 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("distill: interrupted; the same command continues", file=sys.stderr)
         return INTERRUPTED
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line (without the program's name), `command` being what runs them. Raises UserError."""
+    words = list(argv)
+    if words[:1] == ["run"]:  # some launchers add their rank
+        words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
+        if many := [
+            word for word in words if word in ("-m", "--multirun")
+        ]:  # argparse wants options before positionals
+            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
+    return _parser(words).parse_args(words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,8 +68,10 @@ def _parser(words: Sequence[str]) -> Parser:
     )
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
-    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, dmd, export, evaluate")
-    run.add_argument("recipe", type=Path, metavar="RECIPE")
+    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, distill, export, evaluate")
+    run.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="a shipped recipe's name (`distill recipes`) or a .yaml file"
+    )
     run.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. preset=smoke seed=1 run_dir=runs/b")
     run.add_argument("-m", "--multirun", action="store_true", help="a sweep: a=1,2 b=x,y or sweep=NAME [sweep_dir=DIR]")
     run.set_defaults(command=_run)

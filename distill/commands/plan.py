@@ -18,7 +18,7 @@ WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `distill plan`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a shipped recipe's name or a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. engine.precision=bf16")
     parser.add_argument("--gpus", default="1,4,8,64", metavar="N,N,...", help="a table for each (default 1,4,8,64)")
     parser.add_argument("--gib-per-gpu", type=float, default=80.0, metavar="GIB", help="what has to fit (default 80)")
@@ -117,7 +117,7 @@ def _facts(plan: "Plan") -> Iterator[str]:
         each = f"forwards for one: {solver} {plan.trajectory_forwards}"
         yield f"trajectories {_gib(plan.trajectories)} GiB on disk; {each}"
     for stage, roles in plan.forwards.items():
-        unit = {"student": " (chunks)"} if stage == "dmd" else {}
+        unit = {"student": " (chunks)"} if stage == "distill" else {}
         counts = ", ".join(f"{role} {count:g}{unit.get(role, '')}" for role, count in roles.items())
         yield f"{stage:<12} forwards a step: {counts}"
 

@@ -1,8 +1,9 @@
 """Makes a recipe a program: python, `accelerate launch` and torchrun run `recipes/x.yaml key=value` as `distill run`.
 
 Python asks sys.path_hooks whether a script's path is something it can import `__main__` from (that is how a zip file is
-run). This hook says yes for YAML files whose first line is HEADER, and no for everything else. It imports only `sys`,
-for it is loaded at the start of every interpreter of the environment.
+run). This hook says yes for YAML files whose first line is HEADER, and no for everything else. `python -m distill` finds the
+installed package also where the working directory has a `distill` of its own. The hook is loaded at the start of every
+interpreter of the environment, so it imports only `sys`, and the package itself where it is about to be run.
 """
 
 import sys
@@ -16,6 +17,7 @@ LAUNCHERS = (
     "torch.distributed.run",
     "torch.distributed.launch",
 )
+PACKAGE = "distill"
 USER_ERROR = 2
 DOOR = """\
 import sys
@@ -66,6 +68,27 @@ class RecipeFinder:
         return False
 
 
+def module_to_run(argv):
+    """X of `python ... -m X ...`, else None; `argv` is the interpreter's whole command line (sys.orig_argv)."""
+    words = iter(argv[1:])
+    for word in words:
+        option, _, attached = word.partition("m")
+        if word in ("-X", "-W", "--check-hash-based-pycs"):
+            next(words, None)
+        elif word.startswith(("-X", "-W", "--")):
+            continue
+        elif not word.startswith("-") or word == "-" or "c" in option:  # a script, the standard input, code
+            return None
+        elif "m" in word:  # -m X, -mX, -um X
+            return attached or next(words, None)
+    return None
+
+
+def starts_distill(argv):
+    """Whether a launcher's words start a recipe: its file, or `-m distill`."""
+    return any(is_recipe(word) for word in argv) or (PACKAGE in argv and ("-m" in argv or "--module" in argv))
+
+
 def quiet_launcher(argv):
     """A launcher whose recipe ended with USER_ERROR ends with it too: the recipe has said its one line already."""
     before = sys.excepthook
@@ -79,7 +102,7 @@ def quiet_launcher(argv):
             raise SystemExit(USER_ERROR)
         before(kind, error, trace)
 
-    if any(is_recipe(word) for word in argv):
+    if starts_distill(argv):
         sys.excepthook = hook
 
 
@@ -88,6 +111,11 @@ def install():
         sys.path_hooks.append(RecipeFinder)
         if any(word.replace("\\", "/").rsplit("/", 1)[-1] in LAUNCHERS for word in sys.orig_argv[:3]):
             quiet_launcher(sys.orig_argv)
+        if module_to_run(sys.orig_argv) == PACKAGE:
+            try:
+                __import__(PACKAGE)  # before the working directory comes first on sys.path
+            except ImportError:
+                pass  # not installed here: python says so
 
 
 install()

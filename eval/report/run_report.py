@@ -163,8 +163,11 @@ def _head(report: Mapping) -> dict[str, Any]:
     clips = f"{counts['num_conditions']} held-out conditions, {counts['num_seeds']} noise seeds" if counts else ""
     took = f"all stages {seconds / 60:.1f} min" if seconds else ""
     lines = ["; ".join(part for part in (clips, took, where) if part)]
-    verdict = (report.get("health") or {}).get("verdict")
-    return {"title": f"Distillation report: {name}", "lines": lines + ([f"After init: {verdict}."] if verdict else [])}
+    readiness = (report.get("health") or {}).get("readiness")
+    return {
+        "title": f"Distillation report: {name}",
+        "lines": lines + ([f"After init: {readiness}."] if readiness else []),
+    }
 
 
 def _details(report: Mapping) -> dict[str, str]:

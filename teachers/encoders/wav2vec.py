@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.strict import describe, refuse
 from teachers.checkpoints.weights import read_json
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
@@ -64,6 +64,23 @@ class Wav2VecConfig:
                 f"wav2vec2: features={self.features}, the weights give {audio_encoder.dim}: {self.path}; say the latter"
             )
         return audio_encoder
+
+    def write_random(self, folder: Path) -> None:
+        """A small network with random weights in the layout that `load` reads, for recipes with size=tiny."""
+        from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+        width = self.features // 4  # two layers: their states, the input's, and the last again
+        shape = Wav2Vec2Config(
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=width,
+            conv_dim=(8,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+        )
+        Wav2Vec2Model(shape).save_pretrained(folder)
+        Wav2Vec2FeatureExtractor().save_pretrained(folder)
 
 
 class Wav2Vec(nn.Module):
@@ -287,16 +304,11 @@ def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optiona
         ) from error
     finally:
         logging.set_verbosity(level)
-    faults = [f"missing {name}" for name in sorted(found["missing_keys"])]
-    faults += [f"unexpected {name}" for name in sorted(found["unexpected_keys"])]
-    allowed = re.compile(rf"(missing|unexpected) ({'|'.join(optional)})")
-    faults = [fault for fault in faults if not allowed.fullmatch(fault)]
-    faults += [f"{name} is {tuple(got)}, not {tuple(want)}" for name, got, want in sorted(found["mismatched_keys"])]
-    refuse(faults, folder, source)
+    allowed = re.compile("|".join(optional))
+    missing, unexpected = (
+        [name for name in sorted(found[kind]) if not allowed.fullmatch(name)]
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    wrong = {name: (got, want) for name, got, want in sorted(found["mismatched_keys"])}
+    refuse(describe(missing, unexpected, wrong), folder, f"get {source}")
     return model.eval().requires_grad_(False)
-
-
-def refuse(faults: list[str], where: Path, source: str) -> None:
-    """UserError that lists the faults of a set of weights, unless there is none."""
-    if faults:
-        raise UserError(f"weights do not fit: {where}: {listed(faults)}; get {source}")

@@ -4,6 +4,7 @@ The children get a `distill.cli` of their own that prints what it was given: the
 """
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,11 @@ import pytest
 import distill
 
 HEADER = "# avatar-distill recipe\n"
+MAIN = """\
+import sys
+from distill.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 CLI = """\
 import os, sys
 from pathlib import Path
@@ -39,9 +45,11 @@ def place(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "cli.py").write_text(CLI)
+    (package / "__main__.py").write_text(MAIN)
     (tmp_path / "seen").mkdir()
     (tmp_path / "own.yaml").write_text(HEADER + "seed: 1\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "lib"))
+    hook = Path(distill.__file__).parent / "hook"  # this tree's, in place of an older one that is installed
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "lib"), str(hook)]))
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
     monkeypatch.setenv("HOUSE", str(Path(distill.__file__).parent))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -86,6 +94,44 @@ def test_accelerate_launch_runs_a_recipe_verbatim_and_ends_as_it_ends(place):
     assert done.returncode == 2
     assert "distill: one line\n" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_accelerate_launch_runs_a_recipe_by_name_and_ends_as_it_ends(place):
+    """`accelerate launch -m distill run NAME`; a failing one is one line here too."""
+    done = start(place, "-m", "accelerate.commands.launch", "-m", "distill", "run", "own", "fail=1")
+    assert seen(place)[:3] == ["run", "own", "fail=1"]
+    assert done.returncode == 2
+    assert "distill: one line\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_that_name_in_the_working_directory_is_not_run(place):
+    (place / "distill").mkdir()
+    (place / "distill" / "__init__.py").write_text("raise SystemExit('shadowed')")
+    for flag in ("-m", "-um"):
+        done = start(place, flag, "distill", "run", "own.yaml")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert start(place, "-c", "import distill").stderr == "shadowed\n", "python's own rule is changed"
+
+
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        ("-m distill run", "distill"),
+        ("-mdistill", "distill"),
+        ("-u -X dev -W ignore -Im distill", "distill"),
+        ("-Xfrozen_modules=off recipe.yaml -m distill", None),
+        ("-c import -m distill", None),
+        ("- -m distill", None),
+        ("-Wm", None),
+        ("-m", None),
+        ("", None),
+    ],
+)
+def test_the_module_of_an_interpreters_command_line(words, module, monkeypatch):
+    monkeypatch.setattr(sys, "path_hooks", [])
+    hook = runpy.run_path(str(Path(distill.__file__).parent / "hook" / "avatar_distill_hook.py"))
+    assert hook["module_to_run"](["python", *words.split()]) == module
 
 
 def test_torchrun_runs_a_recipe_in_every_process_of_one_group(place):

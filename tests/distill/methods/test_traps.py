@@ -12,7 +12,7 @@ import pytest
 # fmt: off
 TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
     (1, "time in 0..1 where the network wants 0..1000", (
-        "teachers/test_wan.py::test_time_is_a_thousand_sigma",
+        "teachers/networks/test_wan.py::test_time_is_a_thousand_sigma",
         "teachers/test_reference_wan.py::test_network_and_teacher_are_the_equations",
     )),
     (2, "[1000, 750, 500, 250] are indices of a table, not times", (
@@ -40,14 +40,14 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "distill/methods/test_methods.py::test_dmd_compares_scores_of_one_noisy_clip",
     )),
     (8, "guidance s against 1 + s", (
-        "teachers/test_conditions.py::test_guidance_is_effective_and_counts_its_passes",
+        "teachers/test_guidance.py::test_guidance_is_effective_and_counts_its_passes",
     )),
     (9, "a zero embedding is not the embedding of silence", (
         "teachers/encoders/test_wav2vec.py::test_dropped_audio_is_a_silent_wave_and_not_zeros",
         "teachers/test_conditions.py::test_a_dropped_modality_is_zero_and_the_rest_is_untouched",
     )),
     (10, "mask: 0 is known for OmniAvatar, 1 for Wan's image-to-video", (
-        "teachers/test_wan.py::test_mask_zero_is_known_and_the_noise_of_a_known_frame_is_not_seen",
+        "teachers/networks/test_wan.py::test_mask_zero_is_known_and_the_noise_of_a_known_frame_is_not_seen",
         "teachers/test_reference_wan.py::test_the_clean_reference_is_written_over_frame_0_before_the_step_and_after",
     )),
     (11, "known frames: same time, clamped before and after, out of losses and normaliser, by frame and not by channel", (
@@ -74,7 +74,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "students/serving/test_session.py::test_an_impulse_lands_on_its_frame_at_any_time",
     )),
     (15, "audio enters before blocks 2 .. L/2, projection i - 2", (
-        "teachers/test_wan.py::test_audio_enters_where_the_published_rule_says",
+        "teachers/networks/test_wan.py::test_audio_enters_where_the_published_rule_says",
         "teachers/test_reference_wan.py::test_audio_is_added_before_the_chosen_blocks_alone",
         "teachers/test_reference_wan.py::test_network_and_teacher_are_the_equations",
     )),
@@ -101,7 +101,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
     (20, "keys cached at absolute positions: the sinks drift away, the table ends", (
         "students/test_student.py::test_a_stream_has_no_last_position",
         "students/test_history.py::test_the_ring_holds_what_training_concatenates",
-        "teachers/test_wan.py::test_positions_past_the_table_are_refused",
+        "teachers/networks/test_wan.py::test_positions_past_the_table_are_refused",
     )),
     (21, "only the clean pass lasts in the cache, it rolls once a chunk and holds sinks and window", (
         "students/test_student.py::test_one_masked_pass_equals_the_cached_stream",

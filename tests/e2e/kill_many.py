@@ -1,6 +1,6 @@
 """SIGKILL a smoke run at random moments, resume it until it ends, and compare it with one that nobody disturbed.
 
-    python benchmarks/kill_many.py --dir DIR [--kills 50] [--seed 0] [--aimed 0.4] [OVERRIDE ...]
+    python -m tests.e2e.kill_many --dir DIR [--kills 50] [--seed 0] [--aimed 0.4] [OVERRIDE ...]
 
 A share of the kills, `--aimed`, waits for a file or folder that is being written (its temporary name, a checkpoint's above all)
 and strikes within a few milliseconds; a tenth comes while the process starts; the others come at a random time after it has first
@@ -21,7 +21,8 @@ import time
 from pathlib import Path
 
 import torch
-from test_pipeline import STAGES, command, results
+
+from tests.e2e.test_pipeline import STAGES, command, results
 
 TEMPORARY = "stages/*/.*.tmp"
 
@@ -78,7 +79,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
     ours, theirs = results(folder), results(whole)
     found = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, whole)]
-    best = [torch.load(run / "stages/dmd/best.pt", weights_only=True) for run in (folder, whole)]
+    best = [torch.load(run / "stages/distill/best.pt", weights_only=True) for run in (folder, whole)]
     found += ["metrics.jsonl"] if logs[0] != logs[1] else []
     return found + [f"best.pt {name}" for name, x in best[1].items() if not torch.equal(best[0][name], x)]
 
