@@ -20,7 +20,6 @@ Runs and `distill eval` score with the same cards. Two numbers may be compared o
 import dataclasses
 import hashlib
 import importlib
-import importlib.util
 import pkgutil
 import sys
 from collections.abc import Mapping
@@ -29,7 +28,6 @@ from fractions import Fraction
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import yaml
@@ -37,9 +35,10 @@ import yaml
 import eval.metrics
 from eval.metric import Column, Metric
 from eval.networks.weights import REGISTRY
-from teachers.config import convert, nearest, to_plain
+from teachers.config import convert, to_plain
 from teachers.errors import UserError
 from teachers.files import canonical_json
+from teachers.resolve import Registry, nearest, resolve
 
 PROSE = ("source", "note", "choices", "sha256")
 """Keys that describe and do not decide: they are not hashed."""
@@ -155,13 +154,16 @@ def _config(key: str, metric: Metric) -> dict[str, Any]:
     return {**named, **to_plain(metric), **({"code": digest} if digest else {})}
 
 
-def _origin(kind: type) -> tuple[str, str | None]:
+def _origin(kind: type[Metric]) -> tuple[str, str | None]:
     """The name by which a card has the class, and the sha256 of its file where it is none of ours."""
-    if kind.__module__.startswith(f"{eval.metrics.__name__}."):
+    if kind in metric_classes().values():
         return kind.name, None
     module = sys.modules[kind.__module__]
-    written = getattr(module, "__card_name__", kind.__module__)
-    return f"{written}:{kind.__name__}", hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    place = f"{kind.__module__}:{kind.__name__}"
+    entry = next((name for name, there in registry().places.items() if there == place), None)
+    file = getattr(module, "__outside__", None)
+    return entry or (place if file is None else f"{file.stem}:{kind.__name__}"), digest
 
 
 def names() -> list[str]:
@@ -179,6 +181,21 @@ def metric_classes() -> dict[str, type[Metric]]:
             if isinstance(kind, type) and issubclass(kind, Metric) and "name" in vars(kind):
                 found[kind.name] = kind
     return found
+
+
+@cache
+def registry() -> Registry:
+    """Metrics by name: ours, entry points of avatar_distill.metrics, and classes of the user's files."""
+    return Registry(
+        kind="metric",
+        group="metrics",
+        entries={name: f"{kind.__module__}:{kind.__name__}" for name, kind in metric_classes().items()},
+        methods={
+            "features": "def features(self, clip, real, networks) -> dict[str, Tensor]",
+            "score": "def score(self, features, reference) -> dict[str, Score]",
+        },
+        base="eval.metric:Metric",
+    )
 
 
 def load_card(name: str) -> Card:
@@ -238,58 +255,12 @@ def _metric(key: str, config: Any, folder: Path | None, where: str) -> Metric:
     if not isinstance(config, dict):
         raise UserError(f"wrong value of 'metrics.{key}': {config!r} in {where}; it must be a mapping")
     config = {name: value for name, value in config.items() if name != "code"}
-    name = config.pop("name", key)
-    if ":" in str(name):
-        kind = _outside(str(name), folder, where)
-    elif name in metric_classes():
-        kind = metric_classes()[name]
-    else:
-        raise UserError(f"unknown metric '{name}': metrics.{key} in {where}; {nearest(str(name), metric_classes())}")
-    return convert(kind, config, f"metrics.{key}", lambda _: where)
-
-
-def _outside(name: str, folder: Path | None, where: str) -> type[Metric]:
-    """Class `Thing` of `my_file:Thing`: of my_file.py beside the card, else of an installed module. UserError that names the
-    file."""
-    module_name, _, class_name = name.partition(":")
-    beside = None if folder is None else folder / f"{module_name}.py"
-    file = module_name if beside is None or not beside.is_file() else str(beside)
-    try:
-        module = importlib.import_module(module_name) if beside is None or not beside.is_file() else _read(beside)
-        file = module.__file__ or file
-        kind = getattr(module, class_name)
-    except Exception as error:  # whatever a user's file may raise
+    kind = resolve(registry(), str(config.pop("name", key)), f"metrics.{key} in {where}", folder)
+    if not getattr(kind, "name", ""):
         raise UserError(
-            f"metric '{name}' of {where} cannot be loaded ({type(error).__name__}: {error}): {file}; fix it"
-        ) from error
-    if not (
-        isinstance(kind, type) and issubclass(kind, Metric) and dataclasses.is_dataclass(kind) and hasattr(kind, "name")
-    ):
-        raise UserError(
-            f"'{class_name}' is no metric: {file}; make it a frozen dataclass below eval.metric.Metric with a name"
+            f"{sys.modules[kind.__module__].__file__}:{kind.__name__} has no name; add `name = ...` to the class"
         )
-    for method in ("features", "score"):
-        if getattr(kind, method) is getattr(Metric, method):
-            raise UserError(f"metric '{class_name}' has no method '{method}': {file}; add it (eval.metric.Metric)")
-    return kind
-
-
-def _read(path: Path) -> ModuleType:
-    """The module in a file, run once in this process as long as the file does not change."""
-    name = f"_metric_{hashlib.sha256(str(path).encode() + path.read_bytes()).hexdigest()[:16]}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        module.__dict__["__card_name__"] = path.stem
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    return convert(kind, config, f"metrics.{key}", lambda _: where)
 
 
 def label_of(card: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from eval.metrics.frechet import mean_with_error
 from teachers.errors import UserError
+from teachers.resolve import missing
 
 Better = Literal["lower", "higher"] | float | None
 Features = Mapping[str, Tensor]
@@ -155,6 +156,7 @@ class Metric:
         }
         return Column(label, better, hint, **shown)
 
+    @missing
     def features(self, clip: Clip, real: Clip, networks: Any) -> dict[str, Tensor]:
         """What is kept of one clip; `real` is its real clip (itself for the ground truth), `networks` an
         `eval.networks.loaded.Networks`.
@@ -163,6 +165,7 @@ class Metric:
         """
         raise NotImplementedError
 
+    @missing
     def score(
         self, features: Sequence[Features], reference: Sequence[Features] | None
     ) -> Mapping[str, Score | tuple[float, float]]:

@@ -1,21 +1,17 @@
 """Metrics of a card on clips: which of them can be had, features of one clip, scores of a set, and what they must return."""
 
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-import eval.metrics
 from eval.cards import Card, metric_classes
 from eval.metric import Clip, Features, Metric, Score
 from eval.networks.loaded import Networks
 from eval.networks.weights import REGISTRY, locate
-from teachers.config import nearest
 from teachers.errors import UserError
+from teachers.resolve import in_users_file, nearest
 
-Result = TypeVar("Result")
 IN_CLIPS = frozenset({"sound", "box"})
 """What sets of clips may bring; a metric is refused for a clip that has none."""
 
@@ -59,10 +55,11 @@ def refusals(card: Card, keys: Sequence[str], offers: Iterable[str]) -> dict[str
 def clip_features(metric: Metric, clip: Clip, real: Clip, networks: Networks) -> dict[str, Tensor]:
     """The features of one clip; `real` is its real clip (the same for the ground truth). Raises UserError for a clip that
     has none."""
-    features = _guarded(metric, metric.features, clip, real, networks)
+    with in_users_file(metric):
+        features = metric.features(clip, real, networks)
     if not isinstance(features, Mapping) or not all(isinstance(value, Tensor) for value in features.values()):
         raise UserError(
-            f"features of metric '{metric.name}' must be a dict of tensors: {_where(metric)}; got {features!r:.80}"
+            f"features of metric '{metric.name}' must be a dict of tensors: {_where(metric)}; got {type(features).__name__}"
         )
     return {name: value.detach().cpu().contiguous() for name, value in features.items()}
 
@@ -72,9 +69,12 @@ def set_scores(metric: Metric, features: Sequence[Features], reference: Sequence
 
     Raises UserError where the set is too small and where a feature is not finite.
     """
-    found = _guarded(metric, metric.score, features, reference)
+    with in_users_file(metric):
+        found = metric.score(features, reference)
     if not isinstance(found, Mapping):
-        raise UserError(f"scores of metric '{metric.name}' must be a dict: {_where(metric)}; got {found!r:.80}")
+        raise UserError(
+            f"scores of metric '{metric.name}' must be a dict: {_where(metric)}; got {type(found).__name__}"
+        )
     scores = {}
     for name, score in found.items():
         if name not in metric.columns:
@@ -86,27 +86,9 @@ def set_scores(metric: Metric, features: Sequence[Features], reference: Sequence
             scores[name] = score if isinstance(score, Score) else Score(*(float(value) for value in score))
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"'{name}' of metric '{metric.name}' must be (mean, error): {_where(metric)}; got {score!r:.80}"
+                f"'{name}' of metric '{metric.name}' must be (mean, error): {_where(metric)}; got {type(score).__name__}"
             ) from error
     return scores
-
-
-def _guarded(metric: Metric, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call a metric; what a user's own code raises becomes one line that names its file."""
-    try:
-        return function(*arguments)
-    except UserError:
-        raise
-    except Exception as error:
-        if type(metric).__module__.startswith(f"{eval.metrics.__name__}."):
-            raise
-        file = _where(metric)
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        place = f"{file}:{lines[-1]}" if lines else file
-        message = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"metric '{metric.name}' failed ({type(error).__name__}: {message}): {place}; fix it"
-        ) from error
 
 
 def _where(metric: Metric) -> str:

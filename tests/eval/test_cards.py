@@ -165,7 +165,11 @@ def test_a_card_survives_another_process():
         (("metrics", "quality"), 3, "wrong value of 'metrics.quality': 3"),
         (("metrics", "fidd"), {}, "unknown metric 'fidd': metrics.fidd in .*did you mean 'fid'"),
         (("metrics", "twice"), {"name": "psnr"}, "'metrics.twice' and 'metrics.psnr' both score 'psnr'"),
-        (("metrics", "mine"), {"name": "no_such_module:Thing"}, "metric 'no_such_module:Thing' of .* cannot be loaded"),
+        (
+            ("metrics", "mine"),
+            {"name": "no_such_module:Thing"},
+            "no file of the metric 'no_such_module': metrics.mine in .*",
+        ),
         (("metrics",), {}, "'metrics' is empty"),
         (("metrics",), None, "a protocol card is a mapping with 'metrics'"),
         (("clips", "frames"), 0, "clips.frames must be at least 1"),

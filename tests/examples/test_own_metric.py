@@ -56,9 +56,11 @@ def test_it_is_scored_shown_and_compared_like_a_metric_of_the_package(folder, ca
 
 def test_another_code_is_another_card(folder, capsys):
     evaluated(folder / "one", *words())
-    file = folder / "border.py"
-    file.write_text(file.read_text().replace("abs()", "square()"))
-    report = evaluated(folder / "two", *words())
+    (folder / "edited").mkdir()
+    shutil.copy(folder / "card.yaml", folder / "edited")
+    text = (folder / "border.py").read_text()
+    (folder / "edited" / "border.py").write_text(text.replace("abs()", "square()"))
+    report = evaluated(folder / "two", *words()[:-1], "edited/card.yaml")
     assert report["rows"] != report_of(folder / "one")["rows"]
     assert main(["eval", "compare", "one", "two"]) == 2
     assert "metrics.border.code is" in capsys.readouterr().err
@@ -67,10 +69,14 @@ def test_another_code_is_another_card(folder, capsys):
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("def score(", "def scores(", "metric 'Border' has no method 'score'"),
-        ("import torch", "import torhc", "cannot be loaded (ModuleNotFoundError: No module named 'torhc')"),
-        ("class Border(Metric)", "class Border", "'Border' is no metric"),
-        ("class Border", "class Edge", "cannot be loaded (AttributeError"),
+        ("def score(", "def scores(", "missing method score: "),
+        ("import torch", "import torhc", ":5: ModuleNotFoundError: No module named 'torhc'"),
+        (
+            "class Border(Metric)",
+            "class Border",
+            "is no metric: metrics.border in card.yaml; write `from eval.metric import Metric; ",
+        ),
+        ("class Border", "class Edge", "no class 'Border' (metrics.border in card.yaml); known: Edge"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_line_that_names_it(folder, capsys, old, new, told):
@@ -85,13 +91,15 @@ def test_an_unknown_key_is_one_line_that_names_the_card(folder, capsys):
     card = folder / "card.yaml"
     card.write_text(card.read_text().replace("width: 2", "widht: 2"))
     line = refused_in_one_line(capsys, folder / "out", *words())
-    assert "unknown key 'metrics.border.widht': card.yaml; did you mean 'width'?" in line
+    assert (
+        f"unknown key 'metrics.border.widht' of {folder / 'border.py'}:Border: card.yaml; did you mean 'width'?" in line
+    )
 
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("real.video[:, :1]", "real.video[:, :2]", "metric 'border' failed (RuntimeError: "),
+        ("real.video[:, :1]", "real.video[:, :2]", "RuntimeError: "),
         (
             '{"change": change[:, :, border].mean((0, 2))}',
             "change",
