@@ -5,13 +5,12 @@ the padding, Mixed_7c pools with the maximum, and there are 1008 classes.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import inception as blocks
 
 from eval.networks.weights import exact, load_network
 from teachers.errors import UserError
@@ -21,48 +20,19 @@ SIDE = 299
 Variant = Literal["tf1", "pytorch_fid"]
 
 
-class _Pooled(nn.Module):
-    """A block of torchvision whose pooled branch, the last one, pools as the graph of 2015 does."""
-
-    branch_pool: nn.Module
-
-    def _forward(self, x: Tensor) -> list[Tensor]:
-        *branches, _ = super()._forward(x)  # pyright: ignore[reportAttributeAccessIssue]
-        return [*branches, self.branch_pool(self._pool(x))]
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-class _BlockA(_Pooled, blocks.InceptionA): ...
-
-
-class _BlockC(_Pooled, blocks.InceptionC): ...
-
-
-class _BlockE(_Pooled, blocks.InceptionE): ...
-
-
-class _LastBlock(_Pooled, blocks.InceptionE):
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, 3, 1, 1)
-
-
-class Inception(blocks.Inception3):
+class Inception(nn.Module):
     """Images [N, 3, 299, 299] as `preprocess` makes them -> features [N, 2048]."""
 
     def __init__(self):
-        kinds = [
-            blocks.BasicConv2d,
-            _BlockA,
-            blocks.InceptionB,
-            _BlockC,
-            blocks.InceptionD,
-            _BlockE,
-            blocks.InceptionAux,
-        ]
-        super().__init__(1008, aux_logits=False, init_weights=False, inception_blocks=kinds)
-        self.Mixed_7c = _LastBlock(DIM)
+        from torchvision.models import Inception3
+
+        super().__init__()
+        for name, block in Inception3(1008, aux_logits=False, init_weights=False).named_children():
+            if name in ("avgpool", "dropout"):
+                continue
+            if "branch_pool" in dict(block.named_children()):
+                _pool_as_in_2015(block, largest=name == "Mixed_7c")
+            self.add_module(name, block)
         self.eval().requires_grad_(False)
 
     @classmethod
@@ -74,9 +44,7 @@ class Inception(blocks.Inception3):
 
     def forward(self, x: Float[Tensor, "n 3 299 299"]) -> Float[Tensor, "n 2048"]:
         for name, block in self.named_children():
-            if name == "avgpool":
-                break
-            x = block(x)
+            x = x if name == "fc" else block(x)
         return x.mean(dim=(2, 3))
 
     def logits(self, features: Float[Tensor, "n 2048"]) -> Float[Tensor, "n 1008"]:
@@ -91,6 +59,18 @@ class Inception(blocks.Inception3):
         with exact():
             found = [self(preprocess(part.to(device), variant)).float().cpu() for part in frames.split(batch_size)]
         return torch.cat(found)
+
+
+def _pool_as_in_2015(block: Any, largest: bool) -> None:
+    """Give a block of torchvision, whose last branch is the pooled one, the pool of the published graph."""
+    theirs = block._forward
+
+    def forward(x: Tensor) -> list[Tensor]:
+        *branches, _ = theirs(x)
+        pooled = F.max_pool2d(x, 3, 1, 1) if largest else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return [*branches, block.branch_pool(pooled)]
+
+    block._forward = forward
 
 
 def preprocess(frames: UInt8[Tensor, "n 3 h w"], variant: Variant = "tf1") -> Float[Tensor, "n 3 299 299"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.eval.test_report import Page, small_report
+from tests.eval.report.test_report import Page, small_report
 
 from distill.compose import RECIPES
 from distill.pipeline import health
