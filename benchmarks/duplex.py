@@ -29,8 +29,10 @@ from distill.recipe import Recipe, spec_of
 from eval.embedded.extractors import Probes
 from eval.metrics.sync import correlation
 from students.student import Student
-from students.weights.checkpoint import fill, make_student
+from students.weights.adapter import HINT
+from students.weights.checkpoint import make_student
 from teachers import media
+from teachers.checkpoints.strict import load_strict
 from teachers.conditions import Conditions
 from teachers.config import convert
 from teachers.errors import UserError
@@ -61,7 +63,7 @@ class Bench:
         if not weights.is_file():
             raise UserError(f"no weights: {weights}; let the stage end, or give another --stage")
         student = make_student(spec)
-        fill(student.net, load_tensors(weights), weights)
+        load_strict(student.net, load_tensors(weights), weights, HINT)
         encoders = latents.load_encoders(recipe.data, run / "stages" / "data")
         return cls(recipe, student.eval().requires_grad_(False), encoders, Probes.load(run / "stages" / "extractors"))
 

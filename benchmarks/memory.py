@@ -80,13 +80,12 @@ class Alive(TorchDispatchMode):
 
 def make(recipe, spec, fp32: bool) -> dict[str, Any]:
     """Student, fake score and frozen teacher with random weights."""
-    from distill.pipeline.pretrained import network_dims
     from students.networks.causal_wan import CausalWan
     from students.serving.optimize import cast
-    from teachers.networks.wan import AvatarTeacher, build_network
+    from teachers.networks.kind import AvatarTeacher
 
     def network(config):
-        net: Any = build_network(config, **network_dims(spec))
+        net: Any = config.new(spec.dims)
         with torch.no_grad():
             for parameter in net.parameters():
                 if parameter.ndim > 1:
@@ -126,7 +125,9 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Engine(EngineConfig(precision="fp32")), recipe.dmd.train, trained, "student", Path(folder))
+        trainer = Trainer(
+            Engine(EngineConfig(precision="fp32")), recipe.distill.train, trained, "student", Path(folder)
+        )
         for _ in range(updates):
             for role in ("student", "fake_score"):
                 metrics = trainer.update(role, method, lambda _: batch, 0, updates)
@@ -142,7 +143,7 @@ class Theirs:
 
     def run(self, recipe, updates: int) -> Tensor:
         """Two updates of each role, generator first."""
-        config = recipe.dmd.train
+        config = recipe.distill.train
         nets = {name: self.roles[name] for name in ("student", "fake_score")}
         optimizers = {
             name: torch.optim.AdamW(
@@ -172,7 +173,8 @@ class Theirs:
         """The student's clip, gradient at the last step of each chunk, the context in buffers as long as the clip."""
         from distill.methods.rollout import draw_noise
         from teachers import flow
-        from teachers.networks.wan import rotate, to_x0, with_reference
+        from teachers.networks.kind import to_x0
+        from teachers.networks.wan import rotate, with_reference
 
         student, given = self.roles["student"], self.batch.conditions
         spec, net, size = student.spec, student.net, given.text.shape[0]
@@ -253,15 +255,15 @@ def measure(way: str, words: list[str], updates: int = 2) -> dict[str, float]:
     from distill.recipe import load_recipe, spec_of
     from students.history import History
 
-    words = ["teacher.path=nowhere/tiny/teacher", "size=tiny", "dmd.method.exit_step=last", *words]
+    words = ["teacher.path=nowhere/tiny/teacher", "size=tiny", "distill.method.exit_step=last", *words]
     recipe, habits = load_recipe(RECIPES / "livetalk.yaml", words), WAYS[way]
     assert recipe.base is not None
     spec = replace(spec_of(recipe), history=History(sinks=0, window=None), network=recipe.base.network)
     with Alive() as alive:
         roles = make(recipe, spec, habits is not None and "fp32" in habits)
         networks = alive.now
-        method = build(recipe.dmd.method, roles, None)
-        batch = Batch(conditions=some_conditions(spec, recipe.dmd.train.batch_size))
+        method = build(recipe.distill.method, roles, None)
+        batch = Batch(conditions=some_conditions(spec, recipe.distill.train.batch_size))
         if habits is None:
             loss = ours(recipe, method, roles, batch, updates)
         else:

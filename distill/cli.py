@@ -68,7 +68,7 @@ def _parser(words: Sequence[str]) -> Parser:
     )
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True, parser_class=Parser)
 
-    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, dmd, export, evaluate")
+    run = commands.add_parser("run", help="run a recipe: data, teacher, trajectories, init, distill, export, evaluate")
     run.add_argument(
         "recipe", type=Path, metavar="RECIPE", help="a shipped recipe's name (`distill recipes`) or a .yaml file"
     )

@@ -1,7 +1,8 @@
 """Recipes on disk: YAML composed by Hydra (groups, presets, overrides) into plain data, and where each key was written."""
 
+import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import distill
 from teachers.config import Locate, nearest
 from teachers.errors import UserError
+from teachers.files import flatten
 
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
@@ -37,30 +39,45 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     for override in parsed:
         _check_group(override, groups)
     texts = [_force(override, groups) for override in parsed]
-    search = f"hydra.searchpath=['file://{RECIPES}']"
     try:
-        with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            composed = compose(path.stem, [search, *texts], return_hydra_config=True)
-            choices = dict(composed.hydra.runtime.choices)
-            own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            values = OmegaConf.to_container(own, resolve=True)
+        values, choices = _compose(path, texts)
+        if wanted := list(_conditional(values)):
+            values, choices = _compose(path, [*wanted, *texts])
+            list(_conditional(values))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
-        raise UserError(f"{_first_lines(error)}: {path}; mend the recipe or the overrides") from error
-    assert isinstance(values, dict)
-    if "method" not in (values.get("ar_teacher") or {"method"}):
-        del values["ar_teacher"]  # a preset shortens a stage that this recipe does not have
-    codec = (values.get("data") or {}).get("codec") or {}
-    asked = any(override.key_or_group.startswith("data.codec.fit") for override in parsed)
-    if "batch" not in codec.get("fit", {"batch"}) and not asked:
-        del codec["fit"]  # or the training of a codec that is not trained
+        raise UserError(f"{_first_lines(error)}: {path}; fix the recipe or the overrides") from error
     locate = _locator(path, parsed, choices)
     for name in values:
         if name not in fields:
             known = {*fields, *groups}
             raise UserError(f"unknown key '{name}': {locate(str(name))}; {nearest(str(name), known)}")
-    return {str(name): value for name, value in values.items()}, locate
+    return values, locate
+
+
+def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hydra's composition as plain data, and which option each group has."""
+    search = f"hydra.searchpath=['file://{RECIPES}']"
+    with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+        composed = compose(path.stem, [search, *texts], return_hydra_config=True)
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    values = OmegaConf.to_container(own, resolve=True)
+    assert isinstance(values, dict)
+    return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices)
+
+
+def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Take out every key that ends with "?": of a preset, for the recipes that have that part. Yields an override for each value
+    below those whose part is there; they come before those of the command line."""
+    for name, value in list(values.items()):
+        if str(name).endswith("?"):
+            del values[name]
+            if values.get(name[:-1]) is not None:
+                for key, item in flatten(value, f"{prefix}{name[:-1]}").items():
+                    yield f"++{key}={json.dumps(item)}"
+        elif isinstance(value, dict):
+            yield from _conditional(value, f"{prefix}{name}.")
 
 
 def find_recipe(word: Path | str) -> Path:
@@ -90,10 +107,10 @@ def _parse(text: str) -> Override:
     except HydraException as error:
         raise UserError(f"not an override: '{text}' on the command line; write key=value") from error
     if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
-        raise UserError(f"'{text}' would have no effect: command line; leave hydra's own settings out")
+        raise UserError(f"'{text}' would have no effect: command line; remove hydra's own settings")
     if override.is_sweep_override():
-        mend = "give one value, quote it if it holds a comma, or add -m for a run of each"
-        raise UserError(f"several values in '{text}': command line; {mend}")
+        fix = "give one value, quote it if it holds a comma, or add -m for a run of each"
+        raise UserError(f"several values in '{text}': command line; {fix}")
     if override.key_or_group in ("sweep", "sweep_dir", "launcher"):
         raise UserError(f"'{text}' would have no effect: command line; it is for a sweep, add -m")
     return override
@@ -114,7 +131,7 @@ def _check_group(override: Override, groups: dict[str, list[str]]) -> None:
 
 
 def _force(override: Override, groups: dict[str, list[str]]) -> str:
-    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, judges the key."""
+    """`++key=value` for a plain value, so that the strict reader, which knows the nearest name, checks the key."""
     text = str(override.input_line)
     is_group = override.key_or_group in groups or "@" in text.split("=")[0]
     return text if is_group or text.startswith(("+", "~")) else f"++{text}"
@@ -153,7 +170,7 @@ def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any])
 def _holds(file: Path, key: str | None) -> bool:
     node = yaml.safe_load(file.read_text(encoding="utf-8")) if key else None
     for part in re.split(r"\.|\[", key or ""):
-        if not isinstance(node, dict) or part not in node:
+        if not isinstance(node, dict) or not {part, f"{part}?"} & node.keys():
             return False
-        node = node[part]
+        node = node.get(part, node.get(f"{part}?"))
     return True

@@ -6,32 +6,65 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from distill import expect, methods
 from distill.compose import compose_values
+from distill.data.config import ClipsConfig
 from distill.data.procedural.corruption import CorruptionConfig
-from distill.data.procedural.source import DataConfig
+from distill.expect import Bounds
+from distill.methods import Needs
 from distill.training.engine import EngineConfig
 from distill.training.loop import TrainConfig
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig
 from students.spec import Spec, StudentConfig, student_sigmas
-from teachers.conditions import Guidance
-from teachers.config import ADDED, convert, to_plain
+from teachers.config import convert, to_plain
 from teachers.errors import UserError
-from teachers.networks.wan import NetworkConfig
+from teachers.guidance import Guidance
+from teachers.networks.kind import NETWORKS, NetworkKind
+from teachers.resolve import Registry
 
-DATA = {"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"}
+NO_RESULT = (
+    *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size"),
+    *(f"engine.{name}" for name in EngineConfig.__dataclass_fields__ if name != "precision"),
+)
+"""Fields that change no result: where, how fast, in how much memory and how closely watched a run is. They are in no fingerprint
+and may change from one start of a run to the next. Every other field belongs to a stage (`distill.pipeline.stages`)."""
+METHODS = Registry(
+    kind="method",
+    group="methods",
+    package="distill.methods",
+    default=False,
+    needed={
+        "needs": "def needs(config: Config) -> Needs",
+        "build": "def build(config: Config, roles: dict, grid: tuple | None = None) -> Method",
+    },
+)
+"""Training methods: one module each, with a Config, `needs` and `build`; of a user's file by `my_file:Config`."""
+DATA = Registry(
+    kind="data source",
+    group="data",
+    entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    base="distill.data.config:ClipsConfig",
+    methods={"open": "def open(self) -> Source"},
+)
 """Where clips come from; `data.name` says which, the first without a name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodStage:
-    """A training stage of the student. `start`, of init alone: the autoregressive teacher's weights, where the method does not ask
-    for them anyway."""
+    """A slot: a training stage of the student by any method of `distill.methods`."""
 
-    method: Any = field(metadata={"named": "distill.methods"})
+    method: Any = field(metadata={"kinds": METHODS})
     train: TrainConfig
-    start: Literal["ar_teacher"] | None = field(default=None, metadata=ADDED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitStage(MethodStage):
+    """The first slot. `start`: the stage whose weights it starts from, where the method and the network do not decide: null is the
+    teacher's (or base's)."""
+
+    start: Literal["ar_teacher"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +76,12 @@ class TeacherStage:
     that start at zero. `precision` is that of a frozen network's matrices.
     """
 
-    network: NetworkConfig
+    network: NetworkKind = field(metadata={"kinds": NETWORKS})
     path: Path | None = None
     wan: Path | None = None
     widen: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    method: Any = field(default=None, metadata={"named": "distill.methods"})
+    method: Any = field(default=None, metadata={"kinds": METHODS})
     train: TrainConfig | None = None
 
     def __post_init__(self):
@@ -80,7 +113,7 @@ class TrajectoriesConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a student may be beside its teacher. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
+    """Bounds on a student's health metrics. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
     are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least."""
 
     black: float
@@ -96,9 +129,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """`ready` decides what `init` says of its student; a student beyond `collapse` ends `dmd` at a validation, unless stop is
-    false. No number here is an input of training: all may change from one start of a run to the next. A panel takes 4
-    num_conditions clips, of the teacher once a run."""
+    """`ready` is the quality gate after `init`, which is reported; a student beyond `collapse` ends `distill` at a validation,
+    unless stop is false. No number here is an input of training: all may change from one start of a run to the next. A check
+    generates 4 num_conditions clips, of the teacher once a run."""
 
     num_conditions: int = 8
     stop: bool = True
@@ -140,9 +173,12 @@ class Recipe:
 
     `base`: the network that student and fake score start from, where that is not the teacher. `ar_teacher`: how an autoregressive
     teacher is trained (method forcing), for the initialisations that ask for one. `tiny`: random small weights in the published
-    layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and dmd take their
-    conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
-    `lora`: students and fake score are trained as adapters over one network.
+    layouts are written where the paths point. `corruption`: what is done to the clips that trajectories, init and distill take
+    their conditions from; teacher and evaluation keep clean ones. `tracker` sees every row of metrics.jsonl.
+    `lora`: students and fake score are trained as adapters over one network. `expect`: what its report should show
+    (`distill.expect`).
+
+    The student goes through the slots `ar_teacher` (where there is one), `init` and `distill`; each takes any method.
     """
 
     name: str
@@ -150,12 +186,12 @@ class Recipe:
     run_dir: str
     reuse: str | tuple[str, ...] | None
     threads: int
-    data: DataConfig = field(metadata={"kinds": DATA})
+    data: ClipsConfig = field(metadata={"kinds": DATA})
     teacher: TeacherStage
     student: StudentConfig
     trajectories: TrajectoriesConfig
-    init: MethodStage
-    dmd: MethodStage
+    init: InitStage
+    distill: MethodStage
     engine: EngineConfig
     eval: EvalConfig
     base: TeacherStage | None = None
@@ -165,12 +201,62 @@ class Recipe:
     corruption: CorruptionConfig | None = None
     tracker: TrackerKind = "none"
     lora: LoraRoles | None = None
+    expect: dict[str, Bounds] = field(default_factory=dict)
+
+    def __post_init__(self):
+        expect.check(self.expect)
+
+    @property
+    def init_checkpoint(self) -> str:
+        """The stage whose weights student and fake score start from: `base` where it is given, else `teacher`."""
+        return "teacher" if self.base is None else "base"
+
+    @property
+    def conditions_stage(self) -> str:
+        """The stage that the student's conditions come from."""
+        return "data" if self.corruption is None else "corrupted"
+
+    @property
+    def has_custom_network(self) -> bool:
+        """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
+        return self.student.network is not None and not self.student.network.over_teacher
+
+    @property
+    def zero_shot_stage(self) -> str:
+        """The stage whose weights are the zero-shot student's; a network of its own has them from its own teacher."""
+        return "ar_teacher" if self.has_custom_network else self.init_checkpoint
+
+    @property
+    def solver_stage(self) -> str:
+        """The stage of the network whose trajectories are stored."""
+        return self.init_checkpoint if self.trajectories.role == "base" else self.trajectories.role
+
+    def needs(self, slot: str) -> Needs:
+        """The roles and the batch that the method of a slot asks for."""
+        return methods.needs(getattr(self, slot).method)
+
+    def start_of(self, slot: str) -> str:
+        """The stage whose weights a slot starts from."""
+        if slot == "distill":
+            return "init"
+        if slot == "ar_teacher":
+            return self.init_checkpoint
+        needs = self.needs("init")
+        forced = "ar_teacher" in needs.frozen or needs.batch == "forced"
+        return (
+            "ar_teacher" if self.has_custom_network or forced or self.init.start is not None else self.init_checkpoint
+        )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The student's training stages, in order."""
+        return ("init", "distill") if self.ar_teacher is None else ("ar_teacher", "init", "distill")
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe file `path` with Hydra overrides (`key=value`, `group=option`) as a Recipe; raises UserError."""
     values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
-    return convert(Recipe, values, locate=locate)
+    return convert(Recipe, values, locate=locate, folder=Path(path).resolve().parent)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -181,18 +267,20 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
-    method = recipe.dmd.method
-    first = getattr(method, "first_sigmas", ())
     codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
-    network = student.network or (recipe.base or recipe.teacher).network
+    network = origin = (recipe.base or recipe.teacher).network
+    if student.network is not None:
+        network = student.network.over(origin) if student.network.over_teacher else student.network
     if recipe.teacher.network.guidance or (recipe.base is not None and recipe.base.network.guidance):
         raise UserError(
-            "teacher.network.guidance: a student alone is told a scale; leave it out, give student.guidance"
+            "teacher.network.guidance: a student alone has a guidance embedding; remove it, give student.guidance"
         )
     if student.guidance is not None:
         if student.network is not None or recipe.lora is not None:
-            raise UserError("student.guidance: only a whole DiT is told it; leave it, or student.network and lora, out")
-        network = replace(network, guidance=True)
+            raise UserError(
+                "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
+            )
+        network = network.with_guidance()
     return Spec(
         height=data.world.size[0],
         width=data.world.size[1],
@@ -203,8 +291,8 @@ def spec_of(recipe: "Recipe") -> Spec:
         history=student.history,
         schedule=student.schedule,
         history_noise=student.history_noise,
-        first_sigmas=first,
-        first_chunks=method.first_chunks if first else 0,
+        first_sigmas=student.first_sigmas,
+        first_chunks=student.first_chunks if student.first_sigmas else 0,
         network=network,
         guidance=student.guidance,
         codec=codec,

@@ -1,12 +1,11 @@
 """What a chunk may see of the past: one policy value, used by training masks, rollouts and the serving session alike."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from teachers.config import ADDED
 from teachers.errors import UserError
 
 
@@ -15,11 +14,11 @@ class History:
     """`sinks` first chunks that are never evicted, the last `window` finished chunks (null: all), and of those that left the
     window every `memory_every`th, the newest `memory` of them. All count chunks.
 
-    `commit`: clean puts a finished chunk into the context by one more pass, told the sigma `level` (the chunk itself stays clean,
+    `commit`: clean puts a finished chunk into the context by one more pass at the sigma `level` (the chunk itself stays clean,
     as in Self Forcing's sampler). same_level needs no pass: denoising step i sees step i of the earlier chunks (LiveAvatar
     2512.04677), which is what diffusion forcing at one sigma trains.
 
-    With `refine_every` each so-manieth finished chunk is noised to the sigma `refine_level` once it was shown, and denoised once
+    With `refine_every` every N-th finished chunk is noised to the sigma `refine_level` once it was shown, and denoised once
     more, seeing the context alone, before it becomes context (FlowAct-R1's memory refinement, 2601.10103; its period and level are
     not published).
 
@@ -34,8 +33,8 @@ class History:
     memory_every: int = 4
     commit: Literal["clean", "same_level"] = "clean"
     level: float = 0.0
-    refine_every: int = field(default=0, metadata=ADDED)
-    refine_level: float = field(default=0.25, metadata=ADDED)
+    refine_every: int = 0
+    refine_level: float = 0.25
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
@@ -47,14 +46,14 @@ class History:
         if not 0.0 <= self.level < 1.0:
             raise UserError(f"student.history.level: got {self.level}; a context level is a sigma in [0, 1)")
         if self.commit == "same_level" and self.level:
-            raise UserError(f"student.history.level: got {self.level}; same_level has no pass of its own, leave it 0")
+            raise UserError(f"student.history.level: got {self.level}; same_level has no pass of its own, set it to 0")
         if self.refine_every < 0 or not 0.0 < self.refine_level <= 1.0:
             raise UserError(
-                f"student.history.refine_every, refine_level: got {self.refine_every}, {self.refine_level}; every so-manieth "
+                f"student.history.refine_every, refine_level: got {self.refine_every}, {self.refine_level}; every N-th "
                 "chunk, 0 is off, at a sigma in (0, 1]"
             )
         if self.commit == "same_level" and self.refine_every:
-            raise UserError("student.history.refine_every: same_level keeps the steps as they were; leave it 0")
+            raise UserError("student.history.refine_every: same_level keeps the steps as they were; set it to 0")
 
     def is_refined(self, chunk: int) -> bool:
         """Whether chunk number `chunk` is denoised once more before it becomes context, where any is."""
@@ -89,10 +88,10 @@ class History:
 
 @dataclass(frozen=True, kw_only=True)
 class HistoryNoise:
-    """Noise on the finished latents that a student reads while it is trained, so that it forgives its own (MIDAS 2508.19320).
+    """Noise on the finished latents that a student is trained on, against errors that add up (MIDAS 2508.19320).
 
     `buckets` sigmas from 0 to `most`; a chunk's is the first, no noise, with probability `p_clean`, else any of the others. The
-    student is told which. Serving is bucket 0. MIDAS has 20; their spacing and the largest are not published.
+    student is conditioned on its bucket. Serving is bucket 0. MIDAS has 20; their spacing and the largest are not published.
     """
 
     buckets: int = 20

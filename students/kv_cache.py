@@ -1,4 +1,4 @@
-"""The context made ready for attention, in place: what `causal_wan` concatenates in training, serving keeps in fixed buffers."""
+"""The KV cache, rotated for attention: concatenated as values (training), or written to fixed buffers in place (serving)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from students.history import History
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import KeyValue
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,18 @@ class CachedChunk:
     values: tuple[Tensor, ...]
 
 
-ContextKV = tuple[
-    tuple[KeyValue, ...], ...
-]  # per pass and block: rotated keys and values [B, N, M, d] of all that is seen
-RotateKeys = Callable[
-    [Tensor, int], Tensor
-]  # keys of a chunk and its place in time among the visible ones -> rotated keys
+ContextKV = tuple[tuple[KeyValue, ...], ...]
+"""Of each pass and block, rotated keys and values [B, N, M, d] of all that is seen."""
+RotateKeys = Callable[[Tensor, int], Tensor]
+"""Keys of a chunk and its place in time among the visible ones -> rotated keys."""
 
 
-def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, turn: RotateKeys) -> ContextKV:
+def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, rotate_keys: RotateKeys) -> ContextKV:
     """The context of chunk number `chunk` as new tensors, in the order of History.slot."""
     order = sorted(range(len(cached)), key=lambda i: history.slot(cached[i].chunk, chunk))
     context_kv = []
     for step in range(len(cached[0].keys)):
-        keys = torch.cat([turn(cached[i].keys[step], i) for i in order], dim=2)
+        keys = torch.cat([rotate_keys(cached[i].keys[step], i) for i in order], dim=2)
         values = torch.cat([cached[i].values[step] for i in order], dim=2)
         context_kv.append(tuple(zip(keys, values, strict=True)))
     return tuple(context_kv)
@@ -43,35 +41,35 @@ class InplaceKVCache:
     """The same context in buffers that are written in place, of one stream, without gradient.
 
     Only what changed is written: a slot's values when another chunk takes it, its keys also when its place in time moves. Any
-    earlier value of the stream may be asked for again; then its slots are written back, so a state stays a value.
+    earlier state of the stream may come again; then its slots are written back, so a state stays a value.
     """
 
     def __init__(self, history: History):
         self.history = history
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.held: dict[int, tuple[CachedChunk, int]] = {}  # slot -> entry and its place in time
+        self.slots: dict[int, tuple[CachedChunk, int]] = {}  # slot -> entry and its place in time
         self.views: dict[int, ContextKV] = {}  # tokens -> the front of the buffers, cut into blocks
-        self.asked: tuple[Sequence[CachedChunk], int] = ((), -1)  # last: every step of a chunk asks for the same
+        self.latest: tuple[Sequence[CachedChunk], int] = ((), -1)  # every step of a chunk wants the same
 
-    def context_kv(self, cached: Sequence[CachedChunk], chunk: int, turn: RotateKeys) -> ContextKV:
+    def context_kv(self, cached: Sequence[CachedChunk], chunk: int, rotate_keys: RotateKeys) -> ContextKV:
         """The context of chunk number `chunk`: views of the buffers, valid until the next call."""
         size = cached[0].keys[0].shape[2]
         tokens = len(cached) * size
-        if self.asked[0] is cached and self.asked[1] == chunk:
+        if self.latest[0] is cached and self.latest[1] == chunk:
             return self.views[tokens]
         self._allocate(cached[0], len(cached))
         for place, entry in enumerate(cached):
             slot = self.history.slot(entry.chunk, chunk)
-            held, at = self.held.get(slot, (None, -1))
-            if held is entry and at == place:
+            written, at = self.slots.get(slot, (None, -1))
+            if written is entry and at == place:
                 continue
             where = slice(slot * size, (slot + 1) * size)
             for step, (keys, values) in enumerate(self.buffers):
-                keys[:, :, where] = turn(entry.keys[step], place)
-                if held is not entry:
+                keys[:, :, where] = rotate_keys(entry.keys[step], place)
+                if written is not entry:
                     values[:, :, where] = entry.values[step]
-            self.held[slot] = (entry, place)
-        self.asked = (cached, chunk)
+            self.slots[slot] = (entry, place)
+        self.latest = (cached, chunk)
         if tokens not in self.views:
             self.views[tokens] = tuple(
                 tuple(zip(keys[:, :, :tokens], values[:, :, :tokens], strict=True)) for keys, values in self.buffers
@@ -86,7 +84,7 @@ class InplaceKVCache:
             return
         room = self.history.capacity or max(2 * room, count, 4)
         layers, batch, _, *rest = like.keys[0].shape
-        self.held, self.views = {}, {}
+        self.slots, self.views = {}, {}
         self.buffers = [
             (key.new_zeros(layers, batch, room * size, *rest), value.new_zeros(layers, batch, room * size, *rest))
             for key, value in zip(like.keys, like.values, strict=True)

@@ -19,7 +19,7 @@ Noise = Callable[[int, int], Tensor]
 class Schedule:
     """`depth` chunks are in flight at once. 1 is sequential (Self Forcing, LiveTalk, MIDAS): a chunk takes all its steps, then
     enters the context. More is diagonal (FlowAct-R1 2601.10103: 3): each forward moves every chunk in flight one step and the
-    front one, which is `num_steps / depth` forwards from done, is handed over; the price is to hear depth - 1 chunks ahead.
+    front one, which is `num_steps / depth` forwards from done, is handed over; the price is audio of depth - 1 chunks ahead.
     """
 
     depth: int = 1
@@ -38,7 +38,7 @@ class Schedule:
 
     @property
     def ahead(self) -> int:
-        """Chunks behind the front one, whose sound is heard before it is finished."""
+        """Chunks behind the front one, whose audio is needed before it is finished."""
         return self.depth - 1
 
     def walk(self, num_chunks: int, num_steps: int) -> Iterator[tuple[int, tuple[int, ...]]]:
@@ -64,7 +64,7 @@ class InFlight:
 
 @dataclass(frozen=True)
 class DiagonalStep:
-    """What a diagonal `commit` wants to know: the chunks still in flight, and the context entry of the chunk before, if made."""
+    """What a diagonal `commit` needs: the chunks still in flight, and the context entry of the chunk before, if made."""
 
     flight: tuple[InFlight, ...]
     entry: Any
@@ -78,74 +78,93 @@ def advance(
     sigmas: Sequence[float],
     exit_step: int | None = None,
     plan=None,
+    grad: bool = False,
 ):
-    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` wants to be told.
+    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` needs of the steps.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
     at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to
     the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing).
-    Only the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient.
+    With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does.
     """
     if student.spec.schedule.depth == 1:
-        return denoise_chunk(student, state, conditions, functools.partial(noise, 0), sigmas, exit_step, plan)
+        return denoise_chunk(student, state, conditions, functools.partial(noise, 0), sigmas, exit_step, plan, grad)
     if exit_step not in (None, len(sigmas) - 1):
         raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
-    return step_diagonal(student, state, conditions, noise, sigmas)
+    return step_diagonal(student, state, conditions, noise, sigmas, plan, grad)
 
 
 def denoise_chunk(
-    student, state, conditions: Conditions, noise, sigmas: Sequence[float], exit_step: int | None = None, plan=None
+    student,
+    state,
+    conditions: Conditions,
+    noise,
+    sigmas: Sequence[float],
+    exit_step: int | None = None,
+    plan=None,
+    grad: bool = False,
 ):
     """Sequential: K denoising steps of one chunk; noise(i) [B, C, n, H, W] is that of step i. `plan` is made where none is given.
-    Returns the exit step's x0, and what each step told."""
+    Returns the exit step's x0, and what each step gave for `commit`."""
     last = len(sigmas) - 1 if exit_step is None else exit_step
-    plan = student.plan(state, conditions) if plan is None else plan
+    own, ahead = _plans(student, state, conditions, plan, grad)
     x, steps = noise(0), []
     for i in range(last + 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-            x0, told = student.denoise(state, plan, x, sigmas[i], conditions, i)
-        steps.append(told)
+        with torch.set_grad_enabled(grad and i == last):
+            x0, made = student.denoise(state, own if grad and i == last else ahead, x, sigmas[i], conditions, i)
+        steps.append(made)
         if i < last:
             x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
     return x0, steps
 
 
-def step_diagonal(student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float]):
+def _plans(student, state, conditions: Conditions, plan, grad: bool) -> tuple[Any, Any]:
+    """The plan of the step with gradient, and that of all others: the same one where it can be made with gradient."""
+    own = student.plan(state, conditions, grad=True) if grad else None
+    if own is not None:
+        return own, own
+    return None, student.plan(state, conditions) if plan is None else plan
+
+
+def step_diagonal(
+    student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float], plan=None, grad: bool = False
+):
     """Diagonal: all chunks in flight move together until the front one is done; a new one enters behind them while there is room
     and conditions for it. The chunk that was finished before enters the context within the first of these forwards."""
     schedule, n = student.spec.schedule, student.spec.chunk_frames
     each, room = schedule.forwards(len(sigmas)), min(schedule.depth, conditions.num_frames // n)
-    flight, told = list(state.flight), None
+    flight, entered = list(state.flight), None
+    own, ahead = _plans(student, state, conditions, plan, grad)
     while not flight or flight[0].done < len(sigmas):
         if len(flight) < room:
             flight.append(InFlight(noise(len(flight), 0), 0))
-        heard = conditions.frames(0, len(flight) * n)
+        given = conditions.frames(0, len(flight) * n)
         for _ in range(each):
             last = flight[0].done == len(sigmas) - 1
-            with torch.set_grad_enabled(torch.is_grad_enabled() and last):
-                x = torch.cat([chunk.x for chunk in flight], dim=2)
-                x0, entry = student.denoise_diagonal(state, x, [sigmas[chunk.done] for chunk in flight], heard)
+            with torch.set_grad_enabled(grad and last):
+                x, levels = torch.cat([chunk.x for chunk in flight], dim=2), [sigmas[chunk.done] for chunk in flight]
+                x0, entry = student.denoise_diagonal(state, own if grad and last else ahead, x, levels, given)
             if entry is not None:
-                state, told = student.settle(state, entry), entry
+                state, entered = student.settle(state, entry), entry
             moved = zip(x0.split(n, dim=2), flight, strict=True)
             flight = [_next(x, chunk, noise, i, sigmas) for i, (x, chunk) in enumerate(moved)]
-    return flight[0].x, DiagonalStep(tuple(flight[1:]), told)
+    return flight[0].x, DiagonalStep(tuple(flight[1:]), entered)
 
 
 @torch.no_grad()
 def refine_context(
-    student, state, x0: Tensor, conditions: Conditions, told, noise: Noise, num_steps: int, plan=None
+    student, state, x0: Tensor, conditions: Conditions, steps, noise: Noise, num_steps: int, plan=None
 ) -> Tensor:
     """What the context gets of the state's chunk after its `num_steps` steps: x0, or where the history refines it, x0 noised and
     denoised once more under the context alone, chunks in flight unseen. The same for serving and training, before `commit`.
 
-    `told` is what `advance` told, noise(0, num_steps) [B, C, n, H, W] the noise of this step.
+    `steps` is what `advance` gave beside x0, noise(0, num_steps) [B, C, n, H, W] the noise of this step.
     """
     history = student.spec.history
     if not history.refine_every or not history.is_refined(state.chunk):
         return x0
-    if isinstance(told, DiagonalStep) and told.entry is not None:
-        state = student.settle(state, told.entry)
+    if isinstance(steps, DiagonalStep) and steps.entry is not None:
+        state = student.settle(state, steps.entry)
     x = flow.add_noise(x0, noise(0, num_steps), history.refine_level)
     plan = student.plan(state, conditions) if plan is None else plan
     return student.denoise(state, plan, x, history.refine_level, conditions)[0]

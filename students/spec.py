@@ -1,5 +1,6 @@
 """The static facts of a student, stored in its checkpoint."""
 
+import itertools
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -8,13 +9,24 @@ from typing import Any
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
-from teachers.conditions import GuidanceRange
-from teachers.config import ADDED
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.guidance import GuidanceRange
+from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
+from teachers.networks.kind import Dims
+from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
 
-NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.networks.midas_net:MidasConfig"}
+NETWORKS = Registry(
+    kind="student network",
+    group="student_networks",
+    entries={
+        **TEACHER_NETWORKS.ours,
+        "midas": "students.networks.midas_net:MidasConfig",
+        "windowed": "students.networks.windowed:WindowedConfig",
+    },
+    methods=TEACHER_NETWORKS.methods,
+    base=TEACHER_NETWORKS.base,
+)
 """The kinds of network that a student can be, the first without a name."""
 
 
@@ -22,7 +34,7 @@ NETWORKS = {"wan": "teachers.networks.wan:NetworkConfig", "midas": "students.net
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    scales that the student is told, from `init` on, in the place of those of trajectories and dmd."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill."""
 
     chunk_frames: int
     num_steps: int
@@ -30,7 +42,16 @@ class StudentConfig:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)
+    guidance: GuidanceRange | None = None
+    first_sigmas: tuple[float, ...] = ()
+    first_chunks: int = 1
+
+    def __post_init__(self):
+        levels = (*self.first_sigmas, 0.0)
+        if self.first_sigmas and (levels[0] != 1.0 or any(a <= b for a, b in itertools.pairwise(levels))):
+            raise UserError(
+                f"student.first_sigmas: got {list(self.first_sigmas)}; start at 1.0 and go down, without the 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +74,13 @@ class Spec:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
-    speakers: int = field(default=1, metadata=ADDED)  # 2: it also hears somebody else, beside its own voice
+    speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
-    guidance: GuidanceRange | None = field(default=None, metadata=ADDED)  # the scales that the student is told
+    guidance: GuidanceRange | None = None  # the guidance scales that are embedded
 
     def __post_init__(self):
         if self.speakers not in (1, 2):
-            raise UserError(f"speakers: got {self.speakers}; a student hears one voice, or its own and another one's")
+            raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
             raise UserError(
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
@@ -76,7 +97,7 @@ class Spec:
                 "want commit: clean and a window from 1"
             )
         if self.first_sigmas:
-            raise UserError("dmd.first_sigmas: chunks in flight together take the same steps; leave it out")
+            raise UserError("student.first_sigmas: chunks in flight together take the same steps; remove it")
 
     @property
     def audio_dim(self) -> int:
@@ -106,6 +127,18 @@ class Spec:
         return self.codec.channels, self.height // self.codec.patch, self.width // self.codec.patch
 
     @property
+    def dims(self) -> Dims:
+        """The sizes of a network that codec, encoders and data decide."""
+        return Dims(
+            latent_channels=self.codec.channels,
+            stride=self.codec.stride,
+            text_dim=self.text.dim,
+            audio_dim=self.audio_dim,
+            pose_dim=self.pose_dim,
+            speakers=self.speakers,
+        )
+
+    @property
     def token_grid(self) -> tuple[int, int]:
         """Height and width of a latent frame in tokens."""
         _, height, width = self.latent_size
@@ -116,12 +149,12 @@ class Spec:
         return self.first_sigmas if self.first_sigmas and chunk < self.first_chunks else self.sigmas
 
     def scale(self, guidance: float | None) -> float | None:
-        """The guidance scale that a stream is told: `guidance`, by default the spec's; UserError for one that was not trained, or
-        where the student knows none."""
+        """The guidance scale that a stream is conditioned on: `guidance`, by default the spec's; UserError for one that was not
+        trained, or where the student embeds none."""
         if self.guidance is not None:
             return self.guidance.served if guidance is None else self.guidance.check(guidance)
         if guidance is not None:
-            raise UserError(f"guidance: got {guidance}, this student is told none; leave it out")
+            raise UserError(f"guidance: got {guidance}, this student embeds none; remove it")
         return None
 
     @property
@@ -132,7 +165,7 @@ class Spec:
         refined = 1 / every if every else 0
         if self.schedule.depth > 1:
             return self.schedule.forwards(len(self.sigmas)) + refined
-        return len(self.sigmas) + (self.history.commit == "clean") + refined
+        return len(self.sigmas) + (self.history.commit == "clean" and self.network.context_pass) + refined
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
         """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""

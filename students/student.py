@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenat
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
-from teachers.networks.wan import KeyValue, Time
+from teachers.networks.kind import KeyValue
+
+CacheKind = Literal["value", "inplace"]
 
 
 @dataclass(frozen=True)
@@ -24,66 +26,78 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class ReadAhead:
+    """Conditions as the network's blocks take them, read once without gradient: cross-attention keys and values of the `text` of
+    each block, embeddings of sigmas (`times`) and of a chunk's `audio`. What is missing is read in the step."""
+
+    text: tuple[KeyValue, ...] | None = None
+    times: Mapping[float, Any] = field(default_factory=dict)  # of the spec's sigmas and the history's level
+    audio: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
 class State:
-    """The context of a stream before chunk number `chunk`: what is `cached` of the visible chunks, and the same made `context_kv` for
-    attention (in training; a serving stream has a `kv_cache` for it). `text` and `times` are read once for all steps without
-    gradient, which hear the text that `open` was given, whatever their conditions say.
+    """The context of a stream before chunk number `chunk`: what is `cached` of the visible chunks, and the same made `context_kv`
+    for attention, or written to a `kv_cache` in place. `read`: the text that `open` was given and the sigmas, read once; steps
+    use it by way of a `plan`, and then whatever text their conditions have.
 
     The `pending` chunk before this one enters the context with the next forward (a diagonal schedule, MIDAS); with a diagonal
-    schedule the `flight` is on its way behind this chunk."""
+    schedule the chunks in `flight` are behind this one."""
 
     chunk: int = 0
     cached: tuple[CachedChunk, ...] = ()
     context_kv: ContextKV = ()
     kv_cache: InplaceKVCache | None = None
-    text: tuple[KeyValue, ...] | None = None  # cross-attention keys and values
-    times: Mapping[float, Time] = field(default_factory=dict)  # of the spec's sigmas and the history's level
+    read: ReadAhead = field(default_factory=ReadAhead)
+    window: tuple[Finished, ...] = ()  # of a windowed student: the visible chunks themselves
     flight: tuple[InFlight, ...] = ()
     pending: Finished | None = None
 
 
 class Student(nn.Module):
-    """open -> State; plan, denoise and commit turn it into the next chunk's; denoise_clip is the same under masks, for training.
+    """open -> State; plan, denoise and commit make the next chunk's of it; denoise_clip is the same under masks, for training.
 
     A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient. A kind of student
-    has a network `net` and says what its keys' positions are (`turn`).
+    has a network `net` and rotates its keys to their positions (`rotate_keys`).
     """
 
     net: Any
     spec: Spec
 
-    def open(self, text: Tensor | None = None) -> State:
-        """The empty context of a stream under text features [B, L, D]."""
+    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
+        """The empty context of a stream under text features [B, L, D], kept as `cache` (see `new_state`)."""
         raise NotImplementedError
 
     def set_text(self, state: State, text: Tensor) -> State:
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
         raise NotImplementedError
 
-    def plan(self, state: State, conditions: Conditions) -> Any:
-        """What the denoising steps of the state's chunk share, read once."""
+    def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Any:
+        """What the denoising steps of the state's chunk share, read once, without gradient. With `grad` what a step with gradient
+        may be given: a plan with gradient, or None where such a step reads its conditions itself."""
         raise NotImplementedError
 
     def denoise(
         self, state: State, plan: Any, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
     ) -> tuple[Tensor, Any]:
         """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
-        `commit` may want to know of this step; conditions are those of the chunk's frames."""
+        `commit` may want to know of this step; conditions are those of the chunk's frames. With gradient the plan must be one
+        that was made with it."""
         raise NotImplementedError
 
     def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:
-        """Put a finished chunk into the context and return the state of the next chunk. `steps`: what `denoise` told."""
+        """Put a finished chunk into the context and return the state of the next chunk. `steps`: what `denoise` gave."""
         raise NotImplementedError
 
     def denoise_clip(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
     ) -> Tensor:
         """All chunks at once: x [B, C, F, H, W], sigma [B, num_chunks] -> x0. With `clean` each chunk sees those earlier chunks,
-        which are told to be at `level` [B, num_chunks] (default: the history's)."""
+        which are at `level` [B, num_chunks] (default: the history's)."""
         raise NotImplementedError
 
     def denoise_diagonal(
-        self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
+        self, state: State, plan: Any, x: Tensor, sigmas: Sequence[float], conditions: Conditions
     ) -> tuple[Tensor, CachedChunk | None]:
         """Chunks in flight, each at its own sigma -> x0, and the pending chunk's entry; of students with a diagonal schedule."""
         raise NotImplementedError
@@ -99,13 +113,15 @@ class Student(nn.Module):
         """The state whose pending chunk is in the context, as `entry`; of students with a diagonal schedule."""
         raise NotImplementedError
 
-    def turn(self, keys: Tensor, place: int) -> Tensor:
-        """A chunk's un-rotated keys [L, B, n, M, d] at their place in time among the visible chunks."""
+    def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
+        """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time among the visible chunks."""
         raise NotImplementedError
 
-    def new_state(self) -> State:
-        """The empty context; while serving (inference mode) in buffers of its own."""
-        in_place = torch.is_inference_mode_enabled() and self.spec.schedule.depth == 1
+    def new_state(self, cache: CacheKind) -> State:
+        """The empty context. `value`: every state holds its own keys and values (training folds them, a branch of a stream may
+        go on from any). `inplace`: buffers of fixed size that the states of one stream share, without gradient, for serving; a
+        diagonal schedule, which moves its context within a step, has values all the same."""
+        in_place = cache == "inplace" and self.spec.schedule.depth == 1
         return State(kv_cache=InplaceKVCache(self.spec.history) if in_place else None)
 
     def past(self, state: State, step: int = 0) -> Sequence[KeyValue] | None:
@@ -115,7 +131,7 @@ class Student(nn.Module):
         context_kv = (
             state.context_kv
             if state.kv_cache is None
-            else state.kv_cache.context_kv(state.cached, state.chunk, self.turn)
+            else state.kv_cache.context_kv(state.cached, state.chunk, self.rotate_keys)
         )
         return context_kv[step if len(context_kv) > 1 else 0]
 
@@ -124,15 +140,26 @@ class Student(nn.Module):
         see = self.spec.history.visible(chunk)
         cached, context_kv = tuple(entry for entry in cached if entry.chunk in see), ()
         if cached and state.kv_cache is not None:
-            state.kv_cache.context_kv(cached, chunk, self.turn)
+            state.kv_cache.context_kv(cached, chunk, self.rotate_keys)
         elif cached:
-            context_kv = concatenate(cached, chunk, self.spec.history, self.turn)
+            context_kv = concatenate(cached, chunk, self.spec.history, self.rotate_keys)
         return replace(state, chunk=chunk, cached=cached, context_kv=context_kv)
 
-    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
+    def restore(self, state: State, cached: Sequence[CachedChunk], seen: Sequence[Finished], chunk: int) -> State:  # noqa: ARG002
+        """The state before chunk number `chunk` of a saved stream: its KV cache, and the finished chunks that it sees."""
+        return self.resume(state, cached, chunk)
+
+    def scale(self, conditions: Conditions) -> Tensor | None:
+        """The guidance scale [B] that is embedded: the conditions' own, or the spec's."""
+        guidance = self.spec.guidance
+        if guidance is None or conditions.guidance is not None:
+            return conditions.guidance
+        return conditions.text.new_full(conditions.text.shape[:1], guidance.served)
+
+    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int, cache: CacheKind = "value") -> State:
         """The state before chunk number `chunk` of a stream under `text` that has only these chunks behind it, in order of
         time."""
-        state = self.open(text)
+        state = self.open(text, cache)
         for past in seen:
             state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))
         return self.resume(state, state.cached, chunk)

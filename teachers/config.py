@@ -1,12 +1,10 @@
 """Plain data <-> frozen dataclasses, strictly: an unknown, missing or mistyped key is a UserError that names it."""
 
 import dataclasses
-import difflib
-import importlib
-import pkgutil
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +12,12 @@ from typing import Any, Literal
 import yaml
 
 from teachers.errors import UserError
+from teachers.resolve import Registry, name_of, nearest, resolve
 
 HEADER = "# avatar-distill recipe"
 MISSING = "???"
-ADDED = {"added": True}
-"""Metadata of a field that came after the first release; its default is a plain value."""
 Locate = Callable[[str], str]
 """Dotted key -> the file (or the command line) that the key was written in."""
-
-
-def nearest(word: str, options: Iterable[str]) -> str:
-    """ "did you mean 'x'?", or the list of the options when none is near."""
-    known = sorted(set(options) - {word})
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 def describe(kind: Any) -> str:
@@ -50,37 +40,118 @@ def describe(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
-def convert(kind: Any, value: Any, key: str = "", locate: Locate = lambda _: "recipe") -> Any:
+def convert(
+    kind: Any, value: Any, key: str = "", locate: Locate = lambda _: "recipe", folder: Path | None = None
+) -> Any:
     """`value` (plain data, as YAML gives it) as an instance of `kind`; `key` is its dotted name.
 
-    An int is taken for a float and a list for a tuple; nothing else is coerced. Raises UserError.
+    An int is taken for a float and a list for a tuple; nothing else is coerced. A part that is named `my_file:Thing` is looked for
+    in `folder` (teachers.resolve). Raises UserError.
     """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if value is MISSING or (isinstance(value, str) and value == MISSING):
-        raise UserError(f"missing value of '{key}': {locate(key)}; give it as {key}=VALUE ({describe(kind)})")
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _dataclass(kind, value, key, locate)
-    if origin in (typing.Union, types.UnionType):
-        return _union(kind, value, key, locate)
-    if origin is tuple and isinstance(value, list | tuple):
-        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
-        if len(kinds) == len(value):
-            return tuple(
-                convert(k, v, f"{key}[{i}]", locate) for i, (k, v) in enumerate(zip(kinds, value, strict=True))
-            )
-    if origin is list and isinstance(value, list | tuple):
-        return [convert(parts[0], item, f"{key}[{i}]", locate) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict) and all(isinstance(name, parts[0]) for name in value):
-        return {name: convert(parts[1], item, f"{key}.{name}", locate) for name, item in value.items()}
-    if origin is Literal and any(value == part and type(value) is type(part) for part in parts):
-        return value
-    if isinstance(kind, type):
-        accepted, result = _scalar(kind, value)
-        if accepted:
-            return result
-    raise UserError(f"wrong value of '{key}': {value!r} in {locate(key)}; it must be {describe(kind)}")
+    return _Reader(locate, folder).read(kind, value, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """One conversion: where its keys were written, and the folder of the user's files."""
+
+    locate: Locate
+    folder: Path | None
+
+    def read(self, kind: Any, value: Any, key: str) -> Any:
+        origin, parts = typing.get_origin(kind), typing.get_args(kind)
+        if value is MISSING or (isinstance(value, str) and value == MISSING):
+            where = self.locate(key)
+            raise UserError(f"missing value of '{key}': {where}; give it as {key}=VALUE ({describe(kind)})")
+        if kind is Any:
+            return value
+        if dataclasses.is_dataclass(kind):
+            return self.read_dataclass(kind, value, key)
+        if origin in (typing.Union, types.UnionType):
+            return self.read_union(kind, value, key)
+        if origin is tuple and isinstance(value, list | tuple):
+            kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+            if len(kinds) == len(value):
+                return tuple(self.read(k, v, f"{key}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        if origin is list and isinstance(value, list | tuple):
+            return [self.read(parts[0], item, f"{key}[{i}]") for i, item in enumerate(value)]
+        if origin is dict and isinstance(value, dict) and all(isinstance(name, parts[0]) for name in value):
+            return {name: self.read(parts[1], item, f"{key}.{name}") for name, item in value.items()}
+        if origin is Literal and any(value == part and type(value) is type(part) for part in parts):
+            return value
+        if isinstance(kind, type):
+            accepted, result = _scalar(kind, value)
+            if accepted:
+                return result
+        raise self.wrong(kind, value, key)
+
+    def wrong(self, kind: Any, value: Any, key: str) -> UserError:
+        return UserError(f"wrong value of '{key}': {value!r} in {self.locate(key)}; it must be {describe(kind)}")
+
+    def read_union(self, kind: Any, value: Any, key: str) -> Any:
+        parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
+        if value is None and len(parts) < len(typing.get_args(kind)):
+            return None
+        if len(parts) == 1 and (dataclasses.is_dataclass(parts[0]) or isinstance(value, dict | list)):
+            return self.read(parts[0], value, key)
+        for part in parts:
+            try:
+                return self.read(part, value, key)
+            except UserError:
+                continue
+        raise self.wrong(kind, value, key)
+
+    def read_dataclass(self, kind: Any, value: Any, key: str) -> Any:
+        if dataclasses.is_dataclass(value) and isinstance(value, kind):
+            return value
+        if not isinstance(value, dict):
+            raise self.wrong(kind, value, key)
+        fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+        prefix, whose = f"{key}." if key else "", self.owner(kind)
+        for name in value:
+            if name not in fields:
+                where = self.locate(f"{prefix}{name}")
+                raise UserError(f"unknown key '{prefix}{name}'{whose}: {where}; {nearest(str(name), fields)}")
+        hints, made = typing.get_type_hints(kind), {}
+        for name, field in fields.items():
+            child = prefix + name
+            registry = field.metadata.get("kinds")
+            if name not in value:
+                if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                    needed = f"give it as {child}=VALUE ({describe(hints[name])})"
+                    raise UserError(f"missing key '{child}'{whose}: {self.locate(key)}; {needed}")
+            elif registry is not None and value[name] is not None:
+                made[name] = self.read_part(registry, value[name], child)
+            else:
+                made[name] = self.read(hints[name], value[name], child)
+        try:
+            return kind(**made)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"wrong value in '{key or 'recipe'}'{whose}: {self.locate(key)}; {error}") from error
+
+    @staticmethod
+    def owner(kind: type) -> str:
+        """` of /folder/my_file.py:Thing` for a user's own class."""
+        file = getattr(sys.modules[kind.__module__], "__outside__", None)
+        return f" of {file}:{kind.__name__}" if file else ""
+
+    def read_part(self, registry: Registry, value: Any, key: str) -> Any:
+        """`{name: wan_vae, ...}` -> the registry's class of that name; without a name the first, where there is a default."""
+        if dataclasses.is_dataclass(value):
+            return value
+        named = isinstance(value, dict) and isinstance(value.get("name"), str)
+        if not named and not registry.default:
+            known = registry.package or registry.kind
+            raise UserError(f"missing key '{key}.name': {self.locate(key)}; give it as {key}.name=MODULE of {known}")
+        if isinstance(value, dict) and not named and "name" in value:
+            raise self.wrong(str, value["name"], f"{key}.name")
+        name = value["name"] if named else next(iter(registry))
+        where = f"{self.locate(f'{key}.name')} ({key}.name)"
+        found = resolve(registry, name, where, self.folder)
+        given = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
+        return self.read(found, given, key)
 
 
 def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
@@ -97,122 +168,32 @@ def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
     return type(value) is kind, value
 
 
-def _union(kind: Any, value: Any, key: str, locate: Locate) -> Any:
-    parts = [part for part in typing.get_args(kind) if part is not types.NoneType]
-    if value is None and len(parts) < len(typing.get_args(kind)):
-        return None
-    if len(parts) == 1 and (dataclasses.is_dataclass(parts[0]) or isinstance(value, dict | list)):
-        return convert(parts[0], value, key, locate)
-    for part in parts:
-        try:
-            return convert(part, value, key, locate)
-        except UserError:
-            continue
-    raise UserError(f"wrong value of '{key}': {value!r} in {locate(key)}; it must be {describe(kind)}")
-
-
-def _dataclass(kind: Any, value: Any, key: str, locate: Locate) -> Any:
-    if dataclasses.is_dataclass(value) and isinstance(value, kind):
-        return value
-    if not isinstance(value, dict):
-        raise UserError(f"wrong value of '{key}': {value!r} in {locate(key)}; it must be {describe(kind)}")
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in fields:
-            raise UserError(f"unknown key '{prefix}{name}': {locate(f'{prefix}{name}')}; {nearest(str(name), fields)}")
-    hints, made = typing.get_type_hints(kind), {}
-    for name, field in fields.items():
-        child = prefix + name
-        if name not in value:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise UserError(
-                    f"missing key '{child}': {locate(key)}; give it as {child}=VALUE ({describe(hints[name])})"
-                )
-        elif "named" in field.metadata and value[name] is not None:
-            made[name] = _named(field.metadata["named"], value[name], child, locate)
-        elif "kinds" in field.metadata and value[name] is not None:
-            made[name] = _kind(field.metadata["kinds"], value[name], child, locate)
-        else:
-            made[name] = convert(hints[name], value[name], child, locate)
-    try:
-        return kind(**made)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"wrong value in '{key or 'recipe'}': {locate(key)}; {error}") from error
-
-
-def _named(package: str, value: Any, key: str, locate: Locate) -> Any:
-    """`{name: dmd, ...}` -> `Config(...)` of the module `<package>.dmd`."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise UserError(f"missing key '{key}.name': {locate(key)}; give it as {key}.name=MODULE of {package}")
-    name = value["name"]
-    known = [module.name for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    config = getattr(importlib.import_module(f"{package}.{name}"), "Config", None) if name in known else None
-    if config is None:
-        raise UserError(f"unknown {package} '{name}': {locate(f'{key}.name')} ({key}.name); {nearest(name, known)}")
-    return convert(config, {k: v for k, v in value.items() if k != "name"}, key, locate)
-
-
-def _kind(kinds: dict[str, str], value: Any, key: str, locate: Locate) -> Any:
-    """`{name: wan_vae, ...}` -> the config class that `kinds` has under that name; without a name the first of them."""
-    if dataclasses.is_dataclass(value):
-        return value
-    first = next(iter(kinds))
-    name = value.get("name", first) if isinstance(value, dict) else first
-    if name not in kinds:
-        raise UserError(f"unknown '{key}.name' {name!r}: {locate(f'{key}.name')}; {nearest(str(name), kinds)}")
-    given = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
-    return convert(_located(kinds[name]), given, key, locate)
-
-
-def _located(place: str) -> type:
-    module, _, config = place.partition(":")
-    return getattr(importlib.import_module(module), config)
-
-
-def kind_name(kinds: dict[str, str], config: Any) -> str:
-    """The name under which `kinds` has the class of `config`."""
-    place = f"{type(config).__module__}:{type(config).__name__}"
-    return next(name for name, there in kinds.items() if there == place)
-
-
-def module_name(config: Any) -> str:
-    """The `name:` a named node was written with: `dmd` for an instance of `distill.methods.dmd.Config`."""
-    return type(config).__module__.rpartition(".")[2]
-
-
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, digests: bool = False) -> Any:
     """The inverse of `convert`: dataclasses, tuples, fractions and paths as YAML and JSON can hold them.
 
-    A field that was `added` is left out at its default, so that files and fingerprints from before it stay as they were.
+    `digests`: a part from a user's file is named by the file's content, not by its path: for fingerprints, not to be read back.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         plain = {}
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
-            if "added" in field.metadata and item == field.default:
-                continue
-            name = _name_of(field, item)
-            plain[field.name] = {**name, **to_plain(item)} if name else to_plain(item)
+            name = _name_in(field, item, digests)
+            plain[field.name] = {**name, **to_plain(item, digests)} if name else to_plain(item, digests)
         return plain
     if isinstance(value, dict):
-        return {name: to_plain(item) for name, item in value.items()}
+        return {name: to_plain(item, digests) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
+        return [to_plain(item, digests) for item in value]
     return str(value) if isinstance(value, Fraction | Path) else value
 
 
-def _name_of(field: dataclasses.Field, item: Any) -> dict[str, str]:
-    """The `name` that a field's value is read back by; none for the first of its kinds."""
-    if item is None:
+def _name_in(field: dataclasses.Field, item: Any, digests: bool) -> dict[str, str]:
+    """The `name` that a field's value is read back by; none for the first of a registry with a default."""
+    registry = field.metadata.get("kinds")
+    if registry is None or not dataclasses.is_dataclass(item):
         return {}
-    if "named" in field.metadata:
-        return {"name": module_name(item)}
-    kinds = field.metadata.get("kinds", {})
-    name = kind_name(kinds, item) if kinds else None
-    return {} if name is None or name == next(iter(kinds)) else {"name": name}
+    name = name_of(registry, item, digests)
+    return {} if registry.default and name == next(iter(registry)) else {"name": name}
 
 
 def dump(recipe: Any) -> str:

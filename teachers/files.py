@@ -1,11 +1,12 @@
-"""Files that are whole or absent: atomic writes, tensors, JSON, folders."""
+"""Files and folders that are whole or absent: `replacing` and `staged` are the only atomic writers; tensors and JSON on top."""
 
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,27 @@ FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 
 
-@contextmanager
-def replacing(path: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; synced and renamed at the end, removed on failure.
+def _sibling(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else writes to: `.NAME.HEX.tmp`."""
+    return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
 
-    So the file is whole or absent. A full disk is a UserError that says how many of `num_bytes` there is room for.
+
+def sync_folder(folder: Path) -> None:
+    """Put a rename in `folder` on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A temporary name beside `path` for a file; synced and renamed at the end over what was there, removed on failure.
+
+    A full disk is a UserError; `num_bytes` (0: not known) is the room that it then asks for.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _sibling(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -37,10 +52,39 @@ def replacing(path: Path, num_bytes: int) -> Iterator[Path]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or any(words in str(error) for words in FULL_DISK):
             free = shutil.disk_usage(path.parent).free
+            needs = f" needs {num_bytes} bytes" if num_bytes else ""
             raise UserError(
-                f"the disk is full: {path} needs {num_bytes} bytes, {free} are free; make room and run again"
+                f"the disk is full: {path}{needs}, {free} bytes are free; make room and run again"
             ) from error
         raise
+
+
+@contextmanager
+def staged(target: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A temporary name beside `target` for a new folder or file; renamed at the end, removed on failure.
+
+    UserError where the target exists, or its folder does not, cannot be written to or has no `num_bytes` left.
+    """
+    if target.exists():
+        raise UserError(f"output exists: {target}; name another, or remove it")
+    if not target.parent.is_dir():
+        raise UserError(f"output folder not found: {target.parent}; make it first")
+    if (free := shutil.disk_usage(target.parent).free) < num_bytes:
+        raise UserError(
+            f"disk is too full: {target.parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} are needed; make room"
+        )
+    temporary = _sibling(target)
+    try:
+        yield temporary
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}; choose another place") from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -109,14 +153,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary, copy_function=link_or_copy)
-    temporary.rename(target)
+    """A folder once more, by hard links where they can be made; whole or absent (see `staged`)."""
+    make_folder(target.parent)
+    with staged(target) as temporary:
+        shutil.copytree(source, temporary, copy_function=link_or_copy)
 
 
 def link_or_copy(source: str, target: str) -> None:
+    """A hard link, or a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:

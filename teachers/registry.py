@@ -1,6 +1,7 @@
-"""The kinds of codec, ears and text encoder that a spec or recipe can name: `{name: wan_vae, path: ...}`, the first without a name.
+"""The kinds of codec, audio encoder and text encoder that a spec or recipe can name: `{name: wan_vae, path: ...}`, the first
+without a name; `my_file:Thing` is a class of the user's own file (teachers.resolve).
 
-An entry is `module:Config`: a frozen dataclass that knows how to load what it describes. A new kind is one file and one line here.
+An entry is `module:Config`: a frozen dataclass that knows how to load what it describes.
 """
 
 from pathlib import Path
@@ -8,18 +9,40 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-CODECS = {
-    "eigen": "teachers.codecs.linear:CodecConfig",
-    "wan_vae": "teachers.codecs.wan_vae:WanVAEConfig",
-    "taehv": "teachers.codecs.taehv:TAEHVConfig",
-    "dc_ae": "teachers.codecs.dc_ae:DCAEConfig",
-}
-AUDIO_ENCODERS = {
-    "log_mel": "teachers.encoders.small:AudioConfig",
-    "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
-    "none": "teachers.encoders.small:NoAudioConfig",
-}
-TEXT_ENCODERS = {"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"}
+from teachers.resolve import Registry, resolve
+
+__all__ = ["AUDIO_ENCODERS", "CODECS", "TEXT_ENCODERS", "Registry", "resolve"]
+
+CODECS = Registry(
+    kind="codec",
+    group="codecs",
+    entries={
+        "eigen": "teachers.codecs.linear:CodecConfig",
+        "wan_vae": "teachers.codecs.wan_vae:WanVAEConfig",
+        "taehv": "teachers.codecs.taehv:TAEHVConfig",
+        "dc_ae": "teachers.codecs.dc_ae:DCAEConfig",
+    },
+    methods={"load": "def load(self, folder: Path, height: int, width: int) -> Codec"},
+)
+AUDIO_ENCODERS = Registry(
+    kind="audio encoder",
+    group="audio_encoders",
+    entries={
+        "log_mel": "teachers.encoders.small:AudioConfig",
+        "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
+        "none": "teachers.encoders.small:NoAudioConfig",
+    },
+    methods={
+        "dim": "def dim(self, samples_per_frame: int) -> int",
+        "load": "def load(self, samples_per_frame: int) -> AudioEncoder",
+    },
+)
+TEXT_ENCODERS = Registry(
+    kind="text encoder",
+    group="text_encoders",
+    entries={"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"},
+    methods={"load": "def load(self, folder: Path) -> Text"},
+)
 
 
 class Module(Protocol):
@@ -52,7 +75,7 @@ class Codec(Module, Protocol):
 
 
 class CodecKind(Geometry, Protocol):
-    """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others where their path says."""
+    """Config of a codec. Weights of a `fitted` one lie in the student's folder, of others at their path."""
 
     @property
     def fitted(self) -> bool: ...
@@ -61,7 +84,7 @@ class CodecKind(Geometry, Protocol):
 
 class AudioEncoder(Module, Protocol):
     """Sound at 16 kHz -> rows [.., T, dim], one a pixel frame, of samples -lookback .. +lookahead around it; `of_clip` for
-    bidirectional networks, where they hear something else."""
+    bidirectional networks, where they take something else."""
 
     dim: int
     lookback: int
@@ -73,7 +96,7 @@ class AudioEncoder(Module, Protocol):
 
 
 class AudioEncoderKind(Protocol):
-    """Config of ears; `dim` of a row with so many samples a frame."""
+    """Config of an audio encoder; `dim`: numbers of a row, for that many samples a frame."""
 
     def dim(self, samples_per_frame: int) -> int: ...
     def load(self, samples_per_frame: int) -> AudioEncoder: ...

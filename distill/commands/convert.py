@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from teachers.checkpoints.layouts import LAYOUTS, listed
+from teachers.checkpoints.layouts import LAYOUTS
+from teachers.checkpoints.strict import listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -117,7 +117,7 @@ def _facts(plan: "Plan") -> Iterator[str]:
         each = f"forwards for one: {solver} {plan.trajectory_forwards}"
         yield f"trajectories {_gib(plan.trajectories)} GiB on disk; {each}"
     for stage, roles in plan.forwards.items():
-        unit = {"student": " (chunks)"} if stage == "dmd" else {}
+        unit = {"student": " (chunks)"} if stage == "distill" else {}
         counts = ", ".join(f"{role} {count:g}{unit.get(role, '')}" for role, count in roles.items())
         yield f"{stage:<12} forwards a step: {counts}"
 

@@ -13,15 +13,18 @@ from tqdm import tqdm
 from distill.commands.sample_inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
-from distill.pipeline.pretrained import load_given, network_dims
+from distill.pipeline.pretrained import load_given
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.spec import Spec
-from students.weights import checkpoint
+from students.weights.adapter import HINT
 from teachers import flow, media
+from teachers.checkpoints.strict import load_strict
 from teachers.codecs.linear import to_float
+from teachers.conditions import blank_features
 from teachers.errors import UserError
 from teachers.files import load_tensors
-from teachers.networks.wan import AvatarTeacher, build_network
+from teachers.guidance import guided
+from teachers.networks.kind import AvatarTeacher
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,15 +51,16 @@ def run(args: argparse.Namespace) -> int:
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
+    blank = blank_features(recipe.teacher.network, 1, spec.horizon_frames)  # nothing else is given here
     given = encoders.codec.encode(portrait[None, :, None].to(device)).float().cpu()
-    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose).to(device)
+    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
     grid = flow.sigma_grid(settings.num_steps, settings.shift)
     began = time.perf_counter()
     with torch.inference_mode():
 
         def denoise(x, sigma):
-            return settings.guidance(lambda c: teacher.denoise(x, sigma, c), conditions)
+            return guided(teacher.denoise, x, sigma, conditions, settings.guidance)
 
         states = tqdm(flow.solve(denoise, x, grid), total=len(grid), desc="teacher", file=sys.stderr)
         (last,) = deque(states, maxlen=1)
@@ -80,7 +84,7 @@ def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeac
         file = Path(recipe.run_dir) / "stages" / "teacher" / "model.safetensors"
         if not file.is_file():
             raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
-        net = build_network(recipe.teacher.network, **network_dims(spec))
-        checkpoint.fill(net, load_tensors(file), file)
-        net.to(device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+        net = recipe.teacher.network.new(spec.dims)
+        load_strict(net, load_tensors(file), file, HINT)
+        net.to(device)
     return AvatarTeacher(net).eval().requires_grad_(False)

@@ -36,7 +36,7 @@ from distill.compose import RECIPES, find_recipe
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
-from distill.training.engine import parent_command, requested_processes
+from distill.training.engine import requested_processes
 from distill.training.loop import terminations
 from teachers.config import nearest
 from teachers.errors import UserError
@@ -71,7 +71,7 @@ class Sweep:
 
 def run(recipe: Path, words: Sequence[str]) -> int:
     """Run every job that is not done and write the tables; 0 when all are done, else 1. UserError before the first job starts."""
-    if (processes := requested_processes(os.environ, parent_command())) > 1:
+    if (processes := requested_processes(os.environ)) > 1:
         raise UserError(
             f"a sweep of {processes} processes: launcher; start it once, with launcher='accelerate launch --num_processes "
             f"{processes}' for jobs of several processes"
@@ -116,7 +116,7 @@ def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {file} ({' '.join(str(error).split())}); mend it") from error
+        raise UserError(f"not YAML: {file} ({' '.join(str(error).split())}); fix it") from error
     keys = set(content) if isinstance(content, dict) else set()
     jobs, shared = (content.get("jobs"), content.get("overrides") or []) if keys else (None, [])
     rows = [shared, *jobs.values()] if isinstance(jobs, dict) and jobs else [None]
@@ -164,13 +164,13 @@ def _overrides(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
 
 
 def _jobs(rows: Sequence[tuple[list[str], list[str]]], common: Sequence[str]) -> list[Job]:
-    """Jobs of (words of the name, overrides) pairs; names that are equal as folders are told apart by a digest."""
+    """Jobs of (words of the name, overrides) pairs; names that are equal as folders differ by a digest."""
     names = [_folder_name(words) for words, _ in rows]
     times, jobs = Counter(names), []
     for name, (_, own) in zip(names, rows, strict=True):
         job = Job(f"{name}-{_digest(own)}" if times[name] > 1 else name, tuple(own), tuple(common))
         if job in jobs:
-            raise UserError(f"the same job twice: '{name}' on the command line; leave one out")
+            raise UserError(f"the same job twice: '{name}' on the command line; remove one")
         jobs.append(job)
     return jobs
 
@@ -258,26 +258,26 @@ def command(sweep: Sweep, job: Job) -> list[str]:
 
 
 def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
-    """Run a job to its end, told in logs/NAME.log; what it took and how it ended is in logs/NAME.json."""
+    """Run a job to its end, its output in logs/NAME.log; what it took and how it ended is in logs/NAME.json."""
     log, state = _files(sweep, job)
     before, began = _seconds(sweep, job), time.time()
-    with log.open("ab") as output, terminations() as told:
+    with log.open("ab") as output, terminations() as received:
         start = output.tell()
         process = _start(command(sweep, job), output)
         with _ending(process):
             facts = {"began": began, "seconds": before, "process": process.pid, "created": _created(process.pid)}
             atomic_write(state, json.dumps({"status": "running", **facts}))
-            while process.poll() is None and not told:
+            while process.poll() is None and not received:
                 bar.set_postfix_str(f"{job.name}: {_last_words(log, start)}"[:100], refresh=False)
                 bar.update(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
     done = process.returncode == 0 and is_finished(sweep.folder / job.name)
     error = None if done else _error(log, start, process.returncode)
-    status = "done" if done else "stopped" if told else "failed"
+    status = "done" if done else "stopped" if received else "failed"
     seconds = before + time.time() - began
     atomic_write(state, json.dumps({"status": status, "seconds": seconds, "error": error}))
-    if told:
+    if received:
         tqdm.write(f"distill: SIGTERM: {job.name} is stopped; the same command continues", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM)
 
@@ -295,7 +295,7 @@ def _start(words: Sequence[str], output: BinaryIO) -> subprocess.Popen:
 
 @contextlib.contextmanager
 def _ending(process: subprocess.Popen) -> Iterator[None]:
-    """However this ends, the process has ended too: told to by SIGTERM, on which it saves."""
+    """However this ends, the process has ended too: by SIGTERM, on which it saves."""
     try:
         yield
     finally:

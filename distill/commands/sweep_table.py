@@ -32,10 +32,10 @@ class Row:
     error: str | None
 
     def __str__(self) -> str:
-        told = [f"{name} {number(self.scores[name]['mean'])}" for name in METRICS if name in self.scores]
+        shown = [f"{name} {number(self.scores[name]['mean'])}" for name in METRICS if name in self.scores]
         took = "" if self.seconds is None else f", {self.seconds:.0f} s"
         why = f": {self.error}" if self.error and self.status != "done" else ""
-        return f"{self.name}: {self.status}{why}{took}{', ' if told else ''}{', '.join(told)}"
+        return f"{self.name}: {self.status}{why}{took}{', ' if shown else ''}{', '.join(shown)}"
 
 
 def read_row(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from teachers.checkpoints.strict import load_strict
 from teachers.codecs.dc_ae import DCAE, DCAEConfig, load_dc_ae
 from teachers.codecs.linear import to_float
 from teachers.errors import UserError
@@ -36,18 +37,23 @@ def fit_codec(
     for number, (stage, file) in enumerate(zip(STAGES, files, strict=True)):
         if not file.is_file():
             video = torch.cat(list(clips)) if video is None else video
-            codec.load_state_dict(load_tensors(files[number - 1]) if number else codec.state_dict())
+            if number:
+                _load(codec, files[number - 1])
             _train(codec.to(device), config, number, video, seed)
             if number == len(STAGES) - 1:
                 _normalise(codec, video)
             save_tensors(file, codec.state_dict())
-        codec.load_state_dict(load_tensors(file))
+        _load(codec, file)
         scores[stage] = measure(codec.to(device), held)
     atomic_write(folder / "codec.json", json.dumps(scores, indent=1) + "\n")
     files[-1].rename(folder / "codec.safetensors")
     for file in files[:-1]:
         file.unlink()
     return scores
+
+
+def _load(codec: DCAE, file: Path) -> None:
+    load_strict(codec, load_tensors(file), file, "delete it and run again")
 
 
 def _start(config: DCAEConfig, seed: int) -> DCAE:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,27 +11,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data.codec_training import fit_codec
+from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
-from distill.data.procedural.source import DataConfig
 from distill.data.source import Clips, Source
 from distill.methods import Batch
 from distill.training.engine import Engine
 from teachers.checkpoints.weights import read_json
 from teachers.codecs.dc_ae import DCAEConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
-from teachers.conditions import Conditions, pack_rows, side_by_side
+from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
 from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
 from teachers.registry import AudioEncoder, Codec, Text
 
-CPU, CLIP_AUDIO = torch.device("cpu"), "clip_audio"
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class ConditionEncoders:
-    """Everything that turns clips into tensors for a network: codec, ears, text encoder (all frozen).
+    """Everything that turns clips into tensors for a network: codec, audio encoder, text encoder (all frozen).
 
     They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
     `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_fingerprint`).
@@ -57,15 +57,23 @@ class ConditionEncoders:
 
     @torch.no_grad()
     def conditions(
-        self, audio: Tensor, text: list[str], reference: Tensor, num_frames: int, pose: Tensor | None = None
+        self,
+        audio: Tensor,
+        text: list[str],
+        reference: Tensor,
+        num_frames: int,
+        pose: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
     ) -> Conditions:
-        """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]."""
+        """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]; `features` as
+        `Clips` has them."""
         audio, stride = audio.to(self.device), self.codec.config.stride
         rows, whole = self.audio_encoder(audio, 0, num_frames), self.audio_encoder.of_clip(audio, num_frames)
         if audio.ndim == 3:
             rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
         packed = pack_rows(rows.float().cpu(), stride)
         return Conditions(
+            features,
             text=self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
@@ -84,9 +92,24 @@ class ConditionEncoders:
         return None if self.negative is None else self.read([self.negative]).expand(count, -1, -1)
 
     def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:
-        """Latents and conditions of whole clips."""
+        """Latents [N, C, F, h, w] and conditions of whole clips. UserError for features that are not declared, or not of as many
+        rows or latent frames as the clips."""
         x0 = self.encode(clips.video)
-        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], clips.video.shape[2], clips.pose)
+        _check_features(clips.features, Conditions(clips.features), len(x0), x0.shape[2])
+        frames, features = clips.video.shape[2], clips.features
+        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], frames, clips.pose, features)
+
+
+def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int, frames: int) -> None:
+    for name, value in features.items():
+        if name in BUILT_IN:
+            raise UserError(f"Clips.features: {name} is made by the encoders; declare a name of your own")
+        counts, axis = {"clips": (value.shape[0], num)}, known(name).axis
+        if name in given.timed and axis is not None:
+            counts["latent frames"] = (value.shape[axis], frames)
+        for what, (own, needed) in counts.items():
+            if own != needed:
+                raise UserError(f"Clips.features: {name} {tuple(value.shape)} has {own} {what}, the video has {needed}")
 
 
 class Stored:
@@ -107,37 +130,27 @@ class Stored:
 
 @dataclass(frozen=True)
 class TrainSet:
-    """The training set: x0 fp16 [N, C, F, h, w], audio rows [N, F, stride, A], text features [N, L, D]; where there are such,
-    features [1, L, D] of the negative prompt, the rows that bidirectional networks hear, pose rows [N, F, stride, P]."""
+    """The training set: x0 fp16 [N, C, F, h, w]; `features`, the stored conditions by name, a row a clip; `shared`, those that are
+    one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network."""
 
     x0: Tensor | Stored
-    audio: Tensor | Stored
-    text: Tensor | Stored
-    negative: Tensor | None = None
+    features: Mapping[str, Tensor | Stored]
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
     reference: bool = True
-    clip_audio: Tensor | Stored | None = None
-    pose: Tensor | Stored | None = None
 
     def __len__(self) -> int:
         return self.x0.shape[0]
 
     def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
+        """The clips number `rows` [B]."""
         x0 = self.x0[rows].float()
-        negative = None if self.negative is None else self.negative.expand(len(rows), -1, -1)
-        given = x0[:, :, :1] if self.reference else None
-        whole = None if self.clip_audio is None else self.clip_audio[rows]
-        conditions = Conditions(
-            text=self.text[rows],
-            audio=self.audio[rows],
-            reference=given,
-            negative=negative,
-            clip_audio=whole,
-            pose=None if self.pose is None else self.pose[rows],
-        )
+        features = {name: value[rows] for name, value in self.features.items()}
+        shared = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.shared.items()}
+        conditions = Conditions(features | shared, reference=x0[:, :, :1] if self.reference else None)
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
-def prepare(config: DataConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
     source.verify(engine.rank, engine.world_size)
@@ -190,17 +203,9 @@ def write_shards(
     for i, clips in zip(bar, clips_of(missing), strict=True):
         file = folder / f"shard-{i:05d}.safetensors"
         both = []
-        for video, pose in ((clips.video, clips.pose), (clips.video.flip(-1), duplex.mirrored(clips.pose))):
-            shown = Clips(video=video, audio=clips.audio, text=clips.text, labels={}, pose=pose)
+        for shown in (clips, _mirrored(clips)):
             x0, conditions = encoders.of_clips(shown)
-            parts = {
-                "x0": x0.half(),
-                "audio": conditions.audio,
-                "text": conditions.text,
-                CLIP_AUDIO: conditions.clip_audio,
-                "pose": conditions.pose,
-            }
-            both.append({name: part for name, part in parts.items() if part is not None})
+            both.append({"x0": x0.half(), **conditions.stored})
         save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
     engine.barrier()
     negative = encoders.negatives(1)
@@ -210,10 +215,16 @@ def write_shards(
     return 2 * source.num_train
 
 
+def _mirrored(clips: Clips) -> Clips:
+    """The mirror images of clips."""
+    features = {name: known(name).mirrored(value) for name, value in clips.features.items()}
+    return replace(clips, video=clips.video.flip(-1), pose=duplex.mirrored(clips.pose), features=features)
+
+
 def load_encoders(
-    config: DataConfig, folder: Path, reference: bool = True, device: torch.device = CPU
+    config: ClipsConfig, folder: Path, reference: bool = True, device: torch.device = CPU
 ) -> ConditionEncoders:
-    """Codec, ears and text encoder of a finished data stage, on `device`."""
+    """Codec, audio encoder and text encoder of a finished data stage, on `device`."""
     codec = config.codec.load(folder, *config.world.size)
     audio_encoder, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
     for part in (codec, audio_encoder, text):
@@ -231,7 +242,8 @@ def fitted_fingerprint(folder: Path) -> str:
 
 
 def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
-    """All shards of a finished data stage; they stay on disk. UserError for one that senses of another `mark` made."""
+    """All shards of a finished data stage; they stay on disk. UserError for one that encoders of another `mark` made, or that holds
+    a condition which is not declared."""
     files = sorted(folder.glob("shard-*.safetensors"))
     for file in files:
         if (made := _made_by(file)) not in (None, mark):
@@ -240,17 +252,17 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
                 f"({mark[:12]}); delete {folder} and run again"
             )
     parts = [load_tensors(file) for file in files]
-    whole = {
-        key: Stored([part[key] for part in parts])
-        for key in ("x0", "audio", "text", CLIP_AUDIO, "pose")
-        if key in parts[0]
-    }
+    whole = {name: Stored([part[name] for part in parts]) for name in parts[0]}
+    x0 = whole.pop("x0")
+    for name in whole:
+        known(name)
     file = folder / "negative.safetensors"
-    return TrainSet(**whole, negative=load_tensors(file)["text"] if file.is_file() else None, reference=reference)
+    shared = {"negative": load_tensors(file)["text"]} if file.is_file() else {}
+    return TrainSet(x0, whole, shared, reference)
 
 
 def _made_by(file: Path) -> str | None:
-    """The mark of the senses that made a shard, None where it says none."""
+    """The mark of the encoders that made a shard, None where it states none."""
     with file.open("rb") as content:
         header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
     return header.get("__metadata__", {}).get("senses")
@@ -259,7 +271,7 @@ def _made_by(file: Path) -> str | None:
 def fit_text(
     size: TextConfig, texts: list[str], meanings: Mapping[str, tuple[Tensor, int]], steps: int, rng: torch.Generator
 ) -> TextEncoder:
-    """Tokenizer and text encoder, taught for `steps` to tell what texts mean (see `Source.meanings`), words dropped at random."""
+    """Tokenizer and text encoder, trained for `steps` to classify texts by `Source.meanings`, words dropped at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
         encoder = TextEncoder.build(size, texts)
@@ -267,12 +279,12 @@ def fit_text(
     optimizer = torch.optim.AdamW([*encoder.parameters(), *heads.parameters()], lr=3e-3)
     for _ in range(steps):
         rows = torch.randint(0, len(texts), (32,), generator=rng)
-        said = []
+        shortened = []
         for i in rows.tolist():
             words = texts[i].split()
             keep = torch.rand(len(words), generator=rng) > 0.05
-            said.append(" ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept))
-        pooled = encoder(said).mean(dim=1)
+            shortened.append(" ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept))
+        pooled = encoder(shortened).mean(dim=1)
         losses = [nn.functional.cross_entropy(heads[name](pooled), of[rows]) for name, (of, _) in meanings.items()]
         loss = torch.stack(losses).sum()
         optimizer.zero_grad(set_to_none=True)

@@ -9,7 +9,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -17,25 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from distill.data.config import ClipsConfig
 from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.datasets.split import assign, place
 from distill.data.loader import Bucket, Index, Loader, Samples, Windows
 from distill.data.prepare import shards
-from distill.data.procedural.source import DataConfig
-from distill.data.source import Clips
+from distill.data.source import Clips, ClipSource, measured
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 
+DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
 WANTED = ("video", "audio")
 LEAST = (
     8  # clips that a score may rest on, as `eval.embedded.protocol.EvalConfig` has it; twice as many become two sets
 )
 PROBE_CLIPS = 1536  # that the extractors are trained on, in memory; as many as the procedural world has
-CELLS = 4  # a side of the grid in which the extractors read brightness and contrast
 LEFT_OUT = {
     "sync": "real clips come without labels of the mouth, from which the embedded extractors learn to read and hear it",
     "identity": "the embedded extractors know the faces of the procedural world alone",
@@ -47,7 +46,7 @@ LEFT_OUT = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderConfig(DataConfig):
+class FolderConfig(ClipsConfig):
     """Clips in `path`; `world` says their size, frame rate and length, and at most how many are trained on.
 
     `held_out`: the share of people who are kept for the evaluation, by hash; an official split of the manifest stands.
@@ -55,17 +54,13 @@ class FolderConfig(DataConfig):
     curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
 
-    path: Path
+    path: Path = field(metadata=DIGEST_BY_SOURCE)
     held_out: float = 0.1
-    manifest: Path | None = None
+    manifest: Path | None = field(default=None, metadata=DIGEST_BY_SOURCE)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.world.speakers != 1 or self.world.steered:
-            raise UserError(
-                "data.world: speakers and steered are of the procedural world; the clips of a folder have one sound and no "
-                "directions, leave both out"
-            )
+        self.refuse_directions()
         if not 0 < self.held_out < 1:
             raise UserError(f"data.held_out: got {self.held_out}; give the share of people to evaluate on, such as 0.1")
 
@@ -74,7 +69,7 @@ class FolderConfig(DataConfig):
         return Folder(self)
 
 
-class Folder:
+class Folder(ClipSource):
     """The clips of a folder by name of a set: see `distill.data.source.Source`.
 
     probes, health and both validate sets are of the people trained on; test and admit are one half of the held-out clips,
@@ -103,7 +98,7 @@ class Folder:
                 )
 
     @property
-    def given(self) -> dict[str, str]:
+    def digests(self) -> dict[str, str]:
         """Which clips these are, for the fingerprint of what is made from them."""
         if self.config.manifest is None:
             return {"clips": self.index.sha256}
@@ -147,11 +142,6 @@ class Folder:
         loader = Loader(self.training, size, seed, workers=workers)
         for number, samples in zip(numbers, loader.read(numbers), strict=True):
             yield self._clips([_cut(samples, self.num_train - number * size)], {})
-
-    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
-        """What a text encoder learns to tell apart: texts that differ."""
-        known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
-        return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
 
     def _clips(self, found: list[Samples], labels: dict[str, Tensor]) -> Clips:
         """Decoded batches as clips, each with the text that its manifest has."""
@@ -250,21 +240,6 @@ class Folder:
     def _unused_words(self, unused: Counter | None = None) -> str:
         unused = self.unused if unused is None else unused
         return f" ({'; '.join(f'{number} unused: {why}' for why, number in unused.most_common())})" if unused else ""
-
-
-def measured(video: Tensor) -> dict[str, Tensor]:
-    """What can be read off real frames without a label, [N, T] each: brightness and contrast in each of 4 x 4 cells.
-
-    video: uint8 [N, 3, T, H, W]; contrast is the mean distance to the pixel on the right and below, both in units of 255.
-    """
-    found = []
-    for clips in video.split(16):
-        grey = clips.float().mean(1).div(255)
-        across, down = grey.diff(dim=-1, append=grey[..., -1:]).abs(), grey.diff(dim=-2, append=grey[..., -1:, :]).abs()
-        maps = (F.adaptive_avg_pool2d(x, CELLS).flatten(2) for x in (grey, across + down))
-        found.append(torch.cat([*maps], dim=2))
-    names = [f"{what}_{cell}" for what in ("brightness", "contrast") for cell in range(CELLS * CELLS)]
-    return dict(zip(names, torch.cat(found).unbind(2), strict=True))
 
 
 def _mismatch(bucket: Bucket, wanted: Bucket) -> str:

@@ -1,16 +1,37 @@
-"""Clips with sound and text, and the protocol of what gives them: the procedural world or a folder."""
+"""Clips with sound and text, the protocol of what gives them, and the defaults of a source of one's own."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from teachers.errors import UserError
+from teachers.resolve import in_users_file, label, missing
+
+CELLS = 4  # a side of the grid in which the extractors read brightness and contrast
+UNLABELLED = {
+    "sync": "the clips come without labels of the mouth, from which the embedded extractors learn mouth motion",
+    "identity": "the embedded extractors know the faces of the procedural world alone",
+    "motion": "the clips come without labels of gestures",
+    "expression": "the clips come without labels of expressions",
+    "diversity": "how else the same words could have looked is not known",
+}
+"""Measures that cannot be had on clips without labels, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clips:
     """video uint8 [N, 3, T, H, W]; audio [N, S], of two speakers [N, 2, S], own voice first; text; labels per frame [N, T] and per
-    clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`."""
+    clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`.
+
+    `features`: conditions that no encoder makes, by the name that they are declared under, as a network takes them: [N, ..], on the
+    latent clock [N, F, ..] (`teachers.conditions.pack_rows` makes latent frames of pixel frames). They are trained on and sampled
+    with as they are.
+    """
 
     video: Tensor
     audio: Tensor
@@ -18,6 +39,7 @@ class Clips:
     labels: dict[str, Tensor]
     pose: Tensor | None = None
     talk: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def voice(self) -> Tensor:
@@ -26,12 +48,12 @@ class Clips:
 
     @property
     def mixed(self) -> Tensor:
-        """All that is heard [N, S]."""
+        """All speakers mixed [N, S]."""
         return self.audio if self.audio.ndim == 2 else self.audio.sum(dim=1).clamp(-1, 1)
 
 
 class Source(Protocol):
-    """Where clips come from: the procedural world (`avatars.World`) or a folder (`clips.Folder`).
+    """Where clips come from: the procedural world (`procedural.source.World`) or a folder (`recorded.Folder`).
 
     A set of clips has a name; the same seed and name are the same clips. Sets that are compared with each other share no clip.
     """
@@ -45,8 +67,8 @@ class Source(Protocol):
         ...
 
     @property
-    def given(self) -> Mapping[str, str]:
-        """Which files the clips are read from, for fingerprints."""
+    def digests(self) -> Mapping[str, str]:
+        """Digests of what the clips are read from, for fingerprints."""
         ...
 
     @property
@@ -74,3 +96,82 @@ class Source(Protocol):
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
         """What a text encoder is taught to tell apart: name -> class of each clip [N], and how many classes there are."""
         ...
+
+
+class ClipSource:
+    """A source whose `clips` are all that has to be written; every other method of `Source` follows from it.
+
+    `config` is a `distill.data.config.ClipsConfig`. Sets of different names must share no clip: test and reference are compared.
+    """
+
+    left_out: Mapping[str, str] = UNLABELLED
+    digests: Mapping[str, str] = {}
+    facts: Mapping[str, Any] = {}
+    description: str = "clips of a data source of one's own"
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.num_train = config.world.num_train
+        self.num_shards = -(-self.num_train // config.world.shard_clips)
+
+    @missing
+    def clips(self, seed: int, name: str, num: int) -> Clips:
+        """`num` clips of the set `name`, the same for the same seed and name: video uint8 [num, 3, T, H, W] of data.world's size,
+        audio [num, S] at 16 kHz in [-1, 1] as long as the video, text, labels {} where there are none."""
+        raise NotImplementedError
+
+    def verify(self, rank: int, world_size: int) -> None:
+        """There are no checksums."""
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+        """Clips with what can be measured on them as labels, where they have none. There is no other `motion` of a clip."""
+        if motion:
+            raise ValueError("a clip has one motion here")
+        clips = self._checked(seed, name, num)
+        return clips if clips.labels else replace(clips, labels=measured(clips.video))
+
+    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
+        """The clips of these training shards: the sets train/0, train/1 and so on."""
+        size = self.config.world.shard_clips
+        for number in numbers:
+            yield self._checked(seed, f"train/{number}", min(size, self.num_train - number * size))
+
+    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
+        """What a text encoder learns to tell apart: texts that differ."""
+        known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
+        return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
+
+    def _checked(self, seed: int, name: str, num: int) -> Clips:
+        """`clips`; UserError, which names the file of a source from outside, for what fails in it and for a wrong shape."""
+        world = self.config.world
+        with in_users_file(self.config):
+            clips = self.clips(seed, name, num)
+        samples = round(world.num_frames * 16_000 / Fraction(world.fps))
+        wanted = {"video": (num, 3, world.num_frames, *world.size), "audio": (num, *clips.audio.shape[1:-1], samples)}
+        for part, shape in wanted.items():
+            if tuple(getattr(clips, part).shape) != shape:
+                raise UserError(
+                    f"{label(self.config)}: clips(.., '{name}', {num}) gives {part} {list(getattr(clips, part).shape)}; "
+                    f"data.world wants {list(shape)}"
+                )
+        if clips.video.dtype != torch.uint8 or len(clips.text) != num:
+            raise UserError(
+                f"{label(self.config)}: clips(.., '{name}', {num}) gives {clips.video.dtype} video and {len(clips.text)} texts; "
+                f"give torch.uint8 and {num}"
+            )
+        return clips
+
+
+def measured(video: Tensor) -> dict[str, Tensor]:
+    """What can be read off real frames without a label, [N, T] each: brightness and contrast in each of 4 x 4 cells.
+
+    video: uint8 [N, 3, T, H, W]; contrast is the mean distance to the pixel on the right and below, both in units of 255.
+    """
+    found = []
+    for clips in video.split(16):
+        grey = clips.float().mean(1).div(255)
+        across, down = grey.diff(dim=-1, append=grey[..., -1:]).abs(), grey.diff(dim=-2, append=grey[..., -1:, :]).abs()
+        maps = (F.adaptive_avg_pool2d(x, CELLS).flatten(2) for x in (grey, across + down))
+        found.append(torch.cat([*maps], dim=2))
+    names = [f"{what}_{cell}" for what in ("brightness", "contrast") for cell in range(CELLS * CELLS)]
+    return dict(zip(names, torch.cat(found).unbind(2), strict=True))

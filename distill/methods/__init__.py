@@ -6,13 +6,16 @@ and `shared`, the same on every rank (the exit step, say).
 `needs(config)` says beforehand which roles and which part of a batch a stage has to bring.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from teachers.conditions import Conditions
+from teachers.conditions import FEATURES, Conditions, known
+from teachers.errors import UserError
+from teachers.resolve import in_users_file, module_of
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,59 @@ class Needs:
     batch: Literal["x0", "trajectories", "forced"] = "x0"
 
 
+def check_drop(key: str, drop: Mapping[str, float]) -> None:
+    """UserError unless these are probabilities of known conditions; `key` is where they were written."""
+    for name, probability in drop.items():
+        known(name)
+        if not 0.0 <= probability <= 1.0:
+            raise UserError(f"{key}.{name}: got {probability}; it is a probability")
+
+
+def drop_conditions(conditions: Conditions, drop: Mapping[str, float], rng: torch.Generator) -> Conditions:
+    """The conditions with each of these features zero in the rows that its probability draws, for guidance. In the order of the
+    table, whatever that of `drop`; a feature that is never dropped, or not given, draws nothing."""
+    rows = conditions.num_rows
+    drawn = [name for name in FEATURES if drop.get(name, 0.0) > 0.0 and name in conditions.features]
+    return conditions.drop_rows(**{name: torch.rand(rows, generator=rng) < drop[name] for name in drawn})
+
+
 class Method(Protocol):
     """What the loop needs of a method."""
 
     def roles_to_update(self, step: int) -> tuple[str, ...]: ...
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss: ...
+
+
+def needs(config: Any) -> Needs:
+    """The roles and the batch that a method asks for, by its config."""
+    with in_users_file(config):
+        return module_of(config).needs(config)
+
+
+def build(config: Any, roles: dict, grid: tuple[float, ...]) -> Method:
+    """The method of a config over its roles; `grid`: the sigmas of the stored trajectories, else the student's, 0 last."""
+    with in_users_file(config):
+        method = module_of(config).build(config, roles, grid)
+    return UsersMethod(method, config) if hasattr(module_of(config), "__outside__") else method
+
+
+class UsersMethod:
+    """A method of a user's file: what fails in it is a UserError that names the file."""
+
+    def __init__(self, method: Method, config: Any):
+        self.method, self.config = method, config
+
+    def roles_to_update(self, step: int) -> tuple[str, ...]:
+        with in_users_file(self.config):
+            return self.method.roles_to_update(step)
+
+    def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
+        with in_users_file(self.config):
+            loss = self.method.loss(role, batch, rng, shared)
+        if not isinstance(loss, Loss):
+            file = module_of(self.config).__dict__["__outside__"]
+            raise UserError(
+                f"{file}: a method's loss must be a Loss: got {type(loss).__name__}; return Loss(value, metrics)"
+            )
+        return loss

@@ -30,8 +30,9 @@ from distill.methods import Batch, Loss, Needs, losses
 from distill.methods.forcing import Forced, strata
 from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.guidance import Guidance, guided
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +79,16 @@ class Consistency:
         x = flow.add_noise(clean, torch.randn(clean.shape, generator=rng).to(clean), self._frames(sigma))
         with torch.no_grad():
             teacher = Forced(self.ar_teacher, clean)
-            told = self.config.guidance(lambda c: teacher.denoise(x, sigma, c), batch.conditions)
+            teacher_x0 = guided(teacher.denoise, x, sigma, batch.conditions, self.config.guidance)
         x0_hat = self.student.denoise_clip(x, sigma, batch.conditions, clean)
         with torch.no_grad():
-            velocity, inner = flow.velocity_from_x0(x, told, self._frames(sigma)), self._wide(end) > 0
+            velocity, inner = flow.velocity_from_x0(x, teacher_x0, self._frames(sigma)), self._wide(end) > 0
             if self.config.kind == "discrete":
                 target = self._next(x, velocity, sigma, end, batch.conditions, clean)
             else:  # an anchored chunk has its own target and no part in the length of the tangent
                 tangent = self._wide(sigma) * inner * self._tangent(x, velocity, sigma, batch.conditions, clean)
                 target = x0_hat - losses.unit_tangent(tangent, self.config.softening, start)
-            target = torch.where(inner, target, told)
+            target = torch.where(inner, target, teacher_x0)
         value = losses.regression(x0_hat, target, start)
         return Loss(value, {"loss": value.detach()})
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.conditions import Conditions
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.networks.kind import AvatarTeacher, NetworkKind
 
 
 class Discriminator(nn.Module):
@@ -31,25 +31,26 @@ class Discriminator(nn.Module):
         return torch.stack([logit.unflatten(1, (frames, -1))[:, start:].flatten(1) for logit in logits], dim=1)
 
 
-def build_discriminator(network: NetworkConfig, blocks: Sequence[int] = ()) -> Discriminator:
+def build_discriminator(network: NetworkKind, blocks: Sequence[int] = ()) -> Discriminator:
     """For a fake score of this size, on the outputs of `blocks`; none given: of the middle one."""
-    width = network.num_heads * network.head_dim
-    return Discriminator(width, blocks or (network.num_layers // 2,), max(16, width // 4))
+    width = network.feature_width
+    return Discriminator(width, blocks or (network.num_blocks // 2,), max(16, width // 4))
 
 
 def hidden_tokens(
     fake_score: AvatarTeacher, blocks: Sequence[int], x: Tensor, sigma: Tensor, conditions: Conditions
 ) -> list[Tensor]:
-    """What these transformer blocks of a denoising pass give out, [B, F*h*w, width] each, with a graph where x asks for one."""
-    kept: dict[int, Tensor] = {}
+    """The outputs of these feature blocks in a denoising pass, [B, F*h*w, width] each, with a graph where x asks for one."""
+    net, kept = fake_score.net, {}
+    taps = net.kind.feature_blocks(net)
 
-    def listen(index: int):
+    def tap(index: int):
         def hook(_module: nn.Module, _inputs: tuple, out: tuple) -> None:
-            kept[index] = out[0]
+            kept[index] = out[0] if isinstance(out, tuple) else out
 
-        return fake_score.net.blocks[index].register_forward_hook(hook)
+        return taps[index].register_forward_hook(hook)
 
-    handles = [listen(index) for index in blocks]
+    handles = [tap(index) for index in blocks]
     try:
         with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
             fake_score.denoise(x, sigma, conditions)

@@ -4,24 +4,22 @@
 
 and the fake score learns to denoise rollouts. Differences to the published recipes: the normaliser and every loss leave out the
 given reference frame, the gradient is fp32 throughout, the fake score trains before the student's first step, and guidance scales
-are effective ones (teachers.conditions.Guidance). What else `Config` offers, and where it differs:
+are effective ones (teachers.guidance.Guidance). What else `Config` offers, and where it differs:
 
-objective sid       Score identity distillation (2404.04057) in place of the gradient above: `losses.sid`, through both scores.
 gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
                     score's features; its own loss does not train the fake score, theirs does.
-exit_step           per_chunk: each chunk its own exit; Self Forcing has one for all.
 rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
-context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is told `history.level`.
-first_sigmas        More denoising steps for the first chunks (progressive step bootstrapping, JoyAvatar 2512.11423).
+context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is conditioned on `history.level`.
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
 
-Where the student is told a guidance scale (`student.guidance`), each clip draws one: student and fake score are told it, the
-teacher is guided with it in the place of `guidance`.
+More denoising steps for the first chunks (JoyAvatar 2512.11423) are the student's own: `student.first_sigmas`.
+
+Where the student is conditioned on a guidance scale (`student.guidance`), each clip draws one: student and fake score are
+conditioned on it, the teacher is guided with it in the place of `guidance`.
 """
 
-import itertools
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -33,9 +31,10 @@ from distill.methods.discriminator import Discriminator
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions, Guidance, told_guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher
+from teachers.guidance import EmbeddedGuidance, Guidance, branch_outputs
+from teachers.networks.kind import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +42,17 @@ class Config:
     """`fake_updates` fake-score steps precede each student step, `warmup` more come first. Scores are compared at sigma drawn
     uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]. `exit_step`: random is Self Forcing's, one for all chunks
     and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture.
-    A rollout has a random number of chunks up to `rollout_chunks`, 0: those of the conditions; the first `first_chunks` chunks
-    take `first_sigmas`, empty: the spec's."""
+    A rollout has a random number of chunks up to `rollout_chunks`, 0: those of the conditions."""
 
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
-    objective: Literal["dmd", "sid"] = "dmd"
-    sid_alpha: float = 1.0
     gan: float = 0.0
     gan_blocks: tuple[int, ...] = ()
     fake_updates: int = 5
     warmup: int = 20
-    exit_step: Literal["random", "last", "per_chunk"] = "random"
+    exit_step: Literal["random", "last"] = "random"
     rollout_chunks: int = 0
     context_noise: float = 0.0
-    first_sigmas: tuple[float, ...] = ()
-    first_chunks: int = 1
     shift: float = 1.0
     sigma_min: float = 0.02
     sigma_max: float = 0.98
@@ -74,9 +68,6 @@ class Config:
             raise UserError(f"dmd.guidance_band: got {list(self.guidance_band)}; two sigmas, the lower one first")
         if self.gan < 0.0:
             raise UserError(f"dmd.gan: got {self.gan}; it is a weight, 0 is off")
-        levels = (*self.first_sigmas, 0.0)
-        if self.first_sigmas and (levels[0] != 1.0 or any(a <= b for a, b in itertools.pairwise(levels))):
-            raise UserError(f"dmd.first_sigmas: got {list(self.first_sigmas)}; start at 1.0 and go down, without the 0")
 
 
 class DMD:
@@ -95,13 +86,13 @@ class DMD:
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
         """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student."""
-        judges = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
-        return judges * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
+        critics = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
+        return critics * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
-        given, told = batch.conditions, self.student.spec.guidance
-        if told is not None:
-            given = replace(given, guidance=told.draw(given.text.shape[0], rng).to(given.text))
+        given, scales = batch.conditions, self.student.spec.guidance
+        if scales is not None:
+            given = replace(given, guidance=scales.draw(given.num_rows, rng).to(given.device))
             batch = replace(batch, conditions=given)
         with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
             x0, conditions = self._generate(given, rng, shared)
@@ -124,35 +115,29 @@ class DMD:
         if config.rollout_chunks:
             count = int(torch.randint(window, config.rollout_chunks + 1, (1,), generator=shared))
             conditions = of_length(conditions, count * n)
-        start, num_steps = max(0, count - window), max(len(spec.sigmas), len(config.first_sigmas))
-        noise = draw_noise(self.student, conditions.text.shape[0], rng, count, num_steps)
-        dirt = draw_noise(self.student, conditions.text.shape[0], rng, count, 1) if config.context_noise else None
+        start, num_steps = max(0, count - window), max(len(spec.steps(j)) for j in range(count))
+        noise = draw_noise(self.student, conditions.num_rows, rng, count, num_steps)
+        dirt = draw_noise(self.student, conditions.num_rows, rng, count, 1) if config.context_noise else None
 
         def corrupt(chunk: int, x0: Tensor) -> Tensor:
             return x0 if dirt is None else flow.add_noise(x0, dirt(chunk, 0).to(x0), config.context_noise)
 
         exits = self._exits(start, count, shared)
-        x0 = rollout(self.student, conditions, noise, exits, sigmas=self._sigmas, start=start, corrupt=corrupt)
+        x0 = rollout(self.student, conditions, noise, exits, start=start, corrupt=corrupt)
         if start:
             conditions = conditions.frames(start * n, count * n)
             conditions = replace(conditions, reference=x0[:, :, :1].detach()) if conditions.known else conditions
         return x0, conditions
 
-    def _sigmas(self, chunk: int) -> tuple[float, ...]:
-        first = self.config.first_sigmas and chunk < self.config.first_chunks
-        return self.config.first_sigmas if first else self.student.spec.sigmas
-
     def _exits(self, start: int, count: int, shared: torch.Generator) -> list[int]:
         """Exit step of every chunk: the same on every rank, so that all run the same number of passes."""
-        counts = [len(self._sigmas(j)) for j in range(count)]
+        counts = [len(self.student.spec.steps(j)) for j in range(count)]
         if self.config.exit_step == "last":
             return [num - 1 for num in counts]
 
         def draw(num: int) -> int:
             return int(torch.randint(num, (1,), generator=shared))
 
-        if self.config.exit_step == "per_chunk":
-            return [draw(num) if j >= start else num - 1 for j, num in enumerate(counts)]
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
@@ -164,38 +149,32 @@ class DMD:
         return Loss(value, {"loss": value.detach()})
 
     def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
-        start = len(conditions.known)
-        if self.config.objective == "dmd":
-            with torch.no_grad():
-                gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), start)
-            value = losses.surrogate(x0, gradient)
-        else:
+        with torch.no_grad():
+            gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), len(conditions.known))
+        value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean()}
+        if self.config.gan:
+            discriminator, net = self.discriminator, self.fake_score
+            assert discriminator is not None
             gradient = losses.grad_wrt_input(
-                lambda clip: losses.sid(
-                    clip, *self._scores(clip, sigma, eps, conditions), self.config.sid_alpha, start
+                lambda clip: losses.generator_loss(
+                    discriminator(net, flow.add_noise(clip, eps, sigma), sigma, conditions)
                 ),
                 x0,
-            )
-            value = losses.gradient_as_loss(x0, gradient)
-        metrics = {f"{self.config.objective}_grad_abs": gradient.abs().mean()}
-        if self.config.gan:
-            judge, net = self.discriminator, self.fake_score
-            assert judge is not None
-            gradient = losses.grad_wrt_input(
-                lambda clip: losses.generator_loss(judge(net, flow.add_noise(clip, eps, sigma), sigma, conditions)), x0
             )
             value = value + self.config.gan * losses.gradient_as_loss(x0, gradient)
             metrics["gan_grad_abs"] = gradient.abs().mean()
         return Loss(value, metrics)
 
     def _scores(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
-        """x0 predictions of the guided teacher (real) and of the fake score at one noisy x."""
+        """x0 predictions [B, C, F, H, W] of the guided teacher (real) and of the fake score at one noisy x."""
         x, (low, high) = flow.add_noise(x0, eps, sigma), self.config.guidance_band
-        full = self.teacher.denoise(x, sigma, conditions)
-        guide = self.config.guidance if self.student.spec.guidance is None else told_guidance
-        guided = guide(lambda c: full if c is conditions else self.teacher.denoise(x, sigma, c), conditions)
+        guidance = self.config.guidance
+        if self.student.spec.guidance is not None:
+            guidance = EmbeddedGuidance(conditions.guidance, guidance.batched)
+        outputs = branch_outputs(self.teacher.denoise, x, sigma, conditions, guidance)
         inside = ((sigma >= low) & (sigma <= high)).view(-1, 1, 1, 1, 1)
-        return torch.where(inside, guided, full), self.fake_score.denoise(x, sigma, conditions)
+        real = torch.where(inside, guidance.combine(outputs), outputs[0])
+        return real, self.fake_score.denoise(x, sigma, conditions)
 
     def _discriminator(
         self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, rng: torch.Generator
@@ -222,11 +201,11 @@ def build(config: Config, roles: dict, grid=None) -> DMD:
             raise UserError(
                 f"dmd.exit_step: {config.exit_step} leaves steps out that a same_level history keeps; use exit_step: last"
             )
-        if config.context_noise or config.first_sigmas:
+        if config.context_noise or spec.first_sigmas:
             raise UserError(
-                "dmd.context_noise and dmd.first_sigmas: a same_level history has no pass for them; leave them out"
+                "dmd.context_noise, student.first_sigmas: a same_level history has no pass for them; remove them"
             )
-    if spec.schedule.depth > 1 and (config.exit_step != "last" or config.first_sigmas):
+    if spec.schedule.depth > 1 and config.exit_step != "last":
         raise UserError("dmd.exit_step: chunks in flight together all run to their last step; use exit_step: last")
     if 0 < config.rollout_chunks < spec.num_chunks:
         raise UserError(

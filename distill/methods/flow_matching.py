@@ -1,25 +1,25 @@
-"""Flow matching of a bidirectional teacher on data (Lipman et al. 2210.02747), modalities dropped for guidance."""
+"""Flow matching of a bidirectional teacher on data (Lipman et al. 2210.02747), conditions dropped for guidance."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from distill.methods import Batch, Loss, Needs, losses
+from distill.methods import Batch, Loss, Needs, check_drop, drop_conditions, losses
 from teachers import flow
-from teachers.config import ADDED
-from teachers.networks.wan import AvatarTeacher
+from teachers.networks.kind import AvatarTeacher
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sigmas are stratified over the batch, shifted by `shift`; each modality is dropped with its probability."""
+    """Sigmas are stratified over the batch, shifted by `shift`. `drop`: with which probability a clip goes without a condition."""
 
     shift: float = 3.0
     loss_power: float = 1.0
     loss_floor: float = 0.15
-    drop_text: float = 0.1
-    drop_audio: float = 0.1
-    drop_pose: float = field(default=0.0, metadata=ADDED)
+    drop: dict[str, float] = field(default_factory=lambda: {"text": 0.1, "audio": 0.1})
+
+    def __post_init__(self):
+        check_drop("flow_matching.drop", self.drop)
 
 
 class FlowMatching:
@@ -38,13 +38,7 @@ class FlowMatching:
         strata = (torch.arange(num) + torch.rand(num, generator=rng)) / num
         sigma = flow.shift_sigma(strata[torch.randperm(num, generator=rng)], config.shift).to(x0)
         eps = torch.randn(x0.shape, generator=rng).to(x0)
-        dropped = {
-            "text": torch.rand(num, generator=rng) < config.drop_text,
-            "audio": torch.rand(num, generator=rng) < config.drop_audio,
-        }
-        if config.drop_pose and batch.conditions.pose is not None:
-            dropped["pose"] = torch.rand(num, generator=rng) < config.drop_pose
-        conditions = batch.conditions.drop_rows(**dropped)
+        conditions = drop_conditions(batch.conditions, config.drop, rng)
         x0_hat = self.teacher.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
         value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, len(conditions.known))
         return Loss(value, {"loss": value.detach()})

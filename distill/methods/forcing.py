@@ -9,10 +9,11 @@ for: `Forced` makes it a denoiser of whole clips. stream (FlowAct-R1 2601.10103)
 and the chunks in flight behind it, which see each other, each at a sigma of the step that it is at (`denoise_diagonal_train`).
 
 `generated` is FlowAct-R1's self-forcing variant: with that probability a clip's context is the student's own few-step rollout, with
-`renoise`d latents; the loss stays on the data. As in Self Forcing the network is told the level that it is served with, so that it
-learns to forgive what it is not told of. FlowAct-R1 draws from an intermediate checkpoint; ours is the one that is trained.
+`renoise`d latents; the loss stays on the data. As in Self Forcing the network is conditioned on the level that it is served with,
+so that it becomes robust to noise that it is not conditioned on. FlowAct-R1 draws from an intermediate checkpoint; ours is the one
+that is trained.
 
-We differ: sigmas are stratified over the batch's chunks, the loss is `losses.denoising` (power 2 is flow matching's), modalities
+We differ: sigmas are stratified over the batch's chunks, the loss is `losses.denoising` (power 2 is flow matching's), conditions
 are dropped for guidance as for the bidirectional teacher, and the given reference frame carries no loss.
 """
 
@@ -22,31 +23,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.methods import Batch, Loss, Needs, losses
+from distill.methods import Batch, Loss, Needs, check_drop, drop_conditions, losses
 from distill.methods.rollout import draw_noise, rollout
 from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
 from teachers.errors import UserError
+from teachers.guidance import repeat_rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sigmas are shifted by `shift`; each modality of a clip is dropped with its probability. A clip's context is the student's own
-    with probability `generated`, noised to the sigma `renoise`."""
+    """Sigmas are shifted by `shift`. `drop`: with which probability a clip goes without a condition. A clip's context is the
+    student's own with probability `generated`, noised to the sigma `renoise`."""
 
     context: Literal["clean", "noisy", "stream"] = "clean"
     shift: float = 3.0
     loss_power: float = 1.0
     loss_floor: float = 0.15
-    drop_text: float = 0.1
-    drop_audio: float = 0.1
-    drop_pose: float = field(default=0.0, metadata=ADDED)
-    generated: float = field(default=0.0, metadata=ADDED)
-    renoise: float = field(default=0.0, metadata=ADDED)
+    drop: dict[str, float] = field(default_factory=lambda: {"text": 0.1, "audio": 0.1})
+    generated: float = 0.0
+    renoise: float = 0.0
 
     def __post_init__(self):
+        check_drop("forcing.drop", self.drop)
         if not 0.0 <= self.generated <= 1.0 or not 0.0 <= self.renoise < 1.0:
             raise UserError(
                 f"forcing.generated, renoise: got {self.generated}, {self.renoise}; a probability and a sigma in [0, 1)"
@@ -73,24 +73,14 @@ class Forcing:
         if config.context == "stream":
             return self._in_flight(x0, batch.conditions, rng, shared)
         sigma = flow.shift_sigma(strata((num, x0.shape[2] // n), rng), config.shift).to(x0)
-        conditions = self._dropped(batch.conditions, rng)
+        conditions = drop_conditions(batch.conditions, config.drop, rng)
         levels = sigma.repeat_interleave(n, dim=1)
         x = flow.add_noise(x0, torch.randn(x0.shape, generator=rng).to(x0), levels)
         own = self._memory(x0, batch.conditions, rng, shared)
-        clean, told = self._history(own, rng) if config.context == "clean" else (None, None)
-        x0_hat = self.student.denoise_clip(x, sigma, conditions, clean, told)
+        clean, level = self._history(own, rng) if config.context == "clean" else (None, None)
+        x0_hat = self.student.denoise_clip(x, sigma, conditions, clean, level)
         value = losses.denoising(x0_hat, x0, levels, config.loss_power, config.loss_floor, len(conditions.known))
         return Loss(value, {"loss": value.detach()})
-
-    def _dropped(self, conditions: Conditions, rng: torch.Generator) -> Conditions:
-        num, config = conditions.text.shape[0], self.config
-        dropped = {
-            "text": torch.rand(num, generator=rng) < config.drop_text,
-            "audio": torch.rand(num, generator=rng) < config.drop_audio,
-        }
-        if config.drop_pose and conditions.pose is not None:
-            dropped["pose"] = torch.rand(num, generator=rng) < config.drop_pose
-        return conditions.drop_rows(**dropped)
 
     def _in_flight(self, x0: Tensor, given: Conditions, rng: torch.Generator, shared: torch.Generator) -> Loss:
         """A forward of the walk, the same on every rank; each clip at its own sigmas between those of the steps around it."""
@@ -101,12 +91,12 @@ class Forcing:
         start, stop = front * n, (front + len(done)) * n
         within = strata((x0.shape[0], 1), rng)
         sigma = flow.shift_sigma((len(steps) - torch.tensor([done]) - within) / len(steps), config.shift).to(x0)
-        conditions, target = self._dropped(given, rng), x0[:, :, start:stop]
+        conditions, target = drop_conditions(given, config.drop, rng), x0[:, :, start:stop]
         levels = sigma.repeat_interleave(n, dim=1)
         x = flow.add_noise(target, torch.randn(target.shape, generator=rng).to(x0), levels)
-        clean, told = self._history(self._memory(x0, given, rng, shared), rng) if front else (x0, None)
-        told = None if told is None else told[:, :front]
-        x0_hat = self.student.denoise_diagonal_train(x, sigma, conditions.frames(0, stop), clean[:, :, :start], told)
+        clean, level = self._history(self._memory(x0, given, rng, shared), rng) if front else (x0, None)
+        level = None if level is None else level[:, :front]
+        x0_hat = self.student.denoise_diagonal_train(x, sigma, conditions.frames(0, stop), clean[:, :, :start], level)
         known = len(conditions.known) if front == 0 else 0
         value = losses.denoising(x0_hat, target, levels, config.loss_power, config.loss_floor, known)
         return Loss(value, {"loss": value.detach()})
@@ -128,7 +118,8 @@ class Forcing:
         return out
 
     def _history(self, x0: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """What each chunk is told of the past: the data, with the spec's history noise, and its levels [B, num_chunks]."""
+        """What each chunk sees of the past [B, C, F, H, W]: the data, with the spec's history noise, and its levels
+        [B, num_chunks]."""
         spec = self.student.spec
         if spec.history_noise is None:
             return x0, None
@@ -139,7 +130,7 @@ class Forcing:
 
 @dataclass(frozen=True)
 class Forced:
-    """An autoregressive teacher over whole clips: every chunk is told the `clean` [B, C, F, H, W] chunks before it.
+    """An autoregressive teacher over whole clips: every chunk sees the `clean` [B, C, F, H, W] chunks before it.
 
     It has the verb of a bidirectional teacher, so `generate.solve_states` solves its chunks' ODEs side by side.
     """
@@ -148,10 +139,11 @@ class Forced:
     clean: Tensor
 
     def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """x [B, C, F, H, W] at sigma [B], or [B, num_chunks] -> x0."""
+        """x [k B, C, F, H, W] of k branches of guidance at sigma [k B], or [k B, num_chunks] -> x0."""
         chunks = x.shape[2] // self.net.spec.chunk_frames
         levels = sigma if sigma.ndim == 2 else sigma.unsqueeze(1).expand(-1, chunks)
-        return self.net.denoise_clip(x, levels, conditions, self.clean)
+        clean = repeat_rows(self.clean, x.shape[0] // self.clean.shape[0])
+        return self.net.denoise_clip(x, levels, conditions, clean)
 
 
 def strata(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:

@@ -48,18 +48,6 @@ def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * torch.nn.functional.mse_loss(x0.float(), target)
 
 
-def sid(x0: Tensor, real: Tensor, fake: Tensor, alpha: float, start: int = 1, eps: float = 1e-6) -> Tensor:
-    """Score identity distillation, (real - fake) ((real - x0) - alpha (real - fake)) / mean |x0 - real|, generated frames only.
-
-    Zhou et al. 2404.04057 in x0 predictions: the same as (1 - alpha) |real - fake|^2 + (real - fake)(fake - x0), with DMD's
-    normaliser as in Self Forcing (2506.08009); gradient runs through real and fake too, not through the normaliser.
-    """
-    x0, real, fake = x0.float(), real.float(), fake.float()
-    scale = frame_mean((x0 - real).abs(), start).detach()
-    gap = real - fake
-    return (frame_mean(gap * ((real - x0) - alpha * gap), start) / (scale + eps)).mean()
-
-
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3)."""
     return softplus(-real.float()).mean() + softplus(fake.float()).mean()

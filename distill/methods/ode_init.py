@@ -27,7 +27,7 @@ from teachers.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """`context`: each chunk sees the trajectory's clean end of earlier chunks, or their noisy states (diffusion forcing), or the
-    data that an autoregressive teacher's trajectory (`forcing.Forced`) was told."""
+    data that an autoregressive teacher's trajectory (`forcing.Forced`) was conditioned on."""
 
     context: Literal["clean", "noisy", "data"] = "clean"
 
@@ -74,8 +74,8 @@ class ODEInit:
         clean = states[:, -1] if self.config.context == "clean" else batch.x0
         assert clean is not None
         state = context(self.student, clean, batch.conditions, front)
-        levels, heard = [spec.sigmas[i] for i in done], batch.conditions.frames(start, stop)
-        x0_hat, _ = self.student.denoise_diagonal(state, x, levels, heard)
+        levels, conditions = [spec.sigmas[i] for i in done], batch.conditions.frames(start, stop)
+        x0_hat, _ = self.student.denoise_diagonal(state, None, x, levels, conditions)
         value = losses.regression(
             x0_hat, states[:, -1, :, start:stop], len(batch.conditions.known) if front == 0 else 0
         )

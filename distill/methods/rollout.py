@@ -1,7 +1,6 @@
 """On-policy rollouts: the student's own step folded over a clip, gradient at one exit step per chunk (Self Forcing 2506.08009)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,8 +37,8 @@ def rollout(
         part, ahead = (conditions.frames(j * n, min(j + k, count) * n) for k in (1, 1 + student.spec.schedule.ahead))
         levels = student.spec.steps(j) if sigmas is None else sigmas(j)
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
-        with torch.set_grad_enabled(torch.is_grad_enabled() and j >= start):
-            x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last)
+        grad = torch.is_grad_enabled() and j >= start
+        x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad)
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:
@@ -54,9 +53,9 @@ def context(student: Student, clean: Tensor, conditions: Conditions, front: int)
     schedule as in serving: the last of them is still pending."""
     n, state = student.spec.chunk_frames, student.open(conditions.text)
     for j in range(front):
-        told = DiagonalStep((), None) if j == front - 1 and student.spec.schedule.depth > 1 else ()
+        steps = DiagonalStep((), None) if j == front - 1 and student.spec.schedule.depth > 1 else ()
         x0 = clean[:, :, j * n : (j + 1) * n]
-        state = student.commit(state, x0, conditions.frames(j * n, (j + 1) * n), told)
+        state = student.commit(state, x0, conditions.frames(j * n, (j + 1) * n), steps)
     return state
 
 
@@ -75,15 +74,9 @@ def draw_noise(
 
 
 def of_length(conditions: Conditions, num_frames: int) -> Conditions:
-    """Conditions of a stream of `num_frames`: cut, or each clip goes on with the sound and the pose of the next rows of the batch
-    (without their frame 0, which is one pixel frame repeated). Text and reference stay."""
-
-    def continued(x: Tensor) -> Tensor:
-        parts = [x]
-        while sum(part.shape[1] for part in parts) < num_frames:
-            parts.append(x.roll(-len(parts), 0)[:, 1:])
-        return torch.cat(parts, dim=1)[:, :num_frames]
-
-    pose = None if conditions.pose is None else continued(conditions.pose)
-    clip_audio = None if conditions.clip_audio is None else continued(conditions.clip_audio)
-    return replace(conditions, audio=continued(conditions.audio), pose=pose, clip_audio=clip_audio)
+    """Conditions of a stream of `num_frames` latent frames: cut, or each clip goes on with what runs with the frames (sound, pose)
+    of the next rows of the batch, without their frame 0, which is one pixel frame repeated. The rest stays its own."""
+    frames, rows, parts = conditions.num_frames, torch.arange(conditions.num_rows), [conditions]
+    while sum(part.num_frames for part in parts) < num_frames:
+        parts.append(conditions.index(rows.roll(-len(parts))).frames(1, frames))
+    return Conditions.join_frames(parts).frames(0, num_frames)

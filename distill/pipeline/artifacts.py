@@ -1,57 +1,42 @@
-"""What the finished stages of a run left, loaded when it is first asked for: clips, senses, probes, networks of every role."""
+"""Lazy loading of finished stages' outputs: encoders, training sets, probes, networks of every role."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from distill.data import latents
-from distill.pipeline.pretrained import load_given, network_dims
+from distill.data.source import Source
+from distill.pipeline.pretrained import load_given
 from distill.pipeline.run_folder import RunFolder
-from distill.recipe import TeacherStage
+from distill.recipe import Recipe, TeacherStage
 from distill.training import lora
 from distill.training.engine import Engine
-from students.networks.causal_wan import CausalWan
-from students.networks.midas_net import read_language_model
+from distill.training.metrics_log import MetricsLog
+from eval.embedded.extractors import Probes
 from students.spec import Spec
 from students.student import Student
 from students.weights import checkpoint
-from students.weights.adapter import fold
+from students.weights.adapter import HINT, fold
 from students.weights.checkpoint import Bundle
+from teachers.checkpoints.strict import load_strict
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer, build_network
-
-if TYPE_CHECKING:
-    from distill.recipe import Recipe
+from teachers.networks.kind import AvatarTeacher
 
 
 class Artifacts:
-    """Student and fake score start from the weights of the stage `origin`: those of `recipe.base`, else the teacher's."""
+    """What a stage gets besides its folder: the recipe, this process and the outputs of the stages before it.
 
-    recipe: "Recipe"
-    engine: Engine
-    spec: Spec
-    folder: RunFolder
+    `engine` owns processes and device, `spec` is the student's, `source` gives clips, `folder` is the run on disk, `log` its
+    metrics. Everything else is loaded when it is first read, from a stage that must be finished.
+    """
 
-    @property
-    def origin(self) -> str:
-        return "teacher" if self.recipe.base is None else "base"
-
-    @property
-    def pool_stage(self) -> str:
-        """The stage that the student's conditions come from."""
-        return "data" if self.recipe.corruption is None else "corrupted"
-
-    @property
-    def own_network(self) -> bool:
-        """Whether the student's network is another kind than the teacher's, and so starts from none of its weights."""
-        return self.recipe.student.network is not None
-
-    @property
-    def untrained(self) -> str:
-        """The stage whose weights are the zero-shot student's: the teacher's; where it can have none, its own teacher's."""
-        return "ar_teacher" if self.own_network else self.origin
+    def __init__(
+        self, recipe: Recipe, engine: Engine, spec: Spec, source: Source, folder: RunFolder, log: MetricsLog
+    ) -> None:
+        self.recipe, self.engine, self.spec = recipe, engine, spec
+        self.source, self.folder, self.log = source, folder, log
 
     def config(self, stage: str) -> TeacherStage:
         """The config of `teacher` or `base`."""
@@ -65,53 +50,52 @@ class Artifacts:
         return latents.load_encoders(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
 
     @cached_property
-    def pool(self) -> latents.TrainSet:
+    def train_set(self) -> latents.TrainSet:
+        """Clean clips: what teachers are trained on."""
         return latents.load_train_set(self.folder.stage_dir("data"), self.encoders.mark, self.spec.network.reference)
 
     @cached_property
-    def given(self) -> latents.TrainSet:
+    def student_train_set(self) -> latents.TrainSet:
         """What the student is distilled on: the training set, or its corrupted clips."""
-        return latents.load_train_set(
-            self.folder.stage_dir(self.pool_stage), self.encoders.mark, self.spec.network.reference
-        )
+        folder = self.folder.stage_dir(self.recipe.conditions_stage)
+        return latents.load_train_set(folder, self.encoders.mark, self.spec.network.reference)
 
     @cached_property
-    def probes(self):
-        from eval.embedded.extractors import Probes
-
+    def probes(self) -> Probes:
+        """The embedded extractors."""
         return Probes.load(self.folder.stage_dir("extractors"))
 
-    def _new_network(self, stage: str) -> AvatarTransformer:
+    def new_network(self, stage: str) -> Any:
         """An untrained network, initialised from the recipe's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
-            return build_network(self.config(stage).network, **network_dims(self.spec))
+            return self.config(stage).network.new(self.spec.dims)
 
-    def network(self, stage: str, frozen: bool = True) -> AvatarTransformer:
+    def network(self, stage: str, frozen: bool = True) -> Any:
         """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
+        recipe, file = self.recipe, self.folder.stage_dir(stage) / "model.safetensors"
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
             return load_given(self.config(stage), self.spec, self.engine.device, frozen)
-        if self.recipe.lora is not None and stage not in ("teacher", "base"):
-            net, file = self.network(self.origin, frozen=False), self.folder.stage_dir(stage) / "model.safetensors"
-            fold(net, self.recipe.lora.adapter(load_tensors(file)), file)
+        if recipe.lora is not None and stage not in ("teacher", "base"):
+            net = self.network(recipe.init_checkpoint, frozen=False)
+            fold(net, recipe.lora.adapter(load_tensors(file)), file)
             return net
-        net = self._new_network(stage if stage == "teacher" else self.origin)
-        if self.spec.guidance is not None and stage in ("init", "dmd"):
+        net = self.new_network(stage if stage == "teacher" else recipe.init_checkpoint)
+        if self.spec.guidance is not None and stage in ("init", "distill"):
             net.add_guidance()
-        file = self.folder.stage_dir(stage) / "model.safetensors"
-        checkpoint.fill(net, load_tensors(file), file)
-        return net.to(self.engine.device)  # pyright: ignore[reportArgumentType]  # diffusers wraps it
+        load_strict(net, load_tensors(file), file, HINT)
+        return net.to(self.engine.device)
 
     @cached_property
-    def backbone(self) -> AvatarTransformer:
+    def backbone(self) -> Any:
         """The frozen network whose tensors all LoRA roles share."""
-        return lora.make_backbone(self.network(self.origin), self.engine.config.precision)
+        return lora.make_backbone(self.network(self.recipe.init_checkpoint), self.engine.config.precision)
 
-    def adapted(self, role: str, stage: str) -> AvatarTransformer:
-        """A LoRA role over the backbone, with the adapter of a finished stage or, at `origin`, a fresh one."""
+    def adapted(self, role: str, stage: str) -> Any:
+        """A LoRA role over the backbone, with the adapter of a finished stage or, at `init_checkpoint`, a fresh one."""
         assert self.recipe.lora is not None
         net = lora.adapt(self.backbone, self.recipe.lora, self.recipe.seed, role)
-        if stage != self.origin:
+        if stage != self.recipe.init_checkpoint:
             file = self.folder.stage_dir(stage) / "model.safetensors"
             lora.load(net, load_tensors(file), file)
         return net
@@ -123,14 +107,29 @@ class Artifacts:
         shared = self.recipe.lora is not None and (base is None or (base == own and not own.is_trained))
         return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
 
+    @cached_property
+    def base_solver(self) -> AvatarTeacher:
+        """The network that the student starts from, frozen, as a bidirectional denoiser."""
+        net = self.network(self.recipe.init_checkpoint) if self.recipe.lora is None else self.backbone
+        return AvatarTeacher(net).eval().requires_grad_(False)
+
+    def fake_score(self) -> AvatarTeacher:
+        """A fake score to be trained, with the weights that the student started from: whole, or as an adapter."""
+        if self.recipe.lora is not None:
+            return AvatarTeacher(self.adapted("fake_score", self.recipe.init_checkpoint))
+        net = self.network(self.recipe.init_checkpoint, frozen=False).train().requires_grad_(True)
+        if self.spec.guidance is not None:
+            net.add_guidance()
+        return AvatarTeacher(net)
+
     def student(self, stage: str) -> Student:
-        """A student with the weights of a finished stage; those of the stage `origin` are an untrained student's, zero-shot."""
-        if not self.own_network:
-            return CausalWan(self.network(stage, frozen=False), self.spec)
+        """A student with the weights of a finished stage; at `init_checkpoint` an untrained one, zero-shot."""
+        if not self.recipe.has_custom_network:
+            return self.spec.network.student(self.network(stage, frozen=False), self.spec)
         student = self._new_student()
-        if stage != self.origin:
+        if stage != self.recipe.init_checkpoint:
             file = self.folder.stage_dir(stage) / "model.safetensors"
-            checkpoint.fill(student.net, load_tensors(file), file)
+            load_strict(student.net, load_tensors(file), file, HINT)
         return student.to(self.engine.device)
 
     def _new_student(self) -> Student:
@@ -138,15 +137,14 @@ class Artifacts:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "student").initial_seed())
             student = checkpoint.make_student(self.spec)
-        if self.recipe.student.network.llm is not None:
-            read_language_model(student.net, self.recipe.student.network.llm)
+        self.spec.network.start(student.net)
         return student
 
     def trainee(self, stage: str) -> Student:
         """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
         if self.recipe.lora is None:
             return self.student(stage)
-        return CausalWan(self.adapted("student", stage), self.spec)
+        return self.spec.network.student(self.adapted("student", stage), self.spec)
 
     @cached_property
     def ar_teacher(self) -> Student:
@@ -154,5 +152,5 @@ class Artifacts:
         return self.trainee("ar_teacher").eval().requires_grad_(False)
 
     def bundle(self, student: Student) -> Bundle:
-        """A student with this run's senses, ready for a session."""
+        """A student with this run's encoders, ready for a session."""
         return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text)

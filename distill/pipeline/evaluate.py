@@ -6,17 +6,20 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.data.source import Clips
+from distill.expect import SHOWN, SYSTEMS, Bounds, compare
 from distill.pipeline import validation
+from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import (
     clip_noise,
     many_step_clips,
@@ -38,59 +41,31 @@ from teachers.codecs.linear import to_float
 from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
 
-if TYPE_CHECKING:
-    from distill.pipeline.stages import Pipeline
-
 THROUGHPUT_BATCH = 96
-SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")  # the third: own_network
 
 
-def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
+def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     """Score floor, codec and the systems, measure costs, write the report; returns the scores."""
-    config = pipeline.recipe.eval
-    test = validation.HeldOut.draw(pipeline, "test", config.num_conditions)
-    varied = "diversity" not in pipeline.source.left_out
+    config = artifacts.recipe.eval
+    test = validation.HeldOut.draw(artifacts, "test", config.num_conditions)
+    varied = "diversity" not in artifacts.source.left_out
     sets = {"test": (test.conditions, config.num_seeds)}
     if varied:
-        sets["diversity"] = (spread_conditions(pipeline), 1)
-    generate_all(pipeline, folder, sets)
-    if not pipeline.engine.is_main:
+        sets["diversity"] = (spread_conditions(artifacts), 1)
+    generate_all(artifacts, folder, sets)
+    if not artifacts.engine.is_main:
         return {}
-    world = world_spread(pipeline) if varied else None
-    real = pipeline.source.draw(config.condition_seed, "reference", config.num_reference)
-    reference = benchmark.prepare_reference(pipeline.probes, real.video, test.decoded)
-    borders = seam_frames(pipeline.spec)
-
-    def score(videos: Tensor, spread: Tensor | None = None) -> dict:
-        own = world if spread is not None else None
-        return benchmark.evaluate_videos(
-            pipeline.probes, videos, reference, test.asked, spread, own, config.max_lag, borders
-        )
-
-    floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
-    scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
-
-    def clips(name: str, system: str, seed: int) -> Tensor:
-        return load_tensors(clips_file(folder, name, system, seed))["video"]
-
-    for name in (name for name in SYSTEMS if name != "ar_teacher" or pipeline.own_network):
-        seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
-        spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
-        scores[name] = score(torch.stack(seeds), spread)
-        sheets[name] = seeds[0]
-    same = clips("test", SAME_NOISE, 0)
-    for name in ("zero_shot", "init", "student"):
-        mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
-        scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
-    costs = measure_costs(pipeline, test)
+    real = artifacts.source.draw(config.condition_seed, "reference", config.num_reference)
+    scores, floor, sheets = score_systems(artifacts, folder, test, real, varied)
+    costs = measure_costs(artifacts, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
-    report = assemble(pipeline, systems, floor, counted)
-    samples = write_samples(pipeline, test)
-    curves = read_curves(pipeline.log.rows())
+    report = assemble(artifacts, systems, floor, counted)
+    samples = write_samples(artifacts, test)
+    curves = read_curves(artifacts.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
     captions = named(test.clips.text)[: config.sheet_conditions]
-    write_report(report, curves, shown, samples, pipeline.folder.path, captions, config.sheet_frames)
+    write_report(report, curves, shown, samples, artifacts.folder.path, captions, config.sheet_frames)
 
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -99,31 +74,65 @@ def evaluate(pipeline: "Pipeline", folder: Path) -> dict:
     return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
 
 
-def world_spread(pipeline: "Pipeline") -> Tensor:
+def score_systems(
+    artifacts: Artifacts, folder: Path, test: validation.HeldOut, real: Clips, varied: bool
+) -> tuple[dict[str, dict], dict[str, dict], dict[str, Tensor]]:
+    """(Scores of every system; of real clips and of the codec's ceiling; name -> clips uint8 [N, 3, T, H, W] of one noise seed)
+    from the clips that `generate_all` stored, against `real` ones. varied: whether diversity is measured."""
+    config = artifacts.recipe.eval
+    world = world_spread(artifacts) if varied else None
+    reference = benchmark.prepare_reference(artifacts.probes, real.video, test.decoded)
+    borders = seam_frames(artifacts.spec)
+
+    def score(videos: Tensor, spread: Tensor | None = None) -> dict:
+        own = world if spread is not None else None
+        return benchmark.evaluate_videos(
+            artifacts.probes, videos, reference, test.targets, spread, own, config.max_lag, borders
+        )
+
+    floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
+    scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
+
+    def clips(name: str, system: str, seed: int) -> Tensor:
+        return load_tensors(clips_file(folder, name, system, seed))["video"]
+
+    for name in (name for name in SYSTEMS if name != "ar_teacher" or artifacts.recipe.has_custom_network):
+        seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
+        spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
+        scores[name] = score(torch.stack(seeds), spread)
+        sheets[name] = seeds[0]
+    same = clips("test", SAME_NOISE, 0)
+    for name in ("zero_shot", "init", "student"):
+        mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
+        scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
+    return scores, floor, sheets
+
+
+def world_spread(artifacts: Artifacts) -> Tensor:
     """The world's own clips for the diversity conditions, other nuisance each, through the codec: uint8 [C, K, 3, T, H, W]."""
-    config, encoders = pipeline.recipe.eval, pipeline.encoders
+    config, encoders = artifacts.recipe.eval, artifacts.encoders
     out = []
     for motion in range(config.diversity_seeds):
-        clips = pipeline.source.draw(config.condition_seed, "diversity", config.diversity_conditions, motion)
+        clips = artifacts.source.draw(config.condition_seed, "diversity", config.diversity_conditions, motion)
         out.append(encoders.decode(encoders.encode(clips.video)))
     return torch.stack(out, dim=1)
 
 
-def spread_conditions(pipeline: "Pipeline"):
+def spread_conditions(artifacts: Artifacts):
     """Each diversity condition `diversity_seeds` times in a row."""
-    config = pipeline.recipe.eval
-    test = validation.HeldOut.draw(pipeline, "diversity", config.diversity_conditions)
+    config = artifacts.recipe.eval
+    test = validation.HeldOut.draw(artifacts, "diversity", config.diversity_conditions)
     rows = torch.arange(config.diversity_conditions).repeat_interleave(config.diversity_seeds)
     return test.conditions.index(rows)
 
 
-def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, dict]:
+def measure_costs(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, dict]:
     """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput).
 
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
     so that what else the machine does hits all of them.
     """
-    spec, recipe, encoders = pipeline.spec, pipeline.recipe, pipeline.encoders
+    spec, recipe, encoders = artifacts.spec, artifacts.recipe, artifacts.encoders
     settings, warmup = recipe.trajectories, recipe.eval.latency_warmup
     batch = min(THROUGHPUT_BATCH, len(test.clips.text))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
@@ -137,25 +146,25 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
 
         def clips(conditions, grid=grid):
             noise = clip_noise(spec, conditions.text.shape[0], 0, "cost")
-            made = teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch)
+            made = teacher_clips(artifacts.teacher, conditions, noise, grid, settings.guidance, batch)
             encoders.decode(made)
 
         alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
         together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
         nfe[name] = (len(grid) - 1) * settings.guidance.passes
-    if pipeline.own_network:
+    if artifacts.recipe.has_custom_network:
         grid, noise = grids["teacher"], stream_noise(spec, batch, 0, "cost")
 
         def own(conditions):
-            made = many_step_clips(pipeline.ar_teacher, conditions, noise, grid, settings.guidance, batch)
+            made = many_step_clips(artifacts.ar_teacher, conditions, noise, grid, settings.guidance, batch)
             encoders.decode(made)
 
         alone["ar_teacher"] = lambda: [clocked(lambda: own(one)).seconds]
         together["ar_teacher"] = measure(lambda: own(many), 0, 1)["median"]
         nfe["ar_teacher"] = len(grid) * settings.guidance.passes  # the plans included
-    for name, stage in {"zero_shot": pipeline.untrained, "init": "init", "student": "dmd"}.items():
-        student = pipeline.student(stage).eval().requires_grad_(False)
-        bundle, noise = pipeline.bundle(student), stream_noise(spec, batch, 0, "cost")
+    for name, stage in {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}.items():
+        student = artifacts.student(stage).eval().requires_grad_(False)
+        bundle, noise = artifacts.bundle(student), stream_noise(spec, batch, 0, "cost")
 
         def streams(student=student, noise=noise):
             encoders.decode(student_clips(student, many, noise, batch))
@@ -165,7 +174,7 @@ def measure_costs(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, d
         nfe[name] = spec.nfe_per_chunk
     with one_thread():
         marks = {name: runs[warmup:] for name, runs in interleave(alone, warmup + recipe.eval.latency_runs).items()}
-    return {name: cost(marks[name], together[name] / batch, batch, nfe[name], pipeline) for name in alone}
+    return {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
 
 
 @contextmanager
@@ -187,7 +196,8 @@ def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
     marks: list[float] = []
     for _ in range(2):
         portrait = to_float(test.clips.video[0, :, 0]) if bundle.spec.network.reference else None
-        session = Session(bundle, portrait, test.clips.text[0])
+        outside = {name: value[0] for name, value in test.conditions.outside.items()}
+        session = Session(bundle, portrait, test.clips.text[0], conditions=outside)
         session.push(audio=test.clips.voice[0])
         session.close()
         began = time.perf_counter()
@@ -195,10 +205,10 @@ def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
     return marks
 
 
-def cost(marks: list[list[float]], together: float, batch: int, nfe: int, pipeline: "Pipeline") -> dict[str, float]:
+def cost(marks: list[list[float]], together: float, batch: int, nfe: int, artifacts: Artifacts) -> dict[str, float]:
     """Cost numbers of one system from the seconds to each part of a clip alone, run by run, and a clip's seconds in a `batch`."""
-    frames = pipeline.recipe.data.world.num_frames
-    clip_seconds = frames / float(pipeline.spec.fps)
+    frames = artifacts.recipe.data.world.num_frames
+    clip_seconds = frames / float(artifacts.spec.fps)
     clip = statistics.median(run[-1] for run in marks)
     chunks = [b - a for run in marks for a, b in itertools.pairwise(run)]
     return {
@@ -212,18 +222,18 @@ def cost(marks: list[list[float]], together: float, batch: int, nfe: int, pipeli
     } | ({"p95_chunk_seconds": percentile(chunks, 95)} if chunks else {})
 
 
-def assemble(pipeline: "Pipeline", systems: dict, floor: dict, counted: EvalConfig) -> dict:
+def assemble(artifacts: Artifacts, systems: dict, floor: dict, counted: EvalConfig) -> dict:
     """report.json as design section 6 has it; `counted` says how many clips there were."""
-    recipe, done = pipeline.recipe, pipeline.folder.finished
+    recipe, done = artifacts.recipe, artifacts.folder.finished
     stages = {}
-    for name in pipeline.names[:-1]:
+    for name in artifacts.folder.names:
         facts = done(name) or {}
         stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
     extractors = stages["extractors"]["metrics"]
     world = recipe.data.world
     card = protocol_card(
         counted,
-        Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=pipeline.spec.fps),
+        Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=artifacts.spec.fps),
         extractors["sha256"],
         extractors["admitted"],
         {"conditions": recipe.eval.condition_seed, "training": recipe.seed},
@@ -233,109 +243,60 @@ def assemble(pipeline: "Pipeline", systems: dict, floor: dict, counted: EvalConf
         "seed": recipe.seed,
         "versions": versions(),
         "device": {
-            "kind": str(pipeline.engine.device),
+            "kind": str(artifacts.engine.device),
             "machine": platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "processes": pipeline.engine.world_size,
+            "processes": artifacts.engine.world_size,
         },
         "stages": stages,
         "systems": systems,
         "floor": floor["real"],
         "codec": floor["codec"],
-        "health": health_panels(stages),
+        "health": health_of(stages),
         "ratios": ratios(systems),
-        "targets": targets(systems),
+        "targets": targets(systems, recipe.expect, artifacts.source.left_out),
         "protocol": card,
-        **({"left_out": dict(pipeline.source.left_out)} if pipeline.source.left_out else {}),
+        **({"left_out": dict(artifacts.source.left_out)} if artifacts.source.left_out else {}),
     }
 
 
-def health_panels(stages: dict) -> dict[str, Any]:
-    """The health panels that the stages left: teacher, ar_teacher, init, student; and the verdict of init."""
+def health_of(stages: dict) -> dict[str, Any]:
+    """The health metrics that the stages stored: of teacher, ar_teacher, init and student; and the quality gate after init."""
     found: dict[str, Any] = {}
     for name in ("init", "ar_teacher"):
         found |= ((stages.get(name) or {}).get("metrics") or {}).get("health") or {}
-    best = ((stages["dmd"].get("metrics") or {}).get("best")) or {}
+    best = ((stages["distill"].get("metrics") or {}).get("best")) or {}
     student = {name.removeprefix("health/"): x for name, x in best.items() if name.startswith("health/")}
     return found | ({"student": student} if student else {})
 
 
 def ratios(systems: dict) -> dict[str, float]:
-    """Student against teacher and against init, and what the student saves; NaN over a score of 0. What was left out is in none."""
+    """Every comparison of `distill.expect.SHOWN` that is measured; NaN over a score of 0."""
+    found = {name: compare(name, systems) for name in SHOWN}
+    return {name: value for name, value in found.items() if value is not None}
 
-    known = systems["student"]["metrics"]
 
-    def mean(system: str, name: str) -> float:
-        return systems[system]["metrics"][name]["mean"]
-
-    def over(name: str, system: str, other: str) -> float:
-        return mean(system, name) / mean(other, name) if mean(other, name) else math.nan
-
-    out = {
-        f"{name}_student_over_teacher": over(name, "student", "teacher")
-        for name in ("fid", "fvd", "sync", "motion")
-        if name in known
-    }
-    if "ar_teacher" in systems:
-        names = ("fid", "fvd", "sync", "motion")
-        out |= {
-            f"{name}_student_over_ar_teacher": over(name, "student", "ar_teacher") for name in names if name in known
-        }
-    out |= {f"{name}_student_over_init": over(name, "student", "init") for name in ("fid", "fvd")}
-    out |= {
-        f"{name}_student_minus_init": mean("student", name) - mean("init", name)
-        for name in ("diversity", "sync")
-        if name in known
-    }
-    out |= {f"{name}_init_over_zero_shot": over(name, "init", "zero_shot") for name in ("fid", "fvd")}
-    if "diversity" in known:
-        out["diversity_init_minus_zero_shot"] = mean("init", "diversity") - mean("zero_shot", "diversity")
-    teacher, student = systems["teacher"]["cost"], systems["student"]["cost"]
-    out["cost_teacher_over_student"] = teacher["seconds_per_video_second"] / student["seconds_per_video_second"]
-    out["batch_cost_teacher_over_student"] = (
-        teacher["batch_seconds_per_video_second"] / student["batch_seconds_per_video_second"]
-    )
-    out["ttff_teacher_over_student"] = teacher["ttff_seconds"] / student["ttff_seconds"]
+def targets(systems: dict, expect: Mapping[str, Bounds], left_out: Collection[str]) -> dict[str, dict]:
+    """Each expectation of the recipe with its value and whether it is met; one of a measure that is `left_out` is skipped."""
+    out = {}
+    for name, bounds in expect.items():
+        value = compare(name, systems)
+        if value is not None:
+            out[name] = target(value, at_least=bounds.at_least, at_most=bounds.at_most)
+        elif not any(name.startswith(f"{measure}_") for measure in left_out):
+            shown = target(0.0, at_least=bounds.at_least, at_most=bounds.at_most)
+            out[name] = {**shown, "value": None, "passed": None}
     return out
 
 
-TARGETS = {  # what the recipe promises; least and most
-    "fid_student_over_teacher": (None, 1.10),
-    "fvd_student_over_teacher": (None, 1.10),
-    "sync_student_over_teacher": (0.97, None),
-    "motion_student_over_teacher": (0.85, None),
-    "fid_student_over_init": (None, 0.95),
-    "fvd_student_over_init": (None, 0.97),
-    "diversity_student_minus_init": (0.05, None),
-    "sync_student_minus_init": (-0.01, None),
-    "fid_init_over_zero_shot": (None, 1.0),
-    "fvd_init_over_zero_shot": (None, 1.0),
-    "diversity_init_minus_zero_shot": (0.0, None),
-    "batch_cost_teacher_over_student": (15.0, None),
-    "ttff_teacher_over_student": (40.0, None),
-}
-
-
-def targets(systems: dict) -> dict[str, dict]:
-    """Each promise with its value and whether it is kept."""
-    found = ratios(systems)
-    judged = {name: bounds for name, bounds in TARGETS.items() if name in found}
-    out = {name: target(found[name], at_least=low, at_most=high) for name, (low, high) in judged.items()}
-    if "sync" in systems["teacher"]["metrics"]:
-        out["teacher_sync"] = target(systems["teacher"]["metrics"]["sync"]["mean"], at_least=0.88)
-    for name in ("motion_energy", "sharpness"):
-        out[f"student_{name}"] = target(systems["student"]["metrics"][name]["mean"], at_least=0.88, at_most=1.15)
-    return out
-
-
-def write_samples(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, Path]:
+def write_samples(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, Path]:
     """Playable samples with sound, label -> file: real, teacher, init and student on the same conditions."""
-    folder = pipeline.folder.path / "samples"
+    folder = artifacts.folder.path / "samples"
     folder.mkdir(exist_ok=True)
-    stage = pipeline.folder.stage_dir("evaluate")
+    stage = artifacts.folder.stage_dir("evaluate")
     samples = {}
-    for i in range(min(pipeline.recipe.eval.num_samples, len(test.clips.text))):
+    for i in range(min(artifacts.recipe.eval.num_samples, len(test.clips.text))):
         for name in ("real", "teacher", "init", "student"):
             if name == "real":
                 video = test.clips.video[i]
@@ -343,7 +304,7 @@ def write_samples(pipeline: "Pipeline", test: validation.HeldOut) -> dict[str, P
                 video = load_tensors(clips_file(stage, "test", name, 0))["video"][i]
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
-            media.write_video(path, frames, pipeline.spec.fps, test.clips.mixed[i], upscale=6, smooth=True)
+            media.write_video(path, frames, artifacts.spec.fps, test.clips.mixed[i], upscale=6, smooth=True)
             samples[f"{name}: {named(test.clips.text)[i]}"] = path
     return samples
 
@@ -356,7 +317,7 @@ def named(texts: list[str]) -> list[str]:
 
 
 def read_curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Rows of metrics.jsonl as curves: "stage: quantity" -> role -> (step, value) pairs; the health panel has a table."""
+    """Rows of metrics.jsonl as curves: "stage: quantity" -> role -> (step, value) pairs; health metrics have a table."""
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -373,34 +334,34 @@ SAME_NOISE = "teacher_same_noise"
 Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, name of the set) -> x0
 
 
-def systems(pipeline: "Pipeline") -> dict[str, Generate]:
+def systems(artifacts: Artifacts) -> dict[str, Generate]:
     """The systems of the report: how each generates x0 for conditions, a noise seed and a set's name. A student with a network of
     its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
     """
-    recipe, spec = pipeline.recipe, pipeline.spec
+    recipe, spec = artifacts.recipe, artifacts.spec
     settings = recipe.trajectories
     batch = recipe.eval.batch_size
     grids = {
         "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
         "teacher_few_step": (*spec.sigmas, 0.0),
     }
-    stages = {"zero_shot": pipeline.untrained, "init": "init", "student": "dmd"}
+    stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
 
     def teacher(grid) -> Generate:
         def generate(conditions, seed, name):
             noise = clip_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
             with tqdm(total=noise.shape[0], desc=f"teacher {len(grid) - 1} steps", leave=False, mininterval=1.0) as bar:
-                return teacher_clips(pipeline.teacher, conditions, noise, grid, settings.guidance, batch, bar)
+                return teacher_clips(artifacts.teacher, conditions, noise, grid, settings.guidance, batch, bar)
 
         return generate
 
     def same_noise(conditions, seed, name):
         start = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
         noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
-        return teacher_clips(pipeline.teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
+        return teacher_clips(artifacts.teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
 
     def student(stage) -> Generate:
-        net = pipeline.student(stage).eval()
+        net = artifacts.student(stage).eval()
 
         def generate(conditions, seed, name):
             noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
@@ -410,32 +371,32 @@ def systems(pipeline: "Pipeline") -> dict[str, Generate]:
 
     def own_teacher(conditions, seed, name):
         noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
-        return many_step_clips(pipeline.ar_teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
+        return many_step_clips(artifacts.ar_teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
 
     return (
         {name: teacher(grid) for name, grid in grids.items()}
         | {SAME_NOISE: same_noise}
-        | ({"ar_teacher": own_teacher} if pipeline.own_network else {})
+        | ({"ar_teacher": own_teacher} if artifacts.recipe.has_custom_network else {})
         | {name: student(stage) for name, stage in stages.items()}
     )
 
 
-def generate_all(pipeline: "Pipeline", folder: Path, sets: dict[str, tuple[Conditions, int]]) -> None:
+def generate_all(artifacts: Artifacts, folder: Path, sets: dict[str, tuple[Conditions, int]]) -> None:
     """Every system's clips of every set (name -> conditions, noise seeds), shared out over the ranks and kept in the stage, so
     that a killed evaluation goes on where it was."""
     jobs = [
         (generate, conditions, seed, name, clips_file(folder, name, system, seed))
-        for system, generate in systems(pipeline).items()
+        for system, generate in systems(artifacts).items()
         for name, (conditions, seeds) in sets.items()
         for seed in range(seeds)
         if system != SAME_NOISE or (name == "test" and seed == 0)
     ]
-    engine = pipeline.engine
+    engine = artifacts.engine
     (folder / "clips").mkdir(exist_ok=True)
     for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
         if not file.is_file():
             x0 = generate(conditions, seed, name)
-            save_tensors(file, {"video": pipeline.encoders.decode(x0)})
+            save_tensors(file, {"video": artifacts.encoders.decode(x0)})
     engine.barrier()
 
 

@@ -1,6 +1,6 @@
 """Clips from networks: guided Euler solutions of a teacher, rollouts of a student, and the noise that both start from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,21 +8,20 @@ from torch import Tensor
 from distill.methods.rollout import Noise, rollout
 from students.student import Student
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.flow import keyed_generator
-
-Guide = Callable[[Callable[[Conditions], Tensor], Conditions], Tensor]  # a Guidance, or told_guidance
+from teachers.guidance import AnyGuidance, guided, repeat_rows, runs, split_rows
 
 
 @torch.no_grad()
-def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], guidance: Guide) -> Tensor:
-    """States [B, len(keep), C, F, h, w] of one guided Euler solution, fp32."""
+def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], guidance: AnyGuidance) -> Tensor:
+    """States [B, len(keep), C, F, h, w] of one guided Euler solution from noise [B, C, F, h, w] along `grid`, fp32."""
 
-    def denoise(x, sigma):
-        return guidance(lambda c: teacher.denoise(x, sigma, c), conditions)
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return guided(teacher.denoise, x, sigma, conditions, guidance)
 
-    found = {i: x for i, x in enumerate(flow.solve(denoise, noise, grid)) if i in keep}
-    return torch.stack([found[i] for i in keep], dim=1)
+    states = {i: x for i, x in enumerate(flow.solve(denoise, noise, grid)) if i in keep}
+    return torch.stack([states[i] for i in keep], dim=1)
 
 
 def clip_noise(spec, num: int, seed: int, *keys: int | str) -> Tensor:
@@ -45,8 +44,8 @@ def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
 
 @torch.inference_mode()
 def student_clips(student: Student, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
-    """x0 of whole clips by the student's own rollout, the function that serving runs."""
-    num, device, parts = conditions.text.shape[0], conditions.text.device, []
+    """x0 [N, C, F, h, w] of whole clips by the student's own rollout, the function that serving runs."""
+    num, device, parts = conditions.num_rows, conditions.device, []
     for start in range(0, num, batch):
         rows = slice(start, min(start + batch, num))
         parts.append(rollout(student, conditions.index(rows), lambda c, s, rows=rows: noise(c, s)[rows].to(device)))
@@ -55,11 +54,11 @@ def student_clips(student: Student, conditions: Conditions, noise: Noise, batch:
 
 @torch.inference_mode()
 def many_step_clips(
-    student: Student, conditions: Conditions, noise: Noise, grid, guidance: Guidance, batch: int
+    student: Student, conditions: Conditions, noise: Noise, grid, guidance: AnyGuidance, batch: int
 ) -> Tensor:
-    """x0 of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`, every branch
-    of the guidance with a context of its own."""
-    num, device, parts = conditions.text.shape[0], conditions.text.device, []
+    """x0 [N, C, F, h, w] of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`,
+    every branch of the guidance with a context of its own."""
+    num, device, parts = conditions.num_rows, conditions.device, []
     for start in range(0, num, batch):
         rows = slice(start, min(start + batch, num))
         parts.append(
@@ -68,33 +67,37 @@ def many_step_clips(
     return torch.cat(parts)
 
 
-def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: Guidance) -> Tensor:
-    branches: list[Conditions] = []
-    guidance(lambda c: branches.append(c) or c.text, conditions)  # which conditions it asks for, in order
-    n, states, done = student.spec.chunk_frames, [student.open(c.text) for c in branches], []
+def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: AnyGuidance) -> Tensor:
+    given, copies = runs(guidance, conditions)
+    n, states, done = student.spec.chunk_frames, [student.open(c.text) for c in given], []
     for j in range(conditions.num_frames // n):
-        told = [c.frames(j * n, (j + 1) * n) for c in branches]
-        plans = [student.plan(state, c) for state, c in zip(states, told, strict=True)]
+        parts = [c.frames(j * n, (j + 1) * n) for c in given]
+        plans = [student.plan(state, c) for state, c in zip(states, parts, strict=True)]
 
-        def denoise(x, level, states=states, plans=plans, told=told):
-            found = (
-                student.denoise(*given[:2], x, level, given[2])[0] for given in zip(states, plans, told, strict=True)
-            )
-            return guidance(lambda _: next(found), told[0])
+        def denoise(x: Tensor, level: Tensor, states=states, plans=plans, parts=parts) -> Tensor:
+            x, level = repeat_rows(x, copies), repeat_rows(level, copies)
+            outputs = [
+                student.denoise(state, plan, x, level, c)[0]
+                for state, plan, c in zip(states, plans, parts, strict=True)
+            ]
+            return guidance.combine(split_rows(outputs, copies))
 
         *_, x0 = flow.solve(denoise, noise(j), grid)
-        states = [student.commit(s, x0, c, plan=p) for s, c, p in zip(states, told, plans, strict=True)]
+        finished = repeat_rows(x0, copies)
+        states = [student.commit(s, finished, c, plan=p) for s, c, p in zip(states, parts, plans, strict=True)]
         done.append(x0)
     return torch.cat(done, dim=2)
 
 
 @torch.inference_mode()
-def teacher_clips(teacher, conditions: Conditions, noise: Tensor, grid, guidance, batch: int, progress=None) -> Tensor:
-    """x0 of whole clips by the guided Euler solution on `grid`."""
+def teacher_clips(
+    teacher, conditions: Conditions, noise: Tensor, grid, guidance: AnyGuidance, batch: int, progress=None
+) -> Tensor:
+    """x0 [N, C, F, h, w] of whole clips by the guided Euler solution from noise [N, C, F, h, w] along `grid`, `batch` at a time."""
     parts, last = [], len(grid) - 1
     for start in range(0, noise.shape[0], batch):
         rows = slice(start, min(start + batch, noise.shape[0]))
-        part = noise[rows].to(conditions.text.device)
+        part = noise[rows].to(conditions.device)
         parts.append(solve_states(teacher, conditions.index(rows), part, grid, (last,), guidance)[:, 0])
         if progress is not None:
             progress.update(len(part))

@@ -1,18 +1,18 @@
-"""The health panel: what a student's clips show on a few fixed held-out conditions, beside the teacher's. It needs no probe.
+"""Health metrics of a student's clips on a few fixed held-out conditions, beside the teacher's. They need no extractor.
 
-`Checkup` makes the clips, `panel` the numbers, `reasons` judges them: at the end of `init` by `HealthConfig.ready`, at every
-validation of `dmd` by `HealthConfig.collapse`.
+`HealthCheck` generates the clips, `health_metrics` computes the numbers, `violations` compares them with limits: those of
+`HealthConfig.ready` at the end of `init`, those of `HealthConfig.collapse` at every validation of `distill`.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.recipe import Limits
 from eval.embedded.benchmark import seam_jump
 from eval.metrics.quality import Frames, failure_rates, measure
@@ -21,9 +21,6 @@ from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from distill.pipeline.stages import Pipeline
 
 WORDS = {  # for people
     "black": "black frames",
@@ -37,30 +34,25 @@ WORDS = {  # for people
     "text": "sensitivity to text",
 }
 STILL = 1e-3
-"""A teacher's number below this is no mark to compare with."""
+"""A teacher's number below this is too small to compare with."""
 Make = Callable[[Conditions, Tensor, int], Tensor]  # (conditions, their rows, noise seed) -> x0 of those rows
 
 
 def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
-    """Name -> (conditions, noise seed): as asked; with the sound, then the text, of another row under the same noise; and
-    another noise. Without a sound there is no "audio"."""
-    out = {
-        "own": (conditions, 0),
-        "text": (replace(conditions, text=conditions.text.roll(1, 0)), 0),
-        "noise": (conditions, 1),
-    }
-    if conditions.audio.numel():
-        heard = {"audio": conditions.audio, "clip_audio": conditions.clip_audio}
-        out["audio"] = (replace(conditions, **{k: v.roll(1, 0) for k, v in heard.items() if v is not None}), 0)
-    return out
+    """Name -> (conditions, noise seed): its own; with the text, then the audio, of another row under the same noise, where there is
+    any; and another noise."""
+    given = [name for name in ("text", "audio") if conditions.has(name)]
+    changed = {name: (conditions.roll_rows(name), 0) for name in given}
+    return {"own": (conditions, 0), "noise": (conditions, 1)} | changed
 
 
 def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `panel` needs of these rows of the conditions, a row a clip: `eval.metrics.quality.Frames`, the share of clipped values, and
-    how far the clip (frames 1.., in grey levels) is from the one of each other variant. decode: x0 -> uint8 [N, 3, T, H, W]."""
+    """What `health_metrics` needs of these rows of the conditions, a row a clip: `eval.metrics.quality.Frames`, the share of
+    clipped values, and how far the clip (frames 1.., in grey levels) is from the one of each other variant.
+    decode: x0 -> uint8 [N, 3, T, H, W]."""
     own, facts = None, {}
-    for name, (asked, seed) in variants(conditions).items():
-        video = decode(make(asked.index(rows), rows, seed))
+    for name, (given, seed) in variants(conditions).items():
+        video = decode(make(given.index(rows), rows, seed))
         if own is None:
             own, frames = video, measure(video)
             facts = dict(vars(frames)) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), video)}
@@ -76,9 +68,9 @@ def _per_clip(function: Callable[..., Tensor], *videos: Tensor) -> Tensor:
     )
 
 
-def panel(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, float]:
+def health_metrics(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, float]:
     """Shares of `black` and `frozen` frames (`eval.metrics.quality.failure_rates`) and of `clipped` values (0 or 255); `saturation`
-    and `motion_energy` in grey levels; `seam`, the change at the frames `seams` over that elsewhere (left out where nothing moves
+    and `motion_energy` in grey levels; `seam`, the change at the frames `seams` over that elsewhere (absent where nothing moves
     elsewhere); `noise`, the change in grey levels with another noise; `audio` and `text`, the change with another sound or text
     under the same noise over that, or over one grey level where it is less."""
     frames = Frames(**{name: facts[name] for name in Frames.__dataclass_fields__})
@@ -96,9 +88,9 @@ def panel(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def reasons(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> list[str]:
-    """Why a student's panel is beyond the limits, worst kinds first; empty when it is not. A number that one of the two lacks, and
-    a teacher's that is next to nothing, judges nobody."""
+def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> list[str]:
+    """The limits that a student's metrics exceed, in words, worst kinds first. A metric that one of the two lacks, or that is next
+    to 0 for the teacher, is skipped."""
     found = []
 
     def say(name: str, bound: str) -> None:
@@ -119,65 +111,61 @@ def reasons(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limi
     return found
 
 
-def verdict(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> str:
-    """What `init` ends with."""
-    found = reasons(own, teacher, limits)
-    return f"not ready for DMD: {'; '.join(found)}" if found else "ready for DMD"
+def readiness(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> str:
+    """The quality gate after `init`, in words."""
+    found = violations(own, teacher, limits)
+    return f"not ready for distillation: {'; '.join(found)}" if found else "ready for distillation"
 
 
 def seam_frames(spec: Spec) -> list[int]:
-    """The pixel frames of a training clip that begin a chunk, frame 0 left out; none where every frame does, as then no change
+    """The pixel frames of a training clip that begin a chunk, without frame 0; none where every frame does, as then no change
     lies elsewhere."""
     first = [spec.pixel_frames(chunk)[0] for chunk in range(1, spec.num_chunks)]
     return first if len(first) < spec.pixel_frames(spec.num_chunks - 1)[1] - 1 else []
 
 
-class Checkup:
-    """The panels of a run's networks, all on the same conditions and noises; `teacher` is the mark."""
+class HealthCheck:
+    """The health metrics of a run's networks, all on the same conditions and noises; the teacher's are the reference."""
 
-    def __init__(self, pipeline: "Pipeline"):
-        self.pipeline = pipeline
-        clips = pipeline.source.draw(
-            pipeline.recipe.eval.condition_seed, "health", pipeline.recipe.health.num_conditions
+    def __init__(self, artifacts: Artifacts):
+        self.artifacts = artifacts
+        clips = artifacts.source.draw(
+            artifacts.recipe.eval.condition_seed, "health", artifacts.recipe.health.num_conditions
         )
         self.num = len(clips.text)
-        self.conditions = pipeline.encoders.of_clips(clips)[1].to(pipeline.engine.device)
-        self.seams = seam_frames(pipeline.spec)
+        self.conditions = artifacts.encoders.of_clips(clips)[1].to(artifacts.engine.device)
+        self.seams = seam_frames(artifacts.spec)
 
     def student(self, net: Student) -> dict[str, float]:
-        """A student's panel by its own rollouts; under FSDP every rank calls it."""
-        from distill.pipeline.generate import stream_noise, student_clips
+        """A student's metrics by its own rollouts; under FSDP every rank calls it."""
+        artifacts, num = self.artifacts, self.num
 
-        pipeline, num = self.pipeline, self.num
+        def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
+            noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
+            return student_clips(net, given, lambda c, s: noise(c, s)[rows], artifacts.recipe.eval.batch_size)
 
-        def make(asked: Conditions, rows: Tensor, seed: int) -> Tensor:
-            noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "health", seed)
-            return student_clips(net, asked, lambda c, s: noise(c, s)[rows], pipeline.recipe.eval.batch_size)
-
-        return panel(observe(make, self.conditions, torch.arange(num), pipeline.encoders.decode), self.seams)
+        return health_metrics(observe(make, self.conditions, torch.arange(num), artifacts.encoders.decode), self.seams)
 
     def teacher(self, folder: Path) -> dict[str, float]:
-        """The teacher's panel: that of the stage init where it has been made, else from its guided solutions, shared out over the
+        """The teacher's metrics: those of the stage init where they are stored, else from its guided solutions, shared out over the
         ranks and kept in `folder`, so that a killed stage goes on. Every rank calls it."""
-        from distill.pipeline.generate import clip_noise, teacher_clips
-
-        pipeline, num, engine = self.pipeline, self.num, self.pipeline.engine
-        done = ((pipeline.folder.finished("init") or {}).get("metrics") or {}).get("health") or {}
+        artifacts, num, engine = self.artifacts, self.num, self.artifacts.engine
+        done = ((artifacts.folder.finished("init") or {}).get("metrics") or {}).get("health") or {}
         if done.get("num_conditions") == num:
             return done["teacher"]
-        settings = pipeline.recipe.trajectories
+        settings = artifacts.recipe.trajectories
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
-        def make(asked: Conditions, rows: Tensor, seed: int) -> Tensor:
-            noise = clip_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "health", seed)[rows]
-            batch = pipeline.recipe.eval.batch_size
-            return teacher_clips(pipeline.teacher, asked, noise, grid, settings.guidance, batch)
+        def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
+            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
+            batch = artifacts.recipe.eval.batch_size
+            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, batch)
 
         parts = torch.arange(num).chunk(min(num, engine.world_size))
         files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]
         for rows, file in list(zip(parts, files, strict=True))[engine.rank :: engine.world_size]:
             if not file.is_file():
-                save_tensors(file, observe(make, self.conditions, rows, pipeline.encoders.decode))
+                save_tensors(file, observe(make, self.conditions, rows, artifacts.encoders.decode))
         engine.barrier()
         found = [load_tensors(file) for file in files]
-        return panel({name: torch.cat([part[name] for part in found]) for name in found[0]}, self.seams)
+        return health_metrics({name: torch.cat([part[name] for part in found]) for name in found[0]}, self.seams)

@@ -7,29 +7,25 @@ from accelerate import init_empty_weights
 
 from distill.recipe import TeacherStage
 from students.spec import Spec
-from students.weights.adapter import digest
+from students.weights.adapter import HINT, digest
 from teachers.checkpoints.convert import fill_network
-from teachers.networks.wan import AvatarTransformer, build_network
+from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
+from teachers.errors import UserError
+from teachers.files import load_tensors
+from teachers.resolve import label
 
-__all__ = ["TeacherStage", "digest", "load_given", "network_dims"]
+__all__ = ["OURS", "digest", "load_given"]
 
-
-def network_dims(spec: Spec) -> dict[str, int]:
-    """The sizes of a network that the spec's codec, ears and text encoder decide."""
-    return {
-        "latent_channels": spec.codec.channels,
-        "stride": spec.codec.stride,
-        "text_dim": spec.text.dim,
-        "audio_dim": spec.audio_dim,
-        "pose_dim": spec.pose_dim,
-    }
+OURS = "model.safetensors"
+"""The file of a network that has no published layout, in the folder of its weights."""
 
 
-def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bool = True) -> AvatarTransformer:
-    """The network of `stage.path` on `device`; one that is not `frozen` is fp32. UserError where the weights do not fit."""
+def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bool = True) -> Any:
+    """The network of `stage.path` on `device`: any published layout where its kind has some, else model.safetensors under the
+    network's own names. One that is not `frozen` is fp32. UserError where the weights do not fit."""
     assert stage.path is not None
     with init_empty_weights():
-        net: Any = build_network(stage.network, **network_dims(spec))
+        net = stage.network.new(spec.dims)
     dtype = torch.bfloat16 if frozen and stage.precision == "bf16" else torch.float32
     kept = set(net._keep_in_fp32_modules or ())
     for name, parameter in list(net.named_parameters()):
@@ -37,5 +33,17 @@ def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bo
         made = torch.empty(parameter.shape, dtype=torch.float32 if wide else dtype, device=device)
         module, _, own = name.rpartition(".")
         setattr(net.get_submodule(module), own, torch.nn.Parameter(made))
-    fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
+    if stage.network.layouts:
+        fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
+        return net.to(device)
+    if stage.wan is not None or stage.widen:
+        raise UserError(f"teacher.wan, widen: {label(stage.network)} has no published layout; remove them")
+    file = stage.path if stage.path.is_file() else stage.path / OURS
+    if not file.is_file():
+        raise UserError(f"no weights: {file}; give teacher.path a folder that holds {OURS}, or that file")
+    tensors = load_tensors(file)
+    if device.type == "meta":  # an outline is only checked
+        check_shapes(shapes_of(tensors), shapes_of(net.state_dict()), file, HINT)
+    else:
+        load_strict(net, tensors, file, HINT)
     return net.to(device)

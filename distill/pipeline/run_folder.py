@@ -2,17 +2,19 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import yaml
 
 from distill import __version__
+from distill.recipe import NO_RESULT
 from teachers.config import dump, to_plain
 from teachers.errors import UserError
 from teachers.files import (
@@ -25,11 +27,6 @@ from teachers.files import (
     remove_folder,
 )
 
-if TYPE_CHECKING:
-    pass
-
-NOT_THE_SAME_RUN = ("run_dir", "reuse", "threads", "engine", "health", "tracker")
-THE_SAME_RUN = ("engine.precision",)
 NEVER_REUSED = ("evaluate",)  # what it makes lies at the top of the run folder, and its times are this machine's
 SWEEP = "sweep.yaml"  # what makes a folder of run folders a sweep's
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "av", "numpy")
@@ -52,12 +49,14 @@ class Alone:
 
 
 class RunFolder:
-    """`run_dir` with recipe.yaml, stages/<stage>/, metrics.jsonl; made by `RunFolder.open`."""
+    """`run_dir` with recipe.yaml, stages/<stage>/, metrics.jsonl; made by `RunFolder.open`. `names`: the stages that are done, in
+    the order in which this process ran or skipped them."""
 
     def __init__(self, path: Path, reuse: tuple[Path, ...], ranks: Ranks):
         self.path = path
         self.reuse = reuse
         self.ranks = ranks
+        self.names: list[str] = []
 
     @classmethod
     def open(cls, recipe: Any, ranks: Ranks | None = None) -> "RunFolder":
@@ -75,8 +74,10 @@ class RunFolder:
             raise UserError(f"not a run folder: {run.path} holds something else; choose another run_dir=")
         if ranks.is_main and file.is_file():
             for left in run.path.rglob(".*.tmp"):  # of a killed start
-                if left.is_file():
-                    left.unlink()
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
         ranks.barrier()
         if ranks.is_main and not file.is_file():
             make_folder(run.path)
@@ -124,6 +125,7 @@ class RunFolder:
             self.ranks.barrier()
         if done is None:
             done = self._run(folder, mark, to_plain(config), inputs, body)
+        self.names.append(name)
         return done["metrics"]
 
     def _prepare(self, folder: Path, mark: str) -> None:
@@ -207,7 +209,7 @@ def check_same(file: Path, now: dict[str, Any]) -> None:
         raise UserError(f"damaged recipe: {file}; choose another run_dir= or delete the folder") from error
     old, new = flatten(before), flatten(now)
     changed = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
-    changed = [key for key in changed if key.partition(".")[0] not in NOT_THE_SAME_RUN or key in THE_SAME_RUN]
+    changed = [key for key in changed if not any(key == name or key.startswith(f"{name}.") for name in NO_RESULT)]
     if changed:
         key, *others = changed
         more = f" ({', '.join(others[:8])}{', ..' if len(others) > 8 else ''} changed too)" if others else ""

@@ -1,409 +1,259 @@
-"""The pipeline: data -> teacher -> trajectories -> init -> dmd -> export -> evaluate, each stage fingerprinted and resumable."""
+"""The pipeline as a table of stages: data -> teacher -> trajectories -> init -> distill -> export -> evaluate.
 
-import json
-import shutil
+A stage is a value: its name, the recipe fields that it reads, its input stages, and its function. Its fingerprint follows from
+these: the values of the fields, digests of every file that a path in them names and of code from outside the packages, and the
+fingerprints of its inputs. So a stage that is done is run again when, and only when, something that it reads has changed.
+"""
+
+import dataclasses
+import hashlib
+import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from functools import cached_property
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from distill.data import latents
-from distill.data.order import batch_rows
 from distill.data.procedural.corruption import corrupt_clips
 from distill.data.source import Clips
-from distill.methods import Batch, Needs
-from distill.methods.discriminator import Discriminator, build_discriminator
-from distill.methods.forcing import Forced
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.pretrained import digest, load_given
+from distill.pipeline.evaluate import evaluate
+from distill.pipeline.export import export, publish
+from distill.pipeline.pretrained import digest
 from distill.pipeline.run_folder import RunFolder
-from distill.recipe import spec_of
+from distill.pipeline.tiny import write_weights
+from distill.pipeline.train_stages import FROZEN, TRAINED, train_base, train_student, train_teacher
+from distill.pipeline.validation import fit_probes
+from distill.recipe import Recipe, spec_of
 from distill.training import lora, metrics_log
 from distill.training.engine import Engine
-from distill.training.loop import Trainer, train
+from distill.training.lora import LoraRoles
 from distill.training.metrics_log import MetricsLog
-from students.networks.midas_net import MidasNet
-from students.schedule import Schedule
-from students.spec import NETWORKS
+from eval.embedded.protocol import EvalConfig
+from students.spec import NETWORKS, Spec
 from students.weights import checkpoint
-from students.weights.adapter import Adapter, Base
-from teachers.config import kind_name, module_name, to_plain
+from teachers.config import to_plain
 from teachers.errors import UserError
-from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer
+from teachers.resolve import in_users_file, name_of
 
-if TYPE_CHECKING:
-    from distill.recipe import Recipe
+SPEC = ("student", "trajectories.shift")  # besides data and teacher, whose stages are inputs of all that have a student
+TRAINING = ("seed", "engine.precision")
+SOLVER = ("trajectories.num_steps", "trajectories.shift", "trajectories.guidance")  # the teacher's own clips
+HELD_OUT = ("eval.condition_seed", "eval.num_conditions", "eval.num_reference")
+PROBES = (
+    "eval.admit_clips",
+    *(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name.startswith("probe_")),
+)
+ADAPTERS = tuple(f"lora.{name}" for name in LoraRoles.__dataclass_fields__ if name != "export")
+REPORT = tuple(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name != "batch_size")
+PACKAGES = ("teachers", "students", "eval", "distill")
 
 
-def run(recipe: "Recipe") -> Path:
+@dataclass(frozen=True)
+class Stage:
+    """`fields`: the dotted recipe fields that `run` reads, without those that an input reads; `inputs`: the stages whose outputs
+    it reads; run(artifacts, folder) returns its metrics, and resumes from what it left in `folder` itself."""
+
+    name: str
+    fields: tuple[str, ...]
+    inputs: tuple[str, ...]
+    run: Callable[[Artifacts, Path], dict]
+
+
+def stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe, in order."""
+    table = [
+        Stage("data", ("data", "seed"), (), prepare_data),
+        Stage("extractors", (*PROBES, "eval.condition_seed", "eval.num_reference"), ("data",), fit_probes),
+        Stage("teacher", ("teacher", *TRAINING), ("data",), train_teacher),
+    ]
+    if recipe.base is not None:
+        table.append(Stage("base", ("base", *TRAINING), ("data",), train_base))
+    if recipe.ar_teacher is not None:
+        table.append(_slot(recipe, "ar_teacher"))
+    if recipe.corruption is not None:
+        table.append(Stage("corrupted", ("corruption", "seed"), ("data",), corrupt))
+    if any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
+        fields = ("trajectories", "student", *TRAINING)
+        table.append(Stage("trajectories", fields, (recipe.solver_stage, recipe.conditions_stage), trajectories.solve))
+    table += [
+        _slot(recipe, "init"),
+        _slot(recipe, "distill"),
+        Stage("export", ("name", "lora.export"), ("distill",), export),
+        Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate),
+    ]
+    return tuple(table)
+
+
+def _slot(recipe: Recipe, slot: str) -> Stage:
+    """The stage of a slot: what its method needs, and what checks the student that it trains."""
+    needs = recipe.needs(slot)
+    fields = (slot, *SPEC, *TRAINING, *ADAPTERS, "eval.condition_seed")
+    data = "data" if slot == "ar_teacher" else recipe.conditions_stage
+    inputs = ["trajectories" if needs.batch != "x0" else data, recipe.start_of(slot), *needs.frozen]
+    if "fake_score" in needs.trained:
+        inputs.append(recipe.init_checkpoint)
+    if slot != "ar_teacher":  # its health is compared with the teacher's
+        fields, inputs = (*fields, *SOLVER), [*inputs, "teacher"]
+    if slot == "distill":
+        fields, inputs = (*fields, *HELD_OUT), [*inputs, "extractors"]
+    return Stage(slot, tuple(dict.fromkeys(fields)), tuple(dict.fromkeys(inputs)), partial(train_student, slot=slot))
+
+
+def field_value(recipe: Recipe, field: str) -> Any:
+    """The value of a dotted field; None below a part that is not there."""
+    value: Any = recipe
+    for name in field.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def facts(stage: Stage, recipe: Recipe, source_digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a stage depends on besides its inputs, as plain data: `field: value` and, where its fields name some, `files`."""
+    plain, files = to_plain(recipe, digests=True), {}
+    found: dict[str, Any] = {}
+    for field in stage.fields:
+        value: Any = plain
+        for name in field.split("."):
+            value = None if value is None else value[name]
+        found[field] = value
+        files |= dict(_files(field_value(recipe, field), field))
+    if "data" in stage.fields:
+        files |= {f"data source: {name}": value for name, value in source_digests.items()}
+    return found | ({"files": files} if files else {})
+
+
+def _files(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, digest) of every file that a path in `value` names, and of a config's own code where it is none of ours. A field
+    with metadata {"digest": "source"} is left to the data source, which knows what it reads of its folder."""
+    if isinstance(value, Path):
+        yield key, digest(value)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _files(item, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _files(item, f"{key}[{i}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value).__module__.partition(".")[0] not in PACKAGES:
+            yield f"{key} code", hashlib.sha256(Path(inspect.getfile(type(value))).read_bytes()).hexdigest()
+        for field in dataclasses.fields(value):
+            if field.metadata.get("digest") != "source":
+                yield from _files(getattr(value, field.name), f"{key}.{field.name}")
+
+
+def prepare_data(artifacts: Artifacts, folder: Path) -> dict:
+    """Clips as latents and features, the codec and encoders that are fitted first."""
+    recipe = artifacts.recipe
+    return latents.prepare(recipe.data, artifacts.source, recipe.seed, folder, artifacts.engine)
+
+
+def corrupt(artifacts: Artifacts, folder: Path) -> dict:
+    """The training clips again, corrupted."""
+    seed, config, source = artifacts.recipe.seed, artifacts.recipe.corruption, artifacts.source
+    assert config is not None
+
+    def clips(shards) -> Iterator[Clips]:
+        for shard, own in zip(shards, source.train(seed, shards), strict=True):
+            yield corrupt_clips(config, own, keyed_generator(seed, "degraded", shard))
+
+    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)}
+
+
+class Pipeline:
+    """The stages of one recipe over one run folder. UserError, before anything is written, where the recipe's parts do not fit."""
+
+    def __init__(self, recipe: Recipe, engine: Engine):
+        spec = spec_of(recipe)
+        with in_users_file(recipe.data):
+            source = recipe.data.open()
+        self.stages = {stage.name: stage for stage in stages(recipe)}
+        check(recipe, spec, engine)
+        folder = RunFolder.open(recipe, engine)
+        if recipe.tiny and engine.is_main:
+            write_weights(recipe, spec)
+        engine.barrier()
+        tracker = metrics_log.open_tracker(recipe, folder.path) if engine.is_main else None
+        log = MetricsLog(folder.path / "metrics.jsonl", engine.is_main, tracker)
+        self.artifacts = Artifacts(recipe, engine, spec, source, folder, log)
+
+    def stage(self, name: str) -> dict:
+        """Run the stage `name` unless it is done; returns its metrics."""
+        stage, artifacts = self.stages[name], self.artifacts
+        config = facts(stage, artifacts.recipe, artifacts.source.digests)
+        return artifacts.folder.stage(name, config, stage.inputs, partial(stage.run, artifacts))
+
+    def run(self) -> None:
+        """Run every stage that is not done, and publish the student."""
+        for name in self.stages:
+            self.stage(name)
+        publish(self.artifacts)
+
+
+def run(recipe: Recipe) -> Path:
     """Run every stage that is not done and return the run folder. Raises UserError for a user's mistake."""
     metrics_log.check(recipe.tracker)
     engine = Engine(recipe.engine, recipe.threads)
     try:
         pipeline = Pipeline(recipe, engine)
         try:
-            for name in pipeline.names:
-                pipeline.stage(name)
-            pipeline.publish()
+            if engine.is_main:
+                tqdm.write(f"distill: {engine.description}", file=sys.stderr)
+            pipeline.run()
         finally:
-            pipeline.log.close()
-        return pipeline.folder.path
+            pipeline.artifacts.log.close()
+        return pipeline.artifacts.folder.path
     finally:
         engine.close()
 
 
-class Pipeline(Artifacts):
-    """The stages of one recipe over one run folder."""
+def _check_slot(recipe: Recipe, slot: str) -> None:
+    """UserError where the pipeline has not what the method of a slot needs."""
+    needs, role = recipe.needs(slot), recipe.trajectories.role
+    if unknown := [*(set(needs.trained) - set(TRAINED)), *(set(needs.frozen) - set(FROZEN))]:
+        raise UserError(
+            f"{slot}.method: no role '{unknown[0]}' to be had; train {', '.join(TRAINED)}, freeze {', '.join(FROZEN)}"
+        )
+    if needs.trained[:1] != ("student",):
+        raise UserError(
+            f"{slot}.method: it trains {', '.join(needs.trained) or 'nothing'}; a slot trains the student first"
+        )
+    if needs.batch == "forced" and role != "ar_teacher":
+        raise UserError(f"trajectories.role: got {role}; {slot}.method.context: data needs role: ar_teacher")
+    if needs.batch == "trajectories" and role == "ar_teacher":
+        raise UserError(f"trajectories.role: ar_teacher is for {slot}.method.context: data; use teacher")
 
-    def __init__(self, recipe: "Recipe", engine: Engine):
-        self.recipe, self.engine = recipe, engine
-        self.spec = spec_of(recipe)
-        self.source = recipe.data.open()
-        base = () if recipe.base is None else ("base",)
-        causal = () if recipe.ar_teacher is None else ("ar_teacher",)
-        pairs = () if self.needs("init").batch == "x0" else ("trajectories",)
-        worse = () if recipe.corruption is None else ("corrupted",)
-        given = ("data", "extractors", "teacher", *base, *causal, *worse)
-        self.names = (*given, *pairs, "init", "dmd", "export", "evaluate")
-        self._check_roles()
-        self.folder = RunFolder.open(recipe, engine)
-        if recipe.tiny and engine.is_main:
-            from distill.pipeline.tiny import write_weights
 
-            write_weights(recipe, self.spec)
-        engine.barrier()
-        tracker = metrics_log.open_tracker(recipe, self.folder.path) if engine.is_main else None
-        self.log = MetricsLog(self.folder.path / "metrics.jsonl", engine.is_main, tracker)
-
-    def stage(self, name: str) -> dict:
-        """Run the stage `name` unless it is done; returns its metrics."""
-        recipe = to_plain(self.recipe)
-        plain = {"schedule": to_plain(Schedule()), "history_noise": None, "network": None}
-        # A fingerprint names what differs from the plain student.
-        facts = {key: value for key, value in recipe["student"].items() if key not in plain or value != plain[key]}
-        student = {"student": facts, "seed": recipe["seed"]}
-        adapters, export = self._adapters()
-        probes = {k: v for k, v in recipe["eval"].items() if k.startswith("probe_")}
-        config, inputs = {
-            "data": ({"data": recipe["data"], "seed": recipe["seed"], **self._given_parts(), **self.source.given}, ()),
-            "extractors": (probes, ("data",)),
-            "teacher": (self._stage_config("teacher"), ("data",)),
-            "base": (self._stage_config("base"), ("data",)),
-            "corrupted": ({"corruption": recipe["corruption"]}, ("data",)),
-            "trajectories": ({"trajectories": recipe["trajectories"], **student}, (self._solver, self.pool_stage)),
-            "ar_teacher": (
-                {"ar_teacher": recipe["ar_teacher"], **student, **adapters, **self._language_model()},
-                (self.origin, "data"),
-            ),
-            "init": ({"init": recipe["init"], **student, **adapters}, self._init_inputs),
-            "dmd": ({"dmd": recipe["dmd"], **student, **adapters}, ("init", "extractors")),
-            "export": (export, ("dmd",)),
-            "evaluate": ({"eval": recipe["eval"]}, ("export",)),
-        }[name]
-        return self.folder.stage(name, config, inputs, getattr(self, f"_{name}"))
-
-    @property
-    def _solver(self) -> str:
-        """The stage of the network that solves trajectories."""
-        role = self.recipe.trajectories.role
-        return self.origin if role == "base" else role
-
-    def needs(self, stage: str) -> Needs:
-        """What the method of a training stage asks for."""
-        method = getattr(self.recipe, stage).method
-        return import_module(f"distill.methods.{module_name(method)}").needs(method)
-
-    @property
-    def _init_inputs(self) -> tuple[str, ...]:
-        """The stages that `init` reads."""
-        data = self.pool_stage if self.needs("init").batch == "x0" else "trajectories"
-        return (data, self._start)
-
-    @property
-    def _start(self) -> str:
-        """The stage whose weights `init` starts from: an autoregressive teacher's, where the method or the network has one."""
-        needs = self.needs("init")
-        forced = "ar_teacher" in needs.frozen or needs.batch == "forced"
-        causal = self.own_network or forced or self.recipe.init.start is not None
-        return "ar_teacher" if causal else self.origin
-
-    def _check_roles(self) -> None:
-        """UserError where init and trajectories do not fit together or a teacher is missing."""
-        needs, role = self.needs("init"), self.recipe.trajectories.role
-        if self.recipe.dmd.start or (self.recipe.ar_teacher and self.recipe.ar_teacher.start):
-            raise UserError("start: only init may start from the ar_teacher; leave it out of the other stages")
-        if self.spec.guidance is not None and needs.batch == "x0":
-            raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")
-        if needs.batch == "forced" and role != "ar_teacher":
-            raise UserError(f"trajectories.role: got {role}; init.method.context: data needs role: ar_teacher")
-        if needs.batch == "trajectories" and role == "ar_teacher":
-            raise UserError("trajectories.role: ar_teacher is for init.method.context: data; use teacher")
-        if self._start == "ar_teacher" and self.recipe.ar_teacher is None:
-            raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
-        if self.own_network and needs.batch == "trajectories":
+def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:
+    """UserError where methods, trajectories and networks do not fit together or a teacher is missing."""
+    for slot in recipe.slots:
+        _check_slot(recipe, slot)
+    needs = recipe.needs("init")
+    if spec.guidance is not None and needs.batch == "x0":
+        raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")
+    if recipe.start_of("init") == "ar_teacher" and recipe.ar_teacher is None:
+        raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
+    if recipe.has_custom_network and needs.batch == "trajectories":
+        raise UserError(
+            "init: a student with a network of its own has a teacher of its own: add method@init=ode_init_causal"
+        )
+    if recipe.has_custom_network:
+        if recipe.lora is not None or engine.kind == "zero3":
+            kind = name_of(NETWORKS, spec.network)
             raise UserError(
-                "init: a student with a network of its own has a teacher of its own: add method@init=ode_init_causal"
+                f"student.network: {kind} is trained whole: remove lora, use engine=local, ddp, zero1, zero2 or fsdp2"
             )
-        whole = self.recipe.lora is None and self.engine.kind != "zero3"
-        if self.own_network and not whole:
-            kind = kind_name(NETWORKS, self.spec.network)
-            raise UserError(
-                f"student.network: {kind} is trained whole: leave lora out, engine=local, ddp, zero1, zero2 or fsdp2"
-            )
-        if self.own_network:
-            with torch.device("meta"):
-                checkpoint.make_student(self.spec)  # its parts fit
-        if self.recipe.lora is not None:
-            lora.check(self.config(self.origin).precision, self.engine.config.precision, self.engine.kind)
-            if getattr(self.recipe.init.method, "kind", "") == "continuous" and self.engine.config.precision != "fp32":
-                raise UserError("lora: init.method.kind continuous differentiates in fp32; say fp32 in both precisions")
-
-    def _adapters(self) -> tuple[dict, dict]:
-        """What LoRA roles add to the configs of the stages that train them, and of export; nothing without them."""
-        if self.recipe.lora is None:
-            return {}, {}
-        values = to_plain(self.recipe.lora)
-        return {"lora": {k: v for k, v in values.items() if k != "export"}}, {"export": values["export"]}
-
-    def _stage_config(self, stage: str) -> dict:
-        """What the stage of a network depends on: its config, and which files it reads."""
-        if stage == "base" and self.recipe.base is None:
-            return {}
-        config = self.config(stage)
-        given = {"weights": digest(config.path, config.wan)} if config.path else {}
-        return {stage: to_plain(config), "seed": self.recipe.seed, **given}
-
-    def _language_model(self) -> dict:
-        """Which file a student of its own network starts from."""
-        llm = getattr(self.recipe.student.network, "llm", None)
-        return {} if llm is None else {"language model": digest(llm)}
-
-    def _given_parts(self) -> dict:
-        """Which files the codec, ears and text encoder that are given read."""
-        paths = {f.name: getattr(getattr(self.recipe.data, f.name), "path", None) for f in fields(self.recipe.data)}
-        return {f"{name} weights": digest(path) for name, path in paths.items() if path is not None}
-
-    @property
-    def solver_hash(self) -> str:
-        """Which weights solved the trajectories."""
-        done = self.folder.finished(self._solver)
-        assert done is not None
-        return done["fingerprint"]
-
-    def _data(self, folder: Path) -> dict:
-        return latents.prepare(self.recipe.data, self.source, self.recipe.seed, folder, self.engine)
-
-    def _corrupted(self, folder: Path) -> dict:
-        seed, worse = self.recipe.seed, self.recipe.corruption
-        assert worse is not None
-
-        def clips(shards: Sequence[int]) -> Iterator[Clips]:
-            for shard, own in zip(shards, self.source.train(seed, shards), strict=True):
-                yield corrupt_clips(worse, own, keyed_generator(seed, "degraded", shard))
-
-        return {"clips": latents.write_shards(self.source, folder, self.engine, self.encoders, clips)}
-
-    def _extractors(self, folder: Path) -> dict:
-        from distill.pipeline.validation import fit_probes
-
-        return fit_probes(self, folder)
-
-    def _teacher(self, folder: Path, stage: str = "teacher") -> dict:
-        config = self.config(stage)
-        if not config.is_trained:
-            net = load_given(config, self.spec, torch.device("meta"))  # names and shapes fit
-            return {"parameters": sum(p.numel() for p in net.parameters()), "path": str(config.path)}
-        net = (
-            load_given(config, self.spec, self.engine.device, frozen=False) if config.path else self._new_network(stage)
-        )
-        teacher = AvatarTeacher(net).to(self.engine.device)
-        return self._train(stage, config, folder, {"teacher": teacher}, {}, self.pool.batch, len(self.pool))
-
-    def _base(self, folder: Path) -> dict:
-        return self._teacher(folder, "base")
-
-    def _ar_teacher(self, folder: Path) -> dict:
-        config = self.recipe.ar_teacher
-        roles = {"student": self.trainee(self.origin)}
-        metrics = self._train("ar_teacher", config, folder, roles, {}, self.pool.batch, len(self.pool))
-        return metrics | self._health("ar_teacher", folder)
-
-    def _solver_of(self, batch: Batch) -> Any:
-        """What solves the trajectories of a batch."""
-        if self._solver == "ar_teacher":
-            assert batch.x0 is not None
-            return Forced(self.ar_teacher, batch.x0)
-        return self.teacher if self._solver == "teacher" else self._base_solver
-
-    @cached_property
-    def _base_solver(self) -> AvatarTeacher:
-        net = self.network(self._solver) if self.recipe.lora is None else self.backbone
-        return AvatarTeacher(net).eval().requires_grad_(False)
-
-    def _trajectories(self, folder: Path) -> dict:
-        return trajectories.make(
-            self._solver_of,
-            self.solver_hash,
-            self.given,
-            self.recipe.trajectories,
-            self.spec.sigmas,
-            seed=self.recipe.seed,
-            folder=folder,
-            engine=self.engine,
-            told=self.spec.guidance,
-        )
-
-    def _init(self, folder: Path) -> dict:
-        needs, roles = self.needs("init"), {"student": self.trainee(self._start)}
-        if needs.batch == "x0":
-            frozen = {name: getattr(self, name) for name in needs.frozen}
-            metrics = self._train("init", self.recipe.init, folder, roles, frozen, self.given.batch, len(self.given))
-            return metrics | self._health("init", folder)
-        if self.spec.guidance is not None:
-            roles["student"].net.add_guidance()
-        pairs = trajectories.load(self.folder.stage_dir("trajectories"), self.spec.sigmas, self.solver_hash)
-
-        def batch(rows: Tensor, device) -> Batch:
-            return pairs.batch(self.given, rows, device)
-
-        metrics = self._train("init", self.recipe.init, folder, roles, {}, batch, len(pairs.rows), grid=pairs.sigmas)
-        return metrics | self._health("init", folder)
-
-    def _health(self, stage: str, folder: Path) -> dict:
-        """The health panel of the student that a stage has trained; of `init` beside the teacher's, with a verdict that is told."""
-        from distill.pipeline.health import Checkup, verdict
-
-        self.engine.barrier()  # its weights are on the disk
-        checkup = Checkup(self)
-        own = checkup.student(self.student(stage).eval())
-        found: dict[str, Any] = {"num_conditions": checkup.num, stage: own}
-        if not any("health/noise" in row for row in self.log.rows(stage)):
-            steps = getattr(self.recipe, stage).train.num_steps
-            self.log.write(stage, steps, {f"health/{name}": value for name, value in own.items()})
-        if stage == "init":
-            found["teacher"] = checkup.teacher(folder)
-            found["verdict"] = verdict(own, found["teacher"], self.recipe.health.ready)
-            if self.engine.is_main:
-                tqdm.write(f"distill: init: {found['verdict']}", file=sys.stderr)
-        return {"health": found}
-
-    def _new_discriminator(self) -> Discriminator:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_generator(self.recipe.seed, "discriminator").initial_seed())
-            blocks = self.recipe.dmd.method.gan_blocks
-            return build_discriminator(self.config(self.origin).network, blocks).to(self.engine.device)
-
-    def _dmd(self, folder: Path) -> dict:
-        from distill.pipeline.validation import Validation
-
-        if self.recipe.lora is None:
-            score = self.network(self.origin, frozen=False).train().requires_grad_(True)
-            if self.spec.guidance is not None:
-                score.add_guidance()
-        else:
-            score = self.adapted("fake_score", self.origin)
-        roles = {"student": self.trainee("init"), "fake_score": AvatarTeacher(score)}
-        if "discriminator" in self.needs("dmd").trained:
-            roles["discriminator"] = self._new_discriminator()
-        validation = Validation(self, roles["student"], folder)
-        grid = (*self.spec.sigmas, 0.0)
-        return self._train(
-            "dmd",
-            self.recipe.dmd,
-            folder,
-            roles,
-            {"teacher": self.teacher},
-            self.given.batch,
-            len(self.given),
-            grid,
-            validation,
-            validation.collapse,
-        )
-
-    def _train(
-        self, stage, config, folder, roles, frozen, batch_of, size, grid=None, validate=None, alarm=None
-    ) -> dict:
-        """Train `roles` with the stage's method; model.safetensors is the averaged (with validation: the best) weights."""
-        engine, seed = self.engine, self.recipe.seed
-        if engine.config.checkpointing:
-            for network in (part for role in roles.values() for part in role.modules()):
-                if isinstance(network, AvatarTransformer | MidasNet):
-                    network.enable_gradient_checkpointing()
-        average = next(iter(roles))
-        parameters = sum(p.numel() for p in roles[average].parameters())
-        frozen = {name: engine.freeze(net) for name, net in frozen.items()}
-        method = import_module(f"distill.methods.{module_name(config.method)}").build(
-            config.method, {**roles, **frozen}, grid
-        )
-        trainer = Trainer(engine, config.train, roles, average, folder)
-
-        def batches(position: int) -> Batch:
-            rows = batch_rows(size, config.train.batch_size, position, seed, engine.rank, engine.world_size)
-            return batch_of(rows, engine.device)
-
-        train(trainer, method, batches, stage=stage, seed=seed, log=self.log, validate=validate, alarm=alarm)
-        state = trainer.averaged()
-        if engine.is_main:
-            if trainer.best is not None:
-                state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
-            named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
-            save_tensors(folder / "model.safetensors", named)
-        return {
-            "steps": config.train.num_steps,
-            "parameters": parameters,
-            **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if self.recipe.lora else {}),
-            **({"best": trainer.best} if trainer.best else {}),
-        }
-
-    def _export(self, folder: Path) -> dict:
-        if self.engine.is_main:
-            best = (self.folder.finished("dmd") or {}).get("metrics", {})
-            card = (
-                f"# Student of {self.recipe.name}\n\nA causal {len(self.spec.sigmas)}-step audio-driven avatar student, distilled "
-                f"by avatar-distill. Data: {self.spec.width}x{self.spec.height} {self.source.description}.\n\n"
-                f"```json\n{json.dumps({'dmd': best}, indent=1)}\n```\n\n"
-                "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
-            )
-            checkpoint.save_student(folder / "student", self.bundle(self.student("dmd")), card, self._over())
-        self.engine.barrier()
-        return {
-            "nfe_per_chunk": self.spec.nfe_per_chunk,
-            "parameters": sum(p.numel() for p in self.student("dmd").parameters()),
-        }
-
-    def _over(self) -> tuple[Adapter, Base] | None:
-        """The student's adapter and where its base is, if that is to be exported."""
-        if self.recipe.lora is None or self.recipe.lora.export == "merged":
-            return None
-        config, file = self.config(self.origin), self.folder.stage_dir(self.origin) / "model.safetensors"
-        path, wan = (file, None) if config.is_trained else (config.path, config.wan)
-        assert path is not None
-        path, wan = path.expanduser().resolve(), wan and wan.expanduser().resolve()
-        base = Base(path=path, wan=wan, widen=config.widen, ours=config.is_trained, digest=digest(path, wan))
-        return self.recipe.lora.adapter(load_tensors(self.folder.stage_dir("dmd") / "model.safetensors")), base
-
-    def publish(self) -> None:
-        """The exported student at the top of the run folder; a copy of the export stage's."""
-        target = self.folder.path / "student"
-        if self.engine.is_main and not (target / "spec.json").is_file():
-            shutil.rmtree(target, ignore_errors=True)
-            partial = target.with_name(".student.tmp")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.folder.stage_dir("export") / "student", partial)
-            partial.rename(target)
-        self.engine.barrier()
-
-    def _evaluate(self, folder: Path) -> dict:
-        from distill.pipeline.evaluate import evaluate
-
-        return evaluate(self, folder)
+        with torch.device("meta"):
+            checkpoint.make_student(spec)  # its parts fit
+    if recipe.lora is not None:
+        config = recipe.teacher if recipe.base is None else recipe.base
+        lora.check(config.precision, engine.config.precision, engine.kind)
+        if getattr(recipe.init.method, "kind", "") == "continuous" and engine.config.precision != "fp32":
+            raise UserError("lora: init.method.kind continuous differentiates in fp32; set fp32 in both precisions")

@@ -2,31 +2,28 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill.pipeline.pretrained import network_dims
-from distill.recipe import TeacherStage
+from distill.pipeline.pretrained import OURS
+from distill.recipe import Recipe, TeacherStage
+from students.spec import Spec
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.weights import staged
 from teachers.codecs.wan_vae import WanVAEConfig
 from teachers.encoders.umt5 import UMT5Config
 from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
-
-if TYPE_CHECKING:
-    from distill.recipe import Recipe
-    from students.spec import Spec
+from teachers.files import staged
 
 WORDS = ("a", "person", "someone", "the", "and", "nods", "smiles", "talks", "head", "shakes", "still", "looks")
 LORA_RANK, LORA_ALPHA = 4, 2.0
 
 
-def write_weights(recipe: "Recipe", spec: "Spec") -> None:
+def write_weights(recipe: Recipe, spec: Spec) -> None:
     """Write what the recipe's paths point to, all below run_dir/tiny; nothing where that folder is there already."""
     folder = Path(recipe.run_dir).resolve() / "tiny"
     if folder.exists():
@@ -36,7 +33,7 @@ def write_weights(recipe: "Recipe", spec: "Spec") -> None:
     paths = [path for part in (*stages, *parts) for path in (getattr(part, "path", None),) if path is not None]
     for path in (*paths, *(stage.wan for stage in stages if stage.wan)):
         if not path.resolve().is_relative_to(folder):
-            raise UserError(f"tiny=true writes random weights below {folder}: {path} is elsewhere; leave size=tiny out")
+            raise UserError(f"tiny=true writes random weights below {folder}: {path} is elsewhere; remove size=tiny")
     with staged(folder, 16 << 20) as temporary, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
 
@@ -52,13 +49,13 @@ def write_weights(recipe: "Recipe", spec: "Spec") -> None:
             if isinstance(part, WanVAEConfig):
                 _codec(place(part.path))
             elif isinstance(part, Wav2VecConfig) and part.path is not None:
-                _ears(place(part.path), part)
+                _audio_encoder(place(part.path), part)
             elif isinstance(part, UMT5Config):
                 _text(place(part.path), part)
 
 
-def _architecture(stage: TeacherStage, spec: "Spec") -> Architecture:
-    n, dims = stage.network, network_dims(spec)
+def _architecture(stage: TeacherStage, spec: Spec) -> Architecture:
+    n, dims = cast(Any, stage.network), vars(spec.dims)
     channels, audio = dims["latent_channels"], dims["audio_dim"]
     rule = tuple(range(2, n.num_layers // 2 + 1))
     places = rule if n.audio_blocks is None else n.audio_blocks
@@ -88,9 +85,13 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
     return torch.ones(shape) if name.endswith("weight") else 0.1 * torch.randn(shape)
 
 
-def _network(stage: TeacherStage, spec: "Spec", place: Any) -> None:
+def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
     """Wan's own layout; with `wan` a text-to-video base there, and OmniAvatar's LoRA over it in `path`."""
     assert stage.path is not None
+    if "wan" not in stage.network.layouts:
+        tensors = {k: v.contiguous() for k, v in stage.network.new(spec.dims).state_dict().items()}
+        save_file(tensors, place(stage.path) / OURS)
+        return
     whole = _architecture(stage, spec)
     tensors = {name: _random(shape, name) for name, shape in layouts.tensors(whole, "wan").items()}
     if stage.wan is None:
@@ -127,7 +128,7 @@ def _codec(folder: Path) -> None:
     AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
 
 
-def _ears(folder: Path, config: Wav2VecConfig) -> None:
+def _audio_encoder(folder: Path, config: Wav2VecConfig) -> None:
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     width = config.features // 4  # two layers: their states, the input's, and the last again

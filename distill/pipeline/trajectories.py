@@ -12,14 +12,16 @@ from tqdm import tqdm
 
 from distill.data.latents import TrainSet
 from distill.methods import Batch
+from distill.methods.forcing import Forced
+from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import solve_states
 from distill.recipe import TrajectoriesConfig
 from distill.training.engine import Engine
 from teachers import flow
-from teachers.conditions import GuidanceRange, told_guidance
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors
 from teachers.flow import keyed_generator
+from teachers.guidance import EmbeddedGuidance, GuidanceRange
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,13 @@ def make(
     seed: int,
     folder: Path,
     engine: Engine,
-    told: GuidanceRange | None = None,
+    scales: GuidanceRange | None = None,
 ) -> dict:
     """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
 
-    `teacher_of` a batch of the pool is what denoises it. With `told` each pair has a guidance scale of its own, drawn after its
-    noise and kept with it: the student regresses the guided solution as it is told the scale. Meng et al. 2210.03142 first match
-    the guided prediction at every sigma, then its steps; here both are one stage.
+    `teacher_of` a batch of the training set is what denoises it. With `scales` each pair has a guidance scale of its own, drawn
+    after its noise and kept with it: the student, conditioned on the scale, regresses the guided solution. Meng et al. 2210.03142
+    first match the guided prediction at every sigma, then its steps; here both are one stage. Returns metadata of the stage.
     """
     grid = flow.sigma_grid(config.num_steps, config.shift)
     keep = (*flow.on_grid(sigmas, grid), config.num_steps)
@@ -72,7 +74,7 @@ def make(
         "sigmas": [grid[i] for i in keep],
         "num_steps": config.num_steps,
         "shift": config.shift,
-        "guidance": asdict(told or config.guidance),
+        "guidance": asdict(scales or config.guidance),
         "teacher": teacher_hash,
     }
     count = -(-config.num_pairs // config.batch_size)
@@ -86,18 +88,48 @@ def make(
         rows = torch.randint(0, len(pool), (num,), generator=rng)
         batch = pool.batch(rows, engine.device)
         noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
-        conditions, extra = batch.conditions, {}
-        if told is not None:
-            extra = {"guidance": told.draw(num, rng)}
-            conditions = replace(conditions, guidance=extra["guidance"].to(engine.device))
-        guidance = config.guidance if told is None else told_guidance
-        states = solve_states(teacher_of(batch), conditions, noise, grid, keep, guidance)
+        guidance, extra = config.guidance, {}
+        if scales is not None:
+            extra = {"guidance": scales.draw(num, rng)}
+            guidance = EmbeddedGuidance(extra["guidance"].to(engine.device), config.guidance.batched)
+        states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance)
         save_tensors(file, {"states": states.half(), "rows": rows, **extra})
     engine.barrier()
     if engine.is_main:
         atomic_write(folder / "manifest.json", json.dumps(facts, indent=1) + "\n")
     engine.barrier()
-    return {"pairs": config.num_pairs, "nfe": config.num_steps * (config.guidance.passes if told is None else 2)}
+    passes = config.guidance.passes if scales is None else EmbeddedGuidance.passes
+    return {"pairs": config.num_pairs, "nfe": config.num_steps * passes}
+
+
+def made_by(artifacts: Artifacts) -> str:
+    """The fingerprint of the stage whose network solves the trajectories."""
+    done = artifacts.folder.finished(artifacts.recipe.solver_stage)
+    assert done is not None
+    return done["fingerprint"]
+
+
+def solve(artifacts: Artifacts, folder: Path) -> dict:
+    """The stage: trajectories of the network that `trajectories.role` names, for the student's conditions."""
+    recipe = artifacts.recipe
+
+    def solver(batch: Batch) -> Any:
+        if recipe.solver_stage == "ar_teacher":
+            assert batch.x0 is not None
+            return Forced(artifacts.ar_teacher, batch.x0)
+        return artifacts.teacher if recipe.solver_stage == "teacher" else artifacts.base_solver
+
+    return make(
+        solver,
+        made_by(artifacts),
+        artifacts.student_train_set,
+        recipe.trajectories,
+        artifacts.spec.sigmas,
+        seed=recipe.seed,
+        folder=folder,
+        engine=artifacts.engine,
+        scales=artifacts.spec.guidance,
+    )
 
 
 def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectories:

@@ -1,16 +1,16 @@
-"""The embedded evaluation: what is generated for which held-out conditions, validation while training, and the final report."""
+"""Held-out conditions with their ceilings, the embedded extractors, and validation while training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.source import Clips
+from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import stream_noise, student_clips
-from distill.pipeline.health import Checkup, reasons
+from distill.pipeline.health import HealthCheck, violations
 from eval.embedded import admission, benchmark, probe_training
 from eval.embedded.benchmark import Reference, TargetLabels
 from eval.embedded.extractors import Probes
@@ -19,46 +19,42 @@ from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
 from teachers.flow import keyed_generator
 
-if TYPE_CHECKING:
-    from distill.pipeline.stages import Pipeline
-
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out conditions as the metrics want them: real clips, their codec ceiling, conditions and what was asked."""
+    """Held-out clips, the same through the codec (the ceiling), their conditions, and the labels that a metric compares with."""
 
     clips: Clips
     decoded: Tensor
     conditions: Conditions
-    asked: TargetLabels
+    targets: TargetLabels
 
     @classmethod
-    def draw(cls, pipeline: "Pipeline", name: str, num: int) -> "HeldOut":
+    def draw(cls, artifacts: Artifacts, name: str, num: int) -> "HeldOut":
         """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
-        clips = pipeline.source.draw(pipeline.recipe.eval.condition_seed, name, num)
-        x0, conditions = pipeline.encoders.of_clips(clips)
-        rows = heard(pipeline, clips)
-        asked = TargetLabels(
-            audio_features=rows,
+        clips = artifacts.source.draw(artifacts.recipe.eval.condition_seed, name, num)
+        x0, conditions = artifacts.encoders.of_clips(clips)
+        targets = TargetLabels(
+            audio_features=log_mel(artifacts, clips),
             gesture=clips.labels.get("gesture"),
             expression=clips.labels.get("expression"),
             portrait=clips.video[:, :, 0],
         )
-        return cls(clips, pipeline.encoders.decode(x0), conditions.to(pipeline.engine.device), asked)
+        return cls(clips, artifacts.encoders.decode(x0), conditions.to(artifacts.engine.device), targets)
 
 
-def heard(pipeline: "Pipeline", clips: Clips) -> Tensor:
-    """What the metrics hear, rows [N, T, A] of log-mel columns, whatever the student's ears are."""
-    samples = pipeline.spec.samples_per_frame
+def log_mel(artifacts: Artifacts, clips: Clips) -> Tensor:
+    """Log-mel features for the sync metric: rows [N, T, A], whatever the student's audio encoder is."""
+    samples = artifacts.spec.samples_per_frame
     return LogMel(AudioConfig(hop=samples // 4), samples)(clips.voice, 0, clips.video.shape[2])
 
 
-def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
+def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
     """The extractors stage: train the embedded probes on the training clips and show that they rank known cases right."""
-    config, source, engine = pipeline.recipe.eval, pipeline.source, pipeline.engine
+    config, source, engine = artifacts.recipe.eval, artifacts.source, artifacts.engine
     if engine.is_main:
         clips = source.draw(config.probe_seed, "probes", source.num_train)
-        decoded, rows = pipeline.encoders.decode(pipeline.encoders.encode(clips.video)), heard(pipeline, clips)
+        decoded, rows = artifacts.encoders.decode(artifacts.encoders.encode(clips.video)), log_mel(artifacts, clips)
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
@@ -71,13 +67,13 @@ def fit_probes(pipeline: "Pipeline", folder: Path) -> dict:
             probe_training.fit(clips.video, clips.labels, rows, config, rng, progress, decoded).save(folder)
     engine.barrier()
     probes = Probes.load(folder)
-    test = HeldOut.draw(pipeline, "admit", config.admit_clips)
+    test = HeldOut.draw(artifacts, "admit", config.admit_clips)
     reference = source.draw(config.condition_seed, "reference", config.num_reference)
     rng = keyed_generator(config.probe_seed, "admit")
     result = admission.admit(
-        probes, test.clips.video, test.decoded, test.asked.audio_features, test.asked.gesture, reference.video, rng
+        probes, test.clips.video, test.decoded, test.targets.audio_features, test.targets.gesture, reference.video, rng
     )
-    checks = probes.check(test.decoded, test.clips.labels, test.asked.audio_features)
+    checks = probes.check(test.decoded, test.clips.labels, test.targets.audio_features)
     return {"sha256": probes.sha256, "checks": checks, **result}
 
 
@@ -85,26 +81,26 @@ class Validation:
     """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
 
     score = fid/fid_0 + fvd/fvd_0 + |energy - 1| + |sharpness - 1| + 2 max(0, sync_0 - sync): overshoot is a fault like
-    stillness; without labels of the mouth there is no sync. The conditions are not those of the report. The health panel comes
+    stillness; without labels of the mouth there is no sync. The conditions are not those of the report. The health metrics come
     with them as `health/...`.
     """
 
-    def __init__(self, pipeline: "Pipeline", student: Student, folder: Path):
-        self.pipeline, self.student = pipeline, student
-        self.test = HeldOut.draw(pipeline, "validate", 2 * pipeline.recipe.eval.num_conditions)
-        config = pipeline.recipe.eval
-        real = pipeline.source.draw(config.condition_seed, "validate reference", config.num_reference)
-        self.reference: Reference = benchmark.prepare_reference(pipeline.probes, real.video, self.test.decoded)
+    def __init__(self, artifacts: Artifacts, student: Student, folder: Path):
+        self.artifacts, self.student = artifacts, student
+        self.test = HeldOut.draw(artifacts, "validate", 2 * artifacts.recipe.eval.num_conditions)
+        config = artifacts.recipe.eval
+        real = artifacts.source.draw(config.condition_seed, "validate reference", config.num_reference)
+        self.reference: Reference = benchmark.prepare_reference(artifacts.probes, real.video, self.test.decoded)
         self.start = self._measure()
-        self.checkup = Checkup(pipeline)
-        self.teacher = self.checkup.teacher(folder)
+        self.check = HealthCheck(artifacts)
+        self.teacher = self.check.teacher(folder)
 
     def _measure(self) -> dict[str, float]:
-        pipeline, num = self.pipeline, len(self.test.clips.text)
-        noise = stream_noise(pipeline.spec, num, pipeline.recipe.eval.condition_seed, "validate")
-        x0 = student_clips(self.student, self.test.conditions, noise, pipeline.recipe.eval.batch_size)
-        video = pipeline.encoders.decode(x0)
-        scores = benchmark.evaluate_videos(pipeline.probes, video[None], self.reference, self.test.asked)
+        artifacts, num = self.artifacts, len(self.test.clips.text)
+        noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
+        x0 = student_clips(self.student, self.test.conditions, noise, artifacts.recipe.eval.batch_size)
+        video = artifacts.encoders.decode(x0)
+        scores = benchmark.evaluate_videos(artifacts.probes, video[None], self.reference, self.test.targets)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
         return {name: scores[name]["mean"] for name in wanted if name in scores}
 
@@ -113,11 +109,11 @@ class Validation:
         lost = max(0.0, then["sync"] - now["sync"]) if "sync" in now else 0.0
         score = now["fid"] / then["fid"] + now["fvd"] / then["fvd"] + 2 * lost
         score += abs(now["motion_energy"] - 1) + abs(now["sharpness"] - 1)
-        panel = self.checkup.student(self.student)
-        return {**now, "score": score, **{f"health/{name}": value for name, value in panel.items()}}
+        health = self.check.student(self.student)
+        return {**now, "score": score, **{f"health/{name}": value for name, value in health.items()}}
 
     def collapse(self, values: Mapping[str, float]) -> str | None:
         """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""
-        config = self.pipeline.recipe.health
+        config = self.artifacts.recipe.health
         own = {name.removeprefix("health/"): value for name, value in values.items() if name.startswith("health/")}
-        return "; ".join(reasons(own, self.teacher, config.collapse)) or None if config.stop else None
+        return "; ".join(violations(own, self.teacher, config.collapse)) or None if config.stop else None

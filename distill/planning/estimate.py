@@ -17,13 +17,12 @@ from distill.planning.trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards
 from distill.recipe import spec_of
 from distill.training.loop import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
-from distill.training.lora import TARGETS
 from students.serving.optimize import DTYPES
 from students.spec import Spec
 from students.weights.adapter import expected
 from teachers import flow
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer
+from teachers.networks.kind import networks_in
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -32,7 +31,7 @@ GIB = 2**30
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 OFFLOAD = "offload"
 SWITCHES = (CHECKPOINTING, OFFLOAD, LORA)
-LIVE = 10**9  # DeepSpeed's stage3_max_live_parameters
+MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 MEMORY_SAVING_OPTIONS = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLOAD), (CHECKPOINTING, LORA), SWITCHES)
 """What `suggest_fix` tries, in this order."""
 
@@ -41,7 +40,7 @@ MEMORY_SAVING_OPTIONS = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLO
 class Update:
     """One optimizer step of `role` in `stage`; or, of a role that is not trained, one forward.
 
-    `points` by switches of LADDER but for offload; `Traced` when they are asked for."""
+    `points` by memory-saving options but for offload; `Traced` when first needed."""
 
     stage: str
     role: str
@@ -70,7 +69,7 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` it is what the job says), and
+    """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` as the job specifies), and
     `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
     frozen weights. forwards of a training micro-step, by stage and role; bytes of context, by stage, and of trajectories."""
 
@@ -132,10 +131,11 @@ def num_adapters(net: nn.Module) -> int:
 
 def num_lora_parameters(job: Job, role: str, net: nn.Module) -> int:
     """What is trained of a role as a LoRA, by default on every matrix of attentions and MLP; all of a role without blocks."""
-    network = inner(net)
-    if role in job.lora or not isinstance(network, AvatarTransformer):
+    network = next(networks_in(net), None)
+    targets = () if network is None else network.kind.lora_targets
+    if network is None or role in job.lora or not targets:
         return num_parameters(net, trained=role in job.lora)
-    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, TARGETS, ()).values())
+    return sum(math.prod(shape) for shape in expected(network, LORA_RANK, targets, ()).values())
 
 
 def split_blocks(net: nn.Module) -> tuple[int, int]:
@@ -145,15 +145,14 @@ def split_blocks(net: nn.Module) -> tuple[int, int]:
 
 
 def context_bytes(job: Job, stage: str) -> int:
-    """The context of the last chunk of a training rollout: keys and values as kept and as made ready, of every block."""
+    """The context of the last chunk of a training rollout: keys and values of every block, un-rotated and rotated."""
     spec, part = job.spec, job.stages[stage]
     longest = max(spec.num_chunks, getattr(part.method, "rollout_chunks", 0))
     seen = max(len(spec.history.visible(chunk)) for chunk in range(longest))
     tokens = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
-    width = spec.network.num_heads * spec.network.head_dim
     passes = 1 if spec.history.commit == "clean" else len(spec.sigmas)
     size = DTYPES[job.precision].itemsize
-    return 2 * passes * seen * 2 * spec.network.num_layers * part.train.batch_size * tokens * width * size
+    return 2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size
 
 
 def trajectory_bytes(spec: Spec, num_pairs: int) -> int:
@@ -165,12 +164,12 @@ def trajectory_bytes(spec: Spec, num_pairs: int) -> int:
 def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Sequence[str] = ()) -> dict[str, float]:
     """Bytes on one of `ranks` GPUs during an update, by part ("student weights", ...), and their "peak".
 
-    As `distill.training.role` hold them: weights, gradients, moments and averages are fp32, whole (ddp) or in parts of 1/ranks. Of zero1
-    these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3 and fsdp2 all,
-    frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and weights of
-    `plan.half`. `switches`, one of LADDER: checkpointing of blocks; offload to the host of what is in parts; lora for all
-    trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum. UserError where
-    the batch does not divide. Codec, senses, probes and what an allocator wastes are not in it.
+    As the roles of `distill.training` hold them: weights, gradients, moments and averages are fp32, whole (ddp) or in parts of
+    1/ranks. Of zero1 these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3
+    and fsdp2 all, frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and
+    weights of `plan.half`. `switches`, of MEMORY_SAVING_OPTIONS: checkpointing of blocks; offload to the host of what is in
+    parts; lora for all trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum.
+    UserError where the batch does not divide. Codec, encoders, probes and what an allocator wastes are not in it.
     """
     parts, learned = _resident(plan, update, engine, ranks, switches)
     resident = sum(parts.values())
@@ -233,9 +232,9 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
 
 
 def _gathered(plan: Plan, role: str, engine: str) -> float:
-    """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps up to LIVE elements as they are."""
+    """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps MAX_LIVE_PARAMETERS elements uncast."""
     if engine == "zero3":
-        return min(plan.parameters[role], LIVE) * (2.0 if role in plan.half else 4.0)
+        return min(plan.parameters[role], MAX_LIVE_PARAMETERS) * (2.0 if role in plan.half else 4.0)
     return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * (
         2.0 if role in plan.half else 4.0
     )
@@ -247,7 +246,7 @@ def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()
 
 
 def suggest_fix(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
-    """The first switches of LADDER with which everything fits into `limit` bytes a rank; None where nothing helps."""
+    """The first of MEMORY_SAVING_OPTIONS with which everything fits into `limit` bytes a rank; None where nothing helps."""
     ladder = [switches for switches in MEMORY_SAVING_OPTIONS if LORA not in switches or engine in LORA_ENGINES]
     if not is_possible(plan, engine):
         return None
@@ -261,16 +260,16 @@ def is_possible(plan: Plan, engine: str) -> bool:
 
 def job_of(recipe: "Recipe") -> Job:
     """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
-    if recipe.student.network is not None:
+    if recipe.student.network is not None and not recipe.student.network.over_teacher:
         raise UserError(
-            "student.network: the plan knows students that share the teacher's network; leave it out to plan the rest"
+            "student.network: the plan knows students that share the teacher's network; remove it to plan the rest"
         )
     given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
     trained = {name: stage for name, stage in given.items() if stage.is_trained}
     return Job(
         spec=spec_of(recipe),
         networks={"teacher": recipe.teacher.network},
-        stages={**trained, "init": recipe.init, "dmd": recipe.dmd},
+        stages={**trained, "init": recipe.init, "distill": recipe.distill},
         trajectories=recipe.trajectories,
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
@@ -281,7 +280,7 @@ def job_of(recipe: "Recipe") -> Job:
 
 
 def _lora_of(recipe: "Recipe") -> dict:
-    """What a job says of a recipe's LoRA roles."""
+    """A recipe's LoRA roles, as arguments of `Job`."""
     lora = recipe.lora
     if lora is None:
         return {}
@@ -290,7 +289,7 @@ def _lora_of(recipe: "Recipe") -> dict:
 
 
 class Traced(dict):
-    """Points by switches, traced when they are first asked for."""
+    """Points by switches, traced when they are first needed."""
 
     def __init__(self, job: Job, stage: str, role: str):
         super().__init__()
@@ -327,5 +326,4 @@ def _check_geometry(spec: Spec) -> None:
             raise UserError(
                 f"{name} {getattr(spec, name)} is no multiple of {cell}: recipe; a token is {cell} pixels wide"
             )
-    if spec.network.head_dim % 2 or spec.network.head_dim < 6:
-        raise UserError(f"head_dim {spec.network.head_dim}: network; rotary positions need an even number from 6 on")
+    spec.network.check()

@@ -23,7 +23,7 @@ _VIEWS: set[Any] = set()  # operations whose result may share memory with an inp
 class LiveBytes(TorchDispatchMode):
     """Adds up the meta storages that are alive; `points` as a dict.
 
-    Networks repeat themselves and torch takes long to say what shape a result has: it is asked once for each operation and input.
+    Networks repeat themselves and torch is slow to infer shapes: each operation and input is inferred once.
     """
 
     def __init__(self):
@@ -146,7 +146,7 @@ class _Shape(tuple):
 
 
 def _describe(value: Any) -> Any:
-    """A hashable value that says of tensors what decides the shape of a result, and of numbers their type too."""
+    """A hashable value: of tensors all that decides the shape of a result, of numbers their type too."""
     if isinstance(value, Tensor):
         return _Shape((value.shape, value.stride(), value.dtype, value.device))
     if isinstance(value, tuple | list):

@@ -2,26 +2,24 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
 
+from distill import methods
 from distill.methods import Batch, Needs
+from distill.methods.forcing import Forced
 from distill.pipeline import generate
 from distill.planning.live_bytes import LiveBytes, OnMeta, Points, checkpointed
 from distill.recipe import TrajectoriesConfig
 from distill.training.lora import TARGETS
-from students.networks.causal_wan import CausalWan
 from students.serving.optimize import cast as cast_network
 from students.spec import Spec
 from students.weights.adapter import targeted
-from students.weights.checkpoint import make_student
 from teachers import flow
-from teachers.conditions import Conditions
-from teachers.config import module_name
+from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 LORA_RANK = 128  # OmniAvatar's
@@ -38,7 +36,7 @@ class Job:
     spec: Spec
     stages: Mapping[str, Any]
     precision: Literal["fp32", "bf16"]
-    networks: Mapping[str, NetworkConfig] = field(default_factory=dict)
+    networks: Mapping[str, NetworkKind] = field(default_factory=dict)
     trajectories: TrajectoriesConfig | None = None
     lora: Mapping[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = TARGETS
@@ -51,7 +49,7 @@ class Job:
         """The roles of a stage; trajectories train nobody."""
         if stage != "trajectories":
             method = self.stages[stage].method
-            return _module(method).needs(method)
+            return methods.needs(method)
         assert self.trajectories is not None
         forced = any(self.needs(other).batch == "forced" for other in self.stages)
         return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
@@ -64,8 +62,8 @@ def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
     role's forward is over a whole clip (with clean context, over twice its frames), in a rollout the student's over one chunk.
     Backward and recomputation are not counted.
     """
-    shallow = None if "discriminator" in job.needs(stage).trained else 1  # whose heads ask for deeper blocks
-    nets = meta_networks(job, stage, num_layers=shallow)
+    shallow = "discriminator" not in job.needs(stage).trained  # whose heads ask for deeper blocks
+    nets = meta_networks(job, stage, shallow=shallow)
     made = _method(job, stage, nets)
     called: dict[str, int] = dict.fromkeys(nets, 0)
     for name, net in nets.items():
@@ -104,7 +102,7 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
         live.weigh(net)
     rng, shared = (flow.keyed_generator(0, name) for name in ("loss", "shared"))
     made = _method(job, stage, nets) if stage != "trajectories" else None
-    given = (*vars(batch.conditions).values(), batch.x0, batch.states)
+    given = (*batch.conditions.features.values(), batch.x0, batch.states)
     try:
         with OnMeta(shared), live:
             live.count(tensor for tensor in given if tensor is not None)
@@ -117,26 +115,27 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
                 made.loss(role, batch, rng, shared).value.backward()
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UserError(f"{stage}.{role} is not possible: {line}; mend the recipe") from error
+        raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error
     return tuple(sorted(live.points.items()))
 
 
 def meta_networks(
-    job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False, num_layers: int | None = None
+    job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False, shallow: bool = False
 ) -> dict[str, Any]:
     """The roles of a stage without memory, in the type that they compute in; of trained ones what is trained requires gradients.
 
-    `lora`: all trained ones are LoRAs, not only those of which the job says so.
+    `lora`: all trained ones are LoRAs, not only those that the job lists.
     """
     needs, nets = job.needs(stage), {}
     for role in (*needs.trained, *needs.frozen):
         trained = role in needs.trained
-        net = nets[role] = make_network(job, role, stage, trained and (lora or role in job.lora), num_layers)
+        net = nets[role] = make_network(job, role, stage, trained and (lora or role in job.lora), shallow)
         net.train(trained)
         if not trained:
             net.requires_grad_(False)
-        elif checkpointing and net is not inner(net):
-            inner(net).enable_gradient_checkpointing(checkpointed)
+        elif checkpointing:
+            for network in (part for part in networks_in(net) if part.kind.can_checkpoint):
+                network.kind.enable_checkpointing(network, checkpointed)
     return nets
 
 
@@ -152,6 +151,7 @@ def meta_batch(job: Job, stage: str) -> Batch:
     with torch.device("meta"):
         x0 = torch.empty(size, spec.codec.channels, frames, *spec.latent_size[1:])
         conditions = Conditions(
+            blank_features(spec.network, size, frames),
             text=torch.empty(size, spec.text.max_tokens, spec.text.dim),
             audio=torch.empty(size, frames, stride, spec.audio_dim),
             reference=x0[:, :, :1] if spec.network.reference else None,
@@ -161,7 +161,7 @@ def meta_batch(job: Job, stage: str) -> Batch:
     return Batch(conditions=conditions, x0=None if kind == "trajectories" else x0, states=states)
 
 
-def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_layers: int | None = None) -> Any:
+def make_network(job: Job, role: str, stage: str = "", lora: bool = False, shallow: bool = False) -> Any:
     """A role's network on the meta device; as a LoRA what is trained alone requires gradients."""
     own = (
         role not in ("student", "base") and stage != "base"
@@ -173,21 +173,19 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False, num_l
 
             score = job.networks.get("fake_score", job.spec.network)
             return build_discriminator(score, job.stages[stage].method.gan_blocks)
-        if num_layers:
-            config = replace(config, num_layers=num_layers)
-        student = make_student(replace(job.spec, network=config))
+        net = (config.shallow() if shallow else config).new(job.spec.dims)
         if job.precision != "fp32" or role in job.half:
-            cast_network(student.net, torch.bfloat16)
+            cast_network(net, torch.bfloat16)
         if lora:
             from peft import LoraConfig
 
             given = role in job.lora
             rank, targets, full = (job.lora[role], job.targets, job.full) if given else (LORA_RANK, TARGETS, ())
-            targeted(student.net, targets, full)
-            student.net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
+            targeted(net, targets, full)
+            net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
             for name in full:
-                student.net.get_submodule(name).requires_grad_(True)
-    return CausalWan(student.net, job.spec) if role in CAUSAL else AvatarTeacher(student.net)
+                net.get_submodule(name).requires_grad_(True)
+    return job.spec.network.student(net, job.spec) if role in CAUSAL else AvatarTeacher(net)
 
 
 def inner(net: Any) -> Any:
@@ -195,20 +193,13 @@ def inner(net: Any) -> Any:
     return getattr(net, "net", net)
 
 
-def _module(method: Any) -> Any:
-    return import_module(f"distill.methods.{module_name(method)}")
-
-
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
-    method = job.stages[stage].method
-    return _module(method).build(method, nets, (*job.spec.sigmas, 0.0))
+    return methods.build(job.stages[stage].method, dict(nets), (*job.spec.sigmas, 0.0))
 
 
 def _solver(net: Any, batch: Batch) -> Any:
     """What solves trajectories: a bidirectional teacher, or an autoregressive one under the data's clean chunks."""
-    if not isinstance(net, CausalWan):
+    if isinstance(net, AvatarTeacher):
         return net
-    from distill.methods.forcing import Forced
-
     assert batch.x0 is not None
     return Forced(net, batch.x0)

@@ -5,7 +5,6 @@ file's worth of tensors in its memory at a time.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.files import atomic_write, save_tensors
+from teachers.files import atomic_write, make_folder, remove_folder, save_tensors, staged
 
 FORMAT = 1
 FILE_BYTES = 2**31
@@ -39,7 +38,7 @@ def save(folder: Path, step: int, facts: Mapping[str, Any], tensors: Iterator[tu
     on_main(engine, target, lambda: _write(target, {**facts, "step": step}, tensors), tensors)
     if engine.is_main:
         for old in saved(folder)[:-keep]:
-            _remove(old)
+            remove_folder(old)
     engine.barrier()
 
 
@@ -67,11 +66,11 @@ def any_rank(engine, flag: bool) -> bool:
 
 
 def _write(target: Path, facts: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    partial = target.with_name(f".{target.name}.tmp")
     for stale in target.parent.glob(".checkpoint-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    make_folder(target.parent)
+    with staged(target) as partial:
+        partial.mkdir()
         files: dict[str, int] = {}
         held: dict[str, Tensor] = {}
 
@@ -90,26 +89,6 @@ def _write(target: Path, facts: Mapping[str, Any], tensors: Iterator[tuple[str, 
         atomic_write(
             partial / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n"
         )
-        os.rename(partial, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    """Put a rename on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    trash = path.with_name(f".{path.name}.tmp")
-    os.rename(path, trash)
-    shutil.rmtree(trash, ignore_errors=True)
 
 
 class Reader:

@@ -10,11 +10,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 
@@ -56,7 +54,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, threads: int | None = None):
         self.config = config
-        self.requested = requested_processes(os.environ, parent_command())
+        self.requested = requested_processes(os.environ)
         self.kind: Kind = check_launcher(os.environ, config)
         on_cpu = not torch.cuda.is_available()
         if "WORLD_SIZE" not in os.environ:
@@ -82,6 +80,13 @@ class Engine:
         if threads is not None:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
             torch.set_num_threads(max(1, threads // local))
+
+    @property
+    def description(self) -> str:
+        """What runs, for people: processes, engine, device, precision and threads of each."""
+        count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        threads = f"{torch.get_num_threads()} threads each"
+        return f"{count}, {self.kind}, {self.device.type}, {self.config.precision}, {threads}"
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -144,35 +149,11 @@ class Engine:
         PartialState._reset_state()
 
 
-def parent_command() -> list[str]:
-    """The command line of the process that started this one; empty where the system does not tell."""
-    try:
-        parent = psutil.Process().parent()
-        return parent.cmdline() if parent else []
-    except psutil.Error:
-        return []
-
-
-def requested_processes(environ: Mapping[str, str], parent: Sequence[str]) -> int:
-    """Processes the launcher was asked for: WORLD_SIZE, else MPI's, else accelerate's flag or config file, else 1.
-
-    `accelerate launch --cpu --num_processes 2` starts one process and leaves no WORLD_SIZE; its own command line,
-    `parent`, and its configuration file are the only witnesses.
-    """
+def requested_processes(environ: Mapping[str, str]) -> int:
+    """Processes that the launcher was asked for: WORLD_SIZE, else MPI's, else 1."""
     for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if (value := environ.get(name) or "").isdigit():
             return int(value)
-    if "ACCELERATE_MIXED_PRECISION" not in environ or not any("accelerate" in word for word in parent):
-        return 1
-    flags = ("--num_processes", "--num-processes")
-    for i, word in enumerate(parent):
-        name, _, value = word.partition("=")
-        if name in flags:
-            value = value or (parent[i + 1] if i + 1 < len(parent) else "")
-            return int(value) if value.isdigit() and int(value) > 0 else 1
-    file = next((parent[i + 1] for i, word in enumerate(parent[:-1]) if word == "--config_file"), None)
-    if file or (os.path.isfile(default_config_file) and "--cpu" not in parent):
-        return max(1, int(getattr(load_config_from_file(file), "num_processes", None) or 1))
     return 1
 
 
@@ -185,20 +166,20 @@ def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
 
 
 def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
-    """The engine that recipe and launcher agree on; UserError when the launcher was told something that would not be done."""
+    """The engine that recipe and launcher agree on; UserError for a flag of the launcher that would have no effect."""
     kind, flags = launched_kind(environ)
     if kind and config.kind and kind != config.kind:
-        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; leave one out")
+        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; remove one")
     offload = _offload_flag(environ)
     if offload and not config.offload:
-        raise UserError(f"{offload} would have no effect: launcher; say engine.offload=true")
+        raise UserError(f"{offload} would have no effect: launcher; set engine.offload=true")
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
-        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; say train.accumulation")
+        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; use train.accumulation")
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no" and asked != config.precision:
-        mend = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
-        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; say {mend}")
+        fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
+        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
     kind = kind or config.kind or "ddp"
     if kind == "ddp" and config.offload:
         raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
@@ -208,12 +189,12 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
 def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
     """The engine that accelerate's flags name, and those flags; None where they name none. UserError for one we lack."""
     if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError("--use_megatron_lm would have no effect: launcher; leave it out, see engine=")
+        raise UserError("--use_megatron_lm would have no effect: launcher; remove it, see engine=")
     if _is_on(environ, "ACCELERATE_USE_FSDP"):
         version = environ.get("FSDP_VERSION", "1")
         if version != "2":
             raise UserError(
-                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, say --fsdp_version 2"
+                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, use --fsdp_version 2"
             )
         return "fsdp2", "--use_fsdp"
     if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):

@@ -62,7 +62,7 @@ class TrainConfig:
             return self.accumulation
         together = self.batch_size * world_size
         if self.accumulation != 1:
-            raise UserError("train.accumulation and train.global_batch say the same thing twice: leave one out")
+            raise UserError("train.accumulation and train.global_batch set the same thing twice: remove one")
         if self.global_batch % together:
             raise UserError(
                 f"train.global_batch: {self.global_batch} is no multiple of {together}, {world_size} processes of batch_size "
@@ -113,9 +113,7 @@ class Trainer:
         missing = [name for name in roles if name not in config.optimizers]
         if missing:
             raise UserError(f"no optimizer for role '{missing[0]}': give train.optimizers.{missing[0]}.lr")
-        is_engine = isinstance(engine, Engine)  # a test's stand-in is one process
-        self.kind = engine.kind if is_engine else "ddp"
-        self.keep = engine.config.keep_checkpoints if is_engine else 1
+        self.kind, self.keep = engine.kind, engine.config.keep_checkpoints
         self.accumulation = config.micro_steps(engine.world_size)
         self.held = {
             name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation)
@@ -304,7 +302,7 @@ def train(
         for role in method.roles_to_update(step):
             totals[role] += 1
     bar = tqdm(total=config.num_steps, initial=trainer.step, desc=stage, disable=not engine.is_main, mininterval=1.0)
-    with terminations() as told:
+    with terminations() as received:
         while trainer.step < config.num_steps:
             metrics: dict[str, Tensor] = {}
             for role in method.roles_to_update(trainer.step):
@@ -317,7 +315,7 @@ def train(
                 bar.set_postfix({k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if "grad_norm" not in k})
             if validate and (done or (config.validate_every and trainer.step % config.validate_every == 0)):
                 _validate(trainer, validate, alarm, stage, log)
-            stop = checkpoint.any_rank(engine, bool(told))
+            stop = checkpoint.any_rank(engine, bool(received))
             if done or stop or (config.checkpoint_every and trainer.step % config.checkpoint_every == 0):
                 trainer.save()
             bar.update(1)
@@ -334,13 +332,13 @@ def train(
 @contextmanager
 def terminations() -> Iterator[list[int]]:
     """A list to which a SIGTERM adds itself instead of killing the process (in the main thread, where Python hears signals)."""
-    told: list[int] = []
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield told
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -11,17 +11,17 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from students.serving.optimize import DTYPES
 from students.serving.optimize import cast as cast_network
-from students.weights.adapter import Adapter, check_shapes, shapes_of, targeted
+from students.weights.adapter import HINT, Adapter, targeted
+from teachers.checkpoints.strict import check_shapes, shapes_of
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.networks.wan import AvatarTransformer
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 """OmniAvatar's q, k, v, o, ffn.0, ffn.2: every matrix of both attentions and of the MLP."""
@@ -47,7 +47,7 @@ class LoraRoles:
         if self.rank < 1 or self.alpha <= 0.0:
             raise UserError(f"lora: got rank {self.rank} and alpha {self.alpha}; both must be above 0")
         if not self.targets:
-            raise UserError("lora.targets: names no module; leave it out for every matrix of a block")
+            raise UserError("lora.targets: names no module; remove it for every matrix of a block")
 
     def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """These tensors as an adapter of this kind."""
@@ -58,29 +58,29 @@ def check(held: str, computes: str, engine: str) -> None:
     """UserError where the backbone's precision is not the engine's, or an engine would cut the shared weights to pieces."""
     if engine not in ENGINES:
         raise UserError(
-            f"lora: {engine} shards weights, which LoRA roles share; use engine=ddp, zero1 or zero2, or leave lora out"
+            f"lora: {engine} shards weights, which LoRA roles share; use engine=ddp, zero1 or zero2, or remove lora"
         )
     if held != computes:
         raise UserError(
-            f"lora: the shared network is held in precision {held}, engine.precision is {computes}; say the same in both"
+            f"lora: the shared network is held in precision {held}, engine.precision is {computes}; set both to one value"
         )
 
 
-def make_backbone(net: AvatarTransformer, precision: str) -> AvatarTransformer:
+def make_backbone(net: Any, precision: str) -> Any:
     """`net`, frozen, with its matrices in the type that they are multiplied in."""
     cast_network(net, DTYPES[precision])
     return net.requires_grad_(False)
 
 
-def adapt(backbone: AvatarTransformer, config: LoraRoles, seed: int, role: str) -> AvatarTransformer:
+def adapt(backbone: Any, config: LoraRoles, seed: int, role: str) -> Any:
     """A network over the backbone's own tensors with a fresh fp32 adapter, a function of (seed, role); its adapter and the modules
     of `config.full`, which are copies, require gradients. UserError for modules that the network does not have."""
     from peft import LoraConfig
 
     chosen = targeted(backbone, config.targets, config.full)
     own = {id(p) for name in config.full for p in backbone.get_submodule(name).parameters()}
-    shared = {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in own}
-    shared[id(backbone._rope_cache)] = backbone._rope_cache  # pyright: ignore[reportArgumentType]
+    shared: dict[int, Any] = {id(x): x for x in (*backbone.parameters(), *backbone.buffers()) if id(x) not in own}
+    shared |= {id(cache): cache for cache in backbone.kind.shared_caches(backbone)}
     net = copy.deepcopy(backbone, shared)
     with torch.random.fork_rng(devices=[]):
         peft = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))  # pyright: ignore[reportArgumentType]
@@ -110,9 +110,9 @@ def stored_name(name: str) -> str:
 
 
 @torch.no_grad()
-def load(net: AvatarTransformer, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load(net: Any, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Fill what is trained of an adapted network; UserError that lists what does not fit."""
     own = trained(net)
-    check_shapes(shapes_of(tensors), shapes_of(own), source)
+    check_shapes(shapes_of(tensors), shapes_of(own), source, HINT)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

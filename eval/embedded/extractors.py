@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.metrics.sync import correlation
+from teachers.checkpoints.strict import load_strict
 from teachers.errors import UserError
 
 DIM = 64  # width of both feature spaces
@@ -223,7 +224,7 @@ class Probes:
             frame = FrameProbe(sizes[0], sizes[1], sizes[2])
             clip, audio_probe = ClipProbe(meta["clip"][2], meta["clip"][0]), AudioProbe(meta["audio"])
             for key, network in {"frame": frame, "clip": clip, "ear": audio_probe}.items():
-                network.load_state_dict(_under(state, key))
+                load_strict(network, _under(state, key), f"probe {key}", "fit them again")
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the probes cannot be read: {folder}: {error}; delete the folder and evaluate again"

@@ -17,7 +17,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from eval.networks.weights import exact, read, refused
-from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.strict import describe
 from teachers.errors import UserError
 
 DIM = 768
@@ -58,9 +58,9 @@ class Dino:
             network, found = loaded
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise refused("dinov2", f"its file cannot be read ({type(error).__name__})") from error
-        mismatched = {name for name, *_ in found["mismatched_keys"]}
-        if wrong := sorted({*found["missing_keys"], *found["unexpected_keys"], *mismatched}):
-            raise refused("dinov2", f"{listed(wrong)} in its file are missing, unknown or of another shape")
+        wrong = {name: (here, there) for name, here, there in found["mismatched_keys"]}
+        if faults := describe(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), wrong):
+            raise refused("dinov2", f"its file does not fit: {faults}")
         return cls(network.to(device))
 
     def features(self, frames: UInt8[Tensor, "n 3 h w"], batch_size: int = 32) -> Float[Tensor, "n 768"]:

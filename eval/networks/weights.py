@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.strict import load_strict, misfits, shapes_of
 from teachers.errors import UserError
 
 
@@ -114,10 +114,14 @@ def read(name: str, folder: Path | None = None) -> io.BytesIO:
     return io.BytesIO(content)
 
 
+OPTIONAL = r".*\.num_batches_tracked"
+"""What no inference reads may be missing of a file."""
+
+
 def load_network(name: str, network: nn.Module, folder: Path | None = None) -> None:
     """Fill `network` from the state dict that torch.save wrote to the file of `name`, strictly; freeze it, in eval mode.
 
-    Only tensors are unpickled. `num_batches_tracked`, which no inference reads, may be missing. Raises UserError as `locate` does
+    Only tensors are unpickled. OPTIONAL tensors may be missing. Raises UserError as `locate` does
     and where names or shapes are others.
     """
     content = read(name, folder)
@@ -132,12 +136,9 @@ def fill(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Strictly copy `state` into `network` and freeze it, in eval mode. Raises UserError that lists what does not fit."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise refused(name, "its file holds no state dict")
-    want = {key: value.shape for key, value in network.state_dict().items()}
-    have = {key: value.shape for key, value in state.items()}
-    wrong = [key for key in sorted(want.keys() | have.keys()) if want.get(key) != have.get(key)]
-    if wrong := [key for key in wrong if key in have or not key.endswith(".num_batches_tracked")]:
-        raise refused(name, f"{listed(wrong)} in its file are missing, unknown or of another shape")
-    network.load_state_dict(state, strict=False)
+    if faults := misfits(shapes_of(state), shapes_of(network.state_dict()), optional=OPTIONAL):
+        raise refused(name, f"its file does not fit: {faults}")
+    load_strict(network, state, name, "", optional=OPTIONAL)
     network.eval().requires_grad_(False)
 
 

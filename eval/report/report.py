@@ -15,6 +15,7 @@ from torch import Tensor
 from eval.embedded.admission import is_admitted
 from eval.embedded.protocol import EMBEDDED_NOTE
 from eval.report.figures import curve_svg, dot_svg, number, plain, sheet_png
+from teachers.files import atomic_write
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
@@ -117,16 +118,10 @@ def write_report(
     source = resources.files("eval.report").joinpath("templates/report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     out_dir.mkdir(parents=True, exist_ok=True)
-    _replace(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
+    atomic_write(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
     page = out_dir / "report.html"
-    _replace(page, environment.from_string(source).render(context))
+    atomic_write(page, environment.from_string(source).render(context))
     return page
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _finite(value: Any) -> Any:
@@ -243,9 +238,9 @@ def _table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Map
 
 
 def _health(panels: Mapping) -> dict | None:
-    """The health panel as a table, with the verdict of init."""
+    """The health metrics as a table, with the quality gate after init."""
     rows = [(name, panels[name], {}) for name in ("teacher", "ar_teacher", "init", "student") if name in panels]
-    return {"verdict": panels.get("verdict"), "table": _table("Health", HEALTH, rows)} if rows else None
+    return {"readiness": panels.get("readiness"), "table": _table("Health", HEALTH, rows)} if rows else None
 
 
 def _cell(score, refused: bool) -> dict:

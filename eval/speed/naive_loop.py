@@ -20,7 +20,8 @@ from teachers import flow
 from teachers.codecs.linear import to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
-from teachers.networks.wan import KeyValue, NetworkConfig, rotate, to_x0, with_reference
+from teachers.networks.kind import KeyValue, to_x0
+from teachers.networks.wan import NetworkConfig, rotate, with_reference
 
 
 @dataclass

@@ -1,12 +1,21 @@
 """The chunk-causal student: the teacher's network, its context a value.
 
-Serving (`denoise`, `commit`) and training (`denoise_clip`) run the same blocks; who sees whom comes from one History.
-A chunk's gradient never reaches earlier chunks through the context: it is made and kept without gradient.
+Every forward is one call of `_run` over segments, packed side by side under one attention mask:
+
+    denoise (serving, rollouts)   noisy chunk                                       behind the KV cache
+    commit                        clean chunk                                       behind the KV cache
+    denoise_diagonal              [pending clean chunk |] chunks in flight          behind the KV cache
+    denoise_clip                  [clean clip |] noisy clip                         no cache, gradient throughout
+    denoise_diagonal_train        [clean chunks |] chunks in flight                 no cache, gradient throughout
+
+Who sees whom comes from one History. A chunk's gradient never reaches earlier chunks through the cache: it is made and kept
+without gradient.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +23,28 @@ from torch import Tensor
 from students.kv_cache import CachedChunk
 from students.schedule import DiagonalStep
 from students.spec import Spec
-from students.student import Finished, State, Student, stacked
+from students.student import CacheKind, Finished, ReadAhead, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer, KeyValue, Span, rotate, to_x0, with_reference
+from teachers.networks.kind import KeyValue, to_x0
+from teachers.networks.wan import AvatarTransformer, Span, rotate
 
-Plan = tuple[Tensor, ...] | None  # AvatarTransformer.read_audio
+Groups = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Latents x [B, C, f, H, W] at sigma [B, 1] or [B, f], the conditions of their frames, and of these the `known` ones.
+
+    `sees`: one entry for each of as many equal groups of the segment's frames, the chunks of the whole input that the group sees
+    beside itself, in order of time.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    conditions: Conditions
+    known: tuple[int, ...] = ()
+    sees: Groups = ((),)
 
 
 class CausalWan(Student):
@@ -29,78 +54,120 @@ class CausalWan(Student):
         super().__init__()
         if net.guidance_embedder is not None and spec.guidance is None:
             raise UserError(
-                "network.guidance: the student has no range of scales; give student.guidance, or leave it out"
+                "network.guidance: the student has no range of guidance scales; give student.guidance, or remove it"
             )
         self.net, self.spec = net, spec
 
     @torch.no_grad()
-    def open(self, text: Tensor | None = None) -> State:
-        """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream."""
+    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
+        """The empty context; the reference is frame 0 of chunk 0. Text features [B, L, D] are read once for the stream, without
+        gradient: steps use that by way of a `plan`."""
         device, dtype = next(self.parameters()).device, torch.promote_types(self.net.compute_dtype, torch.float32)
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         if self.net.guidance_embedder is not None:
-            levels = set()  # the scale is told with them
+            levels = set()  # the scale is embedded with them
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
-        state = replace(self.new_state(), times=times)
+        state = replace(self.new_state(cache), read=ReadAhead(times=times))
         return state if text is None else self.set_text(state, text)
 
     def set_text(self, state: State, text: Tensor) -> State:
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
-        return replace(state, text=self.net.read_text(text))
+        return replace(state, read=replace(state.read, text=self.net.read_text(text)))
 
-    def plan(self, state: State, conditions: Conditions) -> Plan:
-        """What a chunk's steps without gradient share: its audio as the blocks take it. Steps with gradient read it themselves."""
-        if torch.is_grad_enabled() or self.spec.schedule.depth > 1:
+    def plan(self, state: State, conditions: Conditions, grad: bool = False) -> ReadAhead | None:
+        """The stream's text and sigmas and the chunk's audio as the blocks take them, read without gradient. With `grad` nothing:
+        a step with gradient reads its conditions itself, or those layers would get none."""
+        if grad:
             return None
-        return self.net.read_audio(conditions.audio)
+        if self.spec.schedule.depth > 1:  # chunks enter and leave between forwards, and their audio with them
+            return state.read
+        with torch.no_grad():
+            return replace(state.read, audio=self.net.read_audio(conditions.audio))
 
-    def scale(self, conditions: Conditions) -> Tensor | None:
-        """The guidance scale [B] that the network is told: the conditions' own, or the spec's."""
-        told = self.spec.guidance
-        if told is None or conditions.guidance is not None:
-            return conditions.guidance
-        return conditions.text.new_full(conditions.text.shape[:1], told.served)
-
-    def turn(self, keys: Tensor, place: int) -> Tensor:
+    def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
         n = self.spec.chunk_frames
         return rotate(keys, self.net.rope_table(place * n, n, *self.spec.token_grid))
 
-    def forward(
-        self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0, plan: Plan = None
-    ):
-        known = conditions.known if state.chunk == 0 else ()
-        x, inputs = with_reference(x, conditions, known)
-        # A step with gradient reads text and time itself: what was read without gradient would cut those layers off.
-        grad = torch.is_grad_enabled()
-        text = conditions.text if state.text is None or grad else state.text
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
-        time = level if grad or isinstance(sigma, Tensor) else state.times.get(sigma, level)
-        past, seen = self.past(state, step), len(state.cached) * self.spec.chunk_frames
-        audio = conditions.audio if plan is None or grad else plan
-        scale = self.scale(conditions)
-        out, cache = self.net(
-            inputs, time, text, audio, past=past, past_frames=seen, pose=conditions.pose, guidance=scale
+    def _run(
+        self,
+        segments: Sequence[Segment],
+        state: State | None = None,
+        read: ReadAhead | None = None,
+        sigma: float | None = None,
+        step: int = 0,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """One masked forward: the segments side by side, behind the context of `state` -> x0 of the last segment in fp32, and the
+        un-rotated keys and values of all of them.
+
+        `read` in the place of the conditions, as far as it goes; its time embedding only where `sigma` says that all frames are
+        at that one level.
+        """
+        last, n = segments[-1], self.spec.chunk_frames
+        composed = [self.net.kind.compose(part.x, part.conditions, part.known) for part in segments]
+        parts = [inputs.to(composed[-1][1]) for _, inputs in composed]
+        read = read or ReadAhead()
+        given = (
+            last.conditions if len(segments) == 1 else Conditions.join_frames([part.conditions for part in segments])
         )
-        return to_x0(out, x, level, conditions, self.net.prediction, known), cache
+        text = last.conditions.text if read.text is None else read.text
+        audio: Any = given.audio if read.audio is None else read.audio
+        level: Any = joined([part.sigma for part in segments], 1)
+        if sigma is not None and sigma in read.times:
+            level = read.times[sigma]
+        out, cache = self.net(
+            joined(parts, 2),
+            level,
+            text,
+            audio,
+            spans=_spans(segments, n),
+            past=None if state is None else self.past(state, step),
+            past_frames=0 if state is None else len(state.cached) * n,
+            pose=given.pose,
+            guidance=self.scale(last.conditions),
+        )
+        x, _ = composed[-1]
+        out = out[:, :, out.shape[2] - x.shape[2] :]
+        return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
+
+    def _chunk(
+        self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int, plan: ReadAhead | None
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """`_run` of the state's chunk x [B, C, n, H, W] alone, at one sigma."""
+        number = None if isinstance(sigma, Tensor) else sigma
+        if not isinstance(sigma, Tensor):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            sigma = torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
+        known = conditions.known if state.chunk == 0 else ()
+        return self._run([Segment(x, sigma.unsqueeze(1), conditions, known)], state, plan, number, step)
 
     def denoise(
-        self, state: State, plan: Plan, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
+        self,
+        state: State,
+        plan: ReadAhead | None,
+        x: Tensor,
+        sigma: Tensor | float,
+        conditions: Conditions,
+        step: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
         `commit` may want to know of this step; conditions are those of the chunk's frames."""
-        x0, cache = self(state, x, sigma, conditions, step, plan)
+        x0, cache = self._chunk(state, x, sigma, conditions, step, plan)
         return x0, stacked(cache) if self.spec.history.commit == "same_level" else None
 
     @torch.no_grad()
     def commit(
-        self, state: State, x0: Tensor, conditions: Conditions, steps: Sequence | DiagonalStep = (), plan: Plan = None
+        self,
+        state: State,
+        x0: Tensor,
+        conditions: Conditions,
+        steps: Sequence | DiagonalStep = (),
+        plan: ReadAhead | None = None,
     ) -> State:
         """Put a finished chunk into the context and return the state of the next chunk.
 
-        `steps`: what `denoise` told of each step; only a same_level history needs it, a clean one makes its own pass, which
-        shares the chunk's `plan`.
+        `steps`: what `denoise` gave of each step; only a same_level history needs it, a clean one makes its own pass, which
+        shares the chunk's `plan` (made where none is given).
         """
         history = self.spec.history
         if isinstance(steps, DiagonalStep):
@@ -109,40 +176,34 @@ class CausalWan(Student):
             return self.resume(replace(state, pending=pending, flight=steps.flight), state.cached, state.chunk + 1)
         if history.commit == "clean":
             seen = self._seen_pending(state) if self.spec.schedule.depth > 1 else state
-            steps = [stacked(self(seen, x0.detach(), history.level, conditions, plan=plan)[1])]
+            plan = self.plan(state, conditions) if plan is None else plan
+            steps = [stacked(self._chunk(seen, x0.detach(), history.level, conditions, 0, plan)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
         return self.resume(state, (*state.cached, CachedChunk(state.chunk, keys, values)), state.chunk + 1)
 
     def denoise_diagonal(
-        self, state: State, x: Tensor, sigmas: Sequence[float], conditions: Conditions
+        self, state: State, plan: ReadAhead | None, x: Tensor, sigmas: Sequence[float], conditions: Conditions
     ) -> tuple[Tensor, CachedChunk | None]:
         """Diagonal: x [B, C, k n, H, W] of the state's chunk and those behind it, each at its own of k sigmas; they see each
         other and the context, which does not see them (FlowAct-R1's fake-causal mask) -> x0, and the pending chunk's entry."""
-        n, first = self.spec.chunk_frames, state.chunk == 0
-        shape, shown = x.shape, [sigma for sigma in sigmas for _ in range(n)]
-        x, inputs = with_reference(x, conditions, conditions.known if first else ())
-        audio, pose, spans, pending = conditions.audio, conditions.pose, None, state.pending
-        level = x.new_tensor(shown, dtype=torch.promote_types(x.dtype, torch.float32)).expand(shape[0], -1)
-        if pending is not None:
-            own, told = pending.conditions, [self.spec.history.level] * n
-            _, clean = with_reference(pending.x0, own, own.known if pending.chunk == 0 else ())
-            inputs, audio = torch.cat([clean, inputs], dim=2), torch.cat([own.audio, audio], dim=1)
-            if pose is not None and own.pose is not None:
-                pose = torch.cat([own.pose, pose], dim=1)
-            spans, shown = [Span(0, n), Span(n, inputs.shape[2], ((0, n),))], [*told, *shown]
-        text = conditions.text if state.text is None or torch.is_grad_enabled() else state.text
-        time = x.new_tensor(shown, dtype=level.dtype).expand(shape[0], -1)
-        past, seen = self.past(state), len(state.cached) * n
-        told = {"past": past, "past_frames": seen, "pose": pose, "guidance": self.scale(conditions)}
-        out, cache = self.net(inputs, time, text, audio, spans=spans, **told)
-        entry = None
-        if pending is not None:
-            out, tokens = out[:, :, n:], n * math.prod(self.spec.token_grid)
-            keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
-            entry = CachedChunk(pending.chunk, (keys,), (values,))
-        return to_x0(out, x, level, conditions, self.net.prediction, conditions.known if first else ()), entry
+        n, pending = self.spec.chunk_frames, state.pending
+        dtype = torch.promote_types(x.dtype, torch.float32)
+
+        def levels(values: Sequence[float]) -> Tensor:
+            return x.new_tensor([s for s in values for _ in range(n)], dtype=dtype).expand(x.shape[0], -1)
+
+        known = conditions.known if state.chunk == 0 else ()
+        flight = Segment(x, levels(sigmas), conditions, known)
+        if pending is None:
+            return self._run([flight], state, plan)[0], None
+        own = pending.conditions
+        clean = Segment(pending.x0, levels([self.spec.history.level]), own, own.known if pending.chunk == 0 else ())
+        x0, cache = self._run([clean, replace(flight, sees=((0,),))], state, plan)
+        tokens = n * math.prod(self.spec.token_grid)
+        keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
+        return x0, CachedChunk(pending.chunk, (keys,), (values,))
 
     def _seen_pending(self, state: State) -> State:
         """The state with that part of the context that the chunk sees once it is pending: what the next chunk sees of it."""
@@ -159,33 +220,17 @@ class CausalWan(Student):
 
         With `clean` each chunk sees the clean earlier chunks (teacher forcing), as a stream with a clean history does; without
         it the noisy ones (diffusion forcing), as with a same_level history where all chunks have one sigma. `level`
-        [B, num_chunks]: what the clean chunks are told to be at, where that is not the history's own.
+        [B, num_chunks]: the clean chunks' own, where that is not the history's.
         """
         n, frames = self.spec.chunk_frames, x.shape[2]
         if frames % n:
             raise ValueError(f"a clip needs a whole number of chunks: got {frames} latent frames with chunk_frames={n}")
-        chunks = frames // n
-        shown = sigma.repeat_interleave(n, dim=1)
-        x, inputs = with_reference(x, conditions)
-        audio, pose, spans = conditions.audio, conditions.pose, []
-        see = [tuple((j * n, (j + 1) * n) for j in self.spec.history.visible(i)) for i in range(chunks)]
-        offset = 0
-        if clean is not None:
-            _, context = with_reference(clean, conditions)
-            inputs = torch.cat([context, inputs], dim=2)
-            audio = torch.cat([audio, audio], dim=1)
-            pose = None if pose is None else torch.cat([pose, pose], dim=1)
-            told = (
-                torch.full_like(shown, self.spec.history.level) if level is None else level.repeat_interleave(n, dim=1)
-            )
-            spans = [Span(i * n, (i + 1) * n, see[i]) for i in range(chunks)]
-            shown, offset = torch.cat([told, shown], dim=1), frames
-        spans += [Span(offset + i * n, offset + (i + 1) * n, see[i]) for i in range(chunks)]
-        out, _ = self.net(
-            inputs, shown, conditions.text, audio, spans=spans, pose=pose, guidance=self.scale(conditions)
-        )
-        out = out[:, :, offset:]
-        return to_x0(out, x, sigma.repeat_interleave(n, dim=1), conditions, self.net.prediction, conditions.known)
+        sees = [self.spec.history.visible(i) for i in range(frames // n)]
+        sigma = sigma.repeat_interleave(n, dim=1)
+        noisy = Segment(x, sigma, conditions, conditions.known, sees)
+        if clean is None:
+            return self._run([noisy])[0]
+        return self._run([self._clean(clean, sigma, conditions, level, sees), noisy])[0]
 
     def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
@@ -195,25 +240,39 @@ class CausalWan(Student):
         them, which see those before themselves alone (FlowAct-R1's fake-causal mask) -> x0 [B, C, k n, H, W].
 
         It equals `denoise_diagonal` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
-        what the clean chunks are told to be at, where that is not the history's own.
+        the clean chunks' own, where that is not the history's.
         """
         n, start, see = self.spec.chunk_frames, clean.shape[2], self.spec.history.visible
         front, stop = start // n, conditions.num_frames
         if start + x.shape[2] != stop or x.shape[2] != n * sigma.shape[1]:
-            raise ValueError(f"{start} latent frames of context, {x.shape[2]} in flight: the conditions hear {stop}")
-        known = () if front else conditions.known
-        x, inputs = with_reference(x, conditions, known)
-        shown, spans = sigma.repeat_interleave(n, dim=1), []
-        if front:
-            _, context = with_reference(clean, conditions)
-            inputs = torch.cat([context.to(inputs), inputs], dim=2)
-            told = shown.new_full((x.shape[0], front), self.spec.history.level) if level is None else level
-            shown = torch.cat([told.repeat_interleave(n, dim=1), shown], dim=1)
-            for j in range(front):
-                spans.append(Span(j * n, (j + 1) * n, tuple((i * n, (i + 1) * n) for i in see(j + 1) if i < j)))
-        spans.append(Span(start, stop, tuple((i * n, (i + 1) * n) for i in see(front))))
-        scale = self.scale(conditions)
-        out, _ = self.net(
-            inputs, shown, conditions.text, conditions.audio, spans=spans, pose=conditions.pose, guidance=scale
-        )
-        return to_x0(out[:, :, start:], x, shown[:, start:], conditions, self.net.prediction, known)
+            raise ValueError(f"{start} latent frames of context, {x.shape[2]} in flight: the conditions have {stop}")
+        sigma = sigma.repeat_interleave(n, dim=1)
+        if not front:
+            return self._run([Segment(x, sigma, conditions, conditions.known)])[0]
+        sees = [tuple(i for i in see(j + 1) if i < j) for j in range(front)]
+        context = self._clean(clean, sigma, conditions.frames(0, start), level, sees)
+        return self._run([context, Segment(x, sigma, conditions.frames(start, stop), (), (see(front),))])[0]
+
+    def _clean(
+        self, clean: Tensor, like: Tensor, conditions: Conditions, level: Tensor | None, sees: Groups
+    ) -> Segment:
+        """Finished chunks at their own `level` [B, chunks], by default the history's, in the type of the sigmas `like`."""
+        n, shape = self.spec.chunk_frames, (clean.shape[0], clean.shape[2])
+        own = like.new_full(shape, self.spec.history.level) if level is None else level.repeat_interleave(n, dim=1)
+        return Segment(clean, own, conditions, conditions.known, sees)
+
+
+def _spans(segments: Sequence[Segment], n: int) -> list[Span]:
+    """Which frames see which, over the segments side by side."""
+    spans, start = [], 0
+    for part in segments:
+        size = part.x.shape[2] // len(part.sees)
+        for seen in part.sees:
+            spans.append(Span(start, start + size, tuple((j * n, (j + 1) * n) for j in seen)))
+            start += size
+    return spans
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """The parts along an axis; one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)

@@ -1,7 +1,7 @@
-"""MIDAS' student (2508.19320): a language model plans a chunk, a small diffusion head draws it, the next plan reads what was drawn.
+"""MIDAS' student (2508.19320): a language model plans a chunk, a small diffusion head denoises it, the next plan reads the result.
 
-One chunk is one latent frame in the paper; more are planned and drawn together. What a chunk sees of the past are the plans of the
-chunks that its History names: each holds that chunk's conditions and the latents before it.
+One chunk is one latent frame in the paper; more are planned and denoised together. What a chunk sees of the past are the
+plans of the chunks that its History names: each holds that chunk's conditions and the latents before it.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from torch import Tensor
 from students.kv_cache import CachedChunk
 from students.networks.midas_net import MidasNet
 from students.spec import Spec
-from students.student import Finished, State, Student, stacked
+from students.student import CacheKind, Finished, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import to_x0, write_reference
+from teachers.networks.kind import to_x0, write_reference
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,22 @@ class Midas(Student):
         return self.spec.chunk_frames * (self.net.conditions.count + height * width)
 
     @torch.no_grad()
-    def open(self, text: Tensor | None = None) -> State:  # noqa: ARG002
+    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:  # noqa: ARG002
         """The empty context; text and the other conditions are read with every chunk."""
-        return self.new_state()
+        return self.new_state(cache)
 
     def set_text(self, state: State, text: Tensor) -> State:  # noqa: ARG002
         return state
 
-    def turn(self, keys: Tensor, place: int) -> Tensor:
+    def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
         return self.net.rotate(keys, place * self._size)
 
-    def plan(self, state: State, conditions: Conditions) -> Plan:
+    def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Plan:
         """The language model's pass over the chunk's conditions and the chunk before it, which is `pending`."""
+        with torch.set_grad_enabled(grad):
+            return self._plan(state, conditions)
+
+    def _plan(self, state: State, conditions: Conditions) -> Plan:
         inputs = self.net("inputs", self._before(state, conditions), conditions, 0, self._like(conditions))
         hidden, cached = self.net("read", inputs, self.past(state), len(state.cached) * self._size)
         keys, values = stacked(cached)
@@ -85,7 +89,7 @@ class Midas(Student):
             return None
         return conditions.reference.expand(-1, -1, self.spec.chunk_frames, -1, -1)
 
-    def denoise(  # what it tells commit is the plan's entry, of every step the same
+    def denoise(  # commit is given the plan's entry, of every step the same
         self,
         state: State,
         plan: Plan,
@@ -115,9 +119,9 @@ class Midas(Student):
         pending = Finished(state.chunk, x0.detach(), conditions)
         return self.resume(replace(state, pending=pending), (*state.cached, entry), state.chunk + 1)
 
-    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int) -> State:
+    def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int, cache: CacheKind = "value") -> State:
         """As every student's; a chunk whose predecessor is forgotten cannot be planned again, and is left out of the context."""
-        state, last = self.open(text), -1
+        state, last = self.open(text, cache), -1
         for past in seen:
             if past.chunk in (0, last + 1):
                 state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import KeyValue
 
 
 class MidasLayer(Qwen2DecoderLayer):
-    """Qwen2's layer, told how to attend. Sharding engines gather its weights at its forward."""
+    """Qwen2's layer with the attention function as an argument. Sharding engines gather its weights at its forward."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.wan import KeyValue
+from teachers.networks.kind import Dims, KeyValue, NetworkKind
 
 Attend = Callable[
     [int, Tensor, Tensor, Tensor], Tensor
@@ -34,7 +34,7 @@ Attend = Callable[
 
 
 @dataclass(frozen=True, kw_only=True)
-class MidasConfig:
+class MidasConfig(NetworkKind):
     """Sizes: of the language model (defaults: Qwen2.5-3B's, `llm` a local folder with its weights, read when training starts), of
     the head, and the condition tokens of a latent frame: `text_tokens`, one a speaker, one for pose where the student has it.
     `buckets`: embeddings of history noise, the first for none."""
@@ -55,6 +55,31 @@ class MidasConfig:
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
     llm: Path | None = None
+
+    causal: ClassVar = "students.networks.midas:Midas"
+    can_checkpoint: ClassVar = True
+
+    def build(self, dims: Dims) -> "MidasNet":
+        return MidasNet(
+            self,
+            dims.latent_channels,
+            text_dim=dims.text_dim,
+            audio_dim=dims.stride * dims.audio_dim,
+            pose_dim=dims.stride * dims.pose_dim,
+            speakers=dims.speakers,
+        )
+
+    def start(self, net: "MidasNet") -> None:
+        """The language model's weights, where a folder of them is given."""
+        if self.llm is not None:
+            read_language_model(net, self.llm)
+
+    def enable_checkpointing(self, net: "MidasNet", *function: Callable) -> None:  # noqa: ARG002
+        net.enable_gradient_checkpointing()
+
+    @property
+    def kv_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.width // self.num_heads
 
 
 class TextQueries(nn.Module):
@@ -106,7 +131,7 @@ class ConditionProjector(nn.Module):
 
 
 class HeadBlock(nn.Module):
-    """Attention among a chunk's tokens and a feed-forward layer, shifted, scaled and gated by what a token is told (adaLN)."""
+    """Attention among a chunk's tokens and a feed-forward layer, shifted, scaled and gated by each token's condition (adaLN)."""
 
     def __init__(self, width: int, heads: int, ffn_dim: int):
         super().__init__()
@@ -116,9 +141,9 @@ class HeadBlock(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, width))
         self.modulate = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        """x and told [B, N, W]."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulate(told).chunk(6, dim=-1)
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        """x and its conditions `given` [B, N, W] -> [B, N, W]."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulate(given).chunk(6, dim=-1)
         query, key, value = self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).unbind(2)
         seen = functional.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (query, key, value)))
         x = x + gate * self.out(seen.transpose(1, 2).flatten(2))
@@ -144,10 +169,10 @@ class DiffusionHead(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, hidden: Tensor) -> Tensor:
         dtype = self.embed.weight.dtype
         time = self.time(self.frequencies(flow.network_time(sigma)).to(dtype))
-        told, x = self.hidden(hidden) + time.unsqueeze(1), self.embed(x.to(dtype))
+        given, x = self.hidden(hidden) + time.unsqueeze(1), self.embed(x.to(dtype))
         for block in self.blocks:
-            x = block(x, told)
-        shift, scale = self.modulate(told).chunk(2, dim=-1)
+            x = block(x, given)
+        shift, scale = self.modulate(given).chunk(2, dim=-1)
         return self.project(self.norm(x) * (1 + scale) + shift)
 
 
@@ -250,15 +275,15 @@ class MidasNet(nn.Module):
 
     def inputs(self, previous: Tensor | None, conditions: Conditions, bucket: Tensor | int, like: Tensor) -> Tensor:
         """What the language model reads for a chunk: [B, n count + tokens, D]. `previous` [B, C, n, H, W] is the chunk before
-        (None: there is none, `like` says its shape); bucket [B] or a number: how noisy it is."""
-        told = self.conditions(conditions).flatten(1, 2)
+        (None: there is none, `like` has its shape); bucket [B] or a number: how noisy it is."""
+        tokens = self.conditions(conditions).flatten(1, 2)
         if previous is None:
             size = math.prod(like.shape[2:]) // self.config.patch**2
-            read = self.first.expand(told.shape[0], size, -1)
+            read = self.first.expand(tokens.shape[0], size, -1)
         else:
             read = self.latents(self.tokens(previous).to(self.dtype))
         index = torch.as_tensor(bucket, device=read.device).expand(read.shape[0])
-        return torch.cat([told, read + self.buckets(index).unsqueeze(1)], dim=1)
+        return torch.cat([tokens, read + self.buckets(index).unsqueeze(1)], dim=1)
 
     def rope_table(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin [n, 1, d] of positions first .. first + count - 1."""
@@ -272,7 +297,7 @@ class MidasNet(nn.Module):
         return self._rope_cache[key]
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
-        """x [.., n, M, d] turned to positions first .. first + n - 1."""
+        """x [.., n, M, d] rotated to positions first .. first + n - 1."""
         cos, sin = self.rope_table(first, x.shape[-3])
         return rotate_halves(x.to(cos.dtype), cos, sin).to(x.dtype)
 
@@ -334,14 +359,14 @@ def read_language_model(net: MidasNet, folder: Path) -> None:
         raise UserError(
             f"no language model: {folder} ({first}); give student.network.llm a local folder of Qwen2"
         ) from error
-    asked, sizes = (
+    wanted, sizes = (
         net.llm.config,
         ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     )
     wrong = [
-        f"{name} {getattr(config, name)} for {getattr(asked, name)}"
+        f"{name} {getattr(config, name)} for {getattr(wanted, name)}"
         for name in sizes
-        if getattr(config, name) != getattr(asked, name)
+        if getattr(config, name) != getattr(wanted, name)
     ]
     if wrong:
         raise UserError(f"another language model: {folder} has {', '.join(wrong)}; set student.network to its sizes")

@@ -4,11 +4,13 @@ For a student of two speakers sound is rows [n, 2] of samples, the avatar's own 
 both, so that neither is ever ahead of the other.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from students.spec import Spec
-from teachers.conditions import side_by_side
+from teachers.conditions import BUILT_IN, Conditions, blank_features, known, side_by_side
 from teachers.errors import UserError
 from teachers.media.streams import LOUDEST_SAMPLE
 from teachers.registry import AudioEncoder
@@ -57,6 +59,23 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
         raise UserError("pose: this student takes none; push audio alone")
     if pose.ndim != 2 or pose.shape[1] != spec.pose_dim or not torch.isfinite(pose).all():
         raise UserError(f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(pose.shape)}")
+
+
+def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
+    """The features from outside this package of one stream: given ones, without a batch axis, and zeros for the others that the
+    network takes. UserError for one that the session makes itself, that is not declared, or not of its declared size."""
+    blank = blank_features(spec.network, 1, 1)
+    for name, value in given.items():
+        feature = known(name)
+        if name in BUILT_IN:
+            raise UserError(f"conditions: {name} is not given there; push it, set it, or give it by its own argument")
+        size, axis = tuple(value.shape), feature.axis
+        own = size if axis is None else (*size[: axis - 1], *size[axis:])
+        if feature.size is not None and own != feature.size:
+            raise UserError(
+                f"conditions: {name} {size} does not fit its declared size {feature.size} on the clock {feature.clock}"
+            )
+    return Conditions(blank, **{name: value[None].float() for name, value in given.items()})
 
 
 def encode_window(audio_encoder: AudioEncoder, window: Tensor, first: int, last: int) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 
 from students.weights.checkpoint import Bundle
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,9 +30,7 @@ def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
     cast(net, DTYPES[speed.dtype])
     try:
         if speed.attention != "native":
-            if not isinstance(net, AvatarTransformer):
-                raise ValueError("this student's network has no choice")
-            net.set_attention_backend(speed.attention)
+            net.kind.set_attention(net, speed.attention)
     except (ValueError, ImportError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"attention backend '{speed.attention}': {line}; native always works") from error

@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from students.schedule import advance, refine_context
-from students.serving.inputs import check_pose, checked_sound, encode_window
+from students.serving.inputs import check_pose, checked_sound, encode_window, given_features
 from students.serving.overlap import Beside
 from students.spec import Spec
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
-from teachers.conditions import Conditions, pack_rows
+from teachers.conditions import Conditions, known, pack_rows
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -105,8 +105,9 @@ class Session:
     ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
     `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
     modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
-    are true there. `guidance`: the scale that a student with an embedding of it is told, within its trained range (None: the
-    spec's).
+    are true there. `guidance`: the scale that a student with an embedding of it is conditioned on, within its trained range
+    (None: the spec's). `conditions`: features from outside this package by name, without a batch axis; those that run with the
+    latent frames for the whole stream, the last frame held; zeros for those that the network takes and nobody gives.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Session:
         drop: tuple[str, ...] = (),
         timed: bool = False,
         guidance: float | None = None,
+        conditions: Mapping[str, Tensor] | None = None,
     ):
         spec = bundle.spec
         self._check_reference(spec, reference)
@@ -132,8 +134,11 @@ class Session:
             )
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
+        for name in self.drop:
+            known(name)
         self.guidance = spec.scale(guidance)
         self.device = next(bundle.student.parameters()).device
+        self.given = given_features(spec, conditions or {}).to(self.device)
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
         self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())  # samples, of two speakers side by side
@@ -148,7 +153,7 @@ class Session:
             if reference is not None:
                 self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
             features = self._read(text)
-            self.point = Point(0, 0, bundle.student.open(features), text, features)
+            self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
 
     @staticmethod
@@ -308,7 +313,7 @@ class Session:
 
     @property
     def _scale(self) -> Tensor | None:
-        """What the student is told of guidance [1]."""
+        """The guidance scale that the student is conditioned on [1]."""
         return None if self.guidance is None else torch.tensor([self.guidance], device=self.device)
 
     @property
@@ -327,11 +332,12 @@ class Session:
         window = self.audio.read(start * per_frame - audio_encoder.lookback, stop * per_frame + audio_encoder.lookahead)
         audio = packed(encode_window(audio_encoder, window.to(self.device), start, stop))
         pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
+        first = point.chunk * spec.chunk_frames
+        given = self.given.frames(first, first + audio.shape[1], hold=True)
         conditions = Conditions(
-            text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
-        ).to(self.device)
-        drop = [name for name in self.drop if name != "pose" or spec.pose_dim]
-        return conditions.drop(*drop) if drop else conditions
+            given.features, text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
+        )
+        return conditions.to(self.device).drop(*self.drop)
 
     def settle(self) -> None:
         """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
@@ -350,7 +356,7 @@ class Session:
         for event in self.events:
             if event.at == point.chunk:
                 if event.how == "recache":
-                    state = student.recommit(event.features, point.seen, point.chunk)
+                    state = student.recommit(event.features, point.seen, point.chunk, cache="inplace")
                     state = replace(state, flight=point.state.flight)
                 else:
                     state = student.set_text(point.state, event.features)

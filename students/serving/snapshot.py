@@ -1,7 +1,6 @@
 """A session as one safetensors file: tensors, and everything else as JSON in its header. Nothing is unpickled."""
 
 import json
-import os
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from students.kv_cache import CachedChunk
@@ -20,6 +18,7 @@ from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.files import save_tensors
 from teachers.media.streams import Resampler, Stream
 
 FORMAT = 2
@@ -43,9 +42,12 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         tensors[name] = stream.read(stream.start, stream.end)
     for i, past in enumerate(point.seen):
         tensors[f"seen.{i}.x0"] = past.x0
-        tensors[f"seen.{i}.audio"] = past.conditions.audio  # text and reference are the session's own
-        if past.conditions.pose is not None:
-            tensors[f"seen.{i}.pose"] = past.conditions.pose
+        for name, value in past.conditions.timed.items():
+            if (
+                name not in session.given.features
+            ):  # which, like what does not run with the frames, is the session's own
+                tensors[f"seen.{i}.{name}"] = value
+    tensors |= {f"given.{name}": value for name, value in session.given.features.items()}
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
@@ -88,16 +90,9 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         "drop": list(session.drop),
         "guidance": session.guidance,
     }
-    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-            part,
-            metadata={"session": json.dumps(facts)},
-        )
-        os.replace(part, path)
+        save_tensors(path, tensors, {"session": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"session not saved: {path} ({error}); choose a writable place with room") from error
 
 
@@ -120,6 +115,7 @@ def load_session(bundle: Bundle, path: Path) -> Session:
         guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
+    session.given = Conditions(_named(tensors, "given.")).to(device)
     session.viewed, session.closed = facts["viewed"], facts["closed"]
     for name in ("audio", "pose"):
         stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
@@ -143,20 +139,25 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     start, student = session.point, session.bundle.student
     seen = []
     for i, chunk in enumerate(facts["seen"]):
-        audio, pose = tensors[f"seen.{i}.audio"], tensors.get(f"seen.{i}.pose")
+        timed = _named(tensors, f"seen.{i}.")
+        x0 = timed.pop("x0")
+        first = chunk * session.spec.chunk_frames
         conditions = Conditions(
-            text=start.features, audio=audio, reference=session.reference, pose=pose, guidance=session._scale
-        )
-        seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
+            session.given.frames(first, first + x0.shape[2], hold=True).features | timed,
+            text=start.features,
+            reference=session.reference,
+            guidance=session._scale,
+        ).drop(*session.drop)
+        seen.append(Finished(chunk, x0, conditions))
     if facts["how"] == "exact":
         cached = tuple(
             CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
             for i, chunk in enumerate(facts["kept"])
         )  # fmt: skip
-        state = student.resume(start.state, cached, facts["chunk"])
+        state = student.restore(start.state, cached, seen, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:
-        state = student.recommit(start.features, seen, facts["chunk"])
+        state = student.recommit(start.features, seen, facts["chunk"], cache="inplace")
         decoder = _warm(session, seen, facts["chunk"])
     flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
     pending = seen[-1] if facts["pending"] else state.pending
@@ -172,6 +173,11 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         tensors["last"].cpu() if "last" in tensors else None,
         facts["began"],
     )
+
+
+def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _warm(session: Session, seen: list[Finished], chunk: int):

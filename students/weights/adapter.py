@@ -19,13 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from teachers.checkpoints.convert import fill_network
+from teachers.checkpoints.strict import check_shapes, shapes_of
 from teachers.config import nearest
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTransformer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of the network inside its model."""
+HINT = "is it the folder of this spec?"
+"""How an error about weights that do not fit a student ends."""
 EDGE_BYTES = 1 << 20
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False}
 """What a LoRA has to be for `fold`."""
@@ -124,9 +126,9 @@ def expected(net: nn.Module, rank: int, targets: Sequence[str], full: Sequence[s
 
 
 @torch.no_grad()
-def fold(net: AvatarTransformer, adapter: Adapter, source: Path) -> None:
+def fold(net: Any, adapter: Adapter, source: Path) -> None:
     """Change the weights of a plain fp32 network in place; UserError that lists what does not fit."""
-    check_shapes(shapes_of(adapter.tensors), expected(net, adapter.rank, adapter.targets, adapter.full), source)
+    check_shapes(shapes_of(adapter.tensors), expected(net, adapter.rank, adapter.targets, adapter.full), source, HINT)
     given, own = adapter.tensors, dict(net.named_parameters())
     for name in targeted(net, adapter.targets, adapter.full):
         down, up, weight = given[f"{name}.lora_A.weight"], given[f"{name}.lora_B.weight"], own[f"{name}.weight"]
@@ -136,22 +138,8 @@ def fold(net: AvatarTransformer, adapter: Adapter, source: Path) -> None:
             own[name].copy_(tensor)
 
 
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def check_shapes(given: Mapping[str, tuple], wanted: Mapping[str, tuple], source: Path) -> None:
-    """UserError that lists what is missing, unexpected or of another shape."""
-    faults = [f"missing {k}" for k in wanted if k not in given] + [f"unexpected {k}" for k in given if k not in wanted]
-    faults += [f"{k} is {v}, expected {wanted[k]}" for k, v in given.items() if k in wanted and wanted[k] != v]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"weights do not fit: {source}: {'; '.join(faults[:3])}{more}; is it the folder of this spec?")
-
-
-def write_adapter(folder: Path, adapter: Adapter, base: Base, net: AvatarTransformer, header: dict[str, str]) -> None:
-    """Write both files as peft does; `net` says what the modules of `full` are made of, `header` goes to the weights."""
+def write_adapter(folder: Path, adapter: Adapter, base: Base, net: Any, header: dict[str, str]) -> None:
+    """Write both files as peft does; `net` has the modules of `full`, `header` goes to the weights."""
     from peft import LoraConfig
 
     config = LoraConfig(
@@ -189,7 +177,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(rank=rank, alpha=alpha, targets=targets, full=full, tensors=named)
 
 
-def load_over_base(net: AvatarTransformer, folder: Path, base: Base, fill: Any) -> None:
+def load_over_base(net: Any, folder: Path, base: Base, fill: Any) -> None:
     """Fill a plain network with the base's weights, fold the adapter of `folder` in. UserError where the base is gone or another.
 
     fill(net, file) reads a file of our names.
@@ -197,7 +185,7 @@ def load_over_base(net: AvatarTransformer, folder: Path, base: Base, fill: Any) 
     adapter, where = read_adapter(folder), f"base of the adapter {folder}"
     for path in (base.path, base.wan):
         if path is not None and not path.exists():
-            raise UserError(f"{where} is not at {path}; put it there, or mend base in {folder / 'spec.json'}")
+            raise UserError(f"{where} is not at {path}; put it there, or fix base in {folder / 'spec.json'}")
     if digest(base.path, base.wan) != base.digest:
         raise UserError(
             f"{where} has changed: {base.path} holds other weights than it was trained over; bring those back"

@@ -14,17 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from students.networks.causal_wan import CausalWan
-from students.networks.midas import Midas
-from students.networks.midas_net import MidasConfig, MidasNet
 from students.spec import Spec
 from students.student import Student
-from students.weights.adapter import WEIGHTS, Adapter, Base, check_shapes, load_over_base, shapes_of, write_adapter
+from students.weights.adapter import HINT, WEIGHTS, Adapter, Base, load_over_base, write_adapter
 from students.weights.compatible import check, header
+from teachers.checkpoints.strict import load_strict
 from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
-from teachers.networks.wan import NetworkConfig, build_network
 from teachers.registry import AudioEncoder, Codec, Text
 
 
@@ -60,13 +57,7 @@ class Bundle:
 
 def make_student(spec: Spec) -> Student:
     """An untrained student of this geometry."""
-    channels, stride = spec.codec.channels, spec.codec.stride
-    dims = {"text_dim": spec.text.dim, "audio_dim": spec.audio_dim, "pose_dim": spec.pose_dim}
-    if isinstance(spec.network, MidasConfig):
-        rows = dims | {"audio_dim": stride * spec.audio_dim, "pose_dim": stride * spec.pose_dim}
-        return Midas(MidasNet(spec.network, channels, speakers=spec.speakers, **rows), spec)
-    assert isinstance(spec.network, NetworkConfig)
-    return CausalWan(build_network(spec.network, latent_channels=channels, stride=stride, **dims), spec)
+    return spec.network.student(spec.network.new(spec.dims), spec)
 
 
 def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, Base] | None = None) -> None:
@@ -118,15 +109,8 @@ def load_student(folder: Path) -> Bundle:
     return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load a state dict; UserError that lists what is missing, unexpected or of another shape."""
-    own = module.state_dict()
-    check_shapes(shapes_of(tensors), shapes_of(own), source)
-    module.load_state_dict(tensors)
-
-
 def _fill_from(module: nn.Module, path: Path) -> None:
-    fill(module, _tensors(path), path)
+    load_strict(module, _tensors(path), path, HINT)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What training fixed about a student's sampler, kept in the header of its weights: a spec that says otherwise is refused.
+"""What training fixed about a student's sampler, kept in the header of its weights: a spec that differs is refused.
 
 Sinks, window and memory are not among it: they may be changed without training (LiveTalk's sinks are). Steps, their order,
 the length of a chunk and the noise of what it reads of the past may not.
@@ -36,17 +36,17 @@ def header(spec: Spec) -> dict[str, str]:
 
 
 def check(spec: Spec, weights: Path) -> None:
-    """UserError where `weights` say that they were trained for another sampler. Those without our header say nothing, and a file
-    that is missing or damaged is for its reader to name."""
+    """UserError where the header of `weights` has another sampler. Weights without it pass, and a missing or damaged file
+    is for its reader to name."""
     try:
         with safe_open(weights, "pt") as file:
-            told = json.loads((file.metadata() or {}).get(KEY, "{}"))
+            trained = json.loads((file.metadata() or {}).get(KEY, "{}"))
     except (OSError, SafetensorError, json.JSONDecodeError):
         return
     for name, value in json.loads(json.dumps(_fixed(spec))).items():
-        if name in told and told[name] != value:
+        if name in trained and trained[name] != value:
             raise UserError(
-                f"student not trained for this sampler: {name} is {_short(value)} in spec.json, {_short(told[name])} in "
+                f"student not trained for this sampler: {name} is {_short(value)} in spec.json, {_short(trained[name])} in "
                 f"{weights}; put that back, or train a student for it"
             )
 

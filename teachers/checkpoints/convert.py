@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
-from teachers.checkpoints.layouts import Architecture, listed
+from teachers.checkpoints.layouts import Architecture
+from teachers.checkpoints.strict import listed
 from teachers.checkpoints.weights import SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
+from teachers.files import staged
 from teachers.networks.wan import AvatarTransformer
 
 ENTRIES = ("generator_ema", "generator", "")
@@ -116,7 +118,7 @@ class Conversion:
         check_target(target, self.to)
         wan = self.to in ("wan", "self-forcing")
         named = {layouts.rename(n, layouts.TO_WAN) if wan else n: tensor for n, tensor in self.tensors.items()}
-        with weights.staged(target, self.num_bytes) as temporary:
+        with staged(target, self.num_bytes) as temporary:
             if self.to == "self-forcing":
                 named = {f"model.{name}": tensor for name, tensor in named.items()}
                 weights.write_archive(temporary, "generator", named, shard_bytes, tick)

@@ -7,12 +7,13 @@ self-forcing   a torch archive {"generator": {"model." + Wan's name: tensor}} (S
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from math import prod
 from typing import Any
 
+from teachers.checkpoints.strict import check_shapes, listed
 from teachers.errors import UserError
 
 LAYOUTS = ("ours", "wan", "diffusers", "self-forcing")
@@ -125,12 +126,6 @@ SAYS = {
 """Beyond the text-to-video sizes, what a layout has room for."""
 
 
-def listed(names: Iterable[str], most: int = 6) -> str:
-    """The names in one line, the first few of many."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def rename(name: str, table: Mapping[str, str]) -> str:
     """`name` by TO_OURS or TO_WAN; a name that the table does not know stays."""
     match = re.fullmatch(r"(blocks|audio_cond_projs)\.(\d+)\.(.+)", name)
@@ -210,19 +205,8 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
 
 def check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], names: Mapping[str, str], where: Any) -> None:
     """UserError that lists what is missing, unexpected or of another shape; `names` turns our names to the source's."""
-    faults = []
-    if missing := [rename(name, names) for name in expected if name not in shapes]:
-        faults.append(f"missing {listed(missing)}")
-    if unexpected := [rename(name, names) for name in shapes if name not in expected]:
-        faults.append(f"unexpected {listed(unexpected)}")
-    wrong = [name for name, shape in shapes.items() if name in expected and shape != expected[name]]
-    if wrong:
-        told = (f"{rename(n, names)} is {list(shapes[n])} where {list(expected[n])} is needed" for n in wrong)
-        faults.append(listed(told, 3))
-    if faults:
-        raise UserError(
-            f"weights do not fit: {where}: {'; '.join(faults)}; is the download complete, and of this model?"
-        )
+    hint = "is the download complete, and of this model?"
+    check_shapes(shapes, expected, where, hint, named=lambda name: rename(name, names))
 
 
 def with_config(architecture: Architecture, config: Mapping[str, Any], where: Any) -> Architecture:

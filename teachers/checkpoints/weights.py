@@ -8,12 +8,10 @@ import mmap
 import os
 import pickle
 import re
-import secrets
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
 STEM = "diffusion_pytorch_model"
@@ -281,33 +279,6 @@ def write_archive(
         del places
 
 
-@contextmanager
-def staged(target: Path, num_bytes: int) -> Iterator[Path]:
-    """A temporary sibling of `target` to write to, renamed at the end; on failure it is removed, and `target` was never there.
-
-    Raises UserError where the target exists, or its folder does not, cannot be written to or has no `num_bytes` left.
-    """
-    if target.exists():
-        raise UserError(f"output exists: {target}; name another, or remove it")
-    if not target.parent.is_dir():
-        raise UserError(f"output folder not found: {target.parent}; make it first")
-    if (free := shutil.disk_usage(target.parent).free) < num_bytes:
-        raise UserError(
-            f"disk is too full: {target.parent} has {free / 2**30:.1f} GiB free, {num_bytes / 2**30:.1f} are needed; make room"
-        )
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        temporary.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}; choose another place") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            temporary.unlink()
-
-
 def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file. UserError for a missing or damaged file, or one with more than tensors."""
     if not path.is_file():
@@ -318,18 +289,3 @@ def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"not a table of tensors: {path}; {where}")
     return tensors
-
-
-def fill(module: nn.Module, tensors: dict[str, Tensor], path: Path, where: str) -> None:
-    """Put `tensors` in the place of a module's own; UserError that lists what is missing, unexpected or of another shape."""
-    own = module.state_dict()
-    faults = [f"missing {name}" for name in own if name not in tensors]
-    faults += [f"unexpected {name}" for name in tensors if name not in own]
-    faults += [
-        f"{name} is {list(value.shape)}, expected {list(own[name].shape)}"
-        for name, value in tensors.items()
-        if name in own and own[name].shape != value.shape
-    ]
-    if faults:
-        raise UserError(f"weights do not fit: {path}: {listed(faults)}; {where}")
-    module.load_state_dict(tensors, assign=True)

@@ -18,7 +18,8 @@ from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBloc
 from torch import Tensor, nn
 from torch.nn import functional
 
-from teachers.checkpoints.weights import fill, read_json, read_tensors
+from teachers.checkpoints.strict import load_strict
+from teachers.checkpoints.weights import read_json, read_tensors
 from teachers.codecs.linear import MEND, DecoderState
 from teachers.codecs.wan_vae import check_latents, check_video
 from teachers.errors import UserError
@@ -105,14 +106,14 @@ class DCAEConfig:
         """Whether a data stage trains weights of its own."""
         return any(self.fit.steps)
 
-    def load(self, folder: Path, height: int, width: int) -> "DCAE":  # noqa: ARG002, any size of picture
+    def load(self, folder: Path, height: int, width: int) -> "DCAE":
         """The frozen codec of `folder`/codec.safetensors, where it is fitted, else of `path`. Raises UserError."""
         if not self.fitted:
             return load_dc_ae(self)
         with torch.device("meta"):
             codec = DCAE(self)
         path = folder / "codec.safetensors"
-        fill(codec, read_tensors(path, MEND), path, MEND)
+        load_strict(codec, read_tensors(path, MEND), path, MEND, assign=True)
         return codec.eval().requires_grad_(False)
 
 
@@ -314,7 +315,7 @@ def load_dc_ae(config: DCAEConfig) -> DCAE:
             )
     tensors = read_tensors(path / WEIGHTS, WHERE)
     codec = DCAE(config)
-    fill(codec.network, tensors, path / WEIGHTS, WHERE)
+    load_strict(codec.network, tensors, path / WEIGHTS, WHERE, assign=True)
     codec.std.fill_(1 / facts.get("scaling_factor", 1.0))
     return codec.float().eval().requires_grad_(False)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints.weights import fill, read_tensors
+from teachers.checkpoints.strict import load_strict
+from teachers.checkpoints.weights import read_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class CodecConfig:
     def load(self, folder: Path, height: int, width: int) -> "EigenCodec":
         """The codec of `folder`/codec.safetensors; UserError where it is missing, damaged or of another size."""
         codec, path = EigenCodec(self, height, width), folder / "codec.safetensors"
-        fill(codec, read_tensors(path, MEND), path, MEND)
+        load_strict(codec, read_tensors(path, MEND), path, MEND, assign=True)
         return codec
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints.weights import fill, read_tensors
+from teachers.checkpoints.strict import load_strict
+from teachers.checkpoints.weights import read_tensors
 from teachers.codecs.linear import CodecConfig, DecoderState
 from teachers.codecs.wan_vae import check_geometry, check_latents, check_video, recording
 from teachers.errors import UserError
@@ -179,7 +180,7 @@ def load_taehv(path: str | Path, dtype: torch.dtype = torch.float32, differentia
     first, second, third, fourth, encoder_width = (len(end) for end in ends)
     with torch.device("meta"):
         codec = TAEHV((first, second, third, fourth), encoder_width, ends[0].shape[1], differentiable)
-    fill(codec, tensors, found, WHERE)
+    load_strict(codec, tensors, found, WHERE, assign=True)
     return codec.to(dtype)
 
 

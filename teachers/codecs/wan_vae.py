@@ -11,7 +11,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from torch import Tensor, nn
 
-from teachers.checkpoints.weights import fill, read_tensors
+from teachers.checkpoints.strict import load_strict
+from teachers.checkpoints.weights import read_tensors
 from teachers.codecs.linear import CodecConfig, DecoderState
 from teachers.errors import UserError
 from teachers.registry import Geometry
@@ -133,7 +134,7 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, different
             codec = WanVAE(AutoencoderKLWan(**facts), differentiable)
     except TypeError as error:
         raise UserError(f"not the config of a Wan VAE: {path} ({error}); {WHERE}") from error
-    fill(codec.network, tensors, found, WHERE)
+    load_strict(codec.network, tensors, found, WHERE, assign=True)
     return codec.to(dtype)
 
 

@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from teachers.checkpoints.strict import check_shapes, load_strict, refuse, shapes_of
 from teachers.checkpoints.weights import load_archive
 from teachers.encoders.small import TextEncoder
-from teachers.encoders.wav2vec import load_pretrained, model_files, refuse, require
+from teachers.encoders.wav2vec import load_pretrained, model_files, require
 from teachers.errors import UserError
 
 DIFFUSERS = "text_encoder/ and tokenizer/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers from the Hugging Face hub"
@@ -120,15 +121,14 @@ def from_original(tensors: Mapping[str, Tensor], where: Path, dtype: torch.dtype
     from transformers import UMT5Config, UMT5EncoderModel
 
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        refuse(["it holds something else than named tensors"], where, ORIGINAL)
+        refuse("it holds something else than named tensors", where, f"get {ORIGINAL}")
     num_layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     names = {
         f"{wan}.weight".replace("N", str(i)): f"{ours}.weight".replace("N", str(i))
         for i in range(max(1, num_layers))
         for wan, ours in NAMES.items()
     }
-    faults = [f"missing {name}" for name in names if name not in tensors]
-    refuse(faults + [f"unexpected {name}" for name in tensors if name not in names], where, ORIGINAL)
+    check_shapes(dict.fromkeys(tensors, ()), dict.fromkeys(names, ()), where, f"get {ORIGINAL}")  # the names alone
     vocabulary, width = tensors["token_embedding.weight"].shape
     buckets, heads = tensors["blocks.0.pos_embedding.embedding.weight"].shape
     config = UMT5Config(
@@ -143,12 +143,10 @@ def from_original(tensors: Mapping[str, Tensor], where: Path, dtype: torch.dtype
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     own = model.state_dict()
-    shapes = {name: (tensors[name].shape, own[names[name]].shape) for name in names}
-    refuse(
-        [f"{k} is {tuple(got)}, not {tuple(want)}" for k, (got, want) in shapes.items() if got != want], where, ORIGINAL
-    )
+    check_shapes(shapes_of(tensors), {name: own[names[name]].shape for name in names}, where, f"get {ORIGINAL}")
     named = {names[name]: tensor.to(dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(named | {"encoder.embed_tokens.weight": named["shared.weight"]}, assign=True)
+    tied = {"encoder.embed_tokens.weight": named["shared.weight"]}
+    load_strict(model, named | tied, where, f"get {ORIGINAL}", assign=True)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

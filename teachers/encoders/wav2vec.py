@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from teachers.checkpoints.layouts import listed
+from teachers.checkpoints.strict import describe, refuse
 from teachers.checkpoints.weights import read_json
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
@@ -287,16 +287,11 @@ def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optiona
         ) from error
     finally:
         logging.set_verbosity(level)
-    faults = [f"missing {name}" for name in sorted(found["missing_keys"])]
-    faults += [f"unexpected {name}" for name in sorted(found["unexpected_keys"])]
-    allowed = re.compile(rf"(missing|unexpected) ({'|'.join(optional)})")
-    faults = [fault for fault in faults if not allowed.fullmatch(fault)]
-    faults += [f"{name} is {tuple(got)}, not {tuple(want)}" for name, got, want in sorted(found["mismatched_keys"])]
-    refuse(faults, folder, source)
+    allowed = re.compile("|".join(optional))
+    missing, unexpected = (
+        [name for name in sorted(found[kind]) if not allowed.fullmatch(name)]
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    wrong = {name: (got, want) for name, got, want in sorted(found["mismatched_keys"])}
+    refuse(describe(missing, unexpected, wrong), folder, f"get {source}")
     return model.eval().requires_grad_(False)
-
-
-def refuse(faults: list[str], where: Path, source: str) -> None:
-    """UserError that lists the faults of a set of weights, unless there is none."""
-    if faults:
-        raise UserError(f"weights do not fit: {where}: {listed(faults)}; get {source}")

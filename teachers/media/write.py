@@ -1,11 +1,10 @@
 """H.264 mp4 files with AAC sound, frame by frame, in place only when whole."""
 
 import math
-import os
-import secrets
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.files import replacing
 from teachers.media.read import Converter, audio_frame, check_samples
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -93,15 +93,21 @@ class VideoWriter:
             self._rate = sample_rate
         elif sample_rate is not None:
             self._converter = Converter(sample_rate, self._rate)
-        self._temporary = self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(4)}.tmp")
+        self._place = ExitStack()
+        temporary = self._place.enter_context(replacing(self.path))
         ticks = math.lcm(self.fps.numerator, self._rate)
         options = {"movflags": "+faststart", "movie_timescale": str(ticks if ticks < 2**31 else self._rate)}
-        self._container = av.open(f"file:{self._temporary.absolute()}", "w", format="mp4", options=options)
+        self._container = av.open(f"file:{temporary.absolute()}", "w", format="mp4", options=options)
+        self._place.push(self._close)
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *failure: Any) -> None:
+        self._place.__exit__(*failure)
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Leave the file whole, or, after a failure, at least closed, so that `replacing` can rename or remove it."""
         try:
             if kind is None:
                 self._finish()
@@ -111,8 +117,6 @@ class VideoWriter:
             except (av.FFmpegError, OSError) as error:
                 if kind is None:
                     raise self._failed(error) from error
-            finally:
-                self._temporary.unlink(missing_ok=True)
 
     def write(self, frame: Tensor | np.ndarray) -> None:
         """Append one frame uint8 [H, W, 3]."""
@@ -196,7 +200,6 @@ class VideoWriter:
             self._finish_sound()
         try:
             self._container.close()
-            os.replace(self._temporary, self.path)
         except (av.FFmpegError, OSError) as error:
             raise self._failed(error) from error
 

@@ -1,14 +1,14 @@
 """The avatar DiT: diffusers' Wan transformer with reference and mask channels and OmniAvatar's audio pack.
 
-One network serves teacher, fake score and student: who sees whom is an argument (`spans`, `past`), not a subclass. Weights keep
-the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
+One network serves teacher, fake score and student: the attention mask is an argument (`spans`, `past`), not a subclass. Weights
+keep the names of diffusers' WanTransformer3DModel; without audio and spans its output equals that class, text- and image-to-video
 (tests hold it).
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -25,20 +25,25 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.config import ADDED
+from teachers.errors import UserError
+from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
 
-KeyValue = tuple[Tensor, Tensor]  # keys, values [B, n, M, d]
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(NetworkKind):
     """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
 
     `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: the network is told a scale.
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: a guidance scale is embedded.
     """
+
+    layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
+    causal: ClassVar = "students.networks.causal_wan:CausalWan"
+    frame_sigma: ClassVar = True
+    can_checkpoint: ClassVar = True
 
     num_layers: int = 30
     num_heads: int = 12
@@ -50,7 +55,58 @@ class NetworkConfig:
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
-    guidance: bool = field(default=False, metadata=ADDED)
+    guidance: bool = False
+
+    def build(self, dims: Dims) -> "AvatarTransformer":
+        sizes = {k: v for k, v in vars(dims).items() if k != "speakers"}
+        return build_network(self, **sizes)
+
+    def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return with_reference(x, conditions, known)
+
+    def run(self, net: "AvatarTransformer", inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
+        given = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance}
+        return net(inputs, sigma, conditions.text, audio, **given)[0]
+
+    def check(self) -> None:
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
+
+    def shallow(self) -> "NetworkConfig":
+        return replace(self, num_layers=1)
+
+    def with_guidance(self) -> "NetworkConfig":
+        return replace(self, guidance=True)
+
+    def enable_checkpointing(self, net: "AvatarTransformer", *function: Callable) -> None:
+        net.enable_gradient_checkpointing(*function)
+
+    def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
+        net.set_attention_backend(backend)
+
+    @property
+    def kv_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_heads * self.head_dim
+
+    @property
+    def feature_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def num_blocks(self) -> int:
+        return self.num_layers
+
+    def feature_blocks(self, net: "AvatarTransformer") -> Sequence[nn.Module]:
+        return list(net.blocks)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """OmniAvatar's q, k, v, o, ffn.0, ffn.2: every matrix of both attentions and of the MLP."""
+        return ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+
+    def shared_caches(self, net: "AvatarTransformer") -> tuple[dict, ...]:
+        return (net._rope_cache,)
 
 
 @dataclass(frozen=True)
@@ -162,7 +218,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
     `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
     text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
-    `guidance`: a guidance scale is told beside the time, by sinusoids of it and a layer that starts at zero (2210.03142, sec. 3.1).
+    `guidance`: a guidance scale is embedded beside the time, sinusoids and a layer that starts at zero (2210.03142, sec. 3.1).
     """
 
     _supports_gradient_checkpointing = True
@@ -220,6 +276,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
         self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
         self.gradient_checkpointing = False
+        self.kind = NetworkConfig(**{f.name: self.config[f.name] for f in fields(NetworkConfig)})
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
@@ -231,23 +288,24 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.patch_embedding.weight.dtype
 
     def add_guidance(self) -> None:
-        """From here on a guidance scale is told; at first it changes nothing, its layer is zero."""
+        """Add the guidance embedding; its layer is zero, so that at first it changes nothing."""
         weight = self.scale_shift_table
         self.guidance_embedder = nn.Linear(self.condition_embedder.timesteps_proj.num_channels, weight.shape[-1])
         for parameter in self.guidance_embedder.parameters():
             nn.init.zeros_(parameter)
         self.guidance_embedder.to(weight.device, weight.dtype)
         self.register_to_config(guidance=True)
+        self.kind = self.kind.with_guidance()
 
     def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
-        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is told; the network's time is
+        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is embedded; the network's time is
         1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
         if self.guidance_embedder is not None:
             if guidance is None:
-                raise ValueError("this network is told a guidance scale: give guidance [B]")
+                raise ValueError("this network embeds a guidance scale: pass guidance [B]")
             scale = embedder.timesteps_proj(GUIDANCE_TIME * guidance).to(self.guidance_embedder.weight.dtype)
             time = time + self.guidance_embedder(scale).unsqueeze(1).to(time.dtype)
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
@@ -264,7 +322,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
             )
-        with torch.inference_mode(False):  # kept for training too, whoever asked first
+        with torch.inference_mode(False):  # cached for training too, whoever needs it first
             self._rope_cache[key] = self._make_rope_table(first, count, height, width)
         return self._rope_cache[key]
 
@@ -311,14 +369,14 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         guidance: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where pose_dim asks for it, image [B, K, image_dim]
-        where image_dim does; guidance [B] where there is an embedding of it (a network without one does not read it).
+        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where there is pose_dim, image [B, K, image_dim]
+        where there is image_dim; guidance [B] where there is an embedding of it (a network without one does not read it).
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
-        an image that is missing or not asked for.
+        an image that is missing or not taken.
         """
         if (image is None) == bool(self.image_dim):
-            wrong = "given, image_dim is 0: leave them out" if image is not None else "missing: give [B, K, image_dim]"
+            wrong = "given, image_dim is 0: remove them" if image is not None else "missing: give [B, K, image_dim]"
             raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
@@ -344,12 +402,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
         if image is not None:
             image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
-        heard = self.read_audio(audio) if isinstance(audio, Tensor) else audio
+        added = self.read_audio(audio) if isinstance(audio, Tensor) else audio
         cache = []
         for i, block in enumerate(self.blocks):
             if i in self.audio_at:
-                assert heard is not None
-                x = (x.unflatten(1, (frames, tokens)) + heard[self.audio_at.index(i)]).flatten(1, 2)
+                assert added is not None
+                x = (x.unflatten(1, (frames, tokens)) + added[self.audio_at.index(i)]).flatten(1, 2)
             inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
@@ -377,48 +435,6 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
     for frame in known:
         mask[:, :, frame] = 0.0
     return x, torch.cat([x, conditions.reference.to(x).expand(-1, -1, frames, -1, -1), mask], dim=1)
-
-
-def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
-    """x [B, C, F, H, W] with the clean reference, where there is one, in the place of the known frames."""
-    if conditions.reference is None or not known:
-        return x
-    x = x.clone()
-    for frame in known:
-        x[:, :, frame] = conditions.reference[:, :, 0].to(x)
-    return x
-
-
-def to_x0(
-    out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]
-) -> Tensor:
-    """Raw network output -> x0 in fp32, the known frames replaced by the reference."""
-    if prediction == "velocity":
-        x0 = flow.x0_from_velocity(x, out, sigma)
-    else:
-        assert conditions.reference is not None
-        x0 = conditions.reference.float() + out.float()
-    return write_reference(x0, conditions, known)
-
-
-class AvatarTeacher(nn.Module):
-    """The bidirectional denoiser over a whole clip; frame 0 is the reference, where one is given. Teacher and fake score alike."""
-
-    def __init__(self, net: AvatarTransformer):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        x, inputs = with_reference(x, conditions)
-        audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
-        out, _ = self.net(
-            inputs, sigma, conditions.text, audio, pose=conditions.pose, remember=False, guidance=conditions.guidance
-        )
-        return to_x0(out, x, sigma, conditions, self.net.prediction, (0,))
-
-    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference where there is one."""
-        return self(x, sigma, conditions)
 
 
 def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:

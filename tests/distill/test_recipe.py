@@ -10,8 +10,9 @@ import pytest
 
 from distill.compose import RECIPES, compose_values
 from distill.recipe import Recipe, load_recipe, to_dict
-from teachers.config import convert, dump, module_name, to_plain
+from teachers.config import convert, dump, to_plain
 from teachers.errors import UserError
+from teachers.resolve import Registry, module_of
 
 FIELDS = Recipe.__dataclass_fields__
 
@@ -108,13 +109,15 @@ def methods(tmp_path, monkeypatch):
 def test_a_named_node_takes_its_type_from_the_module_it_names(methods):
     @dataclass(frozen=True, kw_only=True)
     class Stage:
-        method: Any = field(metadata={"named": methods})
+        method: Any = field(
+            metadata={"kinds": Registry(kind="toy method", group="toys", package=methods, default=False)}
+        )
 
     stage = convert(Stage, {"method": {"name": "jump", "steps": 3}})
-    assert module_name(stage.method) == "jump"
+    assert module_of(stage.method).__name__ == f"{methods}.jump"
     assert stage.method.steps == 3
     assert to_plain(stage) == {"method": {"name": "jump", "steps": 3}}
-    with pytest.raises(UserError, match=r"unknown toy_methods 'jmp': .*; did you mean 'jump'\?"):
+    with pytest.raises(UserError, match=r"unknown toy method 'jmp': .*; did you mean 'jump'\?"):
         convert(Stage, {"method": {"name": "jmp", "steps": 3}})
     with pytest.raises(UserError, match=r"unknown key 'method.step': .*; did you mean 'steps'\?"):
         convert(Stage, {"method": {"name": "jump", "step": 3}})
@@ -214,7 +217,7 @@ def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
         ("engine.precison=bf16", "unknown key 'engine.precison': command line; did you mean 'precision'?"),
         ("engine.precision=fp8", "it must be one of 'fp32', 'bf16'"),
         ("seed=one", "wrong value of 'seed': 'one' in command line; it must be int"),
-        ("dmd.method.name=dnd", "unknown distill.methods 'dnd': command line (dmd.method.name)"),
+        ("distill.method.name=dnd", "unknown method 'dnd': command line (distill.method.name)"),
         ("preset=smok", "did you mean 'smoke'?"),
     ],
 )

@@ -79,7 +79,7 @@ def differences(folder: Path, whole: Path) -> list[str]:
     ours, theirs = results(folder), results(whole)
     found = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, whole)]
-    best = [torch.load(run / "stages/dmd/best.pt", weights_only=True) for run in (folder, whole)]
+    best = [torch.load(run / "stages/distill/best.pt", weights_only=True) for run in (folder, whole)]
     found += ["metrics.jsonl"] if logs[0] != logs[1] else []
     return found + [f"best.pt {name}" for name, x in best[1].items() if not torch.equal(best[0][name], x)]
 

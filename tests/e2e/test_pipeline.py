@@ -24,7 +24,7 @@ from teachers import media
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
 SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
-STAGES = ("data", "extractors", "teacher", "trajectories", "init", "dmd", "export", "evaluate")
+STAGES = ("data", "extractors", "teacher", "trajectories", "init", "distill", "export", "evaluate")
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
@@ -75,7 +75,7 @@ def test_every_stage_leaves_its_artifacts(finished):
         scores = {**system["metrics"], **system.get("not_admitted", {})}
         assert {"fid", "fvd", "kid", "sync", "sync_offset_frames", "identity", "motion", "diversity"} <= set(scores)
         assert {"nfe_per_chunk", "seconds_per_video_second", "ttff_seconds", "fps"} <= set(system["cost"])
-    assert {"seconds", "fingerprint", "metrics"} <= set(report["stages"]["dmd"])
+    assert {"seconds", "fingerprint", "metrics"} <= set(report["stages"]["distill"])
     for name in STAGES:
         assert (finished / "stages" / name / "fingerprint.json").is_file()
     assert (finished / "student" / "spec.json").is_file()
@@ -84,7 +84,7 @@ def test_every_stage_leaves_its_artifacts(finished):
 
 
 def test_what_is_handed_on_is_the_average_then_the_best(finished):
-    """teacher and init hand on the averaged weights, not the raw ones; dmd its best; the exported student is dmd's."""
+    """teacher and init hand on the averaged weights, not the raw ones; distill its best; the exported student is that."""
     stages = finished / "stages"
     for stage, role in (("teacher", "teacher"), ("init", "student")):
         stored = checkpoint.Reader(checkpoint.saved(stages / stage)[-1])
@@ -94,8 +94,8 @@ def test_what_is_handed_on_is_the_average_then_the_best(finished):
         assert set(averaged) <= set(given)
         assert all(torch.equal(given[name], averaged[name]) for name in averaged)
         assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
-    best = torch.load(stages / "dmd" / "best.pt", weights_only=True)
-    given = load_file(stages / "dmd" / "model.safetensors")
+    best = torch.load(stages / "distill" / "best.pt", weights_only=True)
+    given = load_file(stages / "distill" / "model.safetensors")
     assert all(torch.equal(given[name.removeprefix("net.")], x) for name, x in best.items())
     exported = load_file(finished / "student" / "model.safetensors")
     assert all(torch.equal(exported[name], x) for name, x in given.items())
@@ -132,7 +132,7 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
         ("teacher", "checkpoint-*"),
         ("trajectories", "shard-*.safetensors"),
         ("init", "checkpoint-*"),
-        ("dmd", "checkpoint-*"),
+        ("distill", "checkpoint-*"),
         ("export", "started.json"),
         ("evaluate", "clips/*.safetensors"),
     ]
@@ -167,7 +167,7 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
     assert report["systems"]["student"]["cost"]["nfe_per_chunk"] == (5 if name == "midas_avatar" else 1)
     if name == "flowact_full":
         init = json.loads((tmp_path / "run" / "stages" / "init" / "fingerprint.json").read_text())
-        assert init["inputs"] == ["trajectories", "ar_teacher"], "its weights are those of forcing"
+        assert init["inputs"] == ["trajectories", "ar_teacher", "teacher"], "its weights are those of forcing"
     bundle = load_student(tmp_path / "run" / "student")
     session = Session(bundle, torch.zeros(3, bundle.spec.height, bundle.spec.width), "a person nods")
     session.push(0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))

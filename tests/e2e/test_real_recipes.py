@@ -50,7 +50,11 @@ def test_a_recipe_runs_whole(name, tmp_path, capsys):
 
 def check_adapters(run: Path) -> None:
     """What the stages and the student hold, whose base has just been changed."""
-    for file in ("stages/init/model.safetensors", "stages/dmd/model.safetensors", "student/adapter_model.safetensors"):
+    for file in (
+        "stages/init/model.safetensors",
+        "stages/distill/model.safetensors",
+        "student/adapter_model.safetensors",
+    ):
         names = [name.removeprefix("base_model.model.") for name in load_file(run / file)]
         # ten matrices in each of six blocks; patch embedding, audio pack, two audio projections
         assert len(names) == 2 * 10 * 6 + 2 + 4 + 2 * 2

@@ -10,7 +10,8 @@ from students.history import History
 from students.schedule import Schedule
 from students.serving.session import Session, Starved, chunk_noise
 from students.serving.snapshot import load_session, save_session
-from teachers.conditions import Conditions, GuidanceRange
+from teachers.conditions import Conditions
+from teachers.guidance import GuidanceRange
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, rng, some_sound
 
@@ -226,7 +227,7 @@ def test_memory_is_bounded(bundle):
         session.push(some_sound(bundle.spec.chunk_frames * bundle.spec.codec.stride * PER_FRAME, seed=i))
         session.settle()
         point = session.point
-        held.append((len(point.state.kept), len(point.state.flight), sum(len(b) for b in session.audio.blocks)))
+        held.append((len(point.state.cached), len(point.state.flight), sum(len(b) for b in session.audio.blocks)))
     assert held[-1] == held[20] == held[-7]
     assert chunk.index == 59
 

@@ -21,10 +21,11 @@ from students.serving.snapshot import load_session, save_session
 from students.student import State
 from students.weights.checkpoint import load_student, make_student, save_student
 from teachers import flow
-from teachers.conditions import Guidance, GuidanceRange, told_guidance
 from teachers.config import to_plain
 from teachers.errors import UserError
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, guided
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import (
     NETWORK,
     Ranks,
@@ -96,7 +97,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
             levels = [student.spec.sigmas[i] for i in done]
             x = randn(2, *clean.shape[1:2], stop - start, *clean.shape[3:], seed=front).double()
             state = context(student, clean, given, front)
-            streamed, _ = student.denoise_diagonal(state, x, levels, given.frames(start, stop))
+            streamed, _ = student.denoise_diagonal(state, None, x, levels, given.frames(start, stop))
             sigma = torch.tensor(levels).double().expand(2, -1)
             masked = student.denoise_diagonal_train(x, sigma, given.frames(0, stop), clean[:, :, :start])
             assert masked.std() > 0.1
@@ -105,7 +106,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
 
 def test_a_flight_that_does_not_fit_its_conditions_is_refused():
     student, given = diagonal(), some_conditions(2, 8)
-    with pytest.raises(ValueError, match="the conditions hear 8"):
+    with pytest.raises(ValueError, match="the conditions have 8"):
         student.denoise_diagonal_train(some_latents(2, 4), torch.ones(2, 2), given, some_latents(2, 2))
 
 
@@ -130,7 +131,7 @@ def test_without_generated_memory_nothing_is_drawn_for_it():
 @pytest.mark.parametrize("name", ["clean", "stream"])
 def test_generated_memory_is_the_student_s_own_rollout_noised(name):
     student, batch = diagonal(), a_batch(6)
-    calls = recorded(student, "denoise_clip" if name == "clean" else "denoise_flight")
+    calls = recorded(student, "denoise_clip" if name == "clean" else "denoise_diagonal_train")
     method = forcing.build(forcing.Config(context=name, generated=0.5, renoise=0.2), {"student": student})
     mixed = 0
     for seed in range(8):
@@ -164,7 +165,7 @@ def test_generated_memory_is_the_student_s_own_rollout_noised(name):
 
 def test_a_stream_is_trained_between_the_steps_of_its_sampler():
     student, batch, seen = diagonal(), a_batch(4), set()
-    calls = recorded(student, "denoise_flight")
+    calls = recorded(student, "denoise_diagonal_train")
     method = forcing.build(forcing.Config(context="stream"), {"student": student})
     steps = (*student.spec.sigmas, 0.0)
     for seed in range(60):
@@ -210,7 +211,7 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
     own = AvatarTeacher(plain).denoise(x, sigma, given)
     scaled = replace(given, guidance=torch.tensor([1.0, 3.0]))
     assert torch.equal(own, AvatarTeacher(told).denoise(x, sigma, scaled))
-    with pytest.raises(ValueError, match="told a guidance scale"):
+    with pytest.raises(ValueError, match="embeds a guidance scale"):
         AvatarTeacher(told).denoise(x, sigma, given)
     randomise(told.guidance_embedder, 3)
     assert (own - AvatarTeacher(told).denoise(x, sigma, scaled)).abs().mean() > 1e-3
@@ -231,16 +232,16 @@ def test_a_new_network_that_is_told_starts_as_one_that_is_not():
 
 def test_a_scale_for_each_row_is_that_row_s_guidance():
     teacher, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
-    rows = told_guidance(lambda c: teacher.denoise(x, sigma, c), replace(given, guidance=torch.tensor([1.25, 3.0])))
+    rows = guided(teacher.denoise, x, sigma, given, EmbeddedGuidance(torch.tensor([1.25, 3.0])))
     for i, scale in enumerate((1.25, 3.0)):
-        alone = Guidance(text=scale, audio=scale)(lambda c: teacher.denoise(x, sigma, c), given)
+        alone = guided(teacher.denoise, x, sigma, given, Guidance(text=scale, audio=scale))
         assert torch.allclose(rows[i], alone[i], atol=1e-6)
 
 
 def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
     sigmas, teacher, pool = flow.sigma_grid(4, 3.0)[:-1], a_teacher(), a_train_set()
     config = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
-    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), told=TOLD)
+    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), scales=TOLD)
     pairs = load(tmp_path, sigmas, "abc")
     assert pairs.guidance.shape == (10,)
     assert pairs.guidance.min() >= TOLD.least
@@ -289,9 +290,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
         noisy = flow.add_noise(x0[0][0].detach(), x0[0][2], sigma)
         for i in range(2):
             alone = Guidance(text=float(scale[i]), audio=float(scale[i]))
-            assert torch.allclose(
-                real[i], alone(lambda c, at=(noisy, sigma): teacher.denoise(*at, c), given)[i], atol=1e-5
-            )
+            assert torch.allclose(real[i], guided(teacher.denoise, noisy, sigma, given, alone)[i], atol=1e-5)
         drawn.add(round(float(scale[0]), 3))
     assert len(drawn) == 3
     assert student.net.guidance_embedder.weight.grad.abs().sum() > 0
@@ -314,7 +313,7 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
     with pytest.raises(UserError, match=r"guidance: got 3\.1; this student was trained from 1\.0 to 3\.0") as error:
         talk(bundle, guidance=3.1)
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="this student is told none"):
+    with pytest.raises(UserError, match="this student embeds none"):
         talk(a_bundle(HISTORIES[0]), guidance=1.0)
 
 
@@ -347,7 +346,9 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
     save_student(tmp_path, bundle, "")
     again = load_student(tmp_path)
     assert again.spec.guidance == TOLD
-    assert torch.equal(talk(again, guidance=2.0), talk(bundle, guidance=2.0))
+    gap = (talk(again, guidance=2.0).int() - talk(bundle, guidance=2.0).int()).abs()
+    assert gap.max() <= 1  # small matrix products round by where a tensor lies in memory, on some CPUs
+    assert gap.float().mean() < 0.01
     spec = (tmp_path / "spec.json").read_text()
     (tmp_path / "spec.json").write_text(spec.replace('"most": 3.0', '"most": 9.0'))
     with pytest.raises(UserError, match="not trained for this sampler: guidance"):
@@ -390,8 +391,8 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
                 continue
             if depth > 1:
                 state = student.settle(state, told.entry) if told.entry else state
-            alone = State(chunk=j, kept=state.kept, context_kv=state.context_kv, text=state.text)
-            expected, _ = student(alone, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
+            alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, read=state.read)
+            expected, _ = student.denoise(alone, None, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
             assert (x0 - own).abs().mean() > 0.01
     assert torch.equal(shown[:, :, : 2 * N], unrefined[:, :, : 2 * N]), "nothing refined is seen yet"
@@ -437,7 +438,7 @@ def test_refinement_is_off_the_path_to_the_screen():
         ("midas_avatar", ["+student.guidance={most: 3.0}"], r"student\.guidance: only a whole DiT"),
         ("flowact_full", ["+teacher.network.guidance=true"], r"teacher\.network\.guidance: a student alone"),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
-        ("flowact_full", ["+dmd.start=ar_teacher"], "only init may start from the ar_teacher"),
+        ("flowact_full", ["+distill.start=ar_teacher"], "unknown key 'distill.start'"),
         ("dmd_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
         ("flowact_full", ["student.guidance.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
     ],

@@ -65,9 +65,9 @@ def test_a_wrong_history_is_refused():
             History(**wrong)
 
 
-def walk(student, given, count):
+def walk(student, given, count, cache):
     """The states of a stream and the x0 of each chunk."""
-    state, states, out = student.open(given.text), [], []
+    state, states, out = student.open(given.text, cache), [], []
     for i in range(count):
         states.append(state)
         x0, steps = denoise_chunk(
@@ -83,9 +83,10 @@ def test_the_ring_holds_what_training_concatenates(history):
     """Bit for bit, in order and when earlier states are asked again in any order (rollback)."""
     student, given = a_student(history, prediction="reference"), some_conditions(1, N)
     with torch.no_grad():
-        _, plain = walk(student, given, 12)
+        _, plain = walk(student, given, 12, "value")
     with torch.inference_mode():
-        states, ringed = walk(student, given, 12)
+        states, ringed = walk(student, given, 12, "inplace")
+        assert all(state.kv_cache is not None and not state.context_kv for state in states)
         assert all(torch.equal(a, b) for a, b in zip(plain, ringed, strict=True))
         order = list(range(12)) * 2
         random.Random(0).shuffle(order)
@@ -135,5 +136,5 @@ def test_a_stream_of_another_length_does_not_lose_its_sinks():
     state = student.open(given.text)
     for i in range(30):
         state = student.commit(state, some_latents(1, N, seed=i), given)
-    assert [entry.chunk for entry in state.kept] == [0, 29]
-    assert replace(state, chunk=5).kept[0].chunk == 0
+    assert [entry.chunk for entry in state.cached] == [0, 29]
+    assert replace(state, chunk=5).cached[0].chunk == 0

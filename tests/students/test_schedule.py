@@ -60,7 +60,7 @@ def test_a_flight_equals_the_forwards_written_out(history):
         for front, done in student.spec.schedule.walk(chunks, len(sigmas)):
             if front > state.chunk:  # the chunk before is finished: a clean pass of its own
                 last = state.chunk
-                seen = replace(plain.resume(state, state.kept, last + 1), chunk=last)
+                seen = replace(plain.resume(state, state.cached, last + 1), chunk=last)
                 state = plain.commit(seen, out[last], given.frames(last * N, (last + 1) * N))
             numbers = range(front, front + len(done))
             x = torch.cat([flight.setdefault(c, noise(c, 0)) for c in numbers], dim=2)
@@ -80,11 +80,12 @@ def test_a_flight_equals_the_forwards_written_out(history):
 
 def _call(student, state, x, sigma, given):
     """One call of the network over a flight with the state's context."""
-    from teachers.networks.wan import to_x0, with_reference
+    from teachers.networks.kind import to_x0
+    from teachers.networks.wan import with_reference
 
     known = given.known if state.chunk == 0 else ()
     x, inputs = with_reference(x, given, known)
-    past, seen = student.past(state, 0), len(state.kept) * N
+    past, seen = student.past(state, 0), len(state.cached) * N
     out, _ = student.net(inputs, sigma, given.text, given.audio, past=past, past_frames=seen)
     return to_x0(out, x, sigma, given, student.net.prediction, known)
 
@@ -125,12 +126,13 @@ def test_ode_init_trains_the_forwards_that_are_served():
     batch, seen = trajectories_of(student), set()
     keep = student.denoise_diagonal
 
-    def spy(state, x, sigmas, conditions):
+    def spy(state, plan, x, sigmas, conditions):
+        assert plan is None, "a step with gradient reads its conditions itself"
         assert (state.pending is None) == (state.chunk == 0), "the chunk before is pending, as in serving"
         done, first = tuple(student.spec.sigmas.index(sigma) for sigma in sigmas), state.chunk * N
         assert torch.equal(batch.states[:, done[0], :, first : first + N], x[:, :, :N])
         seen.add((state.chunk, done))
-        return keep(state, x, sigmas, conditions)
+        return keep(state, plan, x, sigmas, conditions)
 
     student.denoise_diagonal = spy
     for seed in range(60):
@@ -146,7 +148,7 @@ def test_the_context_of_training_is_that_of_a_stream():
     state = context(student, clean, given, 3)
     assert state.chunk == 3
     assert state.pending.chunk == 2
-    assert [entry.chunk for entry in state.kept] == [0]
+    assert [entry.chunk for entry in state.cached] == [0]
     noise = draw_noise(student, 2, rng(0))
     x0 = rollout(student, given, noise)
     assert x0.shape == clean.shape

@@ -115,12 +115,32 @@ def test_text_is_read_once_and_is_the_same():
     student, given, x, sigma = a_student(), some_conditions(2, N), some_latents(2, N), torch.tensor([0.9, 0.3])
     outs = []
     for state in (student.open(), student.open(given.text)):
-        x0, _ = student.denoise(state, None, x, sigma, given)
-        outs += [(x0, student.denoise(student.commit(state, x0, given), None, x, sigma, given)[0])]
+        x0, _ = student.denoise(state, student.plan(state, given), x, sigma, given)
+        after = student.commit(state, x0, given)
+        outs += [(x0, student.denoise(after, student.plan(after, given), x, sigma, given)[0])]
     for one, other in zip(*outs, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-    silent, _ = student.denoise(student.open(given.drop("text").text), None, x, sigma, given)
+    state = student.open(given.drop("text").text)
+    silent, _ = student.denoise(state, student.plan(state, given), x, sigma, given)
     assert not torch.equal(outs[0][0], silent)
+    assert torch.equal(outs[0][0], student.denoise(state, None, x, sigma, given)[0]), "without a plan it reads its own"
+
+
+def test_a_mode_is_said_and_never_read_from_autograd():
+    """The cache kind at `open`, what was read ahead in the plan: gradient and inference mode change no number and no kind."""
+    student, given, x = a_student(History(sinks=1, window=2)), some_conditions(1, 2), some_latents(1, 2)
+    outs = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with mode():
+            state = student.open(given.text)
+            assert state.kv_cache is None
+            assert student.open(given.text, cache="inplace").kv_cache is not None
+            plan = student.plan(state, given)
+            assert not any(part.requires_grad for part in plan.audio)
+            assert student.plan(state, given, grad=True) is None
+            outs.append(student.denoise(state, plan, x, student.spec.sigmas[0], given)[0].detach())
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
 
 
 @torch.no_grad()
@@ -130,7 +150,7 @@ def test_a_commit_leaves_its_state_alone():
     for i in range(4):
         states.append(student.commit(states[-1], some_latents(1, N, seed=i), given))
     assert [state.chunk for state in states] == [0, 1, 2, 3, 4]
-    assert [tuple(entry.chunk for entry in state.kept) for state in states] == [(), (0,), (0, 1), (0, 2), (0, 3)]
+    assert [tuple(entry.chunk for entry in state.cached) for state in states] == [(), (0,), (0, 1), (0, 2), (0, 3)]
     again = student.commit(states[1], some_latents(1, N, seed=1), given)
     for one, other in zip(again.context_kv[0], states[2].context_kv[0], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
@@ -267,9 +287,10 @@ def test_a_number_and_a_tensor_are_the_same_sigma():
     """The time embedding that `open` read equals the one read at each step, and a step with gradient trains the time layers."""
     student, given, x = a_student(), some_conditions(1, 2), some_latents(1, 2)
     state = student.open(given.text)
+    plan = student.plan(state, given)
     for sigma in (*student.spec.sigmas, student.spec.history.level, 0.321):
         with torch.no_grad():
-            number, _ = student.denoise(state, None, x, sigma, given)
+            number, _ = student.denoise(state, plan, x, sigma, given)
             assert torch.equal(number, student.denoise(state, None, x, torch.tensor([sigma]), given)[0])
     student.denoise(state, None, x, student.spec.sigmas[0], given)[0].square().mean().backward()
     assert student.net.condition_embedder.time_proj.weight.grad.abs().sum() > 0

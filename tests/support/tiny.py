@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.latents import TrainSet
-from distill.training.engine import Engine
+from distill.training.engine import Engine, EngineConfig
+from distill.training.role import Kind
 from students.history import History
 from students.networks.causal_wan import CausalWan
 from students.networks.midas_net import MidasConfig
@@ -19,7 +20,8 @@ from teachers.codecs.linear import CodecConfig, EigenCodec
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, TextConfig, TextEncoder
 from teachers.flow import sigma_grid
-from teachers.networks.wan import AvatarTeacher, NetworkConfig, build_network
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig, build_network
 
 STRIDE, CHANNELS, SIDE, AUDIO, TOKENS, TEXT = 2, 4, 4, 20, 5, 16
 NETWORK = {"num_layers": 2, "num_heads": 2, "head_dim": 16, "ffn_dim": 48, "freq_dim": 32, "audio_hidden": 8}
@@ -111,7 +113,7 @@ def some_latents(batch: int = 2, frames: int = 8, seed: int = 0) -> Tensor:
 
 def a_train_set(num: int = 12, frames: int = 8, seed: int = 0) -> TrainSet:
     given = some_conditions(num, frames, seed)
-    return TrainSet(x0=some_latents(num, frames, seed).half(), audio=given.audio, text=given.text)
+    return TrainSet(some_latents(num, frames, seed).half(), given.stored)
 
 
 @lru_cache(maxsize=1)
@@ -155,6 +157,8 @@ class Ranks:
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     is_main: bool = True
+    kind: Kind = "ddp"
+    config: EngineConfig = field(default_factory=lambda: EngineConfig(precision="fp32", keep_checkpoints=1))
     generator = Engine.generator
 
     def autocast(self):

@@ -1,11 +1,14 @@
-"""Conditions and guidance: what is dropped is gone, scales are effective ones, and no pass is spent for nothing."""
+"""Conditions: one table of features drives what is dropped, cut, joined and stored."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from teachers.conditions import Guidance, pack_rows
+from teachers.conditions import FEATURES, Conditions, Feature, blank_features, declare, known, pack_rows
+from teachers.errors import UserError
+from tests.support.features import MOOD, declared, some_mood
 from tests.support.tiny import randn, some_conditions
 
 
@@ -59,22 +62,134 @@ def test_audio_rows_are_packed_on_the_latent_clock():
         pack_rows(rows[:, :6], 2)
 
 
-@pytest.mark.parametrize(
-    ("text", "audio", "passes"), [(1, 1, 1), (4.5, 4.5, 2), (1, 3, 2), (2, 3, 3), (2, 1, 3), (0, 0, 2), (0, 1, 3)]
-)
-def test_guidance_is_effective_and_counts_its_passes(text, audio, passes):
+# ---- features that this package does not know
+
+
+@pytest.fixture
+def mood():
+    with declared(*MOOD):
+        yield replace(some_conditions(3, 8), **some_mood(3, 8))
+
+
+def test_every_clock_is_cut_by_its_own_rule(mood):
+    """Stream and anchor stay, latent and grid are cut; a grid holds its last frame beyond its end."""
+    part = mood.frames(2, 5)
+    assert part.num_frames == 3
+    for name in ("mood", "idol"):
+        assert torch.equal(getattr(part, name), getattr(mood, name))
+    assert torch.equal(part.mood_track, mood.mood_track[:, 2:5])
+    assert torch.equal(part.scenery, mood.scenery[:, :, 2:5])
+    late = mood.frames(7, 10)
+    assert torch.equal(late.scenery, mood.scenery[:, :, [7, 7, 7]])
+    assert late.mood_track.shape[1] == late.audio.shape[1] == 1
+    held = mood.frames(9, 11, hold=True)
+    assert torch.equal(held.mood_track, mood.mood_track[:, [7, 7]])
+
+
+def test_every_clock_is_dropped_selected_moved_and_joined(mood):
+    for name in ("mood", "mood_track", "scenery", "idol"):
+        value, dropped = getattr(mood, name), mood.drop(name)
+        assert not getattr(dropped, name).any()
+        assert torch.equal(dropped.audio, mood.audio)
+        rows = mood.drop_rows(**{name: torch.tensor([False, True, False])})
+        assert [bool(row.any()) for row in getattr(rows, name)] == [True, False, True]
+        assert torch.equal(getattr(mood.index([2, 0]), name), value[[2, 0]])
+        assert getattr(mood.to(torch.float64), name).dtype == torch.float64
+        assert torch.equal(getattr(mood.roll_rows(name), name), value.roll(1, 0))
+    again = Conditions.join_frames([mood.frames(0, 3), mood.frames(3, 8)])
+    beside = Conditions.join_rows([mood.index([0]), mood.index([1, 2])])
+    for name, value in mood.features.items():
+        assert torch.equal(getattr(again, name), value), name
+        assert torch.equal(getattr(beside, name), value), name
+    with pytest.raises(ValueError, match="conditions to join differ"):
+        Conditions.join_rows([mood, some_conditions(3, 8)])
+
+
+def test_the_table_says_what_runs_with_the_frames_and_what_is_stored(mood):
+    assert set(mood.timed) == {"audio", "mood_track", "scenery"}
+    assert set(mood.constant) == {"text", "reference", "mood", "idol"}
+    assert set(mood.stored) == {"text", "audio", "mood", "mood_track", "scenery", "idol"}
+
+
+def test_an_empty_value_may_be_another_feature():
+    """As the negative prompt stands for the text; where it is not given, zeros do; what follows a feature goes with it."""
+    calm = Feature(name="calm", clock="stream", stored=False)
+    with declared(calm, Feature(name="temper", clock="stream", empty="calm", follows="text")):
+        given = replace(some_conditions(), temper=randn(2, 3), calm=randn(2, 3, seed=4))
+        assert torch.equal(given.drop("temper").temper, given.calm)
+        assert torch.equal(given.drop("text").temper, given.calm)
+        assert torch.equal(given.drop("audio").temper, given.temper)
+        assert not replace(given, calm=None).drop("temper").temper.any()
+        assert not given.drop_rows(text=torch.tensor([True, False])).temper[0].any(), "in training zeros"
+
+
+def test_a_negative_prompt_takes_the_text_s_place():
+    given = replace(some_conditions(), negative=randn(2, 5, 16, seed=9))
+    assert torch.equal(given.drop("text").text, given.negative)
+    assert torch.equal(given.drop("audio").text, given.text)
+
+
+def test_what_is_not_given_reads_as_none_and_drops_as_nothing():
     given = some_conditions()
-    calls = []
-
-    def predict(c):
-        calls.append(c)
-        return 1.0 + 10.0 * c.text.any() + 100.0 * c.audio.any()
-
-    value = Guidance(text=text, audio=audio)(predict, given)
-    assert float(value) == pytest.approx(1 + 10 * text + 100 * audio)
-    assert len(calls) == passes == Guidance(text=text, audio=audio).passes
+    assert given.pose is None
+    assert "pose" not in given.drop("pose").features
+    assert replace(given, audio=None).audio is None
+    assert replace(given, reference=None).known == ()
+    with pytest.raises(ValueError, match="conditions without latent frames: text"):
+        _ = Conditions(text=given.text).num_frames
 
 
-def test_guidance_moves_nothing_where_conditions_do_nothing():
-    constant = randn(2, 3)
-    assert torch.allclose(Guidance(text=3.0, audio=7.0)(lambda c: constant, some_conditions()), constant, atol=1e-5)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda given: given.drop("adio"),
+        lambda given: given.drop_rows(adio=torch.tensor([True])),
+        lambda given: replace(given, adio=given.audio),
+        lambda given: known("adio"),
+    ],
+)
+def test_an_unknown_name_is_one_clear_error(use):
+    with pytest.raises(
+        UserError, match=r"^unknown condition 'adio': did you mean 'audio'\? \(a new one is declared by "
+    ):
+        use(some_conditions())
+    with pytest.raises(AttributeError, match="unknown condition 'adio'; did you mean 'audio'"):
+        _ = some_conditions().adio
+
+
+@pytest.mark.parametrize(
+    ("feature", "words"),
+    [
+        ({"name": "no name", "clock": "stream"}, "'no name': not a name"),
+        ({"name": "frames", "clock": "stream"}, "'frames': not a name"),
+        ({"name": "smell", "clock": "weekly"}, "unknown clock 'weekly'; known: anchor, grid, latent, stream"),
+        ({"name": "smell", "clock": "stream", "empty": "air"}, "unknown condition 'air'"),
+        ({"name": "audio", "clock": "stream"}, "'audio' is declared twice"),
+    ],
+)
+def test_a_bad_declaration_is_one_line(feature, words):
+    before = dict(FEATURES)
+    with pytest.raises(UserError, match=words) as error:
+        declare(Feature(**feature))
+    assert "\n" not in str(error.value)
+    assert before == FEATURES
+    assert declare(FEATURES["audio"]) is FEATURES["audio"], "the same again is nothing new"
+    with declared(Feature(name="smell", clock="stream", mirror=lambda value: -value)):
+        declare(Feature(name="smell", clock="stream", mirror=lambda value: -value))  # its file was read twice
+
+
+def test_a_planner_has_zeros_of_what_a_network_takes(mood):
+    takes = SimpleNamespace(takes=("text", "audio", "mood", "mood_track", "scenery", "idol"))
+    blank = blank_features(takes, 2, 6)
+    assert {name: tuple(value.shape) for name, value in blank.items()} == {
+        "mood": (2, 7),
+        "mood_track": (2, 6, 3),
+        "scenery": (2, 2, 6, 4, 4),
+        "idol": (2, 4, 1, 4, 4),
+    }
+    assert blank_features(SimpleNamespace(), 2, 6) == {}
+    with (
+        declared(Feature(name="smell", clock="stream")),
+        pytest.raises(UserError, match="'smell': its Feature has no size"),
+    ):
+        blank_features(SimpleNamespace(takes=("smell",)), 2, 6)

@@ -9,7 +9,8 @@ import torch
 
 from teachers import flow
 from teachers.conditions import Conditions, pack_rows
-from teachers.networks.wan import AvatarTeacher, NetworkConfig, build_network, with_reference
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig, build_network, with_reference
 from tests.support.reference_wan import Reference, sinusoids
 from tests.support.tiny import NETWORK, TEXT, randn, randomise
 

@@ -88,7 +88,7 @@ def test_an_image_that_is_missing_or_not_asked_for_is_refused(pair):
     x, text, image = some_inputs()
     with pytest.raises(ValueError, match=r"image features missing: give \[B, K, image_dim\]"):
         pair[1](x, SIGMA, text)
-    with pytest.raises(ValueError, match="image features given, image_dim is 0: leave them out"):
+    with pytest.raises(ValueError, match="image features given, image_dim is 0: remove them"):
         make_net()(x[:, :9], SIGMA, text, image=image)
 
 

@@ -148,7 +148,7 @@ def _read(args: argparse.Namespace) -> Manifest:
         raise UserError(f"--annotations is missing: {args.name}; give the folder of its official annotation files")
     if args.annotations is not None and args.annotations.suffix == ".parquet":
         return Manifest.load(args.annotations)
-    return importlib.import_module(f"distill.data.{args.name}").read(args.annotations, args.videos, **options)
+    return importlib.import_module(f"distill.data.datasets.{args.name}").read(args.annotations, args.videos, **options)
 
 
 def prepare(

@@ -6,7 +6,7 @@ Frame 0 is the reference portrait at rest; motion fades in over the next frames.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from distill.data.procedural import duplex, speech
 from distill.data.procedural.speech import Speech
 from distill.data.source import Clips
-from teachers.config import ADDED
 from teachers.errors import UserError
 
 PIXELS_AT_ONCE = 64 * 15 * 32 * 32
@@ -63,8 +62,8 @@ class WorldConfig:
     num_frames: int = 15
     num_train: int = 1536
     shard_clips: int = 256
-    speakers: int = field(default=1, metadata=ADDED)
-    steered: bool = field(default=False, metadata=ADDED)
+    speakers: int = 1
+    steered: bool = False
 
     @property
     def pose_dim(self) -> int:

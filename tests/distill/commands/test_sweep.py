@@ -23,6 +23,7 @@ from distill.compose import RECIPES
 from distill.data.procedural import render
 from distill.data.procedural.corruption import CorruptionConfig, corrupt_clips
 from distill.data.source import Clips
+from distill.pipeline import train_stages
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
@@ -86,18 +87,21 @@ def names(*given: str) -> list[str]:
 
 
 def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
-    given = ["preset=smoke", "seed=range(1,3)", "dmd.train.num_steps=choice(8,16)"]
+    given = ["preset=smoke", "seed=range(1,3)", "distill.train.num_steps=choice(8,16)"]
     found = sweep.plan(RECIPE, given)
     assert [job.name for job in found.jobs] == [
-        "seed=1,dmd.train.num_steps=8",
-        "seed=1,dmd.train.num_steps=16",
-        "seed=2,dmd.train.num_steps=8",
-        "seed=2,dmd.train.num_steps=16",
+        "seed=1,distill.train.num_steps=8",
+        "seed=1,distill.train.num_steps=16",
+        "seed=2,distill.train.num_steps=8",
+        "seed=2,distill.train.num_steps=16",
     ]
-    assert [(r.seed, r.dmd.train.num_steps) for r in found.recipes.values()] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert [(r.seed, r.distill.train.num_steps) for r in found.recipes.values()] == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert all(r.init.train.num_steps == 8 for r in found.recipes.values()), "preset=smoke is every job's"
     assert found.folder == Path("runs/dmd_avatar_sweep")
-    assert found.recipes["seed=1,dmd.train.num_steps=8"].run_dir == "runs/dmd_avatar_sweep/seed=1,dmd.train.num_steps=8"
+    assert (
+        found.recipes["seed=1,distill.train.num_steps=8"].run_dir
+        == "runs/dmd_avatar_sweep/seed=1,distill.train.num_steps=8"
+    )
 
 
 def test_names_are_folders():
@@ -110,10 +114,10 @@ def test_names_are_folders():
 
 def test_a_sweep_file_names_its_jobs(tmp_path):
     file = tmp_path / "own.yaml"
-    file.write_text("overrides: [preset=smoke]\njobs:\n  short: [dmd.train.num_steps=2]\n  plain: []\n")
+    file.write_text("overrides: [preset=smoke]\njobs:\n  short: [distill.train.num_steps=2]\n  plain: []\n")
     found = sweep.plan(RECIPE, [f"sweep={file}", "seed=0,1"])
     assert [job.name for job in found.jobs] == ["short,seed=0", "short,seed=1", "plain,seed=0", "plain,seed=1"]
-    assert [r.dmd.train.num_steps for r in found.recipes.values()] == [2, 2, 4, 4]
+    assert [r.distill.train.num_steps for r in found.recipes.values()] == [2, 2, 4, 4]
     assert found.folder == Path("runs/dmd_avatar_own")
 
 
@@ -123,7 +127,7 @@ def test_the_ablation_undoes_the_default_step_by_step():
     default = load_recipe(RECIPE)
 
     def undone(recipe) -> set[str]:
-        there, here = recipe.dmd, default.dmd
+        there, here = recipe.distill, default.distill
         rates = [there.train.optimizers[role].lr / here.train.optimizers[role].lr for role in here.train.optimizers]
         guidance = {there.method.guidance.text, there.method.guidance.audio}
         assert set(rates) <= {0.5} or set(rates) <= {1.0}
@@ -344,8 +348,9 @@ def test_degraded_clips_are_worse_in_what_was_asked():
 
 SMALL = """\
 overrides: [preset=smoke, threads=1, data.text_steps=1, teacher.train.num_steps=1, trajectories.num_pairs=4,
-  trajectories.num_steps=3, init.train.num_steps=1, dmd.train.num_steps=1, dmd.method.fake_updates=1, dmd.method.warmup=0,
-  dmd.train.batch_size=4, eval.num_conditions=8, eval.num_seeds=1, eval.num_reference=8, eval.diversity_conditions=2,
+  trajectories.num_steps=3, init.train.num_steps=1, distill.train.num_steps=1, distill.method.fake_updates=1,
+  distill.method.warmup=0,
+  distill.train.batch_size=4, eval.num_conditions=8, eval.num_seeds=1, eval.num_reference=8, eval.diversity_conditions=2,
   eval.diversity_seeds=2, eval.probe_steps=2, eval.probe_batch=8, eval.admit_clips=8, eval.latency_runs=1, eval.latency_warmup=0]
 jobs:
   clean: []
@@ -370,7 +375,7 @@ def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
     for stage in ("data", "extractors", "teacher"):
         inodes = [(stages[name][stage] / "fingerprint.json").stat().st_ino for name in stages]
         assert inodes[0] == inodes[1], f"{stage} was made twice"
-    for stage in ("trajectories", "init", "dmd"):
+    for stage in ("trajectories", "init", "distill"):
         marks = [json.loads((stages[name][stage] / "fingerprint.json").read_text())["fingerprint"] for name in stages]
         assert marks[0] != marks[1]
     assert set(stages["degraded"]) - set(stages["clean"]) == {"corrupted"}
@@ -388,16 +393,18 @@ def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
 
 
 def _check_who_sees_what(run: Path, monkeypatch) -> None:
-    """The teacher is trained on clean clips, the student's DMD on degraded ones."""
+    """The teacher is trained on clean clips, the student is distilled on corrupted ones."""
     recipe = load_recipe(run / "recipe.yaml")
     engine, batches = Engine(recipe.engine), {}
     pipeline = Pipeline(recipe, engine)
-    monkeypatch.setattr(pipeline, "_train", lambda stage, *given, **more: batches.setdefault(stage, given[4]) and {})
-    pipeline._teacher(run)
-    pipeline._dmd(run)
+    monkeypatch.setattr(
+        train_stages, "run_training", lambda _, stage, *given, **more: batches.setdefault(stage, given[4]) and {}
+    )
+    for name in ("teacher", "distill"):
+        pipeline.stages[name].run(pipeline.artifacts, run)
     engine.close()
     rows = torch.arange(4)
-    for stage, source in (("teacher", "data"), ("dmd", "corrupted")):
+    for stage, source in (("teacher", "data"), ("distill", "corrupted")):
         stored = load_file(run / "stages" / source / "shard-00000.safetensors")
         seen = batches[stage](rows, "cpu").conditions
         assert torch.equal(seen.reference, stored["x0"][:4, :, :1].float())

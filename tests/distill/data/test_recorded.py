@@ -39,7 +39,7 @@ SHORT = (
     "data.held_out=0.5",
     "teacher.train.num_steps=4",
     "init.train.num_steps=2",
-    "dmd.train.num_steps=2",
+    "distill.train.num_steps=2",
     "trajectories.num_pairs=4",
     "data.world.shard_clips=8",
     "eval.probe_steps=4",
@@ -224,7 +224,7 @@ def test_other_clips_in_the_folder_are_other_data(data, films, tmp_path):
     shutil.copytree(films, other)
     (other / "person_03.txt").write_text("someone else talks")
     changed = prepared(other, tmp_path / "changed")
-    assert opened(data).given != opened(changed).given
+    assert opened(data).digests != opened(changed).digests
 
 
 def test_a_spoiled_shard_ends_the_data_stage_in_one_line(data, tmp_path):
@@ -360,16 +360,16 @@ def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
         people(source.training) | people(source.held) == (people(everything.training) | people(everything.held)) - mute
     )
     assert source.facts["unused_samples"] == {"it is not in data.manifest": len(MUTE)}
-    assert source.given != everything.given
+    assert source.digests != everything.digests
     heard = [source.draw(0, name, 100).audio for name in ("test", "reference", "probes")]
     heard += [clips.audio for clips in source.train(0, range(source.num_shards))]
     assert all(audio.any(dim=1).all() for audio in heard)
     one_file = recipe_of(shards, f"data.manifest={out / 'manifest.parquet'}").data.open()
-    assert one_file.given == source.given
+    assert one_file.digests == source.digests
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
     assert pipeline.stage("data")["unused_samples"] == source.facts["unused_samples"]
-    assert len(pipeline.given) == 2 * source.num_train == 2 * len(source.training)
-    pipeline.log.close()
+    assert len(pipeline.artifacts.student_train_set) == 2 * source.num_train == 2 * len(source.training)
+    pipeline.artifacts.log.close()
 
 
 def test_captions_of_the_manifest_are_what_is_trained_on(curated, tmp_path):
@@ -383,7 +383,7 @@ def test_captions_of_the_manifest_are_what_is_trained_on(curated, tmp_path):
     said = {text for clips in source.train(0, range(source.num_shards)) for text in clips.text}
     said |= {*source.draw(0, "test", 100).text, *source.draw(0, "reference", 100).text}
     assert said == {clip.text for clip in changed}
-    assert source.given != opened(shards, manifest=out).given
+    assert source.digests != opened(shards, manifest=out).digests
 
 
 def test_a_manifest_of_other_clips_is_refused(curated, data, tmp_path):

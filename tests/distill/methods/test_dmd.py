@@ -16,9 +16,11 @@ from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule, denoise_chunk
+from students.spec import StudentConfig
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from tests.support.gaussian import autoregressive
 from tests.support.tiny import (
     CHANNELS,
@@ -152,8 +154,11 @@ def scorer(told: list, answer=torch.ones_like):
     return SimpleNamespace(denoise=denoise)
 
 
-def cell_dmd(**config) -> DMD:
+def cell_dmd(first: tuple[float, ...] = (), **config) -> DMD:
+    """With `first` the first two chunks take those sigmas."""
     nets = {"student": CellStudent(), "teacher": scorer([]), "fake_score": scorer([], torch.zeros_like)}
+    spec = nets["student"].spec
+    spec.first_sigmas, spec.steps = first, lambda chunk: first if first and chunk < 2 else spec.sigmas
     return dmd.build(Config(**config), nets)
 
 
@@ -161,28 +166,15 @@ def drawn(shared: torch.Generator, count: int) -> int:
     return int(torch.randint(count, (1,), generator=shared))
 
 
-def test_every_chunk_draws_its_own_exit_and_it_alone_carries_gradient():
-    method, exits = cell_dmd(exit_step="per_chunk"), set()
-    for seed in range(6):
-        method.student.zero_grad()
-        method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(seed)).value.backward()
-        shared = rng(seed)
-        expected = [[j, drawn(shared, STEPS)] for j in range(CHUNKS)]
-        assert method.student.reached() == expected[1:], "frame 0 is given"
-        exits.add(tuple(step for _, step in expected))
-    assert len(exits) > 3
-    assert any(len(set(each)) > 1 for each in exits)
-
-
 def test_the_first_chunks_take_more_steps():
     """Their own sigmas; a random exit is drawn for them apart, for they have more."""
     first = (1.0, 0.9, 0.8, 0.6, 0.3)
-    method = cell_dmd(exit_step="last", first_sigmas=first, first_chunks=2)
+    method = cell_dmd(exit_step="last", first=first)
     method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(2)).value.backward()
     steps = {j: tuple(s for chunk, s in method.student.seen if chunk == j) for j in range(CHUNKS)}
     assert steps == {0: first, 1: first, 2: (1.0, 0.75, 0.5), 3: (1.0, 0.75, 0.5)}
     assert method.student.reached() == [[1, 4], [2, 2], [3, 2]]
-    method, pairs = cell_dmd(first_sigmas=first, first_chunks=2), set()
+    method, pairs = cell_dmd(first=first), set()
     for seed in range(12):
         method.student.zero_grad()
         method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(1), rng(seed)).value.backward()
@@ -193,7 +185,7 @@ def test_the_first_chunks_take_more_steps():
     assert max(early for early, _ in pairs) == 4
 
 
-@pytest.mark.parametrize("exit_step", ["last", "random", "per_chunk"])
+@pytest.mark.parametrize("exit_step", ["last", "random"])
 def test_a_long_rollout_carries_its_loss_on_the_last_window(exit_step):
     """Its length is drawn for all ranks; chunks before the window run to their end without gradient; the scores see the window's
     sound and take its first frame as given."""
@@ -299,20 +291,6 @@ def test_guidance_within_its_band_only():
     assert len(told) == 2
 
 
-def test_sid_is_its_equation_through_both_scores():
-    """mean (r - f)((r - x0) - alpha (r - f)) / mean |x0 - r| with r and f linear in x0: the gradient in closed form."""
-    x0, a, b = some_latents(2, 4), 0.7, 0.4
-
-    def loss_of(clip):
-        return losses.sid(clip, a * clip, b * clip, alpha=1.2)
-
-    gradient = losses.grad_wrt_input(loss_of, x0)
-    scale = (x0 - a * x0)[:, :, 1:].abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
-    expected = 2 * (a - b) * ((a - 1) - 1.2 * (a - b)) * x0 / scale / (2 * x0[0, :, 1:].numel())
-    assert torch.allclose(gradient[:, :, 1:], expected[:, :, 1:], rtol=1e-4)
-    assert not gradient[:, :, 0].any()
-
-
 def exact_discriminator(real, fake):
     """logit = log p_real(x_s) - log p_fake(x_s) of Gaussian oracles, up to a constant."""
 
@@ -346,9 +324,8 @@ def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
 
 
 @pytest.mark.parametrize("role", ["student", "fake_score", "discriminator"])
-@pytest.mark.parametrize("objective", ["dmd", "sid"])
-def test_a_gradient_reaches_its_own_role_only(role, objective):
-    method = make_dmd(objective=objective, gan=0.1)
+def test_a_gradient_reaches_its_own_role_only(role):
+    method = make_dmd(gan=0.1)
     loss = method.loss(role, a_batch(), rng(1), rng(2))
     loss.value.backward()
     names = ("student", "teacher", "fake_score", "discriminator")
@@ -358,9 +335,8 @@ def test_a_gradient_reaches_its_own_role_only(role, objective):
     assert all(not value.requires_grad for value in loss.metrics.values())
 
 
-@pytest.mark.parametrize("objective", ["dmd", "sid"])
-def test_an_objective_vanishes_where_the_scores_agree(objective):
-    method = make_dmd(objective=objective)
+def test_the_gradient_vanishes_where_the_scores_agree():
+    method = make_dmd()
     method.fake_score = copy.deepcopy(method.teacher)
     method.loss("student", a_batch(), rng(1), rng(2)).value.backward()
     assert not any(g.any() for g in gradients(method.student))
@@ -420,14 +396,13 @@ def test_wrong_options_are_one_line():
     for make, words in (
         (lambda: Config(context_noise=1.0), r"dmd\.context_noise"),
         (lambda: Config(gan=-1.0), r"dmd\.gan"),
-        (lambda: Config(first_sigmas=(0.9, 0.5)), r"dmd\.first_sigmas"),
-        (lambda: Config(first_sigmas=(1.0, 0.5, 0.5)), r"dmd\.first_sigmas"),
+        (lambda: StudentConfig(chunk_frames=2, num_steps=3, first_sigmas=(0.9, 0.5)), r"student\.first_sigmas"),
+        (lambda: StudentConfig(chunk_frames=2, num_steps=3, first_sigmas=(1.0, 0.5, 0.5)), r"student\.first_sigmas"),
         (lambda: Config(guidance_band=(0.7, 0.3)), r"dmd\.guidance_band"),
         (lambda: dmd.build(Config(rollout_chunks=2), student), r"dmd\.rollout_chunks"),
         (lambda: dmd.build(Config(gan=0.1), student), r"dmd\.gan: there is no role discriminator"),
-        (lambda: dmd.build(Config(exit_step="per_chunk"), level), r"dmd\.exit_step"),
+        (lambda: dmd.build(Config(exit_step="random"), level), r"dmd\.exit_step"),
         (lambda: dmd.build(Config(exit_step="last", context_noise=0.1), level), r"dmd\.context_noise"),
-        (lambda: dmd.build(Config(exit_step="last", first_sigmas=(1.0, 0.5)), level), r"dmd\.first_sigmas"),
     ):
         with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
             make()

@@ -15,8 +15,9 @@ from students.history import History
 from students.schedule import Schedule
 from students.spec import student_sigmas
 from teachers import flow
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from tests.support.gaussian import autoregressive
 from tests.support.tiny import a_student, a_train_set, randn, rng, some_conditions, some_latents
 
@@ -92,7 +93,7 @@ def fit(method, student: ARGaussian, num_steps: int, batch_of=lambda i: data(256
 @pytest.mark.parametrize("power", [1.0, 2.0])
 def test_teacher_forcing_learns_the_process(power):
     student = ARGaussian(is_map=False, exact=False)
-    config = forcing.Config(loss_power=power, drop_text=0.0, drop_audio=0.0)
+    config = forcing.Config(loss_power=power, drop={})
     gain, bias, variance = fit(Forcing(config, student), student, 200).errors()
     assert gain < 0.04
     assert bias < 0.04
@@ -119,7 +120,7 @@ class Recorder:
 def test_forcing_noises_every_chunk_to_its_own_sigma(context):
     batch = a_train_set(16).batch(torch.arange(16))
     student = Recorder(batch.x0)
-    config = forcing.Config(context=context, shift=1.0, drop_text=0.5, drop_audio=0.25)
+    config = forcing.Config(context=context, shift=1.0, drop={"text": 0.5, "audio": 0.25})
     assert Forcing(config, student).loss("student", batch, rng(1), rng(2)).value == 0, "the target is not the data"
     (call,) = student.calls
     assert call.sigma.shape == (16, 4)

@@ -17,8 +17,8 @@ from distill.methods.ode_init import ODEInit
 from students.schedule import Schedule
 from students.spec import student_sigmas
 from teachers import flow
-from teachers.conditions import Guidance
 from teachers.errors import UserError
+from teachers.guidance import Guidance
 from tests.support.tiny import a_student, a_teacher, a_train_set, rng, some_conditions, some_latents
 
 SIGMAS = student_sigmas(3, 3.0)
@@ -189,7 +189,7 @@ def test_dmd_draws_its_exit_step_from_the_shared_generator():
 
 def test_flow_matching_trains_on_interpolations():
     """x_sigma = (1 - sigma) x0 + sigma eps with one sigma in each stratum; an exact teacher has no loss."""
-    batch, config = a_train_set(16).batch(torch.arange(16)), FlowConfig(shift=1.0, drop_text=0.25, drop_audio=0.5)
+    batch, config = a_train_set(16).batch(torch.arange(16)), FlowConfig(shift=1.0, drop={"text": 0.25, "audio": 0.5})
     seen = {}
 
     def exact(x, sigma, conditions):

@@ -19,7 +19,7 @@ from students.serving.optimize import cast
 from students.spec import student_sigmas
 from teachers import flow
 from teachers.codecs.wan_vae import WanVAE
-from teachers.conditions import Guidance
+from teachers.guidance import Guidance
 from teachers.networks.wan import rotate, with_reference
 from tests.students.test_student import leaves
 from tests.support.tiny import (
@@ -88,7 +88,7 @@ def test_the_context_pass_sees_x0_itself_at_time_zero():
     for i, inputs in enumerate(committed):
         assert torch.equal(inputs[:, :CHANNELS], x0[:, :, i * n : (i + 1) * n])
     part = given.frames(0, n)
-    entry = student.commit(student.open(given.text), x0[:, :, :n], part).kept[0]
+    entry = student.commit(student.open(given.text), x0[:, :, :n], part).cached[0]
     _, cache = student.net(committed[0], torch.zeros(2), given.text, part.audio)
     assert torch.allclose(entry.keys[0], torch.stack([key for key, _ in cache]), atol=1e-6)
     _, cache = student.net(committed[0], torch.full((2,), 0.00498), given.text, part.audio)
@@ -122,10 +122,10 @@ def test_the_published_recipes_have_the_published_grid_and_betas(name):
     spec = spec_of(recipe)
     assert [round(1000 * sigma, 2) for sigma in spec.sigmas] == PUBLISHED[::-1]
     assert flow.on_grid(spec.sigmas, flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift))
-    assert recipe.dmd.method.shift == recipe.trajectories.shift
+    assert recipe.distill.method.shift == recipe.trajectories.shift
     assert {role: o.betas for role, o in recipe.init.train.optimizers.items()} == {"student": (0.9, 0.999)}
     betas = {"student": (0.0, 0.999), "fake_score": (0.0, 0.999)}
-    assert {role: o.betas for role, o in recipe.dmd.train.optimizers.items()} == betas
+    assert {role: o.betas for role, o in recipe.distill.train.optimizers.items()} == betas
 
 
 # ---- what is given: reference and text

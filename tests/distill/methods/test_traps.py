@@ -40,7 +40,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "distill/methods/test_methods.py::test_dmd_compares_scores_of_one_noisy_clip",
     )),
     (8, "guidance s against 1 + s", (
-        "teachers/test_conditions.py::test_guidance_is_effective_and_counts_its_passes",
+        "teachers/test_guidance.py::test_guidance_is_effective_and_counts_its_passes",
     )),
     (9, "a zero embedding is not the embedding of silence", (
         "teachers/encoders/test_wav2vec.py::test_dropped_audio_is_a_silent_wave_and_not_zeros",

@@ -1,4 +1,4 @@
-"""The health panel: each number moves the right way on a planted collapse; the verdict, the stop and the going on."""
+"""Health metrics: each moves the right way on a planted collapse; the quality gate, the stop and going on."""
 
 import json
 import math
@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from tests.eval.test_report import Page, small_report
 
 from distill.compose import RECIPES
 from distill.pipeline import health
-from distill.pipeline.evaluate import health_panels, read_curves
-from distill.pipeline.health import Checkup, panel, reasons, verdict
+from distill.pipeline.evaluate import health_of, read_curves
+from distill.pipeline.health import HealthCheck, health_metrics, readiness, violations
 from distill.pipeline.stages import Pipeline
+from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
 from distill.training import checkpoint
 from distill.training.engine import Engine
@@ -25,7 +27,6 @@ from eval.report.report import write_report
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.distill.training.test_loop import Regression, batches_of, config, nets
-from tests.eval.test_report import Page, small_report
 from tests.support.tiny import SIDE, Ranks, make_spec, rng, some_conditions
 
 NUM, FRAMES, SIZE, SEAMS = 6, 15, 4 * SIDE, [3, 7, 11]
@@ -74,7 +75,7 @@ PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
 
 def panel_of(make, asked=ASKED):
     facts = health.observe(make, asked, torch.arange(NUM), lambda x: x.round().clamp(0, 255).byte())
-    return panel(facts, SEAMS)
+    return health_metrics(facts, SEAMS)
 
 
 def named(found):
@@ -85,12 +86,12 @@ def named(found):
 def test_a_planted_collapse_is_named(fault):
     make, numbers = PLANTED[fault]
     teacher, own = panel_of(healthy), panel_of(make)
-    assert named(reasons(own, teacher, LIMITS.ready)) >= numbers
+    assert named(violations(own, teacher, LIMITS.ready)) >= numbers
     if fault in ("deaf", "blind", "slow", "one draw"):
-        assert named(reasons(own, teacher, LIMITS.ready)) == numbers
-    assert verdict(own, teacher, LIMITS.ready).startswith("not ready for DMD: ")
+        assert named(violations(own, teacher, LIMITS.ready)) == numbers
+    assert readiness(own, teacher, LIMITS.ready).startswith("not ready for distillation: ")
     if fault in ("black", "frozen", "burnt", "slow", "deaf", "one draw"):
-        assert numbers & named(reasons(own, teacher, LIMITS.collapse))
+        assert numbers & named(violations(own, teacher, LIMITS.collapse))
 
 
 def test_a_student_like_its_teacher_is_healthy():
@@ -98,8 +99,8 @@ def test_a_student_like_its_teacher_is_healthy():
     own = panel_of(lambda asked, rows, seed: 0.9 * healthy(asked, rows, seed + 5))
     assert set(teacher) == set(health.WORDS)
     assert all(teacher[name] > 0.1 for name in ("audio", "text"))
-    assert reasons(own, teacher, LIMITS.collapse) == []
-    assert verdict(own, teacher, LIMITS.ready) == "ready for DMD"
+    assert violations(own, teacher, LIMITS.collapse) == []
+    assert readiness(own, teacher, LIMITS.ready) == "ready for distillation"
     same = panel_of(PLANTED["one draw"][0])
     assert same["audio"] == pytest.approx(teacher["audio"] * teacher["noise"]), (
         "over one grey level, where noise does nothing"
@@ -117,7 +118,7 @@ def test_the_numbers_are_what_they_say():
         louder = (asked.audio.flatten(1)[:, 0] != ASKED.audio.flatten(1)[rows, 0]).view(-1, 1, 1, 1, 1)
         return video + 4 * seed + 2 * louder
 
-    found = panel(health.observe(make, ASKED, torch.arange(2), lambda x: x.clamp(0, 255).byte()), SEAMS)
+    found = health_metrics(health.observe(make, ASKED, torch.arange(2), lambda x: x.clamp(0, 255).byte()), SEAMS)
     assert found["black"] == 0.5
     assert found["frozen"] == 0.5
     assert found["clipped"] == pytest.approx((1 + 1 / 64) / 2)
@@ -128,13 +129,13 @@ def test_the_numbers_are_what_they_say():
     assert found["text"] == 0
 
 
-def test_what_nobody_hears_or_what_the_teacher_lacks_judges_nobody():
+def test_a_metric_that_one_of_the_two_lacks_is_skipped():
     mute = replace(ASKED, audio=ASKED.audio[..., :0])
     asleep = {**panel_of(healthy), "audio": 0.0, "motion_energy": 0.0}
     assert "audio" not in panel_of(
         lambda asked, rows, seed: healthy(replace(asked, audio=ASKED.audio[rows]), rows, seed), mute
     )
-    assert reasons({**asleep, "audio": 5.0, "motion_energy": 9.0}, asleep, LIMITS.collapse) == []
+    assert violations({**asleep, "audio": 5.0, "motion_energy": 9.0}, asleep, LIMITS.collapse) == []
     with pytest.raises(UserError, match=r"health.num_conditions is too small: got 1"):
         HealthConfig(num_conditions=1)
 
@@ -156,8 +157,13 @@ SMALL = (
         "eval.admit_clips=8",
         "health.num_conditions=4",
     ),
-    *("dmd.train.num_steps=4", "dmd.train.checkpoint_every=1", "dmd.train.validate_every=1", "dmd.train.ema_decay=0.0"),
-    *("init.train.batch_size=4", "dmd.train.batch_size=4"),
+    *(
+        "distill.train.num_steps=4",
+        "distill.train.checkpoint_every=1",
+        "distill.train.validate_every=1",
+        "distill.train.ema_decay=0.0",
+    ),
+    *("init.train.batch_size=4", "distill.train.batch_size=4"),
 )
 
 
@@ -170,74 +176,76 @@ def pipeline(folder, *overrides: str) -> Pipeline:
 def ran(tmp_path_factory):
     """A run up to init."""
     run = pipeline(tmp_path_factory.mktemp("health") / "run")
-    for name in run.names[: run.names.index("dmd")]:
+    for name in list(run.stages)[: list(run.stages).index("distill")]:
         run.stage(name)
     return run
 
 
-def test_init_ends_with_a_panel_and_a_verdict(ran, capsys):
+def test_init_ends_with_health_metrics_and_a_quality_gate(ran, capsys):
     found = ran.stage("init")["health"]
     assert set(found["init"]) <= set(health.WORDS)
     assert {"black", "frozen", "motion_energy", "audio", "text"} <= set(found["init"]) & set(found["teacher"])
-    assert found["verdict"] == verdict(found["init"], found["teacher"], ran.recipe.health.ready)
-    rows = [row for row in ran.log.rows("init") if "health/black" in row]
+    assert found["readiness"] == readiness(found["init"], found["teacher"], ran.artifacts.recipe.health.ready)
+    rows = [row for row in ran.artifacts.log.rows("init") if "health/black" in row]
     assert [row["step"] for row in rows] == [2]
-    again = ran._health("init", ran.folder.stage_dir("init"))["health"]
+    again = check_health(ran.artifacts, "init", ran.artifacts.folder.stage_dir("init"))
     assert again == found
-    assert len(ran.log.rows("init")) == len(set(map(str, ran.log.rows("init")))), "a resumed init logs its panel once"
-    assert f"distill: init: {found['verdict']}\n" in capsys.readouterr().err
+    assert len(ran.artifacts.log.rows("init")) == len(set(map(str, ran.artifacts.log.rows("init")))), (
+        "a resumed init logs its metrics once"
+    )
+    assert f"distill: init: {found['readiness']}\n" in capsys.readouterr().err
 
 
 def test_teachers_clips_are_shared_and_kept(ran, tmp_path, monkeypatch):
     """Two ranks make halves of what one makes; what is there is not made again."""
-    monkeypatch.setattr(ran.folder, "finished", lambda name: None)
-    checkup = Checkup(ran)
+    monkeypatch.setattr(ran.artifacts.folder, "finished", lambda name: None)
+    check = HealthCheck(ran.artifacts)
     for name in ("whole", "halves"):
         (tmp_path / name).mkdir()
-    whole = checkup.teacher(tmp_path / "whole")
-    monkeypatch.setattr(ran, "engine", Ranks(rank=1, world_size=2))
+    whole = check.teacher(tmp_path / "whole")
+    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=1, world_size=2))
     with pytest.raises(UserError, match=r"no tensor file: .*teacher-health-0-2"):
-        checkup.teacher(tmp_path / "halves")
-    monkeypatch.setattr(ran, "engine", Ranks(rank=0, world_size=2))
-    halves = checkup.teacher(tmp_path / "halves")
+        check.teacher(tmp_path / "halves")
+    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=0, world_size=2))
+    halves = check.teacher(tmp_path / "halves")
     assert halves == pytest.approx(whole, abs=0.02)
-    monkeypatch.setattr(ran, "teacher", None)
-    assert checkup.teacher(tmp_path / "halves") == halves
+    monkeypatch.setattr(ran.artifacts, "teacher", None)
+    assert check.teacher(tmp_path / "halves") == halves
 
 
 COLLAPSE = (  # a rate that grows by 0.01 a step
-    "dmd.train.optimizers.student.lr=0.3",
-    "dmd.train.optimizers.student.warmup=30",
+    "distill.train.optimizers.student.lr=0.3",
+    "distill.train.optimizers.student.warmup=30",
 )
 
 
-def dmd(ran, folder, *overrides: str) -> Pipeline:
-    """A run up to dmd that has everything before from `ran`."""
-    run = pipeline(folder, f"reuse={ran.folder.path}", *COLLAPSE, *overrides)
-    for name in run.names[: run.names.index("dmd")]:
+def before_distill(ran, folder, *overrides: str) -> Pipeline:
+    """A run up to distill that has everything before from `ran`."""
+    run = pipeline(folder, f"reuse={ran.artifacts.folder.path}", *COLLAPSE, *overrides)
+    for name in list(run.stages)[: list(run.stages).index("distill")]:
         run.stage(name)
     return run
 
 
-def test_a_collapse_stops_dmd_keeps_the_best_and_can_go_on(ran, tmp_path):
+def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     """A rate that is far too high blows up a student; told to, the run goes on and ends as if nobody had looked."""
-    run, stage = dmd(ran, tmp_path / "run", "health.stop=true"), tmp_path / "run/stages/dmd"
+    run, stage = before_distill(ran, tmp_path / "run", "health.stop=true"), tmp_path / "run/stages/distill"
     with pytest.raises(UserError) as caught:
-        run.stage("dmd")
+        run.stage("distill")
     reason, kept, way = str(caught.value).rsplit("; ", 2)
-    assert reason.startswith("dmd collapsed at step 3: motion energy ")
+    assert reason.startswith("distill collapsed at step 3: motion energy ")
     assert (kept, way) == (f"the best weights, of step 1, are in {stage / 'best.pt'}", "health.stop=false goes on")
-    rows = [row for row in run.log.rows("dmd") if "validate/score" in row]
+    rows = [row for row in run.artifacts.log.rows("distill") if "validate/score" in row]
     assert [row["step"] for row in rows] == [1, 2, 3], "the numbers that stopped it are logged"
     assert {"health/black", "health/motion_energy", "health/audio"} <= set(rows[-1])
     best = torch.load(stage / "best.pt", weights_only=True)
     assert not (stage / "fingerprint.json").exists()
     assert checkpoint.saved(stage)[-1].name == "checkpoint-00000002", "the same command stops again"
-    found = dmd(ran, tmp_path / "run", "health.stop=false").stage("dmd")
-    never = dmd(ran, tmp_path / "never", "health.stop=false").stage("dmd")
+    found = before_distill(ran, tmp_path / "run", "health.stop=false").stage("distill")
+    never = before_distill(ran, tmp_path / "never", "health.stop=false").stage("distill")
     assert found == never
     assert found["best"]["step"] == 1
-    ours, theirs = (load_tensors(tmp_path / name / "stages/dmd/model.safetensors") for name in ("run", "never"))
+    ours, theirs = (load_tensors(tmp_path / name / "stages/distill/model.safetensors") for name in ("run", "never"))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
 
@@ -291,17 +299,19 @@ def test_presets_that_learn_nothing_never_stop():
 def test_the_report_shows_teacher_init_and_student(tmp_path):
     teacher, own = panel_of(healthy), panel_of(PLANTED["deaf"][0])
     stages = {
-        "init": {"metrics": {"health": {"init": own, "teacher": teacher, "verdict": "not ready for DMD: deaf"}}},
-        "dmd": {"metrics": {"best": {"score": 1.0, **{f"health/{name}": value for name, value in own.items()}}}},
+        "init": {
+            "metrics": {"health": {"init": own, "teacher": teacher, "readiness": "not ready for distillation: deaf"}}
+        },
+        "distill": {"metrics": {"best": {"score": 1.0, **{f"health/{name}": value for name, value in own.items()}}}},
     }
-    panels = health_panels(stages)
+    panels = health_of(stages)
     assert (panels["student"], panels["teacher"]) == (own, teacher)
-    assert health_panels({"init": {"metrics": {}}, "dmd": {"metrics": {}}}) == {}, "a run from before"
+    assert health_of({"init": {"metrics": {}}, "distill": {"metrics": {}}}) == {}, "a run from before"
     page = Page()
     write_report({**small_report(), "health": panels}, {}, {}, {}, tmp_path)
     text = (tmp_path / "report.html").read_text()
     page.feed(text)
-    assert "not ready for DMD: deaf" in text
+    assert "not ready for distillation: deaf" in text
     assert json.loads((tmp_path / "report.json").read_text())["health"]["teacher"]["seam"] == teacher["seam"]
     heads = [row for row in page.rows if "audioover noise" in row]
     assert len(heads) == 1
@@ -313,16 +323,16 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
     )
 
 
-def test_the_panel_has_a_table_and_no_curves():
-    assert read_curves([{"stage": "dmd", "step": 1, "health/seam": 1.0, "student/loss": 2.0}]) == {
-        "dmd: loss": {"student": [(1, 2.0)]}
+def test_health_metrics_have_a_table_and_no_curves():
+    assert read_curves([{"stage": "distill", "step": 1, "health/seam": 1.0, "student/loss": 2.0}]) == {
+        "distill: loss": {"student": [(1, 2.0)]}
     }
 
 
 def test_every_system_has_a_seam_jump_and_a_still_one_none():
     video = health.observe(healthy, ASKED, torch.arange(NUM), lambda x: x.byte())
     frames = measure(healthy(ASKED, torch.arange(NUM), 0).byte())
-    assert seam_jump(frames, SEAMS)[0] == pytest.approx(panel(video, SEAMS)["seam"])
+    assert seam_jump(frames, SEAMS)[0] == pytest.approx(health_metrics(video, SEAMS)["seam"])
     assert math.isnan(seam_jump(measure(torch.zeros(2, 3, FRAMES, 8, 8, dtype=torch.uint8)), SEAMS)[0])
     assert is_admitted("seam", {"fid": False})
     assert health.seam_frames(make_spec()) == [3, 7, 11]

@@ -14,9 +14,9 @@ from distill.pipeline.trajectories import load, make
 from distill.recipe import TrajectoriesConfig
 from students.spec import student_sigmas
 from teachers import flow
-from teachers.conditions import Guidance
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
+from teachers.guidance import Guidance
 from tests.support.gaussian import autoregressive
 from tests.support.tiny import Ranks, a_teacher, a_train_set, randn, rng, some_conditions
 
@@ -71,7 +71,7 @@ def test_a_round_trip(tmp_path):
     assert torch.isfinite(states.float()).all()
     pool = a_train_set()
     batch = pairs.batch(pool, torch.tensor([3, 7]), "cpu")
-    assert torch.equal(batch.conditions.audio, pool.audio[pairs.rows[[3, 7]]])
+    assert torch.equal(batch.conditions.audio, pool.features["audio"][pairs.rows[[3, 7]]])
     assert torch.equal(batch.states, states[[3, 7]].float())
     assert torch.allclose(batch.states[:, -1, :, :1], batch.conditions.reference, atol=2e-3)
     noise = states[:, 0].float()

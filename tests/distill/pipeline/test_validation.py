@@ -6,33 +6,37 @@ from typing import Any
 
 import torch
 
-from distill.pipeline import evaluate, validation
+from distill.pipeline import evaluate
 from distill.recipe import TrajectoriesConfig
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
+from teachers.guidance import Guidance
 from tests.support.tiny import make_spec
 
 
-def a_pipeline() -> Any:
+def some_artifacts() -> Any:
     settings = TrajectoriesConfig(num_pairs=1, num_steps=4, shift=3.0, guidance=Guidance(), batch_size=2)
-    recipe = SimpleNamespace(trajectories=settings, eval=SimpleNamespace(batch_size=2, condition_seed=5))
-    net = SimpleNamespace(eval=lambda: "student")
-    return SimpleNamespace(
-        recipe=recipe, spec=make_spec(), own_network=False, teacher="teacher", untrained="init", student=lambda _: net
+    recipe = SimpleNamespace(
+        trajectories=settings,
+        has_custom_network=False,
+        zero_shot_stage="init",
+        eval=SimpleNamespace(batch_size=2, condition_seed=5),
     )
+    net = SimpleNamespace(eval=lambda: "student")
+    return SimpleNamespace(recipe=recipe, spec=make_spec(), teacher="teacher", student=lambda _: net)
 
 
 def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
     """Each chunk's first noise is the teacher's there; its own clips start from another."""
-    pipeline, seen = a_pipeline(), {}
-    spec = pipeline.spec
+    artifacts, seen = some_artifacts(), {}
+    spec = artifacts.spec
     monkeypatch.setattr(
-        validation, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
+        evaluate, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
     )
     monkeypatch.setattr(
-        validation, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
+        evaluate, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
-    systems = evaluate.systems(pipeline)
+    systems = evaluate.systems(artifacts)
     for name in (evaluate.SAME_NOISE, "teacher", "student"):
         systems[name](conditions, 1, "test")
     same, own = seen["teacher"]

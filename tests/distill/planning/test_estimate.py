@@ -46,11 +46,13 @@ from students.schedule import denoise_chunk
 from students.spec import Spec, student_sigmas
 from students.weights.checkpoint import make_student
 from teachers.codecs.linear import CodecConfig
-from teachers.conditions import Conditions, Guidance
+from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.files import load_tensors
-from teachers.networks.wan import AvatarTeacher, NetworkConfig
+from teachers.guidance import Guidance
+from teachers.networks.kind import AvatarTeacher
+from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
 
 BIG = NetworkConfig(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824)
@@ -58,10 +60,10 @@ SMALL = NetworkConfig(num_layers=30, num_heads=12, head_dim=128, ffn_dim=8960)
 ROLES = ("teacher", "student", "fake_score")
 
 
-def a_job(spec: Spec, batch: int = 2, stage: str = "dmd", method=None, accumulation: int = 1, **changes) -> Job:
+def a_job(spec: Spec, batch: int = 2, stage: str = "distill", method=None, accumulation: int = 1, **changes) -> Job:
     optimizers = {role: OptimizerConfig(lr=1e-5) for role in ROLES}
     train = TrainConfig(num_steps=4, batch_size=batch, accumulation=accumulation, optimizers=optimizers)
-    default = {"dmd": dmd.Config(exit_step="last"), "init": ode_init.Config(), "teacher": flow_matching.Config()}
+    default = {"distill": dmd.Config(exit_step="last"), "init": ode_init.Config(), "teacher": flow_matching.Config()}
     facts = {
         "spec": spec,
         "stages": {stage: MethodStage(method=method or default[stage], train=train)},
@@ -105,7 +107,7 @@ class Real:
     """Real networks under the real Trainer, the moments of their optimizers made, as `kind` of engine holds them."""
 
     def __init__(self, job: Job, checkpointing: bool, kind: Kind = "ddp"):
-        spec, part = job.spec, job.stages["dmd"]
+        spec, part = job.spec, job.stages["distill"]
         roles = {"student": make_student(spec), "fake_score": AvatarTeacher(make_student(spec).net)}
         teacher = AvatarTeacher(make_student(spec).net).eval().requires_grad_(False)
         if checkpointing:
@@ -187,7 +189,7 @@ def test_the_peak_is_the_measured_one(name, measured):
     """Within 6 and 12 % for three jobs of which each is mostly something else; without that the plan would be far off."""
     job, role, checkpointing = a_case(name)
     plan = make_plan(job)
-    update = next(update for update in plan.updates if update.stage == "dmd" and update.role == role)
+    update = next(update for update in plan.updates if update.stage == "distill" and update.role == role)
     switches = ("checkpointing",) if checkpointing else ()
     peak = rank_bytes(plan, update, "ddp", 1, switches)["peak"]
     print(f"{name}: planned {peak / 2**20:.1f} MiB, measured {measured[name] / 2**20:.1f} MiB")
@@ -198,7 +200,7 @@ def test_the_peak_is_the_measured_one(name, measured):
         assert update.activations() > 0.85 * peak
     else:
         without, *_ = a_case(name, History(sinks=0, window=0))
-        points = trace(without, "dmd", role, *switches)
+        points = trace(without, "distill", role, *switches)
         assert max(size for _, size in points) < 0.5 * update.activations(*switches)
 
 
@@ -207,7 +209,7 @@ def test_the_peak_is_the_measured_one(name, measured):
 
 def test_parameters_are_the_published_ones_and_no_weight_is_made():
     """On the meta device; the 14B network by name and shape is tests/teachers/checkpoints/test_layouts.py's."""
-    nets = meta_networks(livetalk(), "dmd")
+    nets = meta_networks(livetalk(), "distill")
     assert {role: num_parameters(net) for role, net in nets.items()} == {
         "student": 1_421_187_232,
         "fake_score": 1_421_187_232,
@@ -218,7 +220,7 @@ def test_parameters_are_the_published_ones_and_no_weight_is_made():
 
 
 def test_two_blocks_and_what_is_in_none():
-    nets = meta_networks(a_job(make_spec(network=replace(make_spec().network, num_layers=5))), "dmd")
+    nets = meta_networks(a_job(make_spec(network=replace(make_spec().network, num_layers=5))), "distill")
     for net in nets.values():
         blocks = {name: p.numel() for name, p in net.named_parameters() if name.startswith("net.blocks.")}
         two = sum(count for name, count in blocks.items() if name.startswith(("net.blocks.0.", "net.blocks.1.")))
@@ -235,7 +237,7 @@ def test_lora_trains_its_adapters_alone():
     plan = make_plan(job)
     assert plan.lora["fake_score"] == 4 * per_rank
     assert plan.lora["student"] == 128 * per_rank
-    update = next(update for update in plan.updates if update.name == "dmd.fake_score")
+    update = next(update for update in plan.updates if update.name == "distill.fake_score")
     assert max(held for held, _ in update.points[()]) == 4 * per_rank
     assert max(held for held, _ in update.points["checkpointing", "lora"]) == 4 * per_rank
     parts = rank_bytes(plan, update, "ddp", 1)
@@ -264,7 +266,7 @@ def test_the_context_is_what_the_last_state_holds(history):
             state = student.commit(state, x0, part, steps)
     kept = [t for entry in state.kept for t in (*entry.keys, *entry.values)]
     context_kv = [t for blocks in state.context_kv for pair in blocks for t in pair]
-    whole, half = (context_bytes(a_job(spec, batch=3, precision=name), "dmd") for name in ("fp32", "bf16"))
+    whole, half = (context_bytes(a_job(spec, batch=3, precision=name), "distill") for name in ("fp32", "bf16"))
     assert whole == 2 * half == sum(t.numel() * t.element_size() for t in (*kept, *context_kv))
 
 
@@ -287,19 +289,19 @@ def test_trajectories_are_as_large_as_their_files(tmp_path):
         ("teacher", flow_matching.Config(), History(), {"teacher": 1}),
         ("init", ode_init.Config(), History(), {"student": 1}),
         (
-            "dmd",
+            "distill",
             dmd.Config(exit_step="last", fake_updates=3, guidance=Guidance(text=3.0, audio=2.0)),
             History(),
             {"student": 4 * (4 * 3 + 3), "teacher": 3, "fake_score": 3 + 1},
         ),
         (
-            "dmd",
+            "distill",
             dmd.Config(exit_step="random", fake_updates=2, guidance=Guidance(text=2.0, audio=2.0)),
             History(),
             {"student": 3 * (4 * 2 + 3), "teacher": 2, "fake_score": 2 + 1},
         ),
         (
-            "dmd",
+            "distill",
             dmd.Config(exit_step="last", fake_updates=1),
             History(commit="same_level"),
             {"student": 2 * (4 * 3), "teacher": 1, "fake_score": 1 + 1},
@@ -358,7 +360,7 @@ def test_shapes_are_remembered_only_where_memory_is_new():
     assert found == [96 + 64 + 128 + 64] * 2  # x, y, both y, as halves
 
 
-@pytest.mark.parametrize("stage", ["teacher", "init", "dmd"])
+@pytest.mark.parametrize("stage", ["teacher", "init", "distill"])
 def test_checkpointing_saves_activations_and_no_gradient(stage):
     spec = make_spec(network=replace(make_spec().network, num_layers=6))
     job, role = a_job(spec, stage=stage), {"teacher": "teacher"}.get(stage, "student")
@@ -369,28 +371,28 @@ def test_checkpointing_saves_activations_and_no_gradient(stage):
 
 def test_activations_follow_the_batch_and_half_precision_halves_some():
     spec = make_spec()
-    one, two = (dict(trace(a_job(spec, batch=b), "dmd", "student")) for b in (8, 16))
+    one, two = (dict(trace(a_job(spec, batch=b), "distill", "student")) for b in (8, 16))
     assert max(two.values()) == pytest.approx(2 * max(one.values()), rel=0.15)
-    half = dict(trace(a_job(spec, batch=8, precision="bf16"), "dmd", "student"))
+    half = dict(trace(a_job(spec, batch=8, precision="bf16"), "distill", "student"))
     assert 0.4 * max(one.values()) < max(half.values()) < 0.95 * max(one.values())
 
 
 def test_steps_without_gradient_leave_nothing_behind():
     """So a trace takes two denoising steps for all, but for a same_level history, which keeps the context of each."""
     job = a_job(make_spec(sigmas=student_sigmas(5, 3.0)))
-    nets, live = meta_networks(job, "dmd"), LiveBytes()
+    nets, live = meta_networks(job, "distill"), LiveBytes()
     for net in nets.values():
         live.weigh(net)
-    method, batch = dmd.build(job.stages["dmd"].method, nets), meta_batch(job, "dmd")
+    method, batch = dmd.build(job.stages["distill"].method, nets), meta_batch(job, "distill")
     with OnMeta(), live:
         method.loss("student", batch, torch.Generator(), torch.Generator()).value.backward()
-    short = max(size for _, size in trace(job, "dmd", "student"))
+    short = max(size for _, size in trace(job, "distill", "student"))
     assert short == max(live.points.values())
     few, many = (
         max(
             size
             for _, size in trace(
-                a_job(make_spec(History(commit="same_level"), sigmas=student_sigmas(n, 3.0))), "dmd", "student"
+                a_job(make_spec(History(commit="same_level"), sigmas=student_sigmas(n, 3.0))), "distill", "student"
             )
         )
         for n in (2, 5)
@@ -403,9 +405,9 @@ def test_the_longest_rollout_is_planned():
         a_job(make_spec(History(sinks=0, window=None)), method=dmd.Config(exit_step="last", rollout_chunks=n))
         for n in (4, 9)
     )
-    peaks = [max(size for _, size in trace(job, "dmd", "student")) for job in (few, many)]
+    peaks = [max(size for _, size in trace(job, "distill", "student")) for job in (few, many)]
     assert peaks[1] > 1.2 * peaks[0]
-    assert context_bytes(many, "dmd") == 8 / 3 * context_bytes(few, "dmd")
+    assert context_bytes(many, "distill") == 8 / 3 * context_bytes(few, "distill")
 
 
 def test_solving_trajectories_is_planned_too():
@@ -432,7 +434,7 @@ def a_plan(points=((0, 0),), precision="fp32", accumulation=1, count=1000, batch
     traced = {(): tuple(points), ("checkpointing",): ((0, 0),), ("checkpointing", "lora"): ((0, 0),)}
     train = TrainConfig(num_steps=1, batch_size=1, accumulation=accumulation, global_batch=batch)
     trained = ("student", "fake_score")
-    update = Update(stage="dmd", role="student", trained=trained, frozen=("teacher",), train=train, points=traced)
+    update = Update(stage="distill", role="student", trained=trained, frozen=("teacher",), train=train, points=traced)
     facts = {
         "precision": precision,
         "bucket_mib": 0,
@@ -512,7 +514,7 @@ def test_a_global_batch_sets_the_micro_steps():
     assert peaks[0] - peaks[1] == 4000
     text = command.as_text(plan, "name", [3, 4], ["ddp"], 80.0)
     assert "train.global_batch: 8 is no multiple of 3" in text
-    assert "micro-steps an update: dmd 2" in text
+    assert "micro-steps an update: distill 2" in text
 
 
 def test_switches_and_the_first_remedy():
@@ -549,12 +551,12 @@ def test_the_embedded_recipe(tmp_path, capsys):
     assert list(numbers["ranks"]) == ["1", "4"]
     assert set(numbers["ranks"]["1"]) == set(ENGINES)
     assert numbers["forwards_per_step"]["teacher"] == {"teacher": 1.0}
-    assert numbers["forwards_per_step"]["dmd"] == {"student": 3 * (4 * 3 + 3), "teacher": 2.0, "fake_score": 3.0}
+    assert numbers["forwards_per_step"]["distill"] == {"student": 3 * (4 * 3 + 3), "teacher": 2.0, "fake_score": 3.0}
     assert f"{numbers['parameters']['student']:,} parameters" in text
     assert "1 GPU, GiB a rank" in text
     assert "4 GPUs, GiB a rank" in text
     assert text.count("  fits into 80 GiB\n") == 10
-    whole, shared = (numbers["ranks"][n]["fsdp2"]["dmd.student"]["plain"]["student moments"] for n in ("1", "4"))
+    whole, shared = (numbers["ranks"][n]["fsdp2"]["distill.student"]["plain"]["student moments"] for n in ("1", "4"))
     assert whole == 4 * shared == 8 * numbers["parameters"]["student"]
 
 
@@ -562,18 +564,18 @@ def test_chunks_in_flight_are_counted(tmp_path):
     """Four chunks, three in flight: six forwards a rollout; the teacher is guided by a scale for each clip."""
     words = ("preset=smoke", "--gpus", "1", "--json", tmp_path / "plan.json")
     assert run_plan(RECIPES / "flowact_full.yaml", *words) == 0
-    dmd = json.loads((tmp_path / "plan.json").read_text())["forwards_per_step"]["dmd"]
+    dmd = json.loads((tmp_path / "plan.json").read_text())["forwards_per_step"]["distill"]
     assert dmd == {"student": 3 * (3 + 3), "teacher": 2.0, "fake_score": 3.0}
 
 
 def test_what_does_not_fit_is_named_with_what_mends_it():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
     lines = command.as_text(plan, "name", [1], ["ddp", "fsdp2"], 64.0).splitlines()
-    assert lines[-2] == "DDP     does not fit into 64 GiB: dmd.student 100.0; fits with checkpointing"
-    assert lines[-1].startswith("FSDP2   does not fit into 64 GiB: dmd.student 104.4; ")
+    assert lines[-2] == "DDP     does not fit into 64 GiB: distill.student 100.0; fits with checkpointing"
+    assert lines[-1].startswith("FSDP2   does not fit into 64 GiB: distill.student 104.4; ")
     lines = command.as_text(plan, "name", [64], ["ddp", "fsdp2"], 5.0).splitlines()
     assert lines[-2].endswith("; take more GPUs, smaller batches or networks")
-    assert lines[-1] == "FSDP2   does not fit into 5 GiB: dmd.student 45.3; fits with checkpointing + offload"
+    assert lines[-1] == "FSDP2   does not fit into 5 GiB: distill.student 45.3; fits with checkpointing + offload"
 
 
 @pytest.mark.parametrize(
@@ -592,7 +594,7 @@ def test_what_does_not_fit_is_named_with_what_mends_it():
         (["teacher.network.patch=2"], "is no multiple of 64"),
         (["teacher.network.head_dim=7"], "head_dim 7"),
         (
-            ["dmd.method.exit_step=random", "init.method.context=noisy", "student.history.commit=same_level"],
+            ["distill.method.exit_step=random", "init.method.context=noisy", "student.history.commit=same_level"],
             "dmd.exit_step",
         ),
     ],
@@ -633,7 +635,7 @@ def livetalk() -> Job:
         half=frozenset({"teacher"}),
         stages={
             "init": MethodStage(method=ode_init.Config(), train=TrainConfig(num_steps=20_000, optimizers=ode, **train)),
-            "dmd": MethodStage(
+            "distill": MethodStage(
                 method=dmd.Config(guidance=six, fake_updates=5, shift=5.0),
                 train=TrainConfig(
                     num_steps=1000, optimizers={"student": replace(score, lr=4e-6), "fake_score": score}, **train
@@ -655,12 +657,12 @@ def test_the_table_of_livetalk(capsys):
     """ZeRO-3 and FSDP2 on 1, 4, 8 and 64 GPUs; a fifteenth of the blocks, for time."""
     plan = make_plan(shallow(livetalk(), 2, 3))
     assert plan.trajectories == pytest.approx(16_000 * 13.76e6, rel=1e-3)
-    assert plan.forwards["dmd"] == {"student": 6 * (7 * 2.5 + 6), "teacher": 2.0, "fake_score": 6.0}
-    assert plan.context["dmd"] == 2 * 6 * 2 * 2 * 3 * 1024 * 1536 * 2
+    assert plan.forwards["distill"] == {"student": 6 * (7 * 2.5 + 6), "teacher": 2.0, "fake_score": 6.0}
+    assert plan.context["distill"] == 2 * 6 * 2 * 2 * 3 * 1024 * 1536 * 2
     print(command.as_text(plan, "livetalk", [1, 4, 8, 64], ["zero3", "fsdp2"], 80.0))
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("ZeRO-3     FSDP2") for line in lines) == 4
-    student = next(update for update in plan.updates if update.name == "dmd.student")
+    student = next(update for update in plan.updates if update.name == "distill.student")
     for engine in ("zero3", "fsdp2"):
         peaks = [rank_bytes(plan, student, engine, n, ("checkpointing",))["peak"] for n in (1, 4, 8, 64)]
         assert peaks == sorted(peaks, reverse=True)

@@ -20,12 +20,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from distill.data.order import batch_rows
 from distill.methods import Batch, Loss, losses
 from distill.methods.rollout import rollout
-from distill.pipeline import run_folder
 from distill.training import checkpoint, fsdp, zero
 from distill.training.engine import Engine, EngineConfig
 from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
 from distill.training.metrics_log import MetricsLog
-from teachers import flow
+from teachers import files, flow
 from teachers.errors import UserError
 from tests.support.tiny import MIDAS, Ranks, a_student, a_teacher, make_spec, randn, some_conditions, some_latents
 
@@ -137,7 +136,7 @@ def stops(engine: Engine, folder: Path) -> list:
     with pytest.raises(SystemExit) as stopped:
         run(engine, folder / "told", steps=STEPS, batch_size=2, told=1)
     if engine.is_main:
-        run_folder.save_file = no_room
+        files.save_file = no_room
     with pytest.raises(UserError) as full:
         run(engine, folder / "told", steps=STEPS, batch_size=2)
     return [stopped.value.code, str(full.value)]

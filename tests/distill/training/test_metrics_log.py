@@ -220,7 +220,7 @@ def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
     }
     assert seen[0] == ("made", *told[kind])
     settings = next(row[1] for row in seen if row[0] == "settings")
-    assert settings["dmd.train.num_steps"] == 64
+    assert settings["distill.train.num_steps"] == 64
     assert settings["reuse"] == "null"
     assert all(isinstance(value, bool | int | float | str) and value == value for value in settings.values())
     assert (4, {"dmd/student/loss": 0.5}) in [(step, values) for step, values in logged(seen)]

@@ -129,7 +129,9 @@ def test_a_missing_backbone_a_wrong_one_and_wrong_names_are_refused(tmp_path, mo
     state["features.9.weight"] = state.pop("features.8.weight")
     torch.save(state, tmp_path / FILE)
     publish(monkeypatch, "alexnet", tmp_path / FILE)
-    with pytest.raises(UserError, match="missing, unknown or of another shape"):
+    with pytest.raises(
+        UserError, match=r"LPIPS refused: its file does not fit: missing .*unexpected features\.9\.weight"
+    ):
         Lpips.load(tmp_path)
 
 

@@ -176,7 +176,7 @@ def test_batch_size_changes_nothing():
     together = network.features(faces, mfcc, 3, batch_size=3)
     for batch_size in (1, 2):
         for got, want in zip(network.features(faces, mfcc, 3, batch_size), together, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=4e-6 * float(want.abs().max()))
 
 
 # ---- windows

@@ -200,7 +200,7 @@ def test_what_a_session_holds_does_not_grow(history):
     assert len(sizes) == 60
     assert len(set(sizes[20:])) == 1, "what a session holds grows"
     assert longest <= 20 * PER_FRAME
-    assert len(session.point.state.kept) == history.capacity
+    assert len(session.point.state.cached) == history.capacity
 
 
 def test_an_empty_or_short_sound(bundle):

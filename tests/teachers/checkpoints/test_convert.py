@@ -259,7 +259,7 @@ SHARD, SLACK = 24 * 2**20, 12 * 2**20
 MEASURE = """
 import json, os, re, sys
 from pathlib import Path
-from teachers import weights
+from teachers.checkpoints import weights
 from teachers.checkpoints.convert import convert
 
 def resident(key):

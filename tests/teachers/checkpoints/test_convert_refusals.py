@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.commands.convert import add_arguments, run
+from teachers import files
 from teachers.checkpoints import weights
 from teachers.checkpoints.convert import convert, load_network, plan
 from teachers.errors import UserError
@@ -173,7 +174,7 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_replaced(tmp_path, m
     refused("output folder not found: .*deep", tmp_path / "wan", target="deep/out")
     refused(r"output of self-forcing is a file: .*; let the name end in \.pt", tmp_path / "wan", to="self-forcing")
     refused("output of ours is a folder", tmp_path / "wan", target="out.safetensors")
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: argparse.Namespace(free=2**20))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: argparse.Namespace(free=2**20))
     refused(r"disk is too full: .* has 0\.0 GiB free", tmp_path / "wan")
     monkeypatch.undo()
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from teachers import flow
-from teachers.networks.wan import AvatarTeacher, AvatarTransformer, NetworkConfig, build_network, to_x0, with_reference
+from teachers.networks.kind import AvatarTeacher, to_x0
+from teachers.networks.wan import AvatarTransformer, NetworkConfig, build_network, with_reference
 from tests.support.tiny import (
     AUDIO,
     CHANNELS,

@@ -1,0 +1,51 @@
+"""The `data` part of a recipe that every source shares: the shape of its clips and how they are coded."""
+
+from dataclasses import dataclass, field
+
+from distill.data.procedural.render import WorldConfig
+from distill.data.source import Source
+from teachers import registry
+from teachers.errors import UserError
+from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.resolve import missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipsConfig:
+    """`world`: size, frame rate, length and number of the clips. `text_steps` fits the text encoder, where it is one that is
+    fitted. `negative`: the prompt in the place of a dropped text (null: zeros). A source's own config inherits from it and opens
+    the source."""
+
+    world: WorldConfig
+    codec: CodecKind = field(metadata={"kinds": registry.CODECS})
+    audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
+    text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
+    text_steps: int = 200
+    negative: str | None = None
+
+    def __post_init__(self):
+        world, codec = self.world, self.codec
+        if (world.num_frames - 1) % codec.stride:
+            raise UserError(
+                f"data.world.num_frames: got {world.num_frames} with codec.stride={codec.stride}; use 1 + stride * n frames"
+            )
+        if any(side % codec.patch for side in world.size):
+            raise UserError(f"data.world.resolution: {world.size} is no multiple of codec.patch={codec.patch}")
+
+    @property
+    def latent_frames(self) -> int:
+        """F of a training clip."""
+        return 1 + (self.world.num_frames - 1) // self.codec.stride
+
+    @missing
+    def open(self) -> Source:
+        """Where the clips come from."""
+        raise NotImplementedError
+
+    def refuse_directions(self) -> None:
+        """UserError where the recipe asks for what only the procedural world has."""
+        if self.world.speakers != 1 or self.world.steered:
+            raise UserError(
+                "data.world: speakers and steered are of the procedural world; other clips have one sound and no directions, "
+                "remove both"
+            )

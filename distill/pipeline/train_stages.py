@@ -1,0 +1,158 @@
+"""The stages that train: networks of the teacher's kind, and the student by the method of a slot (ar_teacher, init, distill).
+
+A slot takes any method whose roles can be built here: it may train those of TRAINED, the student first, against those of
+FROZEN. Its batches are clips, or stored trajectories where the method needs those.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distill import methods
+from distill.data.order import batch_rows
+from distill.methods import Batch
+from distill.methods.discriminator import Discriminator, build_discriminator
+from distill.pipeline import trajectories
+from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.health import HealthCheck, readiness
+from distill.pipeline.pretrained import load_given
+from distill.pipeline.validation import Validation
+from distill.recipe import MethodStage, TeacherStage
+from distill.training import lora
+from distill.training.loop import Trainer, train
+from teachers.files import save_tensors
+from teachers.flow import keyed_generator
+from teachers.networks.kind import AvatarTeacher, networks_in
+
+TRAINED, FROZEN = ("student", "fake_score", "discriminator"), ("teacher", "ar_teacher")
+
+
+def train_teacher(artifacts: Artifacts, folder: Path, stage: str = "teacher") -> dict:
+    """Train a network of the teacher's kind; one that is given is only checked for names and shapes."""
+    config, data = artifacts.config(stage), artifacts.train_set
+    if not config.is_trained:
+        net = load_given(config, artifacts.spec, torch.device("meta"))
+        return {"parameters": sum(p.numel() for p in net.parameters()), "path": str(config.path)}
+    device = artifacts.engine.device
+    net = load_given(config, artifacts.spec, device, frozen=False) if config.path else artifacts.new_network(stage)
+    return run_training(
+        artifacts, stage, config, folder, {"teacher": AvatarTeacher(net).to(device)}, {}, data.batch, len(data)
+    )
+
+
+def train_base(artifacts: Artifacts, folder: Path) -> dict:
+    """Train the network that student and fake score start from."""
+    return train_teacher(artifacts, folder, "base")
+
+
+def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
+    """Train the student by the method of a slot; `distill` is validated while it trains, the others are checked at their end."""
+    recipe, spec = artifacts.recipe, artifacts.spec
+    config, needs, start = getattr(recipe, slot), recipe.needs(slot), recipe.start_of(slot)
+    roles = {name: _trained_role(artifacts, name, slot, start) for name in needs.trained}
+    if slot == "init" and spec.guidance is not None:
+        roles["student"].net.add_guidance()
+    frozen = {name: getattr(artifacts, name) for name in needs.frozen}
+    data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
+    batch_of, size, grid = data.batch, len(data), (*spec.sigmas, 0.0)
+    if needs.batch != "x0":
+        pairs = trajectories.load(
+            artifacts.folder.stage_dir("trajectories"), spec.sigmas, trajectories.made_by(artifacts)
+        )
+        size, grid = len(pairs.rows), pairs.sigmas
+
+        def batch_of(rows: Tensor, device: torch.device) -> Batch:
+            return pairs.batch(data, rows, device)
+
+    if slot != "distill":
+        metrics = run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid)
+        return metrics | {"health": check_health(artifacts, slot, folder)}
+    check = Validation(artifacts, roles["student"], folder)
+    return run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid, check, check.collapse)
+
+
+def _trained_role(artifacts: Artifacts, name: str, slot: str, start: str) -> Any:
+    """A role to be trained, with the weights that it starts from."""
+    if name == "student":
+        return artifacts.trainee(start)
+    return artifacts.fake_score() if name == "fake_score" else _new_discriminator(artifacts, slot)
+
+
+def _new_discriminator(artifacts: Artifacts, slot: str) -> Discriminator:
+    recipe = artifacts.recipe
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_generator(recipe.seed, "discriminator").initial_seed())
+        blocks = getattr(getattr(recipe, slot).method, "gan_blocks", ())
+        return build_discriminator(artifacts.config(recipe.init_checkpoint).network, blocks).to(artifacts.engine.device)
+
+
+def run_training(
+    artifacts: Artifacts,
+    stage: str,
+    config: TeacherStage | MethodStage,
+    folder: Path,
+    roles: Mapping[str, Any],
+    frozen: Mapping[str, nn.Module],
+    batch_of: Callable[[Tensor, torch.device], Batch],
+    size: int,
+    grid: tuple[float, ...] = (),
+    validate: Callable[[], dict[str, float]] | None = None,
+    alarm: Callable[[Mapping[str, float]], str | None] | None = None,
+) -> dict:
+    """Train `roles` with the stage's method on batches of rows of `size`; model.safetensors holds the averaged weights of the first
+    role (with validation: the best of them)."""
+    engine, seed, settings = artifacts.engine, artifacts.recipe.seed, config.train
+    assert settings is not None
+    if engine.config.checkpointing:
+        for network in (net for role in roles.values() for net in networks_in(role)):
+            network.kind.enable_checkpointing(network)
+    average = next(iter(roles))
+    parameters = sum(p.numel() for p in roles[average].parameters())
+    held = {name: engine.freeze(net) for name, net in frozen.items()}
+    method = methods.build(config.method, {**roles, **held}, grid)
+    trainer = Trainer(engine, settings, roles, average, folder)
+
+    def batches(position: int) -> Batch:
+        rows = batch_rows(size, settings.batch_size, position, seed, engine.rank, engine.world_size)
+        return batch_of(rows, engine.device)
+
+    train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
+    _save_averaged(trainer, folder)
+    return {
+        "steps": settings.num_steps,
+        "parameters": parameters,
+        **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if artifacts.recipe.lora else {}),
+        **({"best": trainer.best} if trainer.best else {}),
+    }
+
+
+def _save_averaged(trainer: Trainer, folder: Path) -> None:
+    state = trainer.averaged()
+    if trainer.engine.is_main:
+        if trainer.best is not None:
+            state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+        named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
+        save_tensors(folder / "model.safetensors", named)
+
+
+def check_health(artifacts: Artifacts, slot: str, folder: Path) -> dict[str, Any]:
+    """The health metrics of the student that a slot has trained; of `init` beside the teacher's, with the quality gate, which is
+    printed."""
+    artifacts.engine.barrier()  # its weights are on the disk
+    check = HealthCheck(artifacts)
+    own = check.student(artifacts.student(slot).eval())
+    found: dict[str, Any] = {"num_conditions": check.num, slot: own}
+    if not any("health/noise" in row for row in artifacts.log.rows(slot)):
+        steps = getattr(artifacts.recipe, slot).train.num_steps
+        artifacts.log.write(slot, steps, {f"health/{name}": value for name, value in own.items()})
+    if slot == "init":
+        found["teacher"] = check.teacher(folder)
+        found["readiness"] = readiness(own, found["teacher"], artifacts.recipe.health.ready)
+        if artifacts.engine.is_main:
+            tqdm.write(f"distill: init: {found['readiness']}", file=sys.stderr)
+    return found

@@ -1,0 +1,165 @@
+"""Classifier-free guidance as a value: which conditions a network is asked under, and how its answers become one.
+
+A guidance has `branches(conditions)`, the full conditions first, and `combine(outputs)`, in the same order. `guided` runs them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from teachers.conditions import Conditions
+from teachers.errors import UserError
+
+Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
+"""x [B, ..], sigma [B, ..] and the conditions of B rows -> x0 [B, ..]."""
+
+
+class AnyGuidance(Protocol):
+    """What samplers and methods need of a guidance. `batched`: its branches run as one batch."""
+
+    @property
+    def batched(self) -> bool: ...
+    @property
+    def passes(self) -> int: ...
+    def branches(self, conditions: Conditions) -> tuple[Conditions, ...]: ...
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """Classifier-free guidance per modality (Ho & Salimans 2207.12598), in effective scales; 1 is off.
+
+        nothing + s_first (middle - nothing) + s_second (full - middle)
+
+    `nothing` has neither text nor audio, `middle` the `first` of them alone: with text first u + text (t - u) + audio (full - t);
+    with audio first (InfiniteTalk, MultiTalk, LongCat, StableAvatar) u + audio (a - u) + text (full - a). Equal scales need no
+    middle, a first scale of 1 no `nothing`. `batched`: all branches as one batch, which takes the memory of as many.
+    """
+
+    text: float = 1.0
+    audio: float = 1.0
+    first: Literal["text", "audio"] = "text"
+    batched: bool = False
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        """Of the first and of the second modality."""
+        return (self.text, self.audio) if self.first == "text" else (self.audio, self.text)
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one guided prediction."""
+        return 1 + len(self._dropped)
+
+    @property
+    def _dropped(self) -> tuple[tuple[str, ...], ...]:
+        """What each branch but the full one goes without."""
+        first, second = self._scales
+        nothing, middle = ("text", "audio"), ("audio" if self.first == "text" else "text",)
+        if first == second:
+            return () if first == 1.0 else (nothing,)
+        return (middle,) if first == 1.0 else (nothing, middle)
+
+    def branches(self, conditions: Conditions) -> tuple[Conditions, ...]:
+        """The conditions of each network evaluation: full, then nothing and middle where the scales need them."""
+        return (conditions, *(conditions.drop(*names) for names in self._dropped))
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The guided prediction of the branches' predictions, in the order of `branches`."""
+        first, second = self._scales
+        full, *others = outputs
+        if len(others) != len(self._dropped):
+            raise ValueError(f"guidance: got {len(outputs)} outputs of {self.passes} branches")
+        if not others:
+            return full
+        if first == second:
+            return others[0] + first * (full - others[0])
+        if first == 1.0:
+            return others[0] + second * (full - others[0])
+        nothing, middle = others
+        return nothing + first * (middle - nothing) + second * (full - middle)
+
+
+@dataclass(frozen=True)
+class EmbeddedGuidance:
+    """Guidance with each row's own `scale` [B], text and audio alike: u + s (full - u). It is what a student learns to predict in
+    one evaluation, conditioned on the scale (stage 1 of Meng et al. 2210.03142)."""
+
+    scale: Tensor
+    batched: bool = False
+
+    passes = 2  # network evaluations for one guided prediction
+
+    def branches(self, conditions: Conditions) -> tuple[Conditions, ...]:
+        """The full conditions, and those without text and audio."""
+        return conditions, conditions.drop("text", "audio")
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The guided prediction [B, ..] of both."""
+        full, nothing = outputs
+        return nothing + self.scale.view(-1, *[1] * (full.ndim - 1)).to(full) * (full - nothing)
+
+
+def runs(guidance: AnyGuidance, conditions: Conditions) -> tuple[tuple[Conditions, ...], int]:
+    """The conditions that a network is run under, and how many branches each run holds side by side in its batch: every branch in
+    a run of its own, or all in one."""
+    branches = guidance.branches(conditions)
+    if guidance.batched and len(branches) > 1:
+        return (Conditions.join_rows(branches),), len(branches)
+    return branches, 1
+
+
+def repeat_rows(x: Tensor, copies: int) -> Tensor:
+    """x [B, ..] for every branch of a run, [copies B, ..]."""
+    return x if copies == 1 else x.repeat(copies, *[1] * (x.ndim - 1))
+
+
+def split_rows(outputs: Sequence[Tensor], copies: int) -> list[Tensor]:
+    """The branches' outputs [B, ..] of the runs' outputs [copies B, ..]."""
+    return [part for output in outputs for part in output.chunk(copies)] if copies > 1 else list(outputs)
+
+
+def branch_outputs(
+    denoise: Denoise, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: AnyGuidance
+) -> list[Tensor]:
+    """What a network predicts in each branch of the guidance, x0 [B, ..] each, the full conditions' first."""
+    given, copies = runs(guidance, conditions)
+    return split_rows([denoise(repeat_rows(x, copies), repeat_rows(sigma, copies), c) for c in given], copies)
+
+
+def guided(denoise: Denoise, x: Tensor, sigma: Tensor, conditions: Conditions, guidance: AnyGuidance) -> Tensor:
+    """The guided prediction x0 [B, ..] at x [B, ..] and sigma [B, ..]."""
+    return guidance.combine(branch_outputs(denoise, x, sigma, conditions, guidance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceRange:
+    """The guidance scales that a student is conditioned on by an embedding, so that a guided prediction takes one evaluation:
+    effective ones (1 is off), for text and audio alike, trained from `least` to `most`; `served` where a stream asks for none.
+
+    Stage 1 of Meng et al. 2210.03142, FlowAct-R1's CFG embedding layer (2601.10103). Their scale is ours minus 1.
+    """
+
+    least: float = 1.0
+    most: float = 2.0
+    served: float = 1.25
+
+    def __post_init__(self):
+        if not 0.0 <= self.least <= self.served <= self.most or self.least == self.most:
+            raise UserError(
+                f"student.guidance: got least={self.least}, served={self.served}, most={self.most}; "
+                "need 0 <= least <= served <= most and least < most"
+            )
+
+    def draw(self, num: int, rng: torch.Generator) -> Tensor:
+        """Scales [num], uniform."""
+        return self.least + (self.most - self.least) * torch.rand(num, generator=rng)
+
+    def check(self, scale: float) -> float:
+        """The scale; UserError for one that was not trained."""
+        if not self.least <= scale <= self.most:
+            raise UserError(f"guidance: got {scale}; this student was trained from {self.least} to {self.most}")
+        return scale

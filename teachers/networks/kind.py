@@ -1,0 +1,219 @@
+"""What a kind of network says of itself, so that students, teachers, fake scores, the planner and the pipeline know none by name.
+
+A kind is a frozen dataclass that inherits from `NetworkKind`: its fields are keys of YAML, `build` makes the module, everything
+else has a default. Its module maps `compose`d latents, a noise level and conditions to a raw output of the latents' shape.
+B = batch, C = channels, F = latent frames.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from teachers import flow
+from teachers.conditions import BUILT_IN, Conditions
+from teachers.errors import UserError
+from teachers.resolve import Registry, in_users_file, label, missing
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one block, [B, n, M, d] with M heads of width d."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """The sizes that codec, encoders and data decide: channels of a latent, pixel frames of one (`stride`), widths of a text
+    token, of an audio row (all speakers side by side) and of a pose row (0: there is none)."""
+
+    latent_channels: int
+    stride: int
+    text_dim: int
+    audio_dim: int
+    pose_dim: int = 0
+    speakers: int = 1
+
+
+class NetworkKind:
+    """Defaults of a kind of network.
+
+    takes       names of the conditions that it reads
+    prediction  velocity (eps - x0), or reference (x0 as a difference to the reference latent)
+    reference   whether frame 0 of a clip is given; patch: a token is patch x patch cells of the latent grid
+    layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
+    causal      "module:Class" (net, spec) of its causal student; empty: none, `student.network.name: windowed` wraps it
+    over_teacher  a student kind that is made around the teacher's network and starts from its weights
+    context_pass  whether a student's `commit` runs the network once
+    frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
+    can_checkpoint  whether `enable_checkpointing` recomputes blocks in the backward pass
+    guidance    whether a guidance scale is embedded beside the time
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ("text", "audio", "pose")
+    layouts: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[str] = ""
+    over_teacher: ClassVar[bool] = False
+    context_pass: ClassVar[bool] = True
+    frame_sigma: ClassVar[bool] = False
+    can_checkpoint: ClassVar[bool] = False
+    prediction: str = "velocity"
+    reference: bool = True
+    patch: int = 1
+    guidance: bool = False
+
+    @missing
+    def build(self, dims: Dims) -> nn.Module:
+        """A freshly initialised module, which takes (composed latents [B, C', F, H, W], sigma [B], Conditions) -> raw output
+        [B, C, F, H, W], where `run` does not say otherwise."""
+        raise NotImplementedError
+
+    def new(self, dims: Dims) -> Any:
+        """`build`, and the module knows its kind as `kind`. UserError that names the user's file for what fails in it."""
+        with in_users_file(self):
+            net = self.build(dims)
+        if not isinstance(net, nn.Module):
+            raise UserError(f"{label(self)}.build: got {type(net).__name__}; it must return a torch.nn.Module")
+        if not isinstance(net.__dict__.get("kind"), NetworkKind):
+            net.kind = self  # pyright: ignore[reportArgumentType]
+        if not hasattr(net, "_keep_in_fp32_modules"):
+            net._keep_in_fp32_modules = ()  # pyright: ignore[reportArgumentType]
+        return net
+
+    def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(x with the clean reference in the place of the known frames, the module's input made of it)."""
+        x = write_reference(x, conditions, known)
+        return x, x
+
+    def run(self, net: Any, inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """The module's raw output [B, C, F, H, W] of composed inputs at sigma [B]."""
+        return net(inputs, sigma, conditions)
+
+    def denoise(self, net: Any, x: Tensor, sigma: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
+        """x [B, C, F, H, W] at sigma, [B] or where the module takes it [B, F] -> x0 in fp32, the known frames as given. UserError
+        for an output of another shape, a condition that is not given, and for what fails in a user's file."""
+        for name in self.takes:
+            if name not in BUILT_IN and name not in conditions.features:
+                raise UserError(
+                    f"condition '{name}': {label(self)} takes it, but it is not given; put it into the data's Clips.features"
+                )
+        x, inputs = self.compose(x, conditions, known)
+        with in_users_file(self):
+            out = self.run(net, inputs, sigma, conditions)
+        if out.shape != x.shape:
+            raise UserError(
+                f"{label(self)}: wrong shape: its output is {list(out.shape)}, the latents are {list(x.shape)} "
+                "[batch, channels, frames, height, width]; both must be equal"
+            )
+        return to_x0(out, x, sigma, conditions, self.prediction, known)
+
+    def student(self, net: Any, spec: Any) -> Any:
+        """The causal student of this network; UserError where the kind has none."""
+        if not self.causal:
+            raise UserError(
+                f"student.network: {label(self)} has no causal student of its own; give student.network.name=windowed"
+            )
+        module, _, name = self.causal.partition(":")
+        return getattr(importlib.import_module(module), name)(net, spec)
+
+    def start(self, net: Any) -> None:
+        """Read what a fresh network does not start from at random; nothing by default."""
+
+    def check(self) -> None:
+        """UserError for sizes that cannot be."""
+
+    def shallow(self) -> "NetworkKind":
+        """The same with one block, where call counts are wanted and not sizes."""
+        return self
+
+    def with_guidance(self) -> "NetworkKind":
+        """The kind with a guidance embedding; UserError where it has none to offer."""
+        raise UserError(f"student.guidance: {label(self)} has no embedding of a guidance scale; remove it")
+
+    def enable_checkpointing(self, net: Any, *function: Any) -> None:  # noqa: ARG002
+        """Recompute blocks in the backward pass; UserError where the network cannot."""
+        raise UserError(f"engine.checkpointing: {label(self)} has no gradient checkpointing; set it to false")
+
+    def set_attention(self, net: Any, backend: str) -> None:  # noqa: ARG002
+        """Choose the attention backend; ValueError where there is no choice."""
+        raise ValueError("this student's network has no choice")
+
+    @property
+    def kv_per_token(self) -> int:
+        """Numbers that the context keeps of a token of a finished chunk; 0 where it keeps latents alone."""
+        return 0
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the tokens that `feature_blocks` give out."""
+        return 0
+
+    def feature_blocks(self, net: Any) -> Sequence[nn.Module]:  # noqa: ARG002
+        """Modules whose (first) output is tokens [B, F h w, feature_width], for the discriminator; UserError for none."""
+        raise UserError(f"distill.method.gan: {label(self)} has no blocks to take features from; set it to 0")
+
+    @property
+    def num_blocks(self) -> int:
+        """How many `feature_blocks` there are."""
+        return 0
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Ends of the names of the linear maps that a LoRA changes; empty: it is trained whole."""
+        return ()
+
+    def shared_caches(self, net: Any) -> tuple[Any, ...]:  # noqa: ARG002
+        """Objects of the network that copies over the same weights may share."""
+        return ()
+
+
+NETWORKS = Registry(
+    kind="network",
+    group="networks",
+    entries={"wan": "teachers.networks.wan:NetworkConfig"},
+    methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
+    base="teachers.networks.kind:NetworkKind",
+)
+"""The kinds of network that a teacher can be, the first without a name."""
+
+
+def networks_in(module: nn.Module) -> Iterator[Any]:
+    """The networks inside of a module (or itself): those that know their kind."""
+    return (part for part in module.modules() if isinstance(part.__dict__.get("kind"), NetworkKind))
+
+
+def write_reference(x: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
+    """x [B, C, F, H, W] with the clean reference, where there is one, in the place of the known frames."""
+    if conditions.reference is None or not known:
+        return x
+    x = x.clone()
+    for frame in known:
+        x[:, :, frame] = conditions.reference[:, :, 0].to(x)
+    return x
+
+
+def to_x0(
+    out: Tensor, x: Tensor, sigma: Tensor, conditions: Conditions, prediction: str, known: Sequence[int]
+) -> Tensor:
+    """Raw network output [B, C, F, H, W] -> x0 in fp32, the known frames replaced by the reference."""
+    if prediction == "velocity":
+        x0 = flow.x0_from_velocity(x, out, sigma)
+    else:
+        assert conditions.reference is not None
+        x0 = conditions.reference.float() + out.float()
+    return write_reference(x0, conditions, known)
+
+
+class AvatarTeacher(nn.Module):
+    """The bidirectional denoiser over a whole clip; frame 0 is the reference, where one is given. Teacher and fake score alike, of
+    any kind of network."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        return self.net.kind.denoise(self.net, x, sigma, conditions, conditions.known)
+
+    def denoise(self, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """x [B, C, F, H, W] at sigma [B] -> x0, frame 0 equal to the reference where there is one."""
+        return self(x, sigma, conditions)

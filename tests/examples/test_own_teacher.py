@@ -1,0 +1,207 @@
+"""examples/own_teacher from a folder outside the checkout: the whole pipeline, the student it leaves, and a user's mistakes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import distill
+from distill.recipe import load_recipe, spec_of
+from students.networks.windowed import Windowed
+from students.serving.session import Session
+from students.weights.checkpoint import load_student
+from teachers.conditions import Conditions
+from teachers.config import to_plain
+from teachers.errors import UserError
+from teachers.networks.kind import AvatarTeacher
+from tests.support.tiny import some_sound
+
+CHECKOUT = Path(distill.__file__).resolve().parent.parent
+EXAMPLE = CHECKOUT / "examples" / "own_teacher"
+SMALL = (
+    "threads=1",
+    "teacher.train.num_steps=12",
+    "init.train.num_steps=4",
+    "distill.train.num_steps=2",
+    "eval.probe_steps=8",
+)
+
+
+def copied(folder: Path) -> Path:
+    return shutil.copytree(EXAMPLE, folder / "mine", ignore=shutil.ignore_patterns("__pycache__", "runs"))
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """`distill` with the working directory in `folder`; the packages come as they would from an installation."""
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
+    words = (sys.executable, "-m", "distill", *words)
+    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = copied(tmp_path_factory.mktemp("outside"))
+    done = command(folder, "run", "own_teacher.yaml", "run_dir=run", *SMALL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_the_student_reads_the_users_condition(finished):
+    bundle = load_student(finished / "run" / "student")
+    assert isinstance(bundle.student, Windowed)
+    portrait, first = torch.linspace(-0.5, 0.5, 32 * 32).view(1, 32, 32).expand(3, -1, -1), {}
+    for emotion in (0, 1, None):
+        given = {} if emotion is None else {"emotion": torch.eye(4)[emotion]}
+        session = Session(bundle, portrait, "a person talks", seed=1, conditions=given)
+        session.push(some_sound(12 * bundle.spec.samples_per_frame))
+        first[emotion] = session.step() and session.point.seen[-1].x0
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], first[None])
+
+
+def test_what_was_written_names_the_users_files_and_reads_back(finished):
+    saved = finished / "run" / "recipe.yaml"
+    values = yaml.safe_load(saved.read_text())
+    assert values["teacher"]["network"]["name"] == f"{finished}/emotion_net.py:EmotionNet"
+    assert values["data"]["name"] == f"{finished}/emotion_data.py:EmotionWorld"
+    assert load_recipe(saved) == load_recipe(finished / "own_teacher.yaml", ["run_dir=run", *SMALL])
+    spec = json.loads((finished / "run" / "student" / "spec.json").read_text())
+    assert spec["network"]["name"] == "windowed"
+    assert spec["network"]["network"]["name"] == f"{finished}/emotion_net.py:EmotionNet"
+    report = json.loads((finished / "run" / "report.json").read_text())
+    assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
+
+
+def test_stages_follow_the_content_of_the_users_file(finished, tmp_path):
+    """Moved, nothing runs again; edited, the teacher's weights are another network's."""
+    moved = shutil.copytree(finished, tmp_path / "moved", ignore=shutil.ignore_patterns("run"))
+    words = ("run", "own_teacher.yaml", "run_dir=again", f"reuse={finished / 'run'}", *SMALL)
+    done = command(moved, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ({p.parent.name: json.loads(p.read_text())["fingerprint"] for p in (run / "stages").glob("*/fingerprint.json")}
+                for run in (finished / "run", moved / "again"))  # fmt: skip
+    assert one == two
+    edited = load_recipe(moved / "own_teacher.yaml")
+    before = (moved / "emotion_net.py").read_text()
+    plain = to_plain(edited.teacher, digests=True)
+    (moved / "emotion_net.py").write_text(before.replace("silu", "gelu"))
+    assert to_plain(edited.teacher, digests=True) != plain
+
+
+def test_the_planner_knows_it(finished):
+    done = command(finished, "plan", "own_teacher.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "teacher" in done.stdout
+
+
+def edited(folder: Path, file: str, old: str, new: str) -> Path:
+    path = folder / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+MISTAKES = [
+    ("emotion_net.py", "def build(", "def biuld(", r"missing method build: {file}:EmotionNet \(.*\); add `def build\("),
+    (
+        "emotion_net.py",
+        "class EmotionNet",
+        "class EmotionNett",
+        r"{file}: no class 'EmotionNet' \(.*\); did you mean 'EmotionNett'",
+    ),
+    (
+        "emotion_net.py",
+        "width: int = 64",
+        "widht: int = 64",
+        r"unknown key 'teacher.network.width' of {file}:EmotionNet: .*; did you mean 'widht'",
+    ),
+    ("emotion_net.py", "(NetworkKind)", "", r"{file}:EmotionNet is no network: "),
+    (
+        "own_teacher.yaml",
+        "width: 32",
+        "wdith: 32",
+        r"unknown key 'teacher.network.wdith' of .*/emotion_net.py:EmotionNet: .*; did you mean 'width'",
+    ),
+    (
+        "own_teacher.yaml",
+        "emotion_net:EmotionNet",
+        "emotion_nett:EmotionNet",
+        r"no file of the network: .*there is no .*/emotion_nett.py",
+    ),
+    ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:15: SyntaxError"),
+]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake[2].strip("():"))
+def test_a_mistake_is_one_line_that_names_the_file(tmp_path, mistake):
+    file, old, new, expected = mistake
+    folder = copied(tmp_path)
+    path = edited(folder, file, old, new)
+    with pytest.raises(UserError, match=expected.replace("{file}", str(path))) as error:
+        load_recipe(folder / "own_teacher.yaml")
+    assert "\n" not in str(error.value)
+
+
+def conditions(spec, frames: int) -> Conditions:
+    audio = torch.zeros(1, frames, spec.codec.stride, spec.audio_dim)
+    text, reference = torch.zeros(1, 4, spec.text.dim), torch.zeros(1, *spec.latent_size).unsqueeze(2)
+    return Conditions({"emotion": torch.zeros(1, 4)}, text=text, audio=audio, reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "return self.out(x)",
+            "return self.out(x)[:, :1]",
+            r"emotion_net.py:EmotionNet: wrong shape: its output is \[1, 1, 3, 4, 4\]",
+        ),
+        ("nn.Linear(EMOTIONS, width)", "nn.Linear(5, width)", r"/emotion_net.py:\d+: RuntimeError: .*; fix the file"),
+        ("nn.Conv3d(width, width, 3", "nn.Conv3d('a', width, 3", r"/emotion_net.py:\d+: .*; fix the file"),
+    ],
+    ids=["shape", "inside", "build"],
+)
+def test_a_network_of_wrong_shapes_is_one_line_that_names_the_file(tmp_path, old, new, expected):
+    folder = copied(tmp_path)
+    edited(folder, "emotion_net.py", old, new)
+    recipe = load_recipe(folder / "own_teacher.yaml")
+    spec = spec_of(recipe)
+    x = torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1)
+
+    def used() -> None:
+        AvatarTeacher(recipe.teacher.network.new(spec.dims)).denoise(x, torch.ones(1), conditions(spec, 3))
+
+    with pytest.raises(UserError, match=expected) as error:
+        used()
+    assert "\n" not in str(error.value)
+
+
+def test_a_condition_that_the_data_lacks_is_one_line(tmp_path):
+    recipe = load_recipe(copied(tmp_path) / "own_teacher.yaml", ["data.name=avatars"])
+    spec = spec_of(recipe)
+    teacher, given = AvatarTeacher(recipe.teacher.network.new(spec.dims)), conditions(spec, 3)
+    without = Conditions({name: value for name, value in given.features.items() if name != "emotion"})
+    with pytest.raises(
+        UserError, match=r"condition 'emotion': emotion_net.py:EmotionNet takes it, but it is not given; put"
+    ):
+        teacher.denoise(
+            torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1), torch.ones(1), without
+        )
+
+
+def test_a_file_that_is_gone_is_one_line(tmp_path, finished):
+    student = shutil.copytree(finished / "run" / "student", tmp_path / "student")
+    spec = (student / "spec.json").read_text().replace(f"{finished}/", f"{tmp_path}/elsewhere/")
+    (student / "spec.json").write_text(spec)
+    with pytest.raises(
+        UserError,
+        match=rf"no file of the network: .*/spec.json \(network.network.name\); there is no {tmp_path}/elsewhere/emotion_net.py",
+    ):
+        load_student(student)
