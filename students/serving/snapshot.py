@@ -16,12 +16,10 @@ from students.serving.session import Event, Point, Session
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions
-from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.files import save_tensors
-from teachers.media.streams import Resampler, Stream
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_session(session: Session, path: Path, how: Literal["exact", "light"] = "exact") -> None:
@@ -38,8 +36,8 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     point, tensors = session.point, {}
     if session.reference is not None:
         tensors["reference"] = session.reference
-    for name, stream in (("audio", session.audio), ("pose", session.pose)):
-        tensors[name] = stream.read(stream.start, stream.end)
+    inputs, streams = session.inputs.state()
+    tensors |= {f"inputs.{name}": value for name, value in streams.items()}
     for i, past in enumerate(point.seen):
         tensors[f"seen.{i}.x0"] = past.x0
         tensors[f"seen.{i}.audio"] = past.conditions.audio  # text and reference are the session's own
@@ -48,9 +46,6 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
-    resampler = session.resampler
-    if resampler is not None:
-        tensors["resampler"] = resampler.tail
     if how == "exact":
         tensors |= {f"decoder.{i}": value for i, value in enumerate(point.decoder or ())}
         for i, entry in enumerate(point.state.cached):
@@ -76,12 +71,8 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
             for event in session.events
             if event.at >= point.chunk
         ],
-        "starts": {"audio": session.audio.start, "pose": session.pose.start},
-        "resampler": None
-        if resampler is None
-        else {"rate": resampler.source_rate, "first": resampler.first, "made": resampler.made},
+        "inputs": inputs,
         "viewed": session.viewed,
-        "closed": session.closed,
         "lead": session.lead,
         "idle": session.idle,
         "drop": list(session.drop),
@@ -112,16 +103,8 @@ def load_session(bundle: Bundle, path: Path) -> Session:
         guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
-    session.viewed, session.closed = facts["viewed"], facts["closed"]
-    for name in ("audio", "pose"):
-        stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
-        stream.push(tensors[name])
-        setattr(session, name, stream)
-    if facts["resampler"] is not None:
-        resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=session.audio.row_shape)
-        resampler.tail = tensors["resampler"]
-        resampler.first, resampler.made = facts["resampler"]["first"], facts["resampler"]["made"]
-        session.resampler = resampler
+    session.viewed = facts["viewed"]
+    session.inputs.restore(facts["inputs"], {name.removeprefix("inputs."): x for name, x in tensors.items()})
     with torch.inference_mode():
         session.events = tuple(
             Event(event["at"], event["text"], session._read(event["text"]), event["how"]) for event in facts["events"]
@@ -142,9 +125,15 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         seen.append(Finished(chunk, tensors[f"seen.{i}.x0"], conditions))
     if facts["how"] == "exact":
         cached = tuple(
-            CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
+            CachedChunk(
+                chunk,
+                *(
+                    tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"]))
+                    for name in ("keys", "values")
+                ),
+            )
             for i, chunk in enumerate(facts["kept"])
-        )  # fmt: skip
+        )
         state = student.resume(start.state, cached, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:

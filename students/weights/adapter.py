@@ -186,7 +186,7 @@ def load_over_base(net: AvatarTransformer, folder: Path, base: Base, fill: Any) 
     adapter, where = read_adapter(folder), f"base of the adapter {folder}"
     for path in (base.path, base.wan):
         if path is not None and not path.exists():
-            raise UserError(f"{where} is not at {path}; put it there, or mend base in {folder / 'spec.json'}")
+            raise UserError(f"{where} is not at {path}; put it there, or fix base in {folder / 'spec.json'}")
     if digest(base.path, base.wan) != base.digest:
         raise UserError(
             f"{where} has changed: {base.path} holds other weights than it was trained over; bring those back"
