@@ -10,6 +10,7 @@ from students.spec import Spec
 from students.weights.adapter import digest
 from teachers.checkpoints.convert import fill_network
 from teachers.networks.wan import AvatarTransformer, build_network
+from teachers.teacher import allocate
 
 __all__ = ["TeacherStage", "digest", "load_given", "network_dims"]
 
@@ -31,11 +32,6 @@ def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bo
     with init_empty_weights():
         net: Any = build_network(stage.network, **network_dims(spec))
     dtype = torch.bfloat16 if frozen and stage.precision == "bf16" else torch.float32
-    kept = set(net._keep_in_fp32_modules or ())
-    for name, parameter in list(net.named_parameters()):
-        wide = kept & set(name.split("."))
-        made = torch.empty(parameter.shape, dtype=torch.float32 if wide else dtype, device=device)
-        module, _, own = name.rpartition(".")
-        setattr(net.get_submodule(module), own, torch.nn.Parameter(made))
+    allocate(net, dtype, device)
     fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
     return net.to(device)
