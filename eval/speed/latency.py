@@ -179,7 +179,7 @@ class ChunkWork:
                 call()
 
     def encoders(self) -> Tensor:
-        """The ears."""
+        """The audio encoder."""
         with torch.inference_mode():
             return encode_window(self.bundle.audio_encoder, self.window.to(self.x0.device), *self.span)
 
@@ -190,7 +190,7 @@ class ChunkWork:
             return to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous().cpu()
 
     def all(self) -> None:
-        """Senses, network and codec, one after the other."""
+        """Audio encoder, network and codec, one after the other."""
         self.encoders()
         self.network()
         self.decode()
@@ -203,7 +203,7 @@ def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
         session.step()
     session.settle()
     decoder, (start, stop) = session.point.decoder, spec.pixel_frames(chunk)
-    window = session.audio.read(
+    window = session.inputs.audio.read(
         start * spec.samples_per_frame - audio_encoder.lookback, stop * spec.samples_per_frame + audio_encoder.lookahead
     )
     with recorded(bundle.student) as calls:
