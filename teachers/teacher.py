@@ -73,8 +73,9 @@ def load_teacher(
     """
     path, base = Path(path), None if base is None else Path(base)
     architecture = plan(path, "ours", base=base, widen=widen).architecture
+    config: Any = layouts.make_config(architecture, "ours")
     with init_empty_weights():
-        net: Any = AvatarTransformer.from_config(layouts.make_config(architecture, "ours"))
+        net: Any = AvatarTransformer.from_config(config)
     allocate(net, dtype, torch.device(device))
     fill_network(net, path, base=base, widen=widen)
     return Teacher(AvatarTeacher(net.to(device)))
