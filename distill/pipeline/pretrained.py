@@ -13,6 +13,7 @@ from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.resolve import label
+from teachers.teacher import allocate
 
 __all__ = ["OURS", "digest", "load_given"]
 
@@ -27,12 +28,7 @@ def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bo
     with init_empty_weights():
         net = stage.network.new(spec.dims)
     dtype = torch.bfloat16 if frozen and stage.precision == "bf16" else torch.float32
-    kept = set(net._keep_in_fp32_modules or ())
-    for name, parameter in list(net.named_parameters()):
-        wide = kept & set(name.split("."))
-        made = torch.empty(parameter.shape, dtype=torch.float32 if wide else dtype, device=device)
-        module, _, own = name.rpartition(".")
-        setattr(net.get_submodule(module), own, torch.nn.Parameter(made))
+    allocate(net, dtype, device)
     if stage.network.layouts:
         fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
         return net.to(device)
