@@ -1,6 +1,6 @@
 """What a duplex, steered student does with two voices and a direction: correlations, answers and reaction time, and two demos.
 
-    python benchmarks/duplex.py RUN_DIR [--stage dmd] [--clips 24] [--out DIR]
+    python benchmarks/duplex.py RUN_DIR [--stage distill] [--clips 24] [--out DIR]
 
 Streams of five seconds for held-out conditions of the run's world, by the rollout that serving equals bit for bit, read by the
 run's own probes; beside them what the same probes read of the world's own films through the codec. Controls use the same noise:
@@ -197,7 +197,7 @@ def sheet(film: Tensor, pose: Tensor, turn: Tensor, columns: int = 10) -> Image.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--stage", default="dmd", choices=("init", "dmd"))
+    parser.add_argument("--stage", default="distill", choices=("init", "distill"))
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

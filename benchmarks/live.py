@@ -25,9 +25,10 @@ from tqdm import tqdm
 from distill.commands.serve import read_portraits
 from distill.live.client import Client
 from eval.embedded.extractors import Probes
-from eval.metrics.sync import envelope_sync
+from eval.metrics.sync import correlation
 from students.weights.checkpoint import load_student
 from teachers.codecs.linear import to_uint8
+from teachers.errors import UserError
 
 SENTENCES = (
     "Good morning, how may I help you today?",
@@ -59,6 +60,26 @@ def act(client: Client, rng: random.Random) -> str:
         client.send(type="interrupt")
         client.pump(0.5)
     return what
+
+
+def envelope_sync(opening: torch.Tensor, audio: torch.Tensor, samples_per_frame: int) -> dict[str, float]:
+    """Correlation of the mouth opening [T] in the video with the loudness (log RMS a frame), for speech without labels.
+
+    Returns `envelope` at lag 0 and `envelope_offset_frames`, the lag in -4..4 with the largest correlation (positive:
+    the video lags).
+    """
+    frames = min(len(opening), len(audio) // samples_per_frame)
+    if frames < 10:
+        raise UserError(f"the loudness envelope needs at least 10 frames of sound: got {frames}; give a longer sound")
+    rms = audio[: frames * samples_per_frame].double().reshape(frames, -1).square().mean(1).sqrt()
+    loudness = (rms + 1e-3).log()
+    opening = opening[:frames].double()
+
+    def at(lag: int) -> float:
+        return correlation(opening[max(lag, 0) : frames + min(lag, 0)], loudness[max(-lag, 0) : frames - max(lag, 0)])
+
+    best = max(sorted(range(-4, 5), key=abs), key=at)
+    return {"envelope": at(0), "envelope_offset_frames": float(best)}
 
 
 def score(client: Client, first: int, probes: Probes, known: torch.Tensor) -> dict[str, float]:

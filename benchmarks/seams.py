@@ -16,8 +16,8 @@ from distill.data.procedural.source import held_out
 from distill.pipeline.evaluate import clips_file
 from distill.pipeline.health import seam_frames
 from distill.recipe import Recipe, spec_of
-from eval.embedded.benchmark import seam_jump
 from eval.metrics.quality import measure
+from eval.metrics.seam import seam_jump
 from teachers.config import convert
 from teachers.errors import UserError
 from teachers.files import load_tensors

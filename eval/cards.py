@@ -1,29 +1,47 @@
-"""Protocol cards of `distill eval`: YAML files that name everything on which a score depends, typed, with one hash.
+"""Protocol cards: YAML files that name every metric with its config and how clips are read, strictly typed, with one hash.
 
-A card is `eval/protocols/NAME.yaml` or a file of the user's. They lie beside the code that scores, below recipes, so that who
-only scores needs no recipe. Two numbers may be compared only where the hashes of their cards are equal.
+A card is `eval/protocols/NAME.yaml` or a file of the user's:
+
+    name: mine
+    source: ...
+    note: ...
+    choices: [...]
+    clips: {num: null, frames: null, fps: null, retime: refuse, size: null, fit: refuse, lossless: true, given: 1}
+    metrics:
+      psnr: {}
+      sync: {name: lip_sync, resample: duplicate, max_lag: 15, crop_scale: 0.4, sound: own}
+      shimmer: {name: my_metric:Shimmer, window: 3}        # class Shimmer of my_metric.py beside the card, or of a module
+    floor_splits: 8
+    errors: jackknife over clips
+
+Runs and `distill eval` score with the same cards. Two numbers may be compared only where the hashes of their cards are equal.
 """
 
 import dataclasses
+import hashlib
+import importlib
+import pkgutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from eval.embedded.protocol import canonical_sha256
-from eval.networks import i3d, syncnet
+import eval.metrics
+from eval.metric import Column, Metric
 from eval.networks.weights import REGISTRY
-from teachers.config import convert, nearest, to_plain
+from teachers.config import convert, to_plain
 from teachers.errors import UserError
+from teachers.files import canonical_json
+from teachers.resolve import Registry, nearest, resolve
 
 PROSE = ("source", "note", "choices", "sha256")
 """Keys that describe and do not decide: they are not hashed."""
-FROM_RUN = "probes"
-"""The extractor whose sha256 is that of a run, filled in by `Card.resolved`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +49,10 @@ class ClipRule:
     """What is scored of a clip, and what is refused.
 
     num: clips in a set (null: as many as the real set has); frames: the first ones that count (null: all, as many in every clip)
-    fps, retime: another rate is refused, or each frame is the picture that a player shows at its time (null fps: as it is)
+    fps, retime: another rate is refused, or each frame is the one that a player shows at its time (null fps: as it is)
     size, fit: height and width; another size is refused, or scaled (antialiased bicubic) and cut around its centre (null: as it is)
-    lossless: generated clips must be tensors or lossless RGB films; given: leading frames that are the reference, not scored by FID
+    lossless: generated clips must be tensors or lossless RGB videos; given: leading frames that are the reference, not scored by
+    FID and by metrics of frame pairs
     """
 
     num: int | None
@@ -56,80 +75,11 @@ class ClipRule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrameRule:
-    """FID and KID: Frechet distance and unbiased MMD^2 of frame features.
+class CardValues:
+    """What a card has beside its metrics. `choices` lists what is ours because the source is silent.
 
-    every: each n-th frame; pooling: the frames of the whole set in one distance, or a distance for each pair of clips and their
-    mean; ddof: covariance over N - ddof. No resize here antialiases.
-    """
-
-    extractor: Literal["inception", "probes"]
-    sha256: str | None
-    layer: Literal["pool3, 2048", "frame probe, 64"]
-    resize: Literal["tf1", "pytorch_fid", "none"]
-    antialias: Literal[False]
-    every: int
-    pooling: Literal["set", "pair"]
-    ddof: Literal[0, 1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoRule:
-    """FVD: Frechet distance of one feature a clip, over all its frames."""
-
-    extractor: Literal["i3d", "probes"]
-    sha256: str | None
-    layer: Literal["logits, 400", "clip probe, 64"]
-    resize: Literal["stylegan_v", "common_metrics", "none"]
-    antialias: Literal[False]
-    ddof: Literal[0, 1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SyncRule:
-    """Lip sync. With probes fps, resample, crop and padding say what they are: nothing is resampled or cropped.
-
-    resample: how a clip comes to `fps`; box: one a clip, the real clip's, for both
-    sound: a generated clip's own, or the real clip's
-    """
-
-    extractor: Literal["syncnet", "probes"]
-    sha256: str | None
-    fps: Fraction | None
-    resample: Literal["duplicate", "nearest", "blend", "none"]
-    max_lag: int
-    padding: Literal["zeros", "none"]
-    box: Literal["real", "none"]
-    crop_scale: float | None
-    crop_pad: int | None
-    channels: Literal["bgr", "rgb"]
-    sound: Literal["own", "real"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class IdentityRule:
-    """Likeness of every frame but the first to the real clip's first frame."""
-
-    extractor: Literal["dinov2", "probes"]
-    sha256: str | None
-    layer: Literal["class token, 768", "identity head"]
-    score: Literal["cosine", "one minus own over swapped"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRule:
-    """PSNR, SSIM and LPIPS of a generated frame with the real one at its time; both in 0..255 (LPIPS in [-1, 1])."""
-
-    ssim: Literal["gaussian 11, sigma 1.5, reflected, RGB"]
-    lpips: Literal["alex, v0.1"]
-    lpips_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One protocol. `choices` lists what is ours because the source is silent; a rule that is null is not part of the protocol.
-
-    window_seconds: of the windows over which drift in a clip is a slope; clips of fewer than two have none
+    probes: sha256 of a run's extractors, where metrics stand on them (`Card.resolved`)
+    run: what the embedded evaluation of a run adds: counts, seeds, geometry, admitted metrics; None for sets of clips
     """
 
     name: str
@@ -137,45 +87,83 @@ class Card:
     note: str
     choices: tuple[str, ...]
     clips: ClipRule
-    fid: FrameRule | None
-    fvd: VideoRule | None
-    sync: SyncRule | None
-    identity: IdentityRule | None
-    pairs: PairRule | None
-    window_seconds: Fraction
     floor_splits: int
     errors: Literal["jackknife over clips"]
+    probes: str | None = None
+    run: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card(CardValues):
+    """One protocol.
+
+    metrics: key -> metric with its config; the key is the metric's name, or another under which the card has it
+    folder: where metrics of the user's are looked for (not hashed; their file's content is)
+    """
+
+    metrics: Mapping[str, Metric]
+    folder: Path | None = None
 
     @property
     def sha256(self) -> str:
         """Hash over every key that decides a number."""
-        return canonical_sha256({key: value for key, value in to_plain(self).items() if key not in PROSE})
+        return _hash(self._plain())
 
     @property
     def label(self) -> str:
         """Name and the first digits of the hash: what stands beside a number."""
-        return f"{self.name} {self.sha256[:12]}"
+        return label_of(self.plain())
 
     @property
     def embedded(self) -> bool:
         """Whether its extractors are those of a run."""
-        return any(rule is not None and rule.extractor == FROM_RUN for rule in self._with_extractor().values())
+        return any("probes" in metric.needs for metric in self.metrics.values())
 
-    def resolved(self, probes_sha256: str) -> "Card":
-        """The same card with the hash of a run's probes where it has them."""
-        rules = {
-            name: dataclasses.replace(rule, sha256=probes_sha256)
-            for name, rule in self._with_extractor().items()
-            if rule is not None and rule.extractor == FROM_RUN
-        }
-        return dataclasses.replace(self, **rules)
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Every score that the metrics may give, in the order of the card."""
+        return {name: column for metric in self.metrics.values() for name, column in metric.columns.items()}
+
+    def key_of(self, column: str) -> str | None:
+        """The metric that gives a score."""
+        return next((key for key, metric in self.metrics.items() if column in metric.columns), None)
+
+    def resolved(self, probes_sha256: str, run: dict[str, Any] | None = None) -> "Card":
+        """The same card with the hash of a run's probes, and with what the run adds."""
+        return dataclasses.replace(self, probes=probes_sha256 if self.embedded else None, run=run)
 
     def plain(self) -> dict[str, Any]:
-        """For eval.json: every key, and the hash."""
-        return {**to_plain(self), "sha256": self.sha256}
+        """For reports: every key, and the hash."""
+        return {**self._plain(), "sha256": self.sha256}
 
-    def _with_extractor(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("fid", "fvd", "sync", "identity")}
+    def _plain(self) -> dict[str, Any]:
+        plain = {field.name: to_plain(getattr(self, field.name)) for field in dataclasses.fields(CardValues)}
+        plain["metrics"] = {key: _config(key, metric) for key, metric in self.metrics.items()}
+        needs = sorted({need for metric in self.metrics.values() for need in metric.needs if need in REGISTRY})
+        plain["weights"] = {name: REGISTRY[name].sha256 for name in needs}
+        return plain
+
+    def __reduce__(self):  # metrics of the user's are read again from their file, in another process
+        return from_plain, (self._plain(), self.folder)
+
+
+def _config(key: str, metric: Metric) -> dict[str, Any]:
+    """A metric as a card has it, with the sha256 of its file where that is the user's."""
+    name, digest = _origin(type(metric))
+    named = {} if name == key else {"name": name}
+    return {**named, **to_plain(metric), **({"code": digest} if digest else {})}
+
+
+def _origin(kind: type[Metric]) -> tuple[str, str | None]:
+    """The name by which a card has the class, and the sha256 of its file where it is none of ours."""
+    if kind in metric_classes().values():
+        return kind.name, None
+    module = sys.modules[kind.__module__]
+    digest = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
+    place = f"{kind.__module__}:{kind.__name__}"
+    entry = next((name for name, there in registry().places.items() if there == place), None)
+    file = getattr(module, "__outside__", None)
+    return entry or (place if file is None else f"{file.stem}:{kind.__name__}"), digest
 
 
 def names() -> list[str]:
@@ -184,20 +172,46 @@ def names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
+@cache
+def metric_classes() -> dict[str, type[Metric]]:
+    """The metrics that come with the package, by name: the file and its class have the same one."""
+    found = {}
+    for module in pkgutil.iter_modules(eval.metrics.__path__):
+        for kind in vars(importlib.import_module(f"{eval.metrics.__name__}.{module.name}")).values():
+            if isinstance(kind, type) and issubclass(kind, Metric) and "name" in vars(kind):
+                found[kind.name] = kind
+    return found
+
+
+@cache
+def registry() -> Registry:
+    """Metrics by name: ours, entry points of avatar_distill.metrics, and classes of the user's files."""
+    return Registry(
+        kind="metric",
+        group="metrics",
+        entries={name: f"{kind.__module__}:{kind.__name__}" for name, kind in metric_classes().items()},
+        methods={
+            "features": "def features(self, clip, real, networks) -> dict[str, Tensor]",
+            "score": "def score(self, features, reference) -> dict[str, Score]",
+        },
+        base="eval.metric:Metric",
+    )
+
+
 def load_card(name: str) -> Card:
     """The shipped card of that name, or the card in a YAML file.
 
-    Raises UserError for an unknown name, an unknown, missing or mistyped key, and for a card that asks for what the code does not
-    do: another weights file than `eval.networks.weights` verifies, or other constants than SyncNet's.
+    Raises UserError for an unknown name, an unknown, missing or mistyped key, a metric that cannot be loaded, and for a config that
+    asks for what a metric does not do.
     """
     if name.endswith((".yaml", ".yml")):
-        where = name
+        where, folder = name, Path(name).resolve().parent
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"protocol card cannot be read ({error}): {name}; check the path") from error
     elif name in names():
-        where = f"protocols/{name}.yaml"
+        where, folder = f"protocols/{name}.yaml", None
         text = (resources.files("eval") / where).read_text(encoding="utf-8")
     else:
         raise UserError(f"unknown protocol '{name}': --protocol; {nearest(name, names())}, or the path of a card.yaml")
@@ -205,50 +219,58 @@ def load_card(name: str) -> Card:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"protocol card is no YAML: {where}; {' '.join(str(error).split())[:200]}") from error
-    card = convert(Card, values, "", lambda _: where)
-    _check(card, where)
-    return card
+    return from_plain(values, folder, where)
 
 
-def _check(card: Card, where: str) -> None:
-    wanted = {name: rule for name, rule in card._with_extractor().items() if rule is not None}
-    for name, rule in wanted.items():
-        known = None if rule.extractor == FROM_RUN else REGISTRY[rule.extractor].sha256
-        if rule.sha256 != known:
-            raise UserError(f"'{name}.sha256' is {rule.sha256}: {where}; {rule.extractor} is verified as {known}")
-    if card.pairs is not None and card.pairs.lpips_sha256 != REGISTRY["alexnet"].sha256:
-        raise UserError(f"'pairs.lpips_sha256' is another file: {where}; it is {REGISTRY['alexnet'].sha256}")
-    if card.fid is not None and (card.fid.every < 1 or (card.fid.resize == "none") != (card.fid.extractor == FROM_RUN)):
-        raise UserError(f"'fid' asks for what {card.fid.extractor} does not do (every, resize): {where}")
-    if card.fvd is not None and (card.fvd.resize == "none") != (card.fvd.extractor == FROM_RUN):
-        raise UserError(f"'fvd.resize' {card.fvd.resize} is not for {card.fvd.extractor}: {where}")
-    if card.fvd is not None and card.fvd.extractor == "i3d" and (card.clips.frames or i3d.MIN_FRAMES) < i3d.MIN_FRAMES:
-        raise UserError(f"'clips.frames' must be at least {i3d.MIN_FRAMES} for FVD: {where}; give longer clips")
-    if card.window_seconds <= 0:
-        raise UserError(f"'window_seconds' must be above 0: {where}; 1 is usual")
-    if card.floor_splits < 2:
+def from_plain(values: Any, folder: Path | None = None, where: str = "card") -> Card:
+    """A card from plain data, as YAML or a report has it; `folder`: where metrics of the user's are looked for. Raises
+    UserError."""
+    if not isinstance(values, dict) or not isinstance(values.get("metrics"), dict):
+        raise UserError(f"a protocol card is a mapping with 'metrics': {where}; see eval/protocols/strict.yaml")
+    values = {key: value for key, value in values.items() if key not in ("sha256", "weights", "folder")}
+    metrics = {str(key): _metric(str(key), value, folder, where) for key, value in values.pop("metrics").items()}
+    if not metrics:
+        raise UserError(f"'metrics' is empty: {where}; known: {', '.join(sorted(metric_classes()))}")
+    rest = convert(CardValues, values, "", lambda _: where)
+    if rest.floor_splits < 2:
         raise UserError(f"'floor_splits' must be at least 2: {where}; 8 is usual")
-    if card.sync is not None:
-        _check_sync(card.sync, where)
+    _check_columns(metrics, where)
+    return Card(**vars(rest), metrics=metrics, folder=folder)
 
 
-def _check_sync(rule: SyncRule, where: str) -> None:
-    published = {
-        "fps": Fraction(syncnet.FPS),
-        "padding": "zeros",
-        "box": "real",
-        "crop_pad": syncnet.PAD_VALUE,
-        "channels": "bgr",
-    }
-    none = {"fps": None, "padding": "none", "box": "none", "crop_pad": None, "channels": "rgb", "resample": "none"}
-    fixed = published if rule.extractor == "syncnet" else {**none, "crop_scale": None}
-    for key, value in fixed.items():
-        if getattr(rule, key) != value:
-            raise UserError(f"'sync.{key}' must be {value} for {rule.extractor}: {where}; got {getattr(rule, key)}")
-    if rule.extractor == "syncnet" and (rule.crop_scale is None or rule.resample == "none"):
-        raise UserError(f"'sync.crop_scale' and 'sync.resample' must be given for syncnet: {where}")
-    if rule.max_lag < 1:
-        raise UserError(f"'sync.max_lag' must be at least 1 frame: {where}; got {rule.max_lag}")
+def _check_columns(metrics: Mapping[str, Metric], where: str) -> None:
+    owner: dict[str, str] = {}
+    for key, metric in metrics.items():
+        for column in metric.columns:
+            if column in owner:
+                raise UserError(
+                    f"'metrics.{key}' and 'metrics.{owner[column]}' both score '{column}': {where}; keep one"
+                )
+            owner[column] = key
+
+
+def _metric(key: str, config: Any, folder: Path | None, where: str) -> Metric:
+    """The metric of one line of a card."""
+    config = {} if config is None else config
+    if not isinstance(config, dict):
+        raise UserError(f"wrong value of 'metrics.{key}': {config!r} in {where}; it must be a mapping")
+    config = {name: value for name, value in config.items() if name != "code"}
+    kind = resolve(registry(), str(config.pop("name", key)), f"metrics.{key} in {where}", folder)
+    if not getattr(kind, "name", ""):
+        raise UserError(
+            f"{sys.modules[kind.__module__].__file__}:{kind.__name__} has no name; add `name = ...` to the class"
+        )
+    return convert(kind, config, f"metrics.{key}", lambda _: where)
+
+
+def label_of(card: Mapping[str, Any]) -> str:
+    """`Card.label` of a plain card."""
+    return f"{card['name']} {card['sha256'][:12]}"
+
+
+def _hash(plain: Mapping[str, Any]) -> str:
+    hashed = {key: value for key, value in plain.items() if key not in PROSE}
+    return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()
 
 
 def first_difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

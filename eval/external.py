@@ -5,38 +5,35 @@
     {"metric": "iqa", "made_by": "q-future/one-align, every frame, transformers 4.36.1",
      "generated": {"clip": 3.9}, "real": {"clip": 4.2}}
 
-`real` may be left out. The mean and its jackknife error stand in the tables under "From other programs"; two reports compare
+`real` is optional. The mean and its jackknife error stand in the tables under "From other programs"; two reports compare
 only where `made_by` is the same. Such a program runs in an environment of its own, reads the clips and writes the file:
 
 * Q-Align, IQA and ASE (code S-Lab 1.0, non-commercial; transformers 4.36 to 4.37.2, some 16 GB in fp16): for every frame
-  `model.score([picture], task_="quality", input_="image")` of `AutoModelForCausalLM.from_pretrained("q-future/one-align",
+  `model.score([frame], task_="quality", input_="image")` of `AutoModelForCausalLM.from_pretrained("q-future/one-align",
   trust_remote_code=True, torch_dtype=torch.float16)`, `task_="aesthetic"` for ASE; 1 to 5; the clip's value is the mean over its
   frames. `input_="video"` samples one frame a second and gives other numbers: say in `made_by` which it was.
 * ArcFace, CSIM (code MIT; models non-commercial): insightface's `FaceAnalysis("buffalo_l")`, the 5-point `norm_crop` to 112,
   cosine of `normed_embedding` of each frame with the first real frame; the clip's value is the mean over frames. Without
   alignment it is another metric: say so in `made_by`.
 
-The clips of a student lie as tensors in OUT/drawn: `safetensors.torch.load_file(path)["video"]` is uint8 [3, T, H, W].
+The clips of a student lie as tensors in OUT/generated: `safetensors.torch.load_file(path)["video"]` is uint8 [3, T, H, W].
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from eval.metrics.frechet import mean_with_error
-from eval.report.score_report import TABLES
 from teachers.errors import UserError
-
-OURS = {name for columns in TABLES.values() for name in columns}
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One metric of another program: values for clips in the order that was asked for; `real` may be None."""
+    """One metric of another program: values for clips in the order of the clips; `real` may be None."""
 
     metric: str
     made_by: str
@@ -54,8 +51,8 @@ class Adapted:
         return found
 
 
-def read_scores(path: Path, clips: Sequence[str]) -> Adapted:
-    """The file of one metric; UserError when it is damaged, has a metric of ours, or has not exactly these clips."""
+def read_scores(path: Path, clips: Sequence[str], ours: Collection[str]) -> Adapted:
+    """The file of one metric; UserError when it is damaged, has a score of `ours`, or has not exactly these clips."""
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
         metric, made_by = given["metric"], given["made_by"]
@@ -68,7 +65,7 @@ def read_scores(path: Path, clips: Sequence[str]) -> Adapted:
             raise ValueError("generated and real must map clips to numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"scores of another program cannot be read ({error}): {path}; see eval/external.py") from error
-    if metric in OURS:
+    if metric in ours:
         raise UserError(f"'{metric}' is a metric of distill eval: {path}; give it another name")
     return Adapted(metric, made_by, _values(path, sides[0], clips), sides[1] and _values(path, sides[1], clips))
 

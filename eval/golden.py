@@ -1,7 +1,7 @@
 """Golden numbers: do the published weights, read by our code, give what their authors print?
 
-`distill doctor --golden` runs both checks and remembers the outcome beside the weights, with the sha256 of every file; a report of
-`distill eval` says what was found, and nothing where the files are others.
+`distill doctor --golden` runs both checks and keeps the outcome beside the weights, with the sha256 of every file; a report of
+`distill eval` shows it, and nothing where the files are others.
 """
 
 import json
@@ -24,12 +24,14 @@ from teachers.errors import UserError
 from teachers.media.read import read_audio, read_video
 
 FILE = "golden.json"
+CHECKS = {"SyncNet example": "syncnet", "FVD vector": "i3d"}
+"""Name -> the published network that it checks."""
 SYNC_OFFSET, SYNC_D, SYNC_C, SYNC_WITHIN = 3, 5.353, 10.021, 0.02
 """README of joonson/syncnet_python, demo_syncnet.py on example.avi: offset, min dist, confidence."""
 FVD, FVD_WITHIN = 151.25648, 1.0
 """README of JunyaoHu/common_metrics_on_video_quality: 8 videos of 30 frames of 64 x 64, all zeros against all ones, covariance over
-N - 1, method "styleganv". That method reads `i3d_torchscript.pt` from the address in `eval.networks.weights`, but no public source prints
-the sha256 of the file it used; the README allows 1 between versions of torch."""
+N - 1, method "styleganv". That method reads `i3d_torchscript.pt` from the address in `eval.networks.weights`, but no public
+source prints the sha256 of the file it used; the README allows 1 between versions of torch."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,12 @@ def run() -> list[Golden]:
         try:
             (weights_folder() / FILE).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         except OSError:
-            return results  # weights may lie where nobody writes; then the reports stay silent
+            return results  # weights may lie where nobody writes; then no report shows it
     return results
 
 
-def refine_context() -> dict[str, dict[str, Any]]:
-    """What the last run found, name -> expected, found, passed, for files that are those of `eval.networks.weights`; else empty."""
+def remembered() -> dict[str, dict[str, Any]]:
+    """Results of the last run, name -> expected, found, passed, for files that are those of `eval.networks.weights`; else empty."""
     try:
         rows = json.loads((weights_folder() / FILE).read_text(encoding="utf-8"))
         known = {weights.sha256 for weights in REGISTRY.values()}
@@ -89,17 +91,17 @@ def _syncnet() -> tuple[str, str, bool]:
     path = locate("syncnet_example")
     frames, _ = read_video(path)
     sound, network = to_int16(read_audio(path)), SyncNet.load()
-    published, ours = (_sync_of(network, pictures, sound) for pictures in (through_jpeg(frames), frames))
+    published, ours = (_sync_of(network, video, sound) for video in (through_jpeg(frames), frames))
     passed = (
         published.offset_frames == SYNC_OFFSET
         and abs(published.sync_d - SYNC_D) <= SYNC_WITHIN
         and abs(published.sync_c - SYNC_C) <= SYNC_WITHIN
     )
-    found = f"{_told(published)}; without JPEG {_told(ours)}"
+    found = f"{_words(published)}; without JPEG {_words(ours)}"
     return f"{SYNC_OFFSET} / {SYNC_D} / {SYNC_C} within {SYNC_WITHIN}", found, passed
 
 
-def _told(scores: LipSync) -> str:
+def _words(scores: LipSync) -> str:
     return f"{scores.offset_frames} / {scores.sync_d:.3f} / {scores.sync_c:.3f}"
 
 
@@ -119,9 +121,9 @@ def through_jpeg(frames: Tensor) -> Tensor:
     encoder.bit_rate, encoder.thread_count = 200_000, 1
     packets = []
     for number, pixels in enumerate(frames.numpy()):
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="yuvj420p")
-        picture.pts, picture.time_base = number, Fraction(1, 25)
-        packets += encoder.encode(picture)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="yuvj420p")
+        frame.pts, frame.time_base = number, Fraction(1, 25)
+        packets += encoder.encode(frame)
     packets += encoder.encode(None)
     shown = []
     for packet in packets:

@@ -82,7 +82,8 @@ def nearest(word: str, options: Iterable[str]) -> str:
 
 def resolve(registry: Registry, name: str, where: str = "recipe", folder: Path | None = None) -> type:
     """The class that `name` stands for, checked: `where` says who wrote it (file and key), `folder` is where a user's file is
-    looked for first. UserError in one line: an unknown name with the nearest, or what is wrong in which file."""
+    looked for first (None: nowhere, by absolute path alone: what a downloaded file names is not run from the working
+    directory). UserError in one line: an unknown name with the nearest, or what is wrong in which file."""
     if ":" not in name:
         located = _located(registry, name)
         if located is None:
@@ -147,9 +148,9 @@ def module_of(config: Any) -> ModuleType:
 
 def _outside(registry: Registry, place: str, where: str, folder: Path | None) -> ModuleType:
     """The module of a user's file, or an importable one."""
-    written = place if place.endswith(".py") else f"{place.replace('.', '/')}.py"
-    file = (folder or Path()) / Path(written).expanduser()
-    if file.is_file():
+    written = Path(place if place.endswith(".py") else f"{place.replace('.', '/')}.py").expanduser()
+    file = written if folder is None else folder / written
+    if file.is_file() and file.is_absolute():
         return _load(file.resolve(), where)
     if not place.endswith(".py") and "/" not in place:
         try:
@@ -157,9 +158,10 @@ def _outside(registry: Registry, place: str, where: str, folder: Path | None) ->
         except ModuleNotFoundError as error:
             if error.name is None or not f"{place}.".startswith(f"{error.name}."):
                 raise UserError(f"{place}: {error} ({where}); install it") from error
-    raise UserError(
-        f"no file of the {registry.kind}: {where}; there is no {file.absolute()}, put it there or write its path"
-    )
+    fix = f"there is no {file.absolute()}, put it there or write its path"
+    if folder is None and not file.is_absolute():
+        fix = "write the file's absolute path"
+    raise UserError(f"no file of the {registry.kind} '{place}': {where}; {fix}")
 
 
 def _load(file: Path, where: str) -> ModuleType:
@@ -183,8 +185,9 @@ def _load(file: Path, where: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[stem]
+        what = error.msg if isinstance(error, SyntaxError) else error
         raise UserError(
-            f"{file}{_line(error, file)}: {type(error).__name__}: {error} ({where}); fix the file"
+            f"{file}{_line(error, file)}: {type(error).__name__}: {what} ({where}); fix the file"
         ) from error
     return module
 

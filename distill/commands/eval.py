@@ -13,14 +13,15 @@ import torch
 
 from distill.scoring.clip_sets import Entry, open_set, read_clip
 from distill.scoring.generate import GenerateJob
-from distill.scoring.scoring import Job, check_number, generate_all, match, score
-from eval.cards import Card, load_card
-from eval.clip_scores import METRICS, default_metrics
-from eval.embedded.admission import is_admitted
+from distill.scoring.scoring import Job, check_number, generate_clips, match, score
+from eval.cards import Card, label_of, load_card
 from eval.embedded.extractors import Probes
 from eval.external import read_scores
-from eval.report.score_report import headline, markdown, page, tables
-from teachers.config import nearest
+from eval.networks.loaded import Networks
+from eval.report.clip_report import contact_sheets, headline, published, report_tables
+from eval.report.page import Page, render
+from eval.report.tables import OTHERS, markdown
+from eval.scores import IN_CLIPS, chosen
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder
 
@@ -55,10 +56,12 @@ class Setting:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill eval` and its verbs."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--student", type=Path, metavar="DIR", help="an exported student, which draws the clips first")
+    source.add_argument(
+        "--student", type=Path, metavar="DIR", help="an exported student, which generates the clips first"
+    )
     source.add_argument("--generated", type=Path, metavar="DIR", help="clips that are there, named as the real ones")
     parser.add_argument("--real", type=Path, metavar="DIR|MANIFEST", help="clips, prepared shards or manifest.parquet")
-    parser.add_argument("--videos", type=Path, metavar="DIR", help="a manifest's films or shards (default: beside it)")
+    parser.add_argument("--videos", type=Path, metavar="DIR", help="a manifest's videos or shards (default: beside it)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="eval.json, eval.md, eval.html and kept features")
     parser.add_argument("--name", help="what the row is called (default: the folder's name)")
     parser.add_argument(
@@ -82,7 +85,7 @@ def add_settings(parser: argparse.ArgumentParser, **given: Any) -> None:
         metavar="NAME",
         help="livetalk, omniavatar, syncnet_v2, strict, embedded, or the path of a card.yaml",
     )
-    parser.add_argument("--metrics", default=default(None), metavar="A,B", help=f"some of {','.join(METRICS)}")
+    parser.add_argument("--metrics", default=default(None), metavar="A,B", help="some of the card's (eval/protocols)")
     parser.add_argument(
         "--extractors", type=Path, default=default(None), metavar="DIR", help="RUN/stages/extractors of `embedded`"
     )
@@ -125,12 +128,10 @@ def setting(args: argparse.Namespace, source: Path) -> Setting:
         card = card.resolved(Probes.load(probes).sha256)
         admitted = _admitted(probes)
     elif args.extractors is not None:
-        raise UserError(f"--extractors would have no effect: the protocol {card.name} has published ones; leave it out")
-    metrics = default_metrics(card) if args.metrics is None else tuple(dict.fromkeys(args.metrics.split(",")))
-    for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"unknown metric '{metric}': --metrics; {nearest(metric, METRICS)}")
-    hidden = tuple(m for m in metrics if admitted is not None and m in admitted and not is_admitted(m, admitted))
+        raise UserError(f"--extractors would have no effect: the protocol {card.name} has published ones; remove it")
+    offers = IN_CLIPS | Networks(probes).offers
+    metrics = chosen(card, None if args.metrics is None else args.metrics.split(","), offers)
+    hidden = tuple(key for key in metrics if key in card.metrics and not _shown(card, key, admitted))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.processes < 0 or args.batch_size < 1:
         raise UserError(f"--processes from 0, --batch-size from 1: got {args.processes}, {args.batch_size}")
@@ -169,11 +170,11 @@ def evaluate(
     if not is_student:
         generated = open_set(source)
         match(generated, real, card)
-    adapted = [read_scores(path, sorted(real)) for path in others]
+    adapted = [read_scores(path, sorted(real), card.columns) for path in others]
     make_folder(out)
     if is_student:
-        job = GenerateJob(source, settings.seed, settings.text, out / "drawn", settings.device)
-        generated = generate_all(job, real, card, settings.processes)
+        job = GenerateJob(source, settings.seed, settings.text, out / "generated", settings.device)
+        generated = generate_clips(job, real, card, settings.processes)
     job = Job(
         card=card,
         metrics=settings.metrics,
@@ -185,13 +186,16 @@ def evaluate(
     )
     report = score(job, name, generated, real)
     report |= {"data": data, "source": str(source), "adapters": {}}
+    shown = published()["columns"]
     if is_student:
-        report["drawn"] = {"seed": settings.seed, "text": settings.text}
+        report["generated"] = {"seed": settings.seed, "text": settings.text}
     for metric in settings.not_admitted:
         report["refused"][metric] = f"{metric} refused: the run's extractors did not rank known cases right"
     for one in adapted:
         rows = one.rows()
         report["adapters"][one.metric] = one.made_by
+        column = {"label": one.metric, **shown.get(one.metric, {}), "table": OTHERS}
+        report["columns"][one.metric] = column
         for role, row in (("generated", name), ("real", "ground_truth")):
             values = one.generated if role == "generated" else one.real
             if role in rows and values is not None:
@@ -202,15 +206,26 @@ def evaluate(
 
 
 def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, real: Mapping, card: Card) -> None:
-    title, lines, found = f"{name} on {report['data']}", headline(report), tables(report)
+    title, lines, found = f"{name} on {report['data']}", headline(report), report_tables(report)
     lines += [f"{metric} was made by {who}." for metric, who in report["adapters"].items()]
     sheets = []
     for clip in report["clips"][:SHEETS]:
         pairs = (("real", read_clip(real[clip], card, False)), (name, read_clip(generated[clip], card, True)))
-        sheets.append((clip, [(label, _small(take.video)) for label, take in pairs]))
+        sheets.append((clip, [(label, _small(one.video)) for label, one in pairs]))
     facts = {key: report[key] for key in ("source", "clips", "versions", "adapters")}
-    html = page(title, lines, found, report["refused"], report["card"], facts, sheets)
-    atomic_write(out / "eval.html", html)
+    page = Page(
+        title=title,
+        lines=lines,
+        tables=found,
+        refused=report["refused"],
+        sheets=contact_sheets(sheets),
+        choices=report["card"]["choices"],
+        details={
+            f"Card {label_of(report['card'])}": json.dumps(report["card"], indent=1),
+            "Clips and versions": json.dumps(facts, indent=1),
+        },
+    )
+    atomic_write(out / "eval.html", render(page))
     atomic_write(out / "eval.md", markdown(title, lines, found, report["refused"]))
     atomic_write(out / "eval.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
 
@@ -218,6 +233,12 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
 def _small(video: torch.Tensor) -> torch.Tensor:
     step = max(1, min(video.shape[2:]) // SHEET_SIDE)
     return video[:, :, ::step, ::step]
+
+
+def _shown(card: Card, key: str, admitted: Mapping[str, bool] | None) -> bool:
+    """False where the run tried the admission of what the metric stands on, and refused it."""
+    bases = {column.stands_on for column in card.metrics[key].columns.values()}
+    return admitted is None or all(admitted.get(base, True) for base in bases if base is not None)
 
 
 def _extractors_beside(source: Path) -> Path:

@@ -3,16 +3,17 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.commands.eval import REFUSED, add_settings, evaluate, setting
 from distill.scoring.clip_sets import open_set
 from distill.scoring.scoring import read_report
-from eval.cards import first_difference
-from eval.clip_scores import WEIGHT_FREE
-from eval.report.score_report import HINTS, NAMES, markdown, page, published, table
+from eval.cards import first_difference, label_of
+from eval.report.clip_report import NAMES, published
+from eval.report.page import Page, render
+from eval.report.tables import Row, Table, markdown, table
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--table", type=Path, required=True, metavar="DIR", help="benchmark.json, .md, .html and reports"
     )
-    parser.add_argument("--no-published", action="store_true", help="leave the rows of papers out")
+    parser.add_argument("--no-published", action="store_true", help="without the rows of papers")
     add_settings(parser, default=argparse.SUPPRESS)
 
 
@@ -88,31 +89,42 @@ def comparable(reports: Sequence[dict[str, Any]], refused: dict[str, str]) -> di
     return {name: rows for name, rows in kept.items() if rows}
 
 
-def _tables(name: str, reports: Sequence[dict[str, Any]], with_published: bool) -> list[dict[str, Any]]:
+def _tables(name: str, reports: Sequence[dict[str, Any]], with_published: bool) -> list[Table]:
     """The data set's tables: ours above what papers print, and the measures that need no network."""
-    rows: list[tuple[str, Any, Any]] = []
-    for key in ("ground_truth", "floor"):
+    label = label_of(reports[0]["card"])
+    rows = []
+    for key, title in NAMES.items():
         metrics: dict[str, Any] = {}
         for report in reports:  # one may have been scored with fewer metrics
             metrics = report["rows"].get(key, {}).get("metrics", {}) | metrics
         if metrics:
-            rows.append((NAMES[key], {"n": reports[0]["rows"][key]["n"], "metrics": metrics}, reports[0]["card"]))
-    rows += [(report["name"], report["rows"][report["name"]], report["card"]) for report in reports]
-    papers = [one for one in published() if with_published and one["dataset"].lower() == name.lower()]
-    theirs: list[tuple[str, Any, Any]] = []
-    for paper in papers:
-        card = f"theirs: {paper['paper']} = {paper['source']}; {paper['card']}"
-        theirs += [(method, {"n": None, "metrics": found}, card) for method, found in paper["rows"].items()]
-    found = []
-    for title, shown, free in ((name, [*rows, *theirs], False), (f"{name}, measures without a network", rows, True)):
-        wanted = dict.fromkeys(
-            metric for _, row, _ in shown for metric in row["metrics"] if (metric in WEIGHT_FREE) == free
-        )
-        columns = [*(m for m in HINTS if m in wanted), *(m for m in wanted if m not in HINTS)]
-        if columns:
-            kept = [row for row in shown if any(metric in row[1]["metrics"] for metric in columns)]
-            found.append(table(title, columns, kept))
-    return found
+            rows.append(Row(name=title, scores=metrics, n=reports[0]["rows"][key]["n"], card=label, kind="floor"))
+    for report in reports:
+        row = report["rows"][report["name"]]
+        rows.append(Row(name=report["name"], scores=row["metrics"], n=row["n"], card=label))
+    papers = published()
+    theirs = [
+        Row(name=method, scores=scores, kind="theirs", card=f"theirs: {one['paper']} = {one['source']}; {one['card']}")
+        for one in papers["tables"]
+        if with_published and one["dataset"].lower() == name.lower()
+        for method, scores in one["rows"].items()
+    ]
+    columns: dict[str, Any] = dict(papers["columns"])
+    for report in reports:
+        columns |= report["columns"]
+    free = [metric for metric, column in columns.items() if column.get("without_network")]
+    order = [*reports[0]["columns"], *columns]
+    order += [metric for row in [*rows, *theirs] for metric in row.scores]
+    others = [metric for metric in dict.fromkeys(order) if metric not in free and _is_shown(columns, metric)]
+    found = [
+        table(name, columns, others, [*rows, *theirs]),
+        table(f"{name}, measures without a network", columns, free, rows),
+    ]
+    return [one for one in found if one.columns]
+
+
+def _is_shown(columns: Mapping[str, Any], metric: str) -> bool:
+    return columns.get(metric, {}).get("table", "") is not None
 
 
 def _named(words: Sequence[str], option: str) -> dict[str, Path]:
@@ -129,9 +141,7 @@ def _named(words: Sequence[str], option: str) -> dict[str, Path]:
     return found
 
 
-def _write(
-    out: Path, found: list[dict[str, Any]], refused: dict[str, str], kept: dict[str, list[dict[str, Any]]]
-) -> None:
+def _write(out: Path, found: list[Table], refused: dict[str, str], kept: dict[str, list[dict[str, Any]]]) -> None:
     cards = {report["card"]["sha256"]: report["card"] for rows in kept.values() for report in rows}
     card = next(iter(cards.values()))
     lines = [
@@ -141,7 +151,21 @@ def _write(
     make_folder(out)
     facts = {name: {report["name"]: report.get("source") for report in rows} for name, rows in kept.items()}
     rows = {name: {report["name"]: report["rows"][report["name"]] for report in rows} for name, rows in kept.items()}
-    text = {"format": 1, "cards": list(cards.values()), "data": rows, "tables": found, "refused": refused}
-    atomic_write(out / "benchmark.html", page("Benchmark", lines, found, refused, card, facts))
+    text = {"format": 2, "cards": list(cards.values()), "data": rows, "refused": refused}
+    page = Page(
+        title="Benchmark",
+        lines=lines,
+        tables=found,
+        refused=refused,
+        choices=card["choices"],
+        details={
+            f"Card {label_of(card)}": json.dumps(card, indent=1),
+            "Sources": json.dumps(facts, indent=1),
+        },
+    )
+    atomic_write(out / "benchmark.html", render(page))
     atomic_write(out / "benchmark.md", markdown("Benchmark", lines, found, refused))
-    atomic_write(out / "benchmark.json", json.dumps(text, indent=1, allow_nan=False) + "\n")
+    atomic_write(
+        out / "benchmark.json",
+        json.dumps(text | {"tables": [vars(one) for one in found]}, indent=1, allow_nan=False) + "\n",
+    )

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from distill.scoring.scoring import read_report
-from eval.cards import FROM_RUN, first_difference
-from eval.metrics.frechet import Moments, kid_paired_difference, paired_difference
+from eval.cards import Card, first_difference, from_plain, label_of
 from eval.report.figures import number
-from eval.report.score_report import HINTS
 from teachers.errors import UserError
 from teachers.files import load_tensors
 
@@ -51,7 +49,7 @@ def check_same(one: dict[str, Any], two: dict[str, Any]) -> None:
 
 
 def bootstrap(a: Tensor, b: Tensor, rounds: int = ROUNDS, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of a - b over clips [N], and its 95 percent percentile interval: clips are drawn jointly, with replacement."""
+    """Mean of a - b over clips [N], and its 95 percent percentile interval: clips are resampled jointly, with replacement."""
     change = (a - b).double()
     draws = torch.randint(len(change), (rounds, len(change)), generator=torch.Generator().manual_seed(seed))
     low, high = torch.quantile(change[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -62,26 +60,33 @@ def lines(one: dict[str, Any], two: dict[str, Any], first: Path, second: Path) -
     """Markdown: every metric that both have."""
     names = (one["name"], two["name"] if two["name"] != one["name"] else f"{two['name']} (second)")
     rows = (one["rows"][one["name"]], two["rows"][two["name"]])
-    text = [f"protocol {one['card']['name']} {one['card']['sha256'][:12]}, {one['n']} clips", ""]
+    text = [f"protocol {label_of(one['card'])}, {one['n']} clips", ""]
     text += [f"| | {names[0]} | {names[1]} | difference | 95 % | how |", "|---|---|---|---|---|---|"]
     shared = [name for name in rows[0]["metrics"] if name in rows[1]["metrics"]]
     if not shared:
         raise UserError("the two reports share no metric; score both with the same --metrics")
+    card = _card(one)
     for metric in shared:
         values = [row["metrics"][metric]["mean"] for row in rows]
         if None in values:
             continue
-        change, interval, how = _change(metric, rows, values, (one, two), (first, second))
+        change, interval, how = _change(metric, card, rows, values, (one, two), (first, second))
         shown = [number(value) for value in values]
-        text.append(
-            f"| {HINTS.get(metric, (metric,))[0]} | {shown[0]} | {shown[1]} | {_signed(change)} | {interval} | {how} |"
-        )
+        label = one["columns"].get(metric, {}).get("label", metric)
+        text.append(f"| {label} | {shown[0]} | {shown[1]} | {_signed(change)} | {interval} | {how} |")
     return text
 
 
-def _change(metric: str, rows: tuple, values: list[float], reports: tuple, paths: tuple[Path, Path]):
+def _card(report: dict[str, Any]) -> Card | None:
+    """The card of a report, with the metrics that come with the package; None where there is none."""
+    plain = dict(report["card"])
+    plain["metrics"] = {key: config for key, config in plain["metrics"].items() if ":" not in config.get("name", "")}
+    return from_plain(plain) if plain["metrics"] else None
+
+
+def _change(column: str, card: Card | None, rows: tuple, values: list[float], reports: tuple, paths: tuple[Path, Path]):
     """Difference, its interval in words, and how it was made."""
-    sides = [row["clips"].get(metric) for row in rows]
+    sides = [row["clips"].get(column) for row in rows]
     if all(side is not None for side in sides):
         kept = [(a, b) for a, b in zip(*sides, strict=True) if a is not None and b is not None]
         if len(kept) > 2:
@@ -89,41 +94,28 @@ def _change(metric: str, rows: tuple, values: list[float], reports: tuple, paths
             change, low, high = bootstrap(a, b)
             how = "paired bootstrap" + (f", {len(kept)} clips" if len(kept) < len(sides[0]) else "")
             return change, f"{_signed(low)} to {_signed(high)}", how
-    if metric in ("fid", "kid", "fvd"):
-        features = _features(metric, reports, paths)
-        if features is not None:
-            if metric == "kid":
-                change, error = kid_paired_difference(*features)
-            else:
-                ddof = reports[0]["card"][metric]["ddof"]
-                reference = Moments.of(features[2]) if features[2].ndim == 3 else features[2]
-                change, error = paired_difference(features[0], features[1], reference, ddof)
-            return change, f"{_signed(change - 1.96 * error)} to {_signed(change + 1.96 * error)}", "paired jackknife"
+    key = None if card is None else card.key_of(column)
+    features = None if key is None else _features(key, reports, paths)
+    found = None if card is None or key is None or features is None else card.metrics[key].difference(*features)
+    if found is not None:
+        change, error = found
+        return change, f"{_signed(change - 1.96 * error)} to {_signed(change + 1.96 * error)}", "paired jackknife"
     return values[0] - values[1], "", "no values for single clips"
 
 
-def _features(metric: str, reports: tuple, paths: tuple[Path, Path]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Both systems' features and the real ones', where they still lie beside the reports and the real clips are the same."""
-    card = reports[0]["card"]
-    rule = "fid" if metric == "kid" else metric
-    group = "probes" if card[rule]["extractor"] == FROM_RUN else rule
-    if card["fid"] and metric == "fid" and card["fid"]["pooling"] == "pair":
-        return None
-    files = [report.get("features", {}).get(group) for report in reports]
+def _features(key: str, reports: tuple, paths: tuple[Path, Path]) -> tuple[list, list, list] | None:
+    """Both systems' features of a metric and the real ones', where they still lie beside the reports and the real clips are
+    the same."""
+    files = [report.get("features", {}).get(key) for report in reports]
     if None in files or files[0]["real"] != files[1]["real"]:
         return None
-    folders = [(path if path.is_dir() else path.parent) for path in paths]
-    found = []
+    folders = [(path if path.is_dir() else path.parent) / "features" for path in paths]
+    sides = ((0, "generated"), (1, "generated"), (0, "real"))
     try:
-        for report, folder, side in ((0, 0, "generated"), (1, 1, "generated"), (0, 0, "real")):
-            places = [folders[folder] / "features" / name for name in files[report][side]]
-            rows = [load_tensors(place)["frames" if rule == "fid" else "clip"] for place in places]
-            if rule == "fid" and group == "probes":
-                rows = [row[card["clips"]["given"] :: card["fid"]["every"]] for row in rows]
-            found.append(torch.stack(rows))
+        ours, others, real = ([load_tensors(folders[at] / name) for name in files[at][side]] for at, side in sides)
     except UserError:
         return None
-    return found[0], found[1], found[2]
+    return ours, others, real
 
 
 def _signed(value: float) -> str:

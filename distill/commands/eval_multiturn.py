@@ -2,8 +2,9 @@
 
 Response latency is from the end of the user's turn until the first talking frame is due on the viewer's clock, dead time until
 the first audible sound (LiveTalk 2512.23576, sec. 5, measures the former). Scores are of each turn's frames: without any weights
-colour, luma, saturation, sharpness and motion (`eval.metrics.quality.window_quality`, against the portrait); with a run's extractors
-identity and lip sync; with DINOv2's weights the cosine to the portrait. Their slope over the turns of a conversation is the drift.
+colour, luma, saturation, sharpness and motion (`eval.metrics.quality.window_quality`, against the portrait); with a run's
+extractors identity and lip sync; with DINOv2's weights the cosine to the portrait. Their slope over the turns of a conversation is
+the drift.
 """
 
 import argparse
@@ -61,13 +62,15 @@ class Played:
     frames: np.ndarray
     sound: np.ndarray
     answers: "list[Answer]"
-    stalled: list[float]  # seconds that the picture stood still, turn by turn
+    stalled: list[float]  # seconds that the video stood still, turn by turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill eval multiturn`."""
     parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for multiturn.json, films, judge.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for multiturn.json, videos, judge.jsonl"
+    )
     parser.add_argument("--conversations", type=Path, default=DEFAULT, metavar="YAML", help="list of name, turns, ...")
     parser.add_argument("--repeat", type=int, default=1, help="go through the conversations so many times (default 1)")
     parser.add_argument("--talker", default="auto", metavar="NAME|DIR", help="as in distill serve")
@@ -158,21 +161,21 @@ def _film(client: "Client") -> tuple[np.ndarray, np.ndarray]:
 def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | None = None) -> list[dict[str, Any]]:
     """One row a turn: seconds, the server's parts in ms, and the scores of its frames."""
     out = []
-    film = torch.from_numpy(played.frames).permute(3, 0, 1, 2)[None]
+    video = torch.from_numpy(played.frames).permute(3, 0, 1, 2)[None]
     portrait, per_frame = to_uint8(played.portrait[None]), bundle.spec.samples_per_frame
     for number, (answer, text) in enumerate(zip(played.answers, played.script.turns, strict=True)):
         assert answer.frame is not None
-        first, last = answer.frame, min(answer.end or 0, film.shape[2])
-        part, length = film[:, :, first:last], last - first
+        first, last = answer.frame, min(answer.end or 0, video.shape[2])
+        part, length = video[:, :, first:last], last - first
         row: dict[str, Any] = {"conversation": played.script.name, "turn": number, "text": text, "frames": length}
         row |= {"latency": answer.latency, "dead": answer.dead, "stalled": played.stalled[number]}
         row["parts_ms"] = answer.split()
         scores = window_quality(part, length, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
         if probes is not None and length >= MIN_SYNC_FRAMES:
-            heard = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
+            audio = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
             reading, known = probes.read(part), probes.read(portrait[:, :, None].expand(-1, -1, 2, -1, -1))
-            row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(heard))["sync"]
+            row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(audio))["sync"]
             row["identity_gap"] = float((reading.identity - known.identity[:, :1]).square().mean())
         if dino is not None:
             faces = dino.features(part[0].transpose(0, 1))[None]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.data.source import Clips
 from distill.expect import SHOWN, SYSTEMS, Bounds, compare
 from distill.pipeline import validation
 from distill.pipeline.artifacts import Artifacts
@@ -29,10 +28,10 @@ from distill.pipeline.generate import (
 )
 from distill.pipeline.health import seam_frames
 from distill.pipeline.run_folder import versions
-from eval.embedded import benchmark
-from eval.embedded.protocol import EvalConfig, Geometry, protocol_card
-from eval.metrics.quality import teacher_gap
-from eval.report.report import target, write_report
+from eval.cards import Card
+from eval.embedded.evaluation import Evaluation
+from eval.embedded.protocol import EvalConfig, Geometry, run_card
+from eval.report.run_report import target, write_report
 from eval.speed.latency import clocked, interleave, measure, percentile
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle
@@ -56,11 +55,15 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     if not artifacts.engine.is_main:
         return {}
     real = artifacts.source.draw(config.condition_seed, "reference", config.num_reference)
-    scores, floor, sheets = score_systems(artifacts, folder, test, real, varied)
+    card = card_of(artifacts, replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text)))
+    world = world_spread(artifacts) if varied else None
+    evaluation = Evaluation(
+        card, artifacts.probes, test.real, test.decoded, real.video, seam_frames(artifacts.spec), world
+    )
+    scores, floor, sheets = score_systems(artifacts, folder, test, evaluation)
     costs = measure_costs(artifacts, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
-    counted = replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text))
-    report = assemble(artifacts, systems, floor, counted)
+    report = assemble(artifacts, systems, floor, card, evaluation.left_out)
     samples = write_samples(artifacts, test)
     curves = read_curves(artifacts.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
@@ -75,36 +78,24 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
 
 
 def score_systems(
-    artifacts: Artifacts, folder: Path, test: validation.HeldOut, real: Clips, varied: bool
+    artifacts: Artifacts, folder: Path, test: validation.HeldOut, evaluation: Evaluation
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, Tensor]]:
     """(Scores of every system; of real clips and of the codec's ceiling; name -> clips uint8 [N, 3, T, H, W] of one noise seed)
-    from the clips that `generate_all` stored, against `real` ones. varied: whether diversity is measured."""
-    config = artifacts.recipe.eval
-    world = world_spread(artifacts) if varied else None
-    reference = benchmark.prepare_reference(artifacts.probes, real.video, test.decoded)
-    borders = seam_frames(artifacts.spec)
-
-    def score(videos: Tensor, spread: Tensor | None = None) -> dict:
-        own = world if spread is not None else None
-        return benchmark.evaluate_videos(
-            artifacts.probes, videos, reference, test.targets, spread, own, config.max_lag, borders
-        )
-
-    floor = {"real": score(test.clips.video[None]), "codec": score(test.decoded[None], world)}
+    from the clips that `generate_all` stored."""
+    config, world = artifacts.recipe.eval, evaluation.world
+    floor = {"real": evaluation.score(test.clips.video[None]), "codec": evaluation.score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
 
     def clips(name: str, system: str, seed: int) -> Tensor:
         return load_tensors(clips_file(folder, name, system, seed))["video"]
 
+    beside = {"teacher": clips("test", "teacher", 0), "teacher_same_noise": clips("test", SAME_NOISE, 0)}
     for name in (name for name in SYSTEMS if name != "ar_teacher" or artifacts.recipe.has_custom_network):
         seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
-        spread = clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds)) if varied else None
-        scores[name] = score(torch.stack(seeds), spread)
+        spread = None if world is None else clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds))
+        others = beside if name in ("zero_shot", "init", "student") else None
+        scores[name] = evaluation.score(torch.stack(seeds), spread, others)
         sheets[name] = seeds[0]
-    same = clips("test", SAME_NOISE, 0)
-    for name in ("zero_shot", "init", "student"):
-        mean, error = teacher_gap(sheets[name], same, sheets["teacher"])["gap"]
-        scores[name]["gap"] = {"mean": mean, "spread": 0.0, "error": error, "seeds": [mean]}
     return scores, floor, sheets
 
 
@@ -222,22 +213,27 @@ def cost(marks: list[list[float]], together: float, batch: int, nfe: int, artifa
     } | ({"p95_chunk_seconds": percentile(chunks, 95)} if chunks else {})
 
 
-def assemble(artifacts: Artifacts, systems: dict, floor: dict, counted: EvalConfig) -> dict:
-    """report.json as design section 6 has it; `counted` says how many clips there were."""
-    recipe, done = artifacts.recipe, artifacts.folder.finished
-    stages = {}
-    for name in artifacts.folder.names:
-        facts = done(name) or {}
-        stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
-    extractors = stages["extractors"]["metrics"]
-    world = recipe.data.world
-    card = protocol_card(
+def card_of(artifacts: Artifacts, counted: EvalConfig) -> Card:
+    """The run's card; `counted` states how many clips there were."""
+    recipe, world = artifacts.recipe, artifacts.recipe.data.world
+    extractors = (artifacts.folder.finished("extractors") or {})["metrics"]
+    return run_card(
         counted,
         Geometry(frames=world.num_frames, height=world.size[0], width=world.size[1], fps=artifacts.spec.fps),
         extractors["sha256"],
         extractors["admitted"],
         {"conditions": recipe.eval.condition_seed, "training": recipe.seed},
     )
+
+
+def assemble(artifacts: Artifacts, systems: dict, floor: dict, card: Card, refused: dict[str, str]) -> dict:
+    """report.json as design section 6 has it; `refused`: metrics of the card that cannot be had, and why."""
+    recipe, done = artifacts.recipe, artifacts.folder.finished
+    stages = {}
+    for name in artifacts.folder.names:
+        facts = done(name) or {}
+        stages[name] = {key: facts.get(key) for key in ("seconds", "fingerprint", "metrics")}
+    left_out = {**artifacts.source.left_out, **refused}
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -255,9 +251,10 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, counted: EvalConf
         "codec": floor["codec"],
         "health": health_of(stages),
         "ratios": ratios(systems),
-        "targets": targets(systems, recipe.expect, artifacts.source.left_out),
-        "protocol": card,
-        **({"left_out": dict(artifacts.source.left_out)} if artifacts.source.left_out else {}),
+        "targets": targets(systems, recipe.expect, left_out),
+        "columns": {name: column.plain() for name, column in card.columns.items()},
+        "protocol": card.plain(),
+        **({"left_out": left_out} if left_out else {}),
     }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.recipe import Limits
-from eval.embedded.benchmark import seam_jump
 from eval.metrics.quality import Frames, failure_rates, measure
+from eval.metrics.seam import seam_jump
 from students.spec import Spec
 from students.student import Student
 from teachers import flow

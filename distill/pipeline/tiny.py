@@ -13,13 +13,10 @@ from distill.recipe import Recipe, TeacherStage
 from students.spec import Spec
 from teachers.checkpoints import layouts
 from teachers.checkpoints.layouts import Architecture
-from teachers.codecs.wan_vae import WanVAEConfig
-from teachers.encoders.umt5 import UMT5Config
-from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
 from teachers.files import staged
+from teachers.resolve import label
 
-WORDS = ("a", "person", "someone", "the", "and", "nods", "smiles", "talks", "head", "shakes", "still", "looks")
 LORA_RANK, LORA_ALPHA = 4, 2.0
 
 
@@ -45,13 +42,12 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
         for stage in stages:
             if stage.path is not None:
                 _network(stage, spec, place)
-        for part in parts:
-            if isinstance(part, WanVAEConfig):
-                _codec(place(part.path))
-            elif isinstance(part, Wav2VecConfig) and part.path is not None:
-                _audio_encoder(place(part.path), part)
-            elif isinstance(part, UMT5Config):
-                _text(place(part.path), part)
+        for part in (part for part in parts if getattr(part, "path", None) is not None):
+            if not hasattr(part, "write_random"):
+                raise UserError(
+                    f"tiny=true: {label(part)} has no random weights to write; add write_random(self, folder)"
+                )
+            part.write_random(place(part.path))
 
 
 def _architecture(stage: TeacherStage, spec: Spec) -> Architecture:
@@ -120,36 +116,3 @@ def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
 def _save(folder: Path, tensors: dict[str, Tensor], config: dict | None) -> None:
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-def _codec(folder: Path) -> None:
-    from diffusers import AutoencoderKLWan
-
-    AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
-
-
-def _audio_encoder(folder: Path, config: Wav2VecConfig) -> None:
-    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
-
-    width = config.features // 4  # two layers: their states, the input's, and the last again
-    shape = Wav2Vec2Config(
-        hidden_size=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=width,
-        conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-    )
-    Wav2Vec2Model(shape).save_pretrained(folder)
-    Wav2Vec2FeatureExtractor().save_pretrained(folder)
-
-
-def _text(folder: Path, config: UMT5Config) -> None:
-    from transformers import T5Tokenizer, UMT5EncoderModel
-    from transformers import UMT5Config as Shape
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0), *((f"▁{word}", -1.0) for word in WORDS)]
-    shape = Shape(vocab_size=len(pieces), d_model=config.dim, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    UMT5EncoderModel(shape).save_pretrained(folder / "text_encoder")
-    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")

@@ -11,9 +11,11 @@ from distill.data.source import Clips
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import stream_noise, student_clips
 from distill.pipeline.health import HealthCheck, violations
-from eval.embedded import admission, benchmark, probe_training
-from eval.embedded.benchmark import Reference, TargetLabels
+from eval.cards import load_card
+from eval.embedded import admission, probe_training
+from eval.embedded.evaluation import Evaluation, clips_of
 from eval.embedded.extractors import Probes
+from eval.metric import Clip
 from students.student import Student
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
@@ -22,25 +24,26 @@ from teachers.flow import keyed_generator
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out clips, the same through the codec (the ceiling), their conditions, and the labels that a metric compares with."""
+    """Held-out clips, the same through the codec (the ceiling), their conditions, and the clips as metrics take them."""
 
     clips: Clips
     decoded: Tensor
     conditions: Conditions
-    targets: TargetLabels
+    real: list[Clip]
 
     @classmethod
     def draw(cls, artifacts: Artifacts, name: str, num: int) -> "HeldOut":
         """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
         clips = artifacts.source.draw(artifacts.recipe.eval.condition_seed, name, num)
         x0, conditions = artifacts.encoders.of_clips(clips)
-        targets = TargetLabels(
+        real = clips_of(
+            clips.video,
+            artifacts.spec.fps,
+            load_card(artifacts.recipe.eval.protocol),
+            labels={name: values for name, values in clips.labels.items() if values.ndim == 1},
             audio_features=log_mel(artifacts, clips),
-            gesture=clips.labels.get("gesture"),
-            expression=clips.labels.get("expression"),
-            portrait=clips.video[:, :, 0],
         )
-        return cls(clips, artifacts.encoders.decode(x0), conditions.to(artifacts.engine.device), targets)
+        return cls(clips, artifacts.encoders.decode(x0), conditions.to(artifacts.engine.device), real)
 
 
 def log_mel(artifacts: Artifacts, clips: Clips) -> Tensor:
@@ -70,10 +73,8 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
     test = HeldOut.draw(artifacts, "admit", config.admit_clips)
     reference = source.draw(config.condition_seed, "reference", config.num_reference)
     rng = keyed_generator(config.probe_seed, "admit")
-    result = admission.admit(
-        probes, test.clips.video, test.decoded, test.targets.audio_features, test.targets.gesture, reference.video, rng
-    )
-    checks = probes.check(test.decoded, test.clips.labels, test.targets.audio_features)
+    result = admission.admit(load_card(config.protocol), probes, test.real, test.decoded, reference.video, rng)
+    checks = probes.check(test.decoded, test.clips.labels, log_mel(artifacts, test.clips))
     return {"sha256": probes.sha256, "checks": checks, **result}
 
 
@@ -90,7 +91,9 @@ class Validation:
         self.test = HeldOut.draw(artifacts, "validate", 2 * artifacts.recipe.eval.num_conditions)
         config = artifacts.recipe.eval
         real = artifacts.source.draw(config.condition_seed, "validate reference", config.num_reference)
-        self.reference: Reference = benchmark.prepare_reference(artifacts.probes, real.video, self.test.decoded)
+        self.evaluation = Evaluation(
+            load_card(config.protocol), artifacts.probes, self.test.real, self.test.decoded, real.video
+        )
         self.start = self._measure()
         self.check = HealthCheck(artifacts)
         self.teacher = self.check.teacher(folder)
@@ -100,8 +103,8 @@ class Validation:
         noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
         x0 = student_clips(self.student, self.test.conditions, noise, artifacts.recipe.eval.batch_size)
         video = artifacts.encoders.decode(x0)
-        scores = benchmark.evaluate_videos(artifacts.probes, video[None], self.reference, self.test.targets)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
+        scores = self.evaluation.score(video[None], only=wanted)
         return {name: scores[name]["mean"] for name in wanted if name in scores}
 
     def __call__(self) -> dict[str, float]:

@@ -1,13 +1,13 @@
-"""Sets of clips to score: folders of films or tensors, prepared shards, manifests; found by name, read as a card wants them.
+"""Sets of clips to score: folders of videos or tensors, prepared shards, manifests; found by name, read as a card wants them.
 
-A set is a folder of mp4, mov, mkv or webm films, of `NAME.safetensors` (`video` [3, T, H, W], uint8 or float in [-1, 1],
+A set is a folder of mp4, mov, mkv or webm videos, of `NAME.safetensors` (`video` [3, T, H, W], uint8 or float in [-1, 1],
 `audio` [S] at 16 kHz, metadata `fps`, `text`, and `chunks`: the frames at which all but the first begin), a folder that `distill
-data prepare` wrote, or a manifest of `distill data`, of films or of such a folder's clips. Beside them: `NAME.txt` says what
-happens, `NAME.wav` or `NAME.flac` is the sound and goes before a film's own track, `faces.json` has a face box for each clip:
+data prepare` wrote, or a manifest of `distill data`, of videos or of such a folder's clips. Beside them: `NAME.txt` says what
+happens, `NAME.wav` or `NAME.flac` is the sound and goes before a video's own track, `faces.json` has a face box for each clip:
 {"NAME": [left, top, right, bottom]} in pixels of the clip before it is scaled, null where no face was found. A dot in a name
 counts as "_".
 
-A clip is held as a whole, at most `MOST_BYTES` of pictures: 109 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
+A clip is held as a whole, at most `MOST_BYTES` of frames: 109 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
 one, and FVD's network takes it as floats, so a process needs up to six times that.
 """
 
@@ -34,7 +34,7 @@ from distill.data.prepare.cutting import crop_box
 from distill.data.prepare.video import SAMPLE_RATE, film_stream, opened, pictures, read_sound
 from distill.scoring.prepared import is_prepared, open_samples, place_of, read_sample, shape_of
 from eval.cards import Card, ClipRule
-from eval.clip_scores import Take
+from eval.metric import Clip as ScoredClip
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
 from teachers.media.read import fit_image, read_audio, upright
@@ -52,7 +52,7 @@ MOST_BYTES = 2**31
 class Entry:
     """One clip of a set: where it lies, what is said to happen, its sound beside it, and its face box.
 
-    box: (left, top, right, bottom), None where no face was found; `has_box` is False where nobody looked
+    box: (left, top, right, bottom), None where no face was found; `has_box` is False where none was looked for
     sample: where it lies in a shard at `path`, cut from its source as `clip` says
     """
 
@@ -75,7 +75,7 @@ class Entry:
 
 
 def open_set(path: Path, videos: Path | None = None) -> dict[str, Entry]:
-    """The clips of a folder or a manifest (its films or shards under `videos`, else beside it), by name in alphabetical order.
+    """The clips of a folder or a manifest (its videos or shards under `videos`, else beside it), by name in alphabetical order.
 
     Raises UserError in one line where the set is missing or empty, and where files in it can be no clips.
     """
@@ -92,10 +92,10 @@ def open_set(path: Path, videos: Path | None = None) -> dict[str, Entry]:
     else:
         raise UserError(f"no clips: {path} is neither a folder nor a manifest; check the path")
     samples = open_samples(root) if is_prepared(root) else None
-    if manifest.refused and samples is None:  # what is in no shard, `distill data prepare` told
+    if manifest.refused and samples is None:  # what is in no shard, `distill data prepare` reported
         first = manifest.refused[0]
         more = f" and {len(manifest.refused) - 1} more" if len(manifest.refused) > 1 else ""
-        raise UserError(f"{path} holds what is no clip: {first.source}: {first.reason}{more}; mend or remove it")
+        raise UserError(f"{path} holds what is no clip: {first.source}: {first.reason}{more}; fix or remove it")
     clips = [replace(clip, id=_named(clip.id)) for clip in manifest.clips]
     if path.is_dir():
         clips += [Clip(id=folders.safe_id(f.name), dataset="folder", source=f.name) for f in path.glob(f"*{TENSORS}")]
@@ -117,17 +117,17 @@ def _at(root: Path, clip: Clip) -> Entry:
     file = root / clip.source
     beside = (file.with_suffix(suffix) for suffix in SOUNDS)
     sound = next((sound for sound in beside if sound.is_file()), None)
-    return Entry(clip=clip, path=file, sound=sound, text=clip.text or _said(file))
+    return Entry(clip=clip, path=file, sound=sound, text=clip.text or _text(file))
 
 
 def _in_shard(root: Path, clip: Clip, samples: Mapping[str, Index]) -> Entry:
     sample = samples.get(clip.id)
     if sample is None:
-        raise UserError(f"clip {clip.id} is in no shard: {root}; prepare it, or leave it out")
+        raise UserError(f"clip {clip.id} is in no shard: {root}; prepare it, or remove it from the manifest")
     return Entry(clip=clip, path=place_of(sample)[0], sound=None, text=clip.text, sample=sample)
 
 
-def read_clip(entry: Entry, card: Card, generated: bool) -> Take:
+def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
     """The clip as the card wants it.
 
     Raises UserError where it is damaged, too short, longer than can be held, or of another rate, size or codec.
@@ -143,14 +143,22 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> Take:
         video, fps, sound = _tensors(entry.path)
         video, fps = _retimed(video, fps, rule)
     else:
-        video, fps, sound = _film(entry, rule, generated and rule.lossless)
+        video, fps, sound = _video(entry, rule, generated and rule.lossless)
     if rule.frames is not None and video.shape[1] < rule.frames:
         raise UserError(f"{video.shape[1]} frames, {float(video.shape[1] / fps):.2f} s: {rule.frames} are wanted")
     seams = _seams(entry, fps) if entry.path.suffix == TENSORS else ()
     video, box = _fitted(video[:, : rule.frames], entry.box, rule)
     if sound is not None:
         sound = sound[: round(video.shape[1] * SAMPLE_RATE / fps)]
-    return Take(video=video, fps=fps, sound=sound, box=None if box is None else torch.tensor(box), seams=seams)
+    return ScoredClip(
+        video=video,
+        fps=fps,
+        sound=sound,
+        box=None if box is None else torch.tensor(box),
+        has_box=entry.has_box,
+        given=rule.given,
+        seams=seams,
+    )
 
 
 def write_clip(path: Path, video: Tensor, fps: Fraction, sound: Tensor | None, text: str = "", **facts: str) -> None:
@@ -182,7 +190,7 @@ def _named(clip: str) -> str:
     return clip.replace(".", "_")
 
 
-def _said(path: Path) -> str:
+def _text(path: Path) -> str:
     """The text of a clip of tensors: its metadata, or `NAME.txt` beside it."""
     if path.suffix != TENSORS:
         return ""
@@ -298,8 +306,8 @@ def _number(fps: Fraction | None) -> str:
     return "unknown" if fps is None else f"{float(fps):.5g}"
 
 
-def _film(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Tensor | None]:
-    """Pictures by their times, from the clip's start on, and the sound under them."""
+def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Tensor | None]:
+    """Frames by their times, from the clip's start on, and the sound under them."""
     clip = entry.clip
     if lossless:
         _check_lossless(entry.path)
@@ -311,13 +319,13 @@ def _film(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fractio
             if end is not None and picture.time >= end - ROUNDING:
                 break
             if picture.frame.is_corrupt:
-                raise UserError(f"damaged picture at {float(picture.time):.2f} s")
+                raise UserError(f"damaged frame at {float(picture.time):.2f} s")
             if picture.time + picture.duration > start + ROUNDING:
                 pixels = upright(picture.frame, "rgb24")
                 x, y, w, h = crop_box(clip, (pixels.shape[1], pixels.shape[0]), None) if clip.crop else (0, 0, 0, 0)
                 pixels = pixels[y : y + h, x : x + w] if clip.crop else pixels
                 if frames and frames[0].shape != pixels.shape:
-                    raise UserError("pictures change their size; convert the film")
+                    raise UserError("frames change their size; convert the video")
                 _check_length(len(frames) + 1, *pixels.shape[:2])
                 frames.append(np.ascontiguousarray(pixels))
                 times.append(picture.time)
@@ -327,21 +335,21 @@ def _film(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fractio
             if enough and rates and picture.time - times[0] > (rule.frames or 0) / rates + 1:
                 break
     if not frames:
-        raise UserError(f"no picture from {float(start):.2f} s on")
+        raise UserError(f"no frame from {float(start):.2f} s on")
     video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
     own = rate if rate is not None else Fraction(25)
     steady = all(abs(times[i] - times[0] - i / own) <= 2 * ROUNDING for i in range(len(times)))
     if rule.fps is None or (_same_rate(own, rule.fps) and steady):
         if not steady:
-            raise UserError("the frame rate varies; convert the film to a constant one")
+            raise UserError("the frame rate varies; convert the video to a constant one")
         fps = own if rule.fps is None else rule.fps
     else:
         _refuse_rate(own, rule)
         fps, last = rule.fps, times[-1] + 1 / own - times[0]
         count = math.floor((last + ROUNDING) * fps)
         at = torch.tensor([float(time - times[0]) for time in times], dtype=torch.float64)
-        asked = torch.arange(count, dtype=torch.float64) / float(fps) + float(ROUNDING)
-        video = video[:, torch.searchsorted(at, asked, right=True) - 1]
+        shown = torch.arange(count, dtype=torch.float64) / float(fps) + float(ROUNDING)
+        video = video[:, torch.searchsorted(at, shown, right=True) - 1]
     wanted = round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps)
     return video, fps, _sound(entry, times[0], wanted)
 
@@ -351,8 +359,8 @@ def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
         sound = read_audio(entry.sound)
         first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
         return sound[first : first + count]
-    heard = read_sound(entry.path, round(start * SAMPLE_RATE), count)
-    return None if heard is None else heard[0]
+    track = read_sound(entry.path, round(start * SAMPLE_RATE), count)
+    return None if track is None else track[0]
 
 
 def _check_lossless(path: Path) -> None:
@@ -376,15 +384,15 @@ def _fitted(video: Tensor, box: tuple[float, ...] | None, rule: ClipRule) -> tup
     frames = [((fit_image(x, rule.size) + 1) * 127.5).round().byte() for x in video.permute(1, 2, 3, 0)]
     ratio = max(rule.size[0] / have[0], rule.size[1] / have[1])
     if box is not None:
-        seen = _holds(have, box)  # a box that is off the picture as given is refused where faces are cropped
+        inside = _holds(have, box)  # a box that is off the frame as given is refused where faces are cropped
         scaled = [max(rule.size[i], round(have[i] * ratio)) for i in (0, 1)]
         top, left = (scaled[0] - rule.size[0]) // 2, (scaled[1] - rule.size[1]) // 2
         across, down = scaled[1] / have[1], scaled[0] / have[0]
         box = (box[0] * across - left, box[1] * down - top, box[2] * across - left, box[3] * down - top)
-        box = None if seen and not _holds(rule.size, box) else box
+        box = None if inside and not _holds(rule.size, box) else box
     return torch.stack(frames, 1), box
 
 
 def _holds(size: tuple[int, int], box: tuple[float, ...]) -> bool:
-    """Whether the centre of a box lies in a picture of height and width `size`."""
+    """Whether the centre of a box lies in a frame of height and width `size`."""
     return 0 <= box[1] + box[3] <= 2 * size[0] and 0 <= box[0] + box[2] <= 2 * size[1]

@@ -20,12 +20,12 @@ def is_prepared(folder: Path) -> bool:
 
 
 def open_samples(folder: Path) -> dict[str, Index]:
-    """Clip id, its dots as "_", -> an index of its sample alone. UserError where shards are not whole or hold what is no film."""
-    index = Index.read(folder, Fraction(25))  # the rate is for sound without pictures, which is refused here
+    """Clip id, its dots as "_", -> an index of its sample alone. UserError where shards are not whole or hold what is no video."""
+    index = Index.read(folder, Fraction(25))  # the rate is for sound without video, which is refused here
     found = {}
     for entry in range(len(index.keys)):
         if "video" not in index.buckets[index.bucket[entry]].parts:
-            raise UserError(f"sample {index.key(entry)} of {folder} is no film; leave it out")
+            raise UserError(f"sample {index.key(entry)} of {folder} is no video; remove it")
         found[index.key(entry).replace("+", "_")] = _alone(
             index, entry
         )  # a key has "+" for a dot (`shards.sample_key`)
@@ -58,7 +58,7 @@ def read_sample(sample: Index) -> tuple[Tensor, Fraction, Tensor | None]:
     try:
         fps = Fraction(json.loads(members["json"])["fps"])
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"facts cannot be read ({error!r}): {where}; {MEND}") from error
+        raise UserError(f"metadata cannot be read ({error!r}): {where}; {MEND}") from error
     clip = Windows(sample, int(sample.frames[0]), fps)[0]
     assert clip.video is not None
     return clip.video, fps, clip.audio

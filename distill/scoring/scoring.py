@@ -10,13 +10,12 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from distill import __version__
@@ -26,26 +25,19 @@ from distill.scoring.clip_sets import Entry, open_set, read_clip
 from distill.scoring.generate import GenerateJob, generate_clip
 from eval import golden
 from eval.cards import Card
-from eval.clip_scores import (
-    PAIRED,
-    Extractors,
-    Scores,
-    clip_features,
-    floor_scores,
-    group_of,
-    refusals,
-    set_scores,
-)
+from eval.metric import Metric, Score
+from eval.networks.loaded import Networks
+from eval.scores import IN_CLIPS, clip_features, refusals, set_scores
 from teachers.errors import UserError
 from teachers.files import canonical_json, load_tensors, make_folder, save_tensors
 
-ON_THE_PAIR = ("sync", "identity", "probes", "pairs", "lpips")  # features for which the real clip matters too
-TOLD = 5  # clips that are named in an error
+NAMED = 5  # clips that are named in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What every process has to know. `probes`: folder of the embedded extractors; `cache`: where features lie."""
+    """What every process has to know. `metrics`: keys of the card; `probes`: folder of the embedded extractors; `cache`:
+    where features lie."""
 
     card: Card
     metrics: tuple[str, ...]
@@ -54,10 +46,6 @@ class Job:
     device: str = "cpu"
     batch_size: int = 32
     processes: int = 0
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(group_of(metric, self.card) for metric in self.metrics))
 
 
 @dataclass(frozen=True)
@@ -71,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """Where the features of a clip lie, and its shape; or why there are none, for the clip as a whole or for one group."""
+    """Where the features of a clip lie, and its shape; or why there are none, for the clip as a whole or for one metric."""
 
     files: dict[str, str]
     shape: tuple[int, ...]
@@ -79,21 +67,21 @@ class Found:
     without: dict[str, str]
 
 
-def generate_all(job: GenerateJob, real: Mapping[str, Entry], card: Card, processes: int) -> dict[str, Entry]:
-    """The student's clips for every real one, drawn where they are not there yet. Raises UserError naming clips that failed."""
+def generate_clips(job: GenerateJob, real: Mapping[str, Entry], card: Card, processes: int) -> dict[str, Entry]:
+    """The student's clips for every real one, generated where they are not there yet. Raises UserError naming clips that failed."""
     make_folder(job.folder)
     problems: dict[str, str] = {}
-    work = partial(_draw, job, card)
-    with tqdm(total=len(real), unit="clip", desc="draw", file=sys.stderr) as bar, _one_thread():
+    work = partial(_generate, job, card)
+    with tqdm(total=len(real), unit="clip", desc="generate", file=sys.stderr) as bar, _one_thread():
         for entry, problem in shared_out(work, real.values(), processes):
             if problem is None or problem:
                 problems[entry.clip.id] = problem or "its process was killed, most likely for want of memory"
             bar.update()
-    _raise(problems, len(real), "cannot be drawn")
+    _raise(problems, len(real), "cannot be generated")
     return {name: entry for name, entry in open_set(job.folder).items() if name in real}
 
 
-def _draw(job: GenerateJob, card: Card, entry: Entry) -> str:
+def _generate(job: GenerateJob, card: Card, entry: Entry) -> str:
     """An empty text, or what is wrong with the clip."""
     try:
         generate_clip(job, entry, card)
@@ -127,11 +115,10 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
     for clips that cannot be read, do not fit the card or each other, and where nothing is left to score.
     """
     clips = match(generated, real, job.card)
-    refused = refusals(job.card, job.metrics)
-    metrics = tuple(metric for metric in job.metrics if metric not in refused)
-    if not metrics:
+    refused = refusals(job.card, job.metrics, IN_CLIPS | _networks(job.probes, job.device, job.batch_size).offers)
+    job = replace(job, metrics=tuple(key for key in job.metrics if key not in refused))
+    if not job.metrics:
         raise UserError("nothing can be scored: " + " | ".join(refused.values()))
-    job = Job(**{**vars(job), "metrics": metrics})
     tasks = [Task(real[clip], real[clip], False) for clip in clips]
     tasks += [Task(generated[clip], real[clip], True) for clip in clips]
     found = _features(job, tasks)
@@ -139,38 +126,35 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
     _check_shapes(clips, ours, theirs)
     refused |= _without(job, [*theirs, *ours])
     table: dict[str, Any] = {"ground_truth": _row(len(clips)), "floor": _row(len(clips) // 2), name: _row(len(clips))}
-    kept: dict[str, list[dict[str, Tensor]]] = {}
-    with tqdm(metrics, desc="score", file=sys.stderr) as bar:
-        for metric in bar:
-            bar.set_postfix_str(metric)
-            if metric in refused:
-                continue
-            group = group_of(metric, job.card)
-            for role, which in (("real", theirs), ("generated", ours)):
-                if f"{role} {group}" not in kept:
-                    kept[f"{role} {group}"] = [load_tensors(job.cache / item.files[group]) for item in which]
+    notes: list[str] = []
+    with tqdm([key for key in job.metrics if key not in refused], desc="score", file=sys.stderr) as bar:
+        for key in bar:
+            bar.set_postfix_str(key)
+            sides = [[load_tensors(job.cache / item.files[key]) for item in which] for which in (ours, theirs)]
             try:
-                _score_metric(metric, kept[f"generated {group}"], kept[f"real {group}"], job.card, table, name)
+                notes += _score_metric(job.card.metrics[key], *sides, clips, job.card.floor_splits, table, name)
             except UserError as error:
-                refused[metric] = f"{metric} refused: {error}"
+                refused[key] = f"{key} refused: {error}"
     if not table[name]["metrics"]:
         raise UserError("nothing can be scored: " + " | ".join(refused.values()))
     files = {
-        group: {"generated": [item.files[group] for item in ours], "real": [item.files[group] for item in theirs]}
-        for group in job.groups
-        if all(group in item.files for item in found)
+        key: {"generated": [item.files[key] for item in ours], "real": [item.files[key] for item in theirs]}
+        for key in job.metrics
+        if all(key in item.files for item in found)
     }
     return {
-        "format": 1,
+        "format": 2,
         "name": name,
         "card": job.card.plain(),
+        "columns": {column: shown.plain() for column, shown in job.card.columns.items()},
         "n": len(clips),
         "clips": clips,
         "shape": list(ours[0].shape),
         "rows": table,
+        "notes": notes,
         "refused": refused,
         "features": files,
-        "golden": golden.refine_context(),
+        "golden": golden.remembered(),
         "versions": versions(),
     }
 
@@ -179,19 +163,24 @@ def _row(num: int) -> dict[str, Any]:
     return {"n": num, "metrics": {}, "clips": {}}
 
 
-def _score_metric(metric: str, ours: list, theirs: list, card: Card, table: dict[str, Any], name: str) -> None:
-    _put(table[name], set_scores(metric, ours, theirs, card))
-    if metric not in PAIRED:
-        _put(table["ground_truth"], set_scores(metric, theirs, None, card))
-    floor = floor_scores(metric, theirs, card)
+def _score_metric(
+    metric: Metric, ours: list, theirs: list, clips: list[str], splits: int, table: dict[str, Any], name: str
+) -> list[str]:
+    """Put the scores of all rows into the table; returns what must stand beside them."""
+    scores = set_scores(metric, ours, None if metric.against is None else theirs)
+    truth = {} if metric.paired else set_scores(metric, theirs, None)
+    floor = metric.floor(theirs, splits)
+    _put(table[name], scores)
+    _put(table["ground_truth"], truth)
     if floor is not None:
-        table["floor"]["metrics"][metric] = {"mean": floor[0][0], "error": floor[0][1]}
+        table["floor"]["metrics"] |= {name: {"mean": mean, "error": error} for name, (mean, error) in floor[0].items()}
         table["floor"]["n"] = floor[1]
+    return metric.notes(clips, truth)
 
 
-def _put(row: dict[str, Any], scores: Scores) -> None:
-    row["metrics"] |= {name: {"mean": _finite(m), "error": _finite(e)} for name, (m, e) in scores.metrics.items()}
-    row["clips"] |= {name: [_finite(value) for value in values] for name, values in scores.clips.items()}
+def _put(row: dict[str, Any], scores: Mapping[str, Score]) -> None:
+    row["metrics"] |= {name: {"mean": _finite(x.mean), "error": _finite(x.error)} for name, x in scores.items()}
+    row["clips"] |= {name: [_finite(v) for v in x.clips] for name, x in scores.items() if x.clips is not None}
 
 
 def _finite(value: float) -> float | None:
@@ -204,7 +193,7 @@ def _features(job: Job, tasks: Sequence[Task]) -> list[Found]:
     found: dict[int, Found] = {}
     problems: dict[str, str] = {}
     work = partial(_look, job)
-    with tqdm(total=len(tasks), unit="clip", desc=", ".join(job.groups), file=sys.stderr) as bar, _one_thread():
+    with tqdm(total=len(tasks), unit="clip", desc=", ".join(job.metrics), file=sys.stderr) as bar, _one_thread():
         for (index, task), result in shared_out(work, enumerate(tasks), job.processes):
             problem = "its process was killed, most likely for want of memory" if result is None else result.problem
             if problem is not None:
@@ -219,54 +208,50 @@ def _features(job: Job, tasks: Sequence[Task]) -> list[Found]:
 
 
 @lru_cache(maxsize=1)
-def _extractors(probes: Path | None, device: str, batch_size: int) -> Extractors:
-    return Extractors(probes, device, batch_size)
+def _networks(probes: Path | None, device: str, batch_size: int) -> Networks:
+    return Networks(probes, device, batch_size)
 
 
 def _look(job: Job, numbered: tuple[int, Task]) -> Found:
     """Make the features of one clip that are not there yet; its shape is kept beside them."""
     task = numbered[1]
     try:
-        files = {group: _mark(job, task, group) for group in ("shape", *job.groups)}
-        missing = [group for group, file in files.items() if not (job.cache / file).is_file()]
-        without = _make(job, task, {group: files[group] for group in missing}) if missing else {}
+        files = {key: _file_name(job, task, key) for key in ("shape", *job.metrics)}
+        missing = [key for key, file in files.items() if not (job.cache / file).is_file()]
+        without = _make(job, task, {key: files[key] for key in missing}) if missing else {}
         shape = tuple(load_tensors(job.cache / files["shape"])["shape"].tolist())
     except UserError as error:
         return Found({}, (), str(error), {})
-    return Found({group: file for group, file in files.items() if group not in without}, shape, None, without)
+    return Found({key: file for key, file in files.items() if key not in without}, shape, None, without)
 
 
 def _make(job: Job, task: Task, files: Mapping[str, str]) -> dict[str, str]:
-    """Write features, group -> file; returns group -> why this clip has none. UserError for the clip as a whole."""
-    take = read_clip(task.entry, job.card, task.generated)
-    real = take if task.entry is task.real else read_clip(task.real, job.card, False)
-    if set(files) & set(ON_THE_PAIR) and take.video.shape != real.video.shape:
-        raise UserError(_unlike(take.video.shape, real.video.shape))
-    extractors = _extractors(job.probes, job.device, job.batch_size)
+    """Write features, metric -> file; returns metric -> why this clip has none. UserError for the clip as a whole."""
+    clip = read_clip(task.entry, job.card, task.generated)
+    real = clip if task.entry is task.real else read_clip(task.real, job.card, False)
+    if clip.video.shape != real.video.shape:
+        raise UserError(_unlike(clip.video.shape, real.video.shape))
+    networks = _networks(job.probes, job.device, job.batch_size)
     without = {}
-    for group, file in files.items():
-        if group == "shape":
-            made = {"shape": torch.tensor([*take.video.shape[1:], *take.fps.as_integer_ratio()])}
-        elif group == "sync" and not task.real.has_box:
-            without[group] = f"no face box for {task.real.clip.id}: give faces.json beside the real clips"
-            continue
+    for key, file in files.items():
+        if key == "shape":
+            made = {"shape": torch.tensor([*clip.video.shape[1:], *clip.fps.as_integer_ratio()])}
         else:
             try:
-                made = clip_features(group, take, real, job.card, extractors)
+                made = clip_features(job.card.metrics[key], clip, real, networks)
             except UserError as error:
-                without[group] = f"{task.entry.clip.id}: {error}"
+                without[key] = f"{task.entry.clip.id}: {error}"
                 continue
         save_tensors(job.cache / file, made)
     return without
 
 
-def _mark(job: Job, task: Task, group: str) -> str:
-    paired = group in ON_THE_PAIR
+def _file_name(job: Job, task: Task, key: str) -> str:
     facts = {
-        "group": group,
+        "metric": key,
         "card": job.card.sha256,
         "clip": task.entry.identity,
-        "real": task.real.identity if paired else "",
+        "real": task.real.identity,
         "version": __version__,
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:40] + ".safetensors"
@@ -298,26 +283,26 @@ def _without(job: Job, found: Iterable[Found]) -> dict[str, str]:
     """Metric -> why its features are missing for some clip."""
     reasons: dict[str, list[str]] = {}
     for item in found:
-        for group, reason in item.without.items():
-            reasons.setdefault(group, []).append(reason)
-    told = {}
-    for metric in job.metrics:
-        if said := list(dict.fromkeys(reasons.get(group_of(metric, job.card), []))):
-            more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
-            told[metric] = f"{metric} refused: {said[0]}{more}"
-    return told
+        for key, reason in item.without.items():
+            reasons.setdefault(key, []).append(reason)
+    refused = {}
+    for key in job.metrics:
+        if given := list(dict.fromkeys(reasons.get(key, []))):
+            more = f" (and {len(given) - 1} more)" if len(given) > 1 else ""
+            refused[key] = f"{key} refused: {given[0]}{more}"
+    return refused
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:TOLD]) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _raise(problems: Mapping[str, str], total: int, what: str) -> None:
     """UserError in one line that names the clips and what is wrong with each."""
     if problems:
-        told = [f"{name}: {why}" for name, why in sorted(problems.items())[:TOLD]]
-        more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
-        raise UserError(f"{len(problems)} of {total} clips {what}: " + "; ".join([*told, *more]))
+        named = [f"{name}: {why}" for name, why in sorted(problems.items())[:NAMED]]
+        more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
+        raise UserError(f"{len(problems)} of {total} clips {what}: " + "; ".join([*named, *more]))
 
 
 @contextmanager
@@ -336,7 +321,7 @@ def read_report(path: Path) -> dict[str, Any]:
     path = path / "eval.json" if path.is_dir() else path
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if report["format"] != 1 or not {"name", "card", "n", "clips", "rows"} <= report.keys():
+        if report["format"] != 2 or not {"name", "card", "n", "clips", "rows", "columns"} <= report.keys():
             raise ValueError("other keys")
     except FileNotFoundError as error:
         raise UserError(f"no scores: {path}; distill eval --out writes them") from error

@@ -1,28 +1,17 @@
-"""Which metrics of the embedded extractors are admitted: those that rank known cases right."""
+"""Which metrics that stand on a run's probes are admitted: those that rank known cases right."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
-from eval.embedded.benchmark import prepare_reference
-from eval.embedded.extractors import Probes, Reading, blur
-from eval.metrics.frechet import frechet_distance, frechet_with_error, kid_with_error
-from eval.metrics.identity import identity_agreement
-from eval.metrics.motion import class_agreement, motion_energies, ratio_with_error, sharpness_energies
-from eval.metrics.sync import mouth_sync
-
-NEEDS = {  # these stand and fall with another metric
-    "sync_offset_frames": "sync",
-    "sync_width": "sync",
-    "motion_probability": "motion",
-    "expression": "motion",
-}
-
-
-WEIGHT_FREE = ("seam", "gap")
-"""These need no probe, so nothing has to admit them."""
+from eval.cards import Card
+from eval.embedded.evaluation import Evaluation
+from eval.embedded.extractors import Probes, blur
+from eval.metric import Clip, Features, Metric
+from eval.scores import lacking
 
 
 @torch.inference_mode()
@@ -48,97 +37,52 @@ def known_cases(
     }
 
 
+class Cases(Evaluation):
+    """The known cases, as `Metric.admit` asks for them; `names` are those of `known_cases`."""
+
+    def __init__(
+        self,
+        card: Card,
+        probes: Probes,
+        real: Sequence[Clip],
+        decoded: UInt8[Tensor, "n 3 t h w"],
+        reference: UInt8[Tensor, "m 3 t h w"],
+        generator: torch.Generator,
+    ):
+        super().__init__(card, probes, real, decoded, reference)
+        self.videos = known_cases(torch.stack([clip.video for clip in real]), decoded, generator)
+        self.clips = {name: self._read(video) for name, video in self.videos.items()}
+        self.names = tuple(self.videos)
+
+    def features(self, metric: Metric, name: str) -> list[Features]:
+        """Features of the clips of one case."""
+        return self._features(metric, self.clips[name], self.real)
+
+    def reference(self, metric: Metric) -> list[Features]:
+        """Features of what the metric is against."""
+        found = self._reference(metric.name, metric)
+        assert found is not None
+        return found
+
+
 def admit(
+    card: Card,
     probes: Probes,
-    real: UInt8[Tensor, "n 3 t h w"],
+    real: Sequence[Clip],
     decoded: UInt8[Tensor, "n 3 t h w"],
-    audio_features: Float[Tensor, "n t a"],
-    gesture: Int[Tensor, " n"] | None,
-    reference_real: UInt8[Tensor, "m 3 t h w"],
+    reference: UInt8[Tensor, "m 3 t h w"],
     generator: torch.Generator,
-) -> dict[str, dict]:
-    """Which metrics rank known cases right: {"admitted": {name: bool}, "cases": {name: {case: value}}}.
+) -> dict[str, dict[str, Any]]:
+    """Which metrics of a card rank known cases right: {"admitted": {name: bool}, "cases": {name: {case: value}}}.
 
-    fid, kid: real < decoded < blurred, static, noisy; real and decoded may tie within one jackknife error, since a good codec is
-    invisible to a small extractor. fvd: the same and decoded < frozen, shuffled. sync: in sync >
-    shifted by 3 frames and > swapped sound; at the best lag shifted > swapped, and the lag is found (at lag 0 a shift
-    by half a syllable is below a swap: the two are anti-phase). identity: own > swapped. motion, motion_energy: real
-    > static. sharpness: real > decoded > blurred. diversity needs what fid reads and is admitted with it. Only what the
-    probes have learned, and was asked for, is tried.
+    real: held-out clips with labels; decoded: the same through the codec; reference: other real clips. Only what the probes have
+    learned, and has labels, is tried; what is tried is stated at each `Metric.admit`.
     """
-    videos = known_cases(real, decoded, generator)
-    readings = {name: probes.read(clips) for name, clips in videos.items()}
-    base = prepare_reference(probes, reference_real, decoded)
-    fid = {name: frechet_distance(x.frame_features[:, 1:], base.frame_features) for name, x in readings.items()}
-    kid = {
-        name: kid_with_error(x.frame_features[:, 1::3], base.frame_features[:, ::3])[0] for name, x in readings.items()
+    cases = Cases(card, probes, real, decoded, reference, generator)
+    tried = {
+        m.name: m.admit(cases) for m in card.metrics.values() if m.admit is not None and not lacking(m, cases.offers)
     }
-    fvd = {name: frechet_distance(x.clip_features, base.clip_features) for name, x in readings.items()}
-    energy = {
-        name: ratio_with_error(motion_energies(videos[name]), base.motion)[0] for name in ("real", "static", "noisy")
+    return {
+        "admitted": {name: admitted for name, (_, admitted) in tried.items()},
+        "cases": {name: values for name, (values, _) in tried.items()},
     }
-    sharp = {name: ratio_with_error(sharpness_energies(x), base.sharpness)[0] for name, x in videos.items()}
-    real_reading, portraits = readings["real"], readings["real"].identity[:, 0]
-    errors = {
-        "fid": frechet_with_error(real_reading.frame_features[:, 1:], base.moments[0])[1],
-        "kid": kid_with_error(real_reading.frame_features[:, 1::3], base.frame_features[:, ::3])[1],
-        "fvd": frechet_with_error(real_reading.clip_features, base.moments[1])[1],
-    }
-
-    def common(name: str, x: dict[str, float]) -> bool:
-        at_floor = x["real"] < x["decoded"] + errors[name]
-        return at_floor and max(x["real"], x["decoded"]) < min(x["blurred"], x["static"], x["noisy"])
-
-    admitted = {
-        "fid": common("fid", fid),
-        "kid": common("kid", kid),
-        "fvd": common("fvd", fvd) and fvd["decoded"] < min(fvd["frozen"], fvd["shuffled"]),
-    }
-    cases = {"fid": fid, "kid": kid, "fvd": fvd}
-    if probes.knows_mouth:
-        cases["sync"], admitted["sync"] = _admit_sync(readings, probes.mouth_from_audio(audio_features))
-    if portraits.shape[1]:
-        identity = cases["identity"] = {
-            "real": identity_agreement(readings["real"].identity, portraits)[0],
-            "decoded": identity_agreement(readings["decoded"].identity, portraits)[0],
-            "swapped": identity_agreement(readings["real"].identity.roll(1, 0), portraits)[0],
-        }
-        admitted["identity"] = min(identity["real"], identity["decoded"]) > 0.5 > identity["swapped"]
-    if gesture is not None:
-        known = ("real", "decoded", "static")
-        motion = cases["motion"] = {name: class_agreement(readings[name].gesture, gesture)[0] for name in known}
-        admitted["motion"] = min(motion["real"], motion["decoded"]) > 0.8 and motion["decoded"] > motion["static"]
-    admitted |= {
-        "motion_energy": energy["static"] < 0.1 < energy["real"] < energy["noisy"],
-        "sharpness": sharp["noisy"] > sharp["real"] > sharp["decoded"] > sharp["blurred"],
-    }
-    if gesture is not None:
-        admitted["diversity"] = admitted["fid"]
-    return {"admitted": admitted, "cases": {**cases, "motion_energy": energy, "sharpness": sharp}}
-
-
-def _admit_sync(readings: Mapping[str, Reading], heard: Tensor) -> tuple[dict[str, float], bool]:
-    """The cases of sync, and whether it ranks them right."""
-    mouth = readings["real"].mouth
-    late = torch.cat((mouth[:, :1].expand(-1, 3, -1), mouth[:, :-3]), dim=1)
-    shifted = mouth_sync(late[:, 3:], heard[:, 3:])
-    swapped = mouth_sync(mouth, heard.roll(1, 0))
-    sync = {
-        "real": mouth_sync(mouth, heard)["sync"],
-        "decoded": mouth_sync(readings["decoded"].mouth, heard)["sync"],
-        "shifted": shifted["sync"],
-        "swapped": swapped["sync"],
-        "shifted_at_offset": shifted["sync_at_offset"],
-        "swapped_at_offset": swapped["sync_at_offset"],
-        "shifted_offset": shifted["sync_offset_frames"],
-    }
-    return sync, (
-        min(sync["real"], sync["decoded"]) > max(0.5, sync["shifted"], sync["swapped"])
-        and sync["shifted_at_offset"] > sync["swapped_at_offset"] + 0.2
-        and sync["shifted_offset"] == 3
-    )
-
-
-def is_admitted(name: str, admitted: Mapping[str, bool]) -> bool:
-    """Whether `name` may be shown as a score: itself, or the metric it stands on, passed; unknown names may not."""
-    return name in WEIGHT_FREE or bool(admitted.get(NEEDS.get(name, name), False))

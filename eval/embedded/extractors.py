@@ -2,7 +2,7 @@
 
 The protocol is named "embedded". Distances in their feature spaces rank systems of one run; they are NEVER comparable
 with published FID/FVD or Sync-C, whose networks, preprocessing and data are others. A metric built on them is shown
-as a score only where `eval.benchmark.admit` found that it ranks known cases right.
+as a score only where `eval.embedded.admission.admit` shows that it ranks known cases right.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class FrameProbe(nn.Module):
     """Frames [N, 3, H, W] in [-1, 1] -> features [N, DIM] and readings of what the frame shows.
 
     H and W are multiples of 16. Outputs are standardised; `Probes` undoes that. `quality` is the blur and noise that
-    training added: it keeps in the features what the other readings learn to ignore.
+    training added: it keeps in the features what the other outputs learn to ignore.
     """
 
     def __init__(self, num_labels: int, num_expressions: int, num_identity: int):
@@ -80,7 +80,7 @@ class ClipProbe(nn.Module):
 
 
 class AudioProbe(nn.Module):
-    """Audio features [N, T, A], a row a pixel frame -> heard mouth (open, width) [N, T, 2]; hears +-2 frames."""
+    """Audio features [N, T, A], a row a pixel frame -> mouth (open, width) [N, T, 2]; its receptive field is +-2 frames."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -109,8 +109,14 @@ class Reading:
 
     @property
     def mouth(self) -> Tensor:
-        """Seen mouth [N, T, 2]: open, width."""
-        return torch.stack([self.labels[name] for name in MOUTH], dim=2)
+        """Mouth in the video [N, T, 2]: open, width."""
+        return torch.stack([self.labels[name] for name in MOUTH], dim=-1)
+
+    def clip(self, index: int) -> "Reading":
+        """That of one clip, without the axis of clips."""
+        labels = {name: values[index] for name, values in self.labels.items()}
+        rest = (self.expression[index], self.gesture[index], self.identity[index])
+        return Reading(self.frame_features[index], self.clip_features[index], labels, *rest)
 
 
 class Probes:
@@ -133,7 +139,7 @@ class Probes:
 
     @property
     def knows_mouth(self) -> bool:
-        """Whether they have learned to see and hear the mouth."""
+        """Whether they have learned the mouth from video and from audio."""
         return all(name in self.names for name in MOUTH)
 
     def to(self, device: torch.device | str) -> "Probes":
@@ -164,11 +170,11 @@ class Probes:
 
     @torch.inference_mode()
     def mouth_from_audio(self, audio_features: Float[Tensor, "n t a"]) -> Float[Tensor, "n t 2"]:
-        """Mouth (open, width) that the sound asks for, in the world's units."""
+        """Mouth (open, width) that the sound predicts, in the world's units."""
         scaled = (audio_features.to(self.device) - self.scales["audio_mean"]) / self.scales["audio_std"]
         columns = [self.names.index(name) for name in MOUTH]
-        heard = self.audio_probe(scaled) * self.scales["label_std"][columns] + self.scales["label_mean"][columns]
-        return heard.float().cpu()
+        mouth = self.audio_probe(scaled) * self.scales["label_std"][columns] + self.scales["label_mean"][columns]
+        return mouth.float().cpu()
 
     def check(self, video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> dict[str, float]:
         """Agreement with known labels over frames 1..: correlations, and accuracy of expression and gesture."""
@@ -179,14 +185,14 @@ class Probes:
         late = reading.expression[:, reading.expression.shape[1] // 3 :].mean(1).argmax(1)
         scores["expression"] = float((late == labels["expression"].cpu()).double().mean())
         scores["gesture"] = float((reading.gesture.argmax(1) == labels["gesture"].cpu()).double().mean())
-        heard = self.mouth_from_audio(audio_features)
+        mouth = self.mouth_from_audio(audio_features)
         for index, name in enumerate(MOUTH):
-            scores[f"heard_{name}"] = correlation(heard[:, 1:, index], labels[name][:, 1:])
+            scores[f"audio_{name}"] = correlation(mouth[:, 1:, index], labels[name][:, 1:])
         return scores
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor by name: `frame.*`, `clip.*`, `audio_probe.*`, `scale.*`."""
-        networks = {"frame": self.frame, "clip": self.clip, "ear": self.audio_probe}
+        networks = {"frame": self.frame, "clip": self.clip, "audio_probe": self.audio_probe}
         state = {f"{key}.{name}": x for key, network in networks.items() for name, x in network.state_dict().items()}
         state.update({f"scale.{key}": x for key, x in self.scales.items()})
         return {name: x.detach().cpu().contiguous() for name, x in state.items()}
@@ -223,7 +229,7 @@ class Probes:
             names, sizes = tuple(meta["names"]), meta["frame"]
             frame = FrameProbe(sizes[0], sizes[1], sizes[2])
             clip, audio_probe = ClipProbe(meta["clip"][2], meta["clip"][0]), AudioProbe(meta["audio"])
-            for key, network in {"frame": frame, "clip": clip, "ear": audio_probe}.items():
+            for key, network in {"frame": frame, "clip": clip, "audio_probe": audio_probe}.items():
                 load_strict(network, _under(state, key), f"probe {key}", "fit them again")
         except (OSError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Training of the embedded extractors on the procedural world; every draw comes from one generator."""
+"""Training of the embedded extractors on the procedural world; all randomness comes from one generator."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -63,7 +63,7 @@ def fit(
     targets = (per_frame - scales["label_mean"]) / scales["label_std"]
     trainer = _Trainer(config, generator, progress)
     if probes.knows_mouth:
-        trainer.run(audio_probe, _ear_loss(probes, audio_features, targets, generator), 0)
+        trainer.run(audio_probe, _audio_loss(probes, audio_features, targets, generator), 0)
     trainer.run(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), 1)
     trainer.run(clip, _clip_loss(probes, sources, labels, targets, generator), 2)
     return probes
@@ -71,9 +71,9 @@ def fit(
 
 def _label_names(video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> tuple[str, ...]:
     num, frames, height, width = video.shape[0], *video.shape[2:]
-    asked = (*MOUTH, "expression", "gesture", "identity")
-    missing = [key for key in asked if key not in labels]
-    if missing and (len(missing) < len(asked) or not labels):
+    wanted = (*MOUTH, "expression", "gesture", "identity")
+    missing = [key for key in wanted if key not in labels]
+    if missing and (len(missing) < len(wanted) or not labels):
         raise UserError(
             f"the probes need the label {missing[0]}: the clips have {', '.join(sorted(labels))}; render it"
         )
@@ -94,7 +94,7 @@ def _scale(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def _build(make: Callable[[], Network], rng: torch.Generator) -> Network:
-    """Construct on the meta device (no global randomness), then draw He-normal weights from `rng`."""
+    """Construct on the meta device (no global randomness), then sample He-normal weights from `rng`."""
     with torch.device("meta"):
         network = make()
     network = network.to_empty(device="cpu")
@@ -153,7 +153,7 @@ def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch
         clip = torch.randint(num, (batch,), generator=rng)
         time = torch.randint(frames, (batch,), generator=rng)
         shown, quality = _degrade(as_float(both[source, clip, :, time]), rng)
-        _, read, expression, who, soiled = probes.frame(shown.contiguous(memory_format=torch.channels_last))
+        _, read, expression, who, degraded = probes.frame(shown.contiguous(memory_format=torch.channels_last))
         value = (weights * F.mse_loss(read, targets[clip, time], reduction="none")).sum() / (batch * num_labels)
         if "expression" in labels:
             late = (time >= frames // 3).float()  # the expression fades in after the portrait
@@ -161,24 +161,24 @@ def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch
             value = value + 0.2 * (named * late).mean()
         if identity is not None:
             value = value + 0.4 * F.mse_loss(who, identity[clip])
-        return value + 0.5 * F.mse_loss(soiled, quality)
+        return value + 0.5 * F.mse_loss(degraded, quality)
 
     return loss
 
 
-def _ear_loss(probes, audio_features: Tensor, targets: Tensor, rng: torch.Generator) -> Callable[[], Tensor]:
+def _audio_loss(probes, audio_features: Tensor, targets: Tensor, rng: torch.Generator) -> Callable[[], Tensor]:
     scaled = (audio_features.float() - probes.scales["audio_mean"]) / probes.scales["audio_std"]
     target = targets[:, :, [probes.names.index(name) for name in MOUTH]]
 
     def loss() -> Tensor:
         rows = torch.randint(len(scaled), (CLIP_BATCH,), generator=rng)
-        return F.mse_loss(probes.audio_probe(scaled[rows])[:, 1:], target[rows, 1:])  # frame 0 is the given portrait
+        return F.mse_loss(probes.audio_probe(scaled[rows])[:, 1:], target[rows, 1:])  # frame 0 is the reference
 
     return loss
 
 
 def _clip_loss(probes, sources, labels, targets: Tensor, rng: torch.Generator) -> Callable[[], Tensor]:
-    """Speeds and known gestures on natural clips; shuffled, frozen and flickering copies told apart, 3 of 8 in a batch."""
+    """Speeds and known gestures on natural clips; shuffled, frozen and flickering copies classified, 3 of 8 in a batch."""
     num = min(len(targets), CLIP_ROWS)
     natural, corrupt = _sequences(probes, [source[:num] for source in sources], rng)
     speed = targets.diff(dim=1).abs().mean(1)
@@ -209,8 +209,8 @@ def _sequences(probes, sources, rng: torch.Generator, rows: int = 48) -> tuple[T
         for part in parts:
             clips = as_float(part)
             amount = torch.rand(len(clips), 1, 2, generator=rng) * (torch.rand(len(clips), 1, 2, generator=rng) < 0.5)
-            soiled = _degrade_clips(clips, 0.6 * amount.expand(-1, clips.shape[2], -1), rng)
-            variants += [_embed(probes, clips), _embed(probes, soiled)]
+            degraded = _degrade_clips(clips, 0.6 * amount.expand(-1, clips.shape[2], -1), rng)
+            variants += [_embed(probes, clips), _embed(probes, degraded)]
         naturals.append(torch.stack(variants))
         clips, features = as_float(parts[turn % 2]), variants[2 * (turn % 2)][..., :DIM]
         num, frames = features.shape[:2]
@@ -242,7 +242,7 @@ def _degrade(frames: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _degrade_clips(clips: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
-    """Clips [N, 3, T, H, W] soiled frame by frame with amount [N, T, 2]."""
+    """Clips [N, 3, T, H, W] degraded frame by frame with amount [N, T, 2]."""
     flat = _corrupt(clips.transpose(1, 2).flatten(0, 1), amount.flatten(0, 1), rng)
     return flat.unflatten(0, amount.shape[:2]).transpose(1, 2)
 

@@ -1,22 +1,22 @@
-"""Protocol cards: every knob that makes two numbers comparable, with one hash over all of them."""
+"""The embedded evaluation's config, and the card of a run: the shipped one with everything on which a run's numbers depend."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from fractions import Fraction
 
+from eval.cards import Card, load_card
+from teachers.config import to_plain
 from teachers.errors import UserError
 
-EMBEDDED_NOTE = "embedded extractors; not comparable with published FID/FVD"
+COUNTS = ("num_conditions", "num_seeds", "num_reference", "diversity_conditions", "diversity_seeds")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How systems are judged. Counts are clips unless the name says otherwise.
+    """How systems are evaluated: `protocol` is a card, shipped or a file. Counts are clips unless the name states otherwise.
 
     `num_conditions` fresh held-out conditions are generated `num_seeds` times and compared with `num_reference` other real
-    clips. Diversity draws `diversity_seeds` noises for each of `diversity_conditions`.
+    clips. Diversity takes `diversity_seeds` noises for each of `diversity_conditions`.
     """
 
     num_conditions: int = 144
@@ -31,12 +31,12 @@ class EvalConfig:
     probe_lr: float = 5e-3
     probe_seed: int = 7
     admit_clips: int = 144
-    max_lag: int = 4
     latency_warmup: int = 2
     latency_runs: int = 25
     sheet_conditions: int = 4
     sheet_frames: int = 8
     num_samples: int = 4
+    protocol: str = "embedded"
 
     def __post_init__(self) -> None:
         least = {
@@ -46,9 +46,11 @@ class EvalConfig:
             "diversity_seeds": 2,
             "admit_clips": 8,
         }
-        may_be_zero = {"condition_seed", "probe_seed", "max_lag", "latency_warmup", "num_samples"}
+        may_be_zero = {"condition_seed", "probe_seed", "latency_warmup", "num_samples"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type is str:
+                continue
             floor = least.get(field.name, 0 if field.name in may_be_zero or field.type is float else 1)
             if value < floor:
                 raise UserError(f"eval.{field.name} is too small: got {value}; use at least {floor}")
@@ -65,73 +67,20 @@ class Geometry:
     sample_rate: int = 16000
 
 
-def protocol_card(
+def run_card(
     config: EvalConfig,
     geometry: Geometry,
-    extractor_sha256: str,
+    probes_sha256: str,
     admitted: Mapping[str, bool],
     seeds: Mapping[str, int],
-) -> dict:
-    """The card of a run for `report.json["protocol"]`: all knobs, and `sha256` over the ones that decide comparability.
-
-    Two numbers may be compared only if their cards have the same `sha256`. Knobs of cost and display (batch size,
-    latency runs, sheets) are listed but not hashed.
-    """
-    knobs = dataclasses.asdict(config)
-    display = {
-        name: knobs.pop(name)
-        for name in (
-            *("batch_size", "latency_warmup", "latency_runs"),
-            *("sheet_conditions", "sheet_frames", "num_samples"),
-        )
-    }
-    hashed = {
-        "name": "embedded",
-        "extractors": {"sha256": extractor_sha256, "admitted": dict(sorted(admitted.items()))},
-        "estimators": {
-            "fid": "Frechet distance of frame features, all frames but the given first one pooled, covariance over N-1",
-            "fvd": "Frechet distance of clip features, one row a clip, covariance over N-1",
-            "kid": "unbiased MMD^2 of frame features, kernel (x.y/d + 1)^3, pairs of one clip left out",
-            "error": "jackknife standard error over generated clips",
-        },
-        "knobs": knobs,
-        "geometry": {
-            "frames": geometry.frames,
-            "height": geometry.height,
-            "width": geometry.width,
-            "fps": str(geometry.fps),
-            "sample_rate": geometry.sample_rate,
-        },
+) -> Card:
+    """The card of a run: that of `config.protocol`, with the run's probes, which metrics they admit, counts, seeds and geometry."""
+    plain = dataclasses.asdict(config)
+    run = {
+        "admitted": dict(sorted(admitted.items())),
+        "counts": {name: plain[name] for name in COUNTS},
+        "probes": {name: value for name, value in plain.items() if name.startswith("probe_") or name == "admit_clips"},
+        "geometry": to_plain(geometry),
         "seeds": dict(sorted(seeds.items())),
     }
-    return {**hashed, "display": display, "note": EMBEDDED_NOTE, "sha256": canonical_sha256(hashed)}
-
-
-def canonical_sha256(value: object) -> str:
-    """sha256 of the canonical JSON text of `value` (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def check_comparable(card: Mapping, other: Mapping) -> None:
-    """Raise UserError naming the first differing knob if two protocol cards do not describe the same measurement."""
-    if card.get("sha256") == other.get("sha256"):
-        return
-    flat, other_flat = _flatten(card), _flatten(other)
-    for key in sorted(flat.keys() | other_flat.keys()):
-        if key.split(".")[0] in ("display", "note", "sha256"):
-            continue
-        if flat.get(key) != other_flat.get(key):
-            raise UserError(
-                f"scores of different protocols cannot be compared: {key} is {flat.get(key)} here and "
-                f"{other_flat.get(key)} there; evaluate both with one recipe"
-            )
-
-
-def _flatten(value: Mapping, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flatten(item, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = item
-    return flat
+    return load_card(config.protocol).resolved(probes_sha256, run)

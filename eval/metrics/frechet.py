@@ -2,14 +2,14 @@
 
 Feature sets are [N, d] (a row per clip) or [N, R, d] (R rows per clip, e.g. frames). Frames of one clip are not
 independent, so every error deletes or resamples whole clips. A percentile bootstrap of ONE Frechet value misses its
-own point estimate (the resampled covariance loses rank), so single values carry a jackknife error and the bootstrap
-is used for differences only. The error is that of the value AT THIS N: the upward bias of a small N is not in it, so
-values are compared at equal N only (`check_counts`) and beside the real-vs-real floor (`frechet_floor`).
+own point estimate (the resampled covariance loses rank), so values and differences carry a jackknife error. The error is
+that of the value AT THIS N: the upward bias of a small N is not in it, so values are compared at equal N only and beside the
+real-vs-real floor (`frechet_floor`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Float
@@ -58,15 +58,6 @@ class Moments:
         if self.count <= ddof:
             raise UserError(f"a covariance needs more than {ddof} rows: got {self.count}; evaluate more clips")
         return self.scatter / (self.count - ddof)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """`count`, `mean`, `scatter` as tensors, for safetensors: what one process leaves for another to merge."""
-        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
-
-    @staticmethod
-    def from_state_dict(state: Mapping[str, Tensor]) -> "Moments":
-        """What `state_dict` gave."""
-        return Moments(int(state["count"]), state["mean"], state["scatter"])
 
 
 def frechet_distance(a: Tensor | Moments, b: Tensor | Moments, ddof: int = 1) -> float:
@@ -157,13 +148,6 @@ def _by_clip(features: Tensor) -> Tensor:
     return by_clip
 
 
-def check_counts(counts: Mapping[str, int]) -> None:
-    """Raises UserError unless every named set has the same number of clips: a Frechet distance depends on N."""
-    if len(set(counts.values())) > 1:
-        got = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise UserError(f"Frechet distances compare at equal numbers of clips only: got {got}; evaluate the same clips")
-
-
 def frechet_floor(real: Tensor, generator: torch.Generator, splits: int = 8, ddof: int = 1) -> tuple[float, float, int]:
     """What perfect clips would score: the distance between random halves of the real ones.
 
@@ -220,7 +204,7 @@ def frechet_with_error(a: Tensor, reference: Tensor | Moments, ddof: int = 1) ->
 def kid_with_error(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Unbiased MMD^2, kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and its jackknife error over clips of a.
 
-    a, b: [N, d] or [N, R, d]; pairs inside one clip are left out, so clips with several rows stay unbiased.
+    a, b: [N, d] or [N, R, d]; pairs inside one clip do not count, so clips with several rows stay unbiased.
     """
     value, left = _kid_without_each(a, b)
     return value, jackknife_error(left)
@@ -256,8 +240,7 @@ def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
 def paired_difference(a: Tensor, b: Tensor, reference: Tensor | Moments, ddof: int = 1) -> tuple[float, float]:
     """Frechet(a, reference) - Frechet(b, reference) for two systems on the SAME clips, and its jackknife error.
 
-    Each clip is left out of both at once, so what the systems share cancels. Prefer it to `paired_bootstrap`: it has
-    no draws and covers at least as well.
+    Each clip is left out of both at once, so what the systems share cancels.
     """
     clips_a, clips_b = _paired(a, b)
     leave_one_out = 1 - torch.eye(len(clips_a), dtype=torch.float64)
@@ -280,28 +263,3 @@ def _paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             f"a paired comparison needs the same clips: got {len(clips_a)} and {len(clips_b)}; evaluate both alike"
         )
     return clips_a, clips_b
-
-
-def paired_bootstrap(
-    a: Tensor, b: Tensor, reference: Tensor | Moments, rounds: int, generator: torch.Generator
-) -> dict[str, float]:
-    """Frechet(a, reference) - Frechet(b, reference) for two systems on the SAME clips, in the same order.
-
-    Clips are resampled jointly. Returns `difference`, `error` (standard deviation over rounds) and the basic 95
-    percent interval `low`, `high` (2 difference - percentile). The percentile interval is shifted by the bias of the
-    resampled covariance; the basic one is not, but is short for few clips (it held 84 to 97 of 100 in simulations).
-    """
-    clips_a, clips_b = _paired(a, b)
-    num = len(clips_a)
-    drawn = torch.randint(num, (rounds, num), generator=generator)
-    weights = torch.zeros(rounds, num, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    draws = _weighted(clips_a, weights, reference) - _weighted(clips_b, weights, reference)
-    difference = frechet_distance(a, reference) - frechet_distance(b, reference)
-    low, high = (float(torch.quantile(draws, q)) for q in (0.975, 0.025))
-    return {
-        "difference": difference,
-        "error": float(draws.std()),
-        "low": 2 * difference - low,
-        "high": 2 * difference - high,
-    }

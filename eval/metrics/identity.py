@@ -1,10 +1,38 @@
-"""Does the face stay the one that was given?"""
+"""Does the face stay the one of the reference frame? The identity head of a run's frame probe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
+from eval.metric import Clip, Features, Metric, Score, stacked
 from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Metric):
+    """`identity_agreement` of every frame but the first with the real clip's first frame."""
+
+    name, label, better, needs = "identity", "identity", 1.0, ("probes", "identity")
+
+    def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
+        return {"identity": networks.reading(clip).identity, "portrait": networks.portrait(real)}
+
+    def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
+        return {"identity": Score(*identity_agreement(stacked(features, "identity"), stacked(features, "portrait")))}
+
+    def admit(self, cases) -> tuple[dict[str, float], bool]:
+        """Own face > 0.5 > another clip's face."""
+        real = cases.features(self, "real")
+        faces, portraits = stacked(real, "identity"), stacked(real, "identity")[:, 0]
+        values = {
+            "real": identity_agreement(faces, portraits)[0],
+            "decoded": identity_agreement(stacked(cases.features(self, "decoded"), "identity"), portraits)[0],
+            "swapped": identity_agreement(faces.roll(1, 0), portraits)[0],
+        }
+        return values, min(values["real"], values["decoded"]) > 0.5 > values["swapped"]
 
 
 def identity_agreement(generated: Float[Tensor, "n t i"], reference: Float[Tensor, "n i"]) -> tuple[float, float]:

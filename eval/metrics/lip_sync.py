@@ -1,21 +1,22 @@
 """Sync-C, Sync-D and offset as SyncNet's pipeline defines them (syncnet_python), without its lossy steps.
 
-Pictures at 25 fps are cropped around ONE box a clip, in memory; sound at 16 kHz becomes cepstra; a network gives one
+Frames at 25 fps are cropped around ONE box a clip, in memory; sound at 16 kHz becomes cepstra; a network gives one
 feature a window to each. Its published weights make the scores comparable with papers; the arithmetic here holds for
 any two towers.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.metric import Clip, Column, Features, Metric, Score
 from eval.metrics.frechet import mean_with_error
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.networks.syncnet import FPS, crop_faces, windows_of
@@ -25,9 +26,80 @@ MAX_LAG = 15  # frames; the published command's --vshift. Its function's own def
 RESAMPLING = ("duplicate", "nearest", "blend")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyncNetSync(Metric):
+    """Frames at 25 fps (BGR, 0..255) around one face box a clip, the real clip's, for both; missing sound is zeros.
+
+    resample: how a clip comes to 25 fps; crop_scale: of the box around the face; sound: a generated clip's own, or the real clip's
+    """
+
+    resample: Literal["duplicate", "nearest", "blend"]
+    max_lag: int
+    crop_scale: float
+    sound: Literal["own", "real"]
+
+    name, label, needs = "lip_sync", "Sync-C", ("syncnet", "sound", "box")
+
+    def __post_init__(self):
+        if self.max_lag < 1:
+            raise ValueError(f"max_lag must be at least 1 frame: got {self.max_lag}; the published value is {MAX_LAG}")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        detail = {"table": "Sync in detail"}
+        return {
+            "sync_c": self.column("Sync-C", "higher"),
+            "sync_d": self.column("Sync-D", "lower"),
+            "offset_frames": self.column("offset", 0.0, **detail),
+            "distance_at_zero": self.column("D at lag 0", "lower", **detail),
+            "in_sync_rate": self.column("within 1 frame", "higher", **detail),
+            "detection_rate": self.column("faces found", 1.0, "1 is all", **detail),
+            "sync_c_penalised": self.column("Sync-C, lost faces 0", "higher", **detail),
+        }
+
+    def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
+        """Curve of mean distances over lags; empty where the real clip has no face."""
+        if not real.has_box:
+            raise UserError("no face box: give faces.json beside the real clips")
+        sound = real.sound if self.sound == "real" else clip.sound
+        if sound is None:
+            raise UserError("no sound: sync needs a track in the video or NAME.wav beside it")
+        if real.box is None:
+            return {"curve": torch.zeros(0), "windows": torch.tensor(0)}
+        frames = resample_frames(clip.video.transpose(0, 1), clip.fps, self.resample)
+        num_windows = windows_of(len(frames), len(sound))
+        faces = crop_faces(frames, real.box, self.crop_scale)
+        towers = networks.syncnet.features(faces, mfcc(to_int16(sound)), num_windows)
+        curve = torch.tensor(sync_scores(*towers, self.max_lag).curve, dtype=torch.float64)
+        return {"curve": curve, "windows": torch.tensor(num_windows)}
+
+    def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
+        clips = [
+            from_curve(clip["curve"], self.max_lag, int(clip["windows"])) if len(clip["curve"]) else None
+            for clip in features
+        ]
+        values = {
+            name: [math.nan if clip is None else float(getattr(clip, name)) for clip in clips]
+            for name in ("sync_c", "sync_d", "distance_at_zero", "offset_frames")
+        }
+        return {name: Score(*score, clips=values.get(name)) for name, score in summarise(clips).items()}
+
+    def notes(self, clips: Sequence[str], truth: Mapping[str, Score]) -> list[str]:
+        lines = [
+            "Sync-C above the ground truth's is a warning and no victory: read sync beside identity and the faces that were found."
+        ]
+        lost = [name for name, value in zip(clips, truth["sync_c"].clips or (), strict=True) if math.isnan(value)]
+        if lost:
+            named = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+            lines.append(
+                f"No face in {len(lost)} of {len(clips)} clips ({named}): Sync-C and Sync-D are means without them."
+            )
+        return lines
+
+
 @runtime_checkable
 class Towers(Protocol):
-    """Two networks that put what is seen and what is heard into one space; `eval.networks.syncnet.SyncNet` is one."""
+    """Two networks that put lips and sound into one space; `eval.networks.syncnet.SyncNet` is one."""
 
     def features(
         self, faces: UInt8[Tensor, "t 3 224 224"], mfcc: Float[Tensor, "f 13"], num_windows: int
@@ -38,11 +110,11 @@ class Towers(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class LipSync:
-    """One clip's scores. A constant offset up to the largest lag is forgiven in the first two, so read them with the others."""
+    """One clip's scores. A constant offset up to the largest lag does not count in the first two, so read them with the others."""
 
     sync_c: float  # LSE-C, confidence: median over lags of the mean distance, less its minimum; more is better
     sync_d: float  # LSE-D: minimum over lags of the mean distance; less is better
-    offset_frames: int  # at that minimum; positive: the sound leads the picture
+    offset_frames: int  # at that minimum; positive: the sound leads the video
     distance_at_zero: float  # mean distance without shifting anything
     curve: tuple[
         float, ...
@@ -90,7 +162,7 @@ def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
 def resample_frames(
     frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: str, target: Fraction = Fraction(FPS)
 ) -> UInt8[Tensor, "u 3 h w"]:
-    """Pictures at `fps` -> those at 25 fps (or `target`), U = floor(T target / fps).
+    """Frames at `fps` -> those at 25 fps (or `target`), U = floor(T target / fps).
 
     At time u / target, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
     `blend` the linear mix of the two around it. 16 fps become 25 with 9 of 25 frames shown twice, which costs sync:
@@ -113,27 +185,6 @@ def resample_frames(
     pairs = zip(before.tolist(), after.tolist(), share.tolist(), strict=True)
     mixed = [torch.lerp(frames[i].float(), frames[j].float(), weight).round() for i, j, weight in pairs]
     return torch.stack(mixed).to(torch.uint8)
-
-
-def score_clip(
-    network: Towers,
-    frames: UInt8[Tensor, "t 3 h w"],
-    fps: Fraction,
-    box: Float[Tensor, "4"],
-    samples: Shaped[Tensor, " s"],
-    max_lag: int = MAX_LAG,
-    how: str = "duplicate",
-) -> LipSync:
-    """Scores of RGB pictures and mono 16 kHz sound (int16, or in [-1, 1]) around one face box: left, top, right,
-    bottom.
-
-    Take the ground truth's box for the generated clip too: two boxes for one face move every score. Raises UserError
-    for a box off the picture and for clips of fewer than 6 frames.
-    """
-    pictures = resample_frames(frames, fps, how)
-    num_windows = windows_of(len(pictures), len(samples))
-    heard = samples if samples.dtype == torch.int16 else to_int16(samples)
-    return sync_scores(*network.features(crop_faces(pictures, box), mfcc(heard), num_windows), max_lag)
 
 
 def summarise(clips: Sequence[LipSync | None]) -> dict[str, tuple[float, float]]:

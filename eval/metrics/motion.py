@@ -1,24 +1,53 @@
-"""How a clip moves: the asked gesture, energy, sharpness, and the spread over noise for one condition."""
+"""How a clip moves: the gesture of its condition, energy, sharpness, and the spread over noise for one condition."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.metric import Clip, Column, Features, Metric, Score, stacked
 from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
 
 SPREAD_PARTS = ("pixels", "head", "light", "gaze")
 
 
-def class_agreement(probabilities: Float[Tensor, "n k"], asked: Int[Tensor, " n"]) -> tuple[float, float, float]:
-    """Share of clips whose likeliest class is the asked one, its jackknife error, mean probability of the asked."""
-    hits = (probabilities.argmax(1) == asked).double()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Motion(Metric):
+    """Share of clips whose gesture, as a run's clip probe reads it, is that of their condition."""
+
+    name, label, better, hint, table = "motion", "motion", "higher", "0 to 1", "Motion"
+    needs, plot = ("probes", "gesture"), True
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        hidden = self.column("probability of the gesture", "higher", self.hint, table=None)
+        return {"motion": self.column(self.label, self.better, self.hint), "motion_probability": hidden}
+
+    def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
+        return {"gesture": networks.reading(clip).gesture, "target": real.labels["gesture"]}
+
+    def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
+        share, error, probability = class_agreement(stacked(features, "gesture"), stacked(features, "target"))
+        return {"motion": Score(share, error), "motion_probability": Score(probability)}
+
+    def admit(self, cases) -> tuple[dict[str, float], bool]:
+        """real, decoded > 0.8, and decoded > static."""
+        values = {
+            name: self.score(cases.features(self, name), None)["motion"].mean for name in ("real", "decoded", "static")
+        }
+        return values, min(values["real"], values["decoded"]) > 0.8 and values["decoded"] > values["static"]
+
+
+def class_agreement(probabilities: Float[Tensor, "n k"], target: Int[Tensor, " n"]) -> tuple[float, float, float]:
+    """Share of clips whose likeliest class is their target, its jackknife error, mean probability of the target."""
+    hits = (probabilities.argmax(1) == target).double()
     replicates = (hits.sum() - hits) / max(len(hits) - 1, 1)
-    probability = probabilities.gather(1, asked[:, None]).double().mean()
+    probability = probabilities.gather(1, target[:, None]).double().mean()
     return float(hits.mean()), jackknife_error(replicates), float(probability)
 
 
@@ -28,7 +57,7 @@ def motion_energies(video: UInt8[Tensor, "n 3 t h w"]) -> Float[Tensor, " n"]:
 
 
 def sharpness_energies(video: UInt8[Tensor, "n 3 t h w"]) -> Float[Tensor, " n"]:
-    """Mean squared Laplacian (4 x - neighbours) of each clip's frames 1.. (frame 0 is given), pixels in [-1, 1]."""
+    """Mean squared Laplacian (4 x - neighbours) of each clip's frames 1.. (frame 0 is the reference), pixels in [-1, 1]."""
     kernel = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]])[None, None]
 
     def energy(part: Tensor) -> Tensor:
@@ -38,6 +67,15 @@ def sharpness_energies(video: UInt8[Tensor, "n 3 t h w"]) -> Float[Tensor, " n"]
         return edges.square().mean((1, 2, 3)).reshape(num, planes).mean(1)
 
     return torch.cat([energy(part) for part in video.split(48)]).double()
+
+
+def in_parts(energies, video: UInt8[Tensor, "3 t h w"], frames_at_once: int = 32) -> Float[Tensor, ""]:
+    """`motion_energies` or `sharpness_energies` of one clip of any length, a few frames at a time."""
+    steps, total = video.shape[1] - 1, torch.zeros((), dtype=torch.float64)
+    for start in range(0, steps, frames_at_once):
+        part = video[None, :, start : start + frames_at_once + 1]
+        total += energies(part)[0].cpu() * (part.shape[2] - 1)
+    return total / steps
 
 
 def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> tuple[float, float]:

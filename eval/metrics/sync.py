@@ -1,11 +1,69 @@
-"""Lip-audio agreement without ground truth: the mouth seen in the video against the mouth heard in the sound."""
+"""Lip-audio agreement with a run's probes: the mouth read from the video against the mouth predicted from the sound."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eval.metric import Clip, Column, Features, Metric, Score, stacked
 from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync(Metric):
+    """`mouth_sync` over |lag| <= max_lag frames; it is not Sync-C. sound: a generated clip's own, or the real clip's."""
+
+    max_lag: int
+    sound: Literal["own", "real"]
+
+    name, label, hint, plot, needs = "sync", "sync", "-1 to 1", True, ("probes", "mouth", "sound")
+
+    def __post_init__(self):
+        if self.max_lag < 1:
+            raise ValueError(f"max_lag must be at least 1 frame: got {self.max_lag}")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        return {
+            "sync": self.column(self.label, "higher", self.hint),
+            "sync_offset_frames": self.column("sync offset, frames", 0.0, plot=False),
+            "sync_width": self.column("sync of the width", "higher", self.hint, table=None),
+        }
+
+    def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
+        audio = networks.mouth_from_audio(real if self.sound == "real" else clip)
+        return {"mouth": networks.reading(clip).mouth, "audio": audio}
+
+    def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
+        found = mouth_sync(stacked(features, "mouth"), stacked(features, "audio"), self.max_lag)
+        rest = {name: Score(found[name]) for name in ("sync_offset_frames", "sync_width")}
+        return {"sync": Score(found["sync"], found["error"]), **rest}
+
+    def admit(self, cases) -> tuple[dict[str, float], bool]:
+        """In sync > shifted by 3 frames and > the sound of another clip; at the best lag shifted > swapped, and the lag is
+        recovered (at lag 0 a shift by half a syllable is below a swap: the two are anti-phase)."""
+        real = cases.features(self, "real")
+        mouth, audio = stacked(real, "mouth"), stacked(real, "audio")
+        late = torch.cat((mouth[:, :1].expand(-1, 3, -1), mouth[:, :-3]), dim=1)
+        shifted, swapped = mouth_sync(late[:, 3:], audio[:, 3:]), mouth_sync(mouth, audio.roll(1, 0))
+        sync = {
+            "real": mouth_sync(mouth, audio)["sync"],
+            "decoded": mouth_sync(stacked(cases.features(self, "decoded"), "mouth"), audio)["sync"],
+            "shifted": shifted["sync"],
+            "swapped": swapped["sync"],
+            "shifted_at_offset": shifted["sync_at_offset"],
+            "swapped_at_offset": swapped["sync_at_offset"],
+            "shifted_offset": shifted["sync_offset_frames"],
+        }
+        return sync, (
+            min(sync["real"], sync["decoded"]) > max(0.5, sync["shifted"], sync["swapped"])
+            and sync["shifted_at_offset"] > sync["swapped_at_offset"] + 0.2
+            and sync["shifted_offset"] == 3
+        )
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -16,13 +74,13 @@ def correlation(a: Tensor, b: Tensor) -> float:
     return float((x * y).sum() / scale) if float(scale) > 1e-12 else 0.0
 
 
-def _lagged_sums(seen: Tensor, heard: Tensor, lag: int) -> Tensor:
-    """Centred products of seen[t + lag] and heard[t] summed over the overlap: [N, 2, 3] (ss, hh, sh)."""
-    frames = seen.shape[1]
-    seen = seen[:, max(lag, 0) : frames + min(lag, 0)]
-    heard = heard[:, max(-lag, 0) : frames - max(lag, 0)]
-    seen, heard = seen - seen.mean(1, keepdim=True), heard - heard.mean(1, keepdim=True)
-    return torch.stack((seen.square().sum(1), heard.square().sum(1), (seen * heard).sum(1)), dim=2)
+def _lagged_sums(video: Tensor, audio: Tensor, lag: int) -> Tensor:
+    """Centred products of video[t + lag] and audio[t] summed over the overlap: [N, 2, 3] (vv, aa, va)."""
+    frames = video.shape[1]
+    video = video[:, max(lag, 0) : frames + min(lag, 0)]
+    audio = audio[:, max(-lag, 0) : frames - max(lag, 0)]
+    video, audio = video - video.mean(1, keepdim=True), audio - audio.mean(1, keepdim=True)
+    return torch.stack((video.square().sum(1), audio.square().sum(1), (video * audio).sum(1)), dim=2)
 
 
 def _pooled(sums: Tensor) -> Tensor:
@@ -32,54 +90,34 @@ def _pooled(sums: Tensor) -> Tensor:
 
 
 def mouth_sync(
-    seen: Float[Tensor, "n t 2"], heard: Float[Tensor, "m u 2"], max_lag: int = 4, segment: int | None = None
+    video: Float[Tensor, "n t 2"], audio: Float[Tensor, "m u 2"], max_lag: int = 4, segment: int | None = None
 ) -> dict[str, float]:
-    """Pooled correlation of the seen and the heard mouth, each centred within its clip, frame 0 left out.
+    """Pooled correlation of the mouth in the video with the one of the sound, each centred within its clip, without frame 0.
 
-    r(k) = sum_clips sum_t s[t+k] h[t] / sqrt(sum s^2 sum h^2): short clips are pooled because 15 frames alone decide
+    r(k) = sum_clips sum_t v[t+k] a[t] / sqrt(sum v^2 sum a^2): short clips are pooled because 15 frames alone decide
     nothing, and a still clip weighs nothing. Returns for the opening `sync` = r(0), its jackknife `error` over clips,
-    and `sync_offset_frames` = argmax r(k) over |k| <= max_lag, positive when the picture lags the sound (SyncNet's
-    sign), with `sync_at_offset`; for the width, which small pictures hardly show, `sync_width` = r(0). `segment` cuts
+    and `sync_offset_frames` = argmax r(k) over |k| <= max_lag, positive when the video lags the sound (SyncNet's
+    sign), with `sync_at_offset`; for the width, which small frames hardly show, `sync_width` = r(0). `segment` cuts
     long clips into pieces of that many frames, so that one long clip has an error too.
     """
-    if seen.shape != heard.shape or seen.ndim != 3:
+    if video.shape != audio.shape or video.ndim != 3:
         raise UserError(
-            f"sync needs one heard row a seen frame: got {tuple(seen.shape)} and {tuple(heard.shape)}; trim one"
+            f"sync needs one audio row a video frame: got {tuple(video.shape)} and {tuple(audio.shape)}; trim one"
         )
-    seen, heard = seen[:, 1:].double(), heard[:, 1:].double()
+    video, audio = video[:, 1:].double(), audio[:, 1:].double()
     if segment is not None:
-        keep = seen.shape[1] // segment * segment
-        seen, heard = (x[:, :keep].reshape(-1, segment, x.shape[2]) for x in (seen, heard))
-    if len(seen) == 0 or seen.shape[1] < max_lag + 4:
+        keep = video.shape[1] // segment * segment
+        video, audio = (x[:, :keep].reshape(-1, segment, x.shape[2]) for x in (video, audio))
+    if len(video) == 0 or video.shape[1] < max_lag + 4:
         raise UserError(
-            f"sync needs clips of at least {max_lag + 5} frames: got {seen.shape[1] + 1}; use a smaller max_lag"
+            f"sync needs clips of at least {max_lag + 5} frames: got {video.shape[1] + 1}; use a smaller max_lag"
         )
     lags = range(-max_lag, max_lag + 1)
-    curve = {lag: float(_pooled(_lagged_sums(seen, heard, lag).sum(0))[0]) for lag in lags}
-    sums = _lagged_sums(seen, heard, 0)
+    curve = {lag: float(_pooled(_lagged_sums(video, audio, lag).sum(0))[0]) for lag in lags}
+    sums = _lagged_sums(video, audio, 0)
     replicates = _pooled(sums.sum(0) - sums)[:, 0]
     width = float(_pooled(sums.sum(0))[1])
     best = max(sorted(lags, key=abs), key=lambda lag: curve[lag])
     error = jackknife_error(replicates) if len(replicates) > 1 else float("nan")
     offset = {"sync_offset_frames": float(best), "sync_at_offset": curve[best]}
     return {"sync": curve[0], "error": error, "sync_width": width, **offset}
-
-
-def envelope_sync(opening: Float[Tensor, " t"], audio: Float[Tensor, " s"], samples_per_frame: int) -> dict[str, float]:
-    """Correlation of the seen mouth opening with the loudness (log RMS a frame), for speech without labels.
-
-    Returns `envelope` at lag 0 and `envelope_offset_frames`, the lag in -4..4 with the largest correlation (positive:
-    the picture lags).
-    """
-    frames = min(len(opening), len(audio) // samples_per_frame)
-    if frames < 10:
-        raise UserError(f"the loudness envelope needs at least 10 frames of sound: got {frames}; give a longer sound")
-    rms = audio[: frames * samples_per_frame].double().reshape(frames, -1).square().mean(1).sqrt()
-    loudness = (rms + 1e-3).log()
-    opening = opening[:frames].double()
-
-    def at(lag: int) -> float:
-        return correlation(opening[max(lag, 0) : frames + min(lag, 0)], loudness[max(-lag, 0) : frames - max(lag, 0)])
-
-    best = max(sorted(range(-4, 5), key=abs), key=at)
-    return {"envelope": at(0), "envelope_offset_frames": float(best)}

@@ -1,4 +1,4 @@
-"""DINOv2 ViT-B/14 (Oquab et al. 2304.07193): how much two pictures look alike.
+"""DINOv2 ViT-B/14 (Oquab et al. 2304.07193): how much two images look alike.
 
 The network is transformers', the resize is PIL's.
 """

@@ -77,10 +77,10 @@ class SyncNet(nn.Module):
         `num_windows` is `windows_of(frames, samples)`. Raises UserError where crops or rows are too few or of another kind.
         """
         device = next(self.parameters()).device
-        seen, heard = lip_input(faces, num_windows), audio_input(mfcc, num_windows)
+        lips_in, audio_in = lip_input(faces, num_windows), audio_input(mfcc, num_windows)
         with exact():
-            lips = [self.lip(part.to(device).contiguous()).float().cpu() for part in seen.split(batch_size)]
-            sounds = [self.audio(part.to(device)).float().cpu() for part in heard.split(batch_size)]
+            lips = [self.lip(part.to(device).contiguous()).float().cpu() for part in lips_in.split(batch_size)]
+            sounds = [self.audio(part.to(device)).float().cpu() for part in audio_in.split(batch_size)]
         return torch.cat(lips), torch.cat(sounds)
 
 
@@ -114,7 +114,7 @@ def audio_input(mfcc: Float[Tensor, "f 13"], num_windows: int) -> Float[Tensor, 
     needed = ROWS_A_FRAME * (num_windows - 1) + ROWS
     if mfcc.ndim != 2 or mfcc.shape[1] != COEFFICIENTS or len(mfcc) < needed:
         raise UserError(
-            f"SyncNet hears at least {needed} MFCC rows of {COEFFICIENTS}: got {tuple(mfcc.shape)}; give the whole sound"
+            f"SyncNet needs at least {needed} MFCC rows of {COEFFICIENTS}: got {tuple(mfcc.shape)}; give the whole sound"
         )
     return mfcc[:needed].float().unfold(0, ROWS, ROWS_A_FRAME)[:, None]
 
@@ -126,7 +126,7 @@ def crop_faces(
 
     Boxes are left, top, right, bottom in pixels: one for the clip [4], or one a frame [T, 4]. With s half the longer side of a box
     and c = crop_scale, its crop spans x - s (1 + c) .. x + s (1 + c) and y - s .. y + s (1 + 2c) around the centre x, y: a square
-    of 2.8 s, shifted down. Outside the picture is grey 110. Raises UserError for a box that is empty, larger than twice the picture
+    of 2.8 s, shifted down. Outside the frame it is grey 110. Raises UserError for a box that is empty, larger than twice the frame
     or centred outside it.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:

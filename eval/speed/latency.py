@@ -59,7 +59,7 @@ def _ranks(seconds: list[float]) -> dict[str, float]:
 
 
 def wait(device: torch.device | None = None) -> None:
-    """Wait for all that was asked of the accelerator, where one is in use."""
+    """Wait for all work queued on the accelerator, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize(device if device is not None and device.type == "cuda" else None)
 
@@ -179,7 +179,7 @@ class ChunkWork:
                 call()
 
     def encoders(self) -> Tensor:
-        """The ears."""
+        """The audio encoder."""
         with torch.inference_mode():
             return encode_window(self.bundle.audio_encoder, self.window.to(self.x0.device), *self.span)
 
@@ -190,14 +190,14 @@ class ChunkWork:
             return to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous().cpu()
 
     def all(self) -> None:
-        """Senses, network and codec, one after the other."""
+        """Audio encoder, network and codec, one after the other."""
         self.encoders()
         self.network()
         self.decode()
 
 
 def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
-    """Draw a session's chunks before number `chunk`, then that one, and keep what its network calls were given."""
+    """Generate a session's chunks before number `chunk`, then that one, and record the inputs of its network calls."""
     session, spec, audio_encoder = open_session(bundle, scene), bundle.spec, bundle.audio_encoder
     for _ in range(chunk):
         session.step()

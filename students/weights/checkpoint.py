@@ -47,7 +47,7 @@ class Bundle:
     @cached_property
     def fingerprint(self) -> str:
         """Which student this is: a digest of the spec and of values spread over every weight."""
-        digest = hashlib.sha256(json.dumps(to_plain(self.spec), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(to_plain(self.spec, digests=True), sort_keys=True).encode())
         for name, weight in self.student.net.state_dict().items():
             flat = weight.flatten()
             some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()

@@ -40,6 +40,10 @@ class WanVAEConfig:
         check_geometry(self, codec.config, self.path)
         return codec
 
+    def write_random(self, folder: Path) -> None:
+        """A small VAE with random weights in the layout that `load` reads, for recipes with size=tiny."""
+        AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
+
 
 NOTHING_YET = "Rep"  # diffusers' word in a temporal upsampler's slot after the first latent; a state has size 0 there
 

@@ -18,6 +18,7 @@ from teachers.errors import UserError
 
 DIFFUSERS = "text_encoder/ and tokenizer/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers from the Hugging Face hub"
 ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/ of Wan-AI/Wan2.1-T2V-1.3B from the Hugging Face hub"
+TINY_WORDS = ("a", "person", "someone", "the", "and", "nods", "smiles", "talks", "head", "shakes", "still", "looks")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 PLAIN = re.compile(r"(?!.*&\w+;)[ -~\t\n\r\f]*", re.DOTALL)  # what ftfy leaves alone, entities resolved
 
@@ -72,6 +73,17 @@ class UMT5Config:
         if (width := encoder.model.config.d_model) != self.dim:
             raise UserError(f"umt5: dim={self.dim}, the weights have {width}: {self.path}; say the latter")
         return encoder
+
+    def write_random(self, folder: Path) -> None:
+        """A small encoder with random weights in the layout that `load` reads, for recipes with size=tiny."""
+        from transformers import T5Tokenizer, UMT5EncoderModel
+        from transformers import UMT5Config as Shape
+
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
+        pieces += [(f"▁{word}", -1.0) for word in TINY_WORDS]
+        shape = Shape(vocab_size=len(pieces), d_model=self.dim, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        UMT5EncoderModel(shape).save_pretrained(folder / "text_encoder")
+        T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
 
 
 class UMT5(TextEncoder):

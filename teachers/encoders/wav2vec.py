@@ -65,6 +65,23 @@ class Wav2VecConfig:
             )
         return audio_encoder
 
+    def write_random(self, folder: Path) -> None:
+        """A small network with random weights in the layout that `load` reads, for recipes with size=tiny."""
+        from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+        width = self.features // 4  # two layers: their states, the input's, and the last again
+        shape = Wav2Vec2Config(
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=width,
+            conv_dim=(8,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=2,
+        )
+        Wav2Vec2Model(shape).save_pretrained(folder)
+        Wav2Vec2FeatureExtractor().save_pretrained(folder)
+
 
 class Wav2Vec(nn.Module):
     """OmniAvatar's audio features, one row a pixel frame: `whole` for a clip, a call or `rows` for a stream.

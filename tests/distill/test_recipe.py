@@ -162,7 +162,7 @@ def test_composition_finds_own_and_shipped_groups(own):
         (["--fast"], "not an override: '--fast' on the command line; write key=value"),
         (["seed=1,2"], "several values in 'seed=1,2': command line"),
         (["hydra.run.dir=x"], "'hydra.run.dir=x' would have no effect"),
-        (["run_dir=${nowhere}"], "own.yaml; mend the recipe or the overrides"),
+        (["run_dir=${nowhere}"], "own.yaml; fix the recipe or the overrides"),
     ],
 )
 def test_a_wrong_override_is_one_line(own, overrides, words):
@@ -232,3 +232,34 @@ def test_a_recipe_of_a_real_teacher_says_what_it_wants():
         load_recipe(RECIPES / "livetalk.yaml")
     with pytest.raises(UserError, match=r"no weights of the teacher: give teacher\.path=FOLDER"):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["~teacher.method"])
+
+
+def test_a_preset_sets_only_what_a_recipe_has():
+    """KEY? of a preset is dropped where the recipe has no KEY, and the command line goes above it where it has."""
+    plain, midas, codec = (load_recipe(RECIPES / f"{name}.yaml", ["preset=smoke"]) for name in SMOKE)
+    assert plain.ar_teacher is None
+    assert midas.ar_teacher is not None
+    assert midas.ar_teacher.train.num_steps == 20
+    assert codec.data.codec.fit.steps == (12, 4, 4)
+    own = load_recipe(RECIPES / "midas_avatar.yaml", ["ar_teacher.train.num_steps=3", "preset=smoke"])
+    assert own.ar_teacher is not None
+    assert (own.ar_teacher.train.num_steps, own.ar_teacher.train.log_every) == (3, 5)
+    with pytest.raises(UserError, match=r"unknown key 'data\.codec\.fit'"):
+        load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", "data.codec.fit.steps=[1, 1, 1]"])
+
+
+SMOKE = ("dmd_avatar", "midas_avatar", "midas_dc_ae")
+
+
+def test_a_preset_of_ones_own_reaches_into_parts_that_are_there(tmp_path):
+    (tmp_path / "preset").mkdir()
+    (tmp_path / "preset" / "mine.yaml").write_text(
+        "# @package _global_\ndistill:\n  method:\n    gan?: 0.5\n    warmup?: 7\nlora?: {rank: 3}\n"
+    )
+    (tmp_path / "own.yaml").write_text("defaults:\n  - dmd_avatar\n  - _self_\nname: own\n")
+    recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine"])
+    assert (recipe.distill.method.gan, recipe.distill.method.warmup, recipe.lora) == (0.0, 7, None)
+    recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine", "method@distill=dmd_gan", "lora={rank: 9}"])
+    assert recipe.distill.method.gan == 0.5
+    assert recipe.lora is not None
+    assert recipe.lora.rank == 9

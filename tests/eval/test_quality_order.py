@@ -1,7 +1,7 @@
 """Known damage to clips of the embedded world: each kind moves the measures that are for it, the right way.
 
-`python -m pytest -s tests/eval/test_quality_order.py` prints the table. Features are of small random networks and of two linear towers
-fitted here: the numbers compare with nothing else.
+`python -m pytest -s tests/eval/test_quality_order.py` prints the table. Features are of small random networks and of two
+linear towers fitted here: the numbers compare with nothing else.
 """
 
 import io
@@ -20,8 +20,10 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.metrics.motion import sharpness_energies
-from eval.metrics.quality import failure_rates, flickers, measure, seam_ratio, slope, window_quality
+from eval.metrics.quality import failure_rates, flickers, measure, slope, window_quality
+from eval.metrics.seam import seam_ratio
 from eval.networks.syncnet import windows_of
+from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import rng
 
 FRAMES, CHUNK, NUM = 60, 12, 16
@@ -96,7 +98,7 @@ def scene() -> Scene:
     towers = LinearTowers(render.make_clips(WORLD, render.draw_conditions(WORLD, 32, rng(1)), rng(2)))
     asked = render.draw_conditions(WORLD, NUM, rng(3))
     clips = render.make_clips(WORLD, asked, rng(4))
-    held = {name: clips.labels[name] for name in render.FRAME_LABELS}
+    held = {name: clips.labels[name] for name in FRAME_LABELS}
     held |= {name: torch.full((NUM, FRAMES), value) for name, value in (("mouth_open", 0.2), ("mouth_width", 0.5))}
     features = RandomFeatures()
     real = features(render.make_clips(WORLD, asked, rng(5)).video)  # the same people and words, moving otherwise

@@ -133,9 +133,9 @@ MISTAKES = [
         "own_teacher.yaml",
         "emotion_net:EmotionNet",
         "emotion_nett:EmotionNet",
-        r"no file of the network: .*there is no .*/emotion_nett.py",
+        r"no file of the network .*: .*there is no .*/emotion_nett.py",
     ),
-    ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:15: SyntaxError"),
+    ("emotion_data.py", "def open(", "open = 1 + (", r"{file}:17: SyntaxError: invalid syntax"),
 ]
 
 
@@ -202,6 +202,6 @@ def test_a_file_that_is_gone_is_one_line(tmp_path, finished):
     (student / "spec.json").write_text(spec)
     with pytest.raises(
         UserError,
-        match=rf"no file of the network: .*/spec.json \(network.network.name\); there is no {tmp_path}/elsewhere/emotion_net.py",
+        match=rf"no file of the network .*: .*/spec.json \(network.network.name\); there is no {tmp_path}/elsewhere/emotion_net.py",
     ):
         load_student(student)

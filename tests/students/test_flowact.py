@@ -21,7 +21,6 @@ from students.serving.snapshot import load_session, save_session
 from students.student import State
 from students.weights.checkpoint import load_student, make_student, save_student
 from teachers import flow
-from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, guided
 from teachers.networks.kind import AvatarTeacher
@@ -353,13 +352,6 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
     (tmp_path / "spec.json").write_text(spec.replace('"most": 3.0', '"most": 9.0'))
     with pytest.raises(UserError, match="not trained for this sampler: guidance"):
         load_student(tmp_path)
-
-
-def test_what_was_added_is_written_only_where_it_is_used():
-    assert "refine_every" not in to_plain(History())
-    assert to_plain(History(refine_every=2))["refine_every"] == 2
-    assert {"guidance"} == set(to_plain(TELLS["network"])) - set(to_plain(NetworkConfig(**NETWORK)))
-    assert not {"guidance", "generated"} & {*to_plain(a_student().spec), *to_plain(forcing.Config())}
 
 
 def test_the_plain_loop_of_bench_knows_neither_scales_nor_refinement():

@@ -8,10 +8,10 @@ import torch
 
 from distill.methods.rollout import draw_noise, rollout
 from students.history import History
-from students.schedule import denoise_chunk
+from students.schedule import Schedule, denoise_chunk
 from students.spec import student_sigmas
 from teachers.errors import UserError
-from tests.support.tiny import Ranks, a_student, randn, some_conditions, some_latents
+from tests.support.tiny import Ranks, a_student, randn, rng, some_conditions, some_latents
 
 CHUNKS, N = 5, 2
 LONG = {"horizon_frames": CHUNKS * N}
@@ -124,6 +124,25 @@ def test_text_is_read_once_and_is_the_same():
     silent, _ = student.denoise(state, student.plan(state, given), x, sigma, given)
     assert not torch.equal(outs[0][0], silent)
     assert torch.equal(outs[0][0], student.denoise(state, None, x, sigma, given)[0]), "without a plan it reads its own"
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_a_rollouts_gradient_reaches_what_steps_without_gradient_read_ahead(depth):
+    """Text, time and audio layers are trained: the exit step is given no plan. Without gradient the numbers are the same."""
+    student, given = a_student(schedule=Schedule(depth=depth)), some_conditions(2, 4 * N)
+    noise = draw_noise(student, 2, rng(1))
+    x0 = rollout(student, given, noise)
+    x0.square().mean().backward()
+    layers = student.net.condition_embedder
+    for module in (
+        layers.text_embedder.linear_1,
+        layers.time_proj,
+        student.net.audio_proj.proj,
+        student.net.blocks[0].attn2.to_k,
+    ):
+        assert module.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        assert torch.allclose(rollout(student, given, noise), x0, atol=1e-5)
 
 
 def test_a_mode_is_said_and_never_read_from_autograd():

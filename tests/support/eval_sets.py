@@ -9,15 +9,14 @@ import torch
 import yaml
 
 from distill.cli import main
-from distill.data.procedural.render import FRAME_LABELS
 from distill.scoring.clip_sets import write_clip
-from eval.cards import Card, load_card
-from eval.clip_scores import Extractors
+from eval.cards import Card, from_plain, load_card
 from eval.embedded.extractors import AudioProbe, ClipProbe, FrameProbe, Probes
+from eval.networks.loaded import Networks
 from students.weights.checkpoint import save_student
-from teachers.config import convert, to_plain
 from tests.eval.metrics.test_lip_sync import Code, coded
 from tests.support.films import number_of
+from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import a_bundle, rng, some_sound
 
 FPS = Fraction(25, 2)
@@ -41,14 +40,14 @@ def a_set(folder: Path, names=("a", "b", "c", "d", "e"), seed: int = 0, frames: 
 
 
 def a_card(path: Path, base: str = "strict", **changes) -> str:
-    """A card as a file; changes are `rule__key=value`."""
-    values = to_plain(load_card(base))
+    """A card as a file; changes are `key=value`, `clips__key=value` or `metric__key=value`."""
+    values = load_card(base).plain()
     for key, value in changes.items():
-        rule, _, name = key.partition("__")
+        part, _, name = key.partition("__")
         if name:
-            values[rule][name] = value
+            (values if part == "clips" else values["metrics"])[part][name] = value
         else:
-            values[rule] = value
+            values[part] = value
     path.write_text(yaml.safe_dump(values))
     return str(path)
 
@@ -103,7 +102,7 @@ def a_run(folder: Path) -> Path:
     return folder
 
 
-class Frames(Extractors):
+class Frames(Networks):
     """Stand-ins of the published networks: small fixed functions of what they are given."""
 
     seen: list = []  # noqa: RUF012
@@ -159,10 +158,10 @@ def films_with_sound(folder: Path, delays=(0, 2, -3, 0)) -> Path:
 
 
 def rule(**changes) -> Card:
-    values = to_plain(load_card("livetalk"))
+    values = load_card("livetalk").plain()
     values["clips"] |= {"num": None, "frames": None, "fps": None, "size": None, "retime": "refuse", "fit": "refuse"}
     values["clips"] |= changes
-    return convert(Card, values)
+    return from_plain(values)
 
 
 def numbers_of(video: torch.Tensor) -> list[int]:

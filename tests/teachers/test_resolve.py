@@ -87,6 +87,13 @@ def test_a_file_named_as_something_installed_hides_nothing(tmp_path):
     assert sys.modules["teachers"] is before
 
 
+def test_without_a_folder_the_working_directory_is_not_searched(tmp_path, monkeypatch):
+    (tmp_path / "own_toy.py").write_text(DRUM)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no file of the toy .*; write the file.s absolute path"):
+        resolve(TOYS, "own_toy.py:Drum")
+
+
 def test_an_importable_module(tmp_path, monkeypatch):
     (tmp_path / "toy_shop.py").write_text(DRUM)
     monkeypatch.syspath_prepend(tmp_path)
@@ -134,7 +141,9 @@ def test_a_mistake_in_a_users_file_is_one_line_with_the_file(tmp_path, text, par
 
 
 def test_a_file_that_is_gone_and_an_unknown_name(tmp_path):
-    with pytest.raises(UserError, match=rf"no file of the toy: recipe.yaml toy.name .* no {tmp_path}/gone.py, put it"):
+    with pytest.raises(
+        UserError, match=rf"no file of the toy .gone.: recipe.yaml toy.name .* no {tmp_path}/gone.py, put it"
+    ):
         read(tmp_path, name="gone:Drum")
     with pytest.raises(UserError, match=r"unknown toy 'plian': .*did you mean 'plain'\?; or my_file:Thing"):
         read(tmp_path, name="plian")

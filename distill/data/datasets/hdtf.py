@@ -33,13 +33,6 @@ class Counts:
     hours: float
 
 
-PUBLISHED = {
-    "RD": Counts(urls=57, annotated=56, clips=66, crops=64, hours=1.20),
-    "WDA": Counts(urls=183, annotated=183, clips=195, crops=189, hours=11.10),
-    "WRA": Counts(urls=130, annotated=130, clips=175, crops=168, hours=4.77),
-}
-
-
 @dataclass(frozen=True)
 class Tables:
     """The files of one group, by name without .mp4: `crops` by clip, the others by video; and the lines that are unusable."""
@@ -80,7 +73,7 @@ def read(
 
 
 def count(annotations: Path) -> dict[str, Counts]:
-    """What the annotation files hold, by group; of the official files `PUBLISHED`."""
+    """Counts of the annotation files, by group."""
     clips = read(annotations, full_frame=True).clips
     counts = {}
     for group in GROUPS:

@@ -20,19 +20,6 @@ from teachers.errors import UserError
 PIXELS_AT_ONCE = 64 * 15 * 32 * 32
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
-FRAME_LABELS = (
-    "mouth_open",
-    "mouth_width",
-    "blink",
-    "gaze",
-    "head_x",
-    "head_y",
-    "tilt",
-    "light",
-    "smile",
-    "frown",
-    "surprised",
-)
 IDENTITY = 14  # parameters of one face: colours, shape, framing, ambient light
 
 _SAY_EXPRESSION = (

@@ -56,5 +56,5 @@ def test_a_film_that_fades_away_from_its_portrait_drifts():
     assert scores["fading"][1]["identity"] < scores["fading"][0]["identity"] - 0.05
     assert scores["fading"][1]["colour"] > scores["fading"][0]["colour"] + 20 > scores["still"][1]["colour"] + 20
     assert scores["still"][0]["sync"] > 0.99
-    with pytest.raises(UserError, match=r"^drift window 90\.\.150: films have 120 frames; make longer ones$"):
+    with pytest.raises(UserError, match=r"^drift window 90\.\.150: videos have 120 frames; make longer ones$"):
         window_scores(FakeProbes(), films, portraits, heard, gesture, 90, 60, 15)

@@ -1,7 +1,6 @@
 """What a protocol card says reaches the numbers of `distill eval`."""
 
 import json
-import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,13 +9,17 @@ import torch
 
 from distill.scoring import scoring
 from distill.scoring.clip_sets import open_set, read_clip, write_clip
-from eval import clip_scores
+from eval import scores
 from eval.cards import load_card
-from eval.clip_scores import Extractors
+from eval.metric import Clip
 from eval.metrics.frechet import frechet_distance, kid_floor
-from eval.metrics.lip_sync import score_clip
-from eval.metrics.quality import measure, seam_ratio, slope_with_error, window_identity
-from tests.eval.metrics.test_lip_sync import Code, coded
+from eval.metrics.kid import KID
+from eval.metrics.motion import motion_energies, sharpness_energies
+from eval.metrics.psnr import PSNR
+from eval.metrics.quality import failure_rates, flickers, measure, slope_with_error, window_identity, window_quality
+from eval.metrics.seam import seam_ratio
+from eval.networks.loaded import Networks
+from tests.eval.metrics.test_lip_sync import Code, coded, score_clip
 from tests.support.eval_sets import (
     FPS,
     FRAMES,
@@ -33,12 +36,12 @@ from tests.support.tiny import rng
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    monkeypatch.setattr(scoring, "Extractors", Frames)
-    monkeypatch.setattr(clip_scores, "locate", lambda name: name)
-    scoring._extractors.cache_clear()
+    monkeypatch.setattr(scoring, "Networks", Frames)
+    monkeypatch.setattr(scores, "locate", lambda name: name)
+    scoring._networks.cache_clear()
     Frames.seen.clear()
     yield Frames.seen
-    scoring._extractors.cache_clear()
+    scoring._networks.cache_clear()
 
 
 def test_distances_follow_the_card(stand_ins, tmp_path):
@@ -105,7 +108,7 @@ def test_sync_is_score_clip_of_the_real_box_and_follows_the_card(stand_ins, tmp_
 
 def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins, tmp_path, capsys):
     real, ours = films_with_sound(tmp_path / "real"), films_with_sound(tmp_path / "ours")
-    base = ("--generated", ours, "--real", real, "--protocol", "syncnet_v2", "--metrics", "sync,quality")
+    base = ("--generated", ours, "--real", real, "--protocol", "syncnet_v2", "--metrics", "sync,motion_energy")
     boxes = json.loads((real / "faces.json").read_text())
     (real / "faces.json").write_text(json.dumps({**boxes, "f3": None}))
     metrics = evaluated(tmp_path / "lost", *base)["rows"]["ours"]["metrics"]
@@ -113,7 +116,9 @@ def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins
     assert metrics["sync_c_penalised"]["mean"] == pytest.approx(0.75 * metrics["sync_c"]["mean"])
     (real / "faces.json").write_text(json.dumps({name: box for name, box in boxes.items() if name != "f2"}))
     report = evaluated(tmp_path / "none", *base)
-    assert report["refused"]["sync"] == "sync refused: no face box for f2: give faces.json beside the real clips"
+    assert (
+        report["refused"]["sync"] == "sync refused: f2: no face box: give faces.json beside the real clips"
+    )
     assert "sync_c" not in report["rows"]["ours"]["metrics"]
     write_clip(
         ours / "f1.safetensors",
@@ -129,21 +134,21 @@ def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins
 
 
 def test_weight_free_measures_are_those_of_quality_a_few_frames_at_a_time():
-    from eval.metrics.quality import quality_scores, slope_with_error, window_quality
-
-    video = a_clip(1, frames=70)
-    take = clip_scores.Take(video=video, fps=FPS, sound=None, box=None)
-    found = clip_scores.clip_features("quality", take, take, load_card("strict"), Extractors())
-    want = quality_scores(video[None])
-    want["colour_slope"] = (slope_with_error(window_quality(video[None], 12)["colour"])[0] / (12 / FPS), math.nan)
-    assert {name: float(value) for name, value in found.items()} == pytest.approx(
-        {n: x[0] for n, x in want.items()}, rel=1e-5
-    )
+    video, card = a_clip(1, frames=70), load_card("strict")
+    clip, frames, found = Clip(video=video, fps=FPS), measure(video[None]), {}
+    for key in ("motion_energy", "sharpness", "quality"):
+        features = scores.clip_features(card.metrics[key], clip, clip, Networks())
+        found |= {key if name == "energy" else name: float(value) for name, value in features.items()}
+    want = {"motion_energy": motion_energies(video[None]), "sharpness": sharpness_energies(video[None])}
+    want |= {"flicker": flickers(frames), "saturation": frames.saturation.mean(1), **failure_rates(frames)}
+    want = {name: float(value) for name, value in want.items()}
+    want["colour_slope"] = slope_with_error(window_quality(video[None], 12)["colour"])[0] / (12 / FPS)
+    assert found == pytest.approx(want, rel=1e-5)
 
 
 def test_a_box_off_the_picture_is_refused_by_name_and_a_face_that_is_cut_away_is_counted(stand_ins, tmp_path):
     real, ours = films_with_sound(tmp_path / "real"), films_with_sound(tmp_path / "ours")  # 48 x 24
-    base = ("--generated", ours, "--real", real, "--metrics", "sync,quality", "--protocol")
+    base = ("--generated", ours, "--real", real, "--metrics", "sync,motion_energy", "--protocol")
     boxes = {name: [12, 6, 24, 18] for name in ("f0", "f1", "f2", "f3")}
     (real / "faces.json").write_text(json.dumps({**boxes, "f1": [100, 6, 112, 18]}))
     report = evaluated(tmp_path / "off", *base, "syncnet_v2")
@@ -182,7 +187,7 @@ def drifting(folder: Path, rise: float, step: float, **facts: str) -> list[torch
 def test_drift_and_seams_reach_the_report(stand_ins, tmp_path):
     drifting(tmp_path / "real", 0, 0)
     videos = drifting(tmp_path / "ours", 20, 8, chunks="25 50")
-    base = ("--generated", tmp_path / "ours", "--real", tmp_path / "real", "--metrics", "quality,identity")
+    base = ("--generated", tmp_path / "ours", "--real", tmp_path / "real", "--metrics", "quality,seam,identity")
     base = (*base, "--protocol")
     report = evaluated(tmp_path / "out", *base, "strict")
     ours, real = (report["rows"][name] for name in ("ours", "ground_truth"))
@@ -192,7 +197,7 @@ def test_drift_and_seams_reach_the_report(stand_ins, tmp_path):
         seam_ratio(measure(torch.stack(videos)), [25, 50])[0], rel=1e-9
     )
     assert ours["metrics"]["seam"]["mean"] > 5
-    assert "seam" not in real["metrics"]  # nobody says where it has chunks
+    assert "seam" not in real["metrics"]  # nobody states where it has chunks
     for number, video in enumerate(videos):
         cells = torch.nn.functional.adaptive_avg_pool2d(video.transpose(0, 1).float() / 255, 2).flatten(1)
         truth = open_set(tmp_path / "real")[str(number)]
@@ -202,10 +207,14 @@ def test_drift_and_seams_reach_the_report(stand_ins, tmp_path):
         assert ours["clips"]["identity_slope"][number] == pytest.approx(want, rel=1e-5)
     assert ours["metrics"]["identity_slope"]["mean"] < 0
     page = (tmp_path / "out" / "eval.md").read_text()
-    assert all(name in page for name in ("colour drift (levels a second, 0 is none)", "seams (1 is none)", "## Drift"))
-    halved = evaluated(tmp_path / "halved", *base, a_card(tmp_path / "h.yaml", window_seconds="1/2"))["rows"]["ours"]
+    assert all(name in page for name in ("colour drift (levels a second, 0 is none)", "seam (1 is none)", "## Drift"))
+    halved = evaluated(tmp_path / "halved", *base, a_card(tmp_path / "h.yaml", quality__window_seconds="1/2"))["rows"][
+        "ours"
+    ]
     assert halved["metrics"]["colour_slope"]["mean"] != ours["metrics"]["colour_slope"]["mean"]
-    long = evaluated(tmp_path / "long", *base, a_card(tmp_path / "l.yaml", window_seconds=2))["rows"]["ours"]["metrics"]
+    long = evaluated(
+        tmp_path / "long", *base, a_card(tmp_path / "l.yaml", quality__window_seconds=2, identity__window_seconds=2)
+    )["rows"]["ours"]["metrics"]
     assert not {"colour_slope", "identity_slope"} & set(long)
     slow = a_card(tmp_path / "s.yaml", clips__fps="25/2", clips__retime="shown")
     shown = torch.stack(videos)[:, :, ::2][:, :, :37]  # frames 25 and 50 come first at 13 and 25
@@ -225,8 +234,10 @@ def test_chunks_that_are_no_frame_numbers_are_told(tmp_path, capsys):
 def test_kid_has_a_floor_from_6_clips_on():
     clips = [{"frames": torch.randn(3, 4, generator=rng(number))} for number in range(8)]
     card, rows = load_card("strict"), torch.stack([clip["frames"] for clip in clips])
-    (value, spread), num = clip_scores.floor_scores("kid", clips, card)
-    assert (value, spread, num) == kid_floor(rows, torch.Generator().manual_seed(0), card.floor_splits)
+    kid = card.metrics["kid"]
+    assert isinstance(kid, KID)
+    found, num = kid.floor(clips, card.floor_splits)
+    assert (*found["kid"], num) == kid_floor(rows, torch.Generator().manual_seed(0), card.floor_splits)
     assert num == 4
-    assert clip_scores.floor_scores("kid", clips[:5], card) is None
-    assert clip_scores.floor_scores("psnr", clips, card) is None
+    assert kid.floor(clips[:5], card.floor_splits) is None
+    assert PSNR().floor(clips, card.floor_splits) is None

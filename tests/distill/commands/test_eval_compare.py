@@ -39,7 +39,7 @@ def scored(tmp_path_factory) -> Path:
             moved = take.video + torch.randn(take.video.shape, generator=rng(noise, ord(path.stem))) * noise
             write_clip(folder / name / path.name, moved.clamp(0, 255).byte(), FPS, take.sound)
         evaluated(folder / f"{name}-out", "--generated", folder / name, "--real", real, "--protocol", "strict",
-                  "--metrics", "psnr,quality")  # fmt: skip
+                  "--metrics", "psnr,quality,motion_energy")  # fmt: skip
     other = a_card(folder / "other.yaml", clips__given=2)
     evaluated(
         folder / "card-out", "--generated", folder / "near", "--real", real, "--protocol", other, "--metrics", "psnr"
@@ -127,7 +127,7 @@ def test_benchmark_is_one_table_with_the_papers_rows_marked_theirs(run_folder, t
         "mine": ["ours", "theirs"],
     }
     hdtf, hdtf_free, mine, _ = table["tables"]
-    assert [column["name"] for column in hdtf_free["columns"]][:2] == ["motion", "sharpness"]
+    assert [column["name"] for column in hdtf_free["columns"]][:2] == ["motion energy", "sharpness"]
     assert len(hdtf_free["rows"]) == 3
     names = [row["name"] for row in hdtf["rows"]]
     rows = [(row["name"], row["card"]) for row in hdtf["rows"]]
@@ -137,7 +137,7 @@ def test_benchmark_is_one_table_with_the_papers_rows_marked_theirs(run_folder, t
     assert ("OmniAvatar-14B", "theirs: OmniAvatar") in rows
     assert any("arXiv 2512.23576v1, table 1" in note for note in hdtf["notes"])
     assert len(mine["rows"]) == 4
-    theirs = [row for row in hdtf["rows"] if row["theirs"]]
+    theirs = [row for row in hdtf["rows"] if row["kind"] == "theirs"]
     assert all("theirs" in row["card"] for row in theirs)
     assert [row["n"] for row in hdtf["rows"]][:4] == ["5", "2", "5", "5"]
     livetalk = next(row for row in theirs if row["name"] == "LiveTalk")
@@ -145,7 +145,7 @@ def test_benchmark_is_one_table_with_the_papers_rows_marked_theirs(run_folder, t
     assert livetalk["cells"][fid]["value"] == "13.68"
     assert "| LiveTalk | theirs: LiveTalk |  | 13.68 |" in shown
     assert (tmp_path / "t" / "benchmark.html").read_text().count('class="theirs"') == len(theirs)
-    assert len(list((tmp_path / "t" / "features").iterdir())) == 2 * 5 * 3 * 3  # the real clips were read once
+    assert len(list((tmp_path / "t" / "features").iterdir())) == 2 * 5 * 9 * 3  # the real clips were read once
 
 
 def test_rows_of_another_n_or_card_are_refused(scored, tmp_path, capsys):
@@ -216,19 +216,19 @@ def test_golden_names_what_is_missing_and_remembers_what_passed(tmp_path, monkey
     assert [result.passed for result in results] == [None, None]
     assert "syncnet_v2.model is not there" in results[0].found
     assert "i3d_torchscript.pt is not there" in results[1].found
-    assert golden.refine_context() == {}
+    assert golden.remembered() == {}
     monkeypatch.setattr(golden, "locate", lambda name: tmp_path / name)
     monkeypatch.setattr(golden, "_syncnet", lambda: ("3 / 5.353 / 10.021", "3 / 5.350 / 10.020", True))
     monkeypatch.setattr(golden, "_fvd", lambda: ("151.256", "12.000", False))
     assert [result.passed for result in golden.run()] == [True, False]
-    assert {name: row["passed"] for name, row in golden.refine_context().items()} == {
+    assert {name: row["passed"] for name, row in golden.remembered().items()} == {
         "SyncNet example": True,
         "FVD vector": False,
     }
     rows = json.loads((tmp_path / "golden.json").read_text())
     rows[0]["sha256"][0] = "0" * 64
     (tmp_path / "golden.json").write_text(json.dumps(rows))
-    assert list(golden.refine_context()) == ["FVD vector"]
+    assert list(golden.remembered()) == ["FVD vector"]
 
 
 def test_golden_measures_what_the_authors_measured(tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_golden_measures_what_the_authors_measured(tmp_path, monkeypatch):
 
 
 def test_the_report_says_what_golden_found(scored, tmp_path, monkeypatch):
-    from eval.report.score_report import headline
+    from eval.report.clip_report import headline
 
     report = report_of(scored / "near-out")
     assert any("Golden SyncNet example: not run" in line for line in headline(report))

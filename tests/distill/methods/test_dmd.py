@@ -79,7 +79,8 @@ def plain_loss(method, role, given, own, shared):
     with torch.set_grad_enabled(role == "student"):
         for j in range(CHUNKS):
             part = given.frames(j * n, (j + 1) * n)
-            x0, _ = denoise_chunk(student, state, part, lambda i, j=j: table[j, i], student.spec.sigmas, exit_step)
+            noise, grad = (lambda i, j=j: table[j, i]), role == "student"
+            x0, _ = denoise_chunk(student, state, part, noise, student.spec.sigmas, exit_step, grad=grad)
             chunks.append(x0)
             if j + 1 < CHUNKS:
                 state = student.commit(state, x0, part)
@@ -120,7 +121,7 @@ class CellStudent(nn.Module):
         self.committed.clear()
         return 0, None
 
-    def plan(self, state, conditions):
+    def plan(self, state, conditions, grad=False):
         return None
 
     def denoise(self, state, plan, x, sigma, conditions, step):
@@ -238,8 +239,8 @@ def test_context_noise_is_put_on_what_is_committed():
     method, x0s = cell_dmd(exit_step="last", context_noise=0.3), []
     keep = rollouts.advance
 
-    def spy(*args):
-        out = keep(*args)
+    def spy(*args, **named):
+        out = keep(*args, **named)
         x0s.append(out[0])
         return out
 
@@ -409,6 +410,6 @@ def test_wrong_options_are_one_line():
 
 
 def test_a_student_step_is_followed_in_two_files_and_250_lines():
-    path = (DMD.loss, DMD._generate, DMD._sigmas, DMD._exits, DMD._student, DMD._scores, rollout, draw_noise, of_length)
+    path = (DMD.loss, DMD._generate, DMD._exits, DMD._student, DMD._scores, rollout, draw_noise, of_length)
     assert len({inspect.getsourcefile(function) for function in path}) == 2
     assert sum(len(inspect.getsourcelines(function)[0]) for function in path) < 250

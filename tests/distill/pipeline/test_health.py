@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.eval.test_report import Page, small_report
+from tests.eval.report.test_report import Page, small_report
 
 from distill.compose import RECIPES
 from distill.pipeline import health
@@ -20,10 +20,10 @@ from distill.training import checkpoint
 from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
-from eval.embedded.admission import is_admitted
-from eval.embedded.benchmark import seam_jump
+from eval.cards import load_card
 from eval.metrics.quality import measure
-from eval.report.report import write_report
+from eval.metrics.seam import seam_jump
+from eval.report.run_report import write_report
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.distill.training.test_loop import Regression, batches_of, config, nets
@@ -334,5 +334,5 @@ def test_every_system_has_a_seam_jump_and_a_still_one_none():
     frames = measure(healthy(ASKED, torch.arange(NUM), 0).byte())
     assert seam_jump(frames, SEAMS)[0] == pytest.approx(health_metrics(video, SEAMS)["seam"])
     assert math.isnan(seam_jump(measure(torch.zeros(2, 3, FRAMES, 8, 8, dtype=torch.uint8)), SEAMS)[0])
-    assert is_admitted("seam", {"fid": False})
+    assert load_card("embedded").columns["seam"].admitted({"fid": False})
     assert health.seam_frames(make_spec()) == [3, 7, 11]

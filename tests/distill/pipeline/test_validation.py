@@ -48,12 +48,14 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
 
 
 def test_a_gap_is_a_score_that_needs_no_extractor(tmp_path):
-    from eval.report.report import write_report
+    from eval.cards import load_card
+    from eval.report.run_report import write_report
 
     value = {"mean": 0.4, "spread": 0.0, "error": 0.01, "seeds": [0.4]}
     report = {
         "systems": {"student": {"metrics": {"gap": value, "fid": value}, "cost": {}}},
-        "protocol": {"extractors": {"admitted": {"fid": False}}},
+        "columns": {name: column.plain() for name, column in load_card("embedded").columns.items()},
+        "protocol": load_card("embedded").resolved("a", {"admitted": {"fid": False}}).plain(),
     }
     write_report(report, {}, {}, {}, tmp_path)
     student = json.loads((tmp_path / "report.json").read_text())["systems"]["student"]

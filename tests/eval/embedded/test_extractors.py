@@ -8,15 +8,19 @@ from fractions import Fraction
 import pytest
 import torch
 
+from eval.cards import first_difference, load_card
 from eval.embedded import probe_training
-from eval.embedded.admission import admit, is_admitted, known_cases
-from eval.embedded.benchmark import TargetLabels, evaluate_videos, prepare_reference
+from eval.embedded.admission import admit, known_cases
+from eval.embedded.evaluation import Evaluation, clips_of
 from eval.embedded.extractors import Probes, blur, change_map
-from eval.embedded.protocol import EvalConfig, Geometry, check_comparable, protocol_card
+from eval.embedded.protocol import EvalConfig, Geometry, run_card
+from eval.metric import Clip, Column
+from eval.metrics.gap import teacher_gap
 from teachers.errors import UserError
 
 FRAMES, SIZE = 15, 32
 CONFIG = EvalConfig(probe_steps=150, probe_batch=64)
+CARD = load_card("embedded")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +91,11 @@ def draw(labels: dict[str, torch.Tensor]) -> torch.Tensor:
     return lit.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
+def real_clips(data: Blobs) -> list[Clip]:
+    labels = {name: data.labels[name] for name in ("gesture", "expression")}
+    return clips_of(data.video, Fraction(25, 2), CARD, labels=labels, audio_features=data.audio)
+
+
 def fit(data: Blobs, seed: int = 0, config: EvalConfig = CONFIG) -> Probes:
     rng = torch.Generator().manual_seed(seed)
     return probe_training.fit(data.video, data.labels, data.audio, config, rng, degraded_video=data.decoded)
@@ -115,7 +124,7 @@ def test_probes_read_held_out_clips(probes: Probes, held_out: Blobs):
         assert scores["light"] > 0.9
         assert scores["gesture"] > 0.9
         assert scores["expression"] > 0.9
-        assert min(scores["heard_mouth_open"], scores["heard_mouth_width"]) > 0.95
+        assert min(scores["audio_mouth_open"], scores["audio_mouth_width"]) > 0.95
 
 
 def test_fit_is_a_function_of_its_generator_and_leaves_the_global_one_alone(train: Blobs):
@@ -181,9 +190,7 @@ def test_labels_that_do_not_fit_are_refused(train: Blobs):
 @pytest.fixture(scope="module")
 def admission(probes: Probes, held_out: Blobs) -> dict:
     rng = torch.Generator().manual_seed(3)
-    gesture = held_out.labels["gesture"]
-    reference = blobs(96, 4).video
-    return admit(probes, held_out.video, held_out.decoded, held_out.audio, gesture, reference, rng)
+    return admit(CARD, probes, real_clips(held_out), held_out.decoded, blobs(96, 4).video, rng)
 
 
 def test_known_cases_are_ranked_and_admitted(admission: dict):
@@ -198,12 +205,14 @@ def test_known_cases_are_ranked_and_admitted(admission: dict):
 def test_an_untrained_metric_is_not_admitted(train: Blobs, held_out: Blobs):
     untrained = fit(train.first(40), 0, dataclasses.replace(CONFIG, probe_steps=1))
     rng = torch.Generator().manual_seed(3)
-    gesture = held_out.labels["gesture"]
-    result = admit(untrained, held_out.video, held_out.decoded, held_out.audio, gesture, blobs(32, 4).video, rng)
+    result = admit(CARD, untrained, real_clips(held_out), held_out.decoded, blobs(32, 4).video, rng)
     assert not result["admitted"]["sync"]
     assert not result["admitted"]["motion"]
-    assert not is_admitted("sync_offset_frames", result["admitted"])
-    assert not is_admitted("a metric nobody tested", result["admitted"])
+    columns = CARD.columns
+    assert not columns["sync_offset_frames"].admitted(result["admitted"])
+    assert not columns["expression"].admitted(result["admitted"])  # stands on motion
+    assert not Column("of a metric that was not tried", stands_on="other").admitted(result["admitted"])
+    assert columns["seam"].admitted(result["admitted"])  # needs no probe
 
 
 def test_known_cases_are_what_they_say(held_out: Blobs):
@@ -214,17 +223,13 @@ def test_known_cases_are_what_they_say(held_out: Blobs):
     assert torch.equal(cases["frozen"][:, :, -1], held_out.decoded[:, :, FRAMES // 2])
 
 
-@pytest.fixture(scope="module")
-def asked(held_out: Blobs) -> TargetLabels:
-    labels = held_out.labels
-    return TargetLabels(held_out.audio, labels["gesture"], labels["expression"], held_out.video[:, :, 0])
-
-
-def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: TargetLabels):
-    reference = prepare_reference(probes, blobs(96, 4).video, held_out.decoded)
+def test_scores_of_one_system(probes: Probes, held_out: Blobs):
     videos = torch.stack((held_out.decoded, held_out.video))
     spread = torch.stack([blobs(6, 30 + i).video for i in range(3)])
-    scores = evaluate_videos(probes, videos, reference, asked, spread, spread)
+    evaluation = Evaluation(
+        CARD, probes, real_clips(held_out), held_out.decoded, blobs(96, 4).video, seams=(5, 10), world=spread
+    )
+    scores = evaluation.score(videos, spread)
     for name in ("fid", "fvd", "kid", "sync", "identity", "motion", "motion_energy", "sharpness", "diversity"):
         score = scores[name]
         assert score["mean"] == pytest.approx(sum(score["seeds"]) / 2, rel=0.05)
@@ -239,16 +244,31 @@ def test_scores_of_one_system(probes: Probes, held_out: Blobs, asked: TargetLabe
     assert scores["identity"]["mean"] > 0.7
     assert scores["diversity"]["mean"] == pytest.approx(1)
     assert scores["diversity"]["parts"]["blink_rate"] == pytest.approx(1)
-    swapped = evaluate_videos(probes, videos[:1].roll(1, 1), reference, asked)
+    assert scores["seam"]["seeds"][0] == pytest.approx(1, abs=0.5)
+    assert "gap" not in scores  # no teacher
+    swapped = evaluation.score(videos[:1].roll(1, 1))
+    assert "diversity" not in swapped
     assert swapped["identity"]["mean"] < 0.3
     assert swapped["sync"]["mean"] < 0.3
     assert swapped["fid"]["mean"] == pytest.approx(scores["fid"]["seeds"][0], rel=1e-6)  # marginals are the same
 
 
-def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs, asked: TargetLabels):
-    reference = prepare_reference(probes, held_out.video, held_out.decoded)
+def test_a_gap_is_of_the_first_seed_and_needs_the_teacher(probes: Probes, held_out: Blobs):
+    evaluation = Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, held_out.video)
+    videos = torch.stack((held_out.decoded, held_out.video))
+    beside = {"teacher_same_noise": held_out.video, "teacher": held_out.video.roll(1, 0)}
+    scores = evaluation.score(videos, beside=beside, only=("gap", "motion"))
+    assert set(scores) == {"gap", "motion", "motion_probability"}
+    want, error = teacher_gap(held_out.decoded, held_out.video, held_out.video.roll(1, 0))["gap"]
+    assert (scores["gap"]["mean"], scores["gap"]["error"]) == (want, error)
+    assert scores["gap"]["seeds"] == [want]
+    assert len(scores["motion"]["seeds"]) == 2
+
+
+def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs):
+    evaluation = Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, held_out.video)
     with pytest.raises(UserError, match="for 64 conditions"):
-        evaluate_videos(probes, held_out.video[None, :9], reference, asked)
+        evaluation.score(held_out.video[None, :9])
 
 
 def test_change_map_measures_change():
@@ -260,17 +280,20 @@ def test_change_map_measures_change():
     assert not changes[0, 3].any()
 
 
-def test_protocol_card_hashes_what_decides_comparability():
+def test_the_card_of_a_run_hashes_what_decides_comparability():
     geometry = Geometry(frames=15, height=32, width=32, fps=Fraction(25, 2))
-    card = protocol_card(EvalConfig(), geometry, "a" * 64, {"fid": True}, {"run": 1})
-    assert json.loads(json.dumps(card)) == card
-    assert "not comparable" in card["note"]
-    check_comparable(card, protocol_card(EvalConfig(sheet_frames=4), geometry, "a" * 64, {"fid": True}, {"run": 1}))
-    fewer = protocol_card(EvalConfig(num_reference=100), geometry, "a" * 64, {"fid": True}, {"run": 1})
-    with pytest.raises(UserError, match=r"knobs\.num_reference is 288 here and 100 there"):
-        check_comparable(card, fewer)
-    with pytest.raises(UserError, match=r"extractors\.sha256"):
-        check_comparable(card, protocol_card(EvalConfig(), geometry, "b" * 64, {"fid": True}, {"run": 1}))
+
+    def card(sha256: str = "a" * 64, **changes):
+        return run_card(EvalConfig(**changes), geometry, sha256, {"fid": True}, {"run": 1}).plain()
+
+    one = card()
+    assert json.loads(json.dumps(one)) == one
+    assert "not comparable" in one["note"]
+    assert first_difference(one, card(sheet_frames=4)) is None
+    assert first_difference(one, card(num_reference=100)) == "run.counts.num_reference is 288 here and 100 there"
+    assert first_difference(one, card("b" * 64)).startswith("probes is aaa")
+    shipped = load_card("embedded").resolved("a" * 64).plain()
+    assert first_difference(one, shipped) is not None
 
 
 def test_settings_that_cannot_work_are_refused():

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from eval.metrics.frechet import (
     Moments,
-    check_counts,
     frechet_distance,
     frechet_floor,
     frechet_with_error,
@@ -16,7 +15,6 @@ from eval.metrics.frechet import (
     kid_floor,
     kid_paired_difference,
     kid_with_error,
-    paired_bootstrap,
     paired_difference,
 )
 from teachers.errors import UserError
@@ -164,7 +162,7 @@ def test_shards_merge_in_any_order_and_nesting(order: list[int], nested: bool):
     assert total.count == 70
     torch.testing.assert_close(total.mean, rows.mean(0), rtol=1e-12, atol=0)
     torch.testing.assert_close(total.scatter, Moments.of(rows).scatter, rtol=1e-9, atol=1e-9)
-    again = Moments.from_state_dict(total.state_dict())
+    again = Moments(total.count, total.mean, total.scatter)
     assert again.count == 70
     assert torch.equal(again.scatter, total.scatter)
 
@@ -309,14 +307,6 @@ def test_the_floor_is_the_distance_of_real_from_real_at_half_the_clips():
         frechet_floor(normal(3, 8), rng())
 
 
-def test_sets_of_other_sizes_are_refused():
-    check_counts({"student": 100, "ground truth": 100})
-    with pytest.raises(
-        UserError, match=r"^Frechet distances .* got student 99, ground truth 100; evaluate the same clips$"
-    ):
-        check_counts({"student": 99, "ground truth": 100})
-
-
 def test_jackknife_error_matches_the_scatter_of_repeated_draws():
     reference = normal(4000, 6, seed=99)
     runs = [frechet_with_error(normal(80, 6, seed=i) * 1.5, reference) for i in range(40)]
@@ -378,23 +368,3 @@ def test_kid_leaves_out_pairs_of_one_clip():
     copied = a.expand(-1, 3, -1)
     assert kid(copied, b) == pytest.approx(kid(a, b), rel=1e-9)
     assert kid(copied.reshape(-1, 4), b) != pytest.approx(kid(a, b), rel=1e-3)
-
-
-def test_paired_bootstrap_sees_a_difference_that_single_errors_hide():
-    reference = normal(400, 6, seed=9)
-    a = normal(60, 6) + 0.3
-    b = a * 1.0
-    b[:, 0] += 0.25
-    result = paired_bootstrap(b, a, reference, 200, rng(1))
-    assert result["low"] < result["difference"] < result["high"]
-    assert result["low"] > 0
-    assert result["error"] < frechet_with_error(a, reference)[1]
-    again = paired_bootstrap(b, a, reference, 200, rng(1))
-    assert result == again
-
-
-def test_paired_bootstrap_refuses_other_clips():
-    with pytest.raises(UserError, match="the same clips"):
-        paired_bootstrap(normal(8, 3), normal(9, 3), normal(20, 3), 10, rng())
-    with pytest.raises(UserError, match="the same clips"):
-        paired_difference(normal(8, 3), normal(9, 3), normal(20, 3))

@@ -2,12 +2,22 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from eval.metrics.lip_sync import LipSync, lag_distances, resample_frames, score_clip, summarise, sync_scores
+from eval.metric import Clip
+from eval.metrics.lip_sync import (
+    LipSync,
+    SyncNetSync,
+    from_curve,
+    lag_distances,
+    resample_frames,
+    summarise,
+    sync_scores,
+)
 from eval.metrics.mfcc import to_int16
 from eval.networks.syncnet import SyncNet
 from teachers.errors import UserError
@@ -81,6 +91,15 @@ def coded(delay: int = 0, num: int = 80, seed: int = 3) -> tuple[torch.Tensor, t
 
 
 BOX = torch.tensor([6.0, 6.0, 18.0, 18.0])
+
+
+def score_clip(network, frames, fps, box, samples, max_lag: int = 15) -> LipSync:
+    """Scores of one clip, as the metric makes them of its features."""
+    metric = SyncNetSync(resample="duplicate", max_lag=max_lag, crop_scale=0.4, sound="own")
+    sound = samples if samples.is_floating_point() else samples / 32768
+    clip = Clip(video=frames.transpose(0, 1), fps=fps, sound=sound, box=box, has_box=True)
+    features = metric.features(clip, clip, SimpleNamespace(syncnet=network))
+    return from_curve(features["curve"], max_lag, int(features["windows"]))
 
 
 @pytest.mark.parametrize("delay", [-8, -3, 0, 3, 8])

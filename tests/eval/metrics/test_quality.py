@@ -1,22 +1,27 @@
 """Weight-free measures by their closed forms."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
 
+from eval.metric import Clip
+from eval.metrics.gap import teacher_gap
+from eval.metrics.motion_energy import MotionEnergy
 from eval.metrics.quality import (
+    Quality,
     failure_rates,
     flickers,
     measure,
-    quality_scores,
-    seam_ratio,
-    seed_variances,
     slope_with_error,
-    teacher_gap,
     window_identity,
     window_quality,
 )
+from eval.metrics.seam import seam_ratio
+from eval.metrics.sharpness import Sharpness
+from eval.networks.loaded import Networks
+from eval.scores import clip_features, set_scores
 from teachers.errors import UserError
 from tests.support.tiny import randn, rng
 
@@ -133,24 +138,8 @@ def test_identity_in_windows_is_a_cosine():
     scores = window_identity(embeddings, reference, 10)
     expected = angle.double().cos().unflatten(0, (2, 10)).mean(1)
     torch.testing.assert_close(scores, torch.stack((expected, torch.ones(2).double())), rtol=1e-6, atol=1e-7)
-    with pytest.raises(UserError, match="needs longer films"):
+    with pytest.raises(UserError, match="needs longer videos"):
         window_identity(embeddings, reference, 30)
-
-
-def test_variance_over_noise_is_unbiased_and_leaves_frame_0_out():
-    draws = (randn(2, 400, 3, 3, 4, 4) * torch.tensor([10.0, 20.0])[:, None, None, None, None, None] + 127).clamp(
-        0, 255
-    )
-    videos = draws.round().to(torch.uint8)
-    expected = torch.tensor([100.0, 400.0]).double() / 127.5**2
-    torch.testing.assert_close(seed_variances(videos), expected, rtol=0.02, atol=0)
-    two = torch.stack([seed_variances(videos[:, i : i + 2]) for i in range(0, 400, 2)]).mean(0)
-    torch.testing.assert_close(two, seed_variances(videos), rtol=0.02, atol=0)
-    collapsed = videos[:, :1].expand(-1, 3, -1, -1, -1, -1).clone()
-    collapsed[:, 0, :, 0] = 0
-    assert seed_variances(collapsed).tolist() == [0, 0]
-    with pytest.raises(UserError, match="at least 2 seeds"):
-        seed_variances(videos[:, :1])
 
 
 def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
@@ -176,6 +165,16 @@ def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
         teacher_gap(teacher[:3], teacher, other)
 
 
+def quality_scores(video: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """What a card with absolute measures gives for a set."""
+    clips, networks = [Clip(video=one, fps=Fraction(4)) for one in video], Networks()
+    metrics = (MotionEnergy(relative=False), Sharpness(relative=False), Quality(window_seconds=Fraction(9)))
+    found = {}
+    for metric in metrics:
+        found |= set_scores(metric, [clip_features(metric, clip, clip, networks) for clip in clips], None)
+    return {name: score[:2] for name, score in found.items()}
+
+
 def test_scores_of_a_set_are_means_with_errors():
     video = torch.cat((grey([100.0, 110] * 4), grey([100.0, 102] * 4), grey([0.0] * 8)))
     scores = quality_scores(video)
@@ -198,7 +197,7 @@ def test_other_videos_are_refused(video):
 
 def test_short_films_are_refused():
     film = grey([1.0, 2, 3])
-    with pytest.raises(UserError, match=r"^windows of 4 frames: films have 3; use 2 to 3 frames$"):
+    with pytest.raises(UserError, match=r"^windows of 4 frames: videos have 3; use 2 to 3 frames$"):
         window_quality(film, 4)
     with pytest.raises(UserError, match="at least 3 frames"):
         flickers(measure(film[:, :, :2]))

@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from eval.embedded.protocol import EMBEDDED_NOTE, EvalConfig, Geometry, protocol_card
+from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.figures import curve_svg, dot_svg, number, sheet_png, ticks
-from eval.report.report import target, write_report
+from eval.report.run_report import target, write_report
 
 
 def score(mean: float, **more) -> dict:
@@ -18,6 +18,7 @@ def score(mean: float, **more) -> dict:
 def small_report(**admitted: bool) -> dict:
     every = {"fid": True, "kid": True, "fvd": True, "sync": True, "motion": True, "diversity": True, **admitted}
     geometry = Geometry(frames=15, height=32, width=32, fps=Fraction(25, 2))
+    card = run_card(EvalConfig(), geometry, "a" * 64, every, {"run": 1})
     parts = {"pixels": 0.9, "head_spread": 0.8, "light_spread": 1.0, "gaze_spread": 0.7, "blink_rate": 0.6}
 
     def system(fid: float) -> dict:
@@ -40,7 +41,8 @@ def small_report(**admitted: bool) -> dict:
         "floor": {"fid": score(0.5), "sync": score(0.77123)},
         "codec": {"metrics": {"fid": score(0.6)}},
         "ratios": {"fid_student_over_teacher": target(0.94, at_most=1.1), "motion": target(0.5, at_least=0.85)},
-        "protocol": protocol_card(EvalConfig(), geometry, "a" * 64, every, {"run": 1}),
+        "columns": {name: column.plain() for name, column in card.columns.items()},
+        "protocol": card.plain(),
         "admission": {"admitted": every, "cases": {"fid": {"real": 1.0, "decoded": 2.0}}},
     }
 
@@ -96,7 +98,7 @@ def test_report_is_one_page_and_one_document(tmp_path):
     sheets = {"teacher": clips(2), "student": clips(2)}
     path = write_report(small_report(), CURVES, sheets, {"student & sound": sample}, tmp_path, ["a <b>nod</b>"])
     text, page = read_page(path)
-    assert EMBEDDED_NOTE in text
+    assert "embedded extractors; not comparable with published FID" in text
     assert all(source.startswith("data:") for source in page.sources)
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
     assert text.count("data:image/png") == 2
@@ -107,7 +109,7 @@ def test_report_is_one_page_and_one_document(tmp_path):
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["systems"]["student"]["cost"]["fps"] is None
     assert document["systems"]["student"]["metrics"]["fid"]["seeds"] == pytest.approx([0.99, 1.0, 1.01])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "samples"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "samples"]
 
 
 def test_systems_come_in_reading_order(tmp_path):
@@ -142,7 +144,7 @@ def test_an_almost_empty_report_still_renders(tmp_path):
 
 
 def test_large_samples_are_linked_relative_to_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.report.report.EMBED_LIMIT", 3)
+    monkeypatch.setattr("eval.report.run_report.EMBED_LIMIT", 3)
     sample = tmp_path / "samples" / "a.mp4"
     sample.parent.mkdir()
     sample.write_bytes(b"12345")

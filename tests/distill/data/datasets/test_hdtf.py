@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.datasets.hdtf import GROUPS, PUBLISHED, Counts, count, identity_of, read
+from distill.data.datasets.hdtf import GROUPS, Counts, count, identity_of, read
 from teachers.errors import UserError
 from tests.support.grey_films import put_film
 
@@ -38,6 +38,12 @@ MINI = {
     "WRA_annotion_time": b"KevinMcCarthy1.mp4 00:00-01:00\nReneeEllmers.mp4 00:00-01:00 \n",
     "WRA_crop_wh": b"KevinMcCarthy1_0.mp4 0 300 0 300\nReneeEllmers_0.mp4 10 714 0 714\n",
     "WRA_crop_ratio": b"",
+}
+# of the official files
+PUBLISHED = {
+    "RD": Counts(urls=57, annotated=56, clips=66, crops=64, hours=1.20),
+    "WDA": Counts(urls=183, annotated=183, clips=195, crops=189, hours=11.10),
+    "WRA": Counts(urls=130, annotated=130, clips=175, crops=168, hours=4.77),
 }
 MINI_COUNTS = {
     "RD": Counts(urls=3, annotated=2, clips=3, crops=2, hours=0.03),

@@ -1,73 +1,63 @@
-"""The report of a run: report.json for programs and one self-contained report.html for people."""
+"""The report of a run: report.json for programs, report.md and one self-contained report.html for people."""
 
 import base64
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from torch import Tensor
 
-from eval.embedded.admission import is_admitted
-from eval.embedded.protocol import EMBEDDED_NOTE
+from eval.cards import label_of
+from eval.metric import Column
 from eval.report.figures import curve_svg, dot_svg, number, plain, sheet_png
+from eval.report.page import Page, render
+from eval.report.tables import Row, Table, markdown, table, tables
 from teachers.files import atomic_write
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
 EMBED_LIMIT = 12_000_000  # bytes of samples that are put into the page; above it the page links to the files
-COST = "Cost"
-TABLES = {
-    "Fidelity and agreement": {
-        "fid": "lower is better",
-        "fvd": "lower is better",
-        "kid": "lower is better",
-        "sync": "-1 to 1",
-        "sync_offset_frames": "0 is right",
-        "identity": "1 is right",
-    },
-    "Motion": {
-        "motion": "0 to 1",
-        "expression": "0 to 1",
-        "motion_energy": "1 is right",
-        "sharpness": "1 is right",
-        "diversity": "1 is right",
-        "seam": "the codec's is right",
-        "gap": "to the teacher on the same noise; 1 is another draw",
-    },
-    COST: {
+NOTE = (
+    "Mean over noise seeds ± half the range over seeds; then the jackknife standard error over clips. The floor is real clips "
+    "against other real clips, the codec row the same clips encoded and decoded: no system can be expected to do better."
+)
+HEALTH_NOTE = (
+    "Health: a few other held-out conditions, read beside the teacher. Noise is how far a clip moves with another noise; audio "
+    "and text how far it moves with another sound or text under the same noise, as a multiple of that."
+)
+
+
+def _columns(title: str, hints: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    return {name: Column(plain(name), hint=hint, table=title).plain() for name, hint in hints.items()}
+
+
+COST = _columns(
+    "Cost",
+    {
         "nfe_per_chunk": "evaluations",
         "seconds_per_video_second": "one stream",
         "batch_seconds_per_video_second": "in a batch",
         "ttff_seconds": "lower is better",
         "fps": "higher is better",
     },
-}
-HEALTH = {
-    "black": "share of frames",
-    "frozen": "share of frames",
-    "clipped": "share of pixels",
-    "saturation": "grey levels",
-    "motion_energy": "grey levels",
-    "seam": "1 is none",
-    "noise": "grey levels",
-    "audio": "over noise",
-    "text": "over noise",
-}
-PARTS = {"pixels": "", "head_spread": "", "light_spread": "", "gaze_spread": "", "blink_rate": ""}
-DOTS = {
-    "fid": None,
-    "fvd": None,
-    "sync": None,
-    "motion": None,
-    "motion_energy": 1.0,
-    "sharpness": 1.0,
-    "diversity": 1.0,
-}
+)
+HEALTH = _columns(
+    "Health",
+    {
+        "black": "share of frames",
+        "frozen": "share of frames",
+        "clipped": "share of pixels",
+        "saturation": "grey levels",
+        "motion_energy": "grey levels",
+        "seam": "1 is none",
+        "noise": "grey levels",
+        "audio": "over noise",
+        "text": "over noise",
+    },
+)
 
 
 def target(value: float | int, at_least: float | int | None = None, at_most: float | int | None = None) -> dict:
@@ -91,37 +81,37 @@ def write_report(
     captions: Sequence[str] = (),
     sheet_frames: int = 8,
 ) -> Path:
-    """Write report.json and report.html into `out_dir` and return the path of the page.
+    """Write report.json, report.md and report.html into `out_dir` and return the path of the page.
 
-    `report` follows design section 6; its metrics are `{mean, spread, error, seeds}`. Metrics that the protocol card
-    does not admit leave `metrics` for `not_admitted` and are never printed as scores. curves: title -> series ->
-    [(step, value)]. sheets: system -> K clips uint8 [3, T, H, W], the same K conditions in the same order, `captions`
-    their texts. samples: label -> mp4 file; embedded while they are small, else linked relative to the page.
+    `report` follows design section 6; its metrics are `{mean, spread, error, seeds}`, its `columns` those of the card. Scores that
+    were not admitted leave `metrics` for `not_admitted` and are never printed. curves: title -> series -> [(step, value)].
+    sheets: system -> K clips uint8 [3, T, H, W], the same K conditions in the same order, `captions` their texts. samples: label
+    -> mp4 file; embedded while they are small, else linked relative to the page.
     """
     clean = _finite(_withhold(report))
-    context = {
+    checks = [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()]
+    protocol, shown = clean.get("protocol") or {}, _tables(clean)
+    page = Page(
         **_head(clean),
-        "note": EMBEDDED_NOTE,
-        "checks": [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()],
-        "tables": _tables(clean),
-        "health": _health(clean.get("health") or {}),
-        "left_out": {plain(name): why for name, why in clean.get("left_out", {}).items()},
-        "dots": _dots(clean),
-        "curves": [_curve(title, series) for title, series in curves.items() if any(series.values())],
-        "sheets": _sheets(sheets, captions, sheet_frames),
-        "samples": _samples(samples, out_dir),
-        "cases": _cases(clean),
-        "stages": _stages(clean.get("stages", {})),
-    }
-    judged = [check["passed"] for check in context["checks"] if check["passed"] is not None]
-    context["num_passed"], context["num_judged"] = sum(judged), len(judged)
-    source = resources.files("eval.report").joinpath("templates/report.html.j2").read_text()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+        label=protocol.get("note", ""),
+        checks=checks,
+        note=NOTE + (f" {HEALTH_NOTE}" if clean.get("health") else ""),
+        tables=shown,
+        left_out={plain(name): why for name, why in clean.get("left_out", {}).items()},
+        plots=_plots(clean),
+        curves=[_curve(title, series) for title, series in curves.items() if any(series.values())],
+        sheets=_sheets(sheets, captions, sheet_frames),
+        samples=_samples(samples, out_dir),
+        cases=_cases(clean),
+        stages=_stages(clean.get("stages", {})),
+        choices=protocol.get("choices", []),
+        details=_details(clean),
+    )
     out_dir.mkdir(parents=True, exist_ok=True)
     atomic_write(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    page = out_dir / "report.html"
-    atomic_write(page, environment.from_string(source).render(context))
-    return page
+    atomic_write(out_dir / "report.md", markdown(page.title, page.lines, shown, {}))
+    atomic_write(out_dir / "report.html", render(page))
+    return out_dir / "report.html"
 
 
 def _finite(value: Any) -> Any:
@@ -136,14 +126,15 @@ def _finite(value: Any) -> Any:
 
 
 def _withhold(report: Mapping) -> dict:
-    """Move metrics that were not admitted out of every `metrics`; without a protocol card nothing is withheld."""
-    admitted = report.get("protocol", {}).get("extractors", {}).get("admitted")
+    """Move scores that were not admitted out of every `metrics`; where no admission was tried nothing is withheld."""
+    admitted = ((report.get("protocol") or {}).get("run") or {}).get("admitted")
     if admitted is None:
         return dict(report)
+    columns = {name: Column(**column) for name, column in report.get("columns", {}).items()}
 
     def split(system: Mapping) -> dict:
         metrics = system.get("metrics", {})
-        kept = {name: value for name, value in metrics.items() if is_admitted(name, admitted)}
+        kept = {name: value for name, value in metrics.items() if name in columns and columns[name].admitted(admitted)}
         withheld = {name: value for name, value in metrics.items() if name not in kept}
         return {**system, "metrics": kept, **({"not_admitted": withheld} if withheld else {})}
 
@@ -151,35 +142,40 @@ def _withhold(report: Mapping) -> dict:
     ceilings = {name: split(_as_system(report[name])) for name in CEILINGS if report.get(name)}
     refused = {name for system in systems.values() for name in system.get("not_admitted", {})}
 
-    def judged(name: str, line: Any) -> Any:
+    def unchecked(name: str, line: Any) -> Any:
         stands_on = any(f"_{metric}_" in f"_{name}_" for metric in refused)
         return {**line, "passed": None, "not_admitted": True} if stands_on and isinstance(line, Mapping) else line
 
     lines = {
-        key: {name: judged(name, line) for name, line in report[key].items()}
+        key: {name: unchecked(name, line) for name, line in report[key].items()}
         for key in ("targets", "ratios")
         if key in report
     }
     return {**report, **lines, "systems": systems, **ceilings}
 
 
-def _head(report: Mapping) -> dict:
-    recipe, protocol = report.get("recipe", {}), report.get("protocol", {})
+def _head(report: Mapping) -> dict[str, Any]:
+    recipe, device = report.get("recipe", {}), report.get("device", "")
     name = recipe.get("name", "run") if isinstance(recipe, Mapping) else str(recipe)
-    device = report.get("device", "")
     where = ", ".join(f"{key} {value}" for key, value in device.items()) if isinstance(device, Mapping) else str(device)
     seconds = sum(stage.get("seconds") or 0 for stage in report.get("stages", {}).values())
-    knobs = protocol.get("knobs", {})
-    counts = f"{knobs['num_conditions']} held-out conditions, {knobs['num_seeds']} noise seeds" if knobs else ""
+    counts = ((report.get("protocol") or {}).get("run") or {}).get("counts", {})
+    clips = f"{counts['num_conditions']} held-out conditions, {counts['num_seeds']} noise seeds" if counts else ""
     took = f"all stages {seconds / 60:.1f} min" if seconds else ""
+    lines = ["; ".join(part for part in (clips, took, where) if part)]
+    readiness = (report.get("health") or {}).get("readiness")
     return {
         "title": f"Distillation report: {name}",
-        "subtitle": "; ".join(part for part in (counts, took, where) if part),
-        "card_hash": protocol.get("sha256", "")[:12],
-        "protocol_json": json.dumps(protocol, indent=1),
-        "recipe_json": json.dumps(recipe, indent=1),
-        "device_json": json.dumps({"versions": report.get("versions", {}), "device": device}, indent=1),
+        "lines": lines + ([f"After init: {readiness}."] if readiness else []),
     }
+
+
+def _details(report: Mapping) -> dict[str, str]:
+    protocol, device = report.get("protocol") or {}, report.get("device", "")
+    card = f"Card {label_of(protocol)}" if protocol else "Card"
+    versions = {"versions": report.get("versions", {}), "device": device}
+    texts = {card: protocol, "Recipe": report.get("recipe", {}), "Versions and device": versions}
+    return {title: json.dumps(value, indent=1) for title, value in texts.items()}
 
 
 def _check(name: str, value) -> dict:
@@ -202,68 +198,36 @@ def _rows(report: Mapping) -> Sequence[tuple[str, Mapping]]:
     return rows + [(name, system) for name, system in systems.items() if name not in SYSTEMS]
 
 
-def _tables(report: Mapping) -> list[dict]:
-    rows = _rows(report)
-    tables = []
-    for title, columns in TABLES.items():
-        group = "cost" if title == COST else "metrics"
-        present = {
-            name: hint
-            for name, hint in columns.items()
-            if any(name in system.get(group, {}) or name in system.get("not_admitted", {}) for _, system in rows)
-        }
-        if present:
-            with_values = [(name, system) for name, system in rows if system.get(group)]
-            tables.append(_table(title, present, [(n, s[group], s.get("not_admitted", {})) for n, s in with_values]))
-    parts = [
-        (name, system["metrics"]["diversity"].get("parts", {}), {})
-        for name, system in rows
-        if "diversity" in system.get("metrics", {})
-    ]
-    if parts:
-        tables.append(_table("Diversity by part, ratios to the world's own spread over noise", PARTS, parts))
-    return tables
+def _row(name: str, scores: Mapping, withheld: Mapping) -> Row:
+    kind = {"student": "own", "floor": "floor", "codec": "floor"}.get(name, "")
+    return Row(name=plain(name), scores=scores, withheld=frozenset(withheld), kind=kind)
 
 
-def _table(title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping, Mapping]]) -> dict:
-    shown = [
-        {
-            "name": plain(name),
-            "kind": {"student": "own", "floor": "floor", "codec": "floor"}.get(name, ""),
-            "cells": [_cell(values.get(column), column in withheld) for column in columns],
-        }
-        for name, values, withheld in rows
-    ]
-    return {"title": title, "columns": [{"name": plain(n), "hint": h} for n, h in columns.items()], "rows": shown}
+def _tables(report: Mapping) -> list[Table]:
+    rows, columns = _rows(report), report.get("columns", {})
+    found = tables(columns, [_row(name, x.get("metrics", {}), x.get("not_admitted", {})) for name, x in rows])
+    for metric, column in columns.items():
+        parts = {name: (x.get("metrics", {}).get(metric) or {}).get("parts") for name, x in rows}
+        shown = [_row(name, values, {}) for name, values in parts.items() if values]
+        if shown:
+            names = list(dict.fromkeys(part for row in shown for part in row.scores))
+            found.append(table(f"{column['label'].capitalize()} by part", {}, names, shown))
+    found += tables(
+        COST, [_row(name, {k: x["cost"][k] for k in COST if k in x["cost"]}, {}) for name, x in rows if x.get("cost")]
+    )
+    panels = report.get("health") or {}
+    return found + tables(HEALTH, [_row(x, panels[x], {}) for x in SYSTEMS if x in panels])
 
 
-def _health(panels: Mapping) -> dict | None:
-    """The health metrics as a table, with the quality gate after init."""
-    rows = [(name, panels[name], {}) for name in ("teacher", "ar_teacher", "init", "student") if name in panels]
-    return {"readiness": panels.get("readiness"), "table": _table("Health", HEALTH, rows)} if rows else None
-
-
-def _cell(score, refused: bool) -> dict:
-    if isinstance(score, Mapping):
-        several = len(score.get("seeds") or ()) > 1
-        spread = number(score["spread"], 2) if several and score.get("spread") is not None else ""
-        error = number(score["error"], 2) if score.get("error") else ""
-        return {"value": number(score.get("mean")), "spread": spread, "error": error, "refused": refused}
-    return {"value": number(score), "spread": "", "error": "", "refused": refused}
-
-
-def _dots(report: Mapping) -> list[dict]:
-    rows = _rows(report)
-    hints = {name: hint for columns in TABLES.values() for name, hint in columns.items()}
-    plots = []
-    for name, goal in DOTS.items():
-        scores = [
-            (system, values["metrics"][name])
-            for system, values in rows
-            if isinstance(values.get("metrics", {}).get(name), Mapping)
-        ]
-        if len(scores) > 1:
-            plots.append({"name": plain(name), "hint": hints[name], "svg": dot_svg(scores, goal)})
+def _plots(report: Mapping) -> list[dict]:
+    rows, plots = _rows(report), []
+    for name, column in report.get("columns", {}).items():
+        scores = [(system, values.get("metrics", {}).get(name)) for system, values in rows]
+        scores = [(system, score) for system, score in scores if isinstance(score, Mapping)]
+        if column["plot"] and column["table"] is not None and len(scores) > 1:
+            shown = Column(**column)
+            goal = shown.better if isinstance(shown.better, float) else None
+            plots.append({"name": shown.label, "hint": shown.words, "svg": dot_svg(scores, goal)})
     return plots
 
 
@@ -297,7 +261,7 @@ def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
 
 
 def _cases(report: Mapping) -> list[dict]:
-    """Known cases as `eval.benchmark.admit` returned them: `report["admission"]` or metrics of stage extractors."""
+    """Known cases as `eval.embedded.admission.admit` returned them: `report["admission"]` or metrics of stage extractors."""
     admission = report.get("admission") or report.get("stages", {}).get("extractors", {}).get("metrics") or {}
     cases = admission.get("cases", {})
     return [

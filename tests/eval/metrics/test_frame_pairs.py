@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.metrics.paired import Lpips, psnr, ssim
+from eval.metrics.psnr import psnr
+from eval.metrics.ssim import ssim
+from eval.networks import lpips as lpips_network
+from eval.networks.lpips import Lpips
 from eval.networks.weights import REGISTRY
 from teachers.errors import UserError
 from tests.eval.networks.test_weights import publish
@@ -136,11 +139,9 @@ def test_a_missing_backbone_a_wrong_one_and_wrong_names_are_refused(tmp_path, mo
 
 
 def test_changed_heads_are_refused(monkeypatch, tmp_path):
-    from eval.metrics import paired
-
     torch.save(a_backbone(), tmp_path / FILE)
     publish(monkeypatch, "alexnet", tmp_path / FILE)
-    monkeypatch.setattr(paired, "HEADS_SHA256", "0" * 64)
+    monkeypatch.setattr(lpips_network, "HEADS_SHA256", "0" * 64)
     with pytest.raises(UserError, match="LPIPS refused: its heads are another file"):
         Lpips.load(tmp_path)
 

@@ -1,0 +1,44 @@
+"""Does the face stay the one of the reference frame? Cosine of DINOv2's class tokens (Oquab et al. 2304.07193)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eval.metric import Clip, Column, Features, Metric, Score
+from eval.metrics.quality import slope_a_second, window_identity
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoIdentity(Metric):
+    """Mean cosine of every frame but the first with the real clip's first frame, and its slope over windows of `window_seconds`."""
+
+    window_seconds: Fraction
+
+    name, label, better, needs = "dino_identity", "identity", 1.0, ("dinov2",)
+
+    def __post_init__(self):
+        if self.window_seconds <= 0:
+            raise ValueError(f"window_seconds must be above 0: got {self.window_seconds}; 1 is usual")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        drift = self.column("identity drift", 0.0, "a second, 0 is none", table="Drift")
+        return {"identity": self.column(self.label, self.better), "identity_slope": drift}
+
+    def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
+        frames = torch.cat((real.video[:, :1], clip.video[:, 1:]), 1).transpose(0, 1)
+        rows = networks.dinov2.features(frames, networks.batch_size)
+        found = {"cosine": F.cosine_similarity(rows[1:].double(), rows[:1].double())}
+        if length := clip.window(self.window_seconds):
+            found["slope"] = slope_a_second(window_identity(rows[None, 1:], rows[:1], length), length, clip.fps)
+        return found
+
+    def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
+        found = {"identity": Score.over([clip["cosine"].mean() for clip in features])}
+        if all("slope" in clip for clip in features):
+            found["identity_slope"] = Score.over([clip["slope"] for clip in features])
+        return found

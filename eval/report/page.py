@@ -1,0 +1,47 @@
+"""The page of every report: one self-contained HTML document, for runs and for `distill eval`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from eval.report.tables import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What a page shows; what is empty is not there.
+
+    lines: what must stand beside the numbers; label: one that stands framed
+    checks: targets {name, value, target, passed}; tables, plots {name, hint, svg}, refused: reasons by metric
+    left_out: reasons by measure; curves {name, svg, series}; sheets {title, names, image}; samples {name, source}
+    cases: admission {name, admitted, values}; stages {name, seconds, fingerprint, metrics}
+    choices: what the protocol leaves to us; details: folded texts by title
+    """
+
+    title: str
+    lines: Sequence[str] = ()
+    label: str = ""
+    checks: Sequence[Mapping[str, Any]] = ()
+    note: str = ""
+    tables: Sequence[Table] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    plots: Sequence[Mapping[str, Any]] = ()
+    curves: Sequence[Mapping[str, Any]] = ()
+    sheets: Sequence[Mapping[str, Any]] = ()
+    samples: Sequence[Mapping[str, Any]] = ()
+    cases: Sequence[Mapping[str, Any]] = ()
+    stages: Sequence[Mapping[str, Any]] = ()
+    choices: Sequence[str] = ()
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+def render(page: Page) -> str:
+    """HTML without other files but the samples that it links to."""
+    source = (resources.files("eval.report") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    passed = [check["passed"] for check in page.checks if check["passed"] is not None]
+    return environment.from_string(source).render(**vars(page), num_passed=sum(passed), num_checked=len(passed))
