@@ -31,7 +31,7 @@ def report(golden: bool = False) -> int:
         complete = complete and mark != "MISSING"
     if golden:
         complete = _golden() and complete
-    print("ready" if complete else "not ready: mend the lines marked MISSING or FAILED")
+    print("ready" if complete else "not ready: fix the lines marked MISSING or FAILED")
     return 0 if complete else 1
 
 
@@ -55,8 +55,8 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "ok", f"{cores} cores, torch uses {torch.get_num_threads()} threads, OMP_NUM_THREADS {asked}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            yield "ok", f"cuda:{index} {facts.name}, {facts.total_memory / GIB:.0f} GiB"
+            device = torch.cuda.get_device_properties(index)
+            yield "ok", f"cuda:{index} {device.name}, {device.total_memory / GIB:.0f} GiB"
     else:
         yield (
             "ok",
@@ -96,8 +96,8 @@ def _golden() -> bool:
     results = run()
     for result in results:
         mark = "MISSING" if result.passed is None else "ok" if result.passed else "FAILED"
-        told = result.found if result.passed is None else f"expected {result.expected}, found {result.found}"
-        print(f"{mark:<8} golden {result.name}: {told}")
+        outcome = result.found if result.passed is None else f"expected {result.expected}, found {result.found}"
+        print(f"{mark:<8} golden {result.name}: {outcome}")
     return all(result.passed for result in results)
 
 
@@ -107,8 +107,8 @@ def _teacher_parts() -> Iterator[tuple[str, str]]:
     from teachers.encoders import umt5, wav2vec
 
     for use, source in {
-        "ears of OmniAvatar": wav2vec.SOURCE,
-        "text of Wan": f"{umt5.DIFFUSERS}; or {umt5.ORIGINAL}",
+        "audio encoder of OmniAvatar": wav2vec.SOURCE,
+        "text encoder of Wan": f"{umt5.DIFFUSERS}; or {umt5.ORIGINAL}",
         "codec of Wan": wan_vae.WHERE,
         "tiny decoder": taehv.WHERE,
         "codec of MIDAS": dc_ae.WHERE,
