@@ -14,7 +14,7 @@ __getattr__, __dir__ = offer(
     {
         "Recipe": "distill.recipe",
         "load_recipe": "distill.recipe",
-        "load_teacher": "distill.pipeline.teacher",
+        "load_teacher": "distill.pipeline.pretrained",
         "run": "distill.pipeline.stages",
     },
 )

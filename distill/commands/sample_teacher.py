@@ -13,7 +13,7 @@ from tqdm import tqdm
 from distill.commands.sample_inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
-from distill.pipeline.teacher import load_teacher
+from distill.pipeline.pretrained import load_teacher
 from distill.recipe import load_recipe, spec_of
 from teachers import media
 from teachers.codecs.linear import to_float
