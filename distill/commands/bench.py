@@ -1,4 +1,4 @@
-"""`distill bench`: first frame, chunk times, real-time factor, memory and roofline of a student, next to a plain chunk loop."""
+"""`distill bench`: first frame, chunk times, real-time factor, memory and roofline of a student."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +21,6 @@ from distill.data.procedural import speech
 from distill.pipeline.run_folder import revision, versions
 from eval.speed import latency, roofline
 from eval.speed.latency import Scene, Streamed, Took, spread
-from eval.speed.naive_loop import can_run, naive_loop
 from students.history import History
 from students.serving.optimize import DTYPES, Speed, prepare
 from students.serving.session import Chunk
@@ -37,7 +36,6 @@ from teachers.flow import keyed_generator
 from teachers.networks.wan import NetworkConfig
 
 TEXT = "a person talks"
-LOOPS = ("plain_loop", "plain_loop_text_kept")
 MIB, GIGA = 2**20, 1e9
 
 
@@ -105,7 +103,7 @@ class AnyText(nn.Module):
         return self.features.expand(len(text), -1, -1)
 
 
-class AnyEars(nn.Module):
+class AnyAudio(nn.Module):
     """The samples of a pixel frame over and over, in place of an audio encoder."""
 
     order: Tensor
@@ -141,7 +139,7 @@ def random_student(shape: Shape, device: torch.device, dtype: torch.dtype, seed:
         student = make_student(spec)
         nn.init.xavier_uniform_(student.net.proj_out.weight)  # zero before training
         codec: Any = TAEHV(shape.decoder_widths, shape.encoder_width)
-        audio_encoder: Any = AnyEars(shape.audio_dim, spec.samples_per_frame)
+        audio_encoder: Any = AnyAudio(shape.audio_dim, spec.samples_per_frame)
         text: Any = AnyText(shape.text)
     kept = set(student.net._keep_in_fp32_modules or ())
     for name, parameter in student.net.named_parameters():
@@ -223,7 +221,9 @@ def _check_options(args: argparse.Namespace) -> None:
 def make_scene(spec: Spec, num_chunks: int, sound: Tensor | None = None, seed: int = 0) -> Scene:
     """Something to draw: a soft picture, a text, and enough of `sound` [S] at 16 kHz, or of made speech."""
     rng = keyed_generator(seed, "bench")
-    samples = spec.pixel_frames(num_chunks)[1] * spec.samples_per_frame  # a chunk more, for what the ears look ahead
+    samples = (
+        spec.pixel_frames(num_chunks)[1] * spec.samples_per_frame
+    )  # a chunk more, for the audio encoder's look-ahead
     if sound is None:
         sound = speech.synthesise(1, samples, rng).audio[0]
     rough = 0.4 * torch.randn(1, 3, 4, 4, generator=rng)
@@ -236,17 +236,17 @@ def bench(
 ) -> dict[str, Any]:
     """All numbers of one student; spreads are over the rounds.
 
-    In each round the session, the plain loops and the bare work of a chunk take turns. `overhead_network` is what a chunk of the
+    In each round the session and the bare work of a chunk take turns. `overhead_network` is what a chunk of the
     session takes beyond the same network calls with prepared inputs in one thread (share of theirs), `overhead_all` beyond these
-    with ears and codec; all with a context as full as the last chunk's. The session's commit may run beside its decoder (a thread
-    of its own on a CPU), so it can be negative; `cpu_seconds` count all threads.
+    with encoders and codec; all with a context as full as the last chunk's. The session's commit may run beside its decoder (a
+    thread of its own on a CPU), so it can be negative; `cpu_seconds` count all threads.
     """
     spec, on_cuda = bundle.spec, device.type == "cuda"
     prepare(bundle, device, Speed(dtype=speed.dtype))
     before = torch.cuda.memory_allocated(device) if on_cuda else 0
     work = latency.chunk_work(bundle, scene, num_chunks - 1)
     held = torch.cuda.memory_allocated(device) - before if on_cuda else 0  # by the bench, not by the session
-    flops = {name: roofline.count_flops(getattr(work, name)) for name in ("network", "senses", "decode")}
+    flops = {name: roofline.count_flops(getattr(work, name)) for name in ("network", "encoders", "decode")}
     if speed.compile != "none":
         torch._dynamo.config.recompile_limit = 8 + 2 * num_chunks  # a static shape for each length of the context
     prepare(bundle, device, speed)
@@ -255,7 +255,6 @@ def bench(
     warm = latency.stream(bundle, scene, num_chunks)
     memory = torch.cuda.max_memory_allocated(device) - held if on_cuda else _peak_rss()
     timed = latency.stream(bundle, scene, num_chunks, timed=True)
-    loops, differences = _plain_loops(bundle, scene, num_chunks, warm)
     settled = latency.settled_chunks(spec, num_chunks)
     work.all()
     results: dict[str, list[Any]] = latency.interleave(
@@ -264,7 +263,6 @@ def bench(
             "first": lambda: latency.stream(bundle, scene, 1, timed=True),
             "network": lambda: latency.clocked(work.network, len(settled)),
             "all": lambda: latency.clocked(work.all, len(settled)),
-            **{name: (lambda loop=loop: latency.clocked(loop)) for name, loop in loops.items()},
         },
         rounds,
     )
@@ -292,18 +290,9 @@ def bench(
         "per_chunk": _spreads(totals),
         "full_chunk": _spreads(full),
         "network": _spreads(results["network"]),
-        "network_senses_codec": _spreads(results["all"]),
+        "network_encoders_codec": _spreads(results["all"]),
         "overhead_network": _ratios(full, results["network"], less=1.0),
         "overhead_all": _ratios(full, results["all"], less=1.0),
-        **dict.fromkeys(LOOPS),
-        **{
-            name: {
-                "per_chunk": _spreads([_mean([took], num_chunks) for took in results[name]]),
-                "over_session": _ratios([_mean([took], num_chunks) for took in results[name]], totals),
-                "largest_difference": differences[name],
-            }
-            for name in loops
-        },
     }
 
 
@@ -346,20 +335,6 @@ def _ratios(took: Sequence[Took], base: Sequence[Took], less: float = 0.0) -> di
         name: spread([getattr(a, name) / getattr(b, name) - less for a, b in pairs])
         for name in ("seconds", "cpu_seconds")
     }
-
-
-def _plain_loops(
-    bundle: Bundle, scene: Scene, num_chunks: int, warm: Streamed
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, int]]:
-    """The plain loops, run once, and how many grey levels their frames differ from the session's at most."""
-    if not can_run(bundle.spec):
-        return {}, {}
-    loops = {
-        name: lambda keep_text=keep_text: naive_loop(bundle, scene, num_chunks, keep_text)
-        for name, keep_text in zip(LOOPS, (False, True), strict=True)
-    }
-    film = torch.cat([chunk.frames for chunk in warm.chunks]).int()
-    return loops, {name: int((loop().int() - film).abs().max()) for name, loop in loops.items()}
 
 
 def _peak_rss() -> int:
@@ -406,25 +381,9 @@ def table(result: dict[str, Any]) -> str:
         ("peak memory", f"{r['peak_memory_bytes'] / MIB:.0f} MiB ({r['peak_memory_of']})"),
         ("roofline", f"{100 * r['roofline_fraction']:.1f} % of {ceiling:.0f} GFLOP/s, {work:.4g} GFLOP a chunk"),
         ("session, whole stream, a chunk", both(r["per_chunk"])),
-    ]
-    for key in LOOPS:
-        name, loop = key.replace("_", " "), r[key]
-        if loop is None:
-            rows.append((name, "cannot run this history"))
-            continue
-        ratios = loop["over_session"]
-        rows += [
-            (f"{name}, a chunk", both(loop["per_chunk"])),
-            (
-                f"{name} / session",
-                f"{over(ratios['seconds'])}, CPU {over(ratios['cpu_seconds'])}; "
-                f"frames differ by {loop['largest_difference']} grey levels at most",
-            ),
-        ]
-    rows += [
         ("session, a chunk of full context", both(r["full_chunk"])),
         ("its network calls alone", f"{both(r['network'])}; {above(r['overhead_network'])}"),
-        ("with senses and codec", f"{both(r['network_senses_codec'])}; {above(r['overhead_all'])}"),
+        ("with encoders and codec", f"{both(r['network_encoders_codec'])}; {above(r['overhead_all'])}"),
     ]
     left_out = f"not included: {', '.join(r['left_out'])}\n" if r["left_out"] else ""
     width = max(len(name) for name, _ in rows)

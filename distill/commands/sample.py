@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
-    parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a film with sound")
+    parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a video with sound")
     parser.add_argument(
         "--other", type=Path, metavar="WAV", help="what somebody else says meanwhile, to a student of two speakers"
     )
@@ -60,13 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="YAML",
         help="what happens when: a list of {at: SECONDS, do: speak, listen, think, idle, gesture or a text}; --text until then",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="film to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="video to write")
     parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
     parser.add_argument(
         "--guidance", type=float, metavar="W", help="scale, of a student that is told one (default: the student's)"
     )
     parser.add_argument(
-        "--crop", choices=tuple(CROPS), default="center", help="part of a tall picture to keep (default center)"
+        "--crop", choices=tuple(CROPS), default="center", help="part of a tall image to keep (default center)"
     )
     parser.add_argument(
         "--size", type=int, default=256, help="enlarge by a whole factor until the short side is this (default 256)"
@@ -85,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the film that `args` ask for and return 0: as many frames as the sound lasts, the last one begun included.
+    """Write the video that `args` ask for and return 0: as many frames as the sound lasts, the last one begun included.
 
     Every input is opened, and the output's folder tried, before the student loads. Raises UserError in one line, and leaves
-    no film, also for a place of the sound that turns out to be damaged later.
+    no video, also for a place of the sound that turns out to be damaged later.
     """
     script = _check_options(args)
     if args.teacher is not None:
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
-            for frames in _film(session, step, sound, push_ms, viewer, writer, steering):
+            for frames in _stream(session, step, sound, push_ms, viewer, writer, steering):
                 if writer.num_frames == 0:
                     first_frame_seconds = time.perf_counter() - started
                     progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
@@ -173,15 +173,15 @@ def _planner(script: "Script") -> "Planner":
 def _check_options(args: argparse.Namespace) -> "Script | None":
     """The timeline that is asked for. Raises UserError for values that no sample can have."""
     if args.student is not None and args.overrides:
-        raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; leave it out")
+        raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; remove it")
     if args.teacher is not None and (args.push_ms or args.realtime):
         raise UserError(
             "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
         )
     if args.teacher is not None and args.guidance is not None:
-        raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; leave it out")
+        raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; remove it")
     if args.teacher is not None and args.timeline is not None:
-        raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; leave it out")
+        raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; remove it")
     if not 0 <= args.seed <= LARGEST_SEED:
         raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
     if not 1 <= args.size <= 4096:
@@ -190,7 +190,7 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
     for name in ("image", "audio", "other", "pose"):
         if getattr(args, name) is not None and args.out.resolve() == getattr(args, name).resolve():
-            raise UserError(f"--out would replace the file of --{name}: {args.out}; name another film")
+            raise UserError(f"--out would replace the file of --{name}: {args.out}; name another file")
     script = None
     if args.timeline is not None:
         from students.serving.timeline import read_script
@@ -205,7 +205,7 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
 class Viewer:
     """Somebody who watches from the first frame's hand-over on, at `fps`, by the clock in seconds that each call is given.
 
-    A chunk that comes after its first frame was due is a stall: the picture stands until then, and all later ones are due later.
+    A chunk that comes after its first frame was due is a stall: the video freezes until then, and all later ones are due later.
     """
 
     def __init__(self, fps: Fraction):
@@ -229,7 +229,7 @@ class Viewer:
         return min(max(self.frames - left, 0), self.frames)
 
 
-def _film(
+def _stream(
     session: "Session",
     step: Callable[[], "Chunk | Starved"],
     sound: "media.AudioReader | Duet",
@@ -265,7 +265,7 @@ def _film(
 
 
 def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, rate: int) -> None:
-    """Sound [n], of two speakers [n, 2], to the session; the film has all that is heard."""
+    """Sound [n], of two speakers [n, 2], to the session; the video has all of it."""
     if piece.ndim == 1:
         writer.write_audio(piece)
         session.push(audio=piece, rate=rate)

@@ -50,8 +50,8 @@ class Duet:
             return
         resampler = Resampler(self.other.rate, self.rate)
         for block in self.other:
-            yield resampler.push(block).clamp(-1, 1)
-        yield resampler.finish().clamp(-1, 1)
+            yield resampler.push(block)
+        yield resampler.finish()
 
 
 def read_pose(path: Path, dim: int) -> Tensor:
@@ -85,7 +85,7 @@ def read_pose(path: Path, dim: int) -> Tensor:
 
 
 class Steering:
-    """Pose rows [T, P] handed out as the film goes on; the last one holds to its end."""
+    """Pose rows [T, P] handed out as the video goes on; the last one holds to its end."""
 
     def __init__(self, rows: Tensor):
         self.rows, self.given = rows, 0
@@ -100,8 +100,6 @@ class Steering:
 def check(spec: Spec, other: Path | None, pose: Path | None) -> None:
     """UserError where a network of this spec takes no second speaker or no directions."""
     if other is not None and spec.speakers == 1:
-        raise UserError(
-            "--other: this student hears one speaker; leave it out, or give one of recipes/midas_duplex.yaml"
-        )
+        raise UserError("--other: this student takes one speaker; remove it, or give one of recipes/midas_duplex.yaml")
     if pose is not None and not spec.pose_dim:
-        raise UserError("--pose: this student takes none; leave it out, or give one of recipes/midas_duplex.yaml")
+        raise UserError("--pose: this student takes none; remove it, or give one of recipes/midas_duplex.yaml")

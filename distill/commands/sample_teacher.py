@@ -13,22 +13,15 @@ from tqdm import tqdm
 from distill.commands.sample_inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
-from distill.pipeline.pretrained import load_given
-from distill.recipe import Recipe, load_recipe, spec_of
-from students.spec import Spec
-from students.weights.adapter import HINT
-from teachers import flow, media
-from teachers.checkpoints.strict import load_strict
+from distill.pipeline.pretrained import load_teacher
+from distill.recipe import load_recipe, spec_of
+from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
-from teachers.errors import UserError
-from teachers.files import load_tensors
-from teachers.guidance import guided
-from teachers.networks.kind import AvatarTeacher
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the teacher's film of one training clip's length and return 0. UserError in one line, and then no film is there."""
+    """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there."""
     media.check_output(args.out)
     recipe = load_recipe(args.teacher, args.overrides)
     spec, device = spec_of(recipe), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     other = None if args.other is None else media.read_audio(args.other)
     steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
     portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
-    teacher = load_teacher(recipe, spec, device)
+    teacher = load_teacher(recipe, device)
     reference = recipe.teacher.network.reference
     encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
     num_frames = recipe.data.world.num_frames
@@ -55,15 +48,12 @@ def run(args: argparse.Namespace) -> int:
     given = encoders.codec.encode(portrait[None, :, None].to(device)).float().cpu()
     conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
-    grid = flow.sigma_grid(settings.num_steps, settings.shift)
     began = time.perf_counter()
     with torch.inference_mode():
-
-        def denoise(x, sigma):
-            return guided(teacher.denoise, x, sigma, conditions, settings.guidance)
-
-        states = tqdm(flow.solve(denoise, x, grid), total=len(grid), desc="teacher", file=sys.stderr)
-        (last,) = deque(states, maxlen=1)
+        states = teacher.states(
+            conditions, x, num_steps=settings.num_steps, shift=settings.shift, guidance=settings.guidance
+        )
+        (last,) = deque(tqdm(states, total=settings.num_steps + 1, desc="teacher", file=sys.stderr), maxlen=1)
         frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
@@ -74,17 +64,3 @@ def run(args: argparse.Namespace) -> int:
         f"{settings.guidance.passes} passes in {seconds:.1f} s, pixel deviation {deviation:.2f}\n"
     )
     return 0
-
-
-def load_teacher(recipe: Recipe, spec: Spec, device: torch.device) -> AvatarTeacher:
-    """The recipe's teacher: given weights, or those that its run has trained; UserError where there are none yet."""
-    if not recipe.teacher.is_trained:
-        net = load_given(recipe.teacher, spec, device)
-    else:
-        file = Path(recipe.run_dir) / "stages" / "teacher" / "model.safetensors"
-        if not file.is_file():
-            raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
-        net = recipe.teacher.network.new(spec.dims)
-        load_strict(net, load_tensors(file), file, HINT)
-        net.to(device)
-    return AvatarTeacher(net).eval().requires_grad_(False)

@@ -6,7 +6,6 @@ kept. Order and position know nothing of processes and workers: those only share
 
 import io
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,11 +29,10 @@ from teachers.media.read import upright
 
 IMAGES = ("jpeg", "jpg", "png")
 SOUNDS = ("flac",)
-MEND = "`distill data check` tells more; prepare the data again"
 
 
 class Bucket(NamedTuple):
-    """What the samples of one batch have in common: their parts, and the height and width of their pictures (0 without)."""
+    """What the samples of one batch have in common: their parts, and the height and width of their frames (0 without)."""
 
     parts: tuple[str, ...]  # of video, image, audio
     height: int
@@ -112,21 +110,8 @@ class Index:
 
     def members(self, entry: int) -> dict[str, bytes]:
         """The members of a sample, extension -> content; UserError, naming shard and sample, unless they are there and its own."""
-        path, start, num_bytes = self.folder / self.shards[self.shard[entry]], self.offset[entry], self.num_bytes[entry]
-        try:
-            with path.open("rb") as file:
-                file.seek(int(start))
-                data = file.read(int(num_bytes))
-            with tarfile.open(fileobj=io.BytesIO(data + shards.END), mode="r:") as tar:
-                found = {info.name: tar.extractfile(info) for info in tar}
-            parts = {name.partition("."): file.read() for name, file in found.items() if file is not None}
-        except FileNotFoundError as error:
-            raise UserError(f"shard not found: {path}; {MEND}") from error
-        except (OSError, tarfile.TarError, EOFError) as error:
-            raise UserError(f"shard is damaged (sample {self.key(entry)}: {error}): {path}; {MEND}") from error
-        if len(data) != num_bytes or not parts or any(key != self.key(entry) for key, _, _ in parts):
-            raise UserError(f"shard is damaged (sample {self.key(entry)} is not at byte {start}): {path}; {MEND}")
-        return {extension: content for (_, _, extension), content in parts.items()}
+        path = self.folder / self.shards[self.shard[entry]]
+        return shards.read_sample(path, self.key(entry), int(self.offset[entry]), int(self.num_bytes[entry]))
 
     def verify(self, rank: int = 0, world_size: int = 1) -> None:
         """UserError for the first shard of this rank's share that differs from its checksum."""
@@ -134,7 +119,7 @@ class Index:
         for name in self.shards[rank::world_size]:
             path = self.folder / name
             if not path.is_file() or shards.sha256(path) != sums[name]:
-                raise UserError(f"shard differs from its checksum: {path}; {MEND}")
+                raise UserError(f"shard differs from its checksum: {path}; {shards.HINT}")
 
 
 class _Row(NamedTuple):
@@ -147,20 +132,25 @@ class _Row(NamedTuple):
 
 def _stored_rows(shard: Path) -> list[_Row] | None:
     """The samples that the index beside a shard of `prepare` lists; None without one that says their sizes."""
-    path = shard.with_suffix(".json")
+    rows = shards.read_index(shard)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["samples"]
-        return [
-            _Row(row["key"], row["offset"], row["bytes"], row["frames"], _film_bucket(row["size"], row["sound"]))
-            for row in rows
-        ]
-    except (FileNotFoundError, KeyError):
+        return (
+            None
+            if rows is None
+            else [
+                _Row(row["key"], row["offset"], row["bytes"], row["frames"], _video_bucket(row["size"], row["sound"]))
+                for row in rows
+            ]
+        )
+    except KeyError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"index is damaged ({error}): {path}; delete it and prepare the data again") from error
+    except (ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"index of a shard cannot be read ({error!r}): {shard.with_suffix('.json')}; {shards.HINT}"
+        ) from error
 
 
-def _film_bucket(size: Sequence[int], has_sound: bool) -> Bucket:
+def _video_bucket(size: Sequence[int], has_sound: bool) -> Bucket:
     return Bucket(("video", "audio") if has_sound else ("video",), int(size[0]), int(size[1]))
 
 
@@ -169,13 +159,13 @@ def _listed_rows(shard: Path, fps: Fraction) -> Iterator[_Row]:
     offset = 0
     for key, members in shards.samples(shard):
         where = f"sample {key} of {shard}"
-        num_bytes = sum(tarfile.BLOCKSIZE * (1 + -(-len(content) // tarfile.BLOCKSIZE)) for content in members.values())
+        num_bytes = sum(shards.BLOCK * (1 + -(-len(content) // shards.BLOCK)) for content in members.values())
         has_sound = any(name in members for name in SOUNDS)
         image = next((members[name] for name in IMAGES if name in members), None)
         facts = _facts(members, where)
         if "mp4" in members:
             try:
-                bucket, frames = _film_bucket(facts["size"], has_sound), int(facts["frames"])
+                bucket, frames = _video_bucket(facts["size"], has_sound), int(facts["frames"])
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise UserError(
                     f"{where} does not say its size and frames; let distill data prepare make it"
@@ -186,7 +176,7 @@ def _listed_rows(shard: Path, fps: Fraction) -> Iterator[_Row]:
         elif has_sound:
             bucket, frames = Bucket(("audio",), 0, 0), 0
         else:
-            raise UserError(f"{where} has neither film, picture nor sound: {sorted(members)}; leave it out")
+            raise UserError(f"{where} has neither video, image nor sound: {sorted(members)}; remove it")
         if has_sound and "mp4" not in members:
             frames = int(len(_sound(_first(members, SOUNDS), where)) * fps / SAMPLE_RATE)
         yield _Row(key, offset, num_bytes, frames, bucket)
@@ -194,9 +184,9 @@ def _listed_rows(shard: Path, fps: Fraction) -> Iterator[_Row]:
 
 
 class Windows(Dataset):
-    """Clips of `num_frames` frames out of an index, one after the other in each sample; a picture without sound is one clip.
+    """Clips of `num_frames` frames out of an index, one after the other in each sample; an image without sound is one clip.
 
-    Row -> (sample, first frame) is arithmetic. Films and sounds that are shorter have no clip; `entries` are the samples that may
+    Row -> (sample, first frame) is arithmetic. Videos and sounds that are shorter have no clip; `entries` are the samples that may
     be used (all).
     """
 
@@ -237,14 +227,14 @@ class Windows(Dataset):
                 raise UserError(
                     f"{where} has {rate} frames a second, {self.fps} are asked for; prepare it at --fps {self.fps}"
                 )
-            video = _film(members["mp4"], first, self.num_frames, rate, where)
+            video = _video(members["mp4"], first, self.num_frames, rate, where)
         if "image" in bucket.parts:
             image = _image(_first(members, IMAGES), where)
         if "audio" in bucket.parts:
             whole, span = _sound(_first(members, SOUNDS), where), self.num_frames * self.samples_per_frame
             audio = whole[first * self.samples_per_frame :][:span]
             if len(audio) != span or len(whole) != _facts(members, where).get("samples", len(whole)):
-                raise UserError(f"sound cannot be decoded (there is too little of it): {where}; {MEND}")
+                raise UserError(f"sound cannot be decoded (there is too little of it): {where}; {shards.HINT}")
         return Sample(_facts(members, where), first, video, image, audio)
 
     def batch(self, rows: Tensor) -> Samples:
@@ -294,7 +284,7 @@ class Loader:
         self, windows: Windows, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, workers: int = 0
     ):
         if not len(windows):
-            raise UserError(f"no clip of {windows.num_frames} frames: {windows.index.folder}; prepare longer films")
+            raise UserError(f"no clip of {windows.num_frames} frames: {windows.index.folder}; prepare longer videos")
         self.windows, self.batch_size, self.seed = windows, batch_size, seed
         self.rank, self.world_size, self.workers = rank, world_size, workers
         self.position = 0
@@ -376,10 +366,10 @@ def _facts(members: Mapping[str, bytes], where: str) -> dict[str, Any]:
         facts = json.loads(members["json"]) if "json" in members else {}
         return {"text": members["txt"].decode(), **facts} if "txt" in members else dict(facts)
     except (ValueError, TypeError) as error:
-        raise UserError(f"facts cannot be read ({error}): {where}; {MEND}") from error
+        raise UserError(f"facts cannot be read ({error}): {where}; {shards.HINT}") from error
 
 
-def _film(data: bytes, first: int, num: int, fps: Fraction, where: str) -> Tensor:
+def _video(data: bytes, first: int, num: int, fps: Fraction, where: str) -> Tensor:
     """Frames first .. first + num - 1 of an mp4, uint8 [3, num, H, W], decoded from the key frame before them."""
     found: list[Tensor] = []
     try:
@@ -397,9 +387,9 @@ def _film(data: bytes, first: int, num: int, fps: Fraction, where: str) -> Tenso
                 if len(found) == num:
                     break
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise UserError(f"film cannot be decoded ({error}): {where}; {MEND}") from error
+        raise UserError(f"video cannot be decoded ({error}): {where}; {shards.HINT}") from error
     if len(found) != num:
-        raise UserError(f"film ends early, frame {first + len(found)} is missing: {where}; {MEND}")
+        raise UserError(f"video ends early, frame {first + len(found)} is missing: {where}; {shards.HINT}")
     return torch.stack(found, dim=1)
 
 
@@ -413,7 +403,7 @@ def _sound(data: bytes, where: str) -> Tensor:
             stream.codec_context.options = {"err_detect": "crccheck+explode"}
             parts = [frame.to_ndarray()[0] for frame in container.decode(stream)]
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise UserError(f"sound cannot be decoded ({error}): {where}; {MEND}") from error
+        raise UserError(f"sound cannot be decoded ({error}): {where}; {shards.HINT}") from error
     whole = np.concatenate(parts) if parts else np.zeros(0, np.int16)
     return torch.from_numpy(
         whole.astype(np.float32) / 2 ** (8 * whole.dtype.itemsize - 1)
@@ -421,11 +411,11 @@ def _sound(data: bytes, where: str) -> Tensor:
 
 
 def _image(data: bytes, where: str) -> Tensor:
-    """A picture uint8 [3, H, W]."""
+    """An image uint8 [3, H, W]."""
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).contiguous()
+        with Image.open(io.BytesIO(data)) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture cannot be read ({error}): {where}; {MEND}") from error
+        raise UserError(f"image cannot be read ({error}): {where}; {shards.HINT}") from error

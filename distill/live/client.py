@@ -1,4 +1,4 @@
-"""A viewer in Python: what the page does, without a picture on a screen. For benchmarks and tests."""
+"""A viewer in Python: what the page does, without a screen. For benchmarks and tests."""
 
 import json
 import time
@@ -48,9 +48,9 @@ class Answer:
 
 
 class Client:
-    """Connects at once; UserError where nobody answers or the house is full. `frames` and `sound` keep what was to be seen, by
-    frame number, if `keep` says so; `strict`: a message of an error raises one. Call `pump` all the time: it
-    reads, plays and reports."""
+    """Connects at once; UserError where nothing answers or the maximum number of viewers is reached. `frames` and `sound` keep
+    what was to be seen, by frame number, if `keep`; `strict`: a message of an error raises one. Call `pump` all the time: it reads,
+    plays and reports."""
 
     def __init__(self, url: str, keep: bool = True, timeout: float = 10.0, strict: bool = False, **options):
         try:
@@ -68,7 +68,7 @@ class Client:
         self.frames: dict[int, np.ndarray] = {}
         self.sound: dict[int, np.ndarray] = {}
         self.answers: dict[int, Answer] = {}
-        self.told: list[dict] = []  # every other message
+        self.messages: list[dict] = []  # every other message
         self.origin: float | None = None  # the time at which frame 0 was due
         self.last, self.epoch, self.stalls, self.stalled, self.bytes = -1, 0, 0, 0.0, 0
         self.asked = self.next_report = 0.0
@@ -101,7 +101,7 @@ class Client:
         end = time.monotonic() + timeout
         while not ready():
             if time.monotonic() > end:
-                raise TimeoutError(f"nothing after {timeout} s; told: {self.told[-3:]}")
+                raise TimeoutError(f"nothing after {timeout} s; last messages: {self.messages[-3:]}")
             self.pump(0.01)
 
     def pump(self, seconds: float) -> None:
@@ -153,7 +153,7 @@ class Client:
         elif kind == "done":
             self.answers[number].end = message["frame"]
         else:
-            self.told.append(message)
+            self.messages.append(message)
             if kind == "error" and self.strict:
                 raise UserError(f"the server refused: {message['message']}")
 

@@ -98,5 +98,5 @@ def load_judge(folder: Path) -> LocalJudge:
         model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         return LocalJudge(model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"judge cannot be read ({told}): {folder}; download the whole model there") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"judge cannot be read ({reason}): {folder}; download the whole model there") from error

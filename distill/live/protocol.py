@@ -75,7 +75,7 @@ class Interrupt:
 
 @dataclass(frozen=True)
 class Played:
-    """All frames before `frame` were seen; `epoch` counts the rewinds that the page had been told of."""
+    """All frames before `frame` were seen; `epoch` counts the rewinds that the page knew of."""
 
     frame: int
     epoch: int
@@ -150,7 +150,7 @@ def to_sound(data: bytes) -> Tensor:
 
 
 def decode_picture(data: bytes, size: tuple[int, int]) -> Tensor:
-    """A picture file as [3, H, W] in [-1, 1]; its size is judged before a pixel is decoded. UserError for anything else."""
+    """A picture file as [3, H, W] in [-1, 1]; its size is checked before a pixel is decoded. UserError for anything else."""
     from PIL import Image, ImageOps
 
     try:
@@ -185,12 +185,12 @@ def decode_file(data: bytes) -> Tensor:
                     raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
             return media.resample(torch.cat(parts), reader.rate, SAMPLE_RATE)
         except UserError as error:
-            told = (
+            reason = (
                 str(error)
                 if "longer" in str(error)
                 else "sound file cannot be read; give a whole wav, flac or mp3 file"
             )
-            raise UserError(told) from None
+            raise UserError(reason) from None
 
 
 def pack_chunk(chunk: Chunk, epoch: int) -> bytes:

@@ -1,4 +1,4 @@
-"""One thread that draws for many viewers: whose picture would stand still first is served first."""
+"""One thread that draws for many viewers: the viewer whose video would freeze first is served first."""
 
 import logging
 import threading
@@ -46,7 +46,7 @@ class Engine:
         self.viewers: list[Viewer] = []
         self.totals = Totals()
         self.step_seconds: deque[float] = deque([0.05], maxlen=100)
-        self.asked: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self.calls: deque[tuple[Future, Callable[[], Any]]] = deque()
         self.woken, self.stopping = threading.Event(), False
         self.talking = ThreadPoolExecutor(max_viewers, thread_name_prefix="talker")
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -74,18 +74,22 @@ class Engine:
     def call(self, function: Callable[..., Any], *given: Any) -> Future:
         """Run `function(*given)` on the engine's thread between two chunks."""
         future: Future = Future()
-        self.asked.append((future, lambda: function(*given)))
+        self.calls.append((future, lambda: function(*given)))
         self.woken.set()
         return future
 
     def join(self, emit: Callable[[dict | bytes], None]) -> Viewer | None:
-        """A new viewer, None when the house is full. On the engine's thread."""
+        """A new viewer, None when the maximum number of viewers is reached. On the engine's thread."""
         if len(self.viewers) >= self.max_viewers:
             self.totals.refused += 1
             return None
         conversation = self.talker.conversation()
         viewer = Viewer(
-            self.bundle, self.lead, emit, lambda turn, heard: self._talk(conversation, turn, heard), self._margin
+            self.bundle,
+            self.lead,
+            emit,
+            lambda turn, utterance: self._talk(conversation, turn, utterance),
+            self._margin,
         )
         self.viewers.append(viewer)
         self.totals.opened += 1
@@ -98,9 +102,9 @@ class Engine:
 
     # ---- inside
 
-    def _talk(self, conversation: Conversation, turn: Turn, heard: str | Tensor) -> None:
+    def _talk(self, conversation: Conversation, turn: Turn, utterance: str | Tensor) -> None:
         self.totals.turns += 1
-        self.talking.submit(turn.fill, lambda: conversation.turn(heard), self.woken.set)
+        self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
     def _margin(self) -> float:
         """A chunk that is being drawn, its own, and the way to the page."""
@@ -116,12 +120,12 @@ class Engine:
                 self.woken.wait(TICK)
         for viewer in list(self.viewers):
             self.leave(viewer)
-        while self.asked:
-            self.asked.popleft()[0].cancel()
+        while self.calls:
+            self.calls.popleft()[0].cancel()
 
     def _answer(self) -> None:
-        while self.asked:
-            future, call = self.asked.popleft()
+        while self.calls:
+            future, call = self.calls.popleft()
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call())

@@ -1,6 +1,6 @@
 """The web server: the page, portraits, metrics, and a WebSocket for each viewer.
 
-Only pages of this very server may open the WebSocket (Origin must be the Host that was asked), and on a loopback address only
+Only pages of this very server may open the WebSocket (Origin must be the Host of the request), and on a loopback address only
 loopback names are answered, so no other site's page gets in by DNS. A slow reader is cut off, never waited for.
 """
 
@@ -197,7 +197,9 @@ class Server:
         viewer = await self._ask(self.engine.join, emit)
         if viewer is None:
             most = self.engine.max_viewers
-            await page.send_json({"type": "full", "message": f"full: {most} viewers are here; try again later"})
+            await page.send_json(
+                {"type": "full", "message": f"maximum number of viewers reached ({most}); try again later"}
+            )
             await page.close(FULL)
             return
         tasks = [
@@ -253,7 +255,7 @@ class Server:
             try:
                 message = await asyncio.wait_for(page.receive(), patience)
             except TimeoutError:
-                put({"type": "error", "message": f"nothing was heard of this page for {patience:.0f} s: closed"})
+                put({"type": "error", "message": f"no message from this page for {patience:.0f} s: closed"})
                 await asyncio.sleep(0.1)
                 return
             if message["type"] == "websocket.disconnect":
@@ -262,7 +264,7 @@ class Server:
                 if message.get("bytes") is not None:
                     await self._binary(viewer, message["bytes"], picture, put)
                 else:
-                    await self._told(viewer, protocol.parse(message.get("text") or ""), picture)
+                    await self._handle(viewer, protocol.parse(message.get("text") or ""), picture)
             except UserError as error:
                 mistakes += 1
                 self.mistakes += 1
@@ -282,7 +284,7 @@ class Server:
         else:
             await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))
 
-    async def _told(self, viewer: Viewer, message: Any, picture: list[Tensor]) -> None:
+    async def _handle(self, viewer: Viewer, message: Any, picture: list[Tensor]) -> None:
         now = time.monotonic()
         if isinstance(message, protocol.Open):
             await self._ask(viewer.open, self._reference(message, picture), message.text, message.seed, now)

@@ -1,7 +1,7 @@
 """Who answers: a talker turns what the user typed or said into sound, piece by piece.
 
-A talker is any object with `conversation()`, which gives a viewer's own `turn(heard)`: an iterator of float samples [n] in [-1, 1]
-at 16 kHz, given out as they are made; heard is a typed sentence or the user's sound [S] at 16 kHz.
+A talker is any object with `conversation()`, which gives a viewer's own `turn(utterance)`: an iterator of float samples [n] in
+[-1, 1] at 16 kHz, given out as they are made; `utterance` is a typed sentence or the user's sound [S] at 16 kHz.
 """
 
 import json
@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.live import voice
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.media.streams import Resampler
+from teachers.media.streams import resample
 
 PIECE = SAMPLE_RATE // 10
 BUILT_IN = ("auto", "espeak", "formant", "echo")
@@ -30,7 +30,7 @@ OMNI = {
 class Conversation(Protocol):
     """One viewer's talker; turns come one after the other."""
 
-    def turn(self, heard: str | Tensor) -> Iterator[Tensor]: ...
+    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]: ...
 
 
 class Talker(Protocol):
@@ -75,11 +75,11 @@ class Voice:
     def conversation(self) -> "Voice":
         return self
 
-    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(heard, Tensor):
-            yield from heard.split(PIECE)
+    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(utterance, Tensor):
+            yield from utterance.split(PIECE)
         else:
-            yield from (voice.espeak_voice if self.name == "espeak" else voice.formant_voice)(heard)
+            yield from (voice.espeak_voice if self.name == "espeak" else voice.formant_voice)(utterance)
 
 
 @dataclass
@@ -91,12 +91,12 @@ class Echo:
     def conversation(self) -> "Echo":
         return self
 
-    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(heard, Tensor):
-            yield from heard.split(PIECE)
+    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(utterance, Tensor):
+            yield from utterance.split(PIECE)
             return
         beep = 0.4 * torch.sin(torch.arange(SAMPLE_RATE // 5) * (2 * math.pi * 400 / SAMPLE_RATE))
-        for _ in heard.split():
+        for _ in utterance.split():
             yield beep
             yield torch.zeros_like(beep)
 
@@ -120,11 +120,11 @@ class TextToSpeech:
         return self
 
     @torch.inference_mode()
-    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(heard, Tensor):
-            yield from heard.split(PIECE)
+    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
+        if isinstance(utterance, Tensor):
+            yield from utterance.split(PIECE)
             return
-        for clause in heard.replace("!", ".").replace("?", ".").split("."):
+        for clause in utterance.replace("!", ".").replace("?", ".").split("."):
             if clause.strip():
                 inputs = self.tokenizer(clause, return_tensors="pt").to(self.model.device)
                 if inputs["input_ids"].shape[1]:
@@ -164,9 +164,13 @@ class OmniConversation:
     history: list[dict] = field(default_factory=list)
 
     @torch.inference_mode()
-    def turn(self, heard: str | Tensor) -> Iterator[Tensor]:
+    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
         talker = self.talker
-        part = {"type": "text", "text": heard} if isinstance(heard, str) else {"type": "audio", "audio": heard.numpy()}
+        part = (
+            {"type": "text", "text": utterance}
+            if isinstance(utterance, str)
+            else {"type": "audio", "audio": utterance.numpy()}
+        )
         said = [*self.history, {"role": "user", "content": [part]}]
         prompt = talker.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         sounds = [p["audio"] for message in said for p in message["content"] if p["type"] == "audio"]
@@ -182,8 +186,7 @@ class OmniConversation:
 
 def _at_16k(samples: Tensor, rate: int) -> Iterator[Tensor]:
     samples = samples.detach().float().cpu().clamp(-1, 1)
-    if rate != SAMPLE_RATE:
-        samples = Resampler(rate, SAMPLE_RATE).push(samples, end=True).clamp(-1, 1)
+    samples = resample(samples, rate, SAMPLE_RATE)
     yield from samples.split(PIECE)
 
 
@@ -195,5 +198,5 @@ def _read(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
             processor.from_pretrained(folder, local_files_only=True),
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"talker cannot be read ({told}): {folder}; download the whole model again") from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"talker cannot be read ({reason}): {folder}; download the whole model again") from error

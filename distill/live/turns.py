@@ -18,7 +18,7 @@ MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then 
 
 @dataclass
 class Playhead:
-    """Where the viewer is, from what it told last: frames seen `frame`, at the time `at`; runs on by itself."""
+    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself."""
 
     fps: Fraction
     frame: int = 0
@@ -91,7 +91,7 @@ class Turn:
 
 
 class Listening:
-    """What the user says, on its way to a student that hears two speakers: at most `slack` samples later than it was said."""
+    """What the user says, on its way to a student of two speakers: at most `slack` samples later than it was said."""
 
     def __init__(self, slack: int = SAMPLE_RATE // 4):
         self.slack, self.kept = slack, torch.zeros(0)

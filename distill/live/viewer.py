@@ -22,7 +22,7 @@ KEPT = 200  # chunk times of the panel
 
 class Viewer:
     """`emit` takes what goes to the page: a dict (JSON) or bytes (a chunk). `start` runs a turn's talker somewhere else, given the
-    turn and what was heard. `margin` gives the seconds that a new chunk needs to reach the viewer."""
+    turn and the user's utterance. `margin` gives the seconds that a new chunk needs to reach the viewer."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Viewer:
         self.opened, self.ttff, self.chunks = now, 0.0, 0
         self.emit({"type": "opened", "epoch": self.epoch, "text": text})
 
-    def say(self, heard: str | Tensor, now: float) -> int:
+    def say(self, utterance: str | Tensor, now: float) -> int:
         """The user's turn has ended with a sentence or a sound: the number of the avatar's turn that begins. What the avatar was
         saying is broken off."""
         self._open()
@@ -67,11 +67,11 @@ class Viewer:
         self.turns += 1
         self.turn = Turn(self.turns, now)
         self.emit({"type": "thinking", "turn": self.turns})
-        self.start(self.turn, heard)
+        self.start(self.turn, utterance)
         return self.turns
 
     def feed(self, samples: Tensor, now: float) -> None:
-        """Microphone samples: a voice interrupts the avatar, its end is the end of a turn. A student of two speakers hears them
+        """Microphone samples: a voice interrupts the avatar, its end is the end of a turn. A student of two speakers is given them
         too, while it listens and while it talks."""
         if self.spec.speakers > 1:
             self.listening.put(samples)
@@ -186,7 +186,7 @@ class Viewer:
         return self.session
 
     def _noting(self, call: Callable[[], Any]) -> Any:
-        """`call()`; what it warns of (a text that is cut) is told to the page."""
+        """`call()`; what it warns of (a text that is cut) is sent to the page."""
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
             result = call()
@@ -211,14 +211,14 @@ class Viewer:
         return frame
 
     def _let_in(self, own: Tensor | None, count: int) -> None:
-        """The next `count` samples: the avatar's own voice, and to a student that hears two speakers the user's."""
+        """The next `count` samples: the avatar's own voice, and to a student of two speakers the user's."""
         self._open().push(audio=own, other=self.listening.take(count) if self.spec.speakers > 1 else None)
 
     def _missing(self, turn: Turn | None) -> int:
         """Samples that the next chunk lacks, those that a turn holds not counted."""
         session = self._open()
-        stop = self.spec.pixel_frames(session.point.chunk + self.spec.schedule.ahead)[1]
-        have = session.audio.end + (turn.held if turn is not None else 0)
+        stop = session.inputs.span(session.point.chunk)[1]
+        have = session.inputs.audio.end + (turn.held if turn is not None else 0)
         return stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - have
 
     def _ready(self, turn: Turn) -> bool:
@@ -247,5 +247,5 @@ class Viewer:
         if turn.over and turn.end is None:
             if turn.failed:
                 self.emit({"type": "error", "message": f"the talker failed ({turn.failed[:200]})"})
-            turn.end = -(-self._open().audio.end // self.spec.samples_per_frame)
+            turn.end = -(-self._open().inputs.audio.end // self.spec.samples_per_frame)
             self.emit({"type": "done", "turn": turn.number, "frame": turn.end})

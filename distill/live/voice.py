@@ -1,7 +1,7 @@
 """Text to speech with nothing downloaded: a small formant voice, and espeak-ng through its command line.
 
-The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, which the embedded student was trained to
-hear: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
+The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, which the embedded student was
+trained on: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
 """
 
 import re
@@ -123,7 +123,7 @@ def espeak_voice(text: str) -> Iterator[Tensor]:
                     if len(loud) == 0:
                         continue
                     piece, silent = piece[int(loud[0]) :], False
-                yield piece.clamp(-1, 1)
-            yield resampler.push(torch.zeros(0), end=True).clamp(-1, 1)
+                yield piece
+            yield resampler.finish()
         finally:
             process.kill()

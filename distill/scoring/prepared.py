@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from distill.data.loader import MEND, Index, Windows
-from distill.data.prepare.shards import CHECKSUMS
+from distill.data.loader import Index, Windows
+from distill.data.prepare.shards import CHECKSUMS, HINT
 from teachers.errors import UserError
 
 
@@ -58,7 +58,7 @@ def read_sample(sample: Index) -> tuple[Tensor, Fraction, Tensor | None]:
     try:
         fps = Fraction(json.loads(members["json"])["fps"])
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"metadata cannot be read ({error!r}): {where}; {MEND}") from error
+        raise UserError(f"metadata cannot be read ({error!r}): {where}; {HINT}") from error
     clip = Windows(sample, int(sample.frames[0]), fps)[0]
     assert clip.video is not None
     return clip.video, fps, clip.audio

@@ -58,7 +58,7 @@ class Dino:
             network, found = loaded
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise refused("dinov2", f"its file cannot be read ({type(error).__name__})") from error
-        wrong = {name: (here, there) for name, here, there in found["mismatched_keys"]}
+        wrong = {name: (there, needed) for name, there, needed in found["mismatched_keys"]}
         if faults := describe(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), wrong):
             raise refused("dinov2", f"its file does not fit: {faults}")
         return cls(network.to(device))

@@ -203,7 +203,7 @@ def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
         session.step()
     session.settle()
     decoder, (start, stop) = session.point.decoder, spec.pixel_frames(chunk)
-    window = session.audio.read(
+    window = session.inputs.audio.read(
         start * spec.samples_per_frame - audio_encoder.lookback, stop * spec.samples_per_frame + audio_encoder.lookahead
     )
     with recorded(bundle.student) as calls:

@@ -1,29 +1,206 @@
-"""What a session lets in: sound and pose rows, checked; and how the sound of two speakers is heard.
+"""The input of a session: the audio and pose streams, and what each chunk needs of them.
 
 For a student of two speakers sound is rows [n, 2] of samples, the avatar's own voice first: one push is one stretch of time for
 both, so that neither is ever ahead of the other.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from students.spec import Spec
-from teachers.conditions import BUILT_IN, Conditions, blank_features, known, side_by_side
+from teachers.conditions import BUILT_IN, Conditions, blank_features, known, pack_rows, side_by_side
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.media.streams import LOUDEST_SAMPLE
+from teachers.media.streams import LOUDEST_SAMPLE, Resampler, Stream
 from teachers.registry import AudioEncoder
 
 
+@dataclass(frozen=True)
+class Starved:
+    """No chunk now, and nothing is lost: `missing` samples of audio or rows of pose; the viewer is `lead` chunks behind; or
+    the stream was closed and has come to its end. False where a chunk is true."""
+
+    reason: Literal["audio", "pose", "lead", "end"]
+    missing: int = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+
+class SessionInputs:
+    """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
+
+    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is bounded by what `forget` leaves. What `conditions` computes is on
+    the device of its arguments.
+    """
+
+    def __init__(
+        self, spec: Spec, encoder: AudioEncoder, drop: tuple[str, ...] = (), given: Mapping[str, Tensor] | None = None
+    ):
+        for name in drop:
+            known(name)
+        self.spec, self.encoder, self.drop = spec, encoder, drop
+        self.given = given_features(spec, given or {})
+        self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())
+        self.pose = Stream((spec.pose_dim,))
+        self.resampler: Resampler | None = None
+        self.closed = False
+
+    # ---- what comes in
+
+    def push(self, audio: Tensor | None, pose: Tensor | None, rate: int, other: Tensor | None) -> None:
+        """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P]; UserError, which changes nothing, for
+        what is neither, and after `close`."""
+        if self.closed:
+            raise UserError("push after close: this session takes no more input; open another")
+        sound = checked_sound(self.spec, audio, other, rate)
+        if pose is not None:
+            check_pose(self.spec, pose)
+            self.pose.push(pose)
+        if sound is not None:
+            self.audio.push(self._resampled(sound, rate))
+
+    def _resampled(self, sound: Tensor, rate: int) -> Tensor:
+        if self.resampler is not None and self.resampler.source_rate != rate:
+            self.audio.push(self.resampler.finish())
+            self.resampler = None
+        if rate == SAMPLE_RATE:
+            return sound
+        if self.resampler is None:
+            self.resampler = Resampler(rate, SAMPLE_RATE, row_shape=self.audio.row_shape)
+        return self.resampler.push(sound)
+
+    def close(self) -> None:
+        """No more input: the last samples leave the resampler; what a chunk lacks from here on is silence."""
+        if self.resampler is not None and not self.closed:
+            self.audio.push(self.resampler.finish())
+        self.closed = True
+
+    def cut(self, frame: int) -> None:
+        """Drop all input from a pixel frame on; the stream is open again."""
+        self.audio.cut(frame * self.spec.samples_per_frame)
+        self.pose.cut(frame)
+        self.resampler, self.closed = None, False
+
+    def forget(self, chunk: int) -> None:
+        """Free the input that no chunk from number `chunk` on needs."""
+        start = self.spec.pixel_frames(chunk)[0]
+        self.audio.forget(start * self.spec.samples_per_frame - self.encoder.lookback)
+        self.pose.forget(start - 1)  # the last row is held where a live session lacks one
+
+    # ---- what a chunk needs
+
+    @property
+    def takes_pose(self) -> bool:
+        """Whether chunks wait for pose rows."""
+        return self.spec.pose_dim > 0 and "pose" not in self.drop
+
+    def span(self, chunk: int) -> tuple[int, int]:
+        """The pixel frames whose input a step at `chunk` reads: those of the chunk and of the chunks in flight behind it, which
+        end with a closed stream."""
+        last = chunk + self.spec.schedule.ahead
+        while self.closed and last > chunk and self.ended(last):
+            last -= 1
+        return self.spec.pixel_frames(chunk)[0], self.spec.pixel_frames(last)[1]
+
+    def ended(self, chunk: int) -> bool:
+        """Whether the stream was closed before the first sample of a chunk."""
+        return self.closed and self.spec.pixel_frames(chunk)[0] * self.spec.samples_per_frame >= self.audio.end
+
+    def missing(self, chunk: int) -> Starved | None:
+        """The input that a step at `chunk` waits for; None where it can be taken."""
+        if self.closed:
+            return None
+        stop = self.span(chunk)[1]
+        samples = stop * self.spec.samples_per_frame + self.encoder.lookahead - self.audio.end
+        if samples > 0 and "audio" not in self.drop:
+            return Starved("audio", samples)
+        if self.takes_pose and stop > self.pose.end:
+            return Starved("pose", stop - self.pose.end)
+        return None
+
+    def fill(self, chunk: int) -> None:
+        """Make up what a step at `chunk` lacks: silence, and the last pose."""
+        stop = self.span(chunk)[1]
+        lacking = stop * self.spec.samples_per_frame + self.encoder.lookahead - self.audio.end
+        self.audio.push(torch.zeros(max(0, lacking), *self.audio.row_shape))
+        if self.takes_pose:
+            last = self.pose.read(self.pose.end - 1, self.pose.end)
+            self.pose.push(last.expand(max(0, stop - self.pose.end), -1))
+
+    def voice(self, chunk: int) -> Tensor:
+        """The avatar's own samples [S] at 16 kHz that play with a chunk."""
+        start, stop = (frame * self.spec.samples_per_frame for frame in self.spec.pixel_frames(chunk))
+        audio = self.audio.read(start, stop)
+        return audio if audio.ndim == 1 else audio[:, 0]
+
+    def conditions(self, chunk: int, text: Tensor, reference: Tensor | None, guidance: Tensor | None) -> Conditions:
+        """The conditions of a step at `chunk` from what has come, without those in `drop`; text [1, L, D] gives the device."""
+        start, stop = self.span(chunk)
+        stride, per_frame = self.spec.codec.stride, self.spec.samples_per_frame
+
+        def packed(rows: Tensor) -> Tensor:
+            return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
+
+        window = self.audio.read(start * per_frame - self.encoder.lookback, stop * per_frame + self.encoder.lookahead)
+        audio = packed(encode_window(self.encoder, window.to(text.device), start, stop))
+        pose = packed(self.pose.read(start, stop)) if self.spec.pose_dim else None
+        given = self.features(chunk, audio.shape[1])
+        conditions = Conditions(given, text=text, audio=audio, reference=reference, pose=pose, guidance=guidance)
+        return conditions.to(text.device).drop(*self.drop)
+
+    def features(self, chunk: int, num_frames: int) -> dict[str, Tensor]:
+        """The given features of `num_frames` latent frames from a chunk on, the last frame held."""
+        first = chunk * self.spec.chunk_frames
+        return self.given.frames(first, first + num_frames, hold=True).features
+
+    # ---- a snapshot
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that has come and is still needed: what JSON can hold, and tensors by name."""
+        facts: dict[str, Any] = {"closed": self.closed, "audio": self.audio.start, "pose": self.pose.start}
+        tensors = {
+            "audio": self.audio.read(self.audio.start, self.audio.end),
+            "pose": self.pose.read(self.pose.start, self.pose.end),
+        }
+        tensors |= {f"given.{name}": value for name, value in self.given.features.items()}
+        if self.resampler is not None:
+            facts["resampler"] = {
+                "rate": self.resampler.source_rate,
+                "first": self.resampler.first,
+                "made": self.resampler.made,
+            }
+            tensors["resampler"] = self.resampler.tail
+        return facts, tensors
+
+    def restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.closed = facts["closed"]
+        prefix = "given."
+        self.given = Conditions({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)})
+        self.audio = Stream(self.audio.row_shape, facts["audio"])
+        self.pose = Stream(self.pose.row_shape, facts["pose"])
+        self.audio.push(tensors["audio"])
+        self.pose.push(tensors["pose"])
+        self.resampler = None
+        if "resampler" in facts:
+            self.resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=self.audio.row_shape)
+            self.resampler.tail = tensors["resampler"]
+            self.resampler.first, self.resampler.made = facts["resampler"]["first"], facts["resampler"]["made"]
+
+
 def checked_sound(spec: Spec, audio: Tensor | None, other: Tensor | None, rate: int) -> Tensor | None:
-    """The samples [n] of one push, of two speakers [n, 2] where a missing one is silent; None where there is no sound.
+    """The samples [S] of one push, of two speakers [S, 2] where a missing one is silent; None where there is no sound.
 
     audio and other are [S] or [channels, S] in [-1, 1]. UserError for what is no sound, and for two that are not as long as
     each other.
     """
     if other is not None and spec.speakers == 1:
-        raise UserError("other: this student hears one speaker; push audio alone")
+        raise UserError("other: this student takes one speaker; push audio alone")
     given = {"audio": audio, "other": other}
     voices = {name: _checked(name, sound, rate) for name, sound in given.items() if sound is not None}
     if spec.speakers == 1 or not voices:
@@ -32,14 +209,14 @@ def checked_sound(spec: Spec, audio: Tensor | None, other: Tensor | None, rate: 
     if len(lengths) > 1:
         raise UserError(
             f"audio and other are one stretch of time: got {len(voices['audio'])} and {len(voices['other'])} samples; "
-            "push as much of both, silence where one says nothing"
+            "push as much of both, silence where one is silent"
         )
     silence = torch.zeros(lengths.pop())
     return torch.stack([voices.get(name, silence).detach().cpu().float() for name in given], dim=1)
 
 
 def _checked(name: str, sound: Tensor, rate: int) -> Tensor:
-    """Samples [n], channels averaged."""
+    """Samples [S], channels averaged."""
     if sound.ndim not in (1, 2) or (sound.ndim == 2 and sound.shape[0] > 8) or not sound.is_floating_point():
         raise UserError(
             f"{name} must be float samples [S] or [channels, S]: got {tuple(sound.shape)} {sound.dtype}; convert it"
@@ -78,10 +255,8 @@ def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
     return Conditions(blank, **{name: value[None].float() for name, value in given.items()})
 
 
-def encode_window(audio_encoder: AudioEncoder, window: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1 [T, A] of just the samples that they need (`AudioEncoder.rows`): [S], or [S, speakers] side by side in a row."""
-    return (
-        audio_encoder.rows(window, first, last)
-        if window.ndim == 1
-        else side_by_side(audio_encoder.rows(window.T, first, last))
-    )
+def encode_window(encoder: AudioEncoder, window: Tensor, first: int, last: int) -> Tensor:
+    """Rows first..last-1 [T, A] of just the samples that they need (`AudioEncoder.rows`): [S], or [S, speakers] side by side."""
+    if window.ndim == 1:
+        return encoder.rows(window, first, last)
+    return side_by_side(encoder.rows(window.T, first, last))

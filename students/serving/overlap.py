@@ -1,4 +1,4 @@
-"""Two pieces of work of one chunk: the decoder's, which somebody waits for, and the commit, which nobody does yet."""
+"""Overlap decoding (on the latency path) with the KV-cache commit (off it)."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ Second = TypeVar("Second")
 
 class Beside:
     """On CUDA the first runs on a stream of its own beside the second. On a CPU the second runs in a worker thread if
-    `threaded`, else when it is asked for: where the first is short, changing threads costs more than it hides (LOG.md)."""
+    `threaded`, else when its result is needed: where the first is short, changing threads costs more than it hides (LOG.md)."""
 
     def __init__(self, device: torch.device, threaded: bool):
         self.device = device
@@ -20,7 +20,7 @@ class Beside:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="commit") if threaded and self.side is None else None
 
     def run(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Callable[[], Second]]:
-        """The first one's result as soon as it is there, and what gives the second one's (asked once)."""
+        """The first one's result as soon as it is there, and a function that gives the second one's (called once)."""
         if self.side is not None:
             return self._on_cuda(self.side, first, second)
         second = torch.inference_mode()(second)

@@ -18,7 +18,7 @@ from teachers.errors import UserError
 
 @dataclass
 class AvatarPipelineOutput(BaseOutput):
-    """frames: a list of PIL images, or uint8 [T, H, W, 3] (np, pt); audio [S] at 16 kHz that is heard with them; fps."""
+    """frames: a list of PIL images, or uint8 [T, H, W, 3] (np, pt); audio [S] at 16 kHz that plays with them; fps."""
 
     frames: list[Image.Image] | np.ndarray | Tensor
     audio: Tensor
@@ -26,7 +26,7 @@ class AvatarPipelineOutput(BaseOutput):
 
 
 class AvatarPipeline(DiffusionPipeline):
-    """A thin face over students.serving.session for whole files; who streams opens a Session on `pipe.bundle`."""
+    """A session over whole files in diffusers' form; to stream, open a Session on `pipe.bundle`."""
 
     def __init__(self, student, codec, audio_encoder, text):
         super().__init__()
@@ -63,39 +63,39 @@ class AvatarPipeline(DiffusionPipeline):
         pose: Tensor | np.ndarray | None = None,
         guidance_scale: float | None = None,
     ) -> AvatarPipelineOutput:
-        """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the film is as long
-        as the sound, to one frame. `other`, as audio: what somebody else says meanwhile, to a student of two speakers; pose rows
+        """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the video is as long
+        as the sound, to one frame. `other`, as audio: the other speaker's sound, for a student of two speakers; pose rows
         [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed).
-        output_type: pil, np or pt. guidance_scale: of a student that is told one, within its trained range; it costs nothing."""
+        output_type: pil, np or pt. guidance_scale: of a guidance-distilled student, within its trained range; it costs nothing."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0
         spec = self.bundle.spec
         drop = ("pose",) if pose is None else ()
         session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop, guidance=guidance_scale)
-        heard_too = None if other is None else torch.as_tensor(other)
-        session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=heard_too)
+        second = None if other is None else torch.as_tensor(other)
+        session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=second)
         if pose is not None:
             session.push(pose=torch.as_tensor(pose))
             chunk = spec.codec.stride * spec.chunk_frames
-            missing = -(-session.audio.end // spec.samples_per_frame) + 2 * chunk - session.pose.end
-            last = session.pose.read(session.pose.end - 1, session.pose.end)
+            missing = -(-session.inputs.audio.end // spec.samples_per_frame) + 2 * chunk - session.inputs.pose.end
+            last = session.inputs.pose.read(session.inputs.pose.end - 1, session.inputs.pose.end)
             session.push(pose=last.expand(max(0, missing), -1))
         session.close()
-        count = -(-session.audio.end // spec.samples_per_frame)
-        frames, heard = [], []
+        count = -(-session.inputs.audio.end // spec.samples_per_frame)
+        frames, sounds = [], []
         with self.progress_bar(total=count) as bar:  # pyright: ignore[reportCallIssue]  # a bound method
             for chunk in session.frames():
                 frames.append(chunk.frames)
-                heard.append(chunk.audio)
+                sounds.append(chunk.audio)
                 bar.update(min(len(chunk.frames), count - chunk.first_frame))
         if not frames:
             raise UserError("audio is empty: there is nothing to say; give at least one sample")
-        film, sound = torch.cat(frames)[:count], torch.cat(heard)[: session.audio.end]
+        video, sound = torch.cat(frames)[:count], torch.cat(sounds)[: session.inputs.audio.end]
         shown = {
-            "pt": lambda: film,
-            "np": film.numpy,
-            "pil": lambda: [Image.fromarray(frame) for frame in film.numpy()],
+            "pt": lambda: video,
+            "np": video.numpy,
+            "pil": lambda: [Image.fromarray(frame) for frame in video.numpy()],
         }
         return AvatarPipelineOutput(frames=shown[output_type](), audio=sound, fps=float(spec.fps))
 

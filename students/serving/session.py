@@ -4,7 +4,6 @@ One integer clock: a latent frame is a whole number of pixel frames, a pixel fra
 function is the one that training folds (schedule.advance); the order of work is denoise, hand over, commit meanwhile.
 """
 
-import math
 import time
 import warnings
 from collections import deque
@@ -16,17 +15,15 @@ import torch
 from torch import Tensor
 
 from students.schedule import advance, refine_context
-from students.serving.inputs import check_pose, checked_sound, encode_window, given_features
+from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside
 from students.spec import Spec
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
-from teachers.conditions import Conditions, known, pack_rows
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.media.streams import Resampler, Stream
 
 IDLE = ("live", "hold", "wait")
 
@@ -45,18 +42,6 @@ class Chunk:
     audio: Tensor
     seconds: dict[str, float]
     idle: Literal["", "live", "hold"] = ""
-
-
-@dataclass(frozen=True)
-class Starved:
-    """No chunk now, and nothing is lost: `missing` samples of audio or rows of pose; the viewer is `lead` chunks behind; or
-    the stream was closed and has come to its end. False where a chunk is true."""
-
-    reason: Literal["audio", "pose", "lead", "end"]
-    missing: int = 0
-
-    def __bool__(self) -> bool:
-        return False
 
 
 @dataclass(frozen=True)
@@ -102,10 +87,10 @@ class Session:
     """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
 
     reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
-    ahead of the viewer, who is told of by `played`; so many can be taken back by `interrupt` (None: no bound, and nothing can be).
+    ahead of the viewer, whose place `played` reports; so many can be taken back by `interrupt` (None: no bound, nothing can be).
     `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
     modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
-    are true there. `guidance`: the scale that a student with an embedding of it is conditioned on, within its trained range
+    are true there. `guidance`: the scale that a guidance-distilled student is conditioned on, within its trained range
     (None: the spec's). `conditions`: features from outside this package by name, without a batch axis; those that run with the
     latent frames for the whole stream, the last frame held; zeros for those that the network takes and nobody gives.
     """
@@ -134,19 +119,13 @@ class Session:
             )
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
-        for name in self.drop:
-            known(name)
         self.guidance = spec.scale(guidance)
         self.device = next(bundle.student.parameters()).device
-        self.given = given_features(spec, conditions or {}).to(self.device)
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
-        self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())  # samples, of two speakers side by side
-        self.pose = Stream((spec.pose_dim,))
-        self.resampler: Resampler | None = None
+        self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions)
         self.events: tuple[Event, ...] = ()
         self.viewed = 0
-        self.closed = False
         self.committing = None  # waits for the state that belongs to `point`
         with torch.inference_mode():
             self.reference = None
@@ -176,27 +155,10 @@ class Session:
     ) -> None:
         """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P], one a pixel frame.
 
-        A student of two speakers hears its own voice in `audio`, somebody else's in `other`, of the same length: one that is not
+        For a student of two speakers `audio` is its own voice and `other` the other speaker's, of the same length: one that is not
         given is silent meanwhile. Refused input (UserError) changes nothing.
         """
-        if self.closed:
-            raise UserError("push after close: this session takes no more input; open another")
-        sound = checked_sound(self.spec, audio, other, rate)
-        if pose is not None:
-            check_pose(self.spec, pose)
-            self.pose.push(pose)
-        if sound is not None:
-            self.audio.push(self._resampled(sound, rate))
-
-    def _resampled(self, sound: Tensor, rate: int) -> Tensor:
-        if self.resampler is not None and self.resampler.source_rate != rate:
-            self.audio.push(self.resampler.finish())
-            self.resampler = None
-        if rate == SAMPLE_RATE:
-            return sound
-        if self.resampler is None:
-            self.resampler = Resampler(rate, SAMPLE_RATE, row_shape=self.audio.row_shape)
-        return self.resampler.push(sound.cpu())
+        self.inputs.push(audio, pose, rate, other)
 
     def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
         """Another text from chunk `at` on. keep: what was shown stays in the context as it is; recache: the visible chunks are
@@ -214,9 +176,7 @@ class Session:
 
     def close(self) -> None:
         """No more input: what is left plays to its end, padded with silence to a whole chunk."""
-        if self.resampler is not None and not self.closed:
-            self.audio.push(self.resampler.finish())
-        self.closed = True
+        self.inputs.close()
 
     def played(self, frame: int) -> None:
         """The viewer has seen all frames before `frame`."""
@@ -242,10 +202,10 @@ class Session:
 
     def interrupt(self, played: int | None = None, keep_input: bool = False) -> int:
         """Take back what the viewer has not seen: go back to the end of the chunk that holds frame `played` - 1 (default: what
-        `played` told), drop the input after it, and return the frame from which the stream goes on.
+        `played` reported), drop the input after it, and return the frame from which the stream goes on.
 
         What follows equals a session that never drew the dropped chunks. `keep_input` keeps it, so that a new text may use it.
-        Chunks in flight (a diagonal schedule) have heard that input and start anew without `keep_input`.
+        Chunks in flight (a diagonal schedule) were denoised with that input and start anew without `keep_input`.
         """
         self.settle()
         viewed = self.viewed if played is None else played
@@ -264,11 +224,9 @@ class Session:
             start = self.spec.pixel_frames(self.point.chunk)[0]
             self.point = replace(
                 self.point, state=replace(self.point.state, flight=())
-            )  # it has heard what is forgotten
+            )  # it was denoised with that input
             self.points[-1] = self.point
-            self.audio.cut(start * self.spec.samples_per_frame)
-            self.pose.cut(start)
-            self.resampler, self.closed = None, False
+            self.inputs.cut(start)
         return self.point.frame
 
     # ---- inside
@@ -280,64 +238,21 @@ class Session:
             warnings.warn(f"text of {tokens} tokens: the student reads the first {limit}", stacklevel=3)
         return self.bundle.text([text]).to(self.device)
 
-    def _span(self) -> tuple[int, int]:
-        return self.spec.pixel_frames(self.point.chunk)
-
-    def _heard(self) -> int:
-        """The past-the-end pixel frame that the next step hears: that of its chunk, or of the last one in flight behind it."""
-        last = self.point.chunk + self.spec.schedule.ahead
-        heard = self.audio.end if self.closed else math.inf
-        while last > self.point.chunk and self.spec.pixel_frames(last)[0] * self.spec.samples_per_frame >= heard:
-            last -= 1
-        return self.spec.pixel_frames(last)[1]
-
     def _check_drawn(self, frame: int) -> None:
         if not 0 <= frame <= self.point.frame:
             raise UserError(f"played={frame}: {self.point.frame} frames were drawn; give how many of them were seen")
 
     def _starved(self) -> Starved | None:
-        start, stop = self._span()[0], self._heard()
-        per_frame = self.spec.samples_per_frame
-        if self.closed and start * per_frame >= self.audio.end:
+        if self.inputs.ended(self.point.chunk):
             return Starved("end")
         if self.lead is not None and sum(point.frame > self.viewed for point in self.points) >= self.lead:
             return Starved("lead")
-        if self.closed:
-            return None
-        missing = stop * per_frame + self.bundle.audio_encoder.lookahead - self.audio.end
-        if missing > 0 and "audio" not in self.drop:
-            return Starved("audio", missing)
-        if self._takes_pose and stop > self.pose.end:
-            return Starved("pose", stop - self.pose.end)
-        return None
+        return self.inputs.missing(self.point.chunk)
 
     @property
     def _scale(self) -> Tensor | None:
-        """The guidance scale that the student is conditioned on [1]."""
+        """The guidance scale that the student is conditioned on [1]; None without guidance distillation."""
         return None if self.guidance is None else torch.tensor([self.guidance], device=self.device)
-
-    @property
-    def _takes_pose(self) -> bool:
-        return self.spec.pose_dim > 0 and "pose" not in self.drop
-
-    def _conditions(self, point: Point) -> Conditions:
-        """The conditions of the next chunk from what is buffered."""
-        spec, audio_encoder = self.spec, self.bundle.audio_encoder
-        start, stop = self._span()[0], self._heard()
-        stride, per_frame = spec.codec.stride, spec.samples_per_frame
-
-        def packed(rows: Tensor) -> Tensor:
-            return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
-
-        window = self.audio.read(start * per_frame - audio_encoder.lookback, stop * per_frame + audio_encoder.lookahead)
-        audio = packed(encode_window(audio_encoder, window.to(self.device), start, stop))
-        pose = packed(self.pose.read(start, stop)) if spec.pose_dim else None
-        first = point.chunk * spec.chunk_frames
-        given = self.given.frames(first, first + audio.shape[1], hold=True)
-        conditions = Conditions(
-            given.features, text=point.features, audio=audio, reference=self.reference, pose=pose, guidance=self._scale
-        )
-        return conditions.to(self.device).drop(*self.drop)
 
     def settle(self) -> None:
         """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
@@ -350,7 +265,7 @@ class Session:
                 self.points[-1] = settled
             self.point, self.committing = settled, None
 
-    def _told(self) -> Point:
+    def _with_events(self) -> Point:
         """The point with the texts of this chunk in effect."""
         point, student = self.point, self.bundle.student
         for event in self.events:
@@ -368,8 +283,9 @@ class Session:
         clock = [self._now()]
         self.settle()
         clock.append(self._now())
-        point = self._told()
-        ahead, index = self._conditions(point), point.chunk
+        point = self._with_events()
+        index = point.chunk
+        ahead = self.inputs.conditions(index, point.features, self.reference, self._scale)
         clock.append(self._now())
 
         def noise(place: int, step: int) -> Tensor:
@@ -392,9 +308,7 @@ class Session:
         clock.append(self._now())
         visible = spec.history.visible(index + 1)
         seen = tuple(past for past in (*point.seen, Finished(index, x0, conditions)) if past.chunk in visible)
-        start, stop = self._span()
-        audio = self.audio.read(start * spec.samples_per_frame, stop * spec.samples_per_frame)
-        audio = audio if audio.ndim == 1 else audio[:, 0]
+        audio = self.inputs.voice(index)
         self.point = replace(
             point,
             chunk=index + 1,
@@ -412,12 +326,7 @@ class Session:
 
     def _live(self) -> Chunk:
         """The next chunk, the missing input made up: silence, and the last pose."""
-        stop = self._heard()
-        need = stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - self.audio.end
-        self.audio.push(torch.zeros(max(0, need), *self.audio.row_shape))
-        if self._takes_pose:
-            last = self.pose.read(self.pose.end - 1, self.pose.end)
-            self.pose.push(last.expand(max(0, stop - self.pose.end), -1))
+        self.inputs.fill(self.point.chunk)
         return self._advance("live")
 
     def _hold(self, starved: Starved) -> Chunk | Starved:
@@ -433,11 +342,9 @@ class Session:
         return Chunk(point.chunk - 1, point.frame, frames, silence, {}, "hold")
 
     def _forget(self) -> None:
-        """Drop input that no chunk hears any more, not even after an interrupt, and the events before it."""
+        """Drop input that no chunk needs any more, not even after an interrupt, and the events before it."""
         oldest = self.points[0].chunk
-        start = self.spec.pixel_frames(oldest)[0]
-        self.audio.forget(start * self.spec.samples_per_frame - self.bundle.audio_encoder.lookback)
-        self.pose.forget(start - 1)
+        self.inputs.forget(oldest)
         self.events = tuple(event for event in self.events if event.at >= oldest)
 
     def _now(self) -> float:

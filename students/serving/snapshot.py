@@ -16,12 +16,10 @@ from students.serving.session import Event, Point, Session
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions
-from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.files import save_tensors
-from teachers.media.streams import Resampler, Stream
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_session(session: Session, path: Path, how: Literal["exact", "light"] = "exact") -> None:
@@ -38,22 +36,16 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     point, tensors = session.point, {}
     if session.reference is not None:
         tensors["reference"] = session.reference
-    for name, stream in (("audio", session.audio), ("pose", session.pose)):
-        tensors[name] = stream.read(stream.start, stream.end)
+    inputs, streams = session.inputs.state()
+    tensors |= {f"inputs.{name}": value for name, value in streams.items()}
     for i, past in enumerate(point.seen):
         tensors[f"seen.{i}.x0"] = past.x0
         for name, value in past.conditions.timed.items():
-            if (
-                name not in session.given.features
-            ):  # which, like what does not run with the frames, is the session's own
+            if name not in session.inputs.given.features:  # these, like text and reference, are the session's own
                 tensors[f"seen.{i}.{name}"] = value
-    tensors |= {f"given.{name}": value for name, value in session.given.features.items()}
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
-    resampler = session.resampler
-    if resampler is not None:
-        tensors["resampler"] = resampler.tail
     if how == "exact":
         tensors |= {f"decoder.{i}": value for i, value in enumerate(point.decoder or ())}
         for i, entry in enumerate(point.state.cached):
@@ -79,12 +71,8 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
             for event in session.events
             if event.at >= point.chunk
         ],
-        "starts": {"audio": session.audio.start, "pose": session.pose.start},
-        "resampler": None
-        if resampler is None
-        else {"rate": resampler.source_rate, "first": resampler.first, "made": resampler.made},
+        "inputs": inputs,
         "viewed": session.viewed,
-        "closed": session.closed,
         "lead": session.lead,
         "idle": session.idle,
         "drop": list(session.drop),
@@ -115,17 +103,8 @@ def load_session(bundle: Bundle, path: Path) -> Session:
         guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
-    session.given = Conditions(_named(tensors, "given.")).to(device)
-    session.viewed, session.closed = facts["viewed"], facts["closed"]
-    for name in ("audio", "pose"):
-        stream = Stream(getattr(session, name).row_shape, facts["starts"][name])
-        stream.push(tensors[name])
-        setattr(session, name, stream)
-    if facts["resampler"] is not None:
-        resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=session.audio.row_shape)
-        resampler.tail = tensors["resampler"]
-        resampler.first, resampler.made = facts["resampler"]["first"], facts["resampler"]["made"]
-        session.resampler = resampler
+    session.viewed = facts["viewed"]
+    session.inputs.restore(facts["inputs"], _named(tensors, "inputs."))
     with torch.inference_mode():
         session.events = tuple(
             Event(event["at"], event["text"], session._read(event["text"]), event["how"]) for event in facts["events"]
@@ -141,19 +120,28 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     for i, chunk in enumerate(facts["seen"]):
         timed = _named(tensors, f"seen.{i}.")
         x0 = timed.pop("x0")
-        first = chunk * session.spec.chunk_frames
-        conditions = Conditions(
-            session.given.frames(first, first + x0.shape[2], hold=True).features | timed,
-            text=start.features,
-            reference=session.reference,
-            guidance=session._scale,
-        ).drop(*session.drop)
+        conditions = (
+            Conditions(
+                session.inputs.features(chunk, x0.shape[2]) | timed,
+                text=start.features,
+                reference=session.reference,
+                guidance=session._scale,
+            )
+            .to(session.device)
+            .drop(*session.drop)
+        )
         seen.append(Finished(chunk, x0, conditions))
     if facts["how"] == "exact":
         cached = tuple(
-            CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
+            CachedChunk(
+                chunk,
+                *(
+                    tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"]))
+                    for name in ("keys", "values")
+                ),
+            )
             for i, chunk in enumerate(facts["kept"])
-        )  # fmt: skip
+        )
         state = student.restore(start.state, cached, seen, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:

@@ -1,4 +1,4 @@
-"""What a person does when: texts by time from a YAML file, or from anything that is asked on the chunk clock.
+"""What a person does when: texts by time from a YAML file, or from a planner that is called on the chunk clock.
 
     behaviours:                      # name -> text; added to the defaults (BEHAVIOURS), or in their place
       wave: a person smiles and waves
@@ -47,7 +47,7 @@ class Cue:
 
 
 class Planner(Protocol):
-    """Says what happens next. Asked at the first chunk of every `every` seconds (0: at each chunk). Equal questions have equal
+    """Chooses what happens next. Called at the first chunk of every `every` seconds (0: at each chunk). Equal questions have equal
     answers, so that a stream may be cut, saved and taken back."""
 
     @property
@@ -55,12 +55,12 @@ class Planner(Protocol):
 
     def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:
         """The text of the chunk that ends at `seconds` of the stream, None: the present one stays. `recent_audio` [S] at 16 kHz is
-        what was heard in the last `every` seconds before the chunk, `reference` [3, H, W] in [-1, 1] the person."""
+        what was played in the last `every` seconds before the chunk, `reference` [3, H, W] in [-1, 1] the person."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class CachedChunk:
+class TimelineEntry:
     """From `at` seconds on the person does `do`: a behaviour's name, or a text."""
 
     at: Fraction
@@ -70,7 +70,7 @@ class CachedChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerConfig:
-    """A local chat model in `folder` that is asked every `every` seconds."""
+    """A local chat model in `folder` that is called every `every` seconds."""
 
     folder: Path
     every: Fraction = Fraction(2)
@@ -82,7 +82,7 @@ class Script:
     """A timeline file. `behaviours` hold the defaults too; either `timeline` or `planner` is there."""
 
     behaviours: dict[str, str] = field(default_factory=dict)
-    timeline: tuple[CachedChunk, ...] = ()
+    timeline: tuple[TimelineEntry, ...] = ()
     planner: PlannerConfig | None = None
 
     @property
@@ -134,10 +134,10 @@ def read_script(file: Path) -> Script:
     return Script(behaviours=behaviours, timeline=entries, planner=given.planner)
 
 
-def _resolved(entry: CachedChunk, i: int, behaviours: Mapping[str, str], file: Path) -> CachedChunk:
+def _resolved(entry: TimelineEntry, i: int, behaviours: Mapping[str, str], file: Path) -> TimelineEntry:
     """The entry with the text that its `do` means. One word that is no name is refused, since it is most often a slip."""
     if entry.do in behaviours:
-        return CachedChunk(at=entry.at, do=behaviours[entry.do], how=entry.how)
+        return TimelineEntry(at=entry.at, do=behaviours[entry.do], how=entry.how)
     if len(entry.do.split()) < 2:
         hint = nearest(entry.do, behaviours)
         raise UserError(f"timeline[{i}].do: no behaviour {entry.do!r} in {file}; {hint}, or a text of several words")
@@ -148,7 +148,7 @@ def _resolved(entry: CachedChunk, i: int, behaviours: Mapping[str, str], file: P
 class Timeline:
     """Entries with their texts in order of time, as a planner."""
 
-    entries: tuple[CachedChunk, ...]
+    entries: tuple[TimelineEntry, ...]
     every: Fraction = Fraction(0)
 
     def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:  # noqa: ARG002
@@ -164,31 +164,34 @@ def chunk_at(spec: Spec, seconds: Fraction) -> int:
 
 
 class Director:
-    """A session that a planner tells what to do: `step` and `frames` in the place of the session's, everything else stays there.
+    """A session whose texts a planner chooses: `step` and `frames` in the place of the session's, everything else stays there.
 
-    A text that was set by hand holds until the planner is asked next. What was heard is not in a saved session: a planner that
-    listens begins anew after a load, a Timeline goes on as if nothing was.
+    A text that was set by hand holds until the planner is called next. What was played is not in a saved session: a planner that
+    uses it begins anew after a load, a Timeline goes on as if nothing was.
     """
 
     def __init__(self, session: Session, planner: Planner, reference: Tensor | None = None):
         self.session, self.planner, self.reference = session, planner, reference
-        self.asked, self.told = -1, set[int]()  # the last chunk that was asked about, and those that were given a text
+        self.called, self.planned = (
+            -1,
+            set[int](),
+        )  # the last chunk that the planner was called for, and those that got a text of it
         first, second = (session.spec.pixel_frames(chunk)[1] for chunk in (0, 1))
         count = -(-planner.every * session.spec.fps // (second - first))
-        self.heard: deque[tuple[int, Tensor]] = deque(maxlen=int(count) + 1 + (session.lead or 0))
+        self.played: deque[tuple[int, Tensor]] = deque(maxlen=int(count) + 1 + (session.lead or 0))
 
     def step(self) -> Chunk | Starved:
         """The next chunk under the text that the planner wants, or why there is none."""
         point = self.session.point
-        while self.heard and self.heard[-1][0] >= point.frame:  # what was taken back
-            self.heard.pop()
-        if point.chunk < self.asked:
-            self.asked = -1
+        while self.played and self.played[-1][0] >= point.frame:  # what was taken back
+            self.played.pop()
+        if point.chunk < self.called:
+            self.called = -1
         if self._due(point.chunk):
             self._ask()
         chunk = self.session.step()
         if isinstance(chunk, Chunk) and self.planner.every:
-            self.heard.append((chunk.first_frame, chunk.audio))
+            self.played.append((chunk.first_frame, chunk.audio))
         return chunk
 
     def frames(self) -> Iterator[Chunk]:
@@ -197,8 +200,8 @@ class Director:
             yield chunk
 
     def _due(self, chunk: int) -> bool:
-        """A function of the chunk's number alone, and once a chunk; who listens is not asked before there is something to hear."""
-        if chunk == self.asked:
+        """A function of the chunk's number alone, and once a chunk; one that takes audio is not called before there is some."""
+        if chunk == self.called:
             return False
         if not self.planner.every:
             return True
@@ -208,14 +211,14 @@ class Director:
 
     def _ask(self) -> None:
         session = self.session
-        self.asked = session.point.chunk
+        self.called = session.point.chunk
         wanted = int(self.planner.every * SAMPLE_RATE)
-        heard = torch.cat([torch.zeros(0), *(audio for _, audio in self.heard)])
-        stop = session.spec.pixel_frames(self.asked)[1] / session.spec.fps
-        cue = self.planner.next(stop, heard[max(0, len(heard) - wanted) :], self.reference)
+        played = torch.cat([torch.zeros(0), *(audio for _, audio in self.played)])
+        stop = session.spec.pixel_frames(self.called)[1] / session.spec.fps
+        cue = self.planner.next(stop, played[max(0, len(played) - wanted) :], self.reference)
         if cue is not None and cue.text != session.point.text:
             session.set(cue.text, how=cue.how)
-            self.told.add(self.asked)
-        elif self.asked in self.told:  # before it was taken back, another answer was given
+            self.planned.add(self.called)
+        elif self.called in self.planned:  # before it was taken back, another answer was given
             session.set(session.point.text)
-        self.told = {chunk for chunk in self.told if chunk >= session.points[0].chunk}
+        self.planned = {chunk for chunk in self.planned if chunk >= session.points[0].chunk}

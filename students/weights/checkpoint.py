@@ -27,7 +27,7 @@ from teachers.registry import AudioEncoder, Codec, Text
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything a session needs: the student with its spec, the codec, the ears and the text encoder."""
+    """Everything a session needs: the student with its spec, the codec, the audio encoder and the text encoder."""
 
     student: Student
     codec: Codec

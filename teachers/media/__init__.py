@@ -8,8 +8,8 @@ from teachers.media.read import (
     read_audio,
     read_image,
     read_video,
-    resample,
 )
+from teachers.media.streams import resample
 from teachers.media.write import VideoWriter, check_output, write_video
 
 __all__ = [

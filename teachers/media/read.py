@@ -1,4 +1,4 @@
-"""Sound, pictures and films: files to tensors and back, through PyAV alone.
+"""Sound, images and video: files to tensors, through PyAV alone.
 
 A person's mistake (a missing file, a text named .wav, a folder that cannot be written) raises UserError in one line.
 Files are opened as streams of bytes and may only refer to other local files, so a name is never read as an address.
@@ -21,7 +21,7 @@ from av.stream import Disposition
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.streams import LOUDEST_SAMPLE
+from teachers.media.streams import LOUDEST_SAMPLE, resample
 
 
 @contextmanager
@@ -42,15 +42,15 @@ def _opened(path: Path, kind: str) -> Iterator[InputContainer]:
         raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of a common format") from error
 
 
-def _film_stream(container: InputContainer) -> av.VideoStream | None:
-    """The first video stream that is not a cover picture."""
+def _video_stream(container: InputContainer) -> av.VideoStream | None:
+    """The first video stream that is not a cover image."""
     return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
 
 def read_audio(path: Path, sample_rate: int = 16000) -> Tensor:
     """Sound of `path` as float32 mono [S] in [-1, 1] at `sample_rate` Hz.
 
-    Any rate, channel count (their mean is taken), sample format or container, the sound track of a film included.
+    Any rate, channel count (their mean is taken), sample format or container, the sound track of a video included.
     Raises UserError as `decode_audio` does.
     """
     samples, rate = decode_audio(path)
@@ -66,7 +66,7 @@ def decode_audio(path: Path) -> tuple[Tensor, int]:
 class AudioReader:
     """The sound of a file as it is decoded: iterate, once, for blocks float32 mono [n] in [-1, 1] at `rate` Hz.
 
-    The track of a film starts where its pictures start: silence is put before a late one. `seconds` is the length that the
+    The track of a video starts where its frames start: silence is put before a late one. `seconds` is the length that the
     file claims, None where it claims none. UserError when the file is missing, empty, damaged, without sound, 0 seconds long,
     or holds values not finite or far outside [-1, 1]: at once for what the first block shows, later for what comes later.
     """
@@ -86,9 +86,9 @@ class AudioReader:
     def _decode(self, path: Path) -> Generator[Tensor, None, None]:
         with _opened(path, "audio file") as container:
             if not container.streams.audio:
-                raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a film with sound")
+                raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a video with sound")
             stream, to_float = container.streams.audio[0], AudioResampler(format="fltp")
-            place, late, end = 0, 0, sys.maxsize  # samples of the track: decoded, after the pictures' start, that count
+            place, late, end = 0, 0, sys.maxsize  # samples of the track: decoded, after the video's start, that count
             for frame in container.decode(stream):
                 if not self.rate:
                     self.rate = frame.sample_rate
@@ -106,14 +106,14 @@ class AudioReader:
                 raise UserError(f"audio file holds 0 seconds of sound: {path}; record or export it again")
             if place <= -late:
                 raise UserError(
-                    f"audio track ends before the pictures start: {path}; give the sound as a file of its own"
+                    f"audio track ends before the video starts: {path}; give the sound as a file of its own"
                 )
 
     def _extent(self, container: InputContainer, stream: av.AudioStream, first: av.AudioFrame) -> tuple[int, int]:
-        """Samples by which the track starts after the pictures, and those of it that count: an mp4 pads its last frame."""
-        film, start, end = _film_stream(container), Fraction(0), sys.maxsize
-        if film is not None and film.time_base is not None and first.time is not None:
-            start = Fraction(first.time) - (film.start_time or 0) * film.time_base
+        """Samples by which the track starts after the video, and those of it that count: an mp4 pads its last frame."""
+        video, start, end = _video_stream(container), Fraction(0), sys.maxsize
+        if video is not None and video.time_base is not None and first.time is not None:
+            start = Fraction(first.time) - (video.start_time or 0) * video.time_base
         if stream.duration is not None and stream.time_base is not None:
             self.seconds = float(stream.duration * stream.time_base)
             if "mp4" in container.format.name:
@@ -133,39 +133,10 @@ def check_samples(samples: np.ndarray, where: str, start: int = 0) -> None:
     broken = ~np.isfinite(samples)
     if broken.any():
         at = start + int(broken.argmax())
-        raise UserError(f"audio holds samples that are not finite, first at {at}: {where}; mend it")
+        raise UserError(f"audio holds samples that are not finite, first at {at}: {where}; clean it first")
     peak = float(np.abs(samples).max(initial=0.0))
     if peak > LOUDEST_SAMPLE:
         raise UserError(f"audio samples must lie in [-1, 1], got a peak of {peak:.4g}: {where}; normalise it")
-
-
-def resample(samples: Tensor, source_rate: int, target_rate: int) -> Tensor:
-    """`samples` [S] at `source_rate` Hz as max(1, round(S * target_rate / source_rate)) at `target_rate` Hz."""
-    if source_rate == target_rate:
-        return samples
-    signal, converter = samples.numpy(), Converter(source_rate, target_rate)
-    parts = [converter.push(signal[start : start + source_rate]) for start in range(0, len(signal), source_rate)]
-    output = np.concatenate([*parts, converter.push(None)])
-    length = max(1, round(len(signal) * Fraction(target_rate, source_rate)))
-    padded = np.pad(output[:length], (0, max(0, length - len(output))))
-    return torch.from_numpy(padded).clamp_(-1.0, 1.0)
-
-
-class Converter:
-    """A mono signal at another rate, as it comes (libswresample)."""
-
-    def __init__(self, source_rate: int, target_rate: int):
-        self.source_rate, self.num_samples = source_rate, 0
-        self.resampler = AudioResampler(format="fltp", layout="mono", rate=target_rate)
-
-    def push(self, samples: np.ndarray | None) -> np.ndarray:
-        """The next samples [n], or None at the end -> those of the target rate that they complete."""
-        frame = None
-        if samples is not None:
-            frame = audio_frame(samples, self.num_samples, self.source_rate)
-            self.num_samples += len(samples)
-        parts = [_mono(part) for part in self.resampler.resample(frame)]
-        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def audio_frame(samples: np.ndarray, start: int, sample_rate: int) -> av.AudioFrame:
@@ -176,24 +147,24 @@ def audio_frame(samples: np.ndarray, start: int, sample_rate: int) -> av.AudioFr
 
 
 def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """Picture of `path` as float32 [3, H, W] in [-1, 1], `size` = (H, W). Raises UserError as `decode_image` does."""
+    """Image of `path` as float32 [3, H, W] in [-1, 1], `size` = (H, W). Raises UserError as `decode_image` does."""
     return fit_image(decode_image(path), size)
 
 
 def decode_image(path: Path) -> Tensor:
-    """Picture of `path` as uint8 [h, w, 3], upright (camera rotation applied), transparency laid on white.
+    """Image of `path` as uint8 [h, w, 3], upright (camera rotation applied), transparency laid on white.
 
-    Raises UserError when the file is missing, empty, truncated, or no picture.
+    Raises UserError when the file is missing, empty, truncated, or no image.
     """
     with _opened(path, "image file") as container:
         name = container.format.name
         if not container.streams.video or not (name.endswith("_pipe") or name in ("gif", "apng", "image2")):
-            raise UserError(f"not a picture (found {name}): {path}; give a png, jpeg, webp or bmp file")
+            raise UserError(f"not an image (found {name}): {path}; give a png, jpeg, webp or bmp file")
         stream = container.streams.video[0]
         stream.codec_context.options = {"err_detect": "explode"}
         frame = next(container.decode(stream), None)
         if frame is None:
-            raise UserError(f"image file holds no picture: {path}; give a png, jpeg, webp or bmp file")
+            raise UserError(f"image file holds no image: {path}; give a png, jpeg, webp or bmp file")
         pixels = upright(frame, "rgba").astype(np.uint16)
     data = Path(path).read_bytes()
     if data.startswith(b"\xff\xd8") and not _jpeg_is_whole(data):
@@ -222,7 +193,7 @@ def upright(frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
 def fit_image(pixels: Tensor, size: tuple[int, int], anchor: float = 0.5) -> Tensor:
     """`pixels` uint8 [h, w, 3] to [3, H, W] in [-1, 1]: scaled by max(H/h, W/w) (antialiased bicubic), then cropped.
 
-    The crop is centred across; down the picture `anchor` is 0 for its top, 0.5 for its centre, 1 for its bottom.
+    The crop is centred across; down the image `anchor` is 0 for its top, 0.5 for its centre, 1 for its bottom.
     """
     height, width = pixels.shape[:2]
     ratio = max(Fraction(size[0], height), Fraction(size[1], width))
@@ -238,13 +209,13 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
     """Every frame of `path` as uint8 [T, H, W, 3], upright, and the mean frame rate.
 
     With `size` = (H, W) each frame is fitted as it is decoded (`fit_image`), so memory is T*H*W*3 bytes of that size.
-    Raises UserError when the file is missing, empty, damaged or holds no film.
+    Raises UserError when the file is missing, empty, damaged or holds no video.
     """
     with _opened(path, "video file") as container:
-        stream = _film_stream(container)
+        stream = _video_stream(container)
         rate = stream.average_rate if stream is not None else None
         if stream is None or not rate:
-            raise UserError(f"no video track: {path}; give a film such as an mp4")
+            raise UserError(f"no video track: {path}; give a video such as an mp4")
         stream.thread_type = "AUTO"
         frames = []
         for frame in container.decode(stream):
@@ -253,5 +224,5 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
                 pixels = ((fit_image(pixels, size) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
             frames.append(pixels)
     if not frames:
-        raise UserError(f"video file holds no pictures: {path}; give a whole film")
+        raise UserError(f"video file holds no frames: {path}; give a whole video")
     return torch.stack(frames), Fraction(rate)

@@ -2,11 +2,19 @@
 
 import math
 from collections import deque
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 LOUDEST_SAMPLE = 8.0  # a peak above this is sound in other units, not loud sound
+CROSSINGS, BETA, ROLLOFF = 16, 9.0, 0.95
+"""Of the resampling filter: zero crossings a side, the Kaiser window's shape, the cut-off over the lower Nyquist frequency."""
+SAMPLE_BITS, TAP_BITS = 23, 24
+"""Binary places of samples (those of 24-bit sound) and of filter taps: products of up to LOUDEST_SAMPLE and their sums are then
+exact in float64, so that no order of summation, and no split of the input, changes a bit."""
+BLOCK = 32  # outputs that one matrix makes
 
 
 class Stream:
@@ -47,38 +55,24 @@ class Stream:
 
 
 class Resampler:
-    """Band-limited resampling of rows [n, ...] by a Kaiser-windowed sinc, polyphase; the same however the input is cut.
+    """Band-limited resampling of rows [n, ...] by a Kaiser-windowed sinc, polyphase; bit-equal however the input is cut.
 
-    Output n lies at input time n * source / target, so an event keeps its time exactly. (Smith, Digital Audio Resampling, CCRMA.)
+    Output n lies at input time n * source / target, so an event keeps its time exactly; S rows become ceil(S * target / source),
+    within [-1, 1]. (Smith, Digital Audio Resampling, CCRMA.)
     """
 
-    def __init__(
-        self,
-        source_rate: int,
-        target_rate: int,
-        crossings: int = 16,
-        beta: float = 9.0,
-        row_shape: tuple[int, ...] = (),
-    ):
+    def __init__(self, source_rate: int, target_rate: int, row_shape: tuple[int, ...] = ()):
         self.row_shape = row_shape
         shared = math.gcd(source_rate, target_rate)
         self.up, self.down = target_rate // shared, source_rate // shared
         self.source_rate = source_rate
-        band = min(1.0, self.up / self.down)
-        self.half = math.ceil(crossings / band)
-        offset = torch.arange(1 - self.half, self.half + 1, dtype=torch.float64)
-        distance = offset - torch.arange(self.up, dtype=torch.float64).unsqueeze(1) / self.up  # [phases, taps]
-        shape = torch.special.i0(beta * (1 - (distance / self.half).square()).clamp(min=0).sqrt())
-        taps = torch.sinc(0.95 * band * distance) * shape
-        self.taps = taps / taps.sum(dim=1, keepdim=True)
+        self.half = _half(self.up, self.down)
         self.reset()
 
     def reset(self) -> None:
         """Forget the past: the next sample is the first."""
-        self.tail = torch.zeros(
-            self.half, *self.row_shape, dtype=torch.float64
-        )  # input before the next output's window ends
-        self.first = -self.half  # place of tail[0]
+        self.tail = torch.zeros(self.half, *self.row_shape, dtype=torch.float64)  # input from place `first` on
+        self.first = -self.half
         self.made = 0
 
     def finish(self) -> Tensor:
@@ -86,18 +80,67 @@ class Resampler:
         return self.push(self.tail.new_zeros(0, *self.row_shape), end=True)
 
     def push(self, samples: Tensor, end: bool = False) -> Tensor:
-        """Rows at the source rate -> those of the target rate that they complete; `end` completes the last ones too."""
-        self.tail = torch.cat([self.tail, samples.double()])
+        """Rows at the source rate -> float32 rows of the target rate that they complete; `end` completes the last ones too."""
+        scaled = (samples.detach().cpu().double() * 2**SAMPLE_BITS).round_() / 2**SAMPLE_BITS
+        self.tail = torch.cat([self.tail, scaled])
         seen = self.first + len(self.tail)
-        if end:
-            self.tail = torch.cat([self.tail, self.tail.new_zeros(self.half, *self.row_shape)])
         total = max(self.made, -(-(seen if end else seen - self.half) * self.up // self.down))
-        n = torch.arange(self.made, total)
-        base = n * self.down // self.up
-        windows = self.tail[(base - self.first).unsqueeze(1) + torch.arange(1 - self.half, self.half + 1)]
-        taps = self.taps[n * self.down % self.up]
-        out = (windows * taps.view(*taps.shape, *(1 for _ in self.row_shape))).sum(dim=1).float()
+        out = self._filtered(self.made, total).float().clamp_(-1.0, 1.0)
         self.made = total
         keep = min(total * self.down // self.up + 1 - self.half, seen)
-        self.tail, self.first = self.tail[keep - self.first :], keep
+        self.tail, self.first = self.tail[keep - self.first :].clone(), keep
         return out
+
+    def _filtered(self, begin: int, end: int) -> Tensor:
+        """Outputs begin..end-1 [n, ...] in float64; input that is not there is zero, such as what follows the end."""
+        first, last = (
+            begin // BLOCK,
+            -(-end // BLOCK),
+        )  # whole blocks of outputs, of which every `kinds`-th has the same phases
+        kinds = self.up // math.gcd(self.up, BLOCK)
+        step = kinds * BLOCK * self.down // self.up
+        out = self.tail.new_empty(last - first, *self.row_shape, BLOCK)
+        for block in range(first, min(first + kinds, last)):
+            taps = _block(self.up, self.down, block % kinds)
+            start = block * BLOCK * self.down // self.up + 1 - self.half
+            count = len(range(block, last, kinds))
+            windows = self._input(start, start + (count - 1) * step + len(taps)).unfold(0, len(taps), step)
+            out[block - first :: kinds] = windows @ taps
+        return out.movedim(-1, 1).flatten(0, 1)[begin - first * BLOCK : end - first * BLOCK]
+
+    def _input(self, begin: int, end: int) -> Tensor:
+        """Input rows begin..end-1; zeros where there are none (any more)."""
+        inner = self.tail[max(begin - self.first, 0) : max(end - self.first, 0)]
+        before = min(max(self.first - begin, 0), end - begin)
+        if len(inner) == end - begin:
+            return inner
+        return functional.pad(inner, (0, 0) * len(self.row_shape) + (before, end - begin - before - len(inner)))
+
+
+def resample(samples: Tensor, source_rate: int, target_rate: int) -> Tensor:
+    """A whole sound [S] at another rate, float32 [ceil(S * target / source)] in [-1, 1]: a `Resampler`'s output, in any pieces."""
+    if source_rate == target_rate:
+        return samples
+    resampler = Resampler(source_rate, target_rate)
+    return torch.cat([*(resampler.push(part) for part in samples.split(4 * source_rate)), resampler.finish()])
+
+
+def _half(up: int, down: int) -> int:
+    """Input samples on each side of an output's filter."""
+    return math.ceil(CROSSINGS / min(1.0, up / down))
+
+
+@lru_cache(maxsize=4096)
+def _block(up: int, down: int, kind: int) -> Tensor:
+    """The filters of BLOCK outputs side by side [input window, output]; output n has phase n * down % up, and the first is number
+    kind * BLOCK."""
+    n, half, band = kind * BLOCK + torch.arange(BLOCK), _half(up, down), min(1.0, up / down)
+    offset = torch.arange(1 - half, half + 1, dtype=torch.float64)
+    distance = offset - ((n * down % up).double() / up).unsqueeze(1)
+    window = torch.special.i0(BETA * (1 - (distance / half).square()).clamp(min=0).sqrt())
+    taps = torch.sinc(ROLLOFF * band * distance) * window
+    taps = (taps / taps.sum(dim=1, keepdim=True) * 2**TAP_BITS).round() / 2**TAP_BITS
+    base = n * down // up - n[0] * down // up
+    matrix = torch.zeros(int(base[-1]) + 2 * half, BLOCK, dtype=torch.float64)
+    matrix[base.unsqueeze(1) + torch.arange(2 * half), torch.arange(BLOCK).unsqueeze(1)] = taps
+    return matrix

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from teachers.errors import UserError
 from teachers.files import replacing
-from teachers.media.read import Converter, audio_frame, check_samples
+from teachers.media.read import audio_frame, check_samples
+from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
@@ -75,8 +76,8 @@ def write_video(
 class VideoWriter:
     """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place.
 
-    With a `sample_rate` it has sound, that of `write_audio`, which may come before its pictures or after them. Held are the sound
-    that has no pictures yet and, by the encoders, some seconds of film; the index of the file grows by 10 to 20 MB an hour.
+    With a `sample_rate` it has sound, that of `write_audio`, which may come before its frames or after them. Held are the sound
+    that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by 10 to 20 MB an hour.
     """
 
     def __init__(
@@ -88,11 +89,11 @@ class VideoWriter:
         self._size: torch.Size | None = None
         self._heard = self._num_samples = 0  # samples that came, samples that were encoded
         self._waiting: deque[np.ndarray] = deque()  # the sound between them
-        self._has_sound, self._rate, self._converter = sample_rate is not None, FALLBACK_SAMPLE_RATE, None
+        self._has_sound, self._rate, self._resampler = sample_rate is not None, FALLBACK_SAMPLE_RATE, None
         if sample_rate in AAC_SAMPLE_RATES:
             self._rate = sample_rate
         elif sample_rate is not None:
-            self._converter = Converter(sample_rate, self._rate)
+            self._resampler = Resampler(sample_rate, self._rate)
         self._place = ExitStack()
         temporary = self._place.enter_context(replacing(self.path))
         ticks = math.lcm(self.fps.numerator, self._rate)
@@ -129,24 +130,24 @@ class VideoWriter:
         if self._size is None:
             self._size = pixels.shape
             self._add_streams(*array.shape[:2])
-        picture = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
+        converted = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
         )
-        picture.pts, picture.time_base = self.num_frames, 1 / self.fps
-        self._mux(self._video.encode, picture)
+        converted.pts, converted.time_base = self.num_frames, 1 / self.fps
+        self._mux(self._video.encode, converted)
         self.num_frames += 1
         self._write_audio(int(self.num_frames / self.fps * self._rate))
 
     def write_audio(self, samples: Tensor) -> None:
         """Append sound [n] in [-1, 1]; ValueError unless it is mono and a rate was given, UserError as `write_video`."""
         if samples.ndim != 1 or not self._has_sound:
-            raise ValueError(f"sound must be mono [n], in a film with a sample rate: got shape {tuple(samples.shape)}")
+            raise ValueError(f"sound must be mono [n], in a video with a sample rate: got shape {tuple(samples.shape)}")
         signal = samples.detach().float().cpu().numpy()
         check_samples(signal, "the sound to write", self._heard)
         self._heard += len(signal)
         if not len(signal):
             return
-        self._wait(signal if self._converter is None else self._converter.push(signal))
+        self._wait(signal if self._resampler is None else self._resampler.push(samples).numpy())
 
     def _enlarged(self, pixels: Tensor) -> np.ndarray:
         """`pixels` uint8 [H, W, 3] at `upscale` times the size, both sides even."""
@@ -171,7 +172,7 @@ class VideoWriter:
             self._sound = self._container.add_stream("aac", rate=self._rate, layout="mono")
 
     def _wait(self, samples: np.ndarray) -> None:
-        """Append a copy of sound at the film's own rate."""
+        """Append a copy of sound at the video's own rate."""
         if len(samples):
             self._waiting.append(samples.clip(-1.0, 1.0))
 
@@ -204,9 +205,9 @@ class VideoWriter:
             raise self._failed(error) from error
 
     def _finish_sound(self) -> None:
-        """Cut the sound to the pictures' length or pad it with silence."""
-        if self._converter is not None:
-            self._wait(self._converter.push(None))
+        """Cut the sound to the frames' length or pad it with silence."""
+        if self._resampler is not None:
+            self._wait(self._resampler.finish().numpy())
         end = round(self.num_frames / self.fps * self._rate)
         self._write_audio(end)
         while self._num_samples < end:

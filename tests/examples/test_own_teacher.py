@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import distill
+from distill.pipeline.pretrained import load_given
 from distill.recipe import load_recipe, spec_of
 from students.networks.windowed import Windowed
 from students.serving.session import Session
@@ -194,6 +196,24 @@ def test_a_condition_that_the_data_lacks_is_one_line(tmp_path):
         teacher.denoise(
             torch.zeros(1, *spec.latent_size).unsqueeze(2).expand(-1, -1, 3, -1, -1), torch.ones(1), without
         )
+
+
+def test_given_weights_are_one_file_under_its_own_names(finished, tmp_path):
+    shutil.copytree(finished / "run" / "stages" / "teacher", tmp_path / "weights")
+    words = [f"teacher.path={tmp_path / 'weights'}", "teacher.method=null", "teacher.train=null"]
+    recipe = load_recipe(finished / "own_teacher.yaml", words)
+    net = load_given(recipe.teacher, spec_of(recipe), torch.device("cpu"))
+    stored = load_file(tmp_path / "weights" / "model.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
+    assert load_given(recipe.teacher, spec_of(recipe), torch.device("meta")) is not None
+    other = load_recipe(finished / "own_teacher.yaml", [*words, "teacher.network.width=16"])
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=r"model\.safetensors: audio\.bias is"):
+            load_given(other.teacher, spec_of(other), torch.device(device))
+    with pytest.raises(
+        UserError, match=r"engine\.checkpointing: emotion_net\.py:EmotionNet has no gradient checkpointing"
+    ):
+        net.kind.enable_checkpointing(net)
 
 
 def test_a_file_that_is_gone_is_one_line(tmp_path, finished):

@@ -227,7 +227,9 @@ def test_memory_is_bounded(bundle):
         session.push(some_sound(bundle.spec.chunk_frames * bundle.spec.codec.stride * PER_FRAME, seed=i))
         session.settle()
         point = session.point
-        held.append((len(point.state.cached), len(point.state.flight), sum(len(b) for b in session.audio.blocks)))
+        held.append(
+            (len(point.state.cached), len(point.state.flight), sum(len(b) for b in session.inputs.audio.blocks))
+        )
     assert held[-1] == held[20] == held[-7]
     assert chunk.index == 59
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.plain_loop import can_run
 from distill.compose import RECIPES
 from distill.methods import Batch, dmd, forcing, losses, ode_init
 from distill.methods.rollout import context, draw_noise, rollout
@@ -12,7 +13,6 @@ from distill.pipeline.generate import solve_states
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.trajectories import load, make
 from distill.recipe import TrajectoriesConfig, load_recipe
-from eval.speed.naive_loop import can_run
 from students.history import History
 from students.schedule import Schedule
 from students.serving.pipeline import AvatarPipeline

@@ -5,13 +5,11 @@ import hashlib
 import io
 import json
 import math
-import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -94,10 +92,12 @@ def _in_shards(folder: Path) -> dict[str, tuple[Path, tuple[int, int], str]]:
         if not name.endswith(".tar"):
             continue
         path = folder / name
+        if (rows := shards.read_index(path)) is None:
+            raise UserError(f"shard without an index: {path}; run distill data check")
         try:
-            for row in json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["samples"]:
+            for row in rows:
                 found[row["id"]] = path, (int(row["offset"]), int(row["bytes"])), f"{digest} {row['offset']}"
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"index of a shard cannot be read ({error!r}): {path}; run distill data check") from error
     return found
 
@@ -142,15 +142,7 @@ def opened(candidate: Candidate) -> Content:
     if candidate.place is None:
         return _from_film(candidate.clip, candidate.path)
     offset, size = candidate.place
-    with candidate.path.open("rb") as file:
-        file.seek(offset)
-        data = file.read(size)
-    with tarfile.open(fileobj=io.BytesIO(data + shards.END), mode="r:") as tar:
-        parts: dict[str, Any] = {
-            info.name.partition(".")[2]: tar.extractfile(info)
-            for info in tar  # a key has no dot
-        }
-        members = {name: file.read() for name, file in parts.items() if file is not None}
+    members = shards.read_sample(candidate.path, shards.sample_key(candidate.clip.id), offset, size)
     facts = json.loads(members["json"])
     if facts["id"] != candidate.clip.id:
         raise UserError(f"shard holds clip {facts['id']} where its index has {candidate.clip.id}")

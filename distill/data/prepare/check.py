@@ -143,8 +143,9 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, pictures: bool)
     """The samples of one shard against its index."""
     checked = Checked(problems=_compared(path, sums[path.name]))
     try:
-        index = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        expected = {row["key"]: row["id"] for row in index["samples"]}
+        if (rows := shards.read_index(path)) is None:
+            raise FileNotFoundError(path.with_suffix(".json").name)
+        expected = {row["key"]: row["id"] for row in rows}
         found = set()
         for key, members in shards.samples(path):
             found.add(key)

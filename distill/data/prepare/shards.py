@@ -6,11 +6,15 @@ Format: github.com/webdataset/webdataset (a key is a member's name up to its fir
 """
 
 import hashlib
+import io
+import json
 import re
 import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing
@@ -18,6 +22,8 @@ from teachers.files import atomic_write, replacing
 BLOCK = tarfile.BLOCKSIZE
 END = b"\0" * (2 * BLOCK)
 CHECKSUMS = "SHA256SUMS"
+HINT = "`distill data check` tells more; prepare the data again"
+"""How an error about data that are not whole ends."""
 KEY = re.compile(r"[A-Za-z0-9_+-]+")
 
 
@@ -69,23 +75,61 @@ def join(fragments: Sequence[Path], shard: Path) -> tuple[list[int], str]:
 def samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key and members (extension -> content) of each sample, in order; UserError when the shard is missing or damaged."""
     key, members = "", {}
+    with _reading(shard), tarfile.open(shard, "r:") as tar:
+        for name, extension, content in _members(tar, shard):
+            if name != key and members:
+                yield key, members
+                members = {}
+            key, members[extension] = name, content
+    if members:
+        yield key, members
+
+
+def read_sample(shard: Path, key: str, offset: int, num_bytes: int) -> dict[str, bytes]:
+    """The members of one sample (extension -> content) by its place; UserError, naming shard and sample, unless it lies there."""
+    with _reading(shard, f"sample {key}: "):
+        with shard.open("rb") as file:
+            file.seek(offset)
+            data = file.read(num_bytes)
+        with tarfile.open(fileobj=io.BytesIO(data + END), mode="r:") as tar:
+            found = list(_members(tar, shard))
+    if len(data) != num_bytes or not found or any(name != key for name, _, _ in found):
+        raise UserError(f"shard is damaged (sample {key} is not at byte {offset}): {shard}; {HINT}")
+    return {extension: content for _, extension, content in found}
+
+
+def read_index(shard: Path) -> list[dict[str, Any]] | None:
+    """What the JSON file that `distill data prepare` puts beside a shard says of each sample; None where there is no such file."""
+    path = shard.with_suffix(".json")
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for info in tar:
-                name, _, extension = info.name.partition(".")
-                file = tar.extractfile(info)
-                if file is None or not extension:
-                    raise UserError(f"shard has a member that is no part of a sample ({info.name}): {shard}")
-                if name != key and members:
-                    yield key, members
-                    members = {}
-                key, members[extension] = name, file.read()
-        if members:
-            yield key, members
+        rows = json.loads(path.read_text(encoding="utf-8"))["samples"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"index of a shard cannot be read ({error!r}): {path}; {HINT}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"index of a shard cannot be read (samples are no list of mappings): {path}; {HINT}")
+    return rows
+
+
+def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, str, bytes]]:
+    """Key, extension and content of each member."""
+    for info in tar:
+        key, _, extension = info.name.partition(".")
+        file = tar.extractfile(info)
+        if file is None or not extension:
+            raise UserError(f"shard has a member that is no part of a sample ({info.name}): {shard}")
+        yield key, extension, file.read()
+
+
+@contextmanager
+def _reading(shard: Path, what: str = "") -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
-        raise UserError(f"shard not found: {shard}; prepare the data again") from error
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"shard is damaged ({error}): {shard}; delete it and prepare the data again") from error
+        raise UserError(f"shard not found: {shard}; {HINT}") from error
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"shard is damaged ({what}{error}): {shard}; {HINT}") from error
 
 
 def sha256(path: Path) -> str:

@@ -17,15 +17,16 @@ from av.audio.resampler import AudioResampler
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.read import _film_stream as film_stream
 from teachers.media.read import _mono as mono
 from teachers.media.read import _opened as opened
-from teachers.media.read import check_samples, resample
+from teachers.media.read import _video_stream as film_stream
+from teachers.media.read import check_samples
+from teachers.media.streams import resample
 
 SAMPLE_RATE = 16_000
 SEEK_MARGIN = Fraction(1, 2)  # seconds: demuxers seek by decoding time, which is earlier than that of presentation
 NEEDED = Fraction(1)  # seconds before a moment in which all pictures are decoded: upper temporal layers lean on them
-CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch: codecs and resampler look back and ahead
+CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch: codecs look back and ahead, as the resampler does
 GAP = Fraction(1, 25)  # seconds by which a sound frame may be off its place before the hole counts
 
 

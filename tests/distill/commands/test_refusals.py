@@ -51,7 +51,7 @@ def test_there_is_one_stream_of_sound():
     session = Session(a_bundle(), a_portrait(), "a person nods")
     one_line(r"^other: this student hears one", session.push, audio=torch.zeros(100), other=torch.zeros(100))
     one_line(r"^audio must be float samples \[S\] or \[channels, S\]", session.push, audio=torch.zeros(2, 1, 100))
-    assert session.audio.end == 0
+    assert session.inputs.audio.end == 0
 
 
 @pytest.mark.parametrize("level", [0.401, 0.5, 0.15, -0.1])

@@ -137,7 +137,7 @@ def noted(monkeypatch):
         def push(self, audio=None, pose=None, rate=16000):
             super().push(audio, pose, rate)
             Noted.pushed.append((Noted.clock.now, len(audio)))
-            Noted.held.append(self.audio.end - self.audio.start)
+            Noted.held.append(self.inputs.audio.end - self.inputs.audio.start)
 
         def step(self):
             chunk = super().step()

@@ -272,7 +272,7 @@ def test_a_damaged_shard_is_named_in_one_line(damaged, workers):
         (content[: len(content) // 2], "shard is damaged"),
         (b"\1" * 512 + content[512:], "shard is damaged"),
         (content[512:], "shard is damaged"),
-        (content.replace(b"moov", b"none"), "film cannot be decoded"),
+        (content.replace(b"moov", b"none"), "video cannot be decoded"),
         (flipped(content, content.index(b"fLaC") + 12000), "sound cannot be decoded"),
     ):
         shard.write_bytes(spoiled)
@@ -312,7 +312,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(data, index, tmp_path):
     with pytest.raises(UserError, match=r"film_0 .*has 25/2 frames a second, 25 are asked for"):
         Windows(index, FRAMES, Fraction(25))[0]
     nothing = write_shards(tmp_path / "bad", [[("a", {"json": b"{}"})]])
-    with pytest.raises(UserError, match="neither film, picture nor sound"):
+    with pytest.raises(UserError, match="neither video, image nor sound"):
         Index.read(nothing, FPS)
     torn = write_shards(tmp_path / "torn", [[("a", {"json": b"{", "png": b""})]])
     with pytest.raises(UserError, match="facts cannot be read"):

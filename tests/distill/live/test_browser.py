@@ -104,7 +104,9 @@ def until(page, condition: str, seconds: float = 30.0) -> None:
     """Wait for a JavaScript condition (wait_for_function would need eval, which the page forbids)."""
     end = time.monotonic() + seconds
     while not page.evaluate(f"Boolean({condition})"):
-        assert time.monotonic() < end, f"not after {seconds} s: {condition}; the page says {page.inner_text('#told')!r}"
+        assert time.monotonic() < end, (
+            f"not after {seconds} s: {condition}; the page says {page.inner_text('#notice')!r}"
+        )
         page.wait_for_timeout(20)
 
 
@@ -202,16 +204,16 @@ def test_a_picture_that_is_none_is_refused_in_words(page, tmp_path):
     wrong = tmp_path / "face.png"
     wrong.write_bytes(b"PK\x03\x04 not a picture")
     page.set_input_files("#picture", wrong)
-    until(page, "document.getElementById('told').textContent.includes('picture cannot be read')", 20)
+    until(page, "document.getElementById('notice').textContent.includes('picture cannot be read')", 20)
     huge = tmp_path / "huge.png"
     huge.write_bytes(b"\x89PNG" + bytes(9 * 2**20))
     page.set_input_files("#picture", huge)
-    until(page, "document.getElementById('told').textContent.includes('too large')", 20)
+    until(page, "document.getElementById('notice').textContent.includes('too large')", 20)
     shown = page.evaluate("avatar.player.shown")
     until(page, f"avatar.player.shown > {shown}")
 
 
-def test_a_third_viewer_is_told_that_the_house_is_full(chromium, served):
+def test_a_third_viewer_is_told_that_the_maximum_is_reached(chromium, served):
     address, engine = served
     pages = [chromium.new_page() for _ in range(3)]
     for page in pages[:2]:

@@ -87,7 +87,7 @@ def test_a_turn_is_answered_in_the_stream_without_a_gap(url):
 
 def test_viewers_never_mix_and_the_one_too_many_is_told(url):
     clients = [Client(url) for _ in range(3)]
-    with pytest.raises(UserError, match="full: 3 viewers"):
+    with pytest.raises(UserError, match=r"maximum number of viewers reached \(3\)"):
         Client(url)
     for seed, client in enumerate(clients):
         client.open(portrait=seed, text=("a person nods", "someone smiles", "x")[seed], seed=seed)
@@ -186,8 +186,8 @@ def test_uploads_are_bounded_before_they_are_read(url):
     client = Client(url)
     for data in (b"\x01PK\x03\x04zip", b"\x02PK\x03\x04zip", b"\x01", b"\x07abc", b"\x00\x01"):
         client.socket.send(data)
-    client.until(lambda: sum(message["type"] == "error" for message in client.told) == 5, 5)
-    assert all(len(message["message"]) < 300 for message in client.told)
+    client.until(lambda: sum(message["type"] == "error" for message in client.messages) == 5, 5)
+    assert all(len(message["message"]) < 300 for message in client.messages)
     client.open()
     client.close()
 

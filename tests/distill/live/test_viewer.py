@@ -233,6 +233,6 @@ def test_many_turns_keep_sound_and_picture_together_and_memory_bounded():
         for n in [n for n in stage.seen if n < stage.last - 60]:
             del stage.seen[n], stage.heard[n]
     session = stage.viewer.session
-    assert session.audio.end - session.audio.start < 20 * PER_FRAME
+    assert session.inputs.audio.end - session.inputs.audio.start < 20 * PER_FRAME
     bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]
     assert bright == stage.loud() != []

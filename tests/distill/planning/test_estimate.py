@@ -264,7 +264,7 @@ def test_the_context_is_what_the_last_state_holds(history):
             part = given.frames(j * n, (j + 1) * n)
             x0, steps = denoise_chunk(student, state, part, lambda i, j=j: noise(j, i), spec.sigmas)
             state = student.commit(state, x0, part, steps)
-    kept = [t for entry in state.kept for t in (*entry.keys, *entry.values)]
+    kept = [t for entry in state.cached for t in (*entry.keys, *entry.values)]
     context_kv = [t for blocks in state.context_kv for pair in blocks for t in pair]
     whole, half = (context_bytes(a_job(spec, batch=3, precision=name), "distill") for name in ("fp32", "bf16"))
     assert whole == 2 * half == sum(t.numel() * t.element_size() for t in (*kept, *context_kv))

@@ -196,7 +196,7 @@ def test_what_a_session_holds_does_not_grow(history):
             session.played(chunk.first_frame + len(chunk.frames))
             session.settle()
             sizes.append(stored_bytes({k: v for k, v in vars(session).items() if k not in ("bundle", "spec")}))
-        longest = max(longest, session.audio.end - session.audio.start)
+        longest = max(longest, session.inputs.audio.end - session.inputs.audio.start)
     assert len(sizes) == 60
     assert len(set(sizes[20:])) == 1, "what a session holds grows"
     assert longest <= 20 * PER_FRAME
@@ -234,7 +234,7 @@ def test_other_rates_are_heard_the_same_however_they_are_cut(bundle, rate, chann
             chunks += session.frames()
         session.close()
         films.append(film([*chunks, *session.frames()]))
-        assert session.audio.end == 32000
+        assert session.inputs.audio.end == 32000
     assert torch.equal(*films)
     assert len(films[0]) == 27  # 25 frames of sound end inside the seventh chunk
 

@@ -94,7 +94,7 @@ def test_interrupt_is_never_having_drawn_the_dropped_chunks(history):
         session.push(old[: (edge + 4 * ahead) * PER_FRAME + bundle.audio_encoder.lookahead])
         assert len(list(session.frames())) == 4 + ahead
         assert session.interrupt(played=edge - 2) == edge
-        assert session.audio.end == edge * PER_FRAME
+        assert session.inputs.audio.end == edge * PER_FRAME
         session.push(new)
         films.append(film(session.frames()))
     assert len(films[0]) >= 16
@@ -153,7 +153,7 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
     (tmp_path / "text").write_text("hello")
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     (tmp_path / "other").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    for name, says in [("cut", "damaged session"), ("text", "damaged session"), ("other", "not a session of format 2")]:
+    for name, says in [("cut", "damaged session"), ("text", "damaged session"), ("other", "not a session of format 3")]:
         with pytest.raises(UserError, match=rf"^{says}: [^\n]*$"):
             load_session(bundle, tmp_path / name)
     with pytest.raises(UserError, match=r"^session not saved: [^\n]*$"):

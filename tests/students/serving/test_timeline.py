@@ -17,7 +17,7 @@ from distill.live.chat_planner import ChatPlanner, audio_facts, named
 from students.history import History
 from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
-from students.serving.timeline import BEHAVIOURS, CachedChunk, Cue, Director, Script, Timeline, chunk_at, read_script
+from students.serving.timeline import BEHAVIOURS, Cue, Director, Script, Timeline, TimelineEntry, chunk_at, read_script
 from teachers.errors import UserError
 from tests.distill.commands.test_sample import FPS, RATE, inputs, noted, parse, student  # noqa: F401, fixtures
 from tests.distill.commands.test_sample import film as sample_film
@@ -68,7 +68,7 @@ def timeline(*entries) -> Timeline:
 
 
 def script_of(entries) -> Script:
-    return Script(timeline=tuple(CachedChunk(at=Fraction(at), do=do, how=how) for at, do, how in entries))
+    return Script(timeline=tuple(TimelineEntry(at=Fraction(at), do=do, how=how) for at, do, how in entries))
 
 
 def test_every_frame_lies_in_its_chunk(bundle):
@@ -221,9 +221,9 @@ def test_a_planner_s_memory_is_bounded():
         chunk = director.step()
         session.played(chunk.first_frame + len(chunk.frames))
         session.push(some_sound(4 * PER_FRAME, seed=i))
-        held.append(sum(len(audio) for _, audio in director.heard))
+        held.append(sum(len(audio) for _, audio in director.played))
     assert held[-1] == held[10] < 3 * 16000
-    assert len(director.told) < 5
+    assert len(director.planned) < 5
 
 
 def test_the_default_behaviours_are_words_of_the_embedded_world():

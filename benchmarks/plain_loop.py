@@ -1,21 +1,29 @@
 """The straightforward chunk loop that the session is measured against: file in, file out, over the same network and noise.
 
+    python benchmarks/plain_loop.py --student DIR [--chunks 24] [--rounds 7]
+    python benchmarks/plain_loop.py --shape livetalk           # random weights of a published size, as `distill bench` has them
+
 Around the network it does what published code does: a cache for each layer that is cloned on every roll, its ends read with
-`.item()`, time embedded anew in every call, decoding after the loop, no_grad. Keys are kept un-rotated and turned again in every
+`.item()`, time embedded anew in every call, decoding after the loop, no_grad. Keys are kept un-rotated and rotated again in every
 call, as positions relative to a rolling window ask for. The text is embedded and made keys and values in every call; Self Forcing
 and LiveTalk keep those of the first one, which is `keep_text`.
 """
 
+import argparse
+import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distill.commands.bench import SHAPES, make_scene, random_student
+from eval.speed import latency
 from eval.speed.latency import Scene
 from students.serving.inputs import encode_window
 from students.serving.session import chunk_noise
 from students.spec import Spec
-from students.weights.checkpoint import Bundle
+from students.weights.checkpoint import Bundle, load_student
 from teachers import flow
 from teachers.codecs.linear import to_uint8
 from teachers.conditions import Conditions, pack_rows
@@ -61,7 +69,9 @@ def naive_loop(bundle: Bundle, scene: Scene, num_chunks: int, keep_text: bool = 
         ends = [_make_room(cache, (chunk + 1) * n * tokens, sinks) for cache in caches]
         seen = ends[0] - n * tokens
         past = (
-            [_past(cache, seen, net.turns(0, seen // tokens, *spec.token_grid)) for cache in caches] if seen else None
+            [_past(cache, seen, net.rope_table(0, seen // tokens, *spec.token_grid)) for cache in caches]
+            if seen
+            else None
         )
         out, made = net(inputs, level, text, part.audio, past=past, past_frames=seen // tokens, pose=part.pose)
         for cache, end, (keys, values) in zip(caches, ends, made, strict=True):
@@ -135,5 +145,48 @@ def _make_room(cache: LayerCache, global_end: int, sinks: int) -> int:
     return end - evicted
 
 
-def _past(cache: LayerCache, seen: int, turns: Tensor) -> KeyValue:
-    return rotate(cache.keys[:, :seen], turns), cache.values[:, :seen]
+def _past(cache: LayerCache, seen: int, rope_table: Tensor) -> KeyValue:
+    return rotate(cache.keys[:, :seen], rope_table), cache.values[:, :seen]
+
+
+def compare(bundle: Bundle, num_chunks: int, rounds: int) -> str:
+    """A table of milliseconds a chunk: the session, and both loops with their ratio to it and the largest difference of frames."""
+    scene = make_scene(bundle.spec, num_chunks)
+    shown = torch.cat([chunk.frames for chunk in latency.stream(bundle, scene, num_chunks).chunks]).int()
+    loops = {
+        name: lambda keep=keep: naive_loop(bundle, scene, num_chunks, keep)
+        for name, keep in (("plain loop", False), ("plain loop, text kept", True))
+    }
+    differences = {name: int((loop().int() - shown).abs().max()) for name, loop in loops.items()}
+    took = latency.interleave(
+        {"session": lambda: latency.stream(bundle, scene, num_chunks).took.seconds}
+        | {name: (lambda loop=loop: latency.clocked(loop).seconds) for name, loop in loops.items()},
+        rounds,
+    )
+    rows = ["| | ms a chunk | / session | grey levels |", "|---|---|---|---|"]
+    for name, seconds in took.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds, took["session"], strict=True))
+        rows.append(
+            f"| {name} | {1e3 * statistics.median(seconds) / num_chunks:.2f} | {ratio:.2f} | {differences.get(name, 0)} |"
+        )
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--student", type=Path, metavar="DIR")
+    source.add_argument("--shape", choices=tuple(SHAPES))
+    parser.add_argument("--chunks", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.shape:
+        bundle = random_student(SHAPES[args.shape], device, torch.bfloat16)
+    else:
+        bundle = load_student(args.student).to(device)
+    print(compare(bundle, args.chunks, args.rounds))
+
+
+if __name__ == "__main__":
+    main()
