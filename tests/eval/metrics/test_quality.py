@@ -153,6 +153,7 @@ def test_variance_over_noise_is_unbiased_and_leaves_frame_0_out():
         seed_variances(videos[:, :1])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
     base = randn(24, 3, 6, 8, 8, seed=5) * 25
     teacher, other, third = (
@@ -191,6 +192,7 @@ def test_scores_of_a_set_are_means_with_errors():
 
 
 @pytest.mark.parametrize("video", [torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_videos_are_refused(video):
     with pytest.raises(UserError, match="quality needs uint8 clips"):
         measure(video)
