@@ -22,6 +22,7 @@ from eval.metrics.mfcc import mfcc, to_int16
 from eval.metrics.motion import sharpness_energies
 from eval.metrics.quality import failure_rates, flickers, measure, seam_ratio, slope, window_quality
 from eval.networks.syncnet import windows_of
+from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import rng
 
 FRAMES, CHUNK, NUM = 60, 12, 16
@@ -96,7 +97,7 @@ def scene() -> Scene:
     towers = LinearTowers(render.make_clips(WORLD, render.draw_conditions(WORLD, 32, rng(1)), rng(2)))
     asked = render.draw_conditions(WORLD, NUM, rng(3))
     clips = render.make_clips(WORLD, asked, rng(4))
-    held = {name: clips.labels[name] for name in render.FRAME_LABELS}
+    held = {name: clips.labels[name] for name in FRAME_LABELS}
     held |= {name: torch.full((NUM, FRAMES), value) for name, value in (("mouth_open", 0.2), ("mouth_width", 0.5))}
     features = RandomFeatures()
     real = features(render.make_clips(WORLD, asked, rng(5)).video)  # the same people and words, moving otherwise

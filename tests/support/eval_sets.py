@@ -9,7 +9,6 @@ import torch
 import yaml
 
 from distill.cli import main
-from distill.data.procedural.render import FRAME_LABELS
 from distill.scoring.clip_sets import write_clip
 from eval.cards import Card, load_card
 from eval.clip_scores import Extractors
@@ -18,6 +17,7 @@ from students.weights.checkpoint import save_student
 from teachers.config import convert, to_plain
 from tests.eval.metrics.test_lip_sync import Code, coded
 from tests.support.films import number_of
+from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import a_bundle, rng, some_sound
 
 FPS = Fraction(25, 2)

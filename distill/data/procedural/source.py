@@ -1,4 +1,4 @@
-"""The embedded world as a source of clips, and the `data` part of a recipe that every source shares."""
+"""The embedded world as a source of clips, and the `data` config of a recipe that every source shares."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +17,8 @@ from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The world and how it is coded: pixels to latents, sound and text to features. `text_steps` fits the text encoder, where it is
-    one that is fitted. `negative`: the prompt in the place of a dropped text (null: zeros)."""
+    """The world and its encoders: pixels to latents, sound and text to features. `text_steps`: training steps of a fitted text
+    encoder. `negative`: the prompt that replaces a dropped text (null: zeros)."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
@@ -50,12 +50,12 @@ class DataConfig:
 
 def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0) -> Clips:
     """`num` fresh clips of the world named `name`; another `motion` is the same conditions with other nuisance."""
-    asked = render.draw_conditions(config.world, num, keyed_generator(seed, "asked", name))
-    return render.make_clips(config.world, asked, keyed_generator(seed, "motion", name, motion))
+    scene = render.draw_conditions(config.world, num, keyed_generator(seed, "asked", name))
+    return render.make_clips(config.world, scene, keyed_generator(seed, "motion", name, motion))
 
 
 class World:
-    """The procedural world as a source of clips: see `distill.data.source.Source`. It can draw whatever is asked for."""
+    """The procedural world as a source of clips: see `distill.data.source.Source`. Any number of clips can be drawn."""
 
     left_out: Mapping[str, str] = {}
     given: Mapping[str, str] = {}
@@ -83,4 +83,4 @@ class World:
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
         """Expression and gesture."""
         known = {"expression": render.EXPRESSIONS, "gesture": render.GESTURES}
-        return {name: (clips.labels[name], len(words)) for name, words in known.items()}
+        return {name: (clips.labels[name], len(classes)) for name, classes in known.items()}

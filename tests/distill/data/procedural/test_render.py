@@ -11,6 +11,7 @@ from distill.data.procedural.source import DataConfig, held_out
 from teachers.codecs.linear import CodecConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
+from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import rng
 
 WORLD = WorldConfig(num_train=8, shard_clips=4)
@@ -28,7 +29,7 @@ def test_clips_are_what_they_say(clips):
     assert clips.audio.shape == (24, 15 * 1280)
     assert clips.audio.abs().max() <= 1.0
     assert len(set(clips.text)) > 12
-    for name in render.FRAME_LABELS:
+    for name in FRAME_LABELS:
         assert clips.labels[name].shape == (24, 15), name
         assert torch.isfinite(clips.labels[name]).all()
     for name in ("mouth_open", "mouth_width", "blink", "smile", "frown", "surprised"):
@@ -62,7 +63,7 @@ def test_the_same_conditions_leave_motion_open(clips):
 
 
 def test_frame_0_is_at_rest(clips):
-    labels = {name: clips.labels[name][:, 0] for name in render.FRAME_LABELS}
+    labels = {name: clips.labels[name][:, 0] for name in FRAME_LABELS}
     assert all(not value.any() for name, value in labels.items() if name != "mouth_width")
     assert (labels["mouth_width"] == speech.REST[1]).all()
 
@@ -70,7 +71,7 @@ def test_frame_0_is_at_rest(clips):
 def test_labels_are_in_the_picture():
     """Every label moves pixels, and where it should: the mouth below, the lids above, light left against right."""
     asked = render.draw_conditions(WORLD, 6, rng(1))
-    rest = {name: torch.zeros(6, 2) for name in render.FRAME_LABELS}
+    rest = {name: torch.zeros(6, 2) for name in FRAME_LABELS}
     rest["mouth_width"] += 0.5
     rest["mouth_open"] += 0.3
 
@@ -79,7 +80,7 @@ def test_labels_are_in_the_picture():
         frames = render.render(WORLD, asked, state).float()
         return (frames[:, :, 1] - frames[:, :, 0]).mean(1)
 
-    for name in render.FRAME_LABELS:
+    for name in FRAME_LABELS:
         assert (drawn(name, 1.0).abs().flatten(1).mean(1) > 0.03).all(), name
     mouth, lid = drawn("mouth_open", 1.0).abs(), drawn("blink", 1.0).abs()
     assert mouth[:, 16:].sum() > 5 * mouth[:, :16].sum()
