@@ -213,6 +213,7 @@ def test_low_precision_weights_give_fp32():
     assert torch.equal(torch.cat(stream(codec, latents, (2, 3))[0], dim=2), codec.decode(latents))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_shapes_are_refused_in_one_line():
     codec = a_codec()
     with pytest.raises(UserError, match=r"^video: got torch.float32 \[1, 3, 8, 16, 24\], the codec takes floats \["):
@@ -220,7 +221,7 @@ def test_wrong_shapes_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"^latents: got torch.float32 \[2, 15, 5, 2, 3\], the codec takes floats \["):
         codec.decode(some_latents()[:, 1:])
     state = codec.decode_chunk(some_latents(batch=1))[1]
-    with pytest.raises(UserError, match=r"^state: it holds \[1, 12, 2, 3\], the latents are \[2, 16, 5, 2, 3\]; "):
+    with pytest.raises(UserError, match=r"^state: it is \[1, 12, 2, 3\], the latents are \[2, 16, 5, 2, 3\]; "):
         codec.decode_chunk(some_latents(batch=2), state)
 
 
