@@ -12,10 +12,10 @@ from torch import nn
 
 from distill.data.order import batch_rows
 from distill.methods import Batch, Loss
-from distill.pipeline import run_folder
 from distill.training import checkpoint
 from distill.training.loop import EMA, OptimizerConfig, TrainConfig, Trainer, learning_rate, train
 from distill.training.metrics_log import MetricsLog
+from teachers import files
 from teachers.errors import UserError
 from tests.support.tiny import Ranks, randn
 
@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(run_folder, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     trainer.step = 7
     with pytest.raises(UserError, match=r"^the disk is full: [^\n]*$"):
         trainer.save()
@@ -284,7 +284,7 @@ def test_a_checkpoint_being_written_is_not_one(tmp_path):
 def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
     trainer = run(tmp_path)
-    files = checkpoint.Reader(checkpoint.saved(tmp_path)[-1]).facts["files"]
+    files = checkpoint.Reader(checkpoint.saved(tmp_path)[-1]).metadata["files"]
     assert len(files) > 3
     assert everything(run(tmp_path)).keys() == everything(trainer).keys()
 
