@@ -79,7 +79,7 @@ def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
 
 
 def encode_window(audio_encoder: AudioEncoder, window: Tensor, first: int, last: int) -> Tensor:
-    """Rows first..last-1 [T, A] of just the samples that they need (`AudioEncoder.rows`): [S], or [S, speakers] side by side in a row."""
+    """Rows first..last-1 [T, A] of just the samples that they need (`AudioEncoder.rows`): [S], or [S, speakers] side by side."""
     return (
         audio_encoder.rows(window, first, last)
         if window.ndim == 1

@@ -151,9 +151,15 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         seen.append(Finished(chunk, x0, conditions))
     if facts["how"] == "exact":
         cached = tuple(
-            CachedChunk(chunk, *(tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"])) for name in ("keys", "values")))
+            CachedChunk(
+                chunk,
+                *(
+                    tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"]))
+                    for name in ("keys", "values")
+                ),
+            )
             for i, chunk in enumerate(facts["kept"])
-        )  # fmt: skip
+        )
         state = student.restore(start.state, cached, seen, facts["chunk"])
         decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
     else:

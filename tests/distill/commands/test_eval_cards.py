@@ -116,9 +116,7 @@ def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins
     assert metrics["sync_c_penalised"]["mean"] == pytest.approx(0.75 * metrics["sync_c"]["mean"])
     (real / "faces.json").write_text(json.dumps({name: box for name, box in boxes.items() if name != "f2"}))
     report = evaluated(tmp_path / "none", *base)
-    assert (
-        report["refused"]["sync"] == "sync refused: f2: no face box: give faces.json beside the real clips"
-    )
+    assert report["refused"]["sync"] == "sync refused: f2: no face box: give faces.json beside the real clips"
     assert "sync_c" not in report["rows"]["ours"]["metrics"]
     write_clip(
         ours / "f1.safetensors",

@@ -339,7 +339,7 @@ def test_degraded_clips_are_worse_in_what_was_asked():
     assert not any(exact)
     assert edges(moved) > 0.7 * edges(clips.video)
     static = worse(static_text=True)
-    assert {text.split(" in front")[0] for text in static.text} <= set(render.SAY_WHO)
+    assert {text.split(" in front")[0] for text in static.text} <= set(render.SUBJECTS)
     assert torch.equal(static.audio, clips.audio)
     assert torch.equal(worse(blur=0.05, shift=0.1).video, worse(blur=0.05, shift=0.1).video)
     with pytest.raises(UserError, match=r"corruption\.shift: got 0\.7"):

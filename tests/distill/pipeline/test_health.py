@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.eval.report.test_report import Page, small_report
 
 from distill.compose import RECIPES
 from distill.pipeline import health
@@ -27,6 +26,7 @@ from eval.report.run_report import write_report
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.distill.training.test_loop import Regression, batches_of, config, nets
+from tests.eval.report.test_report import Page, small_report
 from tests.support.tiny import SIDE, Ranks, make_spec, rng, some_conditions
 
 NUM, FRAMES, SIZE, SEAMS = 6, 15, 4 * SIDE, [3, 7, 11]
