@@ -39,7 +39,7 @@ from teachers.errors import UserError
 from teachers.files import load_tensors
 
 FRAMES, SWITCH = 61, 31  # pixel frames of a stream; where the reaction test turns, the first frame of a chunk of two
-COLOURS = {duplex.OWN: (60, 200, 60), duplex.OTHER: (200, 60, 60), duplex.NO_ONE: (60, 60, 60)}
+COLOURS = {duplex.OWN: (60, 200, 60), duplex.OTHER: (200, 60, 60), duplex.NONE: (60, 60, 60)}
 
 
 @dataclass(frozen=True)

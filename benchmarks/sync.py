@@ -25,7 +25,7 @@ from distill.data.curate import scores
 from distill.data.curate.face import Box
 from distill.data.datasets.folder import Videos
 from distill.data.prepare.cutting import upright
-from distill.data.prepare.video import SAMPLE_RATE, pictures, read_sound
+from distill.data.prepare.video import SAMPLE_RATE, read_frames, read_sound
 from distill.data.procedural import render
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -51,7 +51,7 @@ def read(folder: Path) -> list[Film]:
     found = []
     for source in Videos(folder).sources:
         frames, rate = [], None
-        with closing(pictures(folder / source)) as shown:
+        with closing(read_frames(folder / source)) as shown:
             for picture in shown:
                 rate = picture.rate
                 pixels = torch.from_numpy(upright(picture.frame, "rgb24")).permute(2, 0, 1)[None]

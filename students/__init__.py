@@ -1,4 +1,4 @@
-"""What is made and served: causal students, what they remember, and sessions that stream them.
+"""What is made and served: causal students, their context, and sessions that stream them.
 
 from students import AvatarPipeline, Session, load_student
 
@@ -13,8 +13,9 @@ from teachers.lazy import offer
 if TYPE_CHECKING:
     from students.history import History
     from students.schedule import Schedule
+    from students.serving.inputs import Starved
     from students.serving.pipeline import AvatarPipeline
-    from students.serving.session import Chunk, Session, Starved
+    from students.serving.session import Chunk, Session
     from students.serving.snapshot import load_session, save_session
     from students.weights.checkpoint import load_student, save_student
 

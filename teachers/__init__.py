@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from teachers.lazy import offer
 
 if TYPE_CHECKING:
-    from teachers.conditions import Conditions, Guidance
+    from teachers.conditions import Conditions
     from teachers.errors import UserError
+    from teachers.guidance import Guidance
     from teachers.teacher import Teacher, load_teacher
 
 __all__ = ["Conditions", "Guidance", "Teacher", "UserError", "load_teacher"]
@@ -20,7 +21,7 @@ __getattr__, __dir__ = offer(
     __name__,
     {
         "Conditions": "teachers.conditions",
-        "Guidance": "teachers.conditions",
+        "Guidance": "teachers.guidance",
         "Teacher": "teachers.teacher",
         "UserError": "teachers.errors",
         "load_teacher": "teachers.teacher",

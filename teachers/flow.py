@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from teachers.errors import UserError
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, F, H, W], sigma [B]) -> x0
-
+Latents = Float[Tensor, "batch channels frames height width"]
+Level = Float[Tensor, " batch"] | Float[Tensor, "batch frames"]  # sigma of each sample, or of each of its frames
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma [B]) -> x0, of the shape of x
 
 Sigma = TypeVar("Sigma", Tensor, float)
 
@@ -26,13 +28,13 @@ def shift_sigma(s: Sigma, shift: float) -> Sigma:
 
 
 def sigma_grid(num_steps: int, shift: float) -> tuple[float, ...]:
-    """num_steps + 1 sigmas from 1 down to 0, both included."""
+    """num_steps + 1 sigmas from 1 down to 0, both included, at even times before the shift."""
     return tuple(shift_sigma(1.0 - i / num_steps, shift) for i in range(num_steps + 1))
 
 
 def on_grid(sigmas: Sequence[float], grid: Sequence[float], tolerance: float = 1e-9) -> tuple[int, ...]:
-    """Index of each sigma on a grid; UserError if one lies between grid points (labels would lie)."""
-    found = []
+    """Index of each sigma on a grid; UserError if one lies between grid points, where there is no label for it."""
+    indices = []
     for sigma in sigmas:
         index = min(range(len(grid)), key=lambda i: abs(grid[i] - sigma))
         if abs(grid[index] - sigma) > tolerance:
@@ -41,39 +43,39 @@ def on_grid(sigmas: Sequence[float], grid: Sequence[float], tolerance: float = 1
                 f"student sigma {sigma:.6g} is not on the teacher's grid of {len(grid) - 1} steps (nearest {near:.6g}): "
                 "choose the same shift and a step count that the student's divides"
             )
-        found.append(index)
-    return tuple(found)
+        indices.append(index)
+    return tuple(indices)
 
 
-def expand(sigma: Tensor, like: Tensor) -> Tensor:
-    """sigma [B] or per frame [B, F] -> broadcastable to like [B, C, F, H, W]."""
+def expand(sigma: Level, like: Latents) -> Float[Tensor, "batch 1 #frames 1 1"]:
+    """sigma [B] or per frame [B, F] -> broadcastable to like [B, C, F, H, W], on its device."""
     if sigma.ndim == 1:
         return sigma.view(-1, 1, 1, 1, 1).to(like.device)
     return sigma.view(sigma.shape[0], 1, -1, 1, 1).to(like.device)
 
 
-def add_noise(x0: Tensor, eps: Tensor, sigma: Tensor | float) -> Tensor:
-    """x_sigma; sigma [B], [B, F] or one number for all."""
+def add_noise(x0: Latents, eps: Latents, sigma: Level | float) -> Latents:
+    """x_sigma = (1 - sigma) x0 + sigma eps; sigma [B], [B, F] or one number for all."""
     level = expand(sigma, x0) if isinstance(sigma, Tensor) else sigma
     return (1 - level) * x0 + level * eps
 
 
-def velocity_from_x0(x: Tensor, x0: Tensor, sigma: Tensor) -> Tensor:
+def velocity_from_x0(x: Latents, x0: Latents, sigma: Level) -> Latents:
     """velocity = (x_sigma - x0) / sigma, in fp32; undefined at sigma 0."""
     return (x.float() - x0.float()) / expand(sigma, x).float()
 
 
-def x0_from_velocity(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+def x0_from_velocity(x: Latents, velocity: Latents, sigma: Level) -> Latents:
     """x0 = x_sigma - sigma velocity, in fp32."""
     return x.float() - expand(sigma, x).float() * velocity.float()
 
 
-def euler_step(x: Tensor, x0: Tensor, sigma: float, sigma_next: float) -> Tensor:
+def euler_step(x: Latents, x0: Latents, sigma: float, sigma_next: float) -> Latents:
     """One Euler step of dx/dsigma = velocity; at sigma_next 0 it returns x0."""
     return x + (sigma_next - sigma) / sigma * (x - x0)
 
 
-def solve(denoise: Denoise, x: Tensor, grid: Sequence[float]) -> Iterator[Tensor]:
+def solve(denoise: Denoise, x: Latents, grid: Sequence[float]) -> Iterator[Latents]:
     """Euler solution of the probability-flow ODE along `grid`; yields the state at every grid point, x first."""
     yield x
     for sigma, sigma_next in itertools.pairwise(grid):
@@ -82,8 +84,8 @@ def solve(denoise: Denoise, x: Tensor, grid: Sequence[float]) -> Iterator[Tensor
         yield x
 
 
-def network_time(sigma: Tensor) -> Tensor:
-    """The time that a network is told: t = 1000 sigma."""
+def network_time(sigma: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The time that networks are conditioned on: t = 1000 sigma."""
     return sigma * 1000.0
 
 

@@ -9,7 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from jaxtyping import config, install_import_hook
 
+import tests.support.shape_checks
+
+PACKAGES = ("distill", "teachers", "students", "eval")
 LONG = (
     "e2e/test_real_recipes.py",
     "e2e/test_pipeline.py",
@@ -23,11 +27,22 @@ LONG = (
 torch.set_num_threads(1)
 
 
+def modules_with_shapes() -> list[str]:
+    """The modules that annotate shapes with jaxtyping."""
+    root = Path(__file__).parents[1]
+    files = (file for package in PACKAGES for file in (root / package).rglob("*.py"))
+    annotated = (file for file in files if "from jaxtyping import" in file.read_text(encoding="utf-8"))
+    return [".".join(file.relative_to(root).with_suffix("").parts) for file in annotated]
+
+
+install_import_hook(modules_with_shapes(), f"{tests.support.shape_checks.__name__}.check")
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that two workers end together."""
     order = {name: i for i, name in enumerate(LONG)}
-    tests = Path(__file__).parent
-    items.sort(key=lambda item: order.get(item.path.relative_to(tests).as_posix(), len(LONG)))
+    folder = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(folder).as_posix(), len(LONG)))
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +51,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked_shapes(monkeypatch):
+    """For tests that pass wrong shapes on purpose, to see the error that users get without the checks of the tests."""
+    monkeypatch.setattr(config, "jaxtyping_disable", True)

@@ -94,9 +94,8 @@ def climbs(graph: dict[str, set[str]]) -> list[str]:
                 or here == "__main__"
             ):
                 continue
-            assert here in height and there in height, (
-                f"distill.{here} and distill.{there}: give each its floor in INSIDE"
-            )
+            if here not in height or there not in height:
+                raise AssertionError(f"distill.{here} and distill.{there}: give each its floor in INSIDE")
             if height[here] <= height[there]:
                 found.append(f"{module} -> {target}")
     return sorted(found)

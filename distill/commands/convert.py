@@ -1,4 +1,4 @@
-"""`distill convert`: weights from one published layout to another, strictly and without holding them in memory."""
+"""`distill convert`: weights from one published layout to another, strictly and with one shard in memory."""
 
 import argparse
 import sys
@@ -17,9 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; for self-forcing a .pt file")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="layout to write")
-    parser.add_argument(
-        "--base", type=Path, metavar="BASE", help="Wan weights that a LoRA (OmniAvatar) was trained over"
-    )
+    parser.add_argument("--base", type=Path, metavar="BASE", help="Wan weights that a LoRA (OmniAvatar) was trained on")
     parser.add_argument(
         "--lora",
         choices=("fold", "adapter"),
@@ -34,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert and say in one line what was written; return 0. Raises UserError, and then nothing is left behind."""
+    """Convert and print one line on what was written; return 0. Raises UserError, and then no file remains."""
     from teachers.checkpoints.convert import check_target, plan
 
     check_target(args.target, args.to)
@@ -42,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc="convert", file=sys.stderr) as progress:
         conversion.write(args.target, tick=progress.update)
     source = conversion.source
-    kept = f" and a LoRA of rank {conversion.adapter.rank}" if conversion.adapter else ""
-    left = f"; not taken: {listed(source.left)}" if source.left else ""
+    lora = f" and a LoRA of rank {conversion.adapter.rank}" if conversion.adapter else ""
+    ignored = f"; ignored: {listed(source.ignored)}" if source.ignored else ""
     sys.stdout.write(
-        f"{args.target}: {args.to}, {len(conversion.tensors)} tensors, {conversion.num_parameters:,} parameters{kept}, "
-        f"from {source.layout} ({source.path}){left}\n"
+        f"{args.target}: {args.to}, {len(conversion.tensors)} tensors, {conversion.num_parameters:,} parameters{lora}, "
+        f"from {source.layout} ({source.path}){ignored}\n"
     )
     return 0

@@ -4,12 +4,15 @@ import argparse
 import importlib
 
 VERBS = {
-    "prepare": ("distill.data.prepare.prepare", "HDTF, AVSpeech, CelebV-HQ or a folder of clips to training shards"),
+    "prepare": (
+        "distill.data.prepare.prepare",
+        "cut HDTF, AVSpeech, CelebV-HQ or a folder of clips into training shards",
+    ),
     "split": ("distill.data.datasets.split", "splits that share no identity, and fixed test lists"),
-    "check": ("distill.data.prepare.check", "whether prepared data are whole, and what is in them"),
+    "check": ("distill.data.prepare.check", "verify that prepared data are complete, and summarise them"),
     "curate": (
         "distill.data.curate.curate",
-        "scores of clips as conditions, which of them are kept, and pages to look at",
+        "score clips as conditions, select by thresholds, write pages to inspect",
     ),
 }
 
@@ -22,5 +25,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the verb asks and return its exit status."""
+    """Run the verb and return its exit status."""
     return importlib.import_module(VERBS[args.data_verb][0]).run(args)

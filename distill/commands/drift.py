@@ -1,4 +1,4 @@
-"""`distill drift`: long streams of a run's student, scored minute by minute, with its own history or another."""
+"""`distill drift`: long streams of a run's student, scored minute by minute, with its own or another history."""
 
 import argparse
 import dataclasses
@@ -30,15 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill drift`."""
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of a finished run")
     parser.add_argument("--minutes", type=int, default=10, help="length of each stream (default 10)")
-    parser.add_argument("--streams", type=int, default=6, help="avatars, each a stream of its own (default 6)")
-    parser.add_argument("--sinks", type=int, help="serve with so many sink chunks (default: the student's)")
-    parser.add_argument("--window", type=int, help="serve with so many window chunks (default: the student's)")
+    parser.add_argument("--streams", type=int, default=6, help="number of avatars, one stream each (default 6)")
+    parser.add_argument("--sinks", type=int, help="number of sink chunks (default: the student's)")
+    parser.add_argument("--window", type=int, help="number of window chunks (default: the student's)")
     parser.add_argument(
-        "--refine-every", type=int, help="refine each so-manieth chunk's memory (0: none; default: the student's)"
+        "--refine-every", type=int, help="refine the memory of every N-th chunk (0: none; default: the student's)"
     )
-    parser.add_argument("--refine-level", type=float, help="at this sigma (default: the student's)")
+    parser.add_argument("--refine-level", type=float, help="sigma of the refinement (default: the student's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the table there too")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,19 +50,19 @@ def run(args: argparse.Namespace) -> int:
     probes = Probes.load(args.run / "stages" / "extractors")
     frames_a_minute = int(60 * bundle.spec.fps)
     conditions = held_out(data, args.seed, "drift", args.streams)
-    films, heard = [], []
+    videos, audio = [], []
     with tqdm(total=args.streams * args.minutes, unit="min", desc="drift") as bar:
         for i in range(args.streams):
-            film, rows = _stream(bundle, conditions.video[i, :, 0], conditions.text[i], args, i, bar)
-            films.append(film)
-            heard.append(rows)
+            video, rows = _stream(bundle, conditions.video[i, :, 0], conditions.text[i], args, i, bar)
+            videos.append(video)
+            audio.append(rows)
     clip = data.world.num_frames
     table = [
         window_scores(
             probes,
-            torch.stack(films),
+            torch.stack(videos),
             conditions.video[:, :, 0],
-            torch.stack(heard),
+            torch.stack(audio),
             conditions.labels["gesture"],
             minute * frames_a_minute,
             frames_a_minute,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_table(table: list[dict[str, float]], history: History) -> None:
-    """Markdown to stdout."""
+    """Print the table as Markdown."""
     refined = f", refined every {history.refine_every} at {history.refine_level}" if history.refine_every else ""
     lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", "| minute | " + " | ".join(COLUMNS) + " |"]
     lines.append("|" + "---|" * (len(COLUMNS) + 1))
@@ -90,7 +90,7 @@ def print_table(table: list[dict[str, float]], history: History) -> None:
 
 
 def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: tqdm) -> tuple[Tensor, Tensor]:
-    """Frames uint8 [T, H, W, 3] and audio rows [T, A] of one stream; sound is made and pushed a minute at a time."""
+    """Frames uint8 [T, H, W, 3] and audio rows [T, A] of one stream; audio is synthesised and pushed a minute at a time."""
     spec, total = bundle.spec, int(60 * bundle.spec.fps) * args.minutes
     session, frames, rows = Session(bundle, to_float(portrait), text, args.seed + index, drop=("pose",)), [], []
     count = 0
@@ -111,12 +111,12 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
 
 def _history(own: History, args: argparse.Namespace) -> History:
     names = ("sinks", "window", "refine_every", "refine_level")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(own, **given)
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return dataclasses.replace(own, **changes)
 
 
 def _data_config(folder: Path):
-    """The data part of a run's recipe."""
+    """The data config of a run's recipe."""
     import yaml
 
     from distill.data.procedural.source import DataConfig

@@ -1,4 +1,4 @@
-"""MIDAS' three stages of a video codec (2508.19320): images, then the temporal modules alone, then all of it on short windows."""
+"""MIDAS' three-stage training of a video codec (2508.19320): images, the temporal modules alone, all of it on short windows."""
 
 import json
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
@@ -24,12 +25,17 @@ WARMUP = 20
 
 
 def fit_codec(
-    config: DCAEConfig, clips: Iterable[Tensor], held: Tensor, seed: int, folder: Path, device: torch.device
+    config: DCAEConfig,
+    clips: Iterable[Tensor],
+    held_out: UInt8[Tensor, "n 3 t h w"],
+    seed: int,
+    folder: Path,
+    device: torch.device,
 ) -> dict[str, dict[str, float]]:
-    """Write codec.safetensors, and codec.json with the scores of each stage on the clips `held`, which it returns.
+    """Write codec.safetensors, and codec.json with the scores of each stage on the clips `held_out`, which it returns.
 
-    Clips are uint8 [N, 3, T, H, W]. A stage that was finished before a kill is not trained again; stages have random draws of their
-    own, so the codec is the same. Raises UserError where a loss is not finite.
+    Clips are uint8 [N, 3, T, H, W]. A stage that finished before a kill is not trained again; stages have random generators of
+    their own, so the codec is the same. Raises UserError where a loss is not finite.
     """
     codec, scores = _start(config, seed), {}
     files = [folder / f"codec-{stage}.safetensors" for stage in STAGES]
@@ -44,7 +50,7 @@ def fit_codec(
                 _normalise(codec, video)
             save_tensors(file, codec.state_dict())
         _load(codec, file)
-        scores[stage] = measure(codec.to(device), held)
+        scores[stage] = measure(codec.to(device), held_out)
     atomic_write(folder / "codec.json", json.dumps(scores, indent=1) + "\n")
     files[-1].rename(folder / "codec.safetensors")
     for file in files[:-1]:
@@ -57,7 +63,7 @@ def _load(codec: DCAE, file: Path) -> None:
 
 
 def _start(config: DCAEConfig, seed: int) -> DCAE:
-    """The published image codec, or an untrained one."""
+    """The published image codec of `config.path`, or an untrained one."""
     if config.path is not None:
         return load_dc_ae(config)
     with torch.random.fork_rng(devices=[]):
@@ -65,18 +71,18 @@ def _start(config: DCAEConfig, seed: int) -> DCAE:
         return DCAE(config).eval()
 
 
-def trained(codec: DCAE, number: int) -> list[torch.nn.Parameter]:
-    """What stage `number` trains, all else frozen: the image codec, the temporal modules, both."""
+def set_trained(codec: DCAE, number: int) -> list[torch.nn.Parameter]:
+    """Freeze all but what stage `number` trains (the image codec, the temporal modules, both) and return its parameters."""
     for part, numbers in ((codec.network, (0, 2)), (codec.temporal, (1, 2))):
         part.requires_grad_(number in numbers)
     return [parameter for parameter in codec.parameters() if parameter.requires_grad]
 
 
 def _train(codec: DCAE, config: DCAEConfig, number: int, video: Tensor, seed: int) -> None:
-    """Steps of one stage, at a rate that rises over the first and falls to 0 as a half cosine."""
+    """Train one stage by AdamW with a linear warm-up and a cosine decay to 0."""
     fit, stage = config.fit, STAGES[number]
     rng, steps = keyed_generator(seed, "codec", stage), fit.steps[number]
-    optimizer = torch.optim.AdamW(trained(codec, number), lr=fit.lr[number], betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(set_trained(codec, number), lr=fit.lr[number], betas=(0.9, 0.99), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / max(steps, 1))) / 2
     )
@@ -84,10 +90,10 @@ def _train(codec: DCAE, config: DCAEConfig, number: int, video: Tensor, seed: in
     for step in bar:
         clip = windows(video, fit.batch, 1 if number == 0 else fit.window, rng).to(codec.mean.device)
         if number == 0:
-            made = codec.network(clip[:, :, 0]).sample.unsqueeze(2)
+            output = codec.network(clip[:, :, 0]).sample.unsqueeze(2)
         else:
-            made = codec.decode_raw(codec.encode_raw(clip)[0])[0]
-        loss = multiscale(made, clip)
+            output = codec.decode_raw(codec.encode_raw(clip)[0])[0]
+        loss = multiscale(output, clip)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
@@ -96,13 +102,17 @@ def _train(codec: DCAE, config: DCAEConfig, number: int, video: Tensor, seed: in
         if step % 20 == 0:
             if not bool(loss.isfinite()):
                 raise UserError(f"codec.fit: the loss is {float(loss)} at step {step} of {stage}; lower codec.fit.lr")
-            bar.set_postfix(loss=f"{float(loss.detach()):.4f}", psnr=f"{psnr(made.detach(), clip):.1f}", refresh=False)
+            bar.set_postfix(
+                loss=f"{float(loss.detach()):.4f}", psnr=f"{psnr(output.detach(), clip):.1f}", refresh=False
+            )
     codec.requires_grad_(False)
 
 
-def windows(video: Tensor, num_frames: int, window: int, rng: torch.Generator) -> Tensor:
+def windows(
+    video: UInt8[Tensor, "n 3 t h w"], num_frames: int, window: int, rng: torch.Generator
+) -> Float[Tensor, "m 3 u h w"]:
     """`num_frames` frames in random windows of the clips uint8 [N, 3, T, H, W], half of them mirrored: [n, 3, window, H, W] in
-    [-1, 1]; a clip that is shorter than the window as it is."""
+    [-1, 1]; of a shorter clip all frames."""
     window = min(window, video.shape[2])
     count = max(1, num_frames // window)
     rows = torch.randint(0, len(video), (count,), generator=rng).tolist()
@@ -112,14 +122,14 @@ def windows(video: Tensor, num_frames: int, window: int, rng: torch.Generator) -
     return torch.where(mirrored.view(-1, 1, 1, 1, 1), to_float(clips.flip(-1)), to_float(clips))
 
 
-def multiscale(made: Tensor, real: Tensor) -> Tensor:
+def multiscale(output: Float[Tensor, "b 3 t h w"], real: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, ""]:
     """Mean absolute and squared error of [B, 3, T, H, W] at full, half and quarter size (no perceptual network)."""
-    made, real = (part.transpose(1, 2).flatten(0, 1) for part in (made, real))
-    found = []
+    output, real = (part.transpose(1, 2).flatten(0, 1) for part in (output, real))
+    losses = []
     for scale in SCALES:
-        error = functional.avg_pool2d(made - real, scale)
-        found.append(error.abs().mean() + error.square().mean())
-    return torch.stack(found).mean()
+        error = functional.avg_pool2d(output - real, scale)
+        losses.append(error.abs().mean() + error.square().mean())
+    return torch.stack(losses).mean()
 
 
 @torch.no_grad()
@@ -131,19 +141,19 @@ def _normalise(codec: DCAE, video: Tensor, num: int = 256) -> None:
     codec.std.copy_(values.std(dim=1).clamp_min(1e-6))
 
 
-def psnr(made: Tensor, real: Tensor) -> float:
-    """Peak signal to noise in dB of videos in [-1, 1]."""
-    return float(-10 * torch.log10((made - real).square().mean().clamp_min(1e-10) / 4))
+def psnr(output: Float[Tensor, "*shape"], real: Float[Tensor, "*shape"]) -> float:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], at most 106."""
+    return float(-10 * torch.log10((output - real).square().mean().clamp_min(1e-10) / 4))
 
 
 @torch.no_grad()
 def measure(codec: Codec, video: Tensor) -> dict[str, float]:
-    """psnr_db of clips uint8 [N, 3, T, H, W] after the codec, and `flicker`: the root mean square by which its differences from
-    frame to frame are off, in levels of 0..255."""
+    """`psnr_db` of clips uint8 [N, 3, T, H, W] after encode and decode, and `flicker`: the root mean square error of the
+    differences between successive frames, in levels of 0..255."""
     pairs = []
     for part in video.split(16):
         real = to_float(part).to(next(iter(codec.state_dict().values())).device)
         pairs.append((codec.decode(codec.encode(real)), real))
-    made, real = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
-    off = (made - real).diff(dim=2).square().mean().sqrt()
-    return {"psnr_db": psnr(made, real), "flicker": float(127.5 * off)}
+    output, real = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+    flicker = (output - real).diff(dim=2).square().mean().sqrt()
+    return {"psnr_db": psnr(output, real), "flicker": float(127.5 * flicker)}

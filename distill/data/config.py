@@ -12,9 +12,9 @@ from teachers.resolve import missing
 
 @dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
-    """`world`: size, frame rate, length and number of the clips. `text_steps` fits the text encoder, where it is one that is
-    fitted. `negative`: the prompt in the place of a dropped text (null: zeros). A source's own config inherits from it and opens
-    the source."""
+    """`world`: size, frame rate, length and number of the clips; and their encoders: pixels to latents, sound and text to
+    features. `text_steps`: training steps of a fitted text encoder. `negative`: the prompt that replaces a dropped text (null:
+    zeros). A source's own config inherits from it and opens the source."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
@@ -46,6 +46,6 @@ class ClipsConfig:
         """UserError where the recipe asks for what only the procedural world has."""
         if self.world.speakers != 1 or self.world.steered:
             raise UserError(
-                "data.world: speakers and steered are of the procedural world; other clips have one sound and no directions, "
-                "remove both"
+                "data.world: speakers and steered are of the procedural world; other clips have one audio track and no "
+                "directions; remove both"
             )

@@ -1,7 +1,7 @@
-"""A folder of prepared clips as training data: what `distill data prepare` wrote, divided so that no person is on both sides.
+"""A folder of prepared clips as training data: output of `distill data prepare`, split so that no person is on both sides.
 
-Real clips know what is seen, heard and said in them; what was asked of a face, and what else it could have done, only the
-procedural world knows. The measures that need that are left out by name (`LEFT_OUT`).
+Real clips have frames, sound and captions; scene parameters and alternative motions exist in the procedural world only. Metrics
+that need these are omitted by name (`LEFT_OUT`).
 """
 
 import hashlib
@@ -24,33 +24,31 @@ from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.datasets.split import assign, place
 from distill.data.loader import Bucket, Index, Loader, Samples, Windows
 from distill.data.prepare import shards
-from distill.data.source import Clips, ClipSource, measured
+from distill.data.source import Clips, ClipSource, brightness_and_contrast
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 
 DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
 WANTED = ("video", "audio")
-LEAST = (
-    8  # clips that a score may rest on, as `eval.embedded.protocol.EvalConfig` has it; twice as many become two sets
-)
-PROBE_CLIPS = 1536  # that the extractors are trained on, in memory; as many as the procedural world has
+LEAST = 8  # least clips of a score, as in `eval.embedded.protocol.EvalConfig`; twice as many make two sets
+PROBE_CLIPS = 1536  # on which the extractors are trained, in memory; as many as the procedural world has
 LEFT_OUT = {
-    "sync": "real clips come without labels of the mouth, from which the embedded extractors learn to read and hear it",
-    "identity": "the embedded extractors know the faces of the procedural world alone",
-    "motion": "nobody asked these people for a gesture",
-    "expression": "nobody asked these people for an expression",
-    "diversity": "a real person was filmed once: how else the same words could have looked is not known",
+    "sync": "real clips have no mouth labels, which the embedded extractors need for training",
+    "identity": "the embedded extractors are trained on faces of the procedural world alone",
+    "motion": "real clips have no gesture labels",
+    "expression": "real clips have no expression labels",
+    "diversity": "there is one recording of each condition, so the spread of real motion is unknown",
 }
-"""Measures that cannot be had on real clips, and why."""
+"""Metrics that are undefined on real clips, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(ClipsConfig):
-    """Clips in `path`; `world` says their size, frame rate and length, and at most how many are trained on.
+    """Clips in `path`; `world` specifies their size, frame rate and length, and the maximum number of training clips.
 
-    `held_out`: the share of people who are kept for the evaluation, by hash; an official split of the manifest stands.
-    `manifest`: which of the clips are used, with the text, split and identity that they have there: the folder that `distill data
+    `held_out`: the fraction of people held out for evaluation, by hash; an official split of the manifest takes precedence.
+    `manifest`: which of the clips are used, with their text, split and identity there: the folder that `distill data
     curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
 
@@ -62,7 +60,9 @@ class FolderConfig(ClipsConfig):
         super().__post_init__()
         self.refuse_directions()
         if not 0 < self.held_out < 1:
-            raise UserError(f"data.held_out: got {self.held_out}; give the share of people to evaluate on, such as 0.1")
+            raise UserError(
+                f"data.held_out: got {self.held_out}; give the fraction of people to evaluate on, such as 0.1"
+            )
 
     def open(self) -> "Folder":
         """The clips, indexed; UserError where they are not prepared for this recipe."""
@@ -73,7 +73,7 @@ class Folder(ClipSource):
     """The clips of a folder by name of a set: see `distill.data.source.Source`.
 
     probes, health and both validate sets are of the people trained on; test and admit are one half of the held-out clips,
-    reference the other half. A set has fewer clips than were asked for where there are no more.
+    reference the other half. A set has fewer clips than requested where there are no more.
     """
 
     left_out: Mapping[str, str] = LEFT_OUT
@@ -85,16 +85,16 @@ class Folder(ClipSource):
         index = self.index = Index.read(config.path, self.fps)
         self.clips = _used_clips(config)
         sides, self.unused = self._sides()
-        self.training, self.held = (
+        self.training, self.test = (
             Windows(index, world.num_frames, self.fps, sides[name]) for name in ("train", "test")
         )
         self.num_train = min(world.num_train, len(self.training))
         self.num_shards = -(-self.num_train // world.shard_clips)
-        for name, windows in (("train", self.training), ("held-out", self.held)):
+        for name, windows in (("train", self.training), ("held-out", self.test)):
             if len(windows) < 2 * LEAST:
                 raise UserError(
-                    f"{config.path}: the {name} films hold {len(windows)} clips of {world.num_frames} frames at {world.fps} fps, "
-                    f"{2 * LEAST} are needed{self._unused_words()}; add films, or change data.held_out or data.world.num_frames"
+                    f"{config.path}: the {name} videos have {len(windows)} clips of {world.num_frames} frames at {world.fps} fps, "
+                    f"{2 * LEAST} are needed{self._unused_text()}; add videos, or change data.held_out or data.world.num_frames"
                 )
 
     @property
@@ -102,24 +102,23 @@ class Folder(ClipSource):
         """Which clips these are, for the fingerprint of what is made from them."""
         if self.config.manifest is None:
             return {"clips": self.index.sha256}
-        facts = canonical_json([asdict(clip) for clip in self.clips])
-        return {"clips": self.index.sha256, "manifest": hashlib.sha256(facts.encode()).hexdigest()}
+        clips = canonical_json([asdict(clip) for clip in self.clips])
+        return {"clips": self.index.sha256, "manifest": hashlib.sha256(clips.encode()).hexdigest()}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is used and what is not, as plain data."""
-        held = len({*self.held.entry.tolist()})
+        """Numbers of used and unused clips, as plain data."""
         return {
             "train_clips": self.num_train,
-            "held_out_clips": len(self.held),
+            "held_out_clips": len(self.test),
             "train_samples": len({*self.training.entry.tolist()}),
-            "held_out_samples": held,
+            "held_out_samples": len({*self.test.entry.tolist()}),
             "unused_samples": dict(self.unused),
         }
 
     @property
     def description(self) -> str:
-        """In words, for the model card."""
+        """One line for the model card."""
         kept = "" if self.config.manifest is None else f", the {len(self.clips)} of a curated manifest"
         return f"clips of the folder {self.config.path.name}{kept}"
 
@@ -128,13 +127,13 @@ class Folder(ClipSource):
         self.index.verify(rank, world_size)
 
     def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-        """`num` clips of the set `name`, or as many as there are; there is no other `motion` of a real clip."""
+        """`num` clips of the set `name`, or as many as there are; ValueError for `motion` above 0: a real clip has one."""
         if motion:
             raise ValueError("a real clip has one motion")
         windows, rows = self._set(seed, name)
-        found = [windows.batch(rows[start : start + 16]) for start in range(0, min(num, len(rows)), 16)]
-        found = [_cut(samples, num - 16 * i) for i, samples in enumerate(found)]
-        return self._clips(found, measured(torch.cat([_video(samples) for samples in found])))
+        batches = [windows.batch(rows[start : start + 16]) for start in range(0, min(num, len(rows)), 16)]
+        batches = [_cut(samples, num - 16 * i) for i, samples in enumerate(batches)]
+        return self._clips(batches, brightness_and_contrast(torch.cat([_video(samples) for samples in batches])))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
         """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` processes."""
@@ -143,23 +142,23 @@ class Folder(ClipSource):
         for number, samples in zip(numbers, loader.read(numbers), strict=True):
             yield self._clips([_cut(samples, self.num_train - number * size)], {})
 
-    def _clips(self, found: list[Samples], labels: dict[str, Tensor]) -> Clips:
-        """Decoded batches as clips, each with the text that its manifest has."""
-        audio = [samples.audio for samples in found if samples.audio is not None]
-        text = [self._text.get(name, own) for batch in found for name, own in zip(batch.ids, batch.text, strict=True)]
+    def _clips(self, batches: list[Samples], labels: dict[str, Tensor]) -> Clips:
+        """Decoded batches as clips, with the texts of the manifest."""
+        audio = [samples.audio for samples in batches if samples.audio is not None]
+        text = [self._text.get(name, own) for batch in batches for name, own in zip(batch.ids, batch.text, strict=True)]
         return Clips(
-            video=torch.cat([_video(samples) for samples in found]), audio=torch.cat(audio), text=text, labels=labels
+            video=torch.cat([_video(samples) for samples in batches]), audio=torch.cat(audio), text=text, labels=labels
         )
 
     @cached_property
     def _text(self) -> dict[str, str]:
-        """Texts of the manifest that was given, by the id of their clips."""
+        """Texts of `data.manifest` by clip id."""
         return {} if self.config.manifest is None else {clip.id: clip.text for clip in self.clips}
 
     def _set(self, seed: int, name: str) -> tuple[Windows, Tensor]:
-        """Where the clips of a set lie, shuffled by `seed`: sets that are compared share none."""
+        """Windows and rows of a set, shuffled by `seed`; sets that are compared share none."""
         halves = {"health": 0, "validate": 0, "validate reference": 1, "test": 0, "admit": 0, "reference": 1}
-        windows = self.held if name in ("test", "admit", "reference") else self.training
+        windows = self.test if name in ("test", "admit", "reference") else self.training
         order = torch.randperm(len(windows), generator=keyed_generator(seed, "clips"))
         if name == "probes":
             return windows, order[:PROBE_CLIPS]
@@ -167,7 +166,7 @@ class Folder(ClipSource):
         return windows, order[middle:] if halves[name] else order[:middle]
 
     def _check_prepared(self) -> None:
-        """UserError with the command that prepares these clips for this recipe, unless that was done."""
+        """UserError with the command that prepares these clips for this recipe, unless they are prepared."""
         path, world = self.config.path, self.config.world
         height, width = world.size
         where = f"{path.resolve().name}_{height}x{width}_{world.fps.replace('/', '-')}fps"
@@ -176,7 +175,7 @@ class Folder(ClipSource):
             raise UserError(f"no folder of clips: {path}; give data.path=DIR, what distill data prepare wrote")
         if not (path / shards.CHECKSUMS).is_file():
             if not Videos(path).sources:
-                raise UserError(f"no clips: {path} has no films and no shards; give data.path=DIR with some")
+                raise UserError(f"no clips: {path} has no videos and no shards; give data.path=DIR with some")
             raise UserError(
                 f"clips are not prepared: {path}; run distill data prepare folder --videos {shlex.quote(str(path))} {command}"
                 f" and give data.path={shlex.quote(where)}"
@@ -187,7 +186,7 @@ class Folder(ClipSource):
             raise UserError(f"prepare.json is damaged ({error!r}): {path}; prepare the clips again") from error
         if fps != self.fps:
             raise UserError(
-                f"clips are prepared at {fps} fps: {path}; run distill data prepare on their films again, {command}, or set "
+                f"clips are prepared at {fps} fps: {path}; run distill data prepare on their videos again, {command}, or set "
                 f"data.world.fps={fps.numerator}/{fps.denominator}"
             )
 
@@ -196,7 +195,7 @@ class Folder(ClipSource):
         return Bucket(WANTED, *self.config.world.size)
 
     def _sides(self) -> tuple[dict[str, list[int]], Counter]:
-        """Index entries of the people trained on and of those held out; and why the others are not used, with their number."""
+        """Index entries of the people trained on and of those held out; and the numbers of unused ones by reason."""
         index, config = self.index, self.config
         others = {clip.split for clip in self.clips} - {"", "train", "test"}
         fractions = {"train": 1 - config.held_out, "test": config.held_out}
@@ -204,47 +203,47 @@ class Folder(ClipSource):
         unused: Counter = Counter()
         listed = {shards.sample_key(clip.id) for clip in self.clips}
         keys = {shards.sample_key(clip.id): (clip.split, clip.identity or clip.source) for clip in divided.clips}
-        found: list[tuple[str, str, int]] = []
+        entries: list[tuple[str, str, int]] = []
         for entry in range(len(index.shard)):
-            bucket, who = index.buckets[index.bucket[entry]], keys.get(index.key(entry))
+            bucket, owner = index.buckets[index.bucket[entry]], keys.get(index.key(entry))
             if index.key(entry) not in listed:
                 unused["it is not in data.manifest"] += 1
             elif bucket != self._wanted:
                 unused[_mismatch(bucket, self._wanted)] += 1
-            elif who is None:
+            elif owner is None:
                 unused["its identity is officially on both sides"] += 1
-            elif who[0] in others:
-                unused[f"it is in the split {who[0]}"] += 1
+            elif owner[0] in others:
+                unused[f"it is in the split {owner[0]}"] += 1
             else:
-                found.append((*who, entry))
-        if not found:
+                entries.append((*owner, entry))
+        if not entries:
             height, width = config.world.size
             raise UserError(
-                f"no clip fits this recipe, {height}x{width} with sound{self._unused_words(unused)}: {config.path}; prepare the "
-                f"films again with --fps {config.world.fps} --size {height}x{width}"
+                f"no clip fits this recipe, {height}x{width} with sound{self._unused_text(unused)}: {config.path}; prepare the "
+                f"videos again with --fps {config.world.fps} --size {height}x{width}"
             )
-        if not any(side == "test" for side, _, _ in found):
+        if not any(side == "test" for side, _, _ in entries):
             official = {clip.identity or clip.source for clip in self.clips if clip.split}
-            free = {who for _, who, _ in found if who not in official}
-            last = max(free, key=place) if len({who for _, who, _ in found}) > 1 and free else None
-            found = [("test" if who == last else side, who, entry) for side, who, entry in found]
-        sides = {name: [entry for side, _, entry in found if side == name] for name in ("train", "test")}
+            free = {person for _, person, _ in entries if person not in official}
+            last = max(free, key=place) if len({person for _, person, _ in entries}) > 1 and free else None
+            entries = [("test" if person == last else side, person, entry) for side, person, entry in entries]
+        sides = {name: [entry for side, _, entry in entries if side == name] for name in ("train", "test")}
         if not all(sides.values()):
             side = "held out" if not sides["test"] else "trained on"
             raise UserError(
-                f"nobody is {side}: {config.path} shows {len({who for _, who, _ in found})} people; add clips of others, "
+                f"no person is {side}: {config.path} has {len({person for _, person, _ in entries})} people; add clips of others, "
                 "or change data.held_out"
             )
         return sides, unused
 
-    def _unused_words(self, unused: Counter | None = None) -> str:
+    def _unused_text(self, unused: Counter | None = None) -> str:
         unused = self.unused if unused is None else unused
         return f" ({'; '.join(f'{number} unused: {why}' for why, number in unused.most_common())})" if unused else ""
 
 
 def _mismatch(bucket: Bucket, wanted: Bucket) -> str:
     if "video" not in bucket.parts:
-        return "it has no film"
+        return "it has no video"
     if "audio" not in bucket.parts:
         return "it has no sound"
     return f"it is {bucket.height}x{bucket.width}, not {wanted.height}x{wanted.width}"
@@ -275,17 +274,17 @@ def _used_clips(config: FolderConfig) -> tuple[Clip, ...]:
     if config.manifest is None:
         return prepared
     path = config.manifest / "manifest.parquet" if config.manifest.is_dir() else config.manifest
-    used, known = Manifest.load(path).clips, {_cut_out(clip) for clip in prepared}
+    used, known = Manifest.load(path).clips, {_without_annotations(clip) for clip in prepared}
     if not used:
         raise UserError(f"data.manifest: {path} keeps no clip; curate with other --thresholds")
     for clip in used:
-        if _cut_out(clip) not in known:
+        if _without_annotations(clip) not in known:
             raise UserError(
                 f"data.manifest: clip {clip.id} of {path} is not in {config.path}; curate that folder again"
             )
     return used
 
 
-def _cut_out(clip: Clip) -> Clip:
-    """Which piece of which film a clip is, whatever is said of it."""
+def _without_annotations(clip: Clip) -> Clip:
+    """The clip's source and position, without its annotations."""
     return replace(clip, text="", licence="", split="", identity="")

@@ -6,21 +6,22 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
 from teachers.errors import UserError
 from teachers.resolve import in_users_file, label, missing
 
-CELLS = 4  # a side of the grid in which the extractors read brightness and contrast
+CELLS = 4  # a side of the grid in which the extractors predict brightness and contrast
 UNLABELLED = {
-    "sync": "the clips come without labels of the mouth, from which the embedded extractors learn mouth motion",
-    "identity": "the embedded extractors know the faces of the procedural world alone",
-    "motion": "the clips come without labels of gestures",
-    "expression": "the clips come without labels of expressions",
-    "diversity": "how else the same words could have looked is not known",
+    "sync": "the clips have no mouth labels, which the embedded extractors need for training",
+    "identity": "the embedded extractors are trained on faces of the procedural world alone",
+    "motion": "the clips have no gesture labels",
+    "expression": "the clips have no expression labels",
+    "diversity": "there is one clip of each condition, so the spread of real motion is unknown",
 }
-"""Measures that cannot be had on clips without labels, and why."""
+"""Metrics that are undefined on clips without labels, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Source(Protocol):
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        """Measures that cannot be had here, and why."""
+        """Metrics that are undefined here, and why."""
         ...
 
     @property
@@ -94,7 +95,7 @@ class Source(Protocol):
         ...
 
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
-        """What a text encoder is taught to tell apart: name -> class of each clip [N], and how many classes there are."""
+        """Classes that a text encoder is trained to separate: name -> class of each clip [N], and the number of classes."""
         ...
 
 
@@ -128,7 +129,7 @@ class ClipSource:
         if motion:
             raise ValueError("a clip has one motion here")
         clips = self._checked(seed, name, num)
-        return clips if clips.labels else replace(clips, labels=measured(clips.video))
+        return clips if clips.labels else replace(clips, labels=brightness_and_contrast(clips.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
         """The clips of these training shards: the sets train/0, train/1 and so on."""
@@ -137,7 +138,7 @@ class ClipSource:
             yield self._checked(seed, f"train/{number}", min(size, self.num_train - number * size))
 
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
-        """What a text encoder learns to tell apart: texts that differ."""
+        """Classes that a text encoder is trained to separate: the distinct texts."""
         known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
         return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
 
@@ -162,16 +163,16 @@ class ClipSource:
         return clips
 
 
-def measured(video: Tensor) -> dict[str, Tensor]:
-    """What can be read off real frames without a label, [N, T] each: brightness and contrast in each of 4 x 4 cells.
+def brightness_and_contrast(video: UInt8[Tensor, "n 3 t h w"]) -> dict[str, Float[Tensor, "n t"]]:
+    """Labels [N, T] that need no annotation: brightness and contrast in each of 4 x 4 cells.
 
     video: uint8 [N, 3, T, H, W]; contrast is the mean distance to the pixel on the right and below, both in units of 255.
     """
-    found = []
+    parts = []
     for clips in video.split(16):
         grey = clips.float().mean(1).div(255)
         across, down = grey.diff(dim=-1, append=grey[..., -1:]).abs(), grey.diff(dim=-2, append=grey[..., -1:, :]).abs()
         maps = (F.adaptive_avg_pool2d(x, CELLS).flatten(2) for x in (grey, across + down))
-        found.append(torch.cat([*maps], dim=2))
+        parts.append(torch.cat([*maps], dim=2))
     names = [f"{what}_{cell}" for what in ("brightness", "contrast") for cell in range(CELLS * CELLS)]
-    return dict(zip(names, torch.cat(found).unbind(2), strict=True))
+    return dict(zip(names, torch.cat(parts).unbind(2), strict=True))

@@ -1,7 +1,7 @@
 """Text to speech with nothing downloaded: a small formant voice, and espeak-ng through its command line.
 
-The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, which the embedded student was
-trained on: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
+The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, on which the embedded student
+was trained: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
 """
 
 import re

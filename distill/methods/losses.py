@@ -3,18 +3,22 @@
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from teachers import flow
+from teachers.flow import Latents, Level
+
+Scalar = Float[Tensor, ""]
 
 
-def frame_mean(x: Tensor, start: int = 1) -> Tensor:
+def frame_mean(x: Latents, start: int = 1) -> Float[Tensor, " batch"]:
     """Mean over all but the batch of x [B, C, F, H, W], frames from `start` on (those before are given, not generated)."""
     return x[:, :, start:].flatten(1).mean(dim=1)
 
 
-def denoising(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float, floor: float, start: int = 1) -> Tensor:
+def denoising(x0_hat: Latents, x0: Latents, sigma: Level, power: float, floor: float, start: int = 1) -> Scalar:
     """|x0_hat - x0|^2 / max(sigma, floor)^power, mean over generated elements.
 
     power 2 is the velocity (flow matching) loss, eq. 14 of Lipman et al. 2210.02747 with x0-prediction; power 1 weighs noise
@@ -24,12 +28,12 @@ def denoising(x0_hat: Tensor, x0: Tensor, sigma: Tensor, power: float, floor: fl
     return frame_mean(error, start).mean()
 
 
-def regression(x0_hat: Tensor, x0: Tensor, start: int = 1) -> Tensor:
+def regression(x0_hat: Latents, x0: Latents, start: int = 1) -> Scalar:
     """Mean squared error to the trajectory's end, generated frames only (ODE init, CausVid 2412.07772 eq. 5)."""
     return frame_mean((x0_hat.float() - x0.float()).square(), start).mean()
 
 
-def dmd_gradient(x0: Tensor, real: Tensor, fake: Tensor, start: int = 1, eps: float = 1e-6) -> Tensor:
+def dmd_gradient(x0: Latents, real: Latents, fake: Latents, start: int = 1, eps: float = 1e-6) -> Latents:
     """Normalised distribution-matching gradient (fake - real) / mean |x0 - real|, fp32 (Yin et al. 2311.18828, eqs. 7-8).
 
     real and fake are the x0 predictions of teacher and fake score at the same noisy x. The normaliser is per sample over
@@ -42,23 +46,23 @@ def dmd_gradient(x0: Tensor, real: Tensor, fake: Tensor, start: int = 1, eps: fl
     return gradient
 
 
-def surrogate(x0: Tensor, gradient: Tensor) -> Tensor:
+def surrogate(x0: Latents, gradient: Latents) -> Scalar:
     """A scalar whose gradient with respect to x0 is `gradient` / its number of elements; its value means nothing."""
     target = (x0.float() - gradient).detach()
     return 0.5 * torch.nn.functional.mse_loss(x0.float(), target)
 
 
-def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(real: Float[Tensor, "..."], fake: Float[Tensor, "..."]) -> Scalar:
     """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3)."""
     return softplus(-real.float()).mean() + softplus(fake.float()).mean()
 
 
-def generator_loss(fake: Tensor) -> Tensor:
+def generator_loss(fake: Float[Tensor, "..."]) -> Scalar:
     """The generator's side of it: softplus(-fake) of the logits, which is -log D."""
     return softplus(-fake.float()).mean()
 
 
-def unit_tangent(tangent: Tensor, softening: float, start: int = 1) -> Tensor:
+def unit_tangent(tangent: Latents, softening: float, start: int = 1) -> Latents:
     """tangent / (rms + softening) per sample, generated frames only, fp32; the given frames before `start` get none.
 
     Tangent normalisation of Lu & Song 2410.11081, with a root mean square in place of the norm, so that `softening` knows no size.
@@ -70,7 +74,7 @@ def unit_tangent(tangent: Tensor, softening: float, start: int = 1) -> Tensor:
     return out
 
 
-def grad_wrt_input(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
+def grad_wrt_input(loss_of: Callable[[Tensor], Tensor], x0: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     """d loss_of(x0) / d x0 in fp32, through networks that are left without a gradient; their graph is freed before it returns."""
     with torch.enable_grad():
         leaf = x0.detach().float().requires_grad_()
@@ -78,6 +82,6 @@ def grad_wrt_input(loss_of: Callable[[Tensor], Tensor], x0: Tensor) -> Tensor:
     return gradient
 
 
-def gradient_as_loss(x0: Tensor, gradient: Tensor) -> Tensor:
+def gradient_as_loss(x0: Float[Tensor, "*any"], gradient: Float[Tensor, "*any"]) -> Scalar:
     """A scalar whose gradient with respect to x0 is `gradient` itself; its value means nothing."""
     return (x0.float() * gradient.detach()).sum()

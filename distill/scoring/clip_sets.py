@@ -31,7 +31,7 @@ from distill.data.datasets import folder as folders
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.loader import Index
 from distill.data.prepare.cutting import crop_box
-from distill.data.prepare.video import SAMPLE_RATE, film_stream, opened, pictures, read_sound
+from distill.data.prepare.video import SAMPLE_RATE, opened, read_frames, read_sound, video_stream
 from distill.scoring.prepared import is_prepared, open_samples, place_of, read_sample, shape_of
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
@@ -313,7 +313,7 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
         _check_lossless(entry.path)
     start = Fraction(clip.start).limit_denominator(10**6)
     end = None if clip.end is None else Fraction(clip.end).limit_denominator(10**6)
-    with closing(pictures(entry.path, start)) as source:
+    with closing(read_frames(entry.path, start)) as source:
         frames, times, rate = [], [], None
         for picture in source:
             if end is not None and picture.time >= end - ROUNDING:
@@ -365,7 +365,7 @@ def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
 
 def _check_lossless(path: Path) -> None:
     with opened(path, "video file") as container:
-        stream = film_stream(container)
+        stream = video_stream(container)
         codec = "" if stream is None else stream.codec_context.name
         pixels = "" if stream is None else stream.codec_context.pix_fmt or ""
     if codec not in LOSSLESS or not pixels.startswith(RGB):

@@ -1,7 +1,7 @@
-"""Checkpoints that any engine reads: a folder of whole tensors (safetensors, streamed) and manifest.json.
+"""Checkpoints that any engine reads: a folder of full tensors (safetensors, streamed) and manifest.json.
 
-`checkpoint-<step>` gets its name when everything is on the disk, so what has that name is complete. Rank 0 alone writes, one
-file's worth of tensors in its memory at a time.
+`checkpoint-<step>` is renamed into place when everything is on the disk, so what has that name is complete. Rank 0 alone writes,
+with one file's tensors in memory at a time.
 """
 
 import json
@@ -19,7 +19,7 @@ from teachers.files import atomic_write, make_folder, remove_folder, save_tensor
 
 FORMAT = 1
 FILE_BYTES = 2**31
-"""A file is closed when it has this much."""
+"""Size at which a file is closed."""
 
 
 def saved(folder: Path) -> list[Path]:
@@ -27,23 +27,25 @@ def saved(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*") if (path / "manifest.json").is_file())
 
 
-def save(folder: Path, step: int, facts: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]], engine, keep: int):
-    """Write `tensors` and `facts` as the checkpoint of `step` and drop all but the last `keep`. Every rank calls it.
+def save(
+    folder: Path, step: int, metadata: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]], engine, keep: int
+):
+    """Write `tensors` and `metadata` as the checkpoint of `step` and delete all but the last `keep`. Every rank calls it.
 
     UserError on every rank, and the older checkpoints untouched, when rank 0 cannot write.
     """
     target = folder / f"checkpoint-{step:08d}"
     if target.is_dir():
         return
-    on_main(engine, target, lambda: _write(target, {**facts, "step": step}, tensors), tensors)
+    on_main(engine, target, lambda: _write(target, {**metadata, "step": step}, tensors), tensors)
     if engine.is_main:
         for old in saved(folder)[:-keep]:
             remove_folder(old)
     engine.barrier()
 
 
-def on_main(engine, path: Path, write: Callable[[], None], together: Iterator = iter(())) -> None:  # noqa: B008
-    """write() on rank 0 while the others consume `together`; UserError on every rank when rank 0 cannot write `path`."""
+def on_main(engine, path: Path, write: Callable[[], None], collective: Iterator = iter(())) -> None:  # noqa: B008
+    """write() on rank 0 while the others consume `collective`; UserError on every rank when rank 0 cannot write `path`."""
     error: UserError | None = None
     if engine.is_main:
         try:
@@ -52,7 +54,7 @@ def on_main(engine, path: Path, write: Callable[[], None], together: Iterator = 
             error = problem
         except OSError as problem:
             error = UserError(f"cannot write: {path} ({problem.strerror or problem}); make it writable and run again")
-    for _ in together:  # gathering takes every rank, also after rank 0 has failed
+    for _ in collective:  # collectives need every rank, also after rank 0 has failed
         pass
     if any_rank(engine, error is not None):
         raise error or UserError(f"rank 0 could not write {path}; see its message")
@@ -60,48 +62,48 @@ def on_main(engine, path: Path, write: Callable[[], None], together: Iterator = 
 
 def any_rank(engine, flag: bool) -> bool:
     """Whether any rank's flag is set."""
-    found = torch.tensor(float(flag), device=engine.device)
-    engine.all_reduce_mean([found])
-    return found.item() > 0
+    mean = torch.tensor(float(flag), device=engine.device)
+    engine.all_reduce_mean([mean])
+    return mean.item() > 0
 
 
-def _write(target: Path, facts: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _write(target: Path, metadata: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]]) -> None:
     for stale in target.parent.glob(".checkpoint-*.tmp"):
         shutil.rmtree(stale, ignore_errors=True)
     make_folder(target.parent)
     with staged(target) as partial:
         partial.mkdir()
         files: dict[str, int] = {}
-        held: dict[str, Tensor] = {}
+        pending: dict[str, Tensor] = {}
 
         def close() -> None:
             name = f"tensors-{len(files):05d}.safetensors"
-            save_tensors(partial / name, held)
+            save_tensors(partial / name, pending)
             files[name] = (partial / name).stat().st_size
-            held.clear()
+            pending.clear()
 
         for key, tensor in tensors:
-            held[key] = tensor.detach().to("cpu", copy=True)
-            if sum(x.numel() * x.element_size() for x in held.values()) >= FILE_BYTES:
+            pending[key] = tensor.detach().to("cpu", copy=True)
+            if sum(x.numel() * x.element_size() for x in pending.values()) >= FILE_BYTES:
                 close()
-        if held:
+        if pending:
             close()
         atomic_write(
-            partial / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": files}, indent=1) + "\n"
+            partial / "manifest.json", json.dumps({"format": FORMAT, **metadata, "files": files}, indent=1) + "\n"
         )
 
 
 class Reader:
-    """A checkpoint's facts, and its tensors one by one. UserError for a damaged one."""
+    """A checkpoint's metadata, and its tensors one by one; UserError where it is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            self.facts: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            if self.facts["format"] != FORMAT:
-                raise UserError(f"checkpoint format {self.facts['format']}: {path}; this version reads {FORMAT}")
+            self.metadata: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            if self.metadata["format"] != FORMAT:
+                raise UserError(f"checkpoint format {self.metadata['format']}: {path}; this version reads {FORMAT}")
             self.files = {}
-            for name in self.facts["files"]:
+            for name in self.metadata["files"]:
                 with safe_open(path / name, framework="pt") as file:
                     self.files |= dict.fromkeys(file.keys(), name)
         except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
@@ -109,12 +111,12 @@ class Reader:
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(
-            f"damaged checkpoint: {self.path} ({error}); delete it, and the run goes on from the one before"
+            f"damaged checkpoint: {self.path} ({error}); delete it, and the run resumes from the one before"
         )
 
     def stream(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """The tensors whose names begin with `prefix`, named without it, one at a time."""
-        for name in self.facts["files"]:
+        for name in self.metadata["files"]:
             with safe_open(self.path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     if key.startswith(prefix):
@@ -127,5 +129,5 @@ class Reader:
             raise self._damaged(error) from error
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The same at once."""
+        """The tensors of `stream` as a dict."""
         return dict(self.stream(prefix))

@@ -1,4 +1,4 @@
-"""Data parallel: every rank holds the whole role; gradients are averaged once an update, in fp32 buckets.
+"""Data parallel: every rank has the full role; gradients are averaged once an update, in fp32 buckets.
 
 Not torch's DistributedDataParallel, which hides a network's verbs behind its own forward; the numbers are the same.
 """
@@ -12,7 +12,7 @@ from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
 
 
 class DDPRole:
-    """`DistributedRole` by weights, gradients and moments that are whole on every rank."""
+    """`DistributedRole` with weights, gradients and moments replicated on every rank."""
 
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation
@@ -41,10 +41,10 @@ class DDPRole:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter((name, p.detach()) for name, p in self.params.items())
 
-    def refresh(self) -> None:
-        """The weights are the network's own."""
+    def sync_from_master(self) -> None:
+        """Nothing to copy: the master weights are the network's."""
 
-    def gather(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.params.items():
             if parts is not None:
                 yield name, parts[name]
@@ -53,8 +53,8 @@ class DDPRole:
             elif what in self.optimizer.state[p]:
                 yield name, self.optimizer.state[p][what]
 
-    def fill(self, what: str, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        for name, value in whole.items():
+    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+        for name, value in full.items():
             p = self.params[name]
             if parts is not None:
                 parts[name].copy_(value)

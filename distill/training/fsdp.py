@@ -1,7 +1,7 @@
 """FSDP2 (torch's fully_shard): each rank keeps its rows of every weight, gradient and moment, gathered block by block.
 
 With bf16 the blocks are gathered in bf16 and the rest of the network in fp32; shards and reductions are fp32. What a block
-owns directly (Wan's scale_shift_table, which is read outside its block) stays whole on every rank.
+owns directly (Wan's scale_shift_table, which is read outside its block) is replicated.
 """
 
 import functools
@@ -29,7 +29,7 @@ def shard(engine, net: nn.Module) -> FSDPModule:
     mesh = init_device_mesh(engine.device.type, (engine.world_size,))
     offload = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if engine.config.offload else OffloadPolicy()
     bf16 = torch.bfloat16 if engine.config.precision == "bf16" else None
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views, and nobody writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views that are never written to
     root, blocks = _parts(net)
     owned = {p for block in blocks for p in block.parameters(recurse=False)}
     for module in (*blocks, root):
@@ -39,29 +39,33 @@ def shard(engine, net: nn.Module) -> FSDPModule:
         _gather_for_reads(module)
     for p in owned:
         p.data = p.data.to(engine.device)
-    for module in (root, *blocks):  # now, since what is first gathered in inference mode is of no use in training
+    for module in (root, *blocks):  # now: what is first gathered in inference mode cannot be used in training
         cast(FSDPModule, module).unshard()
         cast(FSDPModule, module).reshard()
     return cast(FSDPModule, root)
 
 
 def _gather_for_reads(module: nn.Module) -> None:
-    """Make READS of an FSDPModule find its own weights gathered, in shards again afterwards if they were before."""
-    held = cast(FSDPModule, module)
+    """Gather an FSDPModule's own weights around its READS, and reshard them afterwards where they were sharded.
+
+    Not torch's register_fsdp_forward_method: the networks call READS within their forward too, and its post-forward hook would
+    reshard the weights in the middle of it.
+    """
+    sharded = cast(FSDPModule, module)
     owner = next(m for m in module.modules() if any(isinstance(p, DTensor) for p in m.parameters(recurse=False)))
     name = next(name for name, p in owner.named_parameters(recurse=False) if isinstance(p, DTensor))
 
     def gathered(read: Callable) -> Callable:
         @functools.wraps(read)
-        def wrapper(*given):
-            in_shards = isinstance(owner.get_parameter(name), DTensor)
-            if not in_shards:
-                return read(*given)
-            held.unshard()
+        def wrapper(*args):
+            is_sharded = isinstance(owner.get_parameter(name), DTensor)
+            if not is_sharded:
+                return read(*args)
+            sharded.unshard()
             try:
-                return read(*given)
+                return read(*args)
             finally:
-                held.reshard()
+                sharded.reshard()
 
         return wrapper
 
@@ -78,7 +82,7 @@ def _parts(net: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
 
 
 class FSDP2Role:
-    """`DistributedRole` in shards."""
+    """`DistributedRole` in FSDP2 shards."""
 
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation
@@ -87,12 +91,12 @@ class FSDP2Role:
         self.optimizer = make([{"params": group} for group in self._groups(self.params.values()) if group])
 
     def _groups(self, tensors) -> tuple[list, list]:
-        """Shards and whole tensors apart: no kernel takes both."""
+        """(sharded, replicated) tensors: no kernel takes both."""
         tensors = list(tensors)
         return [x for x in tensors if isinstance(x, DTensor)], [x for x in tensors if not isinstance(x, DTensor)]
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        self.root.reshard()  # it stays gathered after a pass without gradient, as parameters that want none
+        self.root.reshard()  # a pass without gradient leaves it gathered, with parameters that require none
         with self.engine.autocast():
             return compute()
 
@@ -104,8 +108,8 @@ class FSDP2Role:
         groups = self._groups(p for p in self.params.values() if p.grad is not None)
         self.engine.all_reduce_mean([p.grad for p in groups[1]])
         norms = [nn.utils.get_total_norm([p.grad for p in group]) for group in groups if group]
-        whole = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
-        norm = torch.stack([x.to(self.engine.device) for x in whole]).square().sum().sqrt()
+        full = [x.full_tensor() if isinstance(x, DTensor) else x for x in norms]
+        norm = torch.stack([x.to(self.engine.device) for x in full]).square().sum().sqrt()
         if torch.isfinite(norm):
             for group in filter(None, groups):
                 nn.utils.clip_grads_with_norm_(group, self.clip, norm.to(group[0].device))
@@ -118,20 +122,20 @@ class FSDP2Role:
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         return iter((name, local(p)) for name, p in self.params.items())
 
-    def refresh(self) -> None:
+    def sync_from_master(self) -> None:
         self.root.reshard()
 
-    def gather(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.params.items():
             if parts is not None:
-                yield name, self._whole(parts[name], p)
+                yield name, self._full(parts[name], p)
             elif what == WEIGHT:
-                yield name, self._whole(local(p), p)
+                yield name, self._full(local(p), p)
             elif what in self.optimizer.state[p]:
                 value = self.optimizer.state[p][what]
-                yield name, value if what == COUNT else self._whole(local(value), p)
+                yield name, value if what == COUNT else self._full(local(value), p)
 
-    def _whole(self, part: Tensor, like: Tensor) -> Tensor:
+    def _full(self, part: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
             return part
         mesh: DeviceMesh = like.device_mesh
@@ -139,8 +143,8 @@ class FSDP2Role:
         full = DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
         return full.full_tensor()
 
-    def fill(self, what: str, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        for name, value in whole.items():
+    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+        for name, value in full.items():
             p = self.params[name]
             if parts is not None:
                 parts[name].copy_(_part(value, p))
@@ -159,8 +163,8 @@ def local(tensor: Tensor) -> Tensor:
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _part(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that every rank has."""
+def _part(full: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a full tensor that every rank has."""
     if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()

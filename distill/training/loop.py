@@ -142,9 +142,9 @@ class Trainer:
         """Every stored tensor by name, whole, one at a time; every rank goes through them."""
         for role, held in self.held.items():
             for what in (WEIGHT, *MOMENTS, COUNT):
-                yield from ((f"{role}/{what}/{name}", x) for name, x in held.gather(what))
+                yield from ((f"{role}/{what}/{name}", x) for name, x in held.full_state(what))
             yield from ((f"{role}/buffer/{name}", x) for name, x in _buffers(self.roles[role]).items())
-        yield from ((f"ema/{name}", x) for name, x in self.held[self.average].gather(WEIGHT, self.ema.shadow))
+        yield from ((f"ema/{name}", x) for name, x in self.held[self.average].full_state(WEIGHT, self.ema.shadow))
 
     def load(self) -> bool:
         """Resume from the stage's newest checkpoint if there is one, whichever engine and number of processes wrote it."""
@@ -152,7 +152,7 @@ class Trainer:
         if not found:
             return False
         reader = checkpoint.Reader(found[-1])
-        facts, together = reader.facts, self.config.batch_size * self.engine.world_size
+        facts, together = reader.metadata, self.config.batch_size * self.engine.world_size
         if facts["rows"] % together:
             raise UserError(
                 f"{found[-1]} was written after {facts['rows']} rows, which {self.engine.world_size} processes of batch_size "
@@ -165,17 +165,17 @@ class Trainer:
             _check_names(reader, role, self.trained[role])
             for what in (WEIGHT, *MOMENTS, COUNT):
                 for name, whole in reader.stream(f"{role}/{what}/"):
-                    held.fill(what, {name: whole})
-            held.refresh()
+                    held.load_full_state(what, {name: whole})
+            held.sync_from_master()
             for name, buffer in _buffers(self.roles[role]).items():
                 buffer.copy_(reader.tensors(f"{role}/buffer/{name}")[""])
         for name, whole in reader.stream("ema/"):
-            self.held[self.average].fill(WEIGHT, {name: whole}, self.ema.shadow)
+            self.held[self.average].load_full_state(WEIGHT, {name: whole}, self.ema.shadow)
         return True
 
     def averaged(self) -> dict[str, Tensor]:
         """The averaged role's state dict with its averaged weights, whole, on the CPU; every rank calls it."""
-        shadow = self.held[self.average].gather(WEIGHT, self.ema.shadow)
+        shadow = self.held[self.average].full_state(WEIGHT, self.ema.shadow)
         state = {name: x.detach().to("cpu", copy=True) for name, x in shadow}
         return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items()}
 
@@ -247,13 +247,13 @@ class Trainer:
         current = {name: p.clone() for name, p in held.named_parameters()}
         with torch.no_grad():
             self.ema.copy_to(held)
-            held.refresh()
+            held.sync_from_master()
             try:
                 yield
             finally:
                 for name, p in held.named_parameters():
                     p.copy_(current[name])
-                held.refresh()
+                held.sync_from_master()
 
 
 def _adamw(config: OptimizerConfig, params) -> torch.optim.AdamW:

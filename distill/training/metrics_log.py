@@ -1,9 +1,9 @@
-"""Trackers through accelerate: `tracker=tensorboard|wandb|trackio` sees every row of metrics.jsonl once, also over resumes.
+"""metrics.jsonl, and trackers by accelerate: `tracker=tensorboard|wandb|trackio` gets every row once, also over resumes.
 
-Beside metrics.jsonl the main process keeps `tracker.json` (the run's name at the tracker, made once) and, in a stage's folder,
-`tracked.json` (how many of its rows were given). Resume is replay: the rows of a stage come again in the same order with the
-same numbers, so those that were given are passed over. The count is written first: killed in between, a row is missing at the
-tracker, never there twice.
+Beside metrics.jsonl the main process keeps `tracker.json` (the run's name at the tracker) and, in a stage's folder,
+`tracked.json` (the number of its rows that were sent). Resume is replay: the rows of a stage come again in the same order with the
+same values, so rows that were sent are skipped. The count is written first: killed in between, a row is missing at the tracker,
+never duplicated.
 """
 
 import json
@@ -23,28 +23,28 @@ Kind = Literal["none", "tensorboard", "wandb", "trackio"]
 
 def check(kind: Kind) -> None:
     """UserError where the tracker is not installed."""
-    if kind != "none" and kind not in [str(found) for found in get_available_trackers()]:
-        raise UserError(f"tracker={kind} is not installed: recipe; pip install {kind}, or leave tracker= out")
+    if kind != "none" and kind not in [str(name) for name in get_available_trackers()]:
+        raise UserError(f"tracker={kind} is not installed: recipe; pip install {kind}, or remove tracker=")
 
 
 class Tracker:
     """One of accelerate's trackers for one run; it is started when the first row comes."""
 
     def __init__(self, make: Callable[[str], Any], path: Path, settings: Mapping[str, Any]):
-        """`make(name)` gives the accelerate.tracking.GeneralTracker of a run of this name, which is told `settings` once; `path` is
+        """`make(name)` returns the accelerate.tracking.GeneralTracker of a run of this name, which gets `settings` once; `path`:
         the run folder."""
         self.make, self.path, self.settings = make, path, settings
         self.tracker: Any = None
         self.axes: set[str] = set()
 
     def log(self, stage: str, step: int, values: Mapping[str, float], number: int) -> None:
-        """Row `number` (1, 2, ...) of a stage, as `stage/role/quantity` at its step, unless it was given before."""
-        mark = self.path / "stages" / stage / "tracked.json"
-        if mark.is_file() and number <= json.loads(mark.read_text()):
+        """Row `number` (1, 2, ...) of a stage, as `stage/role/quantity` at its step, unless it was sent before."""
+        count_file = self.path / "stages" / stage / "tracked.json"
+        if count_file.is_file() and number <= json.loads(count_file.read_text()):
             return
         tracker = self._started()
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(mark, json.dumps(number))
+        count_file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(count_file, json.dumps(number))
         row = {f"{stage}/{name}": value for name, value in values.items()}
         if tracker.name == "wandb":  # its own step never goes back, ours begins anew with each stage
             if stage not in self.axes:
@@ -55,7 +55,7 @@ class Tracker:
             tracker.log(row, step=step)
 
     def close(self) -> None:
-        """Hand over what is still on its way."""
+        """Flush and finish the tracker's run."""
         if self.tracker:
             self.tracker.finish()
             self.tracker = None
@@ -87,15 +87,15 @@ def open_tracker(recipe: Any, path: Path) -> Tracker | None:
             return new(run_name=recipe.name, id=name, name=name, resume="allow", dir=str(path))
         return new(run_name=recipe.name, name=name, resume="allow")
 
-    settings = flatten(to_plain(recipe))  # every tracker takes numbers and text
+    settings = flatten(to_plain(recipe))  # every tracker accepts numbers and text
     plain = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
     return Tracker(make, path, plain)
 
 
 class MetricsLog:
-    """Append-only JSON lines {"stage", "step", name: value...}; `resume` forgets what a killed run logged ahead.
+    """Append-only JSON lines {"stage", "step", name: value...}; `resume` drops what a killed run logged ahead.
 
-    A `tracker` is given every row once: resume is replay, so what it was given before is not given again.
+    A `tracker` gets every row once: rows that are logged again on resume are not sent again.
     """
 
     def __init__(self, path: Path, is_main: bool = True, tracker: "Tracker | None" = None):
@@ -126,7 +126,7 @@ class MetricsLog:
                 self.tracker.log(stage, step, values, number=self._numbers[stage])
 
     def close(self) -> None:
-        """Let the tracker hand over what it still has."""
+        """Finish the tracker's run."""
         if self.tracker:
             self.tracker.close()
 

@@ -1,7 +1,7 @@
-"""How a role is held: whole on every rank (ddp), in FSDP2's shards (fsdp2), or in DeepSpeed's partitions (zero1, zero2, zero3).
+"""How a trained role is distributed: replicated (ddp), sharded by FSDP2 (fsdp2), or partitioned by DeepSpeed (zero1, zero2, zero3).
 
 All do the same arithmetic: gradients averaged over ranks and accumulation in fp32, clipped by their norm, AdamW on fp32
-weights; with bf16 the matrix products alone are bf16. `distill.training.loop` sees the protocol `DistributedRole` and nothing else.
+weights; with bf16 the matrix products alone are bf16. `distill.training.loop` uses the protocol `DistributedRole` only.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,14 +14,14 @@ Kind = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 """An optimizer of these parameters, or of these groups of them."""
 WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"
-"""What a role keeps of each trained parameter: the weight, AdamW's two moments, and how often it was stepped."""
+"""State of each trained parameter: the fp32 weight, AdamW's two moments, and its number of steps."""
 
 
 class DistributedRole(Protocol):
     """A trained role and its optimizer. Every rank calls every method, in the same order."""
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        """compute(), a loss of this role, where the engine can follow it."""
+        """compute(), a loss of this role, under the engine's hooks and autocast."""
         ...
 
     def backward(self, value: Tensor, last: bool) -> None:
@@ -29,23 +29,24 @@ class DistributedRole(Protocol):
         ...
 
     def step(self, rate: float) -> Tensor:
-        """Average, clip, step and forget the gradients; returns their norm before clipping. No step if that is not finite."""
+        """Average and clip the gradients, step, zero them; returns their norm before clipping. No step if that is not finite."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's part of the trained fp32 weights, in the memory that the optimizer steps."""
+        """This rank's part of the trained fp32 master weights, sharing the optimizer's memory."""
         ...
 
-    def refresh(self) -> None:
-        """Make the network compute with what was written into `named_parameters`."""
+    def sync_from_master(self) -> None:
+        """Copy what was written into `named_parameters` to the weights that the network computes with."""
         ...
 
-    def gather(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of each trained parameter that has a `what`; if given, of `parts` as in `named_parameters`."""
+    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) of each trained parameter's `what` (WEIGHT, a moment, COUNT), where it exists; of the tensors
+        `parts`, laid out as `named_parameters`, where these are given."""
         ...
 
-    def fill(self, what: str, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        """The inverse of `gather`, from whole tensors that every rank gives."""
+    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+        """The inverse of `full_state`, from full tensors that every rank passes."""
         ...
 
 

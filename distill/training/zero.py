@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO (2020, 1910.02054): optimizer state (1), gradients (2) and weights (3) in partitions, one engine a role.
 
-DeepSpeed keeps a rank's fp32 weights and moments in flat tensors; a piece says which part of a parameter lies where in them.
-ZeRO-2 and 3 reduce gradients in every micro-step, since no rank keeps them whole; DeepSpeed refuses to skip it.
+DeepSpeed keeps a rank's fp32 weights and moments in flat tensors; a `FlatSlice` states which part of a parameter is where in them.
+ZeRO-2 and 3 reduce gradients in every micro-step, since no rank keeps them all; DeepSpeed refuses to skip it.
 """
 
 import logging
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
 
 PERSISTENT = 100_000
-"""ZeRO-3 leaves parameters of up to this many elements whole; tables that are read outside their own module must be."""
+"""ZeRO-3 replicates parameters of up to this many elements; tables that are read outside their own module have to be."""
 
 
 class ZeROModule(nn.Module):
-    """DeepSpeed follows one forward of a module: that of the loss."""
+    """DeepSpeed hooks one forward of a module: that of the loss."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -49,17 +49,17 @@ class ZeRORole:
         net.to(engine.device)
         self.params = trained(net)
         config = settings(engine, stage) | {"gradient_clipping": clip, "gradient_accumulation_steps": accumulation}
-        made = make(list(self.params.values()))
-        self.deepspeed = initialize(engine, model=ZeROModule(net), optimizer=made, config=config)
+        optimizer = make(list(self.params.values()))
+        self.deepspeed = initialize(engine, model=ZeROModule(net), optimizer=optimizer, config=config)
         self.zero: Any = self.deepspeed.optimizer
-        self.pieces = {name: self._piece(p) for name, p in self.params.items()}
+        self.slices = {name: self._slice(p) for name, p in self.params.items()}
 
     @property
     def flats(self) -> list[Tensor]:
         """This rank's fp32 weights."""
         return self.zero.fp32_partitioned_groups_flat if self.stage == 3 else self.zero.single_partition_of_fp32_groups
 
-    def _piece(self, p: Any) -> FlatSlice | None:
+    def _slice(self, p: Any) -> FlatSlice | None:
         if self.stage == 3:
             flat, offset, length = self.zero.grad_position[self.zero.get_param_id(p)]
             start = dist.get_rank() * length
@@ -88,7 +88,7 @@ class ZeRORole:
         return iter((str(i), flat.detach()) for i, flat in enumerate(self.flats))
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_from_master(self) -> None:
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -98,14 +98,14 @@ class ZeRORole:
         self.zero.checkpoint_event_epilogue()
 
     def _source(self, what: str, parts: Mapping[str, Tensor] | None) -> list[Tensor | None]:
-        """The flat tensors that hold `what`; None for moments before the first step."""
+        """The flat tensors of `what`; None for moments before the first step."""
         if parts is not None:
             return [parts[str(i)] for i in range(len(self.flats))]
         if what == WEIGHT:
             return [flat.detach() for flat in self.flats]
         return [self.zero.optimizer.state[flat].get(what) for flat in self.flats]
 
-    def gather(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         source = self._source(what, parts)
         if source[0] is None:
             return
@@ -113,29 +113,29 @@ class ZeRORole:
             if what == COUNT:
                 yield name, source[0]
                 continue
-            shape, piece = self._shape(p), self.pieces[name]
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
+            shape, piece = self._shape(p), self.slices[name]
+            full = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
             if piece is not None and (flat := source[piece.flat]) is not None:
-                whole[piece.start : piece.start + piece.count] = flat[piece.offset : piece.offset + piece.count]
-            dist.all_reduce(whole)
-            yield name, whole.view(shape)
+                full[piece.start : piece.start + piece.count] = flat[piece.offset : piece.offset + piece.count]
+            dist.all_reduce(full)
+            yield name, full.view(shape)
 
     def _shape(self, p: Any) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape
 
-    def fill(self, what: str, whole: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
         if parts is None and what != WEIGHT:
             for flat in self.flats:
                 state = self.zero.optimizer.state[flat]
                 if what == COUNT:
-                    state[what] = max(x.float() for x in whole.values()).to(flat.device, copy=True)
+                    state[what] = max(x.float() for x in full.values()).to(flat.device, copy=True)
                 elif what not in state:
                     state[what] = torch.zeros_like(flat.detach())
         if what == COUNT:
             return
         into = self._source(what, parts)
-        for name, value in whole.items():
-            if (piece := self.pieces[name]) is not None and (flat := into[piece.flat]) is not None:
+        for name, value in full.items():
+            if (piece := self.slices[name]) is not None and (flat := into[piece.flat]) is not None:
                 value = value.flatten()[piece.start : piece.start + piece.count]
                 flat[piece.offset : piece.offset + piece.count].copy_(value)
 
@@ -166,7 +166,7 @@ def settings(engine, stage: int) -> dict[str, Any]:
     return config
 
 
-def initialize(engine, **given: Any) -> Any:
+def initialize(engine, **options: Any) -> Any:
     """A DeepSpeedEngine in our process group. DeepSpeed's shared-memory kernel for CPUs takes minutes to compile; gloo is used."""
     if engine.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -176,21 +176,21 @@ def initialize(engine, **given: Any) -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    made = deepspeed.initialize(dist_init_required=False, **given)[0]
-    if made.zero_optimization_stage() == 3:
-        _keep_whole(made)
-    return made
+    deepspeed_engine = deepspeed.initialize(dist_init_required=False, **options)[0]
+    if deepspeed_engine.zero_optimization_stage() == 3:
+        _replicate_tables(deepspeed_engine)
+    return deepspeed_engine
 
 
-def _keep_whole(made: Any) -> None:
-    """What a module with children owns itself (Wan's scale_shift_table) is read outside its forward: gather it now and for good.
+def _replicate_tables(deepspeed_engine: Any) -> None:
+    """Gather, permanently, what a module with children owns itself (Wan's scale_shift_table): it is read outside its forward.
 
-    DeepSpeed lets go of persistent parameters after their module's pass until it knows the order of modules, external ones never.
+    DeepSpeed releases persistent parameters after their module's pass until it knows the order of modules, external ones never.
     """
-    for module in made.module.modules():
+    for module in deepspeed_engine.module.modules():
         for p in module.parameters(recurse=False) if list(module.children()) else ():
             p.is_external_param = True
-    if persistent := made.optimizer.persistent_parameters:
+    if persistent := deepspeed_engine.optimizer.persistent_parameters:
         persistent[0].all_gather(persistent)
 
 

@@ -63,7 +63,7 @@ class Dino:
             raise refused("dinov2", f"its file does not fit: {faults}")
         return cls(network.to(device))
 
-    def features(self, frames: UInt8[Tensor, "n 3 h w"], batch_size: int = 32) -> Float[Tensor, "n 768"]:
+    def features(self, frames: UInt8[Tensor, "n 3 h w"], batch_size: int = 32) -> Float[Tensor, "n d"]:
         """RGB frames of any size -> features, fp32 on the CPU, not normalised to length 1."""
         device = next(self.network.parameters()).device
         with exact():

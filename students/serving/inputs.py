@@ -34,7 +34,8 @@ class Starved:
 class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
-    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is bounded by what `forget` leaves. What `conditions` computes is on
+    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is
+    bounded by what `forget` leaves. What `conditions` computes is on
     the device of its arguments.
     """
 

@@ -1,10 +1,10 @@
-"""Published checkpoints <-> ours, strictly: nothing is missing, nothing is left over, nothing is guessed, nothing is unpickled.
+"""Published checkpoints <-> ours, strictly: no missing or unexpected tensor, no guess, no pickle.
 
     plan("OmniAvatar-1.3B", "ours", base="Wan2.1-T2V-1.3B").write("teacher")      or convert(...), which is both
     net = load_network("teacher")
 
-A conversion renames and, where asked, folds a LoRA and widens the patch embedding, tensor by tensor as they are written: a 14B
-file never needs more memory than a shard and a tensor.
+A conversion renames and, on request, folds a LoRA and widens the patch embedding, tensor by tensor as they are written: a 14B
+file needs the memory of one shard and one tensor.
 """
 
 import json
@@ -28,25 +28,25 @@ from teachers.files import staged
 from teachers.networks.wan import AvatarTransformer
 
 ENTRIES = ("generator_ema", "generator", "")
-"""What is taken of a torch archive, in this order: Self-Forcing samples with its averaged weights."""
+"""The entries of a torch archive in order of preference: Self-Forcing samples with its averaged weights."""
 ADAPTER_NAME = "default"
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:\w+\.)?weight")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a path holds, under our names."""
+    """The content of a checkpoint, under our names."""
 
     path: Path | str
     layout: str
     tensors: dict[str, Lazy]
     pairs: dict[str, dict[str, Lazy]]  # the weight that a LoRA changes -> {"A": [rank, in], "B": [out, rank]}
     config: dict[str, Any]
-    left: tuple[str, ...]  # what the file holds besides and was not taken
+    ignored: tuple[str, ...]  # what else is in the file and was ignored
 
     @property
     def names(self) -> Mapping[str, str]:
-        """Our names -> those that the path uses, for messages."""
+        """Our names -> those of the source, for messages."""
         return {} if self.layout in ("ours", "diffusers") else layouts.TO_WAN
 
     @property
@@ -68,16 +68,16 @@ class Lora:
             return weight
 
         def read() -> Tensor:
-            given = weight.read()
-            total = given.to(torch.promote_types(given.dtype, torch.float32), copy=True)
+            base = weight.read()
+            total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
             down, up = (self.pairs[name][side].read().to(total.dtype) for side in "AB")
-            return total.addmm_(up, down, alpha=self.alpha / self.rank).to(given.dtype)
+            return total.addmm_(up, down, alpha=self.alpha / self.rank).to(base.dtype)
 
         return replace(weight, read=read)
 
     @property
     def adapter(self) -> dict[str, Lazy]:
-        """The tensors as diffusers' load_lora_adapter wants them."""
+        """The tensors under the names of diffusers' load_lora_adapter."""
         return {
             f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side]
             for name, pair in self.pairs.items()
@@ -92,7 +92,7 @@ class Lora:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that will succeed: all is known and checked, no tensor was read."""
+    """A checked conversion: names and shapes are verified, no tensor is read yet."""
 
     source: Checkpoint
     to: str
@@ -110,7 +110,7 @@ class Conversion:
 
     @torch.no_grad()
     def write(self, target: Path, shard_bytes: int = SHARD_BYTES, tick: Tick = lambda _: None) -> None:
-        """Write `target`, which must not exist: a folder, for self-forcing a .pt file. `tick` hears of each tensor's bytes.
+        """Write `target`, which must not exist: a folder, for self-forcing a .pt file. `tick` is called with each tensor's bytes.
 
         Raises UserError, and then `target` is not there.
         """
@@ -131,12 +131,12 @@ class Conversion:
             config.write_text(
                 json.dumps(layouts.make_config(self.architecture, self.to), indent=2) + "\n", encoding="utf-8"
             )
-            for file in temporary.iterdir():  # safetensors writes files that their owner alone may read
+            for file in temporary.iterdir():  # safetensors writes files that only their owner may read
                 file.chmod(config.stat().st_mode)
 
 
 def check_target(target: Path, to: str) -> None:
-    """UserError unless the name of `target` tells what will be written: a .pt file for self-forcing, a folder otherwise."""
+    """UserError unless the name of `target` fits the layout: a .pt file for self-forcing, a folder otherwise."""
     is_file = target.suffix in (".pt", ".pth", ".safetensors")
     if to == "self-forcing" and target.suffix != ".pt":
         raise UserError(f"output of self-forcing is a file: {target}; let the name end in .pt")
@@ -160,11 +160,11 @@ def plan(
     widen: bool = False,
     entry: str | None = None,
 ) -> Conversion:
-    """What converting `source` to the layout `to` (one of layouts.LAYOUTS) gives; reads names and shapes alone.
+    """The conversion of `source` to the layout `to` (one of layouts.LAYOUTS); reads names and shapes alone.
 
-    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (None is that) or keep
+    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (the default) or keep
     it as a peft "adapter" (ours alone). `widen`: consent to 2 C + 1 input channels where the weights have C; the new ones start
-    at zero. `entry`: of a torch archive, where not generator_ema, else generator. Raises UserError.
+    at zero. `entry`: of a torch archive, (default: generator_ema, else generator). Raises UserError.
     """
     checkpoint = read_checkpoint(Path(source), entry)
     tensors, config = dict(checkpoint.tensors), checkpoint.config
@@ -172,47 +172,47 @@ def plan(
     if checkpoint.pairs and is_partial:
         if base is None:
             raise UserError(
-                f"weights missing: {checkpoint.path} is a LoRA; give the Wan weights that it was trained over as --base"
+                f"weights missing: {checkpoint.path} is a LoRA; give the Wan weights that it was trained on as --base"
             )
-        below = read_checkpoint(Path(base))
-        if below.pairs:
-            raise UserError(f"--base is a LoRA itself: {below.path}; give plain Wan weights")
-        _architecture(below, below.config)
-        tensors, config = below.tensors | tensors, below.config
-        checkpoint = replace(checkpoint, path=f"{checkpoint.path} over {below.path}")
+        base_checkpoint = read_checkpoint(Path(base))
+        if base_checkpoint.pairs:
+            raise UserError(f"--base is a LoRA itself: {base_checkpoint.path}; give plain Wan weights")
+        _architecture(base_checkpoint, base_checkpoint.config)
+        tensors, config = base_checkpoint.tensors | tensors, base_checkpoint.config
+        checkpoint = replace(checkpoint, path=f"{checkpoint.path} over {base_checkpoint.path}")
     elif base is not None:
-        raise UserError(f"--base has no effect: {checkpoint.path} is no LoRA over other weights; leave it out")
+        raise UserError(f"--base has no effect: {checkpoint.path} is no LoRA over other weights; remove it")
     if lora and not checkpoint.pairs:
-        raise UserError(f"--lora has no effect: {checkpoint.path} holds no LoRA; leave it out")
+        raise UserError(f"--lora has no effect: {checkpoint.path} has no LoRA; remove it")
     if lora == "adapter" and to != "ours":
-        raise UserError(f"--lora adapter goes with --to ours alone: got --to {to}; fold it")
+        raise UserError(f"--lora adapter requires --to ours: got --to {to}; fold it")
 
     checkpoint = replace(checkpoint, tensors=tensors)
     architecture = _architecture(checkpoint, config)
-    found = _lora(checkpoint) if checkpoint.pairs else None
-    if found and lora != "adapter":
-        tensors = {name: found.fold(name, tensor) for name, tensor in tensors.items()}
+    adapter = _lora(checkpoint) if checkpoint.pairs else None
+    if adapter and lora != "adapter":
+        tensors = {name: adapter.fold(name, tensor) for name, tensor in tensors.items()}
     architecture, tensors = _widened(architecture, tensors, checkpoint, widen)
-    layouts.check_room(architecture, to, checkpoint.path)
+    layouts.check_representable(architecture, to, checkpoint.path)
     ordered = {name: tensors[name] for name in layouts.tensors(architecture)}
-    return Conversion(checkpoint, to, architecture, ordered, found if lora == "adapter" else None)
+    return Conversion(checkpoint, to, architecture, ordered, adapter if lora == "adapter" else None)
 
 
 def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
     """Names and shapes of a checkpoint in any of the layouts, recognised from its keys; UserError for anything else."""
     files = weights.find(path)
     is_archive = files[0].suffix != ".safetensors"
-    found, left = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
+    stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
     config = weights.read_json(files[0].parent / "config.json") or _student_config(files[0].parent)
     if path.is_dir() and (adapter := files[0].parent / weights.ADAPTER).is_file():
-        found |= weights.read_safetensors(adapter)
+        stored |= weights.read_safetensors(adapter)
         config |= _adapter_config(adapter)
     named: dict[str, Lazy] = {}
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         if layouts.UNUSED.fullmatch(layouts.bare(name)):
-            left.append(name)
+            ignored.append(name)
         elif named.setdefault(layouts.bare(name), tensor) is not tensor:
-            raise UserError(f"weights do not fit: {path} holds {layouts.bare(name)} under two names; keep one of them")
+            raise UserError(f"weights do not fit: {path} has {layouts.bare(name)} under two names; keep one of them")
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
     pairs: dict[str, dict[str, Lazy]] = {}
@@ -224,42 +224,42 @@ def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
             pairs.setdefault(name, {})[lora[2]] = tensor
         else:
             tensors[name] = tensor
-    if layout == "wan" and is_archive and any(name.startswith("model.") for name in found):
+    if layout == "wan" and is_archive and any(name.startswith("model.") for name in stored):
         layout = "self-forcing"
     elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
         layout = "diffusers"
-    return Checkpoint(path, layout, tensors, pairs, config, tuple(left))
+    return Checkpoint(path, layout, tensors, pairs, config, tuple(ignored))
 
 
 def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
-    """Tensors of the entry that is asked for or comes first in ENTRIES, and what is left."""
+    """Tensors of the requested entry, by default the first of ENTRIES, and what is ignored."""
     entries, others = weights.read_archive(file)
-    taken = next((name for name in ENTRIES if name in entries), None) if entry is None else entry
-    if taken is None or taken not in entries:
-        asked = f"has no entry {entry}" if entry else "is of no layout that is known"
-        raise UserError(f"weights do not fit: {file} {asked}; it holds {listed(entries or others) or 'nothing'}")
-    if taken == "" and others:
+    chosen = next((name for name in ENTRIES if name in entries), None) if entry is None else entry
+    if chosen is None or chosen not in entries:
+        reason = f"has no entry {entry}" if entry else "is of no known layout"
+        raise UserError(f"weights do not fit: {file} {reason}; it has {listed(entries or others) or 'nothing'}")
+    if chosen == "" and others:
         raise UserError(
             f"weights do not fit: {file}: unexpected {listed(others)}, which are no weights; is it this model's?"
         )
-    return entries[taken], [name for name in (*entries, *others) if name != taken]
+    return entries[chosen], [name for name in (*entries, *others) if name != chosen]
 
 
 def _of_files(files: list[Path], entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
-    """Tensors of safetensors files, and the empty list of what is left."""
+    """Tensors of safetensors files, and the empty list of what is ignored."""
     if entry is not None:
-        raise UserError(f"--entry goes with torch archives alone: {files[0]} is safetensors; leave it out")
-    found: dict[str, Lazy] = {}
+        raise UserError(f"--entry is for torch archives: {files[0]} is safetensors; remove it")
+    tensors: dict[str, Lazy] = {}
     for file in files:
-        held = weights.read_safetensors(file)
-        if twice := held.keys() & found.keys():
-            raise UserError(f"weights do not fit: {file} holds {listed(twice)} once more; keep one of the files")
-        found |= held
-    return found, []
+        part = weights.read_safetensors(file)
+        if duplicates := part.keys() & tensors.keys():
+            raise UserError(f"weights do not fit: {file} repeats {listed(duplicates)}; keep one of the files")
+        tensors |= part
+    return tensors, []
 
 
 def _student_config(folder: Path) -> dict[str, Any]:
-    """What the spec.json of a student's folder says of the network, as config.json would; {} where there is none."""
+    """The network of a student's spec.json in the form of a config.json; {} where there is none."""
     spec = weights.read_json(folder / "spec.json")
     try:
         return {**spec["network"], "stride": spec["codec"]["stride"]} if spec else {}
@@ -270,20 +270,20 @@ def _student_config(folder: Path) -> dict[str, Any]:
 def _adapter_config(path: Path) -> dict[str, Any]:
     """Rank, alpha and targets of an adapter file, under OmniAvatar's keys."""
     try:
-        told = json.loads(weights.read_metadata(path)["lora_adapter_metadata"])
+        metadata = json.loads(weights.read_metadata(path)["lora_adapter_metadata"])
         return {
-            "lora_rank": told["r"],
-            "lora_alpha": told["lora_alpha"],
-            "lora_target_modules": told["target_modules"],
+            "lora_rank": metadata["r"],
+            "lora_alpha": metadata["lora_alpha"],
+            "lora_target_modules": metadata["target_modules"],
         }
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"damaged adapter: {path} does not say its rank and alpha ({error}); convert it again"
+            f"damaged adapter: {path} does not state its rank and alpha ({error}); convert it again"
         ) from error
 
 
 def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architecture:
-    """The architecture of complete weights; UserError that lists what does not fit."""
+    """The architecture of complete weights; UserError that lists mismatches."""
     path = checkpoint.path
     try:
         architecture = layouts.with_config(layouts.infer(checkpoint.shapes, path), config, path)
@@ -300,12 +300,12 @@ def _modules(names: Any) -> set[str]:
 
 
 def _lora(checkpoint: Checkpoint) -> Lora:
-    """The LoRA of a checkpoint whose tensors are complete; UserError unless it is whole and of the rank that its config says."""
+    """The LoRA of a checkpoint whose tensors are complete; UserError unless it is complete and of its config's rank."""
     config, path, names = checkpoint.config, checkpoint.path, checkpoint.names
     rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
-    says = "config.json says" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
-    told = config.get("lora_target_modules", layouts.LORA_TARGETS)
-    targets = tuple(f".{target}" for target in (told.split(",") if isinstance(told, str) else told))
+    source = "config.json states" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
+    declared = config.get("lora_target_modules", layouts.LORA_TARGETS)
+    targets = tuple(f".{target}" for target in (declared.split(",") if isinstance(declared, str) else declared))
     needed = [
         name
         for name, tensor in checkpoint.tensors.items()
@@ -326,7 +326,7 @@ def _lora(checkpoint: Checkpoint) -> Lora:
     }
     if ranks != {rank}:
         raise UserError(
-            f"LoRA of another rank: {path} holds rank {listed(map(str, sorted(ranks)))}, {says} rank {rank} and alpha {alpha}; "
+            f"LoRA of another rank: {path} has rank {listed(map(str, sorted(ranks)))}, {source} rank {rank} and alpha {alpha}; "
             "put the lora_rank and lora_alpha that it was trained with into a config.json beside it"
         )
     layouts.check(shapes, expected, {}, path)
@@ -337,49 +337,47 @@ def _widened(
     architecture: Architecture, tensors: dict[str, Lazy], checkpoint: Checkpoint, widen: bool
 ) -> tuple[Architecture, dict[str, Lazy]]:
     """With `widen`: input channels [noisy] -> [noisy | reference | mask], the new ones zero. UserError without consent."""
-    given, wanted = architecture.in_channels, 2 * architecture.out_channels + 1
-    if given != architecture.out_channels:
+    current, widened = architecture.in_channels, 2 * architecture.out_channels + 1
+    if current != architecture.out_channels:
         if widen:
-            raise UserError(
-                f"--widen has no effect: {checkpoint.path} has {given} input channels already; leave it out"
-            )
+            raise UserError(f"--widen has no effect: {checkpoint.path} has {current} input channels already; remove it")
         return architecture, tensors
     if not widen:
         if architecture.audio_in:
             raise UserError(
-                f"{given}-channel weights where {wanted} are needed: {checkpoint.path} has an audio path, which goes with "
-                f"reference and mask channels; consent with --widen, and the new {wanted - given} start at zero"
+                f"{current}-channel weights where {widened} are needed: {checkpoint.path} has an audio path, which requires "
+                f"reference and mask channels; consent with --widen, and the new {widened - current} start at zero"
             )
         return architecture, tensors
     narrow = tensors["patch_embedding.weight"]
-    shape = (narrow.shape[0], wanted, *narrow.shape[2:])
+    shape = (narrow.shape[0], widened, *narrow.shape[2:])
 
     def read() -> Tensor:
         wide = torch.zeros(shape, dtype=narrow.dtype)
-        wide[:, :given] = narrow.read()
+        wide[:, :current] = narrow.read()
         return wide
 
     wide = {**tensors, "patch_embedding.weight": Lazy(shape, narrow.dtype, read)}
-    return replace(architecture, in_channels=wanted), wide
+    return replace(architecture, in_channels=widened), wide
 
 
 def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
     """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
 
-    One tensor is in memory at a time beside the network, whose types stay. UserError that lists what does not fit.
+    One tensor at a time is in memory beside the network, whose dtypes stay. UserError that lists mismatches.
     """
     conversion = plan(source, "ours", base=base, widen=widen)
     own = dict(net.named_parameters())
-    found = {name: tensor.shape for name, tensor in conversion.tensors.items()}
-    layouts.check(found, {n: tuple(p.shape) for n, p in own.items()}, conversion.source.names, conversion.source.path)
+    shapes = {name: tensor.shape for name, tensor in conversion.tensors.items()}
+    layouts.check(shapes, {n: tuple(p.shape) for n, p in own.items()}, conversion.source.names, conversion.source.path)
     with torch.no_grad():
         for name, parameter in own.items():
-            if not parameter.is_meta:  # an outline is only checked
+            if not parameter.is_meta:  # of a meta network only shapes are checked
                 parameter.copy_(conversion.tensors[name].read())
 
 
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
-    """The network of a folder that `convert(..., to="ours")` wrote, with its adapter (named "default") where it has one.
+    """The network of a folder that `convert(..., to="ours")` wrote, with its adapter (named "default") where there is one.
 
     Strict: UserError that lists what is missing, unexpected or of another shape. `dtype` None is fp32; norms, time embedding and
     modulation stay fp32 whatever it is.
@@ -388,7 +386,7 @@ def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransf
     config = weights.read_json(folder / "config.json")
     if config.get("_class_name") != "AvatarTransformer":
         raise UserError(
-            f"no network: {folder} holds no config.json of layout ours; distill convert {folder} OUT --to ours"
+            f"no network: {folder} has no config.json of layout ours; distill convert {folder} OUT --to ours"
         )
     checkpoint = read_checkpoint(folder)
     try:

@@ -1,4 +1,4 @@
-"""The published layouts of Wan's transformer: key names, shapes, and the config that the shapes tell. No tensor is touched here.
+"""The published layouts of Wan's transformer: key names, shapes, and the config that shapes determine. No tensor is touched here.
 
 ours           diffusers' names, with OmniAvatar's audio modules: the state dict of teachers.networks.wan.AvatarTransformer
 wan            names of Wan2.1 (2503.20314); OmniAvatar (2506.18866) and LiveTalk add the audio modules to them
@@ -84,7 +84,7 @@ TO_OURS = {wan: ours for wan, ours, _ in ROWS}
 TO_WAN = {ours: wan for wan, ours, _ in ROWS}
 
 UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
-"""Published diffusers image-to-video weights hold it, no network reads it."""
+"""Published diffusers image-to-video weights have it, no network uses it."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 """Modules that OmniAvatar's LoRA changes, by the end of Wan's name."""
 LORA_RANK, LORA_ALPHA = 128, 64
@@ -93,7 +93,7 @@ LORA_RANK, LORA_ALPHA = 128, 64
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a checkpoint is: sizes from its shapes, then (from head_dim on) what no shape tells, with the published values."""
+    """Sizes of a checkpoint's network: by its shapes, then (from head_dim on) published values of what shapes do not determine."""
 
     width: int
     in_channels: int
@@ -116,42 +116,42 @@ class Architecture:
     max_positions: int = 1024
 
 
-SAYS = {
+REPRESENTABLE = {
     "ours": {"audio_in", "pose_in", "image_dim", "head_dim", "stride", "audio_blocks"}
     | {"prediction", "eps", "max_positions"},
     "wan": {"audio_in", "image_dim", "head_dim", "eps"},
     "diffusers": {"image_dim", "head_dim", "eps", "max_positions"},
     "self-forcing": {"audio_in", "image_dim"},
 }
-"""Beyond the text-to-video sizes, what a layout has room for."""
+"""Fields that a layout can represent beyond the text-to-video sizes."""
 
 
 def rename(name: str, table: Mapping[str, str]) -> str:
-    """`name` by TO_OURS or TO_WAN; a name that the table does not know stays."""
+    """`name` by TO_OURS or TO_WAN; a name that is not in the table stays."""
     match = re.fullmatch(r"(blocks|audio_cond_projs)\.(\d+)\.(.+)", name)
-    found = table.get(f"{match[1]}.{{}}.{match[3]}" if match else name)
-    return name if found is None else found.format(match[2]) if match else found
+    renamed = table.get(f"{match[1]}.{{}}.{match[3]}" if match else name)
+    return name if renamed is None else renamed.format(match[2]) if match else renamed
 
 
 def bare(name: str) -> str:
-    """`name` without what FSDP, checkpointing, torch.compile, DDP, peft and the wrapper module of Self-Forcing put into it."""
+    """`name` without the prefixes of FSDP, checkpointing, torch.compile, DDP, peft and Self-Forcing's wrapper module."""
     name = re.sub(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.", "", name)
     return name.removeprefix("model.diffusion_model.").removeprefix("model.")
 
 
 def naming(names: Collection[str], where: Any) -> str:
-    """Whose names these (bare ones) are: "wan" or "ours"; UserError for another model's."""
-    found = [
+    """The layout of bare names: "wan" or "ours"; UserError for another model's."""
+    matches = [
         layout
         for layout, key in (("wan", r"blocks\.\d+\.self_attn\.q\."), ("ours", r"blocks\.\d+\.attn1\.to_q\."))
         if any(re.match(key, name) for name in names)
     ]
-    if len(found) != 1:
+    if len(matches) != 1:
         raise UserError(
-            f"layout of another model: {where} holds {listed(names, 3) or 'nothing'}, where Wan has blocks.0.self_attn.q.weight "
+            f"layout of another model: {where} has {listed(names, 3) or 'nothing'}, where Wan has blocks.0.self_attn.q.weight "
             "and diffusers' Wan blocks.0.attn1.to_q.weight; give weights of Wan2.1, OmniAvatar, Self-Forcing or LiveTalk"
         )
-    return found[0]
+    return matches[0]
 
 
 def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
@@ -160,8 +160,8 @@ def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
     sizes = {"D": a.width, "6D": 6 * a.width, "I": a.in_channels, "O": a.out_channels * prod(a.patch), "T": a.text_dim,
              "Q": a.freq_dim, "F": a.ffn_dim, "V": a.image_dim, "A": a.audio_in, "P": a.pose_in, "H": a.packed,
              **dict(zip("pqr", a.patch, strict=True))}  # fmt: skip
-    given = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in))
-    for wan, ours, dims in chain.from_iterable(rows for rows, there in given if there):
+    groups = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in))
+    for wan, ours, dims in chain.from_iterable(rows for rows, exists in groups if exists):
         shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
         count = a.num_layers if wan.startswith("blocks.") else a.num_audio if "{}" in wan else 1
         yield from ((wan.format(i), ours.format(i), shape) for i in range(count))
@@ -176,9 +176,9 @@ def tensors(architecture: Architecture, layout: str = "ours") -> dict[str, Shape
 
 
 def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
-    """The architecture that shapes under our names tell; whether every tensor fits is for `check` to say.
+    """The architecture by the shapes of tensors under our names; `check` then verifies every tensor.
 
-    Raises UserError where a tensor is missing without which there is no telling.
+    Raises UserError where a tensor that determines a size is missing.
     """
     sizes: dict[str, int] = {}
     for _, ours, dims in ROWS:
@@ -191,8 +191,8 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
         raise UserError(f"weights do not fit: {where}: missing {listed(needed)}; is the download complete?")
 
     def count(stem: str) -> int:
-        found = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+        matches = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
+        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     patch = (sizes["p"], sizes["q"], sizes["r"])
     return Architecture(
@@ -210,12 +210,12 @@ def check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], names: Map
 
 
 def with_config(architecture: Architecture, config: Mapping[str, Any], where: Any) -> Architecture:
-    """The architecture with what only a config.json tells (any layout's); UserError where it and the weights disagree."""
+    """The architecture with the fields of a config.json (any layout's); UserError where it and the weights disagree."""
     heads = config.get("num_heads", config.get("num_attention_heads"))
     head_dim = config.get("head_dim", config.get("attention_head_dim", architecture.width // heads if heads else 128))
     rule = tuple(range(2, architecture.num_layers // 2 + 1))
     blocks = config.get("audio_blocks")
-    told = replace(
+    result = replace(
         architecture,
         head_dim=head_dim,
         stride=config.get("stride", 4),
@@ -224,35 +224,37 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
         eps=config.get("eps", 1e-6),
         max_positions=config.get("max_positions", config.get("rope_max_seq_len", 1024)),
     )
-    if told.width % head_dim or (heads and heads * head_dim != told.width):
+    if result.width % head_dim or (heads and heads * head_dim != result.width):
         raise UserError(
-            f"heads do not fit: {where}: width {told.width} is not a number of heads of {head_dim}; "
+            f"heads do not fit: {where}: width {result.width} is not a number of heads of {head_dim}; "
             "put a config.json with num_heads beside the weights"
         )
-    if config.get("num_layers", told.num_layers) != told.num_layers:
+    if config.get("num_layers", result.num_layers) != result.num_layers:
         raise UserError(
-            f"weights do not fit: {where}: config.json says {config['num_layers']} layers, the weights hold {told.num_layers}; "
+            f"weights do not fit: {where}: config.json states {config['num_layers']} layers, the weights have {result.num_layers}; "
             "is a file missing?"
         )
-    needed = len(rule if told.audio_blocks is None else told.audio_blocks)
-    if told.audio_in and told.num_audio != needed:
+    needed = len(rule if result.audio_blocks is None else result.audio_blocks)
+    if result.audio_in and result.num_audio != needed:
         raise UserError(
-            f"weights do not fit: {where}: {told.num_audio} audio_cond_projs for {told.num_layers} layers, where {needed} are "
+            f"weights do not fit: {where}: {result.num_audio} audio_cond_projs for {result.num_layers} layers, where {needed} are "
             "needed; is the download complete?"
         )
-    if told.audio_in % told.stride or told.pose_in % told.stride:
+    if result.audio_in % result.stride or result.pose_in % result.stride:
         raise UserError(
-            f"weights do not fit: {where}: {told.audio_in} audio channels are not {told.stride} frames of them"
+            f"weights do not fit: {where}: {result.audio_in} audio channels are not {result.stride} frames of them"
         )
-    return told
+    return result
 
 
-def check_room(architecture: Architecture, layout: str, where: Any) -> None:
-    """UserError where `layout` has no place for what the checkpoint is: nothing is dropped silently."""
+def check_representable(architecture: Architecture, layout: str, where: Any) -> None:
+    """UserError where `layout` cannot represent the architecture: nothing is dropped silently."""
     a, lost = architecture, []
     has_stride = a.audio_in or a.pose_in or a.image_dim
     for field in fields(a):
-        is_extra = any(field.name in said for said in SAYS.values()) and field.name not in SAYS[layout]
+        is_extra = (
+            any(field.name in names for names in REPRESENTABLE.values()) and field.name not in REPRESENTABLE[layout]
+        )
         if is_extra and getattr(a, field.name) != field.default and (field.name != "stride" or has_stride):
             lost.append(f"{field.name} {getattr(a, field.name)}")
     if layout == "ours":
@@ -261,7 +263,7 @@ def check_room(architecture: Architecture, layout: str, where: Any) -> None:
         if a.patch[0] != 1 or a.patch[1] != a.patch[2]:
             lost.append(f"patches of {a.patch}")
     if lost:
-        raise UserError(f"layout {layout} has no place for {', '.join(lost)}: {where}; choose another --to")
+        raise UserError(f"layout {layout} cannot represent {', '.join(lost)}: {where}; choose another --to")
 
 
 def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | None:

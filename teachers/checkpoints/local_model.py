@@ -1,4 +1,4 @@
-"""A transformers model of a local folder that is shown something and asked: nothing downloaded, unpickled or run from it."""
+"""A vision-language model of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from teachers.errors import UserError
 
 
 def load_local(what: str, folder: Path, model_class: Any, processor_class: Any) -> tuple[Any, Any]:
-    """The model, ready to be asked, and its processor; UserError in one line where it cannot be read."""
+    """The model in evaluation mode, on a GPU where there is one, and its processor; UserError where it cannot be read."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no {what}: {folder} has no config.json; give a folder that save_pretrained wrote")
     try:
@@ -23,7 +23,7 @@ def load_local(what: str, folder: Path, model_class: Any, processor_class: Any) 
 
 @torch.inference_mode()
 def ask(model: Any, processor: Any, content: list[dict[str, Any]], max_new_tokens: int) -> str:
-    """The likeliest words of a chat model to one message (pictures and texts, as chat templates take them)."""
+    """A chat model's greedy answer to one message (images and texts in the format of chat templates)."""
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,

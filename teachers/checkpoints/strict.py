@@ -12,7 +12,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:
-    """The names in one line, the first few of many."""
+    """The names in one line, at most `most` of them."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

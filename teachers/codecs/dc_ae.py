@@ -1,10 +1,10 @@
 """DC-AE (2410.10733) with causal temporal modules, MIDAS' codec (2508.19320): one set of few tokens for every pixel frame.
 
-The image codec is diffusers' AutoencoderDC. MIDAS says: a causal temporal convolution after each spatial layer and attention with
-rotary positions, trained in three stages (images; the temporal modules; all of it on windows of 8 frames). It does not say, and we
-chose: convolutions of `temporal_kernel` frames and 1 x 1 pixels, attention over the last `temporal_window` frames at each place of
-the deepest stage, both added to what they read and zero at first, so an image codec stays what it is until they are trained; before
-a clip its first frame stands still.
+The image codec is diffusers' AutoencoderDC. The paper specifies a causal temporal convolution after each spatial layer and
+attention with rotary positions, trained in three stages (images; the temporal modules; all of it on windows of 8 frames). Our own
+choices: convolutions of `temporal_kernel` frames and 1 x 1 pixels, attention over the last `temporal_window` frames at each place
+of the deepest stage, both residual and zero-initialised, so that the image codec is unchanged until they are trained; a clip is
+padded in front with copies of its first frame.
 """
 
 from collections.abc import Sequence
@@ -15,25 +15,26 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderDC
 from diffusers.models.autoencoders.autoencoder_dc import DCDownBlock2d, DCUpBlock2d
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_json, read_tensors
-from teachers.codecs.linear import MEND, DecoderState
+from teachers.codecs.linear import HINT, DecoderState
 from teachers.codecs.wan_vae import check_latents, check_video
 from teachers.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHERE = "get config.json and the weights of huggingface.co/mit-han-lab/dc-ae-f64c128-in-1.0-diffusers"
-AT_ONCE = 8  # frames that go through the network together: what a clip's length does not change
+AT_ONCE = 8  # frames per pass of the network; bounds activations whatever the clip's length
 HEAD_DIM = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """The three stages of MIDAS' codec: steps of each, images in a batch (later stages: that many frames in windows of `window`),
-    learning rates. `shards` of the training clips are learned from. No steps: the codec is used as it is."""
+    learning rates. `shards`: training shards that it is fitted on. No steps: the codec is used as it is."""
 
     steps: tuple[int, int, int] = (0, 0, 0)
     batch: int = 32
@@ -52,10 +53,10 @@ class FitConfig:
 @dataclass(frozen=True, kw_only=True)
 class DCAEConfig:
     """AutoencoderDC's sizes (defaults: f64c128's) and the temporal modules'. The `attention_stages` deepest stages are linear
-    attention, the others convolutions; a stage of no layers only changes the size.
+    attention, the others convolutions; a stage of no layers only changes the resolution.
 
-    `path`: a diffusers folder of published image weights of these sizes. With `fit.steps` temporal modules are trained on the
-    clips, and without a path the image codec before them; such weights lie in the student's folder.
+    `path`: a diffusers folder of published image weights of these sizes. With `fit.steps` the temporal modules are trained on the
+    clips, without a path the image codec before them; these weights are stored in the student's folder.
     """
 
     path: Path | None = None
@@ -81,7 +82,7 @@ class DCAEConfig:
         if not stages == len(self.encoder_layers) == len(self.decoder_layers) or stages < 2:
             raise UserError(
                 f"codec: got {stages} widths, {len(self.encoder_layers)} encoder_layers, {len(self.decoder_layers)} "
-                "decoder_layers; give one of each a stage, two or more"
+                "decoder_layers; give one value of each per stage, for two stages or more"
             )
         if self.widths[-1] % self.channels or self.widths[-1] % HEAD_DIM:
             raise UserError(
@@ -103,29 +104,29 @@ class DCAEConfig:
 
     @property
     def fitted(self) -> bool:
-        """Whether a data stage trains weights of its own."""
+        """Whether the data stage trains weights."""
         return any(self.fit.steps)
 
     def load(self, folder: Path, height: int, width: int) -> "DCAE":
-        """The frozen codec of `folder`/codec.safetensors, where it is fitted, else of `path`. Raises UserError."""
+        """The frozen codec of `folder`/codec.safetensors, where it is fitted, else of `path`, for frames of any size. UserError."""
         if not self.fitted:
             return load_dc_ae(self)
         with torch.device("meta"):
             codec = DCAE(self)
         path = folder / "codec.safetensors"
-        load_strict(codec, read_tensors(path, MEND), path, MEND, assign=True)
+        load_strict(codec, read_tensors(path, HINT), path, HINT, assign=True)
         return codec.eval().requires_grad_(False)
 
 
-class Tape:
-    """What the temporal modules of one pass saw before it, in their order, and what they leave for the next."""
+class TemporalCache:
+    """Past frames of the temporal modules in their order: those of the state that one pass starts from and those it ends with."""
 
     def __init__(self, state: DecoderState | None):
         self.before = iter(state) if state else None
         self.after: list[Tensor] = []
 
     def extend(self, frames: Tensor, count: int) -> Tensor:
-        """[B, T, ...] -> [B, count + T, ...]: the last `count` frames before them, at the start the first one held still."""
+        """[B, T, ...] -> [B, count + T, ...]: prepend the last `count` frames, at the start copies of the first one."""
         past = frames[:, :1].expand(-1, count, *frames.shape[2:]) if self.before is None else next(self.before)
         whole = torch.cat([past, frames], dim=1)
         self.after.append(whole[:, -count:].clone())
@@ -133,49 +134,47 @@ class Tape:
 
 
 class TemporalConv(nn.Module):
-    """x + W [x_t-k+1, ..., x_t] on [B T, C, H, W]: `kernel` frames of one place, zero at first."""
+    """x + W [x_t-k+1, ..., x_t] on [B T, C, H, W]: `kernel` frames at one place, W zero-initialised."""
 
     def __init__(self, width: int, kernel: int):
         super().__init__()
         self.kernel = kernel
         self.conv = nn.Conv2d(kernel * width, width, 1)
-        _silence(self.conv)
+        _zero_init(self.conv)
 
-    def forward(self, x: Tensor, batch: int, tape: Tape) -> Tensor:
-        whole = tape.extend(x.unflatten(0, (batch, -1)), self.kernel - 1)
+    def forward(self, x: Tensor, batch: int, cache: TemporalCache) -> Tensor:
+        whole = cache.extend(x.unflatten(0, (batch, -1)), self.kernel - 1)
         frames = whole.shape[1] - self.kernel + 1
         near = torch.cat([whole[:, i : i + frames] for i in range(self.kernel)], dim=2)
         return x + self.conv(near.flatten(0, 1))
 
 
 class TemporalAttention(nn.Module):
-    """x + attention of a frame to itself and the `window` - 1 before it, at each place of [B T, C, h, w]; zero at first.
+    """x + attention of a frame to itself and the `window` - 1 before it, at each place of [B T, C, h, w]; zero-initialised.
 
-    Keys are turned by how long ago they were (rotary positions), so a stream has no longest length.
+    Keys are rotated by their age in frames (RoPE), so the length of a stream is unlimited.
     """
-
-    turn: Tensor
 
     def __init__(self, width: int, window: int):
         super().__init__()
         self.window, self.heads = window, width // HEAD_DIM
         self.norm = nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        _silence(self.out)
+        _zero_init(self.out)
 
-    def forward(self, x: Tensor, batch: int, tape: Tape) -> Tensor:
+    def forward(self, x: Tensor, batch: int, cache: TemporalCache) -> Tensor:
         clip = x.unflatten(0, (batch, -1)).permute(0, 1, 3, 4, 2)  # B, T, h, w, C
         query, key, value = self.qkv(self.norm(clip)).chunk(3, dim=-1)
         # [B, T, h, w, C, window], the newest last
-        key, value = (tape.extend(part, self.window - 1).unfold(1, self.window, 1) for part in (key, value))
+        key, value = (cache.extend(part, self.window - 1).unfold(1, self.window, 1) for part in (key, value))
         key, value = (part.unflatten(4, (self.heads, -1)).movedim(-1, -2) for part in (key, value))
-        seen = functional.scaled_dot_product_attention(
-            query.unflatten(-1, (self.heads, 1, -1)), self._turned(key), value
+        attended = functional.scaled_dot_product_attention(
+            query.unflatten(-1, (self.heads, 1, -1)), self._rotated(key), value
         )
-        return x + self.out(seen.flatten(-3)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        return x + self.out(attended.flatten(-3)).permute(0, 1, 4, 2, 3).flatten(0, 1)
 
-    def _turned(self, key: Tensor) -> Tensor:
-        """Keys [.., window, d] turned by their age in frames, at frequencies 100^(-2i/d)."""
+    def _rotated(self, key: Tensor) -> Tensor:
+        """Keys [.., window, d] rotated by their age in frames, at frequencies 100^(-2i/d)."""
         half = torch.arange(HEAD_DIM // 2, device=key.device, dtype=key.dtype)
         age = torch.arange(1 - self.window, 1, device=key.device, dtype=key.dtype)
         angle = age[:, None] * 100.0 ** (-2 * half / HEAD_DIM)
@@ -187,8 +186,8 @@ class DCAE(nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, T, H/patch, W/patch], a latent frame for every pixel frame.
 
     Latents are normalised per channel, (z - mean) / std. Both ways are causal: the first frame alone is the first latent, and a
-    decode in chunks equals the whole one to rounding. A clip goes through a few frames at a time; what the temporal modules keep
-    of the past is a few frames each, however long the stream. Gradients pass to video and latents where they ask for them.
+    decode in chunks equals the whole one to rounding. A clip is processed a few frames at a time; the temporal modules
+    cache a few frames each, whatever the length of the stream. Gradients flow to video and latents.
     """
 
     mean: Tensor
@@ -208,7 +207,7 @@ class DCAE(nn.Module):
             self.temporal[f"{name}_convs"] = nn.ModuleList(TemporalConv(width, kernel) for width in widths)
             self.temporal[f"{name}_attention"] = TemporalAttention(config.widths[-1], window)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
         parts, state = [], None
@@ -216,59 +215,61 @@ class DCAE(nn.Module):
             raw, state = self.encode_raw(group, state)
             parts.append(raw)
         raw = torch.cat(parts, dim=2)
-        return _wide(raw.sub(self._row(self.mean)).div(self._row(self.std)))
+        return _at_least_fp32(raw.sub(self._row(self.mean)).div(self._row(self.std)))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
         """Latents [B, C, T, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
         return self.decode_chunk(latents)[0]
 
-    def decode_chunk(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it, which holds what each temporal module saw
-        last and is never written to. Without a state, or with an empty one, the stream begins. Raises UserError."""
+    def decode_chunk(
+        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it: the last frames of each temporal module,
+        never written in place. Without a state, or with an empty one, the stream begins. Raises UserError."""
         check_latents(latents, self.config, self._deepest(state))
         parts = []
         for group in latents.to(self._dtype).split(AT_ONCE, dim=2):
             pixels, state = self.decode_raw(group * self._row(self.std) + self._row(self.mean), state)
             parts.append(pixels)
         assert state is not None
-        return _wide(torch.cat(parts, dim=2)).clamp(-1, 1), state
+        return _at_least_fp32(torch.cat(parts, dim=2)).clamp(-1, 1), state
 
     def encode_raw(self, video: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """The next frames [B, 3, n, H, W] of a video -> latents that are not normalised, and the state for the frames after."""
-        net, batch, tape = self.network.encoder, len(video), Tape(state)
+        """The next frames [B, 3, n, H, W] of a video -> unnormalised latents, and the state for the frames after."""
+        net, batch, cache = self.network.encoder, len(video), TemporalCache(state)
         x = net.conv_in(video.transpose(1, 2).flatten(0, 1))
-        x = self._stages(net.down_blocks, self._convs("encoder"), x, batch, tape)
-        x = self.temporal["encoder_attention"](x, batch, tape)
+        x = self._stages(net.down_blocks, self._convs("encoder"), x, batch, cache)
+        x = self.temporal["encoder_attention"](x, batch, cache)
         shortcut = x.unflatten(1, (self.config.channels, -1)).mean(dim=2)
-        return (net.conv_out(x) + shortcut).unflatten(0, (batch, -1)).transpose(1, 2), tuple(tape.after)
+        return (net.conv_out(x) + shortcut).unflatten(0, (batch, -1)).transpose(1, 2), tuple(cache.after)
 
     def decode_raw(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
         """The next latents, not normalised -> pixels [B, 3, n, H, W], not clamped, and the state for the latents after."""
-        net, batch, tape = self.network.decoder, len(latents), Tape(state)
+        net, batch, cache = self.network.decoder, len(latents), TemporalCache(state)
         z = latents.transpose(1, 2).flatten(0, 1)
         x = net.conv_in(z) + z.repeat_interleave(self.config.widths[-1] // self.config.channels, dim=1)
-        x = self.temporal["decoder_attention"](x, batch, tape)
-        x = self._stages(reversed(net.up_blocks), self._convs("decoder"), x, batch, tape)
+        x = self.temporal["decoder_attention"](x, batch, cache)
+        x = self._stages(reversed(net.up_blocks), self._convs("decoder"), x, batch, cache)
         assert net.conv_out is not None
         x = net.conv_out(net.conv_act(net.norm_out(x.movedim(1, -1)).movedim(-1, 1)))
-        return x.unflatten(0, (batch, -1)).transpose(1, 2), tuple(tape.after)
+        return x.unflatten(0, (batch, -1)).transpose(1, 2), tuple(cache.after)
 
     def _convs(self, name: str) -> Sequence[nn.Module]:
         return list(self.temporal[f"{name}_convs"].children())
 
     @staticmethod
-    def _stages(stages, convs: Sequence[nn.Module], x: Tensor, batch: int, tape: Tape) -> Tensor:
+    def _stages(stages, convs: Sequence[nn.Module], x: Tensor, batch: int, cache: TemporalCache) -> Tensor:
         """Frames [B n, C, H, W] through the spatial layers, a temporal convolution after each that keeps the size."""
         following = iter(convs)
         for stage in stages:
             for layer in stage:
                 x = layer(x)
                 if not isinstance(layer, DCDownBlock2d | DCUpBlock2d):
-                    x = next(following)(x, batch, tape)
+                    x = next(following)(x, batch, cache)
         return x
 
     def _deepest(self, state: DecoderState | None) -> DecoderState | None:
-        """The first tensor of a decoder's state [B, window - 1, h, w, C] as `check_latents` compares it."""
+        """The first tensor of a decoder's state [B, window - 1, h, w, C] in the layout of `check_latents`."""
         return (state[0].permute(0, 1, 4, 2, 3),) if state else None
 
     def _row(self, values: Tensor) -> Tensor:
@@ -282,9 +283,9 @@ class DCAE(nn.Module):
 def diffusers_config(config: DCAEConfig) -> dict:
     """The arguments of diffusers' AutoencoderDC; f64c128's decoder has batch norm and ReLU where it has no attention."""
     linear = config.attention_stages
-    plain = len(config.widths) - linear
-    blocks = ("ResBlock",) * plain + ("EfficientViTBlock",) * linear
-    old = config.decoder_norm == "batch_norm"
+    convolutional = len(config.widths) - linear
+    blocks = ("ResBlock",) * convolutional + ("EfficientViTBlock",) * linear
+    is_batch_norm = config.decoder_norm == "batch_norm"
     return {
         "latent_channels": config.channels,
         "encoder_block_types": blocks,
@@ -295,33 +296,33 @@ def diffusers_config(config: DCAEConfig) -> dict:
         "decoder_layers_per_block": config.decoder_layers,
         "encoder_qkv_multiscales": ((),) * len(config.widths),
         "decoder_qkv_multiscales": ((),) * len(config.widths),
-        "decoder_norm_types": (config.decoder_norm,) * plain + ("rms_norm",) * linear,
-        "decoder_act_fns": ("relu" if old else "silu",) * plain + ("silu",) * linear,
+        "decoder_norm_types": (config.decoder_norm,) * convolutional + ("rms_norm",) * linear,
+        "decoder_act_fns": ("relu" if is_batch_norm else "silu",) * convolutional + ("silu",) * linear,
     }
 
 
 def load_dc_ae(config: DCAEConfig) -> DCAE:
-    """The image codec in `config.path` (config.json and its safetensors, diffusers' layout) under temporal modules that do nothing
-    yet. Raises UserError for a missing file, other sizes than the config's, and a tensor that does not fit."""
+    """The image codec in `config.path` (config.json and its safetensors, diffusers' layout) with zero-initialised temporal
+    modules. Raises UserError for a missing file, other sizes than the config's, and a tensor of another shape."""
     assert config.path is not None
     path = config.path / "vae" if (config.path / "vae" / "config.json").is_file() else config.path
-    facts = read_json(path / "config.json")
-    if facts.get("_class_name") != "AutoencoderDC":
+    published = read_json(path / "config.json")
+    if published.get("_class_name") != "AutoencoderDC":
         raise UserError(f"no DC-AE: {path} has no config.json of AutoencoderDC; {WHERE}")
-    for name, want in diffusers_config(config).items():
-        if name in facts and _plain(facts[name], len(config.widths)) != _plain(want, len(config.widths)):
+    for name, expected in diffusers_config(config).items():
+        if name in published and _plain(published[name], len(config.widths)) != _plain(expected, len(config.widths)):
             raise UserError(
-                f"codec: {name} is {facts[name]} in {path / 'config.json'}, the recipe's sizes give {want}; say the former"
+                f"codec: {name} is {published[name]} in {path / 'config.json'}, the recipe's sizes give {expected}; use the former"
             )
     tensors = read_tensors(path / WEIGHTS, WHERE)
     codec = DCAE(config)
     load_strict(codec.network, tensors, path / WEIGHTS, WHERE, assign=True)
-    codec.std.fill_(1 / facts.get("scaling_factor", 1.0))
+    codec.std.fill_(1 / published.get("scaling_factor", 1.0))
     return codec.float().eval().requires_grad_(False)
 
 
 def _plain(value, stages: int):
-    """Tuples as lists, one word for every stage as a list of them."""
+    """Tuples as lists, a string for all stages as a list of it."""
     if isinstance(value, str):
         return [value] * stages
     return (
@@ -331,11 +332,11 @@ def _plain(value, stages: int):
     )
 
 
-def _silence(layer: nn.Module) -> None:
+def _zero_init(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
-def _wide(value: Tensor) -> Tensor:
-    """fp32 at least, as what is subtracted from its like has to be."""
+def _at_least_fp32(value: Tensor) -> Tensor:
+    """At least fp32: differences of similar values lose precision in half types."""
     return value.to(torch.promote_types(value.dtype, torch.float32))

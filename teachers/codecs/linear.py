@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
@@ -25,21 +26,21 @@ class CodecConfig:
     def load(self, folder: Path, height: int, width: int) -> "EigenCodec":
         """The codec of `folder`/codec.safetensors; UserError where it is missing, damaged or of another size."""
         codec, path = EigenCodec(self, height, width), folder / "codec.safetensors"
-        load_strict(codec, read_tensors(path, MEND), path, MEND, assign=True)
+        load_strict(codec, read_tensors(path, HINT), path, HINT, assign=True)
         return codec
 
 
-MEND = "export the student again"
-DecoderState = tuple[Tensor, ...]  # what a streaming decoder knows of the past: a value, () where it needs nothing
+HINT = "export the student again"
+DecoderState = tuple[Tensor, ...]  # cached past of a streaming decoder, an immutable value; () where it needs none
 
 
 class EigenCodec(nn.Module):
     """Principal components of [3, stride, H, W] frame groups, scaled by eigenvalue^-1/4 (half whitening).
 
     Video [B, 3, T, H, W] in [-1, 1] with T = 1 + stride (F - 1) <-> latents [B, C, F, H/patch, W/patch]; component i lies in
-    cell i mod cells, so each cell holds coarse and fine ones. The first pixel frame alone is the first latent (held still for
-    `stride` frames), as in Wan's causal VAE. Decoding is frame-wise: a stream decoded in pieces equals the whole decode. It draws
-    what it was fitted on; a foreign picture becomes its projection.
+    cell i mod cells, so each cell has coarse and fine ones. The first pixel frame alone is the first latent (repeated for
+    `stride` frames), as in Wan's causal VAE. Decoding is frame-wise: a stream decoded in pieces equals the whole decode. It
+    reconstructs clips like those it was fitted on; any other video becomes its projection.
     """
 
     mean: Tensor
@@ -56,7 +57,7 @@ class EigenCodec(nn.Module):
         self.register_buffer("scale", torch.ones(count))
 
     def _groups(self, video: Tensor) -> Tensor:
-        """[B, 3, T, H, W] -> [B, F, 3*stride*H*W]; ValueError on a size or length that has no latents."""
+        """[B, 3, T, H, W] -> [B, F, 3*stride*H*W]; ValueError for a size or length without latents."""
         stride = self.config.stride
         if (video.shape[2] - 1) % stride or (video.shape[1], *video.shape[3:]) != (3, *self.size[2:]):
             size = (3, f"1 + {stride} (F - 1)", *self.size[2:])
@@ -65,8 +66,8 @@ class EigenCodec(nn.Module):
         return video.unflatten(2, (-1, stride)).transpose(1, 2).flatten(2)
 
     @torch.no_grad()
-    def fit(self, video: Tensor, seed: int = 0, rounds: int = 4) -> "EigenCodec":
-        """Principal components of video [N, 3, T, H, W] by randomised subspace iteration (Halko et al. 0909.4061, alg. 4.4)."""
+    def fit(self, video: Float[Tensor, "n 3 t h w"], seed: int = 0, rounds: int = 4) -> "EigenCodec":
+        """Fit principal components to video [N, 3, T, H, W]: randomised subspace iteration (Halko et al. 0909.4061, alg. 4.4)."""
         groups = self._groups(video).flatten(0, 1).float()
         mean = groups.mean(dim=0)
         centred = groups - mean
@@ -86,28 +87,30 @@ class EigenCodec(nn.Module):
         self.scale[: basis.shape[0]] = half * (values * half**2).mean().rsqrt()
         return self
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]."""
         coded = (self._groups(video) - self.mean) @ self.basis.T * self.scale
         return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
         """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]."""
         return self.decode_chunk(latents)[0]
 
-    def decode_chunk(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream begins, and
+    def decode_chunk(
+        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
         its first latent gives one pixel frame, not `stride`."""
         groups = (latents.transpose(1, 2).flatten(2) / self.scale) @ self.basis + self.mean
         video = groups.unflatten(2, self.size).transpose(1, 2).flatten(2, 3)
         return (video[:, :, self.config.stride - 1 :] if state is None else video).clamp(-1, 1), ()
 
 
-def to_uint8(video: Tensor) -> Tensor:
+def to_uint8(video: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """[-1, 1] float -> 0..255."""
     return (video.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
-def to_float(video: Tensor) -> Tensor:
+def to_float(video: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """0..255 -> [-1, 1] float."""
     return video.float() / 127.5 - 1

@@ -1,19 +1,20 @@
 """TAEHV, the tiny autoencoder of Ollin Boer Bohan for the latents of large video models (github.com/madebyollin/taehv, MIT).
 
-Wan2.1's weights, `taew2_1`, decode some 25 times cheaper than Wan's own VAE and are a little softer. The network is written anew
-from the published layout; layers keep their published positions, which are the names of the weights.
+With Wan2.1's weights, `taew2_1`, decoding is some 25 times cheaper than by Wan's own VAE and a little softer. The network
+follows the published layout; layers keep their published positions, which are the names of the weights.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
 from teachers.codecs.linear import CodecConfig, DecoderState
-from teachers.codecs.wan_vae import check_geometry, check_latents, check_video, recording
+from teachers.codecs.wan_vae import check_geometry, check_latents, check_video, gradients_if
 from teachers.errors import UserError
 
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
@@ -22,7 +23,7 @@ OTHERS = ("taehv", "taecvx", "taeos1_3")  # the same names and shapes for the la
 
 
 class MemoryBlock(nn.Module):
-    """relu(convolutions([x_t, x_t-1]) + x_t): a frame sees the frame before it, at this depth."""
+    """relu(convolutions([x_t, x_t-1]) + x_t): features of a frame and of the frame before it, at this depth."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,7 +35,7 @@ class MemoryBlock(nn.Module):
         return torch.relu(x + self.conv(torch.cat((x, before), dim=1)))
 
 
-class TrainSet(nn.Module):
+class Pool(nn.Module):
     """`stride` frames -> one, [B n, C, H, W] -> [B n / stride, C, H, W]: their channels side by side, then a 1 x 1 convolution."""
 
     def __init__(self, width: int, stride: int):
@@ -47,7 +48,7 @@ class TrainSet(nn.Module):
 
 
 class Grow(nn.Module):
-    """One frame -> `stride` frames, [B n, C, H, W] -> [B n stride, C, H, W]: a 1 x 1 convolution, its channels in turn."""
+    """One frame -> `stride` frames, [B n, C, H, W] -> [B n stride, C, H, W]: a 1 x 1 convolution, its channels in order."""
 
     def __init__(self, width: int, stride: int):
         super().__init__()
@@ -79,7 +80,7 @@ class TAEHVConfig:
         return False
 
     def load(self, folder: Path, height: int, width: int) -> "TAEHV":
-        """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""
+        """The frozen codec, for frames of any size. UserError where it has another geometry."""
         codec = load_taehv(self.path)
         check_geometry(self, codec.config, self.path)
         return codec
@@ -88,11 +89,11 @@ class TAEHVConfig:
 class TAEHV(nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, 16, F, H/8, W/8], T = 1 + 4 (F - 1), both fp32.
 
-    Latents are those of the diffusion model as they are, normalised: no mean or deviation is applied here. Decoding is causal: each
+    Latents are the diffusion model's, normalised already: no mean or deviation is applied here. Decoding is causal: each
     latent gives four frames, of which the first latent of a stream keeps its last. Encoding looks ahead: latent i is made of frames
-    4i .. 4i + 3 and the past, the last frame standing for those after the clip. A clip goes through one latent frame at a time,
-    so a decode in chunks equals the whole one bit for bit. The network is frozen; with `differentiable` gradients pass through to
-    the video or the latents, without it nothing is recorded.
+    4i .. 4i + 3 and the past, the last frame repeated after the clip. A clip is processed one latent frame at a time,
+    so a decode in chunks equals the whole one bit for bit. The network is frozen; with `differentiable` gradients flow to the
+    video or the latents, without it no graph is recorded.
     """
 
     def __init__(
@@ -125,11 +126,11 @@ class TAEHV(nn.Module):
         )
         self.eval().requires_grad_(False)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
         stride, state, latents = self.config.stride, None, []
-        with recording(self.differentiable):
+        with gradients_if(self.differentiable):
             frames = ((video.float() + 1) / 2).to(self._dtype).transpose(1, 2)
             frames = torch.cat((frames, frames[:, -1:].expand(-1, stride - 1, -1, -1, -1)), dim=1)
             for group in frames.split(stride, dim=1):
@@ -137,17 +138,19 @@ class TAEHV(nn.Module):
                 latents.append(latent.transpose(1, 2))
             return torch.cat(latents, dim=2).float()
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
         """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
         return self.decode_chunk(latents)[0]
 
-    def decode_chunk(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream begins, and
-        its first latent gives one pixel frame, not four. A state holds the last frame that each memory block saw; it is never
-        written to, so a stream can go on from any state it had. Raises UserError."""
+    def decode_chunk(
+        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
+        its first latent gives one pixel frame, not four. A state has the last input frame of each memory block and is never
+        written in place, so a stream can resume from any earlier state. Raises UserError."""
         check_latents(latents, self.config, state)
         pixels = []
-        with recording(self.differentiable):
+        with gradients_if(self.differentiable):
             for latent in latents.to(self._dtype).transpose(1, 2).split(1, dim=1):
                 skipped = self.config.stride - 1 if state is None else 0
                 frames, state = _run(self.decoder, latent, state)
@@ -161,26 +164,26 @@ class TAEHV(nn.Module):
 
 
 def load_taehv(path: str | Path, dtype: torch.dtype = torch.float32, differentiable: bool = False) -> TAEHV:
-    """`taew2_1`, a file (.safetensors, .pth) or the folder with it; widths are read off its shapes.
+    """`taew2_1`, a file (.safetensors, .pth) or the folder with it; widths are inferred from its shapes.
 
     Nothing but tensors is unpickled, and every tensor must fit. The weights are published in fp16; `dtype` is what they become.
-    Hunyuan's, CogVideoX's and Open-Sora's files have the same names and shapes, so only their file names can give them away. Raises
+    Hunyuan's, CogVideoX's and Open-Sora's files have the same names and shapes, so only file names tell them apart. Raises
     UserError.
     """
     path = Path(path)
     options = [path / name for name in FILES] if path.is_dir() else [path]
-    found = next((option for option in options if option.is_file()), options[0])
-    if found.stem in OTHERS:
-        raise UserError(f"weights for another model's latents: {found}; {WHERE}")
-    tensors = read_tensors(found, WHERE)
+    file = next((option for option in options if option.is_file()), options[0])
+    if file.stem in OTHERS:
+        raise UserError(f"weights for another model's latents: {file}; {WHERE}")
+    tensors = read_tensors(file, WHERE)
     names = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight", "encoder.0.weight")
     ends = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 4]
     if len(ends) < len(names):
-        raise UserError(f"not TAEHV's weights: {found} lacks one of {', '.join(names)}; {WHERE}")
+        raise UserError(f"not TAEHV's weights: {file} lacks one of {', '.join(names)}; {WHERE}")
     first, second, third, fourth, encoder_width = (len(end) for end in ends)
     with torch.device("meta"):
         codec = TAEHV((first, second, third, fourth), encoder_width, ends[0].shape[1], differentiable)
-    load_strict(codec, tensors, found, WHERE, assign=True)
+    load_strict(codec, tensors, file, WHERE, assign=True)
     return codec.to(dtype)
 
 
@@ -191,7 +194,7 @@ def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
 def _down(width: int, stride: int) -> list[nn.Module]:
     """Five positions: frames / stride, side / 2."""
     halve = _conv(width, width, stride=2, bias=False)
-    return [TrainSet(width, stride), halve, *(MemoryBlock(width) for _ in range(3))]
+    return [Pool(width, stride), halve, *(MemoryBlock(width) for _ in range(3))]
 
 
 def _up(width: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -201,15 +204,15 @@ def _up(width: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 def _run(layers: nn.Sequential, frames: Tensor, state: DecoderState | None) -> tuple[Tensor, DecoderState]:
-    """Frames [B, n, C, H, W] through the layers; `state` is what each memory block saw last, None: nothing (zeros) yet."""
-    batch, seen = len(frames), []
+    """Frames [B, n, C, H, W] through the layers; `state`: the last input frame of each memory block, None for zeros."""
+    batch, new_state = len(frames), []
     x = frames.contiguous().flatten(0, 1)
     for layer in layers:
         if isinstance(layer, MemoryBlock):
             clip = x.unflatten(0, (batch, -1))
-            last = torch.zeros_like(clip[:, :1]) if state is None else state[len(seen)].unsqueeze(1)
-            seen.append(clip[:, -1].clone())
+            last = torch.zeros_like(clip[:, :1]) if state is None else state[len(new_state)].unsqueeze(1)
+            new_state.append(clip[:, -1].clone())
             x = layer(x, torch.cat((last, clip[:, :-1]), dim=1).flatten(0, 1))
         else:
             x = layer(x)
-    return x.unflatten(0, (batch, -1)), tuple(seen)
+    return x.unflatten(0, (batch, -1)), tuple(new_state)

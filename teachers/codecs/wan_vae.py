@@ -1,4 +1,4 @@
-"""Wan2.1's causal video autoencoder as a codec: diffusers' network, its feature cache turned into a value."""
+"""Wan2.1's causal video autoencoder as a codec: diffusers' network, its feature cache as an immutable state."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
@@ -35,7 +36,7 @@ class WanVAEConfig:
         return False
 
     def load(self, folder: Path, height: int, width: int) -> "WanVAE":
-        """The frozen codec, whatever the size of the picture. UserError where it has another geometry."""
+        """The frozen codec, for frames of any size. UserError where it has another geometry."""
         codec = load_wan_vae(self.path)
         check_geometry(self, codec.config, self.path)
         return codec
@@ -45,54 +46,56 @@ class WanVAEConfig:
         AutoencoderKLWan(base_dim=4, num_res_blocks=1).save_pretrained(folder / "vae")
 
 
-NOTHING_YET = "Rep"  # diffusers' word in a temporal upsampler's slot after the first latent; a state has size 0 there
+NOTHING_YET = "Rep"  # diffusers' marker in a temporal upsampler's slot after the first latent; a state has size 0 there
 
 
 class WanVAE(nn.Module):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, 16, F, H/8, W/8], T = 1 + 4 (F - 1), both fp32.
 
     Latents are the posterior's mean, normalised per channel as (mu - latents_mean) / latents_std of the network's config, in fp32
-    whatever dtype the weights have. The first pixel frame alone is the first latent; both ways are causal. A clip goes through
-    the network one latent frame at a time, never in tiles (they shift the colours at 512 x 512), so activations do not grow with
+    whatever dtype the weights have. The first pixel frame alone is the first latent; both ways are causal. A clip is
+    processed one latent frame at a time, never in tiles (they shift the colours at 512 x 512), so activations do not grow with
     its length and a decode in chunks equals the whole one bit for bit. The network is frozen; with `differentiable` gradients
-    pass through to the video or the latents, without it nothing is recorded.
+    flow to the video or the latents, without it no graph is recorded.
     """
 
     def __init__(self, network: AutoencoderKLWan, differentiable: bool = False):
         super().__init__()
-        facts = network.config
-        channels, patch_size = facts["z_dim"], facts["patch_size"]
-        self.mean, self.std = tuple(facts["latents_mean"]), tuple(facts["latents_std"])
+        sizes = network.config
+        channels, patch_size = sizes["z_dim"], sizes["patch_size"]
+        self.mean, self.std = tuple(sizes["latents_mean"]), tuple(sizes["latents_std"])
         if patch_size is not None or not len(self.mean) == len(self.std) == channels:
             raise UserError(f"not Wan2.1's VAE: patch_size {patch_size}, z_dim {channels}; {WHERE}")
         self.network = network.eval().requires_grad_(False)
         self.differentiable = differentiable
-        stride, patch = 2 ** sum(facts["temperal_downsample"]), 2 ** (len(facts["dim_mult"]) - 1)
+        stride, patch = 2 ** sum(sizes["temperal_downsample"]), 2 ** (len(sizes["dim_mult"]) - 1)
         self.config = CodecConfig(stride=stride, patch=patch, channels=channels)
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
         stride = self.config.stride
         groups = [1] + [stride] * ((video.shape[2] - 1) // stride)
         cache, means = _cache(self.network.encoder, ()), []
-        with recording(self.differentiable):
+        with gradients_if(self.differentiable):
             for group in video.to(self._dtype).split(groups, dim=2):
                 moments = self.network.encoder(group.contiguous(), feat_cache=cache, feat_idx=[0])
                 means.append(self.network.quant_conv(moments)[:, : self.config.channels])
             return (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
         """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
         return self.decode_chunk(latents)[0]
 
-    def decode_chunk(self, latents: Tensor, state: DecoderState | None = None) -> tuple[Tensor, DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream begins, and
-        its first latent gives one pixel frame, not `stride`. A state holds the last one or two frames that each temporal
-        convolution saw; it is never written to, so a stream can go on from any state it had. Raises UserError."""
+    def decode_chunk(
+        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
+        its first latent gives one pixel frame, not `stride`. A state has the last one or two input frames of each temporal
+        convolution and is never written in place, so a stream can resume from any earlier state. Raises UserError."""
         check_latents(latents, self.config, state)
         pixels = []
-        with recording(self.differentiable):
+        with gradients_if(self.differentiable):
             raw = (latents.float() * _row(self.std, latents.device) + _row(self.mean, latents.device)).to(self._dtype)
             for latent in raw.split(1, dim=2):
                 cache = _cache(self.network.decoder, state or ())
@@ -114,48 +117,50 @@ class WanVAE(nn.Module):
 def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, differentiable: bool = False) -> WanVAE:
     """A diffusers model folder or its vae/, a folder with Wan2.1_VAE.pth, or one file (.pth, .safetensors) in either naming.
 
-    A single file has no config: widths are read off its shapes, the rest is Wan2.1's. Nothing but tensors is unpickled, and every
+    A single file has no config: widths are by its shapes, the rest is Wan2.1's. Nothing but tensors is unpickled, and every
     tensor must fit. `dtype` is that of the weights: fp32 is what Wan2.1 is published and run in. Raises UserError.
     """
     path = Path(path)
     options = (path / "vae" / "config.json", path / ORIGINAL, path / "config.json") if path.is_dir() else (path,)
-    found = next((option for option in options if option.is_file()), None)
-    if found is None:
+    file = next((option for option in options if option.is_file()), None)
+    if file is None:
         raise UserError(f"no Wan VAE: {path} is no weight file and has no vae/config.json and no {ORIGINAL}; {WHERE}")
-    if found.name == "config.json":
-        facts = _read_config(found)
-        found = found.with_name("diffusion_pytorch_model.safetensors")
-        tensors = read_tensors(found, WHERE)
+    if file.name == "config.json":
+        config = _read_config(file)
+        file = file.with_name("diffusion_pytorch_model.safetensors")
+        tensors = read_tensors(file, WHERE)
     else:
-        tensors = convert_wan_vae_to_diffusers(read_tensors(found, WHERE))
+        tensors = convert_wan_vae_to_diffusers(read_tensors(file, WHERE))
         names = ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")
         ends = [tensors[name] for name in names if name in tensors and tensors[name].ndim == 5]
         if len(ends) < len(names):
-            raise UserError(f"not a Wan VAE: {found} has no encoder.conv1, decoder.head.2 and conv2 weights; {WHERE}")
-        facts = {"base_dim": len(ends[0]), "decoder_base_dim": ends[1].shape[1], "z_dim": len(ends[2])}
+            raise UserError(f"not a Wan VAE: {file} has no encoder.conv1, decoder.head.2 and conv2 weights; {WHERE}")
+        config = {"base_dim": len(ends[0]), "decoder_base_dim": ends[1].shape[1], "z_dim": len(ends[2])}
     try:
         with torch.device("meta"):
-            codec = WanVAE(AutoencoderKLWan(**facts), differentiable)
+            codec = WanVAE(AutoencoderKLWan(**config), differentiable)
     except TypeError as error:
         raise UserError(f"not the config of a Wan VAE: {path} ({error}); {WHERE}") from error
-    load_strict(codec.network, tensors, found, WHERE, assign=True)
+    load_strict(codec.network, tensors, file, WHERE, assign=True)
     return codec.to(dtype)
 
 
-def check_geometry(said, found: CodecConfig, path: Path) -> None:
-    """UserError unless a codec has the geometry that its config says."""
-    want, have = ((c.stride, c.patch, c.channels) for c in (said, found))
-    if want != have:
-        raise UserError(f"codec: (stride, patch, channels) is {want}, the weights have {have}: {path}; say the latter")
+def check_geometry(config: Geometry, weights: Geometry, path: Path) -> None:
+    """UserError unless the weights have the geometry of the recipe's config."""
+    expected, actual = ((c.stride, c.patch, c.channels) for c in (config, weights))
+    if expected != actual:
+        raise UserError(
+            f"codec: (stride, patch, channels) is {expected}, the weights have {actual}: {path}; use the latter"
+        )
 
 
 def check_video(video: Tensor, config: Geometry) -> None:
     """UserError unless video is floats [B, 3, T, H, W] with T = 1 + stride (F - 1), H and W multiples of patch."""
     stride, patch, shape = config.stride, config.patch, list(video.shape)
-    right = len(shape) == 5 and all(shape) and shape[1] == 3 and (shape[2] - 1) % stride == 0
-    if not right or shape[3] % patch or shape[4] % patch or not video.is_floating_point():
-        wanted = f"floats [B, 3, 1 + {stride} (F - 1), {patch} h, {patch} w] in [-1, 1]"
-        raise UserError(f"video: got {video.dtype} {shape}, the codec takes {wanted}")
+    is_video = len(shape) == 5 and all(shape) and shape[1] == 3 and (shape[2] - 1) % stride == 0
+    if not is_video or shape[3] % patch or shape[4] % patch or not video.is_floating_point():
+        expected = f"floats [B, 3, 1 + {stride} (F - 1), {patch} h, {patch} w] in [-1, 1]"
+        raise UserError(f"video: got {video.dtype} {shape}, the codec takes {expected}")
 
 
 def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None) -> None:
@@ -164,33 +169,33 @@ def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None)
     if len(shape) != 5 or not all(shape) or shape[1] != config.channels or not latents.is_floating_point():
         raise UserError(f"latents: got {latents.dtype} {shape}, the codec takes floats [B, {config.channels}, F, h, w]")
     if state is not None and (not state or [len(state[0]), *state[0].shape[-2:]] != [shape[0], *shape[3:]]):
-        past = list(state[0].shape) if state else "nothing"
-        raise UserError(f"state: it holds {past}, the latents are {shape}; go on with the state of the same stream")
+        cached = list(state[0].shape) if state else "empty"
+        raise UserError(f"state: it is {cached}, the latents are {shape}; pass the state of the same stream")
 
 
-def recording(differentiable: bool) -> torch.set_grad_enabled:
-    """Autograd on where the caller has it on and the codec is differentiable, else off."""
+def gradients_if(differentiable: bool) -> torch.set_grad_enabled:
+    """A context with autograd on where the caller has it on and the codec is differentiable, else off."""
     return torch.set_grad_enabled(differentiable and torch.is_grad_enabled())
 
 
 def _cache(network: nn.Module, state: Sequence[Tensor]) -> list:
-    """A feature cache as the network writes it: a slot for each temporal convolution, and some more that stay empty."""
+    """A feature cache in the network's layout: a slot for each temporal convolution, and some more that stay empty."""
     slots = [slot if slot.numel() else NOTHING_YET for slot in state]
     return slots + [None] * (sum(isinstance(module, nn.Conv3d) for module in network.modules()) - len(slots))
 
 
 @lru_cache(maxsize=16)
 def _row(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """One number a channel, fp32 [1, C, 1, 1, 1]; made once for each device, as a copy to it would stall a stream."""
+    """One number a channel, fp32 [1, C, 1, 1, 1]; cached for each device, as a copy to it would stall a stream."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
 
 
 def _read_config(path: Path) -> dict:
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"damaged config: {path} ({error}); {WHERE}") from error
-    if not isinstance(facts, dict) or facts.get("_class_name") != "AutoencoderKLWan":
+    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKLWan":
         raise UserError(f"not the config of a Wan VAE: {path} is not that of AutoencoderKLWan; {WHERE}")
-    return {name: value for name, value in facts.items() if not name.startswith("_")}
+    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from teachers.errors import UserError
@@ -14,36 +15,36 @@ SAMPLE_RATE = 16_000
 
 @dataclass(frozen=True, kw_only=True)
 class AudioConfig:
-    """Log-mel columns of `window` samples every `hop` samples; a pixel frame's row stacks the columns inside it."""
+    """Log-mel spectrogram columns of `window` samples every `hop` samples; a pixel frame's row stacks the columns inside it."""
 
     num_mels: int = 20
     hop: int = 320
     window: int = 512
 
     def dim(self, samples_per_frame: int) -> int:
-        """Numbers of a row."""
+        """Number of features of a row."""
         return self.num_mels * samples_per_frame // self.hop
 
     def load(self, samples_per_frame: int) -> "LogMel":
-        """The ears; they have no weights."""
+        """The audio encoder, which has no weights."""
         return LogMel(self, samples_per_frame)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoAudioConfig:
-    """A network that hears nothing: plain text-to-video."""
+    """No audio condition: plain text-to-video."""
 
     def dim(self, samples_per_frame: int) -> int:
-        """Numbers of a row."""
+        """Number of features of a row."""
         return 0
 
     def load(self, samples_per_frame: int) -> "NoAudio":
-        """The ears; they have no weights."""
+        """The audio encoder, which has no weights."""
         return NoAudio(samples_per_frame)
 
 
 class NoAudio(nn.Module):
-    """Rows [.., T, 0]: the sound sets the length and nothing else."""
+    """Rows [.., T, 0]: the audio determines the length only."""
 
     dim = lookback = lookahead = 0
 
@@ -51,22 +52,26 @@ class NoAudio(nn.Module):
         super().__init__()
         self.samples_per_frame = samples_per_frame
 
-    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    def forward(
+        self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None
+    ) -> Float[Tensor, "*batch rows features"]:
         last = -(-audio.shape[-1] // self.samples_per_frame) if last is None else last
         return self.rows(audio, first, last)
 
-    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
+    def rows(
+        self, window: Float[Tensor, "*batch samples"], first: int, last: int
+    ) -> Float[Tensor, "*batch rows features"]:
         return window.new_zeros(*window.shape[:-1], last - first, 0)
 
     def of_clip(self, audio: Tensor, num_frames: int) -> None:
-        """A whole clip has the same rows."""
+        """None: the rows of a whole clip are the same."""
 
 
 class LogMel(nn.Module):
     """Bounded-window audio features, the same whole-clip or streaming.
 
     Row t of [.., T, A] covers samples t*n - lookback .. (t+1)*n + lookahead, n = samples_per_frame. Nothing is normalised over
-    the clip, so a stream needs no more future than that.
+    the clip, so a stream needs no other samples.
     """
 
     bank: Tensor
@@ -89,9 +94,11 @@ class LogMel(nn.Module):
         self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
 
     def of_clip(self, audio: Tensor, num_frames: int) -> None:
-        """A whole clip has the same rows."""
+        """None: the rows of a whole clip are the same."""
 
-    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    def forward(
+        self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None
+    ) -> Float[Tensor, "*batch rows features"]:
         """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A]; samples outside the clip are silence."""
         n = self.samples_per_frame
         last = -(-audio.shape[-1] // n) if last is None else last
@@ -100,8 +107,10 @@ class LogMel(nn.Module):
         left = min(max(-start, 0), stop - start)
         return self.rows(nn.functional.pad(inner, (left, stop - start - left - inner.shape[-1])), first, last)
 
-    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
-        """The same rows from exactly the samples that they need: window [.., lookback + (last - first) n + lookahead]."""
+    def rows(
+        self, window: Float[Tensor, "*batch samples"], first: int, last: int
+    ) -> Float[Tensor, "*batch rows features"]:
+        """The same rows from exactly the samples that they depend on: window [.., lookback + (last - first) n + lookahead]."""
         columns = window.unfold(-1, self.config.window, self.config.hop) * self.taper
         power = torch.fft.rfft(columns).abs().square() @ self.bank
         mel = (torch.log(power + 1e-7) + 8.0) / 6.0
@@ -165,17 +174,18 @@ class TextEncoder(nn.Module):
         return cls(tokenizer, model, config.max_tokens)
 
     def count(self, text: str) -> int:
-        """Tokens of a text, uncut."""
+        """Number of tokens of a text before truncation."""
         return len(self.tokenizer(text)["input_ids"])
 
-    def tokens(self, text: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, L], padded to max_tokens and cut there."""
+    def tokens(self, text: list[str]) -> tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]:
+        """Token ids and mask [B, L], padded and truncated to max_tokens."""
         out = self.tokenizer(
             text, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
         )
         return out["input_ids"], out["attention_mask"]
 
-    def forward(self, text: list[str]) -> Tensor:
+    def forward(self, text: list[str]) -> Float[Tensor, "b l d"]:
+        """Features [B, max_tokens, D], zero where padded."""
         ids, mask = self.tokens(text)
         device = next(self.model.parameters()).device
         features = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
@@ -188,6 +198,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int) -> "TextEncoder":
+        """The frozen encoder of a folder that `save` wrote; OSError or ValueError where it cannot be read."""
         from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

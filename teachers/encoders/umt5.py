@@ -1,4 +1,4 @@
-"""umT5-xxl as Wan reads text with it: text cleaned as Wan cleans it, 512 tokens, padding zeroed after encoding."""
+"""umT5-xxl, Wan's text encoder, with Wan's text cleaning: 512 tokens, padding zeroed after encoding."""
 
 import html
 import re
@@ -20,7 +20,7 @@ DIFFUSERS = "text_encoder/ and tokenizer/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers fr
 ORIGINAL = "models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/ of Wan-AI/Wan2.1-T2V-1.3B from the Hugging Face hub"
 TINY_WORDS = ("a", "person", "someone", "the", "and", "nods", "smiles", "talks", "head", "shakes", "still", "looks")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
-PLAIN = re.compile(r"(?!.*&\w+;)[ -~\t\n\r\f]*", re.DOTALL)  # what ftfy leaves alone, entities resolved
+PLAIN = re.compile(r"(?!.*&\w+;)[ -~\t\n\r\f]*", re.DOTALL)  # what ftfy does not change, entities resolved
 
 NAMES = {
     "token_embedding": "shared",
@@ -40,10 +40,10 @@ NAMES = {
 
 
 def clean(text: str) -> str:
-    """`text` as Wan cleans it: ftfy, HTML entities unescaped twice, every run of white space one blank.
+    """Wan's text cleaning: ftfy, HTML entities unescaped twice, runs of white space replaced by one blank.
 
-    ftfy changes curly quotes and full-width signs among others (Wan's own negative prompt has them); diffusers leaves it out
-    without a word where it is not installed. Here that is a UserError, unless the text is plain ASCII, which needs no ftfy.
+    ftfy changes curly quotes and full-width signs among others (Wan's own negative prompt has them); diffusers
+    silently skips it where it is not installed. Here that is a UserError, unless the text is plain ASCII, which needs no ftfy.
     """
     try:
         from ftfy import fix_text  # pyright: ignore[reportMissingImports]
@@ -65,13 +65,13 @@ class UMT5Config:
     fitted: ClassVar[bool] = False
 
     def load(self, folder: Path) -> "UMT5":
-        """The frozen encoder in bf16, as published. UserError names what is missing or does not fit."""
+        """The frozen encoder in bf16, as published. UserError lists what is missing or of another shape."""
         if (own := self.path / "models_t5_umt5-xxl-enc-bf16.pth").is_file():
             encoder = UMT5.load_original(own, self.path / "google" / "umt5-xxl", self.max_tokens)
         else:
             encoder = UMT5.load(self.path, self.max_tokens)
         if (width := encoder.model.config.d_model) != self.dim:
-            raise UserError(f"umt5: dim={self.dim}, the weights have {width}: {self.path}; say the latter")
+            raise UserError(f"umt5: dim={self.dim}, the weights have {width}: {self.path}; use the latter")
         return encoder
 
     def write_random(self, folder: Path) -> None:
@@ -90,11 +90,11 @@ class UMT5(TextEncoder):
     """Tokenizer + UMT5EncoderModel; features [B, 512, D] of cleaned text in the model's precision, zero where padded."""
 
     def count(self, text: str) -> int:
-        """Tokens of a text once it is cleaned, uncut."""
+        """Number of tokens of a cleaned text before truncation."""
         return super().count(clean(text))
 
     def tokens(self, text: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask [B, L] of the cleaned text, padded to max_tokens and cut there."""
+        """Token ids and mask [B, L] of the cleaned text, padded and truncated to max_tokens."""
         return super().tokens([clean(one) for one in text])
 
     def save(self, folder: Path) -> None:
@@ -104,7 +104,7 @@ class UMT5(TextEncoder):
 
     @classmethod
     def load(cls, folder: Path, max_tokens: int = 512, dtype: torch.dtype = torch.bfloat16) -> "UMT5":
-        """From text_encoder/ and tokenizer/ of a local diffusers folder of Wan. UserError names what is missing or does not fit."""
+        """From text_encoder/ and tokenizer/ of a local diffusers folder of Wan. UserError lists missing or mismatched tensors."""
         from transformers import UMT5EncoderModel
 
         folder = Path(folder)
@@ -126,14 +126,14 @@ class UMT5(TextEncoder):
 
 
 def from_original(tensors: Mapping[str, Tensor], where: Path, dtype: torch.dtype):
-    """The frozen UMT5EncoderModel of weights with Wan's own names, its size read from their shapes.
+    """The frozen UMT5EncoderModel of weights with Wan's own names, its size inferred from their shapes.
 
-    Nothing that has `dtype` already is copied. UserError lists names that are missing or unexpected and shapes that do not fit.
+    Nothing that has `dtype` already is copied. UserError lists missing and unexpected names and mismatched shapes.
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        refuse("it holds something else than named tensors", where, f"get {ORIGINAL}")
+        refuse("it is no mapping of names to tensors", where, f"get {ORIGINAL}")
     num_layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     names = {
         f"{wan}.weight".replace("N", str(i)): f"{ours}.weight".replace("N", str(i))

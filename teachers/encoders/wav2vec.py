@@ -1,4 +1,4 @@
-"""wav2vec2 as OmniAvatar hears with it: a whole clip as published, or a stream through bounded windows.
+"""wav2vec2, OmniAvatar's audio encoder: a whole clip as published, or a stream in bounded windows.
 
 T = pixel frames, n = samples of one, D = wav2vec2's width, A = D * (layers + 2): the last state and every state before it.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import describe, refuse
@@ -25,13 +26,13 @@ UNUSED = (r"lm_head\..*", r"masked_spec_embed")  # the published file has the fi
 class Wav2VecConfig:
     """wav2vec2 in the local folder `path`, whose rows have `features` numbers, and the windows of a stream in pixel frames.
 
-    Rows come in cells of `grid_frames` frames that begin at grid_start + k grid_frames, however the stream is cut. A cell is heard
-    with at least `lookback_frames` before it and `lookahead_frames` after it. With grid_start = 1 - stride, a cell of stride frames
-    is one latent frame and a cell of stride * chunk_frames is one chunk; larger cells are fewer windows a second. The default
-    look-back is what wav2vec2's positional convolution reaches.
+    Rows come in cells of `grid_frames` frames that begin at grid_start + k grid_frames, however the stream is split. A cell is
+    encoded with at least `lookback_frames` before it and `lookahead_frames` after it. With grid_start = 1 - stride, a cell of
+    stride frames is one latent frame and a cell of stride * chunk_frames is one chunk; larger cells are fewer windows a second.
+    The default look-back is the receptive field of wav2vec2's positional convolution.
 
-    With `whole_clip` bidirectional networks (teacher, fake score) hear the published rows of the whole clip, after
-    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk; the causal student hears the windows.
+    With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
+    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk; the causal student on the windows.
     """
 
     path: Path | None = None
@@ -51,17 +52,17 @@ class Wav2VecConfig:
             )
 
     def dim(self, samples_per_frame: int) -> int:
-        """Numbers of a row."""
+        """Number of features of a row."""
         return self.features
 
     def load(self, samples_per_frame: int) -> "Wav2Vec":
-        """The frozen ears. UserError names what is missing or does not fit."""
+        """The frozen audio encoder. UserError lists what is missing or of another shape."""
         if self.path is None:
             raise UserError(f"wav2vec2: no path; give the folder of {SOURCE}")
         audio_encoder = Wav2Vec.load(self.path, self, samples_per_frame)
         if audio_encoder.dim != self.features:
             raise UserError(
-                f"wav2vec2: features={self.features}, the weights give {audio_encoder.dim}: {self.path}; say the latter"
+                f"wav2vec2: features={self.features}, the weights give {audio_encoder.dim}: {self.path}; use the latter"
             )
         return audio_encoder
 
@@ -84,14 +85,14 @@ class Wav2VecConfig:
 
 
 class Wav2Vec(nn.Module):
-    """OmniAvatar's audio features, one row a pixel frame: `whole` for a clip, a call or `rows` for a stream.
+    """OmniAvatar's audio features, one row per pixel frame: `whole` for a clip, `forward` or `rows` for a stream.
 
-    A stream's rows first..last-1, whole cells, hear samples first*n - lookback .. last*n + lookahead and no others.
+    A stream's rows first..last-1, whole cells, depend on samples first*n - lookback .. last*n + lookahead and no others.
 
-    wav2vec2's features lie `hop` samples apart (20 ms) on a grid that begins with what is heard. A window begins where the whole
-    clip's grid falls on a frame, every `period` frames (8 at 16 fps, 1 at 25): off that grid the features are others altogether.
+    wav2vec2's features lie `hop` samples apart (20 ms) on a grid that begins with the first sample. A window begins where the whole
+    clip's grid falls on a frame, every `period` frames (8 at 16 fps, 1 at 25): off that grid the features differ completely.
     OmniAvatar makes first and last feature first and last row, so a row drifts by up to n - 400 samples over a clip (none at
-    25 fps); a stream has no last row, and its rows stand where that drift is on average.
+    25 fps); a stream has no last row, and its rows are placed at the mean drift.
     """
 
     def __init__(self, model, config: Wav2VecConfig, samples_per_frame: int, normalise: bool = True):
@@ -99,7 +100,7 @@ class Wav2Vec(nn.Module):
         shape = model.config
         if shape.do_stable_layer_norm:
             raise UserError(
-                "wav2vec2: do_stable_layer_norm is a larger model than OmniAvatar hears with; take wav2vec2-base-960h"
+                "wav2vec2: do_stable_layer_norm is of a larger model than OmniAvatar's; use wav2vec2-base-960h"
             )
         reach, self.hop = 1, math.prod(shape.conv_stride)
         for kernel, stride in zip(shape.conv_kernel[::-1], shape.conv_stride[::-1], strict=True):
@@ -120,24 +121,26 @@ class Wav2Vec(nn.Module):
 
     @classmethod
     def load(cls, folder: Path, config: Wav2VecConfig, samples_per_frame: int) -> "Wav2Vec":
-        """From a local Hugging Face folder, frozen, in fp32 as published. UserError names what is missing or does not fit."""
+        """From a local Hugging Face folder, frozen, in fp32 as published. UserError lists what is missing or of another shape."""
         from transformers import Wav2Vec2Model
 
         folder = Path(folder)
         require(folder, ["preprocessor_config.json", *model_files(folder)], SOURCE)
         model = load_pretrained(Wav2Vec2Model, folder, SOURCE, torch.float32, UNUSED)
-        facts = read_json(folder / "preprocessor_config.json")
-        if (rate := facts.get("sampling_rate")) != SAMPLE_RATE:
+        preprocessor = read_json(folder / "preprocessor_config.json")
+        if (rate := preprocessor.get("sampling_rate")) != SAMPLE_RATE:
             raise UserError(
                 f"sampling_rate is {rate}, not {SAMPLE_RATE}: {folder / 'preprocessor_config.json'}; get {SOURCE}"
             )
-        return cls(model, config, samples_per_frame, facts.get("do_normalize", True))
+        return cls(model, config, samples_per_frame, preprocessor.get("do_normalize", True))
 
-    def whole(self, audio: Tensor, num_frames: int, prefix: int = 0) -> Tensor:
+    def whole(
+        self, audio: Float[Tensor, "*batch samples"], num_frames: int, prefix: int = 0
+    ) -> Float[Tensor, "*batch {num_frames} features"]:
         """audio [.., S] at 16 kHz of a whole clip -> rows [.., num_frames, A], equal to OmniAvatar's (its scripts/inference.py).
 
-        The sound is normalised over the clip, then cut or padded with silence to the clip's length, never stretched; every row
-        depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound that many frames late: 1 for the
+        The sound is normalised over the clip, then truncated or padded with silence to its length, never stretched; every row
+        depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
         reference frame in OmniAvatar's inference, 0 in LiveTalk's. `conditions.pack_rows` then puts row 0 in front three times.
         """
         length = (num_frames - prefix) * self.samples_per_frame
@@ -148,18 +151,19 @@ class Wav2Vec(nn.Module):
         )
         return nn.functional.pad(rows, (0, 0, prefix, 0)).reshape(*audio.shape[:-1], num_frames, self.dim)
 
-    def of_clip(self, audio: Tensor, num_frames: int) -> Tensor | None:
-        """What bidirectional networks hear of a clip, [.., num_frames, A]; None where that is what a stream has."""
+    def of_clip(
+        self, audio: Float[Tensor, "*batch samples"], num_frames: int
+    ) -> Float[Tensor, "*batch {num_frames} features"] | None:
+        """Rows [.., num_frames, A] for bidirectional networks; None where they equal a stream's."""
         return self.whole(audio, num_frames, self.config.prefix_frames) if self.config.whole_clip else None
 
-    def silence(self, num_frames: int) -> Tensor:
-        """Rows [num_frames, A] of a silent wave, as OmniAvatar's training drops audio. Not zeros: those are in its guidance."""
-        return self.whole(torch.zeros(num_frames * self.samples_per_frame), num_frames)
+    def forward(
+        self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None
+    ) -> Float[Tensor, "*batch rows features"]:
+        """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A], as in a stream.
 
-    def forward(self, audio: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-        """audio [.., S] at 16 kHz -> rows first..last-1, [.., last - first, A], as a stream has them.
-
-        Before sample 0 there is nothing, after the last sample silence. Any split of the rows into calls gives the same bits.
+        Nothing precedes sample 0, silence follows the last sample. Any split of the rows into calls gives the same bits.
+        ValueError for an empty range.
         """
         n = self.samples_per_frame
         last = -(-audio.shape[-1] // n) if last is None else last
@@ -167,16 +171,18 @@ class Wav2Vec(nn.Module):
             raise ValueError(f"rows {first}..{last - 1}: need 0 <= first < last")
         start, stop = max(self._cell(first), 0), self._cell(last - 1) + self.config.grid_frames
         begin, end = start * n - self.lookback, stop * n + self.lookahead
-        heard = audio[..., max(begin, 0) : end]
+        samples = audio[..., max(begin, 0) : end]
         left = max(-begin, 0)
-        window = nn.functional.pad(heard, (left, end - begin - left - heard.shape[-1]))
+        window = nn.functional.pad(samples, (left, end - begin - left - samples.shape[-1]))
         return self.rows(window, start, stop)[..., first - start : last - start, :]
 
-    def rows(self, window: Tensor, first: int, last: int) -> Tensor:
-        """The same rows from exactly the samples that they need: window [.., lookback + (last - first) n + lookahead].
+    def rows(
+        self, window: Float[Tensor, "*batch samples"], first: int, last: int
+    ) -> Float[Tensor, "*batch rows features"]:
+        """The same rows from exactly the samples that they depend on: window [.., lookback + (last - first) n + lookahead].
 
-        Each cell is heard as a short clip of its own: normalised and attended to within its window, which is the same whatever
-        else is asked for, so the result does not depend on the call. UserError where first and last are no cell borders.
+        Each cell is encoded as a short clip of its own: normalised and attended to within its window, whatever other rows are
+        requested, so the result does not depend on the call. UserError where first and last are no cell borders.
         """
         config, n = self.config, self.samples_per_frame
         if (first and self._cell(first) != first) or self._cell(last) != last:
@@ -184,22 +190,22 @@ class Wav2Vec(nn.Module):
                 f"wav2vec2 windows: frames {first}..{last - 1} are not whole cells of grid_frames={config.grid_frames} from "
                 f"grid_start={config.grid_start}; take grid_frames = the codec's stride and grid_start = 1 - stride"
             )
-        waves, found = self._waves(window), []
+        waves, cells = self._waves(window), []
         for cell in range(self._cell(first), last, config.grid_frames):
             begin, stop = max(cell - config.lookback_frames, 0), cell + config.grid_frames + config.lookahead_frames
             begin -= begin % self.period
             at = (begin - first) * n + self.lookback
             features = self.model.feature_extractor(self._level(waves[:, at : at + (stop - begin) * n].clone()))
             states = self._states(self._at_frames(features, stop - begin))
-            found.append(states[:, max(cell, 0) - begin : cell + config.grid_frames - begin])
-        return torch.cat(found, dim=1).reshape(*window.shape[:-1], last - first, self.dim)
+            cells.append(states[:, max(cell, 0) - begin : cell + config.grid_frames - begin])
+        return torch.cat(cells, dim=1).reshape(*window.shape[:-1], last - first, self.dim)
 
     def _cell(self, frame: int) -> int:
-        """First frame of the cell that holds `frame`."""
+        """First frame of the cell of `frame`."""
         return frame - (frame - self.config.grid_start) % self.config.grid_frames
 
     def _waves(self, audio: Tensor) -> Tensor:
-        """[.., S] -> [B, S] where and in the precision the model works."""
+        """[.., S] -> [B, S] on the model's device and in its precision."""
         return audio.reshape(-1, audio.shape[-1]).to(next(self.model.parameters()))
 
     def _level(self, waves: Tensor) -> Tensor:
@@ -231,11 +237,13 @@ class Wav2Vec(nn.Module):
 
 
 @torch.no_grad()
-def deviation_table(audio_encoder: Wav2Vec, audio: Tensor, lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)) -> str:
-    """Markdown: how far a stream's rows are from `whole`, for some look-aheads in frames; audio [S], all else as in `audio_encoder`.
+def deviation_table(
+    audio_encoder: Wav2Vec, audio: Float[Tensor, " samples"], lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)
+) -> str:
+    """Markdown: distance of a stream's rows from `whole` for some look-aheads in frames; audio [S], all else as in `audio_encoder`.
 
-    Relative L2 of a row is |streamed - whole| / |whole|; against the spread, the same over |whole - its mean row|: what all rows
-    have in common tells nothing. The last line is the scale: whole's own rows half a clip away.
+    Relative L2 of a row is |streamed - whole| / |whole|; against the spread, the same over |whole - its mean row|,
+    which excludes what all rows have in common. The last line is a reference: whole's own rows half a clip away.
     """
     num_frames = -(-audio.shape[-1] // audio_encoder.samples_per_frame)
     whole = audio_encoder.whole(audio, num_frames)
@@ -262,7 +270,7 @@ def deviation_table(audio_encoder: Wav2Vec, audio: Tensor, lookaheads: Sequence[
 
 
 def require(folder: Path, files: Sequence[str], source: str) -> None:
-    """UserError that names every file of `files` that `folder` lacks and where it can be had."""
+    """UserError that lists every missing file of `files` in `folder` and where to get it."""
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"missing {', '.join(missing)}: {folder}; get {source}")
 
@@ -281,16 +289,16 @@ def model_files(folder: Path) -> list[str]:
 def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optional: Sequence[str] = ()):
     """The frozen transformers model of class `kind` in a local folder, read strictly from safetensors.
 
-    Tensors whose whole name matches a pattern of `optional` may be missing or left over. UserError lists missing files, and the
+    Tensors whose whole name matches a pattern of `optional` may be missing or unexpected. UserError lists missing files, and the
     tensors that are missing, unexpected or of another shape.
     """
     from transformers.utils import logging
 
     require(folder, model_files(folder), source)
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of tensors is our one line
+    logging.set_verbosity_error()  # our one line replaces its report of tensors
     try:
-        model, found = kind.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -306,9 +314,9 @@ def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optiona
         logging.set_verbosity(level)
     allowed = re.compile("|".join(optional))
     missing, unexpected = (
-        [name for name in sorted(found[kind]) if not allowed.fullmatch(name)]
-        for kind in ("missing_keys", "unexpected_keys")
+        [name for name in sorted(info[key]) if not allowed.fullmatch(name)]
+        for key in ("missing_keys", "unexpected_keys")
     )
-    wrong = {name: (got, want) for name, got, want in sorted(found["mismatched_keys"])}
+    wrong = {name: (actual, expected) for name, actual, expected in sorted(info["mismatched_keys"])}
     refuse(describe(missing, unexpected, wrong), folder, f"get {source}")
     return model.eval().requires_grad_(False)

@@ -42,7 +42,7 @@ def _opened(path: Path, kind: str) -> Iterator[InputContainer]:
         raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of a common format") from error
 
 
-def _video_stream(container: InputContainer) -> av.VideoStream | None:
+def video_stream(container: InputContainer) -> av.VideoStream | None:
     """The first video stream that is not a cover image."""
     return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
 
@@ -111,7 +111,7 @@ class AudioReader:
 
     def _extent(self, container: InputContainer, stream: av.AudioStream, first: av.AudioFrame) -> tuple[int, int]:
         """Samples by which the track starts after the video, and those of it that count: an mp4 pads its last frame."""
-        video, start, end = _video_stream(container), Fraction(0), sys.maxsize
+        video, start, end = video_stream(container), Fraction(0), sys.maxsize
         if video is not None and video.time_base is not None and first.time is not None:
             start = Fraction(first.time) - (video.start_time or 0) * video.time_base
         if stream.duration is not None and stream.time_base is not None:
@@ -212,7 +212,7 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
     Raises UserError when the file is missing, empty, damaged or holds no video.
     """
     with _opened(path, "video file") as container:
-        stream = _video_stream(container)
+        stream = video_stream(container)
         rate = stream.average_rate if stream is not None else None
         if stream is None or not rate:
             raise UserError(f"no video track: {path}; give a video such as an mp4")

@@ -1,4 +1,4 @@
-"""The labels of every frame of the procedural world."""
+"""Labels of every frame of the embedded world, in the order of the tests' probes."""
 
 FRAME_LABELS = (
     "mouth_open",

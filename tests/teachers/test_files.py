@@ -11,10 +11,10 @@ from teachers.errors import UserError
 from teachers.files import atomic_write, copy_folder, load_tensors, remove_folder, replacing, save_tensors, staged
 
 
-def fail_in(writer, error: BaseException, make=lambda temporary: temporary.write_text("half")):
-    """A writer that fails when it has written something."""
+def half_written(writer, error, write=lambda temporary: temporary.write_text("half")):
+    """Write into the temporary path of `writer`, then fail."""
     with writer as temporary:
-        make(temporary)
+        write(temporary)
         raise error
 
 
@@ -22,7 +22,7 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
     path = tmp_path / "a.json"
     atomic_write(path, "old")
     with pytest.raises(RuntimeError):
-        fail_in(replacing(path), RuntimeError())
+        half_written(replacing(path), RuntimeError())
     assert path.read_text() == "old"
     with replacing(path) as temporary:
         temporary.write_text("new")
@@ -43,7 +43,7 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
     for num_bytes, told in ((5, "a needs 5 bytes, "), (0, "a, ")):
         with pytest.raises(UserError, match=f"the disk is full: .*{told}.* are free"):
-            fail_in(replacing(tmp_path / "a", num_bytes), OSError(errno.ENOSPC, "No space left on device"))
+            half_written(replacing(tmp_path / "a", num_bytes), OSError(errno.ENOSPC, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -58,7 +58,7 @@ def test_a_staged_folder_or_file_appears_whole_or_not_at_all(tmp_path, kind):
         temporary.write_text("all")
 
     with pytest.raises(KeyboardInterrupt):
-        fail_in(staged(target), KeyboardInterrupt(), make)
+        half_written(staged(target), KeyboardInterrupt(), make)
     assert list(tmp_path.iterdir()) == []
     with staged(target) as temporary:
         make(temporary)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 
 from teachers import flow
 from teachers.errors import UserError
@@ -79,3 +80,14 @@ def test_keyed_generators_do_not_touch_the_global_one():
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 1), ()])
+def test_a_sigma_of_another_batch_or_another_number_of_frames_is_refused_by_its_annotation(shape):
+    with pytest.raises(TypeCheckError, match="sigma"):
+        flow.add_noise(some_latents(2, 4), some_latents(2, 4, seed=1), torch.ones(shape))
+
+
+def test_noise_of_another_shape_is_refused_by_its_annotation_and_does_not_broadcast():
+    with pytest.raises(TypeCheckError, match="eps"):
+        flow.add_noise(some_latents(2, 4), some_latents(1, 4), torch.ones(2))

@@ -1,4 +1,4 @@
-"""Clips to be judged: those in prepared shards, or those of a manifest in their source films."""
+"""Clips to be scored: those in prepared shards, or those of a manifest in their source videos."""
 
 import csv
 import hashlib
@@ -19,8 +19,8 @@ from distill.data.curate.scores import VERSION
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.prepare import shards
 from distill.data.prepare.cutting import crop_box, upright
-from distill.data.prepare.video import SAMPLE_RATE, pictures, read_sound
-from distill.data.prepare.video import opened as open_film
+from distill.data.prepare.video import SAMPLE_RATE, read_frames, read_sound
+from distill.data.prepare.video import opened as open_video
 from teachers.errors import UserError
 from teachers.files import canonical_json
 
@@ -29,9 +29,9 @@ FACE_COLUMNS = ("id", "x", "y", "width", "height")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A clip and where it lies: in a shard at `place` = (offset, bytes), or in a source film where that is None.
+    """A clip and where it lies: in a shard at `place` = (offset, bytes), or in a source video where that is None.
 
-    fingerprint: sha256 of whatever its scores depend on; box: its face, where somebody knows it
+    fingerprint: sha256 of whatever its scores depend on; box: its face, where the user provides it
     """
 
     clip: Clip
@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Content:
-    """What is seen and heard in a clip: frames uint8 [H, W, 3], frames a second, sound float32 [S] at 16 kHz or None.
+    """A clip's frames uint8 [H, W, 3], frames a second, and sound float32 [S] at 16 kHz or None.
 
     scale: pixels of the clip for one of its source, across and down
     """
@@ -57,20 +57,20 @@ class Content:
 def read_candidates(data: Path, videos: Path | None, faces: Mapping[str, Box]) -> tuple[list[Candidate], Manifest]:
     """The clips of a folder of prepared data, or of a manifest.parquet with its `videos`, and the manifest.
 
-    Raises UserError when there are none, for a face of a clip that there is not, and for shards that are not whole.
+    Raises UserError when there are none, for a face of an unknown clip, and for incomplete shards.
     """
     if data.suffix == ".parquet" and videos is None:
-        raise UserError(f"--videos is missing: {data} names clips of films; give the folder of these")
+        raise UserError(f"--videos is missing: {data} lists clips of source videos; give their folder")
     if data.suffix != ".parquet" and videos is not None:
-        raise UserError(f"--videos is for a manifest.parquet: {data} is a folder of shards; leave it out")
+        raise UserError(f"--videos is for a manifest.parquet: {data} is a folder of shards; remove it")
     manifest = Manifest.load(data if videos is not None else data / "manifest.parquet") if data.exists() else None
     if manifest is None:
-        raise UserError(f"data not found: {data}; give what distill data prepare wrote, or a manifest.parquet")
+        raise UserError(f"data not found: {data}; give a folder that distill data prepare wrote, or a manifest.parquet")
     unknown_ids = sorted(faces.keys() - {clip.id for clip in manifest.clips})
     if unknown_ids:
-        raise UserError(f"face of a clip that is not in the data: {unknown_ids[0]}; correct its id or leave it out")
+        raise UserError(f"face of a clip that is not in the data: {unknown_ids[0]}; correct its id or remove it")
     places = _in_shards(data) if videos is None else {}
-    found = []
+    candidates = []
     for clip in manifest.clips:
         if videos is not None:
             path, place, content = videos / clip.source, None, _stamp(videos / clip.source)
@@ -79,15 +79,15 @@ def read_candidates(data: Path, videos: Path | None, faces: Mapping[str, Box]) -
         else:
             raise UserError(f"clip {clip.id} is in no shard: {data}; run distill data check on it")
         box = faces.get(clip.id)
-        facts = [VERSION, content, asdict(clip), None if box is None else asdict(box)]
-        mark = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
-        found.append(Candidate(clip=clip, path=path, place=place, fingerprint=mark, box=box))
-    return found, manifest
+        inputs = [VERSION, content, asdict(clip), None if box is None else asdict(box)]
+        fingerprint = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
+        candidates.append(Candidate(clip=clip, path=path, place=place, fingerprint=fingerprint, box=box))
+    return candidates, manifest
 
 
 def _in_shards(folder: Path) -> dict[str, tuple[Path, tuple[int, int], str]]:
-    """Clip id -> its shard, its place there, and what its content is known by."""
-    found = {}
+    """Clip id -> its shard, its place there, and an identifier of its content."""
+    places = {}
     for name, digest in shards.read_checksums(folder).items():
         if not name.endswith(".tar"):
             continue
@@ -96,23 +96,23 @@ def _in_shards(folder: Path) -> dict[str, tuple[Path, tuple[int, int], str]]:
             raise UserError(f"shard without an index: {path}; run distill data check")
         try:
             for row in rows:
-                found[row["id"]] = path, (int(row["offset"]), int(row["bytes"])), f"{digest} {row['offset']}"
+                places[row["id"]] = path, (int(row["offset"]), int(row["bytes"])), f"{digest} {row['offset']}"
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"index of a shard cannot be read ({error!r}): {path}; run distill data check") from error
-    return found
+    return places
 
 
 def _stamp(path: Path) -> str:
-    """Size and time of change of a source film: enough to see that it is another one, without reading it."""
+    """Size and modification time of a source video: enough to notice another file without reading it."""
     try:
-        facts = path.stat()
+        status = path.stat()
     except OSError:
         return "missing"
-    return f"{facts.st_size} {facts.st_mtime_ns}"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def read_faces(path: Path | None) -> dict[str, Box]:
-    """Clip id -> its face from a CSV with the columns id, x, y, width, height (brow to chin, in shares of the clip's frame)."""
+    """Clip id -> its face from a CSV with the columns id, x, y, width, height (brow to chin, as fractions of the clip's frame)."""
     if path is None:
         return {}
     try:
@@ -120,15 +120,15 @@ def read_faces(path: Path | None) -> dict[str, Box]:
             rows = csv.DictReader(file)
             if tuple(rows.fieldnames or ()) != FACE_COLUMNS:
                 raise UserError(f"faces must have the columns {','.join(FACE_COLUMNS)}: {path}; correct its first line")
-            found = {}
+            boxes = {}
             for row in rows:
                 sides = [float(row[name]) for name in FACE_COLUMNS[1:]]
                 if not all(0 <= side <= 1 and math.isfinite(side) for side in sides) or min(sides[2:]) <= 0:
                     raise UserError(
-                        f"face must lie in shares of the frame, 0 to 1: got {sides} for {row['id']}: {path}"
+                        f"face must be in fractions of the frame, 0 to 1: got {sides} for {row['id']}: {path}"
                     )
-                found[row["id"]] = Box(*sides, confidence=1.0)
-            return found
+                boxes[row["id"]] = Box(*sides, confidence=1.0)
+            return boxes
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"faces cannot be read ({error}): {path}; check the path") from error
     except (ValueError, TypeError) as error:
@@ -138,17 +138,17 @@ def read_faces(path: Path | None) -> dict[str, Box]:
 
 
 def opened(candidate: Candidate) -> Content:
-    """The content of a candidate, its frames decoded as they are asked for; UserError or av's error for what is damaged."""
+    """The content of a candidate, its frames decoded lazily; UserError or av's error for damaged content."""
     if candidate.place is None:
-        return _from_film(candidate.clip, candidate.path)
+        return _from_video(candidate.clip, candidate.path)
     offset, size = candidate.place
     members = shards.read_sample(candidate.path, shards.sample_key(candidate.clip.id), offset, size)
-    facts = json.loads(members["json"])
-    if facts["id"] != candidate.clip.id:
-        raise UserError(f"shard holds clip {facts['id']} where its index has {candidate.clip.id}")
-    scale = tuple(Fraction(side, cut) for side, cut in zip(facts["size"][::-1], facts["crop"][2:], strict=True))
+    metadata = json.loads(members["json"])
+    if metadata["id"] != candidate.clip.id:
+        raise UserError(f"shard contains clip {metadata['id']} where its index has {candidate.clip.id}")
+    scale = tuple(Fraction(side, cut) for side, cut in zip(metadata["size"][::-1], metadata["crop"][2:], strict=True))
     sound = _decoded_sound(members["flac"]) if "flac" in members else None
-    return Content(_decoded_frames(members["mp4"]), Fraction(facts["fps"]), sound, (scale[0], scale[1]))
+    return Content(_decoded_frames(members["mp4"]), Fraction(metadata["fps"]), sound, (scale[0], scale[1]))
 
 
 def _decoded_frames(data: bytes) -> Iterator[np.ndarray]:
@@ -165,27 +165,27 @@ def _decoded_sound(data: bytes) -> np.ndarray:
     return np.concatenate([part.mean(0) for part in parts]).astype(np.float32) / 32768  # FLAC of 16 bits
 
 
-def _from_film(clip: Clip, path: Path) -> Content:
-    """A clip in its source film, its crop applied, at the film's own rate."""
+def _from_video(clip: Clip, path: Path) -> Content:
+    """A clip of its source video, its crop applied, at the video's own frame rate."""
     start = Fraction(clip.start).limit_denominator(10**6)
-    with closing(pictures(path, start)) as source:
+    with closing(read_frames(path, start)) as source:
         rate = next(source).rate
     if not rate:
-        raise UserError(f"film without a frame rate: {path}; convert it")
+        raise UserError(f"video without a frame rate: {path}; convert it")
 
     def frames() -> Iterator[np.ndarray]:
-        with closing(pictures(path, start)) as source:
-            for picture in source:
-                if clip.end is not None and picture.time >= clip.end:
+        with closing(read_frames(path, start)) as source:
+            for frame in source:
+                if clip.end is not None and frame.time >= clip.end:
                     return
-                if picture.time + picture.duration > start:
-                    pixels = upright(picture.frame, "rgb24")
+                if frame.time + frame.duration > start:
+                    pixels = upright(frame.frame, "rgb24")
                     x, y, w, h = crop_box(clip, (pixels.shape[1], pixels.shape[0]), None)
                     yield pixels[y : y + h, x : x + w]
 
     count = round(((clip.end or 0) - clip.start) * SAMPLE_RATE) if clip.end else None
     if count is None:
-        with open_film(path, "video file") as container:
+        with open_video(path, "video file") as container:
             count = round((container.duration or 0) / av.time_base * SAMPLE_RATE)
-    heard = read_sound(path, round(start * SAMPLE_RATE), count) if count else None
-    return Content(frames(), Fraction(rate), None if heard is None else heard[0].numpy())
+    sound = read_sound(path, round(start * SAMPLE_RATE), count) if count else None
+    return Content(frames(), Fraction(rate), None if sound is None else sound[0].numpy())

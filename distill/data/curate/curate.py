@@ -1,11 +1,11 @@
-"""`distill data curate`: which clips are worth being conditions. Every clip is scored once; thresholds may change afterwards.
+"""`distill data curate`: select clips that are good conditions. Every clip is scored once; thresholds may change afterwards.
 
-    OUT/curate.json                  what was judged and with which thresholds; another kind of folder is refused
-    OUT/scores.parquet               a row a clip: id, fingerprint, scores (`distill.data.curate.scores`), caption, thumbnail, problem
+    OUT/curate.json                  the data and the thresholds; another kind of folder is refused
+    OUT/scores.parquet               a row a clip: id, fingerprint, scores (see `scores.py`), caption, thumbnail, problem
     OUT/manifest.parquet             the clips that are kept; manifest.refused.jsonl: all others and why
     OUT/kept.html, removed.html      pages to look at, the clips nearest to a threshold first
     OUT/references/<key>.png         first frames of the kept clips through a super-resolution model, where one is given
-    OUT/scores.jsonl                 rows of a run that has not ended; the same command goes on from them
+    OUT/scores.jsonl                 rows of an unfinished run; the same command resumes from them
 
 A recipe trains on the kept clips with `data=folder data.path=DIR data.manifest=OUT` (`distill.data.recorded`).
 A row is used again while its fingerprint (content, clip, face, version of the formulas) is the same.
@@ -47,7 +47,7 @@ from teachers.files import atomic_write, make_folder, replacing
 NOT_SCORED = 3
 OFFSET = "sync_offset_ms"
 NAMES = (*SCORES, OFFSET)
-ABOUT = {**SCORES, OFFSET: "delay of the picture behind the sound where the motion fits best, in ms"}
+ABOUT = {**SCORES, OFFSET: "delay of the video behind the sound at the best correlation, in ms"}
 DIGITS = 3
 SCHEMA = pa.schema(
     [
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
         pa.field("thumbnail", pa.binary()),
         pa.field("problem", pa.string()),
         pa.field("caption", pa.string()),
-        pa.field("caption_mark", pa.string()),
+        pa.field("caption_fingerprint", pa.string()),
         pa.field("kept", pa.bool_()),
         pa.field("reasons", pa.list_(pa.string())),
     ]
@@ -73,8 +73,8 @@ class Range:
     at_least: float | None = None
     at_most: float | None = None
 
-    def complaint(self, name: str, value: float | None) -> str | None:
-        """Why a value is not kept."""
+    def violation(self, name: str, value: float | None) -> str | None:
+        """Why a value is outside the range, or None."""
         if self.at_least is None and self.at_most is None:
             return None
         if value is None:
@@ -98,7 +98,7 @@ Thresholds = dict[str, Range]
 
 @dataclass(frozen=True, kw_only=True)
 class Curated:
-    """The result: rows of all clips in the manifest's order, and how many are kept and could not be scored."""
+    """Rows of all clips in the manifest's order, and the numbers of kept clips and of clips that could not be scored."""
 
     rows: list[Row]
     num_kept: int
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--faces",
         type=Path,
         metavar="CSV",
-        help="faces of a detector of yours: id,x,y,width,height in shares of a frame",
+        help="faces by your own detector: id,x,y,width,height in fractions of a frame",
     )
     parser.add_argument(
         "--captions", type=Path, metavar="MODEL", help="folder of an image-text model that rewrites captions"
@@ -132,15 +132,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--super-resolution",
         type=Path,
         metavar="MODEL",
-        help="folder of an image-to-image model for reference pictures",
+        help="folder of an image-to-image model for reference images",
     )
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0 works in this one (one a core)"
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Curate and say what became of it; 0 when every clip was judged, 3 when some could not be scored. Raises UserError."""
+    """Curate and print a summary; 0 when every clip was scored, 3 when some could not be. Raises UserError."""
     if args.workers < 0:
         raise UserError(f"--workers must be 0 or more: got {args.workers}")
     thresholds, faces = read_thresholds(args.thresholds), read_faces(args.faces)
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_thresholds(path: Path | None) -> Thresholds:
-    """The ranges in a YAML file, the package's own without one; UserError with its key for whatever does not belong."""
+    """The ranges in a YAML file, the package's own without one; UserError with the key for an unknown or mistyped one."""
     name = path or "distill/data/curate/curate.yaml"
     try:
         text = (
@@ -174,21 +174,21 @@ def read_thresholds(path: Path | None) -> Thresholds:
             if path
             else resources.files("distill.data.curate").joinpath("curate.yaml").read_text("utf-8")
         )
-        given = yaml.safe_load(text) or {}
+        values = yaml.safe_load(text) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"thresholds cannot be read ({error}): {name}; check the path") from error
     except yaml.YAMLError as error:
         raise UserError(f"thresholds are no YAML: {name}; write `score: {{at_least: 0.5}}` in each line") from error
-    if not isinstance(given, dict):
+    if not isinstance(values, dict):
         raise UserError(f"thresholds must be a mapping: {name}; write `score: {{at_least: 0.5}}` in each line")
-    for key in given:
+    for key in values:
         if key not in NAMES:
             raise UserError(f"unknown score '{key}': {name}; {nearest(str(key), NAMES)}")
-    found = {key: convert(Range, value or {}, str(key), lambda _: str(name)) for key, value in given.items()}
-    for key, limits in found.items():
+    ranges = {key: convert(Range, value or {}, str(key), lambda _: str(name)) for key, value in values.items()}
+    for key, limits in ranges.items():
         if None not in (limits.at_least, limits.at_most) and limits.at_least > limits.at_most:
             raise UserError(f"range of '{key}' is empty, at_least is above at_most: {name}; correct it")
-    return found
+    return ranges
 
 
 def curate(
@@ -202,19 +202,19 @@ def curate(
     upscaler: Upscaler | None = None,
     source: str = "",
 ) -> Curated:
-    """Score what is not scored yet, judge all clips, and write scores, manifest and pages to `out`.
+    """Score what is not scored yet, apply the thresholds, and write scores, manifest and pages to `out`.
 
     tick: called once a clip. A clip that cannot be scored is a row with a problem and is not kept. Raises UserError when the
-    folder holds something else, is in use or its disk full; the scores so far stay.
+    folder contains something else, is in use or its disk full; the scores so far stay.
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
-    with _taken(out, {"data": source, "thresholds": limits}):
+    with _locked(out, {"data": source, "thresholds": limits}):
         rows = _score_all(candidates, out, workers, tick)
         kept = []
         for candidate, row in zip(candidates, rows, strict=True):
-            _improve(candidate, row, thresholds, rewriter, out)
-            judge(row, thresholds)
+            _rewrite_caption(candidate, row, thresholds, rewriter, out)
+            apply_thresholds(row, thresholds)
             if row["kept"]:
                 clip = candidate.clip
                 kept.append(clip if row["caption"] is None else replace(clip, text=row["caption"]))
@@ -230,16 +230,16 @@ def curate(
 
 
 def score_row(candidate: Candidate) -> Row:
-    """The row of one clip; whatever is wrong with it is in `problem`."""
+    """The row of one clip; `problem` states why it could not be scored."""
     row = _empty(candidate)
     try:
         content = opened(candidate)
         text = candidate.clip.text
-        found, picture = score(content.frames, content.fps, content.sound, text, content.scale, candidate.box)
+        scores, frame = score(content.frames, content.fps, content.sound, text, content.scale, candidate.box)
     except Exception as error:  # one bad clip never stops the rest
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {**row, "problem": f"{kind}{error}"[:500]}
-    return {**row, **found, "thumbnail": page.thumbnail(picture, found["face_box"])}
+    return {**row, **scores, "thumbnail": page.thumbnail(frame, scores["face_box"])}
 
 
 def _empty(candidate: Candidate) -> Row:
@@ -248,26 +248,26 @@ def _empty(candidate: Candidate) -> Row:
 
 def _score_all(candidates: Sequence[Candidate], out: Path, workers: int, tick: Callable[[Row], object]) -> list[Row]:
     """Rows of all candidates in their order, taken from earlier runs where the fingerprint is the same."""
-    marks = {candidate.clip.id: candidate.fingerprint for candidate in candidates}
-    rows = {row["id"]: row for row in _known(out) if marks.get(row["id"]) == row["fingerprint"]}
+    fingerprints = {candidate.clip.id: candidate.fingerprint for candidate in candidates}
+    rows = {row["id"]: row for row in _earlier_rows(out) if fingerprints.get(row["id"]) == row["fingerprint"]}
     waiting = [candidate for candidate in candidates if candidate.clip.id not in rows]
     for row in rows.values():
         tick(row)
     for candidate, row in shared_out(score_row, waiting, workers):
-        row = row or {**_empty(candidate), "problem": "the decoder crashed on it"}
+        row = row or {**_empty(candidate), "problem": "its decoder crashed"}
         _append(out / "scores.jsonl", row)
         rows[row["id"]] = row
         tick(row)
     return [rows[candidate.clip.id] for candidate in candidates]
 
 
-def _known(out: Path) -> list[Row]:
-    """Rows of earlier runs that are whole, the latest of a clip last; those with a problem are tried again."""
+def _earlier_rows(out: Path) -> list[Row]:
+    """Complete rows of earlier runs, the latest of a clip last; those with a problem are scored again."""
     rows: list[Row] = []
     with suppress(OSError, pa.ArrowException):
         table = pq.read_table(out / "scores.parquet")
         rows += table.to_pylist() if table.schema.remove_metadata() == SCHEMA else []
-    for line in _whole_lines(out / "scores.jsonl"):
+    for line in _complete_lines(out / "scores.jsonl"):
         with suppress(ValueError, TypeError):
             row = json.loads(line)
             if row.keys() == set(SCHEMA.names):
@@ -276,19 +276,19 @@ def _known(out: Path) -> list[Row]:
 
 
 def _append(path: Path, row: Row) -> None:
-    """Add a row to the unfinished run's, in one line."""
-    picture = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None
+    """Append a row to those of the unfinished run, as one line."""
+    thumbnail = base64.b64encode(row["thumbnail"]).decode() if row["thumbnail"] else None
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "thumbnail": picture}) + "\n")
+            file.write(json.dumps({**row, "thumbnail": thumbnail}) + "\n")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full: {path}; make room and run the same command again") from error
         raise UserError(f"scores cannot be written ({error.strerror}): {path}; choose another --out") from error
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of the file; one that a killed run began is cut off."""
+def _complete_lines(path: Path) -> list[bytes]:
+    """The lines of the file, truncated after the last complete one."""
     with suppress(FileNotFoundError), path.open("rb+") as file:
         data = file.read()
         file.truncate(data.rfind(b"\n") + 1)
@@ -296,22 +296,22 @@ def _whole_lines(path: Path) -> list[bytes]:
     return []
 
 
-def _improve(
+def _rewrite_caption(
     candidate: Candidate, row: Row, thresholds: Thresholds, rewriter: CaptionRewriter | None, out: Path
 ) -> None:
-    """Rewrite the caption of a clip that only its caption could remove; without a rewriter it is the clip's own again."""
-    if rewriter is not None and row["caption_mark"] == rewriter.mark:
+    """Rewrite the caption of a clip that passes all other thresholds; without a rewriter it is the clip's own again."""
+    if rewriter is not None and row["caption_fingerprint"] == rewriter.fingerprint:
         return
-    row.update(caption=None, caption_mark=None, motion_text=motion_text(candidate.clip.text))
+    row.update(caption=None, caption_fingerprint=None, motion_text=motion_text(candidate.clip.text))
     others = {name: limits for name, limits in thresholds.items() if name != "motion_text"}
-    if rewriter is None or row["problem"] is not None or complaints(row, others):
+    if rewriter is None or row["problem"] is not None or violations(row, others):
         return
     try:
         caption = rewriter(_first_frame(candidate), candidate.clip.text)
     except (UserError, ValueError, RuntimeError) as error:
         row["problem"] = f"caption: {error}"[:500]
     else:
-        row.update(caption=caption, caption_mark=rewriter.mark, motion_text=motion_text(caption))
+        row.update(caption=caption, caption_fingerprint=rewriter.fingerprint, motion_text=motion_text(caption))
         _append(out / "scores.jsonl", row)
 
 
@@ -320,29 +320,29 @@ def _first_frame(candidate: Candidate) -> torch.Tensor:
 
 
 def _write_reference(candidate: Candidate, upscaler: Upscaler, out: Path) -> None:
-    """Its first frame with more pixels; made once for a model and a clip."""
+    """Write the super-resolved first frame, unless it is there from the same model and clip."""
     make_folder(out / "references")
     path = out / "references" / f"{shards.sample_key(candidate.clip.id)}.png"
-    mark = f"{candidate.fingerprint} {upscaler.mark}"
+    fingerprint = f"{candidate.fingerprint} {upscaler.fingerprint}"
     with suppress(OSError), Image.open(path) as before:
-        if before.info.get("fingerprint") == mark:
+        if before.info.get("fingerprint") == fingerprint:
             return
-    picture = Image.fromarray(upscaler(_first_frame(candidate)).numpy())
-    facts = PngInfo()
-    facts.add_text("fingerprint", mark)
-    with replacing(path, picture.width * picture.height * 3) as temporary:
-        picture.save(temporary, "PNG", pnginfo=facts)
+    image = Image.fromarray(upscaler(_first_frame(candidate)).numpy())
+    metadata = PngInfo()
+    metadata.add_text("fingerprint", fingerprint)
+    with replacing(path, image.width * image.height * 3) as temporary:
+        image.save(temporary, "PNG", pnginfo=metadata)
 
 
-def complaints(row: Row, thresholds: Thresholds) -> dict[str, str]:
+def violations(row: Row, thresholds: Thresholds) -> dict[str, str]:
     """Score -> why it removes the clip."""
-    found = {name: limits.complaint(name, row[name]) for name, limits in thresholds.items()}
-    return {name: words for name, words in found.items() if words is not None}
+    reasons = {name: limits.violation(name, row[name]) for name, limits in thresholds.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def judge(row: Row, thresholds: Thresholds) -> None:
-    """Say in `row` whether the clip is kept, and why not."""
-    reasons = [f"cannot be scored: {row['problem']}"] if row["problem"] else list(complaints(row, thresholds).values())
+def apply_thresholds(row: Row, thresholds: Thresholds) -> None:
+    """Set `kept` of the row and the `reasons` for which the clip is removed."""
+    reasons = [f"cannot be scored: {row['problem']}"] if row["problem"] else list(violations(row, thresholds).values())
     row.update(kept=not reasons, reasons=reasons)
 
 
@@ -352,7 +352,7 @@ def _removed(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[Refus
 
 
 def _save(out: Path, rows: Sequence[Row], manifest: Manifest) -> None:
-    """Scores and manifest in place; then the rows of the unfinished run are not needed."""
+    """Write scores and manifest, then delete the rows of the unfinished run."""
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
     with replacing(out / "scores.parquet", table.nbytes) as temporary:
         pq.write_table(table, temporary)
@@ -363,7 +363,7 @@ def _save(out: Path, rows: Sequence[Row], manifest: Manifest) -> None:
 def page_context(
     rows: Sequence[Row], thresholds: Thresholds, kept: bool, clips: Mapping[str, Clip], source: str
 ) -> dict[str, Any]:
-    """What the page of the kept or of the removed clips shows; the clips nearest to a threshold come first."""
+    """Template context of the page of kept or removed clips; the clips nearest to a threshold come first."""
 
     def nearness(row: Row) -> tuple[float, str]:
         if kept:
@@ -376,22 +376,22 @@ def page_context(
             "id": row["id"],
             "thumbnail": row["thumbnail"],
             "reasons": row["reasons"],
-            "failed": complaints(row, thresholds),
+            "failed": violations(row, thresholds),
             "scores": [(name, "-" if row[name] is None else f"{row[name]:.{DIGITS}g}") for name in NAMES],
             "text": row["caption"] if row["caption"] is not None else clips[row["id"]].text,
         }
-        for row in chosen[: page.MOST_CARDS]
+        for row in chosen[: page.MAX_CARDS]
     ]
     plots = []
     for name in NAMES:
         limits, values = thresholds.get(name, Range()), [row[name] for row in rows if row[name] is not None]
-        drawn = page.histogram(values, (limits.at_least, limits.at_most))
-        plots.append({"name": name, "about": ABOUT[name], "svg": drawn})
+        svg = page.histogram(values, (limits.at_least, limits.at_most))
+        plots.append({"name": name, "about": ABOUT[name], "svg": svg})
     num_kept = sum(row["kept"] for row in rows)
     return {
         "title": "Kept clips" if kept else "Removed clips",
         "lead": f"{num_kept} of {len(rows)} clips are kept, {len(rows) - num_kept} removed{f': {source}' if source else ''}",
-        "note": "The frame in a picture is the face as it was found; where it is not one, the scores of the face mean nothing.",
+        "note": "The rectangle in a frame is the detected face; where it is not a face, the face scores are meaningless.",
         "plots": plots,
         "heading": "Kept, the nearest to removal first" if kept else "Removed, those with the fewest reasons first",
         "num_hidden": len(chosen) - len(cards),
@@ -400,11 +400,11 @@ def page_context(
 
 
 @contextmanager
-def _taken(out: Path, request: dict[str, Any]) -> Iterator[None]:
+def _locked(out: Path, request: dict[str, Any]) -> Iterator[None]:
     """Only one process curates into a folder, and only into an empty one or its own; UserError otherwise."""
     path = out / "curate.json"
     if not path.is_file() and any(out.iterdir()):
-        raise UserError(f"not a folder of curated data: {out} holds something else; choose another --out")
+        raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -413,7 +413,7 @@ def _taken(out: Path, request: dict[str, Any]) -> Iterator[None]:
         atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
         yield
     except BlockingIOError as error:
-        raise UserError(f"another curate writes here: {out}; wait for it or choose another --out") from error
+        raise UserError(f"another curate is writing here: {out}; wait for it or choose another --out") from error
     except PermissionError as error:
         raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
     finally:

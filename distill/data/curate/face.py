@@ -1,9 +1,9 @@
-"""Where a talking head is, without any weights: a rough box for a whole clip, made for curation and nothing finer.
+"""Coarse face detection without weights: one box for a whole clip, for curation and nothing finer.
 
 A box is the best match of a ratio template (Sinha 1994; Scassellati, AAAI 1998: eyes are darker than forehead, cheeks and nose,
 a mouth darker than chin and cheeks) among places that have the chroma of skin (Chai and Ngan 1999: Cb 77 to 127, Cr 133 to 173),
 one chroma all over and movement in every part. Limits: one upright, nearly frontal, moving head that stays near its place;
-coloured light, a mask or a still picture hide it, and what looks alike and moves can be taken for it. The sizes of neighbouring
+coloured light, a mask or a still image hide it, and similar moving objects are false positives. The sizes of neighbouring
 matches differ by 15 %. Where it matters, give the boxes of a detector.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-LONG_SIDE, SHORT_SIDE = 160, 64  # pixels of the picture that is searched
+LONG_SIDE, SHORT_SIDE = 160, 64  # pixels of the image that is searched
 NARROWEST, STEP, ASPECT = (
     10,
     1.15,
@@ -45,7 +45,7 @@ SKIN = ("forehead", "left cheek", "right cheek", "nose")
 
 @dataclass(frozen=True)
 class Box:
-    """A face, brow to chin, in shares of the frame's width and height, and how well it matches (0 to 1; 1 is given by hand)."""
+    """A face, brow to chin, in fractions of the frame's width and height; confidence 0 to 1, 1 for a box that the user provides."""
 
     x: float
     y: float
@@ -65,9 +65,9 @@ def locate(frames: UInt8[Tensor, "t h w 3"], motion: Float[Tensor, "h w"]) -> Bo
 
     Its confidence is the product of the four terms: the relations' mean, the share of skin, one chroma, movement.
     """
-    picture = F.interpolate(frames.permute(0, 3, 1, 2).float(), _size(*frames.shape[1:3]), mode="area")
-    change = F.interpolate(motion[None, None].float(), picture.shape[2:], mode="area")[0, 0]
-    red, green, blue = picture.double().unbind(1)
+    image = F.interpolate(frames.permute(0, 3, 1, 2).float(), _size(*frames.shape[1:3]), mode="area")
+    change = F.interpolate(motion[None, None].float(), image.shape[2:], mode="area")[0, 0]
+    red, green, blue = image.double().unbind(1)
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     cb, cr = 128 + (blue - luma) * 0.564, 128 + (red - luma) * 0.713
     skin = ((cb > 77) & (cb < 127) & (cr > 133) & (cr < 173)).double()

@@ -1,8 +1,8 @@
-"""Whether the lips move when the voice does, without any weights and without learning.
+"""Audio-visual sync score of mouth motion and voice, without weights or training.
 
 Articulators in motion change the sound: a mouth that moves goes with a voice that is loud and changes its spectrum, and both do so
-at 2 to 7 Hz (Chandrasekaran et al., PLoS Comput. Biol. 2009). But the head moves more than the lips do. So the face is followed by
-its upper half first (brow to nose, which speech leaves alone; Lucas and Kanade 1981), and the mouth is looked at where the face
+at 2 to 7 Hz (Chandrasekaran et al., PLoS Comput. Biol. 2009). But the head moves more than the lips do. So the face is tracked by
+its upper half first (brow to nose, which speech leaves alone; Lucas and Kanade 1981), and the mouth is sampled where the face
 then has it: what still changes there is the mouth's own motion.
 """
 
@@ -19,23 +19,23 @@ from distill.data.curate.face import Box
 from distill.data.prepare.video import SAMPLE_RATE
 from eval.metrics.mfcc import mfcc
 
-STILL = (0.05, 0.08, 0.95, 0.66)  # left, top, right, bottom of the part that is followed, in units of the face's box
+STILL = (0.05, 0.08, 0.95, 0.66)  # left, top, right, bottom of the part that is tracked, in units of the face's box
 MOUTH = (0.15, 0.62, 0.85, 1.10)  # and of the mouth with the jaw's way down
 POINTS, MOUTH_POINTS = 24, 20  # a side of their grids
 REACH, NUM_STEPS, LEASH = 0.2, 13, 1.0  # widths that a head may jump between frames, tried places a side, their price
 ITERATIONS, ENOUGH = 12, 0.02  # of Gauss and Newton; pixels that do not matter
 OUTLIER = 12.0  # levels by which a point may differ before it counts half (Cauchy's weight)
-RENEWED, LOST = 0.08, 0.6  # share of a frame in the pattern that is looked for; correlation below which it has none
-FAINTEST = 0.02  # change of a mouth that counts as none, in deviations of its picture
+RENEWED, LOST = 0.08, 0.6  # weight of a frame in the tracked pattern; correlation below which it has none
+FAINTEST = 0.02  # change of a mouth that counts as none, in standard deviations of its image
 CEPSTRA = 8  # coefficients of the sound, its log energy the first
 SLOWEST_HZ, FASTEST_HZ = 0.5, 8.0  # of what is compared
 LOUDNESS, FAINT = 3000.0, 10.0  # root mean square of the sound and of the noise that fills its silence, in int16 units
-SILENT = 1e-3  # root mean square of a sound that is none, -60 dBFS
+SILENT = 1e-3  # root mean square below which a sound is silence, -60 dBFS
 EARLY_SECONDS, LATE_SECONDS = (
     0.125,
     0.045,
-)  # that the picture may come before and after its sound unnoticed (ITU-R BT.1359)
-FAR_SECONDS = 0.6  # delays that are tried, either way
+)  # by which the video may lead and lag its sound unnoticed (ITU-R BT.1359)
+FAR_SECONDS = 0.6  # largest delay that is tried, either way
 SHORTEST_SECONDS = 2
 
 
@@ -51,7 +51,7 @@ def follow(frames: UInt8[Tensor, "t h w"], box: Box) -> Float[Tensor, "t 4"]:
     steps = torch.linspace(-REACH, REACH, NUM_STEPS) * width
     jumps = torch.cartesian_prod(steps, steps)
     price = LEASH * jumps.square().sum(1) / width**2
-    pose, found = torch.zeros(4), []
+    pose, poses = torch.zeros(4), []
     fine_pattern = coarse_pattern = None
     for frame in frames:
         light = F.avg_pool2d(F.pad(frame[None].float(), (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -66,8 +66,8 @@ def follow(frames: UInt8[Tensor, "t h w"], box: Box) -> Float[Tensor, "t 4"]:
         if _likeness(seen, fine_pattern) > LOST:
             fine_pattern = fine_pattern.lerp(seen, RENEWED)
             coarse_pattern = coarse_pattern.lerp(_read(soft, coarse, pose)[0], RENEWED)
-        found.append(pose)
-    return torch.stack(found)
+        poses.append(pose)
+    return torch.stack(poses)
 
 
 def _aligned(maps: Tensor, points: Tensor, pattern: Tensor, pose: Tensor, width: float) -> Tensor:
@@ -116,7 +116,7 @@ def _likeness(seen: Tensor, pattern: Tensor) -> Tensor:
 def mouth_motion(frames: UInt8[Tensor, "t h w"], box: Box) -> np.ndarray:
     """Log mean change of the mouth around each frame, [T]: between its neighbours and it, where the face has the mouth.
 
-    Its picture, 20 x 20 points, is set to mean 0 and deviation 1, so that light does not matter.
+    Its 20 x 20 samples are normalised to mean 0 and deviation 1, so that light does not matter.
     """
     points = _grid(MOUTH, MOUTH_POINTS, box, frames)
     poses = follow(frames, box)
@@ -159,10 +159,10 @@ def voice_motion(sound: np.ndarray, num_frames: int, fps: Fraction) -> np.ndarra
 
 
 def sync(motion: np.ndarray, sound: np.ndarray, fps: Fraction) -> tuple[float | None, float | None]:
-    """How well the mouth's motion [T] goes with the sound [S] under it, -1 to 1, and the delay at which it goes best, in ms.
+    """How well the mouth's motion [T] goes with the sound [S] under it, -1 to 1, and the delay of the best match, in ms.
 
-    The correlation of both between 0.5 and 8 Hz, for every delay up to 0.6 s. The score is the largest of those that nobody
-    notices; the delay is the best of all, positive when the picture lags the sound (SyncNet's sign). Nothing is fitted. It is a
+    The correlation of both between 0.5 and 8 Hz, for every delay up to 0.6 s. The score is the largest among
+    unnoticeable delays; the delay is the best of all, positive when the video lags the sound (SyncNet's sign). It is a
     proxy: chance reaches 0.2 to 0.3 in 5 s, so short clips are not decided by it. None under 2 s; 0 for silence.
     """
     num = min(len(motion), int(len(sound) * fps / SAMPLE_RATE))
@@ -171,9 +171,9 @@ def sync(motion: np.ndarray, sound: np.ndarray, fps: Fraction) -> tuple[float | 
         return None, None
     if math.sqrt(float(np.square(sound, dtype=np.float64).mean())) < SILENT:
         return 0.0, None
-    seen, heard = speech_band(motion[:num, None], fps)[:, 0], voice_motion(sound, num, fps)
+    mouth, voice = speech_band(motion[:num, None], fps)[:, 0], voice_motion(sound, num, fps)
     curve = {
-        lag: _correlation(seen[max(lag, 0) : num + min(lag, 0)], heard[max(-lag, 0) : num - max(lag, 0)])
+        lag: _correlation(mouth[max(lag, 0) : num + min(lag, 0)], voice[max(-lag, 0) : num - max(lag, 0)])
         for lag in range(-far, far + 1)
     }
     best = max(sorted(curve, key=abs), key=lambda lag: curve[lag])

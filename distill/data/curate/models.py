@@ -1,6 +1,6 @@
-"""Models that improve a condition: a caption of motion, a reference picture of more pixels. Off unless a local folder is named.
+"""Models that improve a condition: a motion-focused caption, a super-resolved reference image. Off unless a local folder is given.
 
-Any transformers model of the class is read, in the layout that `save_pretrained` writes: config.json, safetensors and the files
+Any transformers model of the class is loaded, in the layout that `save_pretrained` writes: config.json, safetensors and the files
 of the processor. Nothing is downloaded, no pickle is read and no code of a folder is run.
 """
 
@@ -23,7 +23,7 @@ INSTRUCTION = (
 MAX_NEW_TOKENS = 96
 
 
-def folder_mark(folder: Path, *more: str) -> str:
+def folder_fingerprint(folder: Path, *more: str) -> str:
     """sha256 that changes with the files of a model folder (names, sizes, config.json) and with `more`."""
     files = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
     config = (folder / "config.json").read_text(encoding="utf-8")
@@ -31,24 +31,24 @@ def folder_mark(folder: Path, *more: str) -> str:
 
 
 class CaptionRewriter:
-    """Motion-focused captions by an image-text model (AutoModelForImageTextToText, AutoProcessor), always the likeliest words."""
+    """Motion-focused captions by an image-text model (AutoModelForImageTextToText, AutoProcessor), by greedy decoding."""
 
     def __init__(self, folder: Path):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         folder = Path(folder)
         self.model, self.processor = load_local("image-text model", folder, AutoModelForImageTextToText, AutoProcessor)
-        self.mark = folder_mark(folder, INSTRUCTION)
+        self.fingerprint = folder_fingerprint(folder, INSTRUCTION)
 
     @torch.inference_mode()
-    def __call__(self, picture: Tensor, text: str) -> str:
-        """The new caption for a picture uint8 [H, W, 3] and the old text; UserError when the model says nothing."""
-        asked = INSTRUCTION.format(text=text or "none")
-        content = [{"type": "image", "image": Image.fromarray(picture.numpy())}, {"type": "text", "text": asked}]
-        words = " ".join(ask(self.model, self.processor, content, MAX_NEW_TOKENS).split())
-        if not words:
-            raise UserError("the image-text model gave no words")
-        return words
+    def __call__(self, frame: Tensor, text: str) -> str:
+        """The new caption for a frame uint8 [H, W, 3] and the old text; UserError when the model's answer is empty."""
+        prompt = INSTRUCTION.format(text=text or "none")
+        content = [{"type": "image", "image": Image.fromarray(frame.numpy())}, {"type": "text", "text": prompt}]
+        caption = " ".join(ask(self.model, self.processor, content, MAX_NEW_TOKENS).split())
+        if not caption:
+            raise UserError("the image-text model's answer is empty")
+        return caption
 
 
 class Upscaler:
@@ -62,16 +62,14 @@ class Upscaler:
             "super-resolution model", folder, AutoModelForImageToImage, AutoImageProcessor
         )
         self.factor = int(getattr(self.model.config, "upscale", 1))
-        self.mark = folder_mark(folder)
+        self.fingerprint = folder_fingerprint(folder)
 
     @torch.inference_mode()
-    def __call__(self, picture: Tensor) -> Tensor:
-        """A picture uint8 [H, W, 3] with `factor` times the pixels each way."""
-        inputs = self.processor(images=Image.fromarray(picture.numpy()), return_tensors="pt")
-        made = self.model(**inputs.to(self.model.device, self.model.dtype)).reconstruction[0].float().cpu()
-        height, width = (
-            picture.shape[0] * self.factor,
-            picture.shape[1] * self.factor,
-        )  # what the processor padded is cut
-        whole = made[:, :height, :width].permute(1, 2, 0).clamp(0, 1)
-        return torch.from_numpy(np.ascontiguousarray((whole * 255).round().byte().numpy()))
+    def __call__(self, image: Tensor) -> Tensor:
+        """Image uint8 [H, W, 3] -> uint8 [factor H, factor W, 3]."""
+        inputs = self.processor(images=Image.fromarray(image.numpy()), return_tensors="pt")
+        output = self.model(**inputs.to(self.model.device, self.model.dtype)).reconstruction[0].float().cpu()
+        height, width = (side * self.factor for side in image.shape[:2])
+        cropped = output[:, :height, :width]  # without the processor's padding
+        cropped = cropped.permute(1, 2, 0).clamp(0, 1)
+        return torch.from_numpy(np.ascontiguousarray((cropped * 255).round().byte().numpy()))

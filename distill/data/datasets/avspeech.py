@@ -1,7 +1,7 @@
 """AVSpeech (Ephrat et al. 1804.03619): `avspeech_train.csv` and `avspeech_test.csv` as a manifest.
 
 No header; a line is `YouTube id, start, end, x, y`: seconds, and the face's centre at the start, as fractions of the frame from its
-top left. Only the centre is given, so a clip is the full frame; the face is for a detector to find.
+top left. Only the centre is given, so a clip is the full frame and the face is left to a detector.
 """
 
 import re
@@ -15,14 +15,14 @@ from teachers.errors import UserError
 SPLITS = ("train", "test")
 YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 LICENCE = "the video belongs to its owner on YouTube (AVSpeech gives addresses and times)"
-CUT_TOLERANCE_SECONDS = 0.2  # an encoder's padding of a cut file; a cut that moved to a key frame is off by more
+CUT_TOLERANCE_SECONDS = 0.2  # an encoder's padding of a cut file; a cut that was snapped to a key frame is off by more
 
 
 def read(annotations: Path, videos: Path | None = None, *, splits: Sequence[str] = SPLITS) -> Manifest:
     """Every segment of the files `avspeech_SPLIT.csv` in the folder `annotations`, or of the one such file that it is.
 
     videos: a folder with the whole videos, `ID.mp4`, or the segments that the common download script cuts from them,
-        `ID_START-END.mp4` (`cut_name`). Such a cut is refused where its length shows that it was moved to a key frame.
+        `ID_START-END.mp4` (`cut_name`). Such a cut is refused where its length shows that it was snapped to a key frame.
 
     The identity is the YouTube id: the speakers are not named. The official split is kept. UserError when there is no file.
     """
@@ -46,12 +46,12 @@ def _files(annotations: Path, splits: Sequence[str]) -> list[tuple[Path, str]]:
             )
         return [(annotations, split)]
     files = [(annotations / f"avspeech_{split}.csv", split) for split in splits]
-    found = [(file, split) for file, split in files if file.is_file()]
-    if not found:
+    existing = [(file, split) for file, split in files if file.is_file()]
+    if not existing:
         raise UserError(
             f"no {' or '.join(file.name for file, _ in files)}: {annotations}; put the official files there"
         )
-    return found
+    return existing
 
 
 def _rows(file: Path, split: str, library: Videos) -> Iterator[Clip | Refused]:
@@ -66,10 +66,10 @@ def _rows(file: Path, split: str, library: Videos) -> Iterator[Clip | Refused]:
             yield Refused(f"{file.name}:{number}", text.partition(",")[0], f"{error} (line {number})")
 
 
-def _clip(words: list[str], split: str, library: Videos) -> Clip | Refused:
-    if len(words) != 5:
-        raise UserError(f"5 values are needed, got {len(words)}; correct the annotation")
-    youtube, (start, end, x, y) = words[0], (float(word) for word in words[1:])
+def _clip(values: list[str], split: str, library: Videos) -> Clip | Refused:
+    if len(values) != 5:
+        raise UserError(f"5 values are needed, got {len(values)}; correct the annotation")
+    youtube, (start, end, x, y) = values[0], (float(value) for value in values[1:])
     if not YOUTUBE_ID.fullmatch(youtube):
         raise UserError(
             f"no YouTube id: {youtube[:80]!r} (spreadsheets change ids that begin with '-'); take the official file"
@@ -100,6 +100,6 @@ def _cut_seconds(library: Videos, source: str, expected: float) -> float:
     actual = library.seconds(source)
     if abs(actual - expected) > CUT_TOLERANCE_SECONDS:
         raise UserError(
-            f"cut is {actual:.2f} s long, the segment {expected:.2f} s; cut it again and re-encode, or give the whole video"
+            f"cut is {actual:.2f} s long, the segment {expected:.2f} s; cut it again and re-encode, or provide the whole video"
         )
     return expected

@@ -16,11 +16,11 @@ EXPAND = 0.02  # of the frame, added to each side of the box by the authors' scr
 
 
 def read(annotations: Path, videos: Path | None = None) -> Manifest:
-    """Every clip of the official file (or of the folder that holds it), with its attributes as text.
+    """Every clip of the official file (or of its folder), with its attributes as text.
 
     videos: a folder with the whole videos, `YOUTUBEID.mp4`, or with clips cut from them, `CLIPID.mp4`. A cut clip with a square
-        picture is taken as cropped already. Without the folder (to count or to split) clips have no crop: the file has
-        boxes as fractions of a frame whose size it does not say.
+        frame is taken as cropped already. Without the folder (to count or to split) clips have no crop: the file has
+        boxes as fractions of a frame whose size it does not state.
 
     The identity is the YouTube id: the people are not named. UserError when the file is missing or not this file.
     """
@@ -29,21 +29,21 @@ def read(annotations: Path, videos: Path | None = None) -> Manifest:
     library = Videos(videos)
     clips, names, refused = _load(path)
     rows: list[Clip | Refused] = [*library.refused, *refused]
-    for key, facts in clips.items():
+    for key, entry in clips.items():
         try:
-            rows.append(_clip(key, facts, names, library))
+            rows.append(_clip(key, entry, names, library))
         except UserError as error:
             rows.append(Refused(key, path.name, str(error)))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            rows.append(Refused(key, path.name, f"not as the official file has it: {type(error).__name__} {error}"))
+            rows.append(Refused(key, path.name, f"differs from the official format: {type(error).__name__} {error}"))
     return gather(rows)
 
 
 def square_crop(box: Mapping[str, float], width: int, height: int) -> tuple[int, int, int, int]:
     """The authors' crop of a box (fractions of the frame) as x, y, side, side in pixels.
 
-    Each side goes out by `EXPAND`, clamped to the frame; the corners are rounded to pixels; about the centre remains the square of
-    side 2 * (short side // 2): it shrinks to the short side. A corner on half a pixel goes to the pixel before it.
+    Each side is moved out by `EXPAND`, clamped to the frame; the corners are rounded to pixels; the crop is the centred square of
+    side 2 * (short side // 2). A corner on half a pixel is rounded down.
     UserError when the box is empty or leaves the frame.
     """
     top, bottom, left, right = (float(box[name]) for name in ("top", "bottom", "left", "right"))
@@ -56,7 +56,7 @@ def square_crop(box: Mapping[str, float], width: int, height: int) -> tuple[int,
 
 
 def describe(attributes: Mapping[str, Any], names: Mapping[str, list[str]]) -> str:
-    """The attributes in words, e.g. "young, wavy hair; talk, smile; neutral then happy"."""
+    """The attributes as text, e.g. "young, wavy hair; talk, smile; neutral then happy"."""
     parts = []
     for kind in ("appearance", "action"):
         flags = attributes[kind]
@@ -70,16 +70,16 @@ def describe(attributes: Mapping[str, Any], names: Mapping[str, list[str]]) -> s
     return "; ".join(part for part in parts if part)
 
 
-def _clip(key: str, facts: Mapping[str, Any], names: Mapping[str, list[str]], library: Videos) -> Clip | Refused:
-    youtube, text = facts["ytb_id"], describe(facts["attributes"], names)
-    start, end = float(facts["duration"]["start_sec"]), float(facts["duration"]["end_sec"])
+def _clip(key: str, entry: Mapping[str, Any], names: Mapping[str, list[str]], library: Videos) -> Clip | Refused:
+    youtube, text = entry["ytb_id"], describe(entry["attributes"], names)
+    start, end = float(entry["duration"]["start_sec"]), float(entry["duration"]["end_sec"])
     source = library.find(youtube, key)
     is_cut = Path(source).stem == key
     crop, crop_size = None, None
     if library.folder is not None:
         width, height = crop_size = library.size(source)
         if not (is_cut and width == height):
-            crop = square_crop(facts["bbox"], width, height)
+            crop = square_crop(entry["bbox"], width, height)
     return clip_or_refusal(
         id=key,
         dataset="celebvhq",
@@ -95,22 +95,22 @@ def _clip(key: str, facts: Mapping[str, Any], names: Mapping[str, list[str]], li
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, list[str]], list[Refused]]:
-    """The clips, the names of the attributes, and the clips that the file names a second time."""
-    twice: list[str] = []
+    """The clips, the names of the attributes, and the clips that the file lists a second time."""
+    duplicates: list[str] = []
 
     def keep_first(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         first: dict[str, Any] = {}
         for key, value in pairs:
             if key in first:
-                twice.append(key)
+                duplicates.append(key)
             else:
                 first[key] = value
         return first
 
     try:  # bytes that are not UTF-8 stay in the texts, so that only their clips are refused
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-        facts = json.loads(text, object_pairs_hook=keep_first)
-        clips, mapping = facts["clips"], facts["meta_info"]
+        content = json.loads(text, object_pairs_hook=keep_first)
+        clips, mapping = content["clips"], content["meta_info"]
         if not isinstance(clips, dict):
             raise TypeError("clips is no mapping")
         names = {kind: list(mapping[f"{kind}_mapping"]) for kind in ("appearance", "action")}
@@ -120,4 +120,8 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, list[str]], list[Refuse
         raise UserError(
             f"not CelebV-HQ's {FILE_NAME} ({type(error).__name__} {error}): {path}; download it again"
         ) from error
-    return clips, names, [Refused(key, path.name, f"{key} is in the file twice; the first is used") for key in twice]
+    return (
+        clips,
+        names,
+        [Refused(key, path.name, f"{key} is in the file twice; the first is used") for key in duplicates],
+    )

@@ -1,4 +1,4 @@
-"""Any folder of clips: every mp4, mov, mkv or webm in it, with texts and other facts from files beside them.
+"""Any folder of clips: every mp4, mov, mkv or webm in it, with texts and other metadata from files beside them.
 
 `NAME.txt` beside `NAME.mp4` is the clip's text. A `metadata.csv`, `metadata.json` or `metadata.jsonl` has a row for every clip:
 `file_name` (relative to the folder; the name that Hugging Face's VideoFolder uses) and any of the columns in `COLUMNS`.
@@ -29,17 +29,17 @@ COLUMNS = ("id", "start", "end", "crop", "crop_size", "text", "licence", "split"
 
 
 def read(annotations: Path | None, videos: Path | None = None, *, dataset: str = "folder") -> Manifest:
-    """Clips of the folder `videos`; `annotations` is a metadata file or a folder that may hold one. Either may be left out.
+    """Clips of the folder `videos`; `annotations` is a metadata file or a folder that may contain one. Either is optional.
 
     Without metadata every video is a clip as a whole, named after its path and with itself as its identity. With metadata
     its rows are the clips, and a video that has no row is refused. In a csv `crop` is "x y width height" in pixels, `crop_size`
     "width height"; in json they are lists. UserError when a folder or the metadata cannot be read at all.
     """
-    given = annotations or videos
-    if given is None:
+    path = annotations or videos
+    if path is None:
         raise UserError("no folder of clips: neither annotations nor videos; give one")
-    metadata = _metadata_file(Path(given))
-    where = Path(videos or (metadata.parent if metadata else given))
+    metadata = _metadata_file(Path(path))
+    where = Path(videos or (metadata.parent if metadata else path))
     library = Videos(where)
     rows: list[Clip | Refused] = list(library.refused)
     if metadata is None:
@@ -50,9 +50,9 @@ def read(annotations: Path | None, videos: Path | None = None, *, dataset: str =
 
 
 class Videos:
-    """The source videos under a folder, found by name; without a folder every name is taken to be an mp4 of that name.
+    """The source videos under a folder, found by name; without a folder every name stands for an mp4 of that name.
 
-    Hidden files and files that are no videos are passed over. In `refused` are folders that cannot be read or are links,
+    Hidden files and files that are no videos are skipped. In `refused` are folders that cannot be read or are links,
     and videos of other formats.
     """
 
@@ -70,27 +70,27 @@ class Videos:
         if self.folder is None:
             return f"{stems[0]}.mp4"
         for stem in stems:
-            found = self._by_stem.get(stem, [])
-            if len(found) > 1:
-                raise UserError(f"several videos of one name: {', '.join(found)}; keep one")
-            if found:
-                return found[0]
+            sources = self._by_stem.get(stem, [])
+            if len(sources) > 1:
+                raise UserError(f"several videos of one name: {', '.join(sources)}; keep one")
+            if sources:
+                return sources[0]
         raise UserError(
             f"video not found: {' or '.join(stems)} ({', '.join(VIDEO_SUFFIXES)}); put it there or ignore it"
         )
 
     def size(self, source: str) -> tuple[int, int]:
-        """Width and height in pixels of the upright picture; UserError when the file holds none."""
+        """Width and height in pixels of the upright frame; UserError when the file contains none."""
         if source not in self._sizes:
             self._sizes[source] = probe(self._path(source))[0]
         return self._sizes[source]
 
     def seconds(self, source: str) -> float:
-        """The length that the file claims; UserError when it claims none."""
+        """Duration by the container's header; UserError when there is none."""
         return probe(self._path(source))[1]
 
     def text(self, source: str) -> str:
-        """What `NAME.txt` beside the video says, or nothing; UserError when that is not UTF-8."""
+        """The content of `NAME.txt` beside the video, or ""; UserError when it is not UTF-8."""
         path = self._path(source).with_suffix(".txt")
         try:
             return path.read_text(encoding="utf-8-sig").strip() if path.is_file() else ""
@@ -140,45 +140,45 @@ class Videos:
 
 
 def probe(path: Path) -> tuple[tuple[int, int], float]:
-    """Width and height in pixels of the upright first picture, and the seconds that the file claims to last; UserError."""
+    """Width and height in pixels of the upright first frame, and the container's duration in seconds; UserError."""
     try:
         with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
             streams = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
             frame = next((frame for stream in streams for frame in container.decode(stream)), None)
             if frame is None or container.duration is None:
-                raise UserError(f"no film in it: {path.name}; replace the file")
-            turned = round(frame.rotation / 90) % 2 == 1
-            size = (frame.height, frame.width) if turned else (frame.width, frame.height)
+                raise UserError(f"no video stream: {path.name}; replace the file")
+            is_rotated = round(frame.rotation / 90) % 2 == 1
+            size = (frame.height, frame.width) if is_rotated else (frame.width, frame.height)
             return size, container.duration / av.time_base
     except (av.FFmpegError, OSError) as error:
         raise UserError(f"video cannot be read ({error.strerror}): {path.name}; replace the file") from error
 
 
 def _metadata_file(path: Path) -> Path | None:
-    """The metadata file that `path` is or, as a folder, holds; UserError when it holds several or is neither."""
+    """The metadata file that `path` is or, as a folder, contains; UserError when it contains several or is neither."""
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(f"annotations not found: {path}; give a metadata file or a folder")
-    found = [path / name for name in METADATA if (path / name).is_file()]
-    if len(found) > 1:
-        raise UserError(f"several metadata files: {', '.join(file.name for file in found)} in {path}; keep one")
-    return found[0] if found else None
+    files = [path / name for name in METADATA if (path / name).is_file()]
+    if len(files) > 1:
+        raise UserError(f"several metadata files: {', '.join(file.name for file in files)} in {path}; keep one")
+    return files[0] if files else None
 
 
 def _described(library: Videos, metadata: Path, dataset: str) -> Iterator[Clip | Refused]:
     """A clip or refusal for every row of `metadata`, and a refusal for every video without a row."""
     rows = list(_rows(metadata))
     num_rows = Counter(row["file_name"] for row in rows if not isinstance(row, Refused))
-    known, taken = set(library.sources), Counter()
+    known, used = set(library.sources), Counter()
     for row in rows:
         if isinstance(row, Refused):
             yield row
         elif (source := row["file_name"]) not in known:
             yield Refused(str(row.get("id", source)), source, f"{metadata.name} names a video that is not there")
         else:
-            yield _clip(library, row, dataset, taken[source] if num_rows[source] > 1 else None)
-            taken[source] += 1
+            yield _clip(library, row, dataset, used[source] if num_rows[source] > 1 else None)
+            used[source] += 1
     for source in library.sources:
         if source not in num_rows:
             yield Refused(source, source, f"no row in {metadata.name}")

@@ -1,7 +1,7 @@
 """HDTF (Zhang et al., CVPR 2021): the authors' annotation files as a manifest.
 
 For each group RD, WDA and WRA there are `*_video_url`, `*_resolution`, `*_annotion_time` (sic), `*_crop_wh` and `*_crop_ratio`
-.txt, separated by spaces, without header, some with a byte order mark. `crop_ratio` serves the authors' second method (landmarks,
+.txt, separated by spaces, without header, some with a byte order mark. `crop_ratio` is of the authors' second method (landmarks,
 for videos of another resolution) and is not read. The dataset has no official split.
 """
 
@@ -20,17 +20,6 @@ GROUPS = ("RD", "WDA", "WRA")
 LICENCE = "annotations CC BY 4.0 (HDTF); the video belongs to its owner on YouTube"
 RANGE = re.compile(r"(\d{1,2}:)?(\d{1,4}):(\d{1,2})-(\d{1,2}:)?(\d{1,4}):(\d{1,2})")
 NUMBER = re.compile(r"[0-9]{1,6}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Of one group: videos with an address, videos with clips, clips, clips with a crop, hours of all clips."""
-
-    urls: int
-    annotated: int
-    clips: int
-    crops: int
-    hours: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +41,7 @@ def read(
     videos: a folder with `Name.mp4` or `GROUP_Name.mp4` anywhere under it. Without it (to count or to split) crops are checked
         against the listed number of lines alone.
     full_frame: no crops, so that clips without one are kept too.
-    scale_crops: a crop holds only at the resolution listed for it, so a video of another height is refused; this scales the
+    scale_crops: a crop is valid only at the resolution listed for it, so a video of another height is refused; this scales the
         crop instead (for a download of the same video at another quality).
 
     The identity is the video's name without its trailing digits (AmyKlobuchar0 and AmyKlobuchar1 are one person; Radio1 to
@@ -72,24 +61,6 @@ def read(
     return gather(rows)
 
 
-def count(annotations: Path) -> dict[str, Counts]:
-    """Counts of the annotation files, by group."""
-    clips = read(annotations, full_frame=True).clips
-    counts = {}
-    for group in GROUPS:
-        table = _tables(Path(annotations), group)
-        own = [clip for clip in clips if clip.id.startswith(f"{group}_")]
-        keys = [f"{name}_{index}" for name, ranges in table.ranges.items() for index in range(len(ranges))]
-        counts[group] = Counts(
-            urls=len(table.urls),
-            annotated=len(table.ranges),
-            clips=len(own),
-            crops=sum(key in table.crops for key in keys),
-            hours=round(sum((clip.end or 0) - clip.start for clip in own) / 3600, 2),
-        )
-    return counts
-
-
 def identity_of(name: str) -> str:
     """The person in a video of this name: the name without its trailing digits."""
     return name.rstrip("0123456789") or name
@@ -102,7 +73,7 @@ def _tables(annotations: Path, group: str) -> Tables:
 
 
 def _table(path: Path, refused: list[Refused]) -> dict[str, list[str]]:
-    """Words of each line by its first word without .mp4; what cannot be read or comes twice goes to `refused`."""
+    """Words of each line by its first word without .mp4; unreadable and repeated lines go to `refused`."""
     table: dict[str, list[str]] = {}
     for line in read_lines(path):
         if isinstance(line, Refused):
@@ -121,7 +92,7 @@ def _table(path: Path, refused: list[Refused]) -> dict[str, list[str]]:
 
 
 def _span(text: str) -> tuple[float, float]:
-    """Seconds of `MM:SS-MM:SS`, hours before them allowed; UserError when it is not that."""
+    """Seconds of `MM:SS-MM:SS`, hours before them allowed; UserError for another format."""
     match = RANGE.fullmatch(text)
     if match is None:
         raise UserError(f"time is not MM:SS-MM:SS: {text}; correct the annotation")
@@ -162,17 +133,17 @@ def _no_crop(*_: object) -> Crop:
 
 
 def _crop(table: Tables, name: str, index: int, library: Videos, source: str, *, scale: bool) -> Crop:
-    """The crop of a clip and the frame that it was measured in; UserError where there is none that holds."""
+    """The crop of a clip and the frame that it was measured in; UserError where there is no valid one."""
     words = table.crops.get(f"{name}_{index}")
     if words is None:
-        raise UserError("no row in crop_wh.txt; find the face yourself or take the full frame")
+        raise UserError("no row in crop_wh.txt; detect the face yourself or use the full frame")
     if len(words) != 4 or not all(map(NUMBER.fullmatch, words)):
         raise UserError(f"crop is not 'x width y height': {' '.join(words)}; correct the annotation")
     x, width, y, height = (int(word) for word in words)
     listed = " ".join(table.resolutions.get(name, []))
     lines = int(listed) if NUMBER.fullmatch(listed) else 0
     if lines == 0:
-        raise UserError(f"the crop's resolution is not known (listed: {listed or 'nothing'}); take the full frame")
+        raise UserError(f"the crop's resolution is not known (listed: {listed or 'nothing'}); use the full frame")
     if y + height > lines:
         raise UserError(
             f"crop lies outside the frame: y {y} + height {height} of {lines} lines; correct the annotation"

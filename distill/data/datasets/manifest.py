@@ -42,15 +42,15 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
-    """One clip of a source file; UserError when a field cannot be right.
+    """One clip of a source file; UserError for an invalid field.
 
     id: a safe file name, letters, digits, `._-`, unique in its manifest
     source: the file, relative to the folder of videos
     start, end: seconds of the source; end None is the source's end
     crop: x, y, width, height in pixels of a frame of `crop_size`; None is the whole frame
     crop_size: width, height of the frame that the crop was measured in; None is the source's own
-    text: what is seen and done in the clip; licence: in words; split: train, test, ... or "" where none is known
-    identity: what must not be on both sides of a split (a person, or the source's name where the person is not known)
+    text: the caption; licence: as text; split: train, test, ... or "" where none is known
+    identity: what must be on one side of a split only (a person, or the source's name where the person is not known)
     """
 
     id: str
@@ -79,7 +79,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A clip, or a line of an annotation file, that could not be used: its id as given (perhaps unsafe) and why.
+    """A clip, or a line of an annotation file, that could not be used: its id as annotated (perhaps unsafe) and why.
 
     What is not UTF-8 is kept as escapes, so that every refusal can be printed.
     """
@@ -134,7 +134,7 @@ class Manifest:
             with pq.ParquetFile(path) as file:
                 table = file.read()
             if table.schema.remove_metadata() != SCHEMA:
-                raise UserError("not a manifest, its columns are others; make it again with `distill data prepare`")
+                raise UserError("not a manifest, it has other columns; make it again with `distill data prepare`")
             clips = tuple(Clip(**{**row, **_tuples(row)}) for row in table.to_pylist())
             lines = refused_path(path).read_text(encoding="utf-8").splitlines()
             return cls(clips, tuple(Refused(**json.loads(line)) for line in lines))
@@ -178,7 +178,7 @@ def refused_path(path: Path) -> Path:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str] | Refused]:
-    """Numbered lines of a UTF-8 annotation file, its byte order mark and blank lines left out.
+    """Numbered lines of a UTF-8 annotation file, without its byte order mark and blank lines.
 
     A line in another encoding is a Refused; UserError when the file is missing, unreadable, or UTF-16 as a whole.
     """

@@ -24,7 +24,7 @@ from teachers.files import atomic_write
 SALT = "avatar-distill 1"
 FRACTIONS = {"train": 0.9, "test": 0.1}
 READERS = {"hdtf": hdtf.read, "avspeech": avspeech.read, "celebvhq": celebvhq.read, "folder": folder.read}
-LIVETALK = "windows drawn by sha256 from split test (LiveTalk 2512.23576 sec. 5.2: 100 random 5 s clips, its list is unpublished)"
+LIVETALK = "windows sampled by sha256 from split test (LiveTalk 2512.23576 sec. 5.2: 100 random 5 s clips, its list is unpublished)"
 OMNIAVATAR = "the start of every clip (OmniAvatar's author: the first 15 s of every HDTF clip, no split)"
 
 
@@ -38,7 +38,7 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipList:
-    """A fixed test list: windows of `seconds` in clips of one dataset, and in words how they were chosen."""
+    """A fixed test list: windows of `seconds` in clips of one dataset, and a description of how they were chosen."""
 
     name: str
     dataset: str
@@ -52,23 +52,23 @@ class ClipList:
 
     def save(self, path: Path) -> None:
         """Write the list as YAML, a line for each window."""
-        facts = {**asdict(self), "windows": [asdict(window) for window in self.windows]}
+        fields = {**asdict(self), "windows": [asdict(window) for window in self.windows]}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(Path(path), yaml.safe_dump(facts, sort_keys=False, default_flow_style=None, width=1000))
+            atomic_write(Path(path), yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=1000))
         except OSError as error:
             raise UserError(f"test list cannot be written ({error.strerror}): {path}; choose another place") from error
 
     @classmethod
     def load(cls, path: Path) -> "ClipList":
-        """The list in `path`; UserError, with its key, for whatever does not belong."""
+        """The list in `path`; UserError, with the key, for an unknown or mistyped one."""
         try:
-            facts = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"test list cannot be read ({error.strerror}): {path}; check the path") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"test list is no YAML: {path}; write it again with `distill data split`") from error
-        return convert(cls, facts, locate=lambda _: str(path))
+        return convert(cls, fields, locate=lambda _: str(path))
 
 
 def place(identity: str, salt: str = SALT) -> float:
@@ -80,7 +80,7 @@ def place(identity: str, salt: str = SALT) -> float:
 def assign(manifest: Manifest, fractions: Mapping[str, float] = FRACTIONS, salt: str = SALT) -> Manifest:
     """The manifest with a split for every clip; clips of one identity (without one: of one source) share it.
 
-    An identity is placed by its hash alone: more clips, or other ones, move nobody. `fractions`, in their order, divide [0, 1),
+    An identity is placed by its hash alone, so other clips do not change it. `fractions`, in their order, divide [0, 1),
     so the last split keeps its members when it grows. An official split stands, for all clips of its identities; where it has
     one identity on several sides, the last side in the order of `fractions` keeps it and clips of the others are refused.
     """
@@ -99,7 +99,7 @@ def assign(manifest: Manifest, fractions: Mapping[str, float] = FRACTIONS, salt:
             official[_identity(clip)] = max(before, clip.split, key=names.index)
     rows: list[Clip | Refused] = list(manifest.refused)
     for clip in manifest.clips:
-        split = official.get(_identity(clip)) or _drawn(_identity(clip), fractions, salt)
+        split = official.get(_identity(clip)) or _hashed_split(_identity(clip), fractions, salt)
         if clip.split in ("", split):
             rows.append(replace(clip, split=split))
         else:
@@ -119,8 +119,8 @@ def livetalk_list(
 ) -> ClipList:
     """`num` windows of `seconds` from the clips of `dataset` in split test, in the order of their hashes.
 
-    Each clip is divided into windows from its start, the rest left out; a shorter list is the beginning of a longer one. The paper
-    does not say how its clips were drawn. `videos` measures clips without an end. UserError when there are too few windows.
+    Each clip is divided into windows from its start, the remainder dropped; a shorter list is the beginning of a longer one. The
+    paper does not state how its clips were sampled. `videos` measures clips without an end. UserError for too few windows.
     """
     library = None if videos is None else Videos(videos)
     windows = []
@@ -129,9 +129,7 @@ def livetalk_list(
             num_windows = math.floor(_seconds(clip, library) / seconds + 1e-6)
             windows += [Window(id=clip.id, offset=index * seconds) for index in range(num_windows)]
     if len(windows) < num:
-        raise UserError(
-            f"{num} windows of {seconds:g} s are needed, {dataset} test has {len(windows)}: give it more clips"
-        )
+        raise UserError(f"{num} windows of {seconds:g} s are needed, {dataset} test has {len(windows)}: add clips")
     windows.sort(key=lambda window: (place(f"{window.id}\n{window.offset:.3f}", salt), window.id, window.offset))
     return ClipList(
         name=f"livetalk_{dataset}",
@@ -152,7 +150,7 @@ def omniavatar_list(manifest: Manifest, *, seconds: float = 15.0) -> ClipList:
 
 
 def select(manifest: Manifest, clips: ClipList) -> Manifest:
-    """The windows of a list as clips of split test, `ID_at5000ms`; a window that the manifest cannot give is refused."""
+    """The windows of a list as clips of split test, `ID_at5000ms`; a window that is not in the manifest is refused."""
     known = {clip.id: clip for clip in manifest.clips if clip.dataset == clips.dataset}
     reasons = {row.id: row.reason for row in manifest.refused}
     rows: list[Clip | Refused] = []
@@ -192,23 +190,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Split, or select, and say what was written; return 0. Raises UserError."""
+    """Split, or select, and print what was written; return 0. Raises UserError."""
     if args.select and (args.fraction or args.lists):
         raise UserError(
-            "a list is selected or made, not both: --select with --fraction or --lists; run them one by one"
+            "a list is selected or written, not both: --select with --fraction or --lists; run them one by one"
         )
     read = READERS.get(args.dataset)
     manifest = read(args.manifest, args.videos) if read else Manifest.load(args.manifest)
     if args.select:
-        made = select(manifest, ClipList.load(args.select))
+        result = select(manifest, ClipList.load(args.select))
     else:
-        made = assign(manifest, _fractions(args.fraction), args.salt)
-    lists = _lists(made, args.salt, args.videos) if args.lists else []
-    made.save(args.out)
+        result = assign(manifest, _fractions(args.fraction), args.salt)
+    lists = _lists(result, args.salt, args.videos) if args.lists else []
+    result.save(args.out)
     for clips in lists:
         clips.save(args.lists / f"{clips.name}.yaml")
-    counts = ", ".join(f"{num} {name}" for name, num in sorted(Counter(clip.split for clip in made.clips).items()))
-    sys.stdout.write(f"{args.out}: {counts or 'no'} clips, {len(made.refused)} refused\n")
+    counts = ", ".join(f"{num} {name}" for name, num in sorted(Counter(clip.split for clip in result.clips).items()))
+    sys.stdout.write(f"{args.out}: {counts or 'no'} clips, {len(result.refused)} refused\n")
     sys.stdout.writelines(f"{args.lists / clips.name}.yaml: {len(clips.windows)} windows\n" for clips in lists)
     return 0
 
@@ -227,7 +225,7 @@ def _fractions(words: Iterable[str] | None) -> Mapping[str, float]:
     try:
         fractions = {name: float(share) for name, _, share in pairs}
     except ValueError as error:
-        raise UserError(f"shares are given as train=0.9 test=0.1: got {' '.join(words)}; correct them") from error
+        raise UserError(f"shares are written as train=0.9 test=0.1: got {' '.join(words)}; correct them") from error
     if len(fractions) < len(pairs):
         raise UserError(f"a split is named twice: {' '.join(words)}; name it once")
     return fractions
@@ -237,7 +235,7 @@ def _identity(clip: Clip) -> str:
     return clip.identity or clip.source
 
 
-def _drawn(identity: str, fractions: Mapping[str, float], salt: str) -> str:
+def _hashed_split(identity: str, fractions: Mapping[str, float], salt: str) -> str:
     """The split whose part of [0, 1) the identity falls into, parts measured from the end."""
     left = 1 - place(identity, salt)  # in (0, 1]
     for name, share in reversed(list(fractions.items())):

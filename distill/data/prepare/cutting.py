@@ -1,7 +1,7 @@
-"""One clip of a film, cut by presentation times: the picture nearest to each frame time, and the sound under it to a sample.
+"""Cut one clip of a video by presentation times: the nearest source frame for each frame time, and the sound exact to a sample.
 
-A clip starts at the picture nearest to the start that was asked for, so that at equal rates sound and pictures lie as in the film;
-frame k shows the picture nearest to that start + k / fps, and the sound is the film's at 16 kHz from that start on.
+A clip starts at the source frame nearest to the annotated start, so that at equal frame rates audio and video are aligned as in the
+source; frame k is the source frame nearest to that start + k / fps, and the sound is the source's at 16 kHz from that start on.
 """
 
 import math
@@ -22,27 +22,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.datasets.manifest import Clip
-from distill.data.prepare.video import SAMPLE_RATE, Picture, pictures, read_sound
+from distill.data.prepare.video import SAMPLE_RATE, SourceFrame, read_frames, read_sound
 from teachers.errors import UserError
 from teachers.media.read import upright
 from teachers.media.write import BT709, LIMITED_RANGE
 
 LOSSLESS = 0
-SNAP = Fraction(1, 10)  # seconds from the asked start within which a picture becomes the clip's start
-SHORT = Fraction(1, 10)  # seconds by which pictures or sound may end too early
+SNAP = Fraction(1, 10)  # seconds from the annotated start within which a source frame becomes the clip's start
+SHORT = Fraction(1, 10)  # seconds by which video or sound may end too early
 ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
-HOLE = Fraction(1, 2)  # seconds from a frame to the nearest picture that are too many
+HOLE = Fraction(1, 2)  # largest distance in seconds from a frame to the nearest source frame
 CUT_DIFFERENCE, CUT_RATIO, CUT_NEIGHBOURS = 15.0, 3.0, 2  # the first of 255 levels; see `scene_cuts`
 THUMBNAIL = 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class CutConfig:
-    """What a clip becomes.
+    """Format of a cut clip, and which clips are refused.
 
     fps: frames a second; size: height and width, None keeps those of the crop (made even)
     crf: quality of H.264, 0 is lossless; cuts: what is done with a clip that has a scene cut
-    min_seconds: shorter clips are refused; max_seconds: longer ones lose their end; silent: clips without sound are taken
+    min_seconds: shorter clips are refused; max_seconds: longer ones are truncated; silent: clips without sound are accepted
     """
 
     fps: Fraction = Fraction(16)
@@ -66,36 +66,36 @@ class CutConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A cut clip: what was made, and where it came from. The film itself lies in a file.
+    """A cut clip: its sound and metadata. The video itself is in a file.
 
-    sound: float32 [S] at 16 kHz, S = round(16000 * num_frames / fps), None without; facts: plain data for the sample's json
+    sound: float32 [S] at 16 kHz, S = round(16000 * num_frames / fps), None without; metadata: plain data for the sample's json
     """
 
     num_frames: int
     sound: Tensor | None
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 @dataclass
-class _Taken:
-    """What `_film` learns of a clip while its frames go by; times are seconds of the film."""
+class _Progress:
+    """Statistics that `_encode_video` accumulates over a clip's frames; times are seconds of the source."""
 
     num_frames: int = 0
-    num_pictures: int = 0  # different ones that became a frame
+    num_source_frames: int = 0  # different ones that became a frame
     num_skipped: int = 0  # between the first and the last of them
     origin: Fraction = Fraction(0)
-    end: Fraction = Fraction(0)  # of the last picture that was seen
-    shift: Fraction = Fraction(0)  # largest distance between a frame's time and its picture's
-    shortest: Fraction = Fraction(10**6)  # least and greatest distance between two pictures
+    end: Fraction = Fraction(0)  # of the last source frame
+    shift: Fraction = Fraction(0)  # largest distance between a frame's time and its source frame's
+    shortest: Fraction = Fraction(10**6)  # least and greatest distance between two source frames
     longest: Fraction = Fraction(0)
     thumbnails: list[Tensor] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def cut(clip: Clip, path: Path, config: CutConfig, film: Path) -> Piece:
-    """Write the frames of `clip` from the source at `path` to the mp4 `film` and return the rest.
+def cut(clip: Clip, path: Path, config: CutConfig, target: Path) -> Piece:
+    """Write the frames of `clip` from the source at `path` to the mp4 `target` and return the rest.
 
-    Raises UserError with the reason why a clip is refused, OSError when `film` cannot be written.
+    Raises UserError with the reason why a clip is refused, OSError when `target` cannot be written.
     """
     start = _seconds(clip.start)
     end = None if clip.end is None else _seconds(clip.end)
@@ -105,76 +105,77 @@ def cut(clip: Clip, path: Path, config: CutConfig, film: Path) -> Piece:
     count = None if end is None else math.floor((end - start + ROUNDING) * config.fps)
     if count is not None:
         _check_length(count, config)
-    taken = _film(clip, path, config, film, start, count)
-    if count is not None and clip.end is not None and (count - taken.num_frames) / config.fps > SHORT:
-        raise UserError(f"pictures end at {float(taken.end):.2f} s: the clip lasts until {float(end or 0):.2f} s")
-    _check_length(taken.num_frames, config)
-    if taken.shift > HOLE:
+    progress = _encode_video(clip, path, config, target, start, count)
+    if count is not None and clip.end is not None and (count - progress.num_frames) / config.fps > SHORT:
+        raise UserError(f"video ends at {float(progress.end):.2f} s: the clip lasts until {float(end or 0):.2f} s")
+    _check_length(progress.num_frames, config)
+    if progress.shift > HOLE:
         raise UserError(
-            f"a frame has no picture within {float(HOLE)} s: the nearest is {float(taken.shift):.2f} s away"
+            f"no source frame within {float(HOLE)} s of a frame: the nearest is {float(progress.shift):.2f} s away"
         )
-    cuts, score = scene_cuts(taken.thumbnails)
+    cuts, score = scene_cuts(progress.thumbnails)
     if cuts and config.cuts == "longest":
-        first, last = max(pairwise([0, *cuts, taken.num_frames]), key=lambda shot: shot[1] - shot[0])
-        shot = [float(taken.origin + number / config.fps) for number in (first, last)]
-        kept = cut(replace(clip, start=shot[0], end=shot[1]), path, replace(config, cuts="refuse"), film)
-        return replace(
-            kept,
-            facts={**kept.facts, "shot_of": [float(taken.origin), float(taken.origin + taken.num_frames / config.fps)]},
-        )
+        first, last = max(pairwise([0, *cuts, progress.num_frames]), key=lambda shot: shot[1] - shot[0])
+        shot = [float(progress.origin + number / config.fps) for number in (first, last)]
+        whole = [float(progress.origin), float(progress.origin + progress.num_frames / config.fps)]
+        kept = cut(replace(clip, start=shot[0], end=shot[1]), path, replace(config, cuts="refuse"), target)
+        return replace(kept, metadata={**kept.metadata, "shot_of": whole})
     if cuts and config.cuts == "refuse":
-        at = ", ".join(f"{float(taken.origin + number / config.fps):.2f}" for number in cuts[:3])
+        at = ", ".join(f"{float(progress.origin + number / config.fps):.2f}" for number in cuts[:3])
         raise UserError(f"scene cut at {at} s{' and more' if len(cuts) > 3 else ''}")
-    sound, sound_facts = _sound(path, taken, config)
+    sound, sound_metadata = _sound(path, progress, config)
     return Piece(
-        num_frames=taken.num_frames,
+        num_frames=progress.num_frames,
         sound=sound,
-        facts={**_facts(taken, config), **sound_facts, "scene_cut_frames": cuts, "scene_change": round(score, 3)},
+        metadata={
+            **_video_metadata(progress, config),
+            **sound_metadata,
+            "scene_cut_frames": cuts,
+            "scene_change": round(score, 3),
+        },
     )
 
 
 def _check_length(num_frames: int, config: CutConfig) -> None:
     if num_frames < config.min_seconds * config.fps:
         seconds = float(num_frames / config.fps)
-        raise UserError(
-            f"too short: {num_frames} frames, {seconds:.2f} s; at least {config.min_seconds} s are asked for"
-        )
+        raise UserError(f"too short: {num_frames} frames, {seconds:.2f} s; the minimum is {config.min_seconds} s")
 
 
 def _seconds(value: float) -> Fraction:
     return Fraction(value).limit_denominator(10**6)
 
 
-def _facts(taken: _Taken, config: CutConfig) -> dict[str, Any]:
-    """How the frames came about, as plain data."""
-    variable = taken.longest - taken.shortest > Fraction(2, 1000)
+def _video_metadata(progress: _Progress, config: CutConfig) -> dict[str, Any]:
+    """Origin and resampling of the frames, as plain data."""
+    variable = progress.longest - progress.shortest > Fraction(2, 1000)
     return {
         "fps": str(config.fps),
-        "frames": taken.num_frames,
-        "start": float(taken.origin),
-        "end": float(taken.origin + taken.num_frames / config.fps),
-        **taken.facts,
+        "frames": progress.num_frames,
+        "start": float(progress.origin),
+        "end": float(progress.origin + progress.num_frames / config.fps),
+        **progress.metadata,
         "variable_frame_rate": variable,
         "resampling": {
-            "frames_repeated": taken.num_frames - taken.num_pictures,
-            "pictures_skipped": taken.num_skipped,
-            "largest_shift_ms": round(float(taken.shift) * 1000, 3),
+            "frames_repeated": progress.num_frames - progress.num_source_frames,
+            "source_frames_skipped": progress.num_skipped,
+            "largest_shift_ms": round(float(progress.shift) * 1000, 3),
         },
     }
 
 
-def _sound(path: Path, taken: _Taken, config: CutConfig) -> tuple[Tensor | None, dict[str, Any]]:
-    """Sound [S] under the frames, with silence where up to SHORT seconds of it are missing, and facts about it."""
-    count = round(taken.num_frames * SAMPLE_RATE / config.fps)
-    heard = read_sound(path, round(taken.origin * SAMPLE_RATE), count)
-    if heard is None:
+def _sound(path: Path, progress: _Progress, config: CutConfig) -> tuple[Tensor | None, dict[str, Any]]:
+    """Sound [S] of the frames, padded with silence where up to SHORT seconds are missing, and its metadata."""
+    count = round(progress.num_frames * SAMPLE_RATE / config.fps)
+    sound = read_sound(path, round(progress.origin * SAMPLE_RATE), count)
+    if sound is None:
         if config.silent:
             return None, {"sample_rate": None, "samples": 0}
-        raise UserError("no audio track; --silent takes such clips")
-    samples, late, early = heard
-    for missing, words in ((late, "starts {} s after the pictures"), (early, "ends {} s before the pictures")):
+        raise UserError("no audio track; --silent accepts such clips")
+    samples, late, early = sound
+    for missing, message in ((late, "starts {} s after the video"), (early, "ends {} s before the video")):
         if missing > SHORT * SAMPLE_RATE:
-            raise UserError(f"sound {words.format(round(missing / SAMPLE_RATE, 2))}")
+            raise UserError(f"sound {message.format(round(missing / SAMPLE_RATE, 2))}")
     power = samples.double().square().mean().item()
     return samples, {
         "sample_rate": SAMPLE_RATE,
@@ -184,92 +185,94 @@ def _sound(path: Path, taken: _Taken, config: CutConfig) -> tuple[Tensor | None,
     }
 
 
-def _film(clip: Clip, path: Path, config: CutConfig, target: Path, start: Fraction, count: int | None) -> _Taken:
-    """Encode at most `count` frames of the clip and say what was seen of it."""
-    taken, pixels = _Taken(), None
-    with closing(pictures(path, start)) as source, _Encoder(target, config) as encoder:
-        waiting: deque[tuple[av.VideoFrame, bool]] = deque()  # frames whose time has pictures, not yet to its end
+def _encode_video(
+    clip: Clip, path: Path, config: CutConfig, target: Path, start: Fraction, count: int | None
+) -> _Progress:
+    """Encode at most `count` frames of the clip and return their statistics."""
+    progress, pixels = _Progress(), None
+    with closing(read_frames(path, start)) as source, _Encoder(target, config) as encoder:
+        waiting: deque[tuple[av.VideoFrame, bool]] = deque()  # whose frame time is not covered yet
 
         def write_covered() -> None:
             nonlocal pixels
-            while waiting and taken.origin + (taken.num_frames + 1) / config.fps <= taken.end + ROUNDING:
-                picture, fresh = waiting.popleft()
+            while waiting and progress.origin + (progress.num_frames + 1) / config.fps <= progress.end + ROUNDING:
+                source_frame, fresh = waiting.popleft()
                 if fresh or pixels is None:
-                    if picture.is_corrupt:
-                        at = float(taken.origin + taken.num_frames / config.fps)
-                        raise UserError(f"damaged picture at {at:.2f} s")
-                    pixels = _cropped(upright(picture, "rgb24"), clip, config, taken)
+                    if source_frame.is_corrupt:
+                        at = float(progress.origin + progress.num_frames / config.fps)
+                        raise UserError(f"damaged frame at {at:.2f} s")
+                    pixels = _cropped(upright(source_frame, "rgb24"), clip, config, progress)
                 encoder.write(pixels)
-                taken.thumbnails.append(_thumbnail(pixels))
-                taken.num_frames += 1
-                taken.num_pictures += fresh
+                progress.thumbnails.append(_thumbnail(pixels))
+                progress.num_frames += 1
+                progress.num_source_frames += fresh
 
-        for found in nearest(_watch(source, start, taken), start, config.fps, count, taken):
-            waiting.append(found)
+        for chosen in nearest(_watch(source, start, progress), start, config.fps, count, progress):
+            waiting.append(chosen)
             write_covered()
         write_covered()
-        if taken.num_frames == 0 and start >= taken.end:
-            raise UserError(f"no picture at {float(start):.2f} s: the pictures end at {float(taken.end):.2f} s")
-    return taken
+        if progress.num_frames == 0 and start >= progress.end:
+            raise UserError(f"no frame at {float(start):.2f} s: the video ends at {float(progress.end):.2f} s")
+    return progress
 
 
-def _watch(source: Iterable[Picture], start: Fraction, taken: _Taken) -> Iterator[Picture]:
-    """The same pictures; those from the clip's start on are counted and their distances noted."""
+def _watch(source: Iterable[SourceFrame], start: Fraction, progress: _Progress) -> Iterator[SourceFrame]:
+    """The same frames; the distances of those from the clip's start on are recorded."""
     last = None
-    for picture in source:
+    for frame in source:
         if last is not None and last.time >= start:
-            distance = picture.time - last.time
-            taken.shortest, taken.longest = min(taken.shortest, distance), max(taken.longest, distance)
-        last = picture
-        taken.facts["source_fps"], taken.facts["rotation"] = str(picture.rate), round(picture.frame.rotation)
-        taken.end = picture.time + picture.duration
-        yield picture
+            distance = frame.time - last.time
+            progress.shortest, progress.longest = min(progress.shortest, distance), max(progress.longest, distance)
+        last = frame
+        progress.metadata["source_fps"], progress.metadata["rotation"] = str(frame.rate), round(frame.frame.rotation)
+        progress.end = frame.time + frame.duration
+        yield frame
 
 
 def nearest(
-    source: Iterable[Picture], start: Fraction, fps: Fraction, count: int | None, taken: _Taken
+    source: Iterable[SourceFrame], start: Fraction, fps: Fraction, count: int | None, progress: _Progress
 ) -> Iterator[tuple[av.VideoFrame, bool]]:
-    """For frames 0, 1, ... the picture nearest to the frame's time (the earlier of two), and whether it is a new one.
+    """For frames 0, 1, ... the source frame nearest to the frame's time (the earlier of two), and whether it is a new one.
 
-    Ends after `count` frames and when their time is over, or with the pictures. Sets origin, shift and num_skipped.
+    Ends after `count` frames and when their time is over, or with the source. Sets origin, shift and num_skipped.
     """
-    held, number, fresh, passed = None, 0, True, 0
+    current, number, fresh, passed = None, 0, True, 0
 
     def wanted() -> Fraction:
-        return start if number == 0 else taken.origin + number / fps
+        return start if number == 0 else progress.origin + number / fps
 
-    def take(picture: Picture) -> None:
+    def take(frame: SourceFrame) -> None:
         nonlocal number
         if number == 0:
-            taken.origin = picture.time if abs(picture.time - start) <= SNAP else start
-        taken.shift = max(taken.shift, abs(taken.origin + number / fps - picture.time))
+            progress.origin = frame.time if abs(frame.time - start) <= SNAP else start
+        progress.shift = max(progress.shift, abs(progress.origin + number / fps - frame.time))
         number += 1
 
-    for picture in source:
-        while held is not None and number != count and wanted() - held.time <= picture.time - wanted():
-            taken.num_skipped += passed
-            take(held)
-            yield held.frame, fresh
+    for frame in source:
+        while current is not None and number != count and wanted() - current.time <= frame.time - wanted():
+            progress.num_skipped += passed
+            take(current)
+            yield current.frame, fresh
             fresh, passed = False, 0
-        if number == count and taken.end >= taken.origin + number / fps:
+        if number == count and progress.end >= progress.origin + number / fps:
             return
-        passed += held is not None and fresh and number > 0
-        held, fresh = picture, True
-    while held is not None and number != count and wanted() < held.time + held.duration:
-        taken.num_skipped += passed
-        take(held)
-        yield held.frame, fresh
+        passed += current is not None and fresh and number > 0
+        current, fresh = frame, True
+    while current is not None and number != count and wanted() < current.time + current.duration:
+        progress.num_skipped += passed
+        take(current)
+        yield current.frame, fresh
         fresh, passed = False, 0
 
 
-def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, taken: _Taken) -> Tensor:
-    """uint8 [H, W, 3]: the clip's crop of an upright picture [h, w, 3], brought to the size (antialiased bicubic)."""
+def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, progress: _Progress) -> Tensor:
+    """uint8 [H, W, 3]: the clip's crop of an upright frame [h, w, 3], resized (antialiased bicubic)."""
     height, width = pixels.shape[:2]
     x, y, w, h = crop_box(clip, (width, height), config.size)
-    facts = {"source_size": [width, height], "crop": [x, y, w, h], "size": list(config.size or (h, w))}
-    if taken.facts.setdefault("source_size", [width, height]) != [width, height]:
-        raise UserError(f"pictures change their size from {taken.facts['source_size']} to {[width, height]}")
-    taken.facts.update(facts)
+    metadata = {"source_size": [width, height], "crop": [x, y, w, h], "size": list(config.size or (h, w))}
+    if progress.metadata.setdefault("source_size", [width, height]) != [width, height]:
+        raise UserError(f"frames change their size from {progress.metadata['source_size']} to {[width, height]}")
+    progress.metadata.update(metadata)
     part = torch.from_numpy(np.ascontiguousarray(pixels[y : y + h, x : x + w])).permute(2, 0, 1)[None]
     if config.size is not None and config.size != (h, w):
         part = F.interpolate(part, config.size, mode="bicubic", align_corners=False, antialias=True)
@@ -277,7 +280,7 @@ def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, taken: _Taken) -
 
 
 def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) -> tuple[int, int, int, int]:
-    """x, y, width, height in pixels of an upright picture of `source` = (w, h).
+    """x, y, width, height in pixels of an upright frame of `source` = (w, h).
 
     The clip's crop, scaled where it was measured in a frame of another size but the same shape; its largest centred part that
     has the shape of `size` = (H, W), or even sides where that is None. Raises UserError for a crop that does not fit.
@@ -287,7 +290,7 @@ def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) 
     if clip.crop is not None and clip.crop_size not in (None, source):
         across, down = Fraction(width, clip.crop_size[0]), Fraction(height, clip.crop_size[1])
         if abs(across / down - 1) > Fraction(1, 100):
-            raise UserError(f"crop was measured in a frame of {clip.crop_size}, the film has another shape: {source}")
+            raise UserError(f"crop was measured in a frame of {clip.crop_size}, the video has another shape: {source}")
         x, w = round(x * across), min(round(w * across), width - round(x * across))
         y, h = round(y * down), min(round(h * down), height - round(y * down))
     if w < 1 or h < 1 or x < 0 or y < 0 or x + w > width or y + h > height:
@@ -304,7 +307,7 @@ def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) 
 
 
 def _thumbnail(pixels: Tensor) -> Tensor:
-    """[32 * 32 * 3] means of the areas of a frame uint8 [H, W, 3]."""
+    """Area means [32 * 32 * 3] of a frame uint8 [H, W, 3]."""
     step = max(1, min(pixels.shape[:2]) // THUMBNAIL // 4)  # four by four pixels an area are enough
     small = F.adaptive_avg_pool2d(pixels[::step, ::step].permute(2, 0, 1).float(), THUMBNAIL)
     return small.flatten().half()
@@ -314,7 +317,7 @@ def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
     """Numbers of the frames that begin another shot, and the largest mean difference of two neighbours (0 to 255).
 
     A cut is a difference of at least 15 levels that is 3 times the mean of the 2 differences before and after it: the adaptive
-    rule of PySceneDetect, on the RGB of small pictures. Fades are not found.
+    rule of PySceneDetect, on the RGB of thumbnails. Fades are not detected.
     """
     if len(thumbnails) < 2:
         return [], 0.0
@@ -370,7 +373,7 @@ class _Encoder(AbstractContextManager):
 
 
 def encode_flac(sound: Tensor) -> bytes:
-    """Sound float32 [S] in [-1, 1] at 16 kHz as a FLAC file of 16 bits: value v becomes round(32768 v), at most 32767."""
+    """Sound float32 [S] in [-1, 1] at 16 kHz as a 16-bit FLAC file: value v becomes round(32768 v), at most 32767."""
     values = (sound.double() * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
     output = BytesIO()
     with av.open(output, "w", format="flac", options={"fflags": "+bitexact"}) as container:

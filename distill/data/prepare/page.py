@@ -1,4 +1,4 @@
-"""Pages to look at data with: self-contained HTML, everything escaped, nothing fetched from anywhere."""
+"""Self-contained HTML pages to inspect data: everything escaped, no external resources."""
 
 import base64
 import io
@@ -17,20 +17,20 @@ from teachers.errors import UserError
 from teachers.files import atomic_write
 
 THUMBNAIL = 144  # pixels of the long side
-MOST_CARDS = 400  # pictures on a page
+MAX_CARDS = 400  # thumbnails on a page
 BINS = 24
 
 
 def thumbnail(pixels: Tensor, box: Sequence[float] | None = None) -> bytes:
-    """A small JPEG of pixels uint8 [h, w, 3], with the frame of `box` = (x, y, width, height) in shares of the picture."""
-    picture = Image.fromarray(pixels.numpy())
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    """A small JPEG of pixels uint8 [h, w, 3], with the frame of `box` = (x, y, width, height) in fractions of the image."""
+    image = Image.fromarray(pixels.numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     if box is not None:
         x, y, width, height = box
-        corners = (x * picture.width, y * picture.height, (x + width) * picture.width, (y + height) * picture.height)
-        ImageDraw.Draw(picture).rectangle(corners, outline=(255, 170, 0))
+        corners = (x * image.width, y * image.height, (x + width) * image.width, (y + height) * image.height)
+        ImageDraw.Draw(image).rectangle(corners, outline=(255, 170, 0))
     output = io.BytesIO()
-    picture.save(output, "JPEG", quality=80)
+    image.save(output, "JPEG", quality=80)
     return output.getvalue()
 
 
@@ -42,7 +42,7 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(picture=_picture, words=lambda name: name.replace("_", " "))
+    environment.filters.update(data_uri=_data_uri, label=lambda name: name.replace("_", " "))
     text = environment.get_template(template).render(context)
     try:
         atomic_write(path, text)
@@ -50,20 +50,20 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
         raise UserError(f"page cannot be written ({error.strerror}): {path}; choose another place") from error
 
 
-def _picture(data: bytes | None) -> str:
+def _data_uri(data: bytes | None) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data or b"").decode()
 
 
 def histogram(values: Sequence[float], limits: Sequence[float | None] = (), unit: str = "") -> Markup:
-    """Counts of values as an SVG, and dashed lines at `limits`; values that are not finite are left out."""
-    known = [value for value in values if math.isfinite(value)]
-    marks = [limit for limit in limits if limit is not None]
-    if not known:
+    """Counts of values as an SVG, and dashed lines at `limits`; values that are not finite are ignored."""
+    finite = [value for value in values if math.isfinite(value)]
+    lines_at = [limit for limit in limits if limit is not None]
+    if not finite:
         return Markup("")
-    low, high = min([*known, *marks]), max([*known, *marks])
+    low, high = min([*finite, *lines_at]), max([*finite, *lines_at])
     low, high = (low - 0.5, high + 0.5) if high == low else (low, high)
     counts = [0] * BINS
-    for value in known:
+    for value in finite:
         counts[min(BINS - 1, int((value - low) / (high - low) * BINS))] += 1
     width, height, most = 240, 80, max(counts)
     step = width / BINS
@@ -75,7 +75,7 @@ def histogram(values: Sequence[float], limits: Sequence[float | None] = (), unit
     )
     lines = "".join(
         f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>'
-        for x in ((mark - low) / (high - low) * width for mark in marks)
+        for x in ((limit - low) / (high - low) * width for limit in lines_at)
     )
     return Markup(
         f'<svg viewBox="0 -2 {width} {height + 18}" role="img">{bars}{lines}<text x="0" y="{height + 13}">{low:.4g}</text>'
@@ -83,7 +83,7 @@ def histogram(values: Sequence[float], limits: Sequence[float | None] = (), unit
     )
 
 
-def spaced(rows: Sequence[Any], most: int = MOST_CARDS) -> list[Any]:
+def spaced(rows: Sequence[Any], most: int = MAX_CARDS) -> list[Any]:
     """At most `most` of the rows, evenly spaced."""
     if len(rows) <= most:
         return list(rows)

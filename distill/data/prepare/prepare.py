@@ -1,13 +1,13 @@
-"""`distill data prepare`: clips of a dataset become WebDataset shards; killed at any time, the same command goes on.
+"""`distill data prepare`: cut the clips of a dataset into WebDataset shards; killed at any time, the same command resumes.
 
-    OUT/prepare.json            what was asked for; another request for the same folder is refused
-    OUT/NAME-000000.tar         a shard: <key>.mp4 (film), <key>.flac (16 kHz mono), <key>.json (facts), key = id with "+" for "."
+    OUT/prepare.json            the request; another request for the same folder is refused
+    OUT/NAME-000000.tar         a shard: <key>.mp4, <key>.flac (16 kHz mono), <key>.json (metadata), key = id with "+" for "."
     OUT/NAME-000000.json        its index: key, id, place, frames and size of every sample, the clips that were refused and why
     OUT/manifest.parquet        the clips that are in the shards; manifest.refused.jsonl: all others, the reader's included
-    OUT/SHA256SUMS              of all of these but prepare.json; written last: without it the run has not ended
+    OUT/SHA256SUMS              of all of these but prepare.json; written last: without it the run is unfinished
     OUT/.work/                  finished samples of unfinished shards
 
-Which clip goes to which shard is settled before the first is cut, so it does not depend on time, processes or refusals.
+The assignment of clips to shards is fixed before the first is cut, so it does not depend on time, processes or refusals.
 """
 
 import argparse
@@ -45,7 +45,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Clip number `number` of the manifest, to be cut from `videos` and left in `work`."""
+    """Clip number `number` of the manifest, to be cut from `videos` into the folder `work`."""
 
     number: int
     clip: Clip
@@ -65,7 +65,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The result: how many clips, frames and seconds are in how many shards, and what was refused."""
+    """The result: numbers of clips and shards, their seconds, and what was refused."""
 
     num_clips: int
     num_shards: int
@@ -95,19 +95,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cuts", choices=("refuse", "longest", "keep"), default="refuse", help="clips with a scene cut (refuse)"
     )
     parser.add_argument("--min-seconds", type=float, default=1.0, help="shorter clips are refused (1)")
-    parser.add_argument("--max-seconds", type=float, help="longer clips lose their end")
-    parser.add_argument("--silent", action="store_true", help="take clips without an audio track")
+    parser.add_argument("--max-seconds", type=float, help="longer clips are truncated")
+    parser.add_argument("--silent", action="store_true", help="accept clips without an audio track")
     parser.add_argument("--full-frame", action="store_true", help="hdtf: no crops")
     parser.add_argument("--scale-crops", action="store_true", help="hdtf: crops follow a video of another resolution")
     parser.add_argument("--shard-clips", type=int, default=64, help="clips a shard (64)")
     parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0 works in this one (one a core)"
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
     )
-    parser.add_argument("--retry", action="store_true", help="try refused clips again and remake their shards")
+    parser.add_argument("--retry", action="store_true", help="try refused clips again and write their shards anew")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare and say what became of it; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
+    """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
     if args.shard_clips < 1 or args.workers < 0:
         raise UserError(f"--shard-clips must be 1 or more, --workers 0: got {args.shard_clips} and {args.workers}")
     config = CutConfig(
@@ -140,10 +140,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> Manifest:
-    """The clips that the command line names."""
+    """The manifest of the command line's annotations."""
     options = {name: True for name in HDTF_OPTIONS if getattr(args, name)}
     if options and args.name != "hdtf":
-        raise UserError(f"--{next(iter(options)).replace('_', '-')} is for hdtf: got {args.name}; leave it out")
+        raise UserError(f"--{next(iter(options)).replace('_', '-')} is for hdtf: got {args.name}; remove it")
     if args.annotations is None and args.name != "folder":
         raise UserError(f"--annotations is missing: {args.name}; give the folder of its official annotation files")
     if args.annotations is not None and args.annotations.suffix == ".parquet":
@@ -163,10 +163,10 @@ def prepare(
     tick: Callable[[Refused | None], object] = lambda _: None,
     work: Callable[[Task], dict[str, Any]] | None = None,
 ) -> Prepared:
-    """Cut all clips of `manifest` into shards `name`-NNNNNN.tar of `shard_clips` clips each and write what lies beside them.
+    """Cut all clips of `manifest` into shards `name`-NNNNNN.tar of `shard_clips` clips each, with indices, manifest and checksums.
 
-    workers: processes, 0 does all in this one; retry: shards with refused clips are made again; tick: called once a clip
-    Raises UserError when the folder is another request's, in use, not writable or its disk full; what is finished stays.
+    workers: processes, 0 for none but this one; retry: shards with refused clips are written anew; tick: called once a clip
+    Raises UserError when the folder is another request's, in use, not writable or its disk full; finished work stays.
     """
     videos, out = Path(videos), Path(out)
     request = {"name": name, "shard_clips": shard_clips, **asdict(config), "fps": str(config.fps)}
@@ -186,7 +186,7 @@ def prepare(
         if retry:
             (out / shards.CHECKSUMS).unlink(missing_ok=True)
             for group in groups:
-                group.forget_refused()
+                group.reopen_refused()
         if not all(group.is_done for group in groups):
             make_folder(out / ".work")
             _cut_all(groups, workers, tick, work or make_sample)
@@ -197,28 +197,28 @@ def prepare(
 
 
 def make_sample(task: Task) -> dict[str, Any]:
-    """Cut one clip, leave its fragment and its record in the work folder, and return the record.
+    """Cut one clip, write its fragment and its record to the work folder, and return the record.
 
-    Whatever is wrong with the clip is in the record; UserError is for a disk that is full.
+    The record states why a clip is refused; UserError is for a disk that is full.
     """
     record: dict[str, Any] = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
-    film = task.work / f"{task.number:08d}.{os.getpid()}.mp4"
+    video = task.work / f"{task.number:08d}.{os.getpid()}.mp4"
     try:
-        members = _members(task, film, record)
+        members = _members(task, video, record)
         if members is not None:
             record["bytes"] = shards.write_fragment(task.fragment, record["key"], members)
         atomic_write(task.record, canonical_json(record))
     finally:
-        film.unlink(missing_ok=True)
+        video.unlink(missing_ok=True)
     return record
 
 
-def _members(task: Task, film: Path, record: dict[str, Any]) -> dict[str, bytes | Path] | None:
-    """The files of a clip's sample, extension -> content, its frames and seconds noted in `record`; or None and why not."""
+def _members(task: Task, video: Path, record: dict[str, Any]) -> dict[str, bytes | Path] | None:
+    """The files of a clip's sample, extension -> content, its frames and seconds noted in `record`; None for a refused clip."""
     try:
-        piece = cutting.cut(task.clip, task.videos / task.clip.source, task.config, film)
-        facts = json.dumps(
-            {**_annotations(task.clip), **piece.facts}, sort_keys=True, ensure_ascii=False, allow_nan=False
+        piece = cutting.cut(task.clip, task.videos / task.clip.source, task.config, video)
+        metadata = json.dumps(
+            {**_annotations(task.clip), **piece.metadata}, sort_keys=True, ensure_ascii=False, allow_nan=False
         )
         sound = {} if piece.sound is None else {"flac": cutting.encode_flac(piece.sound)}
     except UserError as error:
@@ -229,15 +229,15 @@ def _members(task: Task, film: Path, record: dict[str, Any]) -> dict[str, bytes 
         record["refused"] = f"cannot be cut: {type(error).__name__}: {error}"
     else:
         record.update(frames=piece.num_frames, seconds=float(piece.num_frames / task.config.fps))
-        record.update(size=piece.facts["size"], sound=piece.sound is not None)
-        return {"mp4": film, "json": f"{facts}\n".encode(), **sound}
+        record.update(size=piece.metadata["size"], sound=piece.sound is not None)
+        return {"mp4": video, "json": f"{metadata}\n".encode(), **sound}
     return None
 
 
 def _annotations(clip: Clip) -> dict[str, Any]:
-    """What the manifest says of a clip, its times as `asked_start` and `asked_end`."""
-    given = {name: getattr(clip, name) for name in ("id", "dataset", "source", "text", "licence", "split", "identity")}
-    return {**given, "asked_start": clip.start, "asked_end": clip.end}
+    """The manifest's fields of a clip, its times as `annotated_start` and `annotated_end`."""
+    fields = {name: getattr(clip, name) for name in ("id", "dataset", "source", "text", "licence", "split", "identity")}
+    return {**fields, "annotated_start": clip.start, "annotated_end": clip.end}
 
 
 class _Shard:
@@ -251,20 +251,20 @@ class _Shard:
         return self.index_path.is_file()
 
     def index(self) -> dict[str, Any]:
-        """What the finished shard holds."""
+        """The index of the finished shard; UserError where it is damaged."""
         index = read_json_or_none(self.index_path)
         if index is None:
             raise UserError(f"index is damaged: {self.index_path}; delete it and prepare the data again")
         return index
 
     def close(self) -> bool:
-        """Put the shard together if all its clips are there; its index is written last. Whether it is done now."""
+        """Join the fragments if all clips are cut, the index last; returns whether the shard is finished."""
         records = [(task, record) for task in self.tasks if (record := read_json_or_none(task.record)) is not None]
         if len(records) < len(self.tasks):
             return False
-        made = [(task, record) for task, record in records if "refused" not in record]
-        offsets, digest = shards.join([task.fragment for task, _ in made], self.path)
-        samples = [{**record, "offset": offset} for (_, record), offset in zip(made, offsets, strict=True)]
+        cut = [(task, record) for task, record in records if "refused" not in record]
+        offsets, digest = shards.join([task.fragment for task, _ in cut], self.path)
+        samples = [{**record, "offset": offset} for (_, record), offset in zip(cut, offsets, strict=True)]
         index = {
             "sha256": digest,
             "samples": samples,
@@ -281,8 +281,8 @@ class _Shard:
         for task in self.tasks:
             task.fragment.unlink(missing_ok=True)
 
-    def forget_refused(self) -> None:
-        """Undo the refusals of the shard, and with them the shard."""
+    def reopen_refused(self) -> None:
+        """Delete the records of refused clips, and the index of a shard that has any."""
         if self.is_done and self.index()["refused"]:
             self.index_path.unlink()
         for task in self.tasks:
@@ -308,7 +308,7 @@ def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Calla
     for task, record in shared_out(work, waiting, workers):
         if record is None:
             record = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
-            record["refused"] = "the decoder crashed on it"
+            record["refused"] = "its decoder crashed"
             atomic_write(task.record, canonical_json(record))
         reason, group = record.get("refused"), shard_of[task.number]
         tick(None if reason is None else Refused(task.clip.id, task.clip.source, reason))
@@ -318,19 +318,19 @@ def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Calla
 
 
 def _finish(out: Path, manifest: Manifest, groups: Sequence[_Shard]) -> Prepared:
-    """Write the manifest of what was made and the checksums, and remove the work folder."""
+    """Write the manifest of the clips in the shards and the checksums, and remove the work folder."""
     indices = [group.index() for group in groups]
     reasons = {row["id"]: row["refused"] for index in indices for row in index["refused"]}
-    made = tuple(clip for clip in manifest.clips if clip.id not in reasons)
+    prepared = tuple(clip for clip in manifest.clips if clip.id not in reasons)
     refused = tuple(Refused(c.id, c.source, reasons[c.id]) for c in manifest.clips if c.id in reasons)
     sums = {group.path.name: index["sha256"] for group, index in zip(groups, indices, strict=True)}
     if not (out / shards.CHECKSUMS).is_file():
-        Manifest(made, (*manifest.refused, *refused)).save(out / "manifest.parquet")
+        Manifest(prepared, (*manifest.refused, *refused)).save(out / "manifest.parquet")
         others = [group.index_path.name for group in groups] + ["manifest.parquet", "manifest.refused.jsonl"]
         shards.write_checksums(out, {**sums, **{name: shards.sha256(out / name) for name in others}})
     shutil.rmtree(out / ".work", ignore_errors=True)
     return Prepared(
-        num_clips=len(made),
+        num_clips=len(prepared),
         num_shards=len(groups),
         seconds=sum(row["seconds"] for index in indices for row in index["samples"]),
         refused=(*manifest.refused, *refused),
@@ -338,12 +338,12 @@ def _finish(out: Path, manifest: Manifest, groups: Sequence[_Shard]) -> Prepared
 
 
 def _check_request(out: Path, request: dict[str, Any]) -> None:
-    """Leave prepare.json with this request; UserError when the folder holds another one's or something else."""
+    """Write prepare.json with this request; UserError when the folder has another request's or something else."""
     path, request = out / "prepare.json", json.loads(json.dumps(request))
     before = read_json_or_none(path)
     if before is None:
         if any(out.iterdir()):
-            raise UserError(f"not a folder of prepared data: {out} holds something else; choose another --out")
+            raise UserError(f"not a folder of prepared data: {out} contains something else; choose another --out")
         atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
     elif before != request:
         names = sorted(name for name in before.keys() | request.keys() if before.get(name) != request.get(name))
@@ -352,7 +352,7 @@ def _check_request(out: Path, request: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Only one process prepares into a folder, and removes what a killed one half wrote; UserError for the second."""
+    """Only one process prepares into a folder, and removes partial files of a killed one; UserError for the second."""
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -360,7 +360,7 @@ def _locked(out: Path) -> Iterator[None]:
             file.unlink(missing_ok=True)
         yield
     except BlockingIOError as error:
-        raise UserError(f"another prepare writes here: {out}; wait for it or choose another --out") from error
+        raise UserError(f"another prepare is writing here: {out}; wait for it or choose another --out") from error
     except PermissionError as error:
         raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
     finally:
@@ -368,7 +368,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _most_common(refused: Sequence[Refused]) -> str:
-    """The most frequent reasons, in brackets, without the numbers in them."""
+    """The three most frequent reasons in brackets, their numbers masked."""
     kinds = Counter(re.sub(r"[\d.]+", "_", row.reason.partition(":")[0]) for row in refused).most_common(3)
     return f" ({'; '.join(f'{number} x {kind}' for kind, number in kinds)})" if kinds else ""
 

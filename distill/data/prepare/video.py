@@ -1,6 +1,6 @@
-"""A film read by its presentation times: pictures from any moment on, and any stretch of its sound at 16 kHz.
+"""A video read by presentation times: frames from any moment on, and any stretch of its sound at 16 kHz.
 
-Time 0 is where the pictures start. Nothing depends on key frames: decoding starts early enough and drops what comes before.
+Time 0 is that of the first frame. Nothing depends on key frames: decoding starts early enough and drops what comes before.
 """
 
 import math
@@ -19,63 +19,62 @@ from torch import Tensor
 from teachers.errors import UserError
 from teachers.media.read import _mono as mono
 from teachers.media.read import _opened as opened
-from teachers.media.read import _video_stream as film_stream
-from teachers.media.read import check_samples
+from teachers.media.read import check_samples, video_stream
 from teachers.media.streams import resample
 
 SAMPLE_RATE = 16_000
 SEEK_MARGIN = Fraction(1, 2)  # seconds: demuxers seek by decoding time, which is earlier than that of presentation
-NEEDED = Fraction(1)  # seconds before a moment in which all pictures are decoded: upper temporal layers lean on them
-CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch: codecs look back and ahead, as the resampler does
-GAP = Fraction(1, 25)  # seconds by which a sound frame may be off its place before the hole counts
+NEEDED = Fraction(1)  # seconds before a moment in which all frames are decoded: upper temporal layers depend on them
+CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch, the context of codec and resampler
+GAP = Fraction(1, 25)  # seconds by which an audio frame may be off its place before it counts as a gap
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded picture: when it is shown and for how long, in seconds of the film."""
+class SourceFrame:
+    """A decoded frame with its presentation time and duration, in seconds of the video."""
 
     time: Fraction
     duration: Fraction
     frame: av.VideoFrame
-    rate: Fraction | None  # the film's mean one, in frames a second
+    rate: Fraction | None  # the video's mean one, in frames a second
 
 
-def pictures(path: Path, start: Fraction = Fraction(0)) -> Generator[Picture, None, None]:
-    """The pictures of a film in the order of presentation, beginning with one at or before `start` (or with the first).
+def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFrame, None, None]:
+    """The frames of a video in the order of presentation, beginning with one at or before `start` (or with the first).
 
-    Raises UserError when the file cannot be read, is damaged, or holds no film with times and square pixels.
+    Raises UserError when the file cannot be read, is damaged, or has no video track with times and square pixels.
     """
     for seek in (start > SEEK_MARGIN, False):
         with opened(path, "video file") as container:
-            stream = film_stream(container)
+            stream = video_stream(container)
             if stream is None:
                 raise UserError(f"no video track: {path}")
             ratio = stream.codec_context.sample_aspect_ratio
             if ratio and ratio != 1:
-                raise UserError(f"pixels are not square ({ratio}): {path}; convert the film")
+                raise UserError(f"pixels are not square ({ratio}): {path}; convert the video")
             stream.codec_context.options = {"err_detect": "explode"}
             stream.codec_context.thread_count = 1
-            if seek and not _sought(container, stream, start - SEEK_MARGIN):
+            if seek and not _seek(container, stream, start - SEEK_MARGIN):
                 continue
             timed = _timed(container, stream, path, start)
             first = next(timed, None)
             if seek and (first is None or first.time > start):
                 continue
             if first is None:
-                raise UserError(f"video file holds no pictures: {path}")
+                raise UserError(f"video file has no frames: {path}")
             yield first
             yield from timed
             return
 
 
 def _zero(stream: av.VideoStream | None) -> Fraction:
-    """Seconds of the file at which its pictures start."""
+    """Container time of the first frame, in seconds."""
     return Fraction(0) if stream is None else (stream.start_time or 0) * Fraction(stream.time_base or 0)
 
 
-def _sought(container: Any, stream: av.VideoStream | av.AudioStream, seconds: Fraction) -> bool:
-    """Move to the key frame before that time of the film; False where the file cannot."""
-    zero = _zero(film_stream(container))
+def _seek(container: Any, stream: av.VideoStream | av.AudioStream, seconds: Fraction) -> bool:
+    """Seek to the key frame before that time of the video; False where the container cannot."""
+    zero = _zero(video_stream(container))
     try:
         container.seek(math.floor((zero + seconds) / Fraction(stream.time_base or 1)), stream=stream)
     except (av.FFmpegError, OSError):
@@ -83,21 +82,21 @@ def _sought(container: Any, stream: av.VideoStream | av.AudioStream, seconds: Fr
     return True
 
 
-def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) -> Iterator[Picture]:
-    """Decoded pictures with their times; of those well before `start` only the ones that others are predicted from."""
+def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) -> Iterator[SourceFrame]:
+    """Decoded frames with their times; of those well before `start` only the ones that others are predicted from."""
     zero, base, last = _zero(stream), Fraction(stream.time_base or 1), None
     usual = 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
     for frame in _decoded(container, stream, math.floor((zero + start - NEEDED) / base)):
         if frame.pts is None:
-            raise UserError(f"pictures without presentation times: {path}; put them in an mp4")
+            raise UserError(f"frames without presentation times: {path}; put them in an mp4")
         time = frame.pts * base - zero
         if last is None or time > last:
-            yield Picture(time, (frame.duration or 0) * base or usual, frame, stream.average_rate)
+            yield SourceFrame(time, (frame.duration or 0) * base or usual, frame, stream.average_rate)
             last = time
 
 
 def _decoded(container: Any, stream: av.VideoStream, first: int) -> Iterator[av.VideoFrame]:
-    """The pictures of a film without some before time `first` (in the stream's units) that no other one is predicted from."""
+    """The frames of a video, less those before `first` (in the stream's time base) that no other one is predicted from."""
     for packet in container.demux(stream):
         early = packet.pts is not None and packet.pts < first
         stream.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
@@ -105,10 +104,10 @@ def _decoded(container: Any, stream: av.VideoStream, first: int) -> Iterator[av.
 
 
 def read_sound(path: Path, first: int, count: int) -> tuple[Tensor, int, int] | None:
-    """Samples `first` to `first + count` of the film's sound at 16 kHz as float32 [count]; None without an audio track.
+    """Samples `first` to `first + count` of the video's sound at 16 kHz as float32 [count]; None without an audio track.
 
-    They are those of `teachers.media.read.read_audio` of the whole film, without decoding all of it. Also how many of them are
-    silence that was put where the track starts too late, and where it ends too early. Raises UserError for damage.
+    They equal `teachers.media.read.read_audio` of the whole video, without decoding all of it. Also returns how many of them are
+    silence that pads a track that starts late, and one that ends early. Raises UserError for damage.
     """
     for seek in (True, False):
         with opened(path, "audio track") as container:
@@ -121,7 +120,7 @@ def read_sound(path: Path, first: int, count: int) -> tuple[Tensor, int, int] | 
             exact = Fraction(stream.time_base or 1) <= Fraction(1, rate)  # if not, samples are counted from the start
             early = Fraction(first, SAMPLE_RATE) - 2 * CONTEXT
             seek = seek and exact and early > 0
-            if seek and not _sought(container, stream, early):
+            if seek and not _seek(container, stream, early):
                 continue
             divisor = math.gcd(rate, SAMPLE_RATE)
             group = max(0, (first - round(CONTEXT * SAMPLE_RATE)) * divisor // SAMPLE_RATE)
@@ -143,11 +142,11 @@ def read_sound(path: Path, first: int, count: int) -> tuple[Tensor, int, int] | 
 def _fill(
     container: Any, stream: av.AudioStream, begin: int, stop: int, path: Path
 ) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """Samples `begin` to `stop` of the film at the track's own rate, and the first and last+1 that the track has.
+    """Samples `begin` to `stop` of the video at the track's own rate, and the first and last+1 that the track has.
 
-    Frames follow each other; one that is GAP off its place is put there. None when the file has no more sound.
+    Audio frames are contiguous unless one's time stamp is GAP off. None when the file has no more sound.
     """
-    zero, rate, to_float = _zero(film_stream(container)), stream.rate, AudioResampler(format="fltp")
+    zero, rate, to_float = _zero(video_stream(container)), stream.rate, AudioResampler(format="fltp")
     samples, place, lowest, end = np.zeros(stop - begin, np.float32), None, 0, None
     if stream.duration is not None and "mp4" in container.format.name:  # the last frame of an mp4 is padded
         end = round(((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base or 0) * rate - zero * rate)

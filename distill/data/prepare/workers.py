@@ -1,4 +1,4 @@
-"""Work shared out over processes that outlives a worker's crash and leaves no process behind."""
+"""Tasks distributed over processes; survives a worker's crash and leaves no process behind."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from typing import TypeVar
 import av.logging
 import torch
 
-PRELOADED = ["distill.data.prepare.cutting"]  # so that its imports are paid for once
+PRELOADED = ["distill.data.prepare.cutting"]  # its imports are done once
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -22,10 +22,10 @@ Result = TypeVar("Result")
 def shared_out(
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Generator[tuple[Task, Result | None], None, None]:
-    """(task, work(task)) as they are done, in any order; result None for a task that killed its process.
+    """(task, work(task)) as they finish, in any order; result None for a task that crashed its process.
 
-    With 0 workers all is done here, in order. After a crash the tasks that were under way are done again one at a time, so
-    the guilty one is known. What `work` raises is raised here, and the workers are ended, as when the caller stops early.
+    With 0 workers all run in this process, in order. After a crash the tasks in flight run again one at a time, so that the
+    crashing one is identified. What `work` raises is raised here, and the workers are killed, as when the caller stops early.
     """
     if workers == 0:
         for task in tasks:
@@ -34,21 +34,21 @@ def shared_out(
     waiting, suspects = deque(tasks), deque[Task]()
     while waiting or suspects:
         source, width = (suspects, 1) if suspects else (waiting, 2 * workers)
-        under_way: dict[Future, Task] = {}
+        in_flight: dict[Future, Task] = {}
         before = set(multiprocessing.active_children())
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        pool = ProcessPoolExecutor(max_workers=min(width, workers), mp_context=context, initializer=_begin)
+        pool = ProcessPoolExecutor(max_workers=min(width, workers), mp_context=context, initializer=_init_worker)
         try:
-            while source or under_way:
-                while source and len(under_way) < width:
+            while source or in_flight:
+                while source and len(in_flight) < width:
                     future = pool.submit(work, source[0])
-                    under_way[future] = source.popleft()
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                    in_flight[future] = source.popleft()
+                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
                     result = future.result()
-                    yield under_way.pop(future), result
+                    yield in_flight.pop(future), result
         except BrokenProcessPool:
-            broken = deque(under_way.values())
+            broken = deque(in_flight.values())
             if source is suspects:
                 yield broken.popleft(), None
             suspects.extend(broken)
@@ -60,16 +60,16 @@ def shared_out(
             pool.shutdown(cancel_futures=True)
 
 
-def _begin() -> None:
-    """In a worker: one thread, interrupts left to the parent, and an end when the parent is gone."""
+def _init_worker() -> None:
+    """In a worker: one thread, interrupts left to the parent, and an exit when the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     av.logging.set_level(None)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
 
 
-def _end_with(sentinel: int) -> None:
+def _exit_with(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)

@@ -1,7 +1,7 @@
-"""Conditions as they are found, not curated: blurred, badly exposed, off-centre pictures and texts that say nothing of motion.
+"""Condition corruption: blurred, badly exposed, off-centre frames and captions without motion, as in uncurated data.
 
-LiveTalk (2512.23576) repairs the pictures (super-resolution, regeneration) and rewrites the texts for motion before it distils,
-and blames uncurated ones for black frames and collapse. The embedded world is born curated, so here it is undone.
+LiveTalk (2512.23576) repairs reference images (super-resolution, regeneration) and rewrites captions for motion before it distils,
+and attributes black frames and collapse to uncurated ones. The embedded world is curated by construction; this undoes it.
 """
 
 import math
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from distill.data.procedural.render import SAY_WHO
+from distill.data.procedural.render import SUBJECTS
 from distill.data.source import Clips
 from teachers.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionConfig:
-    """How bad clips are; each draws its own severity uniformly up to these, one for all of its frames; 0 is off.
+    """Maximum severities; each clip draws its own uniformly up to these, one for all of its frames; 0 is off.
 
-    `blur`: sigma of a Gaussian over the picture's height. `exposure`: stops over or under, 1 is twice or half the light. `shift`:
-    how far the picture is moved over its sides, its border repeated. `static_text`: texts say who and where, not what they do.
+    `blur`: sigma of a Gaussian as a fraction of the frame's height. `exposure`: stops over or under, 1 is twice or half the light.
+    `shift`: translation as a fraction of the sides, borders repeated. `static_text`: captions name person and place, no motion.
     """
 
     blur: float
@@ -30,13 +30,13 @@ class CorruptionConfig:
     static_text: bool
 
     def __post_init__(self):
-        for name, most in {"blur": 0.1, "exposure": 4.0, "shift": 0.5}.items():
-            if not 0.0 <= getattr(self, name) <= most:
-                raise UserError(f"corruption.{name}: got {getattr(self, name)}; it is a number from 0 to {most}")
+        for name, limit in {"blur": 0.1, "exposure": 4.0, "shift": 0.5}.items():
+            if not 0.0 <= getattr(self, name) <= limit:
+                raise UserError(f"corruption.{name}: got {getattr(self, name)}; give a number from 0 to {limit}")
 
 
 def corrupt_clips(config: CorruptionConfig, clips: Clips, rng: torch.Generator) -> Clips:
-    """The same clips, worse: video uint8 [N, 3, T, H, W] and text; sound and labels as they were."""
+    """The clips with corrupted video uint8 [N, 3, T, H, W] and text; sound and labels unchanged."""
     num = clips.video.shape[0]
     blur, stops, across, down = torch.rand(4, num, generator=rng).unbind()
     video = clips.video.float() / 255
@@ -51,16 +51,16 @@ def corrupt_clips(config: CorruptionConfig, clips: Clips, rng: torch.Generator) 
 
 
 def _move(video: Tensor, across: Tensor, down: Tensor) -> Tensor:
-    """Each clip by its share of the sides."""
+    """Translate each clip of video float [N, 3, T, H, W] by fractions [N] of width and height."""
     flat = video.flatten(1, 2)
-    ahead = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).repeat(len(flat), 1, 1)
-    ahead[:, 0, 2], ahead[:, 1, 2] = -2 * across, -2 * down  # a side is 2 long
-    grid = affine_grid(ahead, list(flat.shape), align_corners=False)
+    theta = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).repeat(len(flat), 1, 1)
+    theta[:, 0, 2], theta[:, 1, 2] = -2 * across, -2 * down  # a side is 2 long
+    grid = affine_grid(theta, list(flat.shape), align_corners=False)
     return grid_sample(flat, grid, padding_mode="border", align_corners=False).view_as(video)
 
 
 def _blur(video: Tensor, sigma: Tensor) -> Tensor:
-    """Each clip by its sigma in pixels."""
+    """Blur each clip of video float [N, 3, T, H, W] by its sigma [N] in pixels."""
     from torchvision.transforms.v2.functional import gaussian_blur
 
     out = []
@@ -71,5 +71,5 @@ def _blur(video: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _static(text: str) -> str:
-    who = next((who for who in SAY_WHO if text.startswith(who)), "a person")
-    return f"{who} in front of a wall"
+    subject = next((subject for subject in SUBJECTS if text.startswith(subject)), "a person")
+    return f"{subject} in front of a wall"

@@ -1,7 +1,7 @@
-"""The embedded world: procedural talking avatars with everything a distillation has to keep.
+"""The embedded world: procedural talking avatars with everything that distillation has to preserve.
 
 Conditions (identity, sound, text) come from one generator and nuisance (sway phase, gesture sign, blink times, gaze, drift of
-light) from another: given its conditions a clip is still random, so a student that regresses the mean is visibly still.
+light) from another: given its conditions a clip is still random, so a student that regresses the mean is visibly static.
 Frame 0 is the reference portrait at rest; motion fades in over the next frames.
 """
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from distill.data.procedural import duplex, speech
@@ -22,26 +23,26 @@ EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
 IDENTITY = 14  # parameters of one face: colours, shape, framing, ambient light
 
-_SAY_EXPRESSION = (
+_EXPRESSION_PHRASES = (
     ("with a calm face", "looking neutral", "with a plain expression", "keeping a straight face"),
     ("smiling", "with a warm smile", "who smiles happily", "looking cheerful"),
     ("frowning", "with a sad frown", "who looks unhappy", "looking gloomy"),
     ("surprised", "with raised brows", "who looks astonished", "looking amazed"),
 )
-_SAY_GESTURE = (
+_GESTURE_PHRASES = (
     ("holds still", "keeps the head steady", "does not move the head", "sits motionless"),
     ("nods", "nods along", "keeps nodding the head", "nods in agreement"),
     ("shakes the head", "keeps shaking the head", "shakes the head in disagreement", "turns left and right"),
     ("tilts the head", "keeps tilting the head", "rocks the head sideways", "sways the head from side to side"),
 )
-SAY_WHO = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a character")
+SUBJECTS = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a character")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
-    `num_frames` counts pixel frames of a clip. `speakers` 2: the avatar and somebody else, in turns. `steered`: its head is sent
-    somewhere by a direction signal."""
+    `num_frames` counts pixel frames of a clip. `speakers` 2: the avatar and another person, in turns. `steered`: its head follows
+    a direction signal."""
 
     resolution: int = 32
     width: int | None = None
@@ -59,25 +60,25 @@ class WorldConfig:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of a picture."""
+        """Height and width of a frame."""
         return self.resolution, self.width or self.resolution
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneParameters:
-    """What conditions fix: identity [N, IDENTITY] in [0, 1], sound with its mouth, text and its meaning; in a conversation the
-    other's sound and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
+    """What conditions determine: identity [N, IDENTITY] in [0, 1], speech, text, class indices [N] of expression and gesture; in a
+    conversation the other's speech and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
 
-    identity: Tensor
+    identity: Float[Tensor, "n 14"]
     speech: Speech
     text: list[str]
-    expression: Tensor
-    gesture: Tensor
+    expression: Int[Tensor, " n"]
+    gesture: Int[Tensor, " n"]
     other: Speech | None = None
-    turn: Tensor | None = None
-    pose: Tensor | None = None
+    turn: Int[Tensor, "n k"] | None = None
+    pose: Float[Tensor, "n t 3"] | None = None
 
-    def index(self, rows: Tensor) -> "SceneParameters":
+    def index(self, rows: Int[Tensor, " m"]) -> "SceneParameters":
         return SceneParameters(
             identity=self.identity[rows],
             speech=_of_rows(self.speech, rows),
@@ -90,12 +91,12 @@ class SceneParameters:
         )
 
 
-def _of_rows(said: Speech, rows: Tensor) -> Speech:
-    return Speech(audio=said.audio[rows], opening=said.opening[rows], width=said.width[rows])
+def _of_rows(voice: Speech, rows: Tensor) -> Speech:
+    return Speech(audio=voice.audio[rows], opening=voice.opening[rows], width=voice.width[rows])
 
 
 def samples_per_frame(config: WorldConfig) -> int:
-    """Audio samples of one pixel frame; the clock is integral or the config is refused."""
+    """Audio samples of one pixel frame; UserError where they are no whole number."""
     samples = Fraction(speech.SAMPLE_RATE) / Fraction(config.fps)
     if samples.denominator != 1:
         raise UserError(f"data.world.fps: {config.fps} does not divide {speech.SAMPLE_RATE} Hz; use 25/2, 16, 20 or 25")
@@ -108,23 +109,23 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Scen
     gesture = torch.randint(0, len(GESTURES), (num,), generator=rng)
     picks = torch.randint(0, 1 << 30, (num, 4), generator=rng).tolist()
     text = []
-    for e, g, (who, say_e, say_g, order) in zip(expression.tolist(), gesture.tolist(), picks, strict=True):
-        person = SAY_WHO[who % len(SAY_WHO)]
-        face = _SAY_EXPRESSION[e][say_e % len(_SAY_EXPRESSION[e])]
-        move = _SAY_GESTURE[g][say_g % len(_SAY_GESTURE[g])]
+    for e, g, (subject, e_phrase, g_phrase, order) in zip(expression.tolist(), gesture.tolist(), picks, strict=True):
+        person = SUBJECTS[subject % len(SUBJECTS)]
+        face = _EXPRESSION_PHRASES[e][e_phrase % len(_EXPRESSION_PHRASES[e])]
+        move = _GESTURE_PHRASES[g][g_phrase % len(_GESTURE_PHRASES[g])]
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
     samples = config.num_frames * samples_per_frame(config)
-    said = speech.synthesise(num, samples, rng)
+    voice = speech.synthesise(num, samples, rng)
     identity = torch.rand(num, IDENTITY, generator=rng)
     other = turn = pose = None
     if config.speakers == 2:
-        other, turn = speech.synthesise(num, samples, rng), duplex.draw_turns(num, said.opening.shape[1], rng)
-        said, other = duplex.in_turn(said, turn, duplex.OWN), duplex.in_turn(other, turn, duplex.OTHER)
+        other, turn = speech.synthesise(num, samples, rng), duplex.draw_turns(num, voice.opening.shape[1], rng)
+        voice, other = duplex.in_turn(voice, turn, duplex.OWN), duplex.in_turn(other, turn, duplex.OTHER)
     if config.steered:
         pose = duplex.draw_directions(num, config.num_frames, float(Fraction(config.fps)), rng)
     return SceneParameters(
         identity=identity,
-        speech=said,
+        speech=voice,
         text=text,
         expression=expression,
         gesture=gesture,
@@ -134,15 +135,15 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Scen
     )
 
 
-def frame_ticks(config: WorldConfig) -> Tensor:
+def frame_ticks(config: WorldConfig) -> Int[Tensor, " t"]:
     """The tick of 10 ms in the middle of each pixel frame, [T]."""
     fps = float(Fraction(config.fps))
     time = torch.arange(config.num_frames) / fps
     return ((time + 0.5 / fps) * (speech.SAMPLE_RATE / speech.HOP)).round().long()
 
 
-def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generator) -> dict[str, Tensor]:
-    """What conditions leave open, [N, T] each: sway, gesture phase, blinks, gaze, light; with what they fix, as labels."""
+def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generator) -> dict[str, Float[Tensor, "n t"]]:
+    """Labels [N, T] of every frame: the nuisance (sway, gesture phase, blinks, gaze, light) and what the conditions determine."""
     num, frames, fps = scene.gesture.shape[0], config.num_frames, float(Fraction(config.fps))
     time = torch.arange(frames) / fps
     fade = 1.0 - torch.exp(-time / 0.10)
@@ -157,16 +158,16 @@ def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generato
         return amplitude * torch.sin(2 * math.pi * (uniform(low_hz, high_hz) * time + uniform(0, 1)))
 
     swing = torch.sin(2 * math.pi * uniform(1.7, 2.1) * time) * sign() * uniform(0.8, 1.1)
-    asked_for = [(scene.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
+    is_gesture = [(scene.gesture == i).float().unsqueeze(1) for i in range(len(GESTURES))]
     sway_x, sway_y = fade * sway(0.5, 0.15, 0.45), fade * sway(0.25, 0.15, 0.45)
     if scene.pose is not None:
         sway_x, sway_y = (duplex.REACH * duplex.follow(scene.pose[..., i], fps) for i in (0, 1))
-    head_x, head_y = sway_x + asked_for[2] * swing, sway_y + asked_for[1] * swing
-    tilt = fade * sway(0.25, 0.15, 0.4) + asked_for[3] * swing
+    head_x, head_y = sway_x + is_gesture[2] * swing, sway_y + is_gesture[1] * swing
+    tilt = fade * sway(0.25, 0.15, 0.4) + is_gesture[3] * swing
     light = fade * sign() * uniform(0.5, 1.0)
     saccade = uniform(0.0, float(time[-1]) * 1.3)
-    looks = torch.randint(-1, 2, (num, 2), generator=rng).float()
-    gaze = torch.where(time < saccade, looks[:, :1], looks[:, 1:]) * (time > 0)
+    directions = torch.randint(-1, 2, (num, 2), generator=rng).float()
+    gaze = torch.where(time < saccade, directions[:, :1], directions[:, 1:]) * (time > 0)
     # Blinks: closed for about 0.2 s; the first falls anywhere in a window twice the clip's length, then every 1.5 to 3.5 s.
     blink = torch.zeros(num, frames)
     centre = uniform(0.15, 2.4)
@@ -256,7 +257,9 @@ def _draw_head(image, u, v, shape, colour, state, soft):
     return _paint(image, teeth, white * 0.93)
 
 
-def render(config: WorldConfig, scene: SceneParameters, state: dict[str, Tensor]) -> Tensor:
+def render(
+    config: WorldConfig, scene: SceneParameters, state: dict[str, Float[Tensor, "n t"]]
+) -> UInt8[Tensor, "n 3 t h w"]:
     """Draw the frames, uint8 [N, 3, T, H, W]; labels are [N, T]."""
     height, width = config.size
     size = min(height, width)  # -1..1 is the square in the middle

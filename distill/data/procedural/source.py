@@ -28,12 +28,12 @@ class DataConfig(ClipsConfig):
 
 def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0) -> Clips:
     """`num` fresh clips of the world named `name`; another `motion` is the same conditions with other nuisance."""
-    asked = render.draw_conditions(config.world, num, keyed_generator(seed, "asked", name))
-    return render.make_clips(config.world, asked, keyed_generator(seed, "motion", name, motion))
+    scene = render.draw_conditions(config.world, num, keyed_generator(seed, "asked", name))
+    return render.make_clips(config.world, scene, keyed_generator(seed, "motion", name, motion))
 
 
 class World(ClipSource):
-    """The procedural world as a source of clips: it draws whatever is asked for, with every label."""
+    """The procedural world as a source of clips, with every label. Any number of clips can be drawn."""
 
     left_out: Mapping[str, str] = {}
     description = "procedural avatars, no people"
@@ -49,4 +49,4 @@ class World(ClipSource):
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
         """Expression and gesture."""
         known = {"expression": render.EXPRESSIONS, "gesture": render.GESTURES}
-        return {name: (clips.labels[name], len(words)) for name, words in known.items()}
+        return {name: (clips.labels[name], len(classes)) for name, classes in known.items()}

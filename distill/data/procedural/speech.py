@@ -2,12 +2,13 @@
 
 Source-filter synthesis, vectorised over clips: a pulse train or noise source, shaped frame by frame in the STFT domain by vowel
 formants. Loudness is drawn independently of the mouth opening, and loud non-speech noise is mixed in, so that loudness alone
-cannot tell the mouth: the formants must be heard.
+does not determine the mouth: a network has to use the formants.
 """
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 SAMPLE_RATE = 16_000
@@ -30,9 +31,9 @@ MAX_SYLLABLES_PER_SECOND = 6.0
 class Speech:
     """audio [N, S] in [-1, 1]; opening and width [N, K] in [0, 1] at 100 Hz."""
 
-    audio: Tensor
-    opening: Tensor
-    width: Tensor
+    audio: Float[Tensor, "n s"]
+    opening: Float[Tensor, "n k"]
+    width: Float[Tensor, "n k"]
 
 
 def _uniform(shape, low, high, rng: torch.Generator) -> Tensor:
@@ -71,7 +72,7 @@ def _syllables(num: int, num_ticks: int, rng: torch.Generator) -> dict[str, Tens
     }
 
 
-def smooth(x: Tensor, ticks: int) -> Tensor:
+def smooth(x: Float[Tensor, "n k"], ticks: int) -> Float[Tensor, "n k"]:
     """Hann smoothing along the last axis over `ticks` control frames (edges replicated)."""
     window = torch.hann_window(ticks + 2, periodic=False)[1:-1]
     padded = torch.nn.functional.pad(x.unsqueeze(1), (ticks // 2, ticks - 1 - ticks // 2), mode="replicate")
@@ -109,7 +110,7 @@ def _envelopes(
 
 
 def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
-    """Seeded speech-like clips with the mouth that says them."""
+    """`num` speech-like clips of `num_samples` at 16 kHz with their mouth shapes."""
     num_ticks = num_samples // HOP + 1
     syllables = _syllables(num, num_ticks, rng)
     scale = _uniform((num, 1), 0.88, 1.18, rng)
@@ -127,7 +128,7 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
     spoken = spoken + spectrum(noise)[..., :num_ticks] * hiss * hiss_gain.unsqueeze(1) * 0.5
     speech = torch.istft(spoken, N_FFT, HOP, window=window, length=num_samples)
     speech = speech / speech.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
-    # Non-speech: a steady noise floor and, in a third of the clips, loud broadband bursts while the mouth does what it does.
+    # Non-speech: a steady noise floor and, in a third of the clips, loud broadband bursts that do not move the mouth.
     floor = 10 ** (_uniform((num, 1), -55, -22, rng) / 20)
     bursts = (torch.rand(num, num_ticks, generator=rng) < 0.012).float() * (torch.rand(num, 1, generator=rng) < 0.35)
     burst_gain = torch.nn.functional.interpolate(smooth(bursts, 15).unsqueeze(1), size=num_samples).squeeze(1) * 8.0

@@ -18,8 +18,8 @@ from distill.data.datasets.manifest import Manifest
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.data.procedural import render
-from distill.data.recorded import LEFT_OUT, FolderConfig, measured
-from distill.data.source import Clips
+from distill.data.recorded import LEFT_OUT, FolderConfig
+from distill.data.source import Clips, brightness_and_contrast
 from distill.pipeline.stages import Pipeline, run
 from distill.recipe import load_recipe
 from distill.training.engine import Engine
@@ -158,10 +158,10 @@ def test_the_pool_is_the_clips_through_the_senses(finished, data):
     assert psnr > 25
 
 
-def test_nobody_is_on_both_sides_and_no_clip_in_two_sets_that_are_compared(data):
+def test_no_person_is_on_both_sides_and_no_clip_in_two_sets_that_are_compared(data):
     source = opened(data)
-    assert people(source.training).isdisjoint(people(source.held))
-    assert len(people(source.training) | people(source.held)) == FILMS
+    assert people(source.training).isdisjoint(people(source.test))
+    assert len(people(source.training) | people(source.test)) == FILMS
     sets = {
         name: source.draw(5, name, 100) for name in ("test", "reference", "validate", "validate reference", "admit")
     }
@@ -169,7 +169,7 @@ def test_nobody_is_on_both_sides_and_no_clip_in_two_sets_that_are_compared(data)
     def contents(name: str) -> set[bytes]:
         return {video.numpy().tobytes() for video in sets[name].video}
 
-    held = {source.held[row].video.numpy().tobytes() for row in range(len(source.held))}
+    held = {source.test[row].video.numpy().tobytes() for row in range(len(source.test))}
     assert contents("test").isdisjoint(contents("reference"))
     assert contents("test") | contents("reference") == held
     assert contents("admit") == contents("test")
@@ -195,12 +195,12 @@ def test_a_clip_is_its_film(data, clips):
 
 def test_what_is_measured_on_frames_is_there(clips):
     video = clips.video[:2, :, :4]
-    found = measured(video)
+    found = brightness_and_contrast(video)
     assert len(found) == 32
     assert all(value.shape == (2, 4) for value in found.values())
     grey = video.float().mean(1) / 255
     assert torch.allclose(found["brightness_5"], grey[:, :, 8:16, 8:16].mean((2, 3)), atol=1e-5)
-    flat = measured(torch.full_like(video, 100))
+    flat = brightness_and_contrast(torch.full_like(video, 100))
     assert all(float(value.max()) == 0 for name, value in flat.items() if name.startswith("contrast"))
 
 
@@ -248,7 +248,7 @@ def test_clips_that_do_not_fit_are_refused_with_the_command(data, films, tmp_pat
         ),
         ({"path": films}, f"--fps 25/2 --size 32x32 and give data.path={out}$"),
         ({"path": tmp_path / "none"}, "no folder of clips"),
-        ({"path": tmp_path}, "no clips: .* has no films and no shards"),
+        ({"path": tmp_path}, "no clips: .* has no videos and no shards"),
         (
             {"path": data, "world": replace(WORLD, num_frames=15, fps="16")},
             "prepared at 25/2 fps: .*--fps 16 --size 32x32",
@@ -259,7 +259,7 @@ def test_clips_that_do_not_fit_are_refused_with_the_command(data, films, tmp_pat
         ),
         (
             {"path": data, "world": replace(WORLD, num_frames=47)},
-            "the train films hold 0 clips of 47 frames.* 16 are needed",
+            "the train videos have 0 clips of 47 frames.* 16 are needed",
         ),
     ):
         with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*"):
@@ -289,7 +289,7 @@ def test_an_official_split_stands(data, tmp_path):
     names = ("test", "train", "validation")
     path = with_manifest(data, tmp_path / "a", lambda n, clip: replace(clip, split=names[(n > 5) + (n > 11)]))
     source = opened(path, world=replace(WORLD, num_frames=15))
-    assert people(source.held) == {f"person_{n:02d}.mp4" for n in range(6)}
+    assert people(source.test) == {f"person_{n:02d}.mp4" for n in range(6)}
     assert people(source.training) == {f"person_{n:02d}.mp4" for n in range(6, 12)}
     assert source.facts["unused_samples"] == {"it is in the split validation": 2}
 
@@ -297,9 +297,9 @@ def test_an_official_split_stands(data, tmp_path):
 def test_somebody_is_held_out_even_of_few_and_one_person_is_not_enough(data, tmp_path):
     two = with_manifest(data, tmp_path / "two", lambda n, clip: replace(clip, identity=f"p{n % 2}"))
     source = opened(two, held_out=1e-9)
-    assert len(source.held) == len(source.training) == 21
+    assert len(source.test) == len(source.training) == 21
     one = with_manifest(data, tmp_path / "one", lambda _, clip: replace(clip, identity="p"))
-    with pytest.raises(UserError, match=r"nobody is held out: .* shows 1 people"):
+    with pytest.raises(UserError, match=r"no person is held out: .* has 1 people"):
         opened(one, held_out=1e-9)
 
 
@@ -357,7 +357,7 @@ def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     source: Any = recipe.data.open()
     mute = {f"{name}.mp4" for name in MUTE}
     assert (
-        people(source.training) | people(source.held) == (people(everything.training) | people(everything.held)) - mute
+        people(source.training) | people(source.test) == (people(everything.training) | people(everything.test)) - mute
     )
     assert source.facts["unused_samples"] == {"it is not in data.manifest": len(MUTE)}
     assert source.digests != everything.digests

@@ -249,7 +249,7 @@ def test_resumed_is_never_stopped_bit_for_bit(launched, kind):
 
 
 def test_a_chain_of_engines_each_resuming_the_one_before_is_one_run(launched, alone):
-    written = [checkpoint.Reader(path).facts["engine"] for path in checkpoint.saved(launched / "chain")]
+    written = [checkpoint.Reader(path).metadata["engine"] for path in checkpoint.saved(launched / "chain")]
     assert written == [{"kind": kind, "processes": 2} for kind in CHAIN[-2:]], "the last two are kept"
     assert not differences(newest(launched / "chain"), alone[0][len(CHAIN)])
 

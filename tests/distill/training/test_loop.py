@@ -284,7 +284,7 @@ def test_a_checkpoint_being_written_is_not_one(tmp_path):
 def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
     trainer = run(tmp_path)
-    files = checkpoint.Reader(checkpoint.saved(tmp_path)[-1]).facts["files"]
+    files = checkpoint.Reader(checkpoint.saved(tmp_path)[-1]).metadata["files"]
     assert len(files) > 3
     assert everything(run(tmp_path)).keys() == everything(trainer).keys()
 

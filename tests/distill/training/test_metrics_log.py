@@ -239,7 +239,7 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(monkeypatch
     run_dir = tmp_path / "run"
     assert main(["run", str(RECIPES / "dmd_avatar.yaml"), "tracker=wandb", f"run_dir={run_dir}"]) == 2
     said = capsys.readouterr().err
-    assert said == "distill: tracker=wandb is not installed: recipe; pip install wandb, or leave tracker= out\n"
+    assert said == "distill: tracker=wandb is not installed: recipe; pip install wandb, or remove tracker=\n"
     assert not run_dir.exists()
 
 

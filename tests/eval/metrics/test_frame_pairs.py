@@ -147,6 +147,7 @@ def test_changed_heads_are_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("other", [some(side=32), some(frames=2), some().float(), some()[0]])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_unlike_pairs_are_refused(other):
     for measure in (psnr, ssim):
         with pytest.raises(UserError, match="compared in pairs"):

@@ -184,6 +184,7 @@ def test_clips_without_a_face_are_reported_and_penalised():
         summarise([None, None])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_cannot_be_scored_is_refused():
     frames, samples = coded()
     cases = {

@@ -142,6 +142,7 @@ def test_identity_in_windows_is_a_cosine():
         window_identity(embeddings, reference, 30)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
     base = randn(24, 3, 6, 8, 8, seed=5) * 25
     teacher, other, third = (
@@ -190,6 +191,7 @@ def test_scores_of_a_set_are_means_with_errors():
 
 
 @pytest.mark.parametrize("video", [torch.zeros(1, 3, 4, 8, 8), torch.zeros(1, 3, 1, 8, 8, dtype=torch.uint8)])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_videos_are_refused(video):
     with pytest.raises(UserError, match="quality needs uint8 clips"):
         measure(video)

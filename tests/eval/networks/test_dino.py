@@ -207,6 +207,7 @@ def test_a_large_frame_is_antialiased():
 @pytest.mark.parametrize(
     "frames", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 4, 8, 8).byte()]
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_frames_are_refused(frames):
     with pytest.raises(UserError, match="DINOv2 sees uint8 frames"):
         preprocess(frames)

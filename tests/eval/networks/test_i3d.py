@@ -161,11 +161,13 @@ def test_a_changed_program_is_refused_before_it_is_opened(program, tmp_path, mon
         (some_videos(1).transpose(1, 2), "uint8 videos"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_videos_are_refused(network, videos, told):
     with pytest.raises(UserError, match=told):
         network.features(videos)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_another_network_and_an_unknown_variant_are_refused(network):
     with pytest.raises(UserError, match=r"I3D returned \(1, 10\) for 1 videos"):
         I3D(scripted(10)).features(some_videos(1))

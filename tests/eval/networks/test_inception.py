@@ -254,11 +254,13 @@ def test_scaling_and_colour_order():
 @pytest.mark.parametrize(
     "frames", [torch.zeros(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 1, 8, 8).byte()]
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_frames_are_refused(frames):
     with pytest.raises(UserError, match="Inception sees uint8 frames"):
         preprocess(frames)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_unknown_variant_is_refused():
     with pytest.raises(UserError, match="unknown preprocessing of Inception: clean; use tf1 or pytorch_fid"):
         preprocess(FRAME, "clean")

@@ -203,6 +203,7 @@ def test_a_clip_with_exactly_its_sound_has_enough_rows():
 
 
 @pytest.mark.parametrize("mfcc", [some_mfcc(23), some_mfcc(24)[:, :12], some_mfcc(24)[None]])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_too_little_sound_is_refused(mfcc):
     with pytest.raises(UserError, match="SyncNet hears at least 24 MFCC rows of 13"):
         audio_input(mfcc, 2)
@@ -211,6 +212,7 @@ def test_too_little_sound_is_refused(mfcc):
 @pytest.mark.parametrize(
     "faces", [some_faces(5), some_faces(6).float(), some_faces(6)[..., :200], some_faces(6).transpose(0, 1)]
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_faces_are_refused(faces):
     with pytest.raises(UserError, match="SyncNet sees at least 6 uint8 face crops"):
         lip_input(faces, 2)
@@ -320,12 +322,14 @@ def test_outside_the_picture_is_grey():
         ([30.0, 20.0, 70.0], "2 frames need one box or one a frame"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_boxes_that_do_not_fit_are_refused(boxes, told):
     with pytest.raises(UserError, match=told):
         crop_faces(PICTURE, torch.tensor(boxes))
 
 
 @pytest.mark.parametrize("frames", [PICTURE.float(), PICTURE[0], PICTURE[:, :1]])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_frames_are_refused(frames):
     with pytest.raises(UserError, match="faces are cropped from uint8 frames"):
         crop_faces(frames, torch.tensor([30.0, 20.0, 70.0, 60.0]))

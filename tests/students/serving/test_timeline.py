@@ -229,8 +229,8 @@ def test_a_planner_s_memory_is_bounded():
 def test_the_default_behaviours_are_words_of_the_embedded_world():
     """Each is a sentence that the world could say, and no two mean the same."""
     meaning = {}
-    for (e, faces), (g, moves) in product(enumerate(render._SAY_EXPRESSION), enumerate(render._SAY_GESTURE)):
-        for who, face, move in product(render.SAY_WHO, faces, moves):
+    for (e, faces), (g, moves) in product(enumerate(render._EXPRESSION_PHRASES), enumerate(render._GESTURE_PHRASES)):
+        for who, face, move in product(render.SUBJECTS, faces, moves):
             meaning |= dict.fromkeys((f"{who} {face} talks and {move}", f"{who} {move} while talking, {face}"), (e, g))
     assert set(render.draw_conditions(render.WorldConfig(num_frames=3), 8, rng(3)).text) <= set(meaning)
     assert list(BEHAVIOURS) == ["speak", "listen", "think", "idle", "gesture"]
@@ -292,7 +292,7 @@ def test_what_a_student_cannot_follow_is_refused(tmp_path):
         two.check(spec, tmp_path)
 
 
-def test_sample_follows_a_timeline(inputs, noted, script):  # noqa: F811
+def test_sample_follows_a_timeline(inputs, noted, script):
     sample_film(inputs)
     plain = torch.stack(noted.shown)
     file = script(
@@ -308,7 +308,7 @@ def test_sample_follows_a_timeline(inputs, noted, script):  # noqa: F811
     assert all(torch.equal(other, films[0]) for other in films[1:])
 
 
-def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):  # noqa: F811
+def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):
     def run(values, text):
         args = parse(inputs, "--timeline", str(script(values)))
         args.text = text

@@ -77,7 +77,9 @@ def test_an_image_to_video_network_goes_from_wan_to_diffusers_and_back(tmp_path)
     assert net.config.image_dim == 24
     held = load_file(tmp_path / "a" / STEM) | {"blocks.1.attn2.norm_added_q.weight": torch.ones(256)}
     put(tmp_path / "published", held, json.loads((tmp_path / "a" / "config.json").read_text()))
-    assert convert(tmp_path / "published", tmp_path / "b", "wan").source.left == ("blocks.1.attn2.norm_added_q.weight",)
+    assert convert(tmp_path / "published", tmp_path / "b", "wan").source.ignored == (
+        "blocks.1.attn2.norm_added_q.weight",
+    )
     assert_equal(read_back(tmp_path / "b"), some_weights(IMAGE))
 
 
@@ -168,12 +170,12 @@ def test_averaged_weights_of_fsdp_lose_their_prefixes_and_come_first(tmp_path):
     held["critic"] = some_weights(TEXT_TO_VIDEO, "self-forcing", seed=2)
     torch.save(held, tmp_path / "model.pt")
     found = convert(tmp_path / "model.pt", tmp_path / "a", "wan")
-    assert set(found.source.left) == {"generator", "critic", "step"}
+    assert set(found.source.ignored) == {"generator", "critic", "step"}
     assert_equal(read_back(tmp_path / "a"), some_weights(TEXT_TO_VIDEO, seed=1))
     for entry, seed in [("generator", 0), ("critic", 2)]:
         convert(tmp_path / "model.pt", tmp_path / entry, "wan", entry=entry)
         assert_equal(read_back(tmp_path / entry), some_weights(TEXT_TO_VIDEO, seed=seed))
-    with pytest.raises(UserError, match=r"has no entry step; it holds generator, generator_ema, critic"):
+    with pytest.raises(UserError, match=r"has no entry step; it has generator, generator_ema, critic"):
         plan(tmp_path / "model.pt", "ours", entry="step")
 
 
@@ -217,7 +219,7 @@ def test_a_student_is_read_with_what_its_spec_says(tmp_path):
     for key, value in bundle.student.net.config.items():
         if not key.startswith("_"):
             assert net.config[key] == (list(value) if isinstance(value, tuple) else value)
-    with pytest.raises(UserError, match="layout self-forcing has no place for head_dim 16, stride 2"):
+    with pytest.raises(UserError, match="layout self-forcing cannot represent head_dim 16, stride 2"):
         plan(tmp_path / "student", "self-forcing")
 
 

@@ -78,13 +78,13 @@ def test_code_in_a_pickle_is_refused_and_never_runs(tmp_path):
 
 def test_the_layout_of_another_model_is_refused(tmp_path):
     put(tmp_path / "other", {"transformer_blocks.0.attn1.to_q.weight": torch.ones(4, 4)})
-    refused(r"layout of another model: .*other holds transformer_blocks\.0\.attn1\.to_q\.weight", tmp_path / "other")
+    refused(r"layout of another model: .*other has transformer_blocks\.0\.attn1\.to_q\.weight", tmp_path / "other")
     put(tmp_path / "vace", fp32(some_weights(TEXT_TO_VIDEO)) | {"vace_blocks.0.before_proj.weight": torch.ones(4, 4)})
     refused(r"vace: unexpected vace_blocks\.0\.before_proj\.weight; is the", tmp_path / "vace")
     torch.save([torch.ones(3)], tmp_path / "list.pt")
     refused(r"list\.pt holds a list, no state dict", tmp_path / "list.pt")
     torch.save({"optimizer": {"step": 3}}, tmp_path / "state.pt")
-    refused(r"state\.pt is of no layout that is known; it holds optimizer", tmp_path / "state.pt")
+    refused(r"state\.pt is of no known layout; it has optimizer", tmp_path / "state.pt")
     torch.save(some_weights(TEXT_TO_VIDEO) | {"step": 7}, tmp_path / "bare.pt")
     refused(r"bare\.pt: unexpected step, which are no weights", tmp_path / "bare.pt")
 
@@ -96,7 +96,7 @@ def test_a_missing_or_unexpected_key_is_named_as_the_source_names_it(tmp_path):
     put(tmp_path / "wan", tensors)
     refused(r"missing blocks\.1\.norm3\.weight; unexpected blocks\.1\.norm4\.weight", tmp_path / "wan")
     put(tmp_path / "twice", some_weights(TEXT_TO_VIDEO) | {"model.head.modulation": torch.ones(1, 2, 256)})
-    refused(r"holds head\.modulation under two names", tmp_path / "twice")
+    refused(r"has head\.modulation under two names", tmp_path / "twice")
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -121,12 +121,12 @@ def test_a_lora_that_is_not_what_its_config_says_is_refused(tmp_path):
     put_wan(tmp_path / "wan")
     base = ("--base", str(tmp_path / "wan"))
     put_lora(tmp_path / "other", rank=4)
-    words = rf"LoRA of another rank: .*other.* holds rank 4, config\.json says rank {RANK} and alpha {ALPHA}"
+    words = rf"LoRA of another rank: .*other.* has rank 4, config\.json states rank {RANK} and alpha {ALPHA}"
     refused(words, tmp_path / "other", *base)
     folder = put_lora(tmp_path / "avatar")
     config = (folder / "config.json").read_text()
     (folder / "config.json").unlink()
-    refused(r"holds rank 8, without a config\.json it is OmniAvatar's: rank 128 and alpha 64", folder, *base)
+    refused(r"has rank 8, without a config\.json it is OmniAvatar's: rank 128 and alpha 64", folder, *base)
     (folder / "config.json").write_text(config)
     tensors = torch.load(folder / "pytorch_model.pt")
     del tensors["blocks.3.ffn.2.lora_B.weight"]
@@ -144,9 +144,9 @@ def test_a_lora_needs_its_base_and_a_base_a_lora(tmp_path):
     refused("--base is a LoRA itself", tmp_path / "avatar", "--base", str(tmp_path / "avatar"))
     refused("--base has no effect", tmp_path / "wan", "--base", str(tmp_path / "wan"))
     refused("--lora has no effect", tmp_path / "wan", "--lora", "fold")
-    refused("--entry goes with torch archives alone", tmp_path / "wan", "--entry", "generator")
+    refused("--entry is for torch archives", tmp_path / "wan", "--entry", "generator")
     options = ("--base", str(tmp_path / "wan"), "--lora", "adapter")
-    refused("--lora adapter goes with --to ours alone", tmp_path / "avatar", *options, to="wan")
+    refused("--lora adapter requires --to ours", tmp_path / "avatar", *options, to="wan")
     tensors = some_weights(TEXT_TO_VIDEO)
     del tensors["head.head.bias"]
     put(tmp_path / "wan", tensors)
@@ -162,7 +162,7 @@ def test_sixteen_channels_are_widened_with_consent_alone(tmp_path):
     convert(tmp_path / "avatar", tmp_path / "ours", "ours", widen=True)
     refused("--widen has no effect: .*ours has 9 input channels already", tmp_path / "ours", "--widen")
     put_wan(tmp_path / "odd", replace(TEXT_TO_VIDEO, in_channels=7))
-    refused("layout ours has no place for 7 input channels for 4", tmp_path / "odd")
+    refused("layout ours cannot represent 7 input channels for 4", tmp_path / "odd")
 
 
 def test_an_output_that_cannot_be_is_refused_and_nothing_is_replaced(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path):
 
 def test_loading_is_strict(tmp_path):
     put_wan(tmp_path / "wan", AVATAR)
-    with pytest.raises(UserError, match=r"no network: .*wan holds no config\.json of layout ours; distill convert"):
+    with pytest.raises(UserError, match=r"no network: .*wan has no config\.json of layout ours; distill convert"):
         load_network(tmp_path / "wan")
     convert(tmp_path / "wan", tmp_path / "ours", "ours")
     file, whole = tmp_path / "ours" / STEM, load_file(tmp_path / "ours" / STEM)

@@ -147,7 +147,7 @@ def test_what_no_shape_tells_is_read_from_the_config():
     [
         (replace(WAN_1B, width=100), {}, "width 100 is not a number of heads of 128; put a config.json"),
         (WAN_1B, {"num_heads": 12, "head_dim": 64}, "width 1536 is not a number of heads of 64"),
-        (WAN_1B, {"num_layers": 40}, r"config\.json says 40 layers, the weights hold 30"),
+        (WAN_1B, {"num_layers": 40}, r"config\.json states 40 layers, the weights have 30"),
         (replace(AVATAR_1B, num_audio=13), {}, "13 audio_cond_projs for 30 layers, where 14 are needed"),
         (replace(AVATAR_1B, audio_in=43007), {}, "43007 audio channels are not 4 frames"),
     ],
@@ -176,7 +176,7 @@ def test_another_model_is_told_from_wan():
     assert layouts.naming(layouts.tensors(WAN_1B, "wan"), "here") == "wan"
     assert layouts.naming(layouts.tensors(AVATAR_1B, "ours"), "here") == "ours"
     for names in (["transformer_blocks.0.attn1.to_q.weight"], [], ["double_blocks.0.img_attn.qkv.weight", "a"]):
-        with pytest.raises(UserError, match=r"layout of another model: here holds .*give weights of Wan2\.1"):
+        with pytest.raises(UserError, match=r"layout of another model: here has .*give weights of Wan2\.1"):
             layouts.naming(names, "here")
 
 
@@ -200,26 +200,26 @@ def test_every_fault_is_listed_under_the_names_of_the_source():
 @pytest.mark.parametrize(
     ("architecture", "layout", "words"),
     [
-        (AVATAR_1B, "diffusers", "layout diffusers has no place for audio_in 43008"),
-        (replace(IMAGE_14B, in_channels=33), "ours", "layout ours has no place for 33 input channels for 16"),
-        (replace(WAN_14B, in_channels=36), "ours", "layout ours has no place for 36 input channels for 16"),
-        (replace(IMAGE_14B, stride=2, in_channels=34), "diffusers", "no place for stride 2"),
-        (replace(WAN_1B, prediction="reference"), "wan", "no place for prediction reference"),
-        (replace(WAN_1B, head_dim=64), "self-forcing", "no place for head_dim 64"),
-        (replace(AVATAR_1B, audio_blocks=(1,)), "wan", r"no place for audio_blocks \(1,\)"),
-        (replace(AVATAR_1B, stride=2), "self-forcing", "no place for stride 2"),
-        (STEERED_1B, "wan", "no place for pose_in 24"),
-        (replace(WAN_1B, patch=(2, 2, 2)), "ours", r"no place for patches of \(2, 2, 2\)"),
+        (AVATAR_1B, "diffusers", "layout diffusers cannot represent audio_in 43008"),
+        (replace(IMAGE_14B, in_channels=33), "ours", "layout ours cannot represent 33 input channels for 16"),
+        (replace(WAN_14B, in_channels=36), "ours", "layout ours cannot represent 36 input channels for 16"),
+        (replace(IMAGE_14B, stride=2, in_channels=34), "diffusers", "cannot represent stride 2"),
+        (replace(WAN_1B, prediction="reference"), "wan", "cannot represent prediction reference"),
+        (replace(WAN_1B, head_dim=64), "self-forcing", "cannot represent head_dim 64"),
+        (replace(AVATAR_1B, audio_blocks=(1,)), "wan", r"cannot represent audio_blocks \(1,\)"),
+        (replace(AVATAR_1B, stride=2), "self-forcing", "cannot represent stride 2"),
+        (STEERED_1B, "wan", "cannot represent pose_in 24"),
+        (replace(WAN_1B, patch=(2, 2, 2)), "ours", r"cannot represent patches of \(2, 2, 2\)"),
     ],
 )
 def test_nothing_is_dropped_for_want_of_a_place(architecture, layout, words):
     with pytest.raises(UserError, match=words):
-        layouts.check_room(architecture, layout, "here")
+        layouts.check_representable(architecture, layout, "here")
 
 
 def test_what_has_a_place_is_let_through():
     for layout in layouts.LAYOUTS:
-        layouts.check_room(replace(WAN_1B, stride=2), layout, "here")
-        layouts.check_room(IMAGE_14B, layout, "here")
-    layouts.check_room(replace(IMAGE_14B, stride=2, in_channels=34), "ours", "here")
-    layouts.check_room(AVATAR_14B, "wan", "here")
+        layouts.check_representable(replace(WAN_1B, stride=2), layout, "here")
+        layouts.check_representable(IMAGE_14B, layout, "here")
+    layouts.check_representable(replace(IMAGE_14B, stride=2, in_channels=34), "ours", "here")
+    layouts.check_representable(AVATAR_14B, "wan", "here")

@@ -20,7 +20,7 @@ from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
 from students.spec import Spec
 from students.weights.checkpoint import load_student, save_student
-from teachers.codecs.dc_ae import DCAE, DCAEConfig, FitConfig, Tape, diffusers_config
+from teachers.codecs.dc_ae import DCAE, DCAEConfig, FitConfig, TemporalCache, diffusers_config
 from teachers.codecs.linear import CodecConfig
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
@@ -117,7 +117,7 @@ def test_attention_tells_when_a_frame_was_by_its_age():
     attention, x = a_codec().temporal["decoder_attention"], randn(12, 32, 1, 1, seed=4)
 
     def last(frames):
-        return attention(frames, 1, Tape(None))[-1]
+        return attention(frames, 1, TemporalCache(None))[-1]
 
     swapped = x[[*range(8), 10, 9, 8, 11]]
     assert not torch.allclose(last(swapped), last(x), atol=1e-3), "the order of the past makes no difference"
@@ -344,6 +344,7 @@ def test_a_published_folder_loads_and_can_be_trained_on(tmp_path):
     assert float(again.temporal["decoder_attention"].out.weight.abs().max()) > 0
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_bad_input_is_refused_in_one_line(tmp_path):
     def refused(words: str, make, *args, **options):
         with pytest.raises(UserError, match=words) as caught:
@@ -379,6 +380,6 @@ def test_bad_input_is_refused_in_one_line(tmp_path):
     )
     refused(r"latents: got .*\[2, 7, 19, 4, 6\]", a_codec().decode, some_latents()[:, 1:])
     state = a_codec().decode_chunk(some_latents(batch=1))[1]
-    refused(r"^state: it holds \[1, ", a_codec().decode_chunk, some_latents(batch=2), state)
+    refused(r"^state: it is \[1, ", a_codec().decode_chunk, some_latents(batch=2), state)
     with pytest.raises(UserError, match=r"is no multiple of codec\.patch=8"):
         load_recipe(RECIPES / "midas_dc_ae.yaml", ["data.world.resolution=36"])

@@ -26,6 +26,7 @@ def test_shapes_and_scale():
 
 
 @pytest.mark.parametrize("wrong", [a_video(frames=8), a_video(side=12), a_video()[:, :2]])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_video_without_latents_is_refused(wrong):
     with pytest.raises(
         ValueError, match=r"^video: got \[C, T, H, W\] = .*the codec takes \(3, '1 \+ 2 \(F - 1\)', 16, 16\)"

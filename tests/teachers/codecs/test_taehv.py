@@ -213,6 +213,7 @@ def test_low_precision_weights_give_fp32():
     assert torch.equal(torch.cat(stream(codec, latents, (2, 3))[0], dim=2), codec.decode(latents))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_shapes_are_refused_in_one_line():
     codec = a_codec()
     with pytest.raises(UserError, match=r"^video: got torch.float32 \[1, 3, 8, 16, 24\], the codec takes floats \["):
@@ -220,7 +221,7 @@ def test_wrong_shapes_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"^latents: got torch.float32 \[2, 15, 5, 2, 3\], the codec takes floats \["):
         codec.decode(some_latents()[:, 1:])
     state = codec.decode_chunk(some_latents(batch=1))[1]
-    with pytest.raises(UserError, match=r"^state: it holds \[1, 12, 2, 3\], the latents are \[2, 16, 5, 2, 3\]; "):
+    with pytest.raises(UserError, match=r"^state: it is \[1, 12, 2, 3\], the latents are \[2, 16, 5, 2, 3\]; "):
         codec.decode_chunk(some_latents(batch=2), state)
 
 
@@ -258,9 +259,9 @@ def test_files_that_are_not_taew2_1_are_refused(tmp_path):
     save_file({key: value for key, value in table.items() if key != "decoder.16.conv.2.bias"}, file)
     refused(file, "missing decoder.16.conv.2.bias", where)
     save_file(table | {"decoder.13.conv.weight": torch.zeros(10, 10, 1, 1)}, file)
-    refused(file, "decoder.13.conv.weight is [10, 10, 1, 1], expected [20, 10, 1, 1]")
+    refused(file, "decoder.13.conv.weight is [10, 10, 1, 1] where [20, 10, 1, 1] is needed")
     save_file(table | {"encoder.0.weight": torch.zeros(8, 12, 3, 3)}, file)  # taew2_2 works on 2 x 2 patches
-    refused(file, "encoder.0.weight is [8, 12, 3, 3], expected [8, 3, 3, 3]")
+    refused(file, "encoder.0.weight is [8, 12, 3, 3] where [8, 3, 3, 3] is needed")
     file.write_bytes(file.read_bytes()[:200])
     refused(file, "damaged weights")
     torch.save(table | {"code": Touch(tmp_path / "touched")}, tmp_path / "taew2_1.pth")

@@ -241,7 +241,7 @@ def test_weights_of_a_folder_that_do_not_fit_are_listed(tmp_path):
             {"blocks.0.attn.q.weight": torch.zeros(20, 7)},
             r"blocks.0.attn.q.weight is \[20, 7\] where \[20, 24\] is needed",
         ),
-        ({"epoch": 3}, "it holds something else than named tensors"),
+        ({"epoch": 3}, "it is no mapping of names to tensors"),
     ],
     ids=["missing", "unexpected", "another shape", "a number"],
 )

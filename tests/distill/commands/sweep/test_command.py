@@ -18,7 +18,8 @@ from torch.distributed.run import get_args_parser
 
 from distill import __version__
 from distill.cli import main
-from distill.commands.sweep import command, table
+from distill.commands.sweep import command
+from distill.commands.sweep import table as sweep_table
 from distill.compose import RECIPES
 from distill.data.procedural import render
 from distill.data.procedural.corruption import CorruptionConfig, corrupt_clips
@@ -230,8 +231,8 @@ def test_tables_hold_the_reports_numbers(place):
 
 
 def test_a_named_row_shows_its_overrides():
-    row = table.Row("short", ("a.b=1", "c=2"), {}, (), None, "waiting", None)
-    lines = table.markdown([row]).splitlines()
+    row = sweep_table.Row("short", ("a.b=1", "c=2"), {}, (), None, "waiting", None)
+    lines = sweep_table.markdown([row]).splitlines()
     assert lines[0].startswith("| job | overrides | fid |")
     assert lines[2] == "| short | `a.b=1` `c=2` | - | - | - | - | - | waiting |"
 
@@ -339,7 +340,7 @@ def test_degraded_clips_are_worse_in_what_was_asked():
     assert not any(exact)
     assert edges(moved) > 0.7 * edges(clips.video)
     static = worse(static_text=True)
-    assert {text.split(" in front")[0] for text in static.text} <= set(render.SAY_WHO)
+    assert {text.split(" in front")[0] for text in static.text} <= set(render.SUBJECTS)
     assert torch.equal(static.audio, clips.audio)
     assert torch.equal(worse(blur=0.05, shift=0.1).video, worse(blur=0.05, shift=0.1).video)
     with pytest.raises(UserError, match=r"corruption\.shift: got 0\.7"):
@@ -384,8 +385,8 @@ def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["done", "done"]
     for row in rows:
         student = json.loads((folder / row["job"] / "report.json").read_text())["systems"]["student"]
-        admitted = {name: score["mean"] for name, score in student["metrics"].items() if name in table.METRICS}
-        assert {name: float(row[name]) for name in table.METRICS if row[name]} == admitted
+        admitted = {name: score["mean"] for name, score in student["metrics"].items() if name in sweep_table.METRICS}
+        assert {name: float(row[name]) for name in sweep_table.METRICS if row[name]} == admitted
     assert yaml.safe_load((folder / "degraded" / "recipe.yaml").read_text())["reuse"] == [str(folder)]
     made = [load_file(stages[name]["trajectories"] / "shard-00000.safetensors") for name in ("clean", "degraded")]
     assert not all(torch.equal(made[0][key], made[1][key]) for key in made[0])

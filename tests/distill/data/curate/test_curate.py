@@ -12,7 +12,7 @@ from PIL import Image
 
 from distill.data.curate import curate, scores
 from distill.data.curate.candidates import read_candidates, read_faces
-from distill.data.curate.curate import NOT_SCORED, judge, read_thresholds
+from distill.data.curate.curate import NOT_SCORED, apply_thresholds, read_thresholds
 from distill.data.curate.face import Box
 from distill.data.curate.models import CaptionRewriter, Upscaler
 from distill.data.curate.scores import score
@@ -59,11 +59,11 @@ def test_a_damaged_copy_scores_below_its_original_in_the_right_column(column, fr
     assert damaged[column] < 0.75 * original[column]
     thresholds = read_thresholds(None)
     row = {**dict.fromkeys(curate.NAMES), **damaged, "problem": None}
-    judge(row, thresholds)
+    apply_thresholds(row, thresholds)
     if column != "sync":  # it has no threshold: short clips are not decided by it
         assert any(reason.startswith(f"{column} ") for reason in row["reasons"])
     row.update(original)
-    judge(row, thresholds)
+    apply_thresholds(row, thresholds)
     assert row["kept"], row["reasons"]
 
 
@@ -291,11 +291,11 @@ def test_clips_of_films_are_judged_before_they_are_cut(prepared, tmp_path):
 def test_a_range_has_two_ends():
     limits = curate.Range(at_least=0.2, at_most=0.5)
     assert (
-        limits.complaint("sync", 0.2) is limits.complaint("sync", 0.5) is curate.Range().complaint("sync", None) is None
+        limits.violation("sync", 0.2) is limits.violation("sync", 0.5) is curate.Range().violation("sync", None) is None
     )
-    assert limits.complaint("sync", 0.6) == "sync 0.600 is above 0.5"
-    assert limits.complaint("sync", 0.1) == "sync 0.100 is below 0.2"
-    assert limits.complaint("sync", None) == "sync cannot be measured"
+    assert limits.violation("sync", 0.6) == "sync 0.600 is above 0.5"
+    assert limits.violation("sync", 0.1) == "sync 0.100 is below 0.2"
+    assert limits.violation("sync", None) == "sync cannot be measured"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_wrong_places_and_faces_are_refused_and_nothing_is_written(prepared, tmp
         assert not out.exists()
     with pytest.raises(UserError, match="something else"):
         curate.run(words(data, "--out", tmp_path / "other"))
-    with pytest.raises(UserError, match="shares"):
+    with pytest.raises(UserError, match="fractions"):
         read_faces(tmp_path / "wrong.csv")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["file"]
     out.mkdir()

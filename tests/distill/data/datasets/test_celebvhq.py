@@ -115,7 +115,7 @@ def changed(*path, value=None) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("key", "facts", "words"),
+    ("key", "metadata", "words"),
     [
         ("../../etc/passwd", CLIP, "no safe file name"),
         ("a", CLIP | {"ytb_id": "../x"}, "video not found"),
@@ -137,9 +137,9 @@ def changed(*path, value=None) -> dict:
         ("a", None, "TypeError"),
     ],
 )
-def test_a_bad_clip_is_refused_alone(tmp_path, key, facts, words):
+def test_a_bad_clip_is_refused_alone(tmp_path, key, metadata, words):
     put_film(tmp_path / "v" / "M2Ohb0FAaJU.mp4", 640, 480, frames=1)
-    manifest = read(put_info(tmp_path, {"first_1": CLIP, key: facts, "last_1": CLIP}), tmp_path / "v")
+    manifest = read(put_info(tmp_path, {"first_1": CLIP, key: metadata, "last_1": CLIP}), tmp_path / "v")
     assert [clip.id for clip in manifest.clips] == ["first_1", "last_1"]
     assert [row.id for row in manifest.refused] == [key]
     assert words in manifest.refused[0].reason

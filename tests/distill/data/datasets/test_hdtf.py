@@ -5,14 +5,32 @@ the counts are checked on them too. Without it they are checked on made files of
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from distill.data.datasets.hdtf import GROUPS, Counts, count, identity_of, read
+from distill.data.datasets.hdtf import GROUPS, _tables, identity_of, read
 from teachers.errors import UserError
 from tests.support.grey_films import put_film
 
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Of one group: videos with an address, videos with clips, clips, clips with a crop, hours of all clips."""
+
+    urls: int
+    annotated: int
+    clips: int
+    crops: int
+    hours: float
+
+
+PUBLISHED = {
+    "RD": Counts(urls=57, annotated=56, clips=66, crops=64, hours=1.20),
+    "WDA": Counts(urls=183, annotated=183, clips=195, crops=189, hours=11.10),
+    "WRA": Counts(urls=130, annotated=130, clips=175, crops=168, hours=4.77),
+}
 OFFICIAL = os.environ.get("AVATAR_DISTILL_HDTF")
 WITHOUT_CROP = {
     "RD": ("Radio6_0", "Radio15_0"),
@@ -39,17 +57,29 @@ MINI = {
     "WRA_crop_wh": b"KevinMcCarthy1_0.mp4 0 300 0 300\nReneeEllmers_0.mp4 10 714 0 714\n",
     "WRA_crop_ratio": b"",
 }
-# of the official files
-PUBLISHED = {
-    "RD": Counts(urls=57, annotated=56, clips=66, crops=64, hours=1.20),
-    "WDA": Counts(urls=183, annotated=183, clips=195, crops=189, hours=11.10),
-    "WRA": Counts(urls=130, annotated=130, clips=175, crops=168, hours=4.77),
-}
 MINI_COUNTS = {
     "RD": Counts(urls=3, annotated=2, clips=3, crops=2, hours=0.03),
     "WDA": Counts(urls=3, annotated=3, clips=3, crops=3, hours=0.05),
     "WRA": Counts(urls=2, annotated=2, clips=2, crops=2, hours=0.03),
 }
+
+
+def count(annotations: Path) -> dict[str, Counts]:
+    """What the annotation files hold, by group; of the official files these are `PUBLISHED`."""
+    clips = read(annotations, full_frame=True).clips
+    counts = {}
+    for group in GROUPS:
+        table = _tables(annotations, group)
+        own = [clip for clip in clips if clip.id.startswith(f"{group}_")]
+        keys = [f"{name}_{index}" for name, ranges in table.ranges.items() for index in range(len(ranges))]
+        counts[group] = Counts(
+            urls=len(table.urls),
+            annotated=len(table.ranges),
+            clips=len(own),
+            crops=sum(key in table.crops for key in keys),
+            hours=round(sum((clip.end or 0) - clip.start for clip in own) / 3600, 2),
+        )
+    return counts
 
 
 def put_files(folder: Path, **changes: bytes) -> Path:
@@ -62,14 +92,14 @@ def put_files(folder: Path, **changes: bytes) -> Path:
 def put_published(folder: Path) -> Path:
     """Files of the published sizes: the published names where they are known, `Person_` with letters elsewhere."""
     folder.mkdir(parents=True)
-    for group, facts in PUBLISHED.items():
+    for group, published in PUBLISHED.items():
         pairs = [key.rpartition("_") for key in WITHOUT_CROP[group]]
         num_clips = {name: int(index) + 1 for name, _, index in pairs}
-        while len(num_clips) < facts.annotated:
+        while len(num_clips) < published.annotated:
             num_clips["Person" + "".join("abcdefghij"[int(d)] for d in f"{len(num_clips):03d}")] = 1
         for name in list(num_clips):
-            num_clips[name] += 1 if sum(num_clips.values()) < facts.clips else 0
-        seconds, more = divmod(round(facts.hours * 3600), facts.clips)
+            num_clips[name] += 1 if sum(num_clips.values()) < published.clips else 0
+        seconds, more = divmod(round(published.hours * 3600), published.clips)
         length = {name: seconds + more * (place == 0) // num_clips[name] for place, name in enumerate(num_clips)}
         unused = ["Radio24"] if group == "RD" else []
         keys = [f"{name}_{index}" for name, num in num_clips.items() for index in range(num)]
@@ -120,17 +150,19 @@ def test_the_full_frame_needs_no_crop(tmp_path):
 
 def test_the_published_totals():
     """436 clips, 421 crops, 17.07 h; the 15 clips without a crop are those of the table."""
-    totals = {name: sum(getattr(facts, name) for facts in PUBLISHED.values()) for name in ("clips", "crops", "urls")}
+    totals = {
+        name: sum(getattr(published, name) for published in PUBLISHED.values()) for name in ("clips", "crops", "urls")
+    }
     assert totals == {"clips": 436, "crops": 421, "urls": 370}
-    assert sum(facts.hours for facts in PUBLISHED.values()) == pytest.approx(17.07)
-    for group, facts in PUBLISHED.items():
-        assert facts.clips - facts.crops == len(WITHOUT_CROP[group])
+    assert sum(published.hours for published in PUBLISHED.values()) == pytest.approx(17.07)
+    for group, published in PUBLISHED.items():
+        assert published.clips - published.crops == len(WITHOUT_CROP[group])
 
 
 def check_published(folder: Path) -> None:
     counts = count(folder)
-    for group, facts in PUBLISHED.items():
-        assert counts[group] == facts, group
+    for group, published in PUBLISHED.items():
+        assert counts[group] == published, group
     whole, cropped = read(folder, full_frame=True), read(folder)
     assert len(whole.clips) == 436
     assert set(reasons(whole)) == {"RD_Radio24"}

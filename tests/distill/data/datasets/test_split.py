@@ -227,7 +227,7 @@ def test_the_command_splits_writes_lists_and_selects(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--fraction", "train"], "shares are given as"),
+        (["--fraction", "train"], "shares are written as"),
         (["--fraction", "a=0.5", "a=0.5"], "named twice"),
         (["--select", "x", "--lists", "y"], "not both"),
         (["--lists", "y"], "100 windows of 5 s are needed"),

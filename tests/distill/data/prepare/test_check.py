@@ -8,7 +8,7 @@ import pytest
 from distill.data.datasets import folder
 from distill.data.prepare import check as checking
 from distill.data.prepare import shards
-from distill.data.prepare.check import NOT_WHOLE, check, check_sample, summary
+from distill.data.prepare.check import INCOMPLETE, check, check_sample, summary
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from teachers.errors import UserError
@@ -80,9 +80,9 @@ def members_of(data) -> dict[str, bytes]:
     ("change", "words"),
     [
         ({"frames": 11}, "do not fill"),
-        ({"frames": 24, "samples": 24000}, "film is"),
-        ({"size": [40, 32]}, "film is"),
-        ({"fps": "25", "samples": 7680}, "film is"),
+        ({"frames": 24, "samples": 24000}, "video is"),
+        ({"size": [40, 32]}, "video is"),
+        ({"fps": "25", "samples": 7680}, "video is"),
         ({"samples": 12001}, "do not fill"),
         ({"fps": "0"}, "cannot be read"),
         ({"size": 5}, "cannot be read"),
@@ -91,9 +91,9 @@ def members_of(data) -> dict[str, bytes]:
 )
 def test_facts_that_differ_from_the_film_are_found(data, change, words):
     members = members_of(data)
-    facts = json.loads(members["json"])
+    metadata = json.loads(members["json"])
     assert check_sample(members)[0] == []
-    found = check_sample({**members, "json": json.dumps({**facts, **change}).encode()})[0]
+    found = check_sample({**members, "json": json.dumps({**metadata, **change}).encode()})[0]
     assert any(words in problem for problem in found)
 
 
@@ -115,7 +115,7 @@ def test_the_command(data, tmp_path, capsys):
     assert json.loads((tmp_path / "report.json").read_text())["clips"] == 3
     assert "clips: 3\n" in capsys.readouterr().out
     (data / "folder-000001.json").unlink()
-    assert checking.run(parser.parse_args(words)) == NOT_WHOLE
+    assert checking.run(parser.parse_args(words)) == INCOMPLETE
     assert "folder-000001.json: missing" in capsys.readouterr().err
     with pytest.raises(UserError, match="SHA256SUMS is missing"):
         checking.run(parser.parse_args([str(tmp_path)]))

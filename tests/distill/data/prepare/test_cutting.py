@@ -8,7 +8,7 @@ import torch
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare import cutting, video
 from distill.data.prepare.cutting import CutConfig, crop_box, cut, encode_flac
-from distill.data.prepare.video import pictures, read_sound
+from distill.data.prepare.video import read_frames, read_sound
 from teachers import media
 from teachers.errors import UserError
 from teachers.media.read import upright
@@ -42,7 +42,7 @@ def expected_clicks(start: Fraction, count: int) -> list[int]:
     return [place for place in at if 20 <= place < count - 20]
 
 
-def heard_clicks(sound: np.ndarray) -> list[int]:
+def detected_clicks(sound: np.ndarray) -> list[int]:
     return [n for n in range(20, len(sound) - 20) if sound[n] > 0.1 and sound[n] == sound[n - 20 : n + 21].max()]
 
 
@@ -56,15 +56,15 @@ def test_frames_and_sound_lie_as_in_the_film(tmp_path, fps, start, suffix, rate)
     origin = times[nearest_number(times, Fraction(start).limit_denominator(1000))]
     count = int(Fraction(7, 5) * fps)
     assert piece.num_frames == count
-    assert piece.facts["start"] == pytest.approx(float(origin))
+    assert piece.metadata["start"] == pytest.approx(float(origin))
     found = [number_of(frame) for frame in frames_of(tmp_path / "out.mp4")]
     assert found == [nearest_number(times, origin + k / fps) for k in range(count)]
     assert len(piece.sound) == round(count * RATE / fps)
     places = expected_clicks(origin, len(piece.sound))
-    heard = heard_clicks(piece.sound.numpy())
+    detected = detected_clicks(piece.sound.numpy())
     assert len(places) >= 5
-    assert len(heard) == len(places)
-    assert max(abs(a - b) for a, b in zip(heard, places, strict=True)) <= 1
+    assert len(detected) == len(places)
+    assert max(abs(a - b) for a, b in zip(detected, places, strict=True)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_sound_of_a_stretch_is_that_of_the_whole_film(tmp_path, name, codec, rat
 @pytest.mark.parametrize("late", [0.8, 9.0])
 def test_a_seek_that_lands_too_late_is_not_trusted(tmp_path, monkeypatch, late):
     path = counting_film(tmp_path / "a.mov", 4.0, g="10")
-    sought = video._sought
-    monkeypatch.setattr(video, "_sought", lambda container, stream, to: sought(container, stream, to + Fraction(late)))
+    sought = video._seek
+    monkeypatch.setattr(video, "_seek", lambda container, stream, to: sought(container, stream, to + Fraction(late)))
     piece = cut(clip(start=2.0, end=3.0), path, LOOSE, tmp_path / "out.mp4")
     assert [number_of(frame) for frame in frames_of(tmp_path / "out.mp4")] == list(range(50, 75))
-    assert heard_clicks(piece.sound.numpy()) == pytest.approx(expected_clicks(Fraction(2), 16000), abs=1)
+    assert detected_clicks(piece.sound.numpy()) == pytest.approx(expected_clicks(Fraction(2), 16000), abs=1)
 
 
 def test_variable_frame_rate_goes_by_the_times(tmp_path):
@@ -109,20 +109,20 @@ def test_variable_frame_rate_goes_by_the_times(tmp_path):
         tmp_path / "a.mp4", [numbered(n) for n in range(len(times))], times, clicks(4, 48000), 48000, "aac"
     )
     piece = cut(clip(start=1.0, end=3.0), path, replace(LOOSE, fps=Fraction(16)), tmp_path / "out.mp4")
-    origin = Fraction(piece.facts["start"]).limit_denominator(1000)
+    origin = Fraction(piece.metadata["start"]).limit_denominator(1000)
     found = [number_of(frame) for frame in frames_of(tmp_path / "out.mp4")]
     assert found == [nearest_number(times, origin + Fraction(k, 16)) for k in range(32)]
-    assert piece.facts["variable_frame_rate"]
-    assert 50 < piece.facts["resampling"]["largest_shift_ms"] <= 60
+    assert piece.metadata["variable_frame_rate"]
+    assert 50 < piece.metadata["resampling"]["largest_shift_ms"] <= 60
     skipped = found[-1] - found[0] + 1 - len(set(found))
-    assert piece.facts["resampling"]["pictures_skipped"] == skipped > 0
-    assert piece.facts["resampling"]["frames_repeated"] == 32 - len(set(found)) > 0
+    assert piece.metadata["resampling"]["source_frames_skipped"] == skipped > 0
+    assert piece.metadata["resampling"]["frames_repeated"] == 32 - len(set(found)) > 0
 
 
 def test_a_constant_rate_is_not_called_variable(tmp_path):
     piece = cut(clip(), counting_film(tmp_path / "a.mkv", 2.0, 30), LOOSE, tmp_path / "out.mp4")
-    assert not piece.facts["variable_frame_rate"]
-    assert piece.facts["source_fps"] == "30"
+    assert not piece.metadata["variable_frame_rate"]
+    assert piece.metadata["source_fps"] == "30"
 
 
 def test_a_phone_film_is_turned_upright_before_it_is_cropped(tmp_path):
@@ -134,13 +134,13 @@ def test_a_phone_film_is_turned_upright_before_it_is_cropped(tmp_path):
     frames = frames_of(tmp_path / "out.mp4")
     assert frames.shape[1:3] == (HEIGHT, WIDTH)
     assert [number_of(frame) for frame in frames] == list(range(30))
-    assert piece.facts["source_size"] == [WIDTH, HEIGHT]
-    assert abs(piece.facts["rotation"]) == 90
+    assert piece.metadata["source_size"] == [WIDTH, HEIGHT]
+    assert abs(piece.metadata["rotation"]) == 90
 
 
 def test_lossless_frames_are_the_source_pictures_to_the_bit(tmp_path):
     path = counting_film(tmp_path / "a.mov", 1.0)
-    source = [upright(picture.frame, "rgb24") for picture in pictures(path)]
+    source = [upright(picture.frame, "rgb24") for picture in read_frames(path)]
     cut(clip(crop=(8, 4, 40, 52)), path, replace(LOOSE, crf=0), tmp_path / "out.mp4")
     np.testing.assert_array_equal(frames_of(tmp_path / "out.mp4"), np.stack(source)[:, 4:56, 8:48])
 
@@ -148,7 +148,7 @@ def test_lossless_frames_are_the_source_pictures_to_the_bit(tmp_path):
 def test_default_quality_is_near_the_source_in_colour_too(tmp_path):
     shown = [numbered(number) // np.array([1, 2, 4], np.uint8) for number in range(25)]
     path = write_film(tmp_path / "a.mov", shown, Fraction(25), clicks(1.0, 48000))
-    source = np.stack([upright(picture.frame, "rgb24") for picture in pictures(path)])
+    source = np.stack([upright(picture.frame, "rgb24") for picture in read_frames(path)])
     cut(clip(), path, LOOSE, tmp_path / "out.mp4")
     error = frames_of(tmp_path / "out.mp4").astype(float) - source
     assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1
@@ -158,8 +158,8 @@ def test_default_quality_is_near_the_source_in_colour_too(tmp_path):
 def test_size_is_a_centred_crop_of_the_crop_then_antialiased(tmp_path):
     path = counting_film(tmp_path / "a.mov", 1.0)
     piece = cut(clip(), path, replace(LOOSE, crf=0, size=(32, 32)), tmp_path / "out.mp4")
-    assert piece.facts["crop"] == [8, 0, 64, 64]
-    first = next(pictures(path)).frame
+    assert piece.metadata["crop"] == [8, 0, 64, 64]
+    first = next(read_frames(path)).frame
     expected = media.fit_image(torch.from_numpy(upright(first, "rgb24").copy()), (32, 32))
     expected = ((expected + 1) * 127.5).round().permute(1, 2, 0)
     np.testing.assert_allclose(frames_of(tmp_path / "out.mp4")[0], expected.numpy(), atol=3)
@@ -206,8 +206,8 @@ def refusal(path, tmp_path, config=LOOSE, **fields) -> str:
 
 def test_clips_that_the_film_does_not_cover_are_refused(tmp_path):
     path = counting_film(tmp_path / "a.mov", 2.0)
-    assert "pictures end at 2.00 s" in refusal(path, tmp_path, start=1.0, end=2.5)
-    assert "no picture at 7.00 s" in refusal(path, tmp_path, start=7.0, end=9.0)
+    assert "video ends at 2.00 s" in refusal(path, tmp_path, start=1.0, end=2.5)
+    assert "no frame at 7.00 s" in refusal(path, tmp_path, start=7.0, end=9.0)
     assert "too short: 1 frames" in refusal(path, tmp_path, start=1.0, end=1.04)
     assert "too short: 0 frames" in refusal(path, tmp_path, start=1.0, end=1.01)
     assert cut(clip(start=1.0, end=2.05), path, LOOSE, tmp_path / "out.mp4").num_frames == 25
@@ -233,7 +233,7 @@ def test_a_little_missing_sound_becomes_silence(tmp_path):
     shown = [numbered(number) for number in range(50)]
     path = write_film(tmp_path / "a.mov", shown, Fraction(25), clicks(1.95, 48000) + 0.1, 48000)
     piece = cut(clip(), path, LOOSE, tmp_path / "out.mp4")
-    assert piece.facts["silence_added"] == 800
+    assert piece.metadata["silence_added"] == 800
     assert len(piece.sound) == 32000
     assert piece.sound[-700:].abs().max() < 1e-3
     assert piece.sound[-2000:-900].min() > 0.05
@@ -243,7 +243,7 @@ def test_sound_with_a_hole_keeps_its_times(tmp_path):
     path = counting_film(tmp_path / "a.mkv", 3.0, audio_codec="pcm_s16le", sound_hole=(1.0, 1.5))
     piece = cut(clip(), path, LOOSE, tmp_path / "out.mp4")
     places = [place for place in expected_clicks(Fraction(0), 48000) if not 15000 < place < 25500]
-    assert [n for n in heard_clicks(piece.sound.numpy()) if not 15000 < n < 25500] == pytest.approx(places, abs=1)
+    assert [n for n in detected_clicks(piece.sound.numpy()) if not 15000 < n < 25500] == pytest.approx(places, abs=1)
 
 
 def test_no_sound_track(tmp_path):
@@ -251,7 +251,7 @@ def test_no_sound_track(tmp_path):
     assert "no audio track" in refusal(path, tmp_path)
     piece = cut(clip(), path, replace(LOOSE, silent=True), tmp_path / "out.mp4")
     assert piece.sound is None
-    assert piece.facts["samples"] == 0
+    assert piece.metadata["samples"] == 0
 
 
 @pytest.mark.parametrize("part", [0.3, 0.7, 0.95])
@@ -275,13 +275,13 @@ def test_scene_cut_is_refused_cut_away_or_kept(tmp_path):
     path = two_shots(tmp_path / "a.mov")
     assert "scene cut at 1.60 s" in refusal(path, tmp_path)
     kept = cut(clip(), path, replace(LOOSE, cuts="keep"), tmp_path / "out.mp4")
-    assert kept.facts["scene_cut_frames"] == [40]
+    assert kept.metadata["scene_cut_frames"] == [40]
     assert kept.num_frames == 100
     longest = cut(clip(), path, replace(LOOSE, cuts="longest"), tmp_path / "out.mp4")
-    assert (longest.facts["start"], longest.facts["end"]) == (1.6, 4.0)
-    assert longest.facts["shot_of"] == [0.0, 4.0]
+    assert (longest.metadata["start"], longest.metadata["end"]) == (1.6, 4.0)
+    assert longest.metadata["shot_of"] == [0.0, 4.0]
     assert [number_of(255 - frame) for frame in frames_of(tmp_path / "out.mp4")] == list(range(40, 100))
-    assert heard_clicks(longest.sound.numpy()) == pytest.approx(
+    assert detected_clicks(longest.sound.numpy()) == pytest.approx(
         expected_clicks(Fraction(8, 5), len(longest.sound)), abs=1
     )
 
@@ -292,7 +292,7 @@ def test_the_longest_shot_has_no_frame_of_another(tmp_path, fps):
     piece = cut(clip(), path, replace(LOOSE, cuts="longest", fps=fps), tmp_path / "out.mp4")
     numbers = [number_of(255 - frame) for frame in frames_of(tmp_path / "out.mp4")]
     assert min(numbers) >= 41
-    assert piece.facts["scene_cut_frames"] == []
+    assert piece.metadata["scene_cut_frames"] == []
 
 
 def test_motion_is_no_scene_cut():
@@ -320,7 +320,7 @@ def test_flac_keeps_16_bits():
 def test_a_picture_is_never_far_from_its_frame(tmp_path):
     times = [Fraction(n, 25) for n in range(25)] + [Fraction(n, 25) for n in range(60, 90)]
     path = write_film(tmp_path / "a.mkv", [numbered(n) for n in range(55)], times, clicks(4.0, 48000))
-    assert "no picture within 0.5 s" in refusal(path, tmp_path)
+    assert "no source frame within 0.5 s of a frame" in refusal(path, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from distill.data.datasets import folder
 from distill.data.prepare import check as checking
 from distill.data.prepare import page, shards
-from distill.data.prepare.check import NOT_WHOLE
+from distill.data.prepare.check import INCOMPLETE
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from teachers.errors import UserError
@@ -41,12 +41,12 @@ def page_of(data, path, *more) -> tuple[int, str]:
 def test_the_page_shows_counts_histograms_and_a_picture_of_every_clip(data, tmp_path):
     status, text = page_of(data, tmp_path / "page.html")
     assert status == 0
-    assert "Whole: nothing is missing" in text
+    assert "Complete: nothing is missing" in text
     assert text.count("data:image/jpeg;base64") == 3
     assert "<td>40x48" not in text
     for words in (
         '<td>48x40</td><td class="number">3</td>',
-        "no sound heard",
+        "silent",
         "dBFS",
         "frames a second of the sources",
         "<td>25</td>",
@@ -62,7 +62,7 @@ def test_the_page_lists_what_is_wrong(data, tmp_path):
     path = data / "folder-000001.tar"
     path.write_bytes(path.read_bytes()[:4000])
     status, text = page_of(data, tmp_path / "page.html")
-    assert status == NOT_WHOLE
+    assert status == INCOMPLETE
     assert "folder-000001.tar: differs from its checksum" in text
     assert "Whole" not in text
     assert text.count("data:image/jpeg;base64") == 2
@@ -77,7 +77,7 @@ def test_without_decoding_there_are_no_pictures(data, tmp_path):
 
 def test_the_picture_is_the_middle_frame(data):
     films = {name: content["mp4"] for name, content in shards.samples(data / "folder-000000.tar")}
-    picture = np.array(Image.open(io.BytesIO(checking._picture(films["a"], 9))))
+    picture = np.array(Image.open(io.BytesIO(checking._thumbnail(films["a"], 9))))
     assert number_of(picture) == number_of(frames_of(films["a"])[9])
 
 

@@ -87,7 +87,7 @@ def test_one_bad_clip_never_stops_the_rest(reference):
         "text": "cannot be read",
         "empty": "is empty",
         "outside": "outside the frame",
-        "behind": "no picture at 5.00 s",
+        "behind": "no frame at 5.00 s",
         "missing": "not found",
     }.items():
         assert words in reasons.pop(name)
@@ -114,12 +114,17 @@ def test_a_sample_holds_frames_sound_and_facts(reference):
     with tarfile.open(fileobj=io.BytesIO(data + shards.END)) as tar:
         members = {info.name: tar.extractfile(info).read() for info in tar}
     assert list(members) == [f"part+of-a+film.{ending}" for ending in ("flac", "json", "mp4")]
-    facts = json.loads(members["part+of-a+film.json"])
-    assert (facts["id"], facts["text"], facts["fps"], facts["frames"]) == ("part.of-a.film", "a man talks", "16", 9)
-    assert (facts["asked_start"], facts["start"], facts["source_fps"]) == (0.4, 0.4, "30")
+    metadata = json.loads(members["part+of-a+film.json"])
+    assert (metadata["id"], metadata["text"], metadata["fps"], metadata["frames"]) == (
+        "part.of-a.film",
+        "a man talks",
+        "16",
+        9,
+    )
+    assert (metadata["annotated_start"], metadata["start"], metadata["source_fps"]) == (0.4, 0.4, "30")
     frames, sound = frames_of(members["part+of-a+film.mp4"]), sound_of(members["part+of-a+film.flac"])
     assert frames.shape == (9, 32, 40, 3)
-    assert len(sound) == facts["samples"] == 9000
+    assert len(sound) == metadata["samples"] == 9000
     assert [number_of(frame) for frame in frames] == [12 + round(k * 30 / 16 - 0.01) for k in range(9)]
     assert [n for n in range(9000) if sound[n] > 0.2] == pytest.approx([3200, 7200], abs=1)
 
@@ -199,7 +204,7 @@ def crash(task: Task):
 def test_two_processes_and_a_crash_change_nothing_but_the_clip_that_crashes(reference, manifest, videos, tmp_path):
     few = Manifest(tuple(clip for clip in manifest.clips if clip.id in ("good_0", "good_1", "vfr", "rotated", "text")))
     done = prepare(few, videos, tmp_path / "crashed", "folder", CONFIG, shard_clips=1, workers=2, work=crash)
-    assert {row.id: row.reason for row in done.refused if row.id != "text"} == {"good_1": "the decoder crashed on it"}
+    assert {row.id: row.reason for row in done.refused if row.id != "text"} == {"good_1": "its decoder crashed"}
     again = prepare(few, videos, tmp_path / "crashed", "folder", CONFIG, shard_clips=1, retry=True)
     assert [row.id for row in again.refused] == ["text"]
     prepare(few, videos, tmp_path / "whole", "folder", CONFIG, shard_clips=1)
@@ -247,7 +252,7 @@ def test_another_request_or_another_folder_is_refused(reference, manifest, video
     with pytest.raises(UserError, match=r"another request \(clips differ\)"):
         prepare(Manifest(manifest.clips[1:]), videos, reference[0], "folder", CONFIG, shard_clips=4)
     (tmp_path / "precious").write_text("mine")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains something else"):
         prepare(manifest, videos, tmp_path, "folder", CONFIG)
     assert os.listdir(tmp_path) == ["precious"]
 

@@ -91,7 +91,7 @@ def one_line(words: str, call, *given, **options) -> None:
 def test_each_voice_is_silent_out_of_its_turn(clips):
     turn = clips.talk["turn"]
     assert clips.audio.shape == (48, 2, 15 * PER_FRAME)
-    assert {*turn.unique().tolist()} == {duplex.OWN, duplex.OTHER, duplex.NO_ONE}
+    assert {*turn.unique().tolist()} == {duplex.OWN, duplex.OTHER, duplex.NONE}
     switched = ((turn == duplex.OWN).any(1) & (turn == duplex.OTHER).any(1)).float().mean()
     assert 0.4 < switched < 0.95, "some clips have both, some do not"
     # Frames well inside one's turn: the other's sound is zero there, and one's own is not.
