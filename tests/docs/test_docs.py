@@ -34,7 +34,7 @@ SMOKE = (
     "eval.probe_steps=4",
     "eval.latency_runs=1",
 )
-SHORTER = {"bench": ["--chunks", "2", "--rounds", "1"], "drift": ["--streams", "1"]}
+SHORTER = {"bench": ["--chunks", "2", "--rounds", "1"]}
 """Appended to a command that runs, so that it does so at smoke size; argparse takes what comes last."""
 STATUS = {"doctor": {0, 1}, "data": {0, 3}, "eval": {0, 3}}
 """Exit statuses that a page explains, where 0 is not the only one."""
