@@ -11,12 +11,12 @@ from teachers.errors import UserError
 
 USER_ERROR, INTERRUPTED = 2, 130
 MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
-    "sample": ("distill.commands.sample", "a talking video from a portrait, a sound file and a text"),
+    "sample": ("distill.commands.sample.command", "a talking video from a portrait, a sound file and a text"),
     "serve": ("distill.commands.serve", "a live page in the browser: the student listens, talks and idles"),
     "bench": ("distill.commands.bench", "first frame, chunk times, real-time factor and roofline of a student"),
     "drift": ("distill.commands.drift", "long streams of a run's student, scored minute by minute"),
     "eval": (
-        "distill.commands.eval",
+        "distill.commands.eval.command",
         "scores of generated clips against real ones under a protocol card; compare, benchmark",
     ),
     "plan": (
@@ -91,9 +91,9 @@ def _parser(words: Sequence[str]) -> Parser:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.multirun:
-        from distill.commands import sweep
+        from distill.commands.sweep import command
 
-        return sweep.run(arguments.recipe, arguments.overrides)
+        return command.run(arguments.recipe, arguments.overrides)
     from distill.pipeline.stages import run
     from distill.recipe import load_recipe
 

@@ -136,7 +136,7 @@ def check_distill(words: list[str]) -> None:
         parsed = cli.parse(words)
         overrides = parsed.overrides
         if parsed.multirun:
-            from distill.commands.sweep import plan
+            from distill.commands.sweep.command import plan
 
             plan(source(parsed.recipe), overrides)
             return

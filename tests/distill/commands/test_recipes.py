@@ -8,7 +8,7 @@ import pytest
 
 from distill.cli import main
 from distill.commands.recipes import WIDTH
-from distill.commands.sweep import plan as plan_sweep
+from distill.commands.sweep.command import plan as plan_sweep
 from distill.compose import RECIPES, find_recipe
 from distill.recipe import load_recipe, to_dict
 from teachers.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from distill.commands import sample
+from distill.commands.sample import command
 from distill.data.procedural import render
 from distill.live import chat_planner
 from distill.live.chat_planner import ChatPlanner, audio_facts, named
@@ -19,8 +19,8 @@ from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
 from students.serving.timeline import BEHAVIOURS, Cue, Director, Script, Timeline, TimelineEntry, chunk_at, read_script
 from teachers.errors import UserError
-from tests.distill.commands.test_sample import FPS, RATE, inputs, noted, parse, student  # noqa: F401, fixtures
-from tests.distill.commands.test_sample import film as sample_film
+from tests.distill.commands.sample.test_command import FPS, RATE, parse
+from tests.distill.commands.sample.test_command import film as sample_film
 from tests.students.test_every_student import PER_FRAME, STUDENTS, film, opened, play, sound_of
 from tests.support.tiny import a_bundle, a_portrait, rng, some_sound
 from tests.support.tiny_adapters import save_image_text
@@ -312,7 +312,7 @@ def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):  
     def run(values, text):
         args = parse(inputs, "--timeline", str(script(values)))
         args.text = text
-        sample.run(args)
+        command.run(args)
         return torch.stack(noted.shown)
 
     begins = {"timeline": [{"at": 0, "do": "smiles and nods"}]}
@@ -322,7 +322,7 @@ def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):  
     args = parse(inputs)
     args.text = None
     with pytest.raises(UserError, match=r"^--text is missing"):
-        sample.run(args)
+        command.run(args)
     with pytest.raises(UserError, match=r"^no planner: [^\n]*nowhere[^\n]*config\.json"):
         run({"planner": {"folder": str(inputs["out"].parent / "nowhere")}}, "a person nods")
 

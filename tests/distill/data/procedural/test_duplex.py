@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.commands.sample_inputs import Duet
+from distill.commands.sample.inputs import Duet
 from distill.data import latents
 from distill.data.procedural import duplex, render
 from distill.data.procedural.render import WorldConfig

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.commands.eval import REFUSED, add_settings, evaluate, setting
+from distill.commands.eval.command import REFUSED, add_settings, evaluate, setting
 from distill.scoring.clip_sets import open_set
 from distill.scoring.scoring import read_report
 from eval.cards import first_difference, label_of

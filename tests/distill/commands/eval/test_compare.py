@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.commands import eval_compare
+from distill.commands.eval import compare
 from distill.scoring.clip_sets import open_set, read_clip, write_clip
 from eval import golden
 from eval.cards import load_card
@@ -52,7 +52,7 @@ def test_compare_prints_paired_differences(scored, capsys):
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("| PSNR"))
     near, far = (report_of(scored / f"{name}-out")["rows"][name]["clips"]["psnr"] for name in ("near", "far"))
-    change, low, high = eval_compare.bootstrap(torch.tensor(near), torch.tensor(far))
+    change, low, high = compare.bootstrap(torch.tensor(near), torch.tensor(far))
     assert change == pytest.approx(np.mean(np.array(near) - np.array(far)))
     assert 0 < low < change < high
     error = np.std(np.array(near) - np.array(far), ddof=1) / 8**0.5
@@ -199,7 +199,7 @@ def test_scores_of_another_program_stand_apart(scored, tmp_path, capsys):
     assert "iqa was made by a program." in capsys.readouterr().out
     two = {**report, "adapters": {"iqa": "another"}}
     with pytest.raises(UserError, match="'iqa' was made by a program here and by another there"):
-        eval_compare.check_same(report, two)
+        compare.check_same(report, two)
     for change, told in (
         ({"metric": "fid"}, "'fid' is a metric of distill eval"),
         ({"generated": {"a": 1.0}}, "has 1 clips, 8 are scored; the first that differs: b"),

@@ -27,11 +27,11 @@ from teachers.files import atomic_write, make_folder
 
 REFUSED = 3
 VERBS = {
-    "compare": ("distill.commands.eval_compare", "two reports of one protocol, clip by clip"),
-    "benchmark": ("distill.commands.eval_benchmark", "students on data sets, beside the rows that papers print"),
-    "clips": ("distill.commands.eval_clips", "real clips of a run's procedural world, to score its student with"),
+    "compare": ("distill.commands.eval.compare", "two reports of one protocol, clip by clip"),
+    "benchmark": ("distill.commands.eval.benchmark", "students on data sets, beside the rows that papers print"),
+    "clips": ("distill.commands.eval.clips", "real clips of a run's procedural world, to score its student with"),
     "multiturn": (
-        "distill.commands.eval_multiturn",
+        "distill.commands.eval.multiturn",
         "scripted conversations with a served student: latency, drift, sync, a judge",
     ),
 }

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from distill.commands import sample
+from distill.commands.sample import command
 from students.serving.session import Chunk, Session, Starved
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
@@ -161,7 +161,7 @@ def noted(monkeypatch):
 
     monkeypatch.setattr("students.serving.session.Session", Noted)
     monkeypatch.setattr(media, "VideoWriter", Film)
-    monkeypatch.setattr(sample, "time", Noted.clock)
+    monkeypatch.setattr(command, "time", Noted.clock)
     return Noted
 
 
@@ -173,13 +173,13 @@ def speech(
 
 def parse(inputs: dict[str, Path], *extra: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    sample.add_arguments(parser)
+    command.add_arguments(parser)
     options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
     return parser.parse_args([*options, "--text", "smiles and nods", "--seed", "7", *extra])
 
 
 def film(inputs: dict[str, Path], *extra: str) -> None:
-    assert sample.run(parse(inputs, "--size", "16", *extra)) == 0
+    assert command.run(parse(inputs, "--size", "16", *extra)) == 0
 
 
 def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
@@ -187,7 +187,7 @@ def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
     sound = np.zeros(NUM_SAMPLES, np.float32)
     sound[RATE : RATE + 480] = tone(0.02, RATE, 1000.0)
     encode_audio(inputs["audio"], "pcm_f32le", "flt", RATE, [sound])
-    assert sample.run(parse(inputs)) == 0
+    assert command.run(parse(inputs)) == 0
     frames, fps = media.read_video(inputs["out"])
     seconds = Fraction(NUM_SAMPLES, RATE)
     assert fps == FPS
@@ -211,10 +211,10 @@ def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
 
 def test_size_and_crop(inputs, loud):
     loud()
-    sample.run(parse(inputs, "--size", "33", "--crop", "top"))
+    command.run(parse(inputs, "--size", "33", "--crop", "top"))
     top = media.read_video(inputs["out"])[0]
     assert top.shape[1:3] == (64, 64)
-    sample.run(parse(inputs, "--size", "1"))
+    command.run(parse(inputs, "--size", "1"))
     center = media.read_video(inputs["out"])[0]
     assert center.shape[1:3] == (32, 32)
     assert top[0, :8, :, 0].float().mean() < center[0, :4, :, 0].float().mean() - 10
@@ -222,7 +222,7 @@ def test_size_and_crop(inputs, loud):
 
 def test_another_student(inputs, loud):
     loud(spec=FakeSpec(Fraction(25), 24, 40))
-    sample.run(parse(inputs))
+    command.run(parse(inputs))
     frames, fps = media.read_video(inputs["out"])
     assert (fps, len(frames), frames.shape[1:3]) == (25, 50, (24 * 11, 40 * 11))
 
@@ -252,7 +252,7 @@ def test_any_split_of_the_sound_gives_the_same_film(inputs, noted):
 def test_pieces_keep_the_clock_at_any_rate():
     """20 ms at 11025 Hz are 220.5 samples; the sound arrives in whatever blocks the file has."""
     sound = torch.arange(11_025 * 3 + 5.0)
-    pieces = list(sample._pieces(sound.split(1024), 11_025, 20))
+    pieces = list(command._pieces(sound.split(1024), 11_025, 20))
     assert [len(piece) for piece in pieces[:4]] == [220, 221, 220, 221]
     assert len(pieces[:150]) == 150
     assert sum(map(len, pieces[:150])) == 3 * 11_025
@@ -356,14 +356,14 @@ def test_bad_inputs_are_told_before_the_student_loads(inputs, tmp_path, monkeypa
         ("out", tmp_path / "out" / "film.avi"),
     ]:
         with pytest.raises(UserError, match=rf"^[^\n]*{path.parent.name}[^\n]*$"):
-            sample.run(parse(inputs | {name: path}))
+            command.run(parse(inputs | {name: path}))
     with pytest.raises(UserError, match="would replace"):
-        sample.run(parse(inputs | {"audio": film, "out": film}))
+        command.run(parse(inputs | {"audio": film, "out": film}))
     for option, value in [("--seed", "-1"), ("--size", "0"), ("--push-ms", "0")]:
         with pytest.raises(UserError, match=option):
-            sample.run(parse(inputs, option, value))
+            command.run(parse(inputs, option, value))
     with pytest.raises(AssertionError, match="was loaded"):
-        sample.run(parse(inputs))
+        command.run(parse(inputs))
     assert os.listdir(tmp_path / "out") == []
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.commands import eval_multiturn
-from distill.commands.eval_multiturn import Played, Script
+from distill.commands.eval import multiturn
+from distill.commands.eval.multiturn import Played, Script
 from distill.live import judge
 from distill.live.client import Answer
 from students.weights.checkpoint import save_student
@@ -18,7 +18,7 @@ from tests.support.tiny import a_bundle
 
 
 def test_the_shipped_conversations_are_read_and_wrong_ones_refused(tmp_path):
-    assert sum(len(script.turns) for script in eval_multiturn.read_scripts(eval_multiturn.DEFAULT)) > 10
+    assert sum(len(script.turns) for script in multiturn.read_scripts(multiturn.DEFAULT)) > 10
     for text, told in (
         ("- name: a\n  turns: [x]\n  mood: good\n", "mood"),
         ("- name: a\n  turns: []\n", "no turns"),
@@ -26,7 +26,7 @@ def test_the_shipped_conversations_are_read_and_wrong_ones_refused(tmp_path):
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UserError, match=told):
-            eval_multiturn.read_scripts(tmp_path / "c.yaml")
+            multiturn.read_scripts(tmp_path / "c.yaml")
 
 
 def a_conversation(num_frames=60, darker=0) -> Played:
@@ -46,19 +46,19 @@ def a_conversation(num_frames=60, darker=0) -> Played:
 
 
 def test_times_scores_and_drift_are_those_of_each_turn():
-    rows = eval_multiturn.rows(a_conversation(darker=30), a_puppet(), None)
+    rows = multiturn.rows(a_conversation(darker=30), a_puppet(), None)
     assert [row["latency"] for row in rows] == pytest.approx([0.5, 0.1])
     assert [row["dead"] for row in rows] == pytest.approx([0.7, 0.1])
     assert rows[1]["luma"] - rows[0]["luma"] == pytest.approx(-30, abs=0.1)
     assert rows[0]["parts_ms"] == pytest.approx({"denoise": 10.0, "transport": 190.0, "playout": 300.0})
     assert sum(rows[0]["parts_ms"].values()) == pytest.approx(1000 * rows[0]["latency"])
-    report = eval_multiturn.summary([rows, eval_multiturn.rows(a_conversation(), a_puppet(), None)])
+    report = multiturn.summary([rows, multiturn.rows(a_conversation(), a_puppet(), None)])
     assert report["num_turns"] == 4
     assert report["latency_seconds"]["max"] == pytest.approx(0.5)
     assert report["stalled_seconds"]["p95"] == pytest.approx(0.2)
     assert report["luma"]["change_a_turn"] == pytest.approx(-15, abs=0.1)  # mean of -30 and 0
     assert report["parts_ms"]["denoise"] == {"p50": 10.0, "p95": 30.0}
-    assert "| luma |" in eval_multiturn.table(report)
+    assert "| luma |" in multiturn.table(report)
 
 
 class Strict:

@@ -18,7 +18,7 @@ from torch.distributed.run import get_args_parser
 
 from distill import __version__
 from distill.cli import main
-from distill.commands import sweep, sweep_table
+from distill.commands.sweep import command, table
 from distill.compose import RECIPES
 from distill.data.procedural import render
 from distill.data.procedural.corruption import CorruptionConfig, corrupt_clips
@@ -83,12 +83,12 @@ def table(place: Path) -> dict[str, dict[str, str]]:
 
 
 def names(*given: str) -> list[str]:
-    return [job.name for job in sweep.plan(RECIPE, given).jobs]
+    return [job.name for job in command.plan(RECIPE, given).jobs]
 
 
 def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
     given = ["preset=smoke", "seed=range(1,3)", "distill.train.num_steps=choice(8,16)"]
-    found = sweep.plan(RECIPE, given)
+    found = command.plan(RECIPE, given)
     assert [job.name for job in found.jobs] == [
         "seed=1,distill.train.num_steps=8",
         "seed=1,distill.train.num_steps=16",
@@ -107,7 +107,7 @@ def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
 def test_names_are_folders():
     assert names("method@init=ode_init,forcing") == ["method@init=ode_init", "method@init=forcing"]
     assert names("reuse='a b','a/b'")[0].startswith("reuse=_a_b_-"), "equal as folders, told apart by a digest"
-    long = [sweep._folder_name(["some.long.key=1"] * 20 + [f"seed={seed}"]) for seed in (0, 1)]
+    long = [command._folder_name(["some.long.key=1"] * 20 + [f"seed={seed}"]) for seed in (0, 1)]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 120
 
@@ -115,7 +115,7 @@ def test_names_are_folders():
 def test_a_sweep_file_names_its_jobs(tmp_path):
     file = tmp_path / "own.yaml"
     file.write_text("overrides: [preset=smoke]\njobs:\n  short: [distill.train.num_steps=2]\n  plain: []\n")
-    found = sweep.plan(RECIPE, [f"sweep={file}", "seed=0,1"])
+    found = command.plan(RECIPE, [f"sweep={file}", "seed=0,1"])
     assert [job.name for job in found.jobs] == ["short,seed=0", "short,seed=1", "plain,seed=0", "plain,seed=1"]
     assert [r.distill.train.num_steps for r in found.recipes.values()] == [2, 2, 4, 4]
     assert found.folder == Path("runs/dmd_avatar_own")
@@ -123,7 +123,7 @@ def test_a_sweep_file_names_its_jobs(tmp_path):
 
 def test_the_ablation_undoes_the_default_step_by_step():
     """final is the default recipe; each row before it and the last differ from it in what LiveTalk's Table 3 says."""
-    found = sweep.plan(RECIPE, ["sweep=livetalk_ablation"])
+    found = command.plan(RECIPE, ["sweep=livetalk_ablation"])
     default = load_recipe(RECIPE)
 
     def undone(recipe) -> set[str]:
@@ -230,8 +230,8 @@ def test_tables_hold_the_reports_numbers(place):
 
 
 def test_a_named_row_shows_its_overrides():
-    row = sweep_table.Row("short", ("a.b=1", "c=2"), {}, (), None, "waiting", None)
-    lines = sweep_table.markdown([row]).splitlines()
+    row = table.Row("short", ("a.b=1", "c=2"), {}, (), None, "waiting", None)
+    lines = table.markdown([row]).splitlines()
     assert lines[0].startswith("| job | overrides | fid |")
     assert lines[2] == "| short | `a.b=1` `c=2` | - | - | - | - | - | waiting |"
 
@@ -239,15 +239,15 @@ def test_a_named_row_shows_its_overrides():
 def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
     deeds(place, seed_0="sleep")
     given = words(place, "seed=0,1")
-    plan, found = sweep.plan(RECIPE, given), []
-    log, state = sweep._files(plan, plan.jobs[0])
+    plan, found = command.plan(RECIPE, given), []
+    log, state = command._files(plan, plan.jobs[0])
 
     def meanwhile() -> None:
         """Once the job works: another start is refused, then this process is told to end."""
         while not (log.is_file() and "step 7" in log.read_text()):
             time.sleep(0.02)
         try:
-            sweep._refuse_alive(plan, plan.jobs[0])
+            command._refuse_alive(plan, plan.jobs[0])
         except UserError as error:
             found.append(str(error))
         found.append(json.loads(state.read_text())["process"])
@@ -261,7 +261,7 @@ def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
     assert ended.value.code == 128 + signal.SIGTERM
     refused, process = found
     assert f"job 'seed=0' still runs: process {process}" in refused
-    assert sweep._created(process) is None
+    assert command._created(process) is None
     assert "the same command continues" in capsys.readouterr().err
     before = json.loads(state.read_text())
     assert before["status"] == "stopped"
@@ -275,18 +275,18 @@ def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
 
 def test_a_killed_sweep_s_seconds_count_until_the_job_last_wrote(place):
     deeds(place)
-    plan = sweep.plan(RECIPE, words(place, "seed=0,1"))
-    sweep._open(plan)
-    log, state = sweep._files(plan, plan.jobs[0])
+    plan = command.plan(RECIPE, words(place, "seed=0,1"))
+    command._open(plan)
+    log, state = command._files(plan, plan.jobs[0])
     log.write_text("half way")
     os.utime(log, (1000.0, 1000.0))
     state.write_text(json.dumps({"status": "running", "began": 958.0, "seconds": 8.0, "process": 0, "created": 0.0}))
-    assert sweep._seconds(plan, plan.jobs[0]) == 50.0
+    assert command._seconds(plan, plan.jobs[0]) == 50.0
 
 
 def test_another_recipe_or_a_foreign_folder_is_refused(place, capsys):
     deeds(place)
-    plan = sweep.plan(RECIPE, words(place, "seed=0,1", "preset=smoke"))
+    plan = command.plan(RECIPE, words(place, "seed=0,1", "preset=smoke"))
     RunFolder.open(plan.recipes["seed=1"])
     (place / "sweep" / "sweep.yaml").write_text("")
     assert main(["run", str(RECIPE), "-m", *words(place, "seed=0,1")]) == 2
@@ -384,8 +384,8 @@ def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
     assert [row["status"] for row in rows] == ["done", "done"]
     for row in rows:
         student = json.loads((folder / row["job"] / "report.json").read_text())["systems"]["student"]
-        admitted = {name: score["mean"] for name, score in student["metrics"].items() if name in sweep_table.METRICS}
-        assert {name: float(row[name]) for name in sweep_table.METRICS if row[name]} == admitted
+        admitted = {name: score["mean"] for name, score in student["metrics"].items() if name in table.METRICS}
+        assert {name: float(row[name]) for name in table.METRICS if row[name]} == admitted
     assert yaml.safe_load((folder / "degraded" / "recipe.yaml").read_text())["reuse"] == [str(folder)]
     made = [load_file(stages[name]["trajectories"] / "shard-00000.safetensors") for name in ("clean", "degraded")]
     assert not all(torch.equal(made[0][key], made[1][key]) for key in made[0])

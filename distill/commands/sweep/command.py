@@ -31,7 +31,7 @@ from hydra.errors import HydraException
 from tqdm import tqdm
 
 from distill import __version__
-from distill.commands.sweep_table import Row, read_row, write_tables
+from distill.commands.sweep.table import Row, read_row, write_tables
 from distill.compose import RECIPES, find_recipe
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict

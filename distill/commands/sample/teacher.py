@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from distill.commands.sample_inputs import Steering, check, read_pose
+from distill.commands.sample.inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher

@@ -21,7 +21,7 @@ from teachers import media
 from teachers.errors import UserError
 
 if TYPE_CHECKING:
-    from distill.commands.sample_inputs import Duet, Steering
+    from distill.commands.sample.inputs import Duet, Steering
     from students.serving.session import Chunk, Session, Starved
     from students.serving.timeline import Planner, Script
 
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """
     script = _check_options(args)
     if args.teacher is not None:
-        from distill.commands.sample_teacher import run as run_teacher
+        from distill.commands.sample.teacher import run as run_teacher
 
         args.anchor = CROPS[args.crop]
         return run_teacher(args)
@@ -100,17 +100,15 @@ def run(args: argparse.Namespace) -> int:
     pixels = media.decode_image(args.image)
     planner = None if script is None else _planner(script)
     with closing(_sound(args)) as sound:
-        from distill.commands import sample_inputs
+        from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
         from students.weights.checkpoint import load_student
 
         bundle = load_student(args.student)
         spec = bundle.spec
-        sample_inputs.check(spec, args.other, args.pose)
-        steering = (
-            None if args.pose is None else sample_inputs.Steering(sample_inputs.read_pose(args.pose, spec.pose_dim))
-        )
+        inputs.check(spec, args.other, args.pose)
+        steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))
         if script is not None:
             script.check(spec, args.timeline)
         reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
@@ -150,7 +148,7 @@ def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
     own = media.AudioReader(args.audio)
     if args.other is None:
         return own
-    from distill.commands.sample_inputs import Duet
+    from distill.commands.sample.inputs import Duet
 
     with ExitStack() as opened:
         opened.callback(own.close)
