@@ -94,9 +94,7 @@ def climbs(graph: dict[str, set[str]]) -> list[str]:
                 or here == "__main__"
             ):
                 continue
-            assert here in height and there in height, (
-                f"distill.{here} and distill.{there}: give each its floor in INSIDE"
-            )
+            assert {here, there} <= set(height), f"distill.{here}, distill.{there}: give each its floor in INSIDE"
             if height[here] <= height[there]:
                 found.append(f"{module} -> {target}")
     return sorted(found)
