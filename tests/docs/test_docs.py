@@ -17,6 +17,7 @@ import torch
 
 import distill
 from distill import cli
+from distill.commands.sweep.command import read_sweep
 from distill.compose import RECIPES, find_recipe
 from distill.recipe import load_recipe
 
@@ -136,16 +137,23 @@ def check_distill(words: list[str]) -> None:
         parsed = cli.parse(words)
         overrides = parsed.overrides
         if parsed.multirun:
-            from distill.commands.sweep.command import plan
-
-            plan(source(parsed.recipe), overrides)
-            return
+            overrides = first_job(source(parsed.recipe), overrides)
         load_recipe(source(parsed.recipe), overrides)
         return
     parsed = cli.parse(words)
     recipe = getattr(parsed, "recipe", None) or getattr(parsed, "teacher", None)
     if recipe is not None:
         load_recipe(source(recipe), parsed.overrides)
+
+
+def first_job(recipe: Path, words: list[str]) -> list[str]:
+    """The overrides of the first job of a sweep; tests/distill/commands read whole sweeps."""
+    name = next((word.removeprefix("sweep=") for word in words if word.startswith("sweep=")), None)
+    if name is None:
+        assert any("," in word for word in words), words
+        return [word.partition(",")[0] for word in words]
+    shared, rows = read_sweep(recipe, name)
+    return [*shared, *next(iter(rows.values())), *(word for word in words if not word.startswith("sweep="))]
 
 
 def check_launched(words: list[str]) -> None:
