@@ -1,4 +1,4 @@
-"""How a student is judged: metrics, their networks, protocol cards, the embedded world's extractors, the report.
+"""How systems are evaluated: metrics, their networks, protocol cards, the embedded world's extractors, the report.
 
 from eval import load_card
 

@@ -107,8 +107,8 @@ def _engines(text: str) -> list[str]:
 def _facts(plan: "Plan") -> Iterator[str]:
     frozen = set(plan.parameters) - {role for update in plan.updates for role in update.trained}
     for role, count in plan.parameters.items():
-        told = role not in frozen and (role in plan.adapted or plan.lora[role] < count)
-        adapters = f", {'' if role in plan.adapted else 'as '}a LoRA of {plan.lora[role]:,}" if told else ""
+        adapted = role not in frozen and (role in plan.adapted or plan.lora[role] < count)
+        adapters = f", {'' if role in plan.adapted else 'as '}a LoRA of {plan.lora[role]:,}" if adapted else ""
         yield f"{role:<12} {count:,} parameters{adapters}"
     if plan.adapted & plan.backbone:
         shared = plan.backbone & (plan.adapted | frozen)

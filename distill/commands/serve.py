@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8800, help="port, 0 for any free one (default 8800)")
     parser.add_argument(
-        "--viewers", type=int, default=8, help="streams at once; who comes later is told so (default 8)"
+        "--viewers", type=int, default=8, help="streams at once; a later viewer is refused with the reason (default 8)"
     )
     parser.add_argument("--lead", type=int, default=2, help="chunks drawn ahead of each viewer (default 2)")
     parser.add_argument(

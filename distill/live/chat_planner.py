@@ -1,6 +1,6 @@
 """A local chat model that says what the avatar does next, as FlowAct-R1's planner does (2601.10103).
 
-The model is shown the portrait, where it takes pictures, and told how loud the last seconds were; it must answer with the
+The model is shown the portrait, where it takes images, and the loudness of the last seconds; it must answer with the
 name of a behaviour. Any transformers model of the class is read, in the layout that `save_pretrained` writes. Nothing is
 downloaded, no pickle is read and no code of a folder is run.
 """

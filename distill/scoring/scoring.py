@@ -132,7 +132,9 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
             bar.set_postfix_str(key)
             sides = [[load_tensors(job.cache / item.files[key]) for item in which] for which in (ours, theirs)]
             try:
-                notes += _score_metric(job.card.metrics[key], *sides, clips, job.card.floor_splits, table, name)
+                notes += _score_metric(
+                    job.card.metrics[key], sides[0], sides[1], clips, job.card.floor_splits, table, name
+                )
             except UserError as error:
                 refused[key] = f"{key} refused: {error}"
     if not table[name]["metrics"]:

@@ -331,7 +331,7 @@ def train(
 
 @contextmanager
 def terminations() -> Iterator[list[int]]:
-    """A list to which a SIGTERM adds itself instead of killing the process (in the main thread, where Python hears signals)."""
+    """A list to which a SIGTERM adds itself instead of killing the process (in the main thread, where Python handles signals)."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -69,8 +69,8 @@ class SyncNetSync(Metric):
         frames = resample_frames(clip.video.transpose(0, 1), clip.fps, self.resample)
         num_windows = windows_of(len(frames), len(sound))
         faces = crop_faces(frames, real.box, self.crop_scale)
-        towers = networks.syncnet.features(faces, mfcc(to_int16(sound)), num_windows)
-        curve = torch.tensor(sync_scores(*towers, self.max_lag).curve, dtype=torch.float64)
+        lips, voice = networks.syncnet.features(faces, mfcc(to_int16(sound)), num_windows)
+        curve = torch.tensor(sync_scores(lips, voice, self.max_lag).curve, dtype=torch.float64)
         return {"curve": curve, "windows": torch.tensor(num_windows)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:

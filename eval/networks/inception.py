@@ -23,6 +23,8 @@ Variant = Literal["tf1", "pytorch_fid"]
 class Inception(nn.Module):
     """Images [N, 3, 299, 299] as `preprocess` makes them -> features [N, 2048]."""
 
+    fc: nn.Linear
+
     def __init__(self):
         from torchvision.models import Inception3
 

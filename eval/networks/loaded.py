@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eval.embedded.extractors import Probes, Reading
 from eval.metric import Clip
+from eval.networks.inception import Variant
 from teachers.encoders.small import SAMPLE_RATE, AudioConfig, LogMel
 from teachers.errors import UserError
 
@@ -88,7 +89,7 @@ class Networks:
             return self.reading(clip).frame_features[clip.given :: every]
         shown = clip.video[:, clip.given :: every].transpose(0, 1)
         key = ("inception", resize, every)
-        return self.once(clip, key, lambda: self.inception.features(shown, self.batch_size, resize))
+        return self.once(clip, key, lambda: self.inception.features(shown, self.batch_size, cast(Variant, resize)))
 
     def reading(self, clip: Clip) -> Reading:
         """What the probes read of one clip, without a clip axis."""

@@ -144,7 +144,7 @@ def fill(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Inference in true fp32: no gradient, and no TF32, which cuDNN uses for convolutions unless told otherwise."""
+    """Inference in true fp32: no gradient, and no TF32, which cuDNN uses for convolutions by default."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

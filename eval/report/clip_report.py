@@ -23,7 +23,7 @@ def rows_of(report: Mapping[str, Any]) -> list[Row]:
     kinds = dict.fromkeys(NAMES, "floor")
     return [
         Row(
-            name=NAMES.get(name, name),
+            name=str(NAMES.get(name, name)),
             scores=row["metrics"],
             n=row["n"],
             card=label_of(report["card"]),

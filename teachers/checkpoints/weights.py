@@ -118,8 +118,8 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 
 def _all_there(files: list[Path], witness: str) -> None:
     if missing := [file for file in files if not file.is_file()]:
-        told = listed((file.name for file in missing), 3)
-        raise UserError(f"missing shard: {told} in {missing[0].parent}, which {witness} asks for; copy it there too")
+        names = listed((file.name for file in missing), 3)
+        raise UserError(f"missing shard: {names} in {missing[0].parent}, which {witness} asks for; copy it there too")
 
 
 @contextmanager
@@ -192,8 +192,8 @@ def load_archive(path: Path) -> Any:
             "here; ask its author for safetensors"
         ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
-        told = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"damaged weights: {path} cannot be read ({told}); copy the file again") from error
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"damaged weights: {path} cannot be read ({reason}); copy the file again") from error
 
 
 def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
@@ -236,7 +236,7 @@ def _groups(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[list[str]]:
 def write_safetensors(
     folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int = SHARD_BYTES, tick: Tick = lambda _: None
 ) -> None:
-    """STEM.safetensors in `folder`, or its shards with their index; `tick` hears of the bytes of each tensor."""
+    """STEM.safetensors in `folder`, or its shards with their index; `tick` is called with the bytes of each tensor."""
     groups = _groups(tensors, shard_bytes)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(groups):

@@ -63,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="video to write")
     parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
     parser.add_argument(
-        "--guidance", type=float, metavar="W", help="scale, of a student that is told one (default: the student's)"
+        "--guidance",
+        type=float,
+        metavar="W",
+        help="guidance scale, for a guidance-distilled student (default: the student's)",
     )
     parser.add_argument(
         "--crop", choices=tuple(CROPS), default="center", help="part of a tall image to keep (default center)"
@@ -238,7 +241,7 @@ def _stream(
 ) -> Iterator[Tensor]:
     """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
 
-    The writer hears each piece before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
+    The writer gets each piece of sound before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
     """
     started, num_samples, num_frames = time.perf_counter(), 0, 0
     for piece in _pieces(sound, sound.rate, push_ms):
