@@ -16,7 +16,7 @@ from torch import Tensor
 from teachers.errors import UserError
 
 Latents = Float[Tensor, "batch channels frames height width"]
-Level = Float[Tensor, " batch"] | Float[Tensor, "batch frames"]  # sigma of each sample, or of each of its frames
+Level = Float[Tensor, " batch"] | Float[Tensor, "batch #frames"]  # sigma of each sample, or of each of its frames
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma [B]) -> x0, of the shape of x
 
 Sigma = TypeVar("Sigma", Tensor, float)

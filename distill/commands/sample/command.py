@@ -241,7 +241,8 @@ def _stream(
 ) -> Iterator[Tensor]:
     """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
 
-    The writer gets each piece of sound before its frames. For a viewer, a piece is pushed when its last sample would have been spoken.
+    The writer gets each piece of sound before its frames. For a viewer, a piece is pushed when its last sample would have been
+    spoken.
     """
     started, num_samples, num_frames = time.perf_counter(), 0, 0
     for piece in _pieces(sound, sound.rate, push_ms):
