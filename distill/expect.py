@@ -19,7 +19,10 @@ COSTS = {
     "nfe": "nfe_per_chunk",
 }
 _ONE = "|".join(sorted(SYSTEMS, key=len, reverse=True))
-_NAME = re.compile(rf"(?P<quantity>[a-z0-9_]+?)_(?P<system>{_ONE})(?:_(?P<operation>over|minus)_(?P<other>{_ONE}))?")
+_WORD = rf"(?!(?:{_ONE})(?:_|\Z))[a-z0-9]+"  # of a quantity, whose name holds no system
+_NAME = re.compile(
+    rf"(?P<quantity>{_WORD}(?:_{_WORD})*?)_(?P<system>{_ONE})(?:_(?P<operation>over|minus)_(?P<other>{_ONE}))?"
+)
 SHOWN = (  # comparisons of every report, where they are measured
     *(f"{name}_student_over_teacher" for name in ("fid", "fvd", "sync", "motion")),
     *(f"{name}_student_over_ar_teacher" for name in ("fid", "fvd", "sync", "motion")),

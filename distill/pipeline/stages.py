@@ -71,7 +71,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe, in order."""
     table = [
         Stage("data", ("data", "seed"), (), prepare_data),
-        Stage("extractors", (*PROBES, "eval.condition_seed", "eval.num_reference"), ("data",), fit_probes),
+        Stage(
+            "extractors", (*PROBES, "eval.protocol", "eval.condition_seed", "eval.num_reference"), ("data",), fit_probes
+        ),
         Stage("teacher", ("teacher", *TRAINING), ("data",), train_teacher),
     ]
     if recipe.base is not None:

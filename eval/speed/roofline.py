@@ -4,15 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from eval.speed.latency import wait
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+"""The fused attention of CPUs, which torch's counter does not know."""
 
 
 def count_flops(call: Callable[[], object]) -> int:
     """Floating point operations of `call()`, a multiply-add being two: matrix products, convolutions and attention by torch's
     counter. It sees this thread alone, and no compiled code."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.inference_mode(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         call()
     return counter.get_total_flops()
 

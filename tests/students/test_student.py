@@ -273,7 +273,7 @@ def test_the_sampler_renoises_to_the_next_sigma():
     sigmas = student.spec.sigmas
 
     class Recorder:
-        def plan(self, state, conditions):
+        def plan(self, state, conditions, grad=False):
             return "plan"
 
         def denoise(self, state, plan, x, sigma, conditions, step):

@@ -52,10 +52,10 @@ class PuppetStudent(nn.Module):
         super().__init__()
         self.spec, self.net = spec, nn.Linear(1, 1)
 
-    def open(self, text: Tensor) -> Puppet:
+    def open(self, text: Tensor, cache: str = "value") -> Puppet:
         return Puppet()
 
-    def plan(self, state, conditions):
+    def plan(self, state, conditions, grad=False):
         return None
 
     def denoise(self, state, plan, x, sigma, conditions, step=0):
@@ -71,7 +71,7 @@ class PuppetStudent(nn.Module):
     def set_text(self, state, text):
         return state
 
-    def recommit(self, text, seen, chunk):
+    def recommit(self, text, seen, chunk, cache="value"):
         return Puppet(chunk)
 
 

@@ -126,7 +126,7 @@ class AffineStudent(nn.Module):
     def open(self, text=None):
         return 0, None
 
-    def plan(self, state, conditions):
+    def plan(self, state, conditions, grad=False):
         return None
 
     def denoise(self, state, plan, x, sigma, conditions, step):

@@ -71,7 +71,7 @@ class SteadyStudent(nn.Module):
     def open(self, text=None):
         return 0, None
 
-    def plan(self, state, conditions):
+    def plan(self, state, conditions, grad=False):
         return None
 
     def denoise(self, state, plan, x, sigma, conditions, step):

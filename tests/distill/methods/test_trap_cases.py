@@ -186,11 +186,11 @@ def test_rotations_are_those_of_fp64_at_far_positions():
         axes = zip(place, (44, 42, 42), strict=True)
         angles.append(torch.cat([at * 10000.0 ** (-torch.arange(0, n, 2).double() / n) for at, n in axes]))
     exact = torch.polar(torch.ones(60, 64, dtype=torch.float64), torch.stack(angles)).view(1, 60, 1, 64)
-    turns = net.turns(1000, 4, 3, 5)
-    assert (turns - exact).abs().max() < 1e-6
+    table = net.rope_table(1000, 4, 3, 5)
+    assert (table - exact).abs().max() < 1e-6
     x = randn(2, 60, 1, 128).bfloat16()
     turned = torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2))) * exact).flatten(-2)
-    off = (rotate(x, turns).double() - turned).abs()
+    off = (rotate(x, table).double() - turned).abs()
     assert (off <= BF16_ROUNDING * turned.abs() + 1e-5).all()
 
 

@@ -186,7 +186,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
     path = tmp_path / "shard.safetensors"
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"the disk is full: .*shard.safetensors needs 4000 bytes, \d+ are free"):
+    with pytest.raises(UserError, match=r"the disk is full: .*shard.safetensors needs 4000 bytes, \d+ bytes are free"):
         save_tensors(path, {"x": torch.zeros(1000)})
     with pytest.raises(UserError, match="needs 3 bytes"):
         atomic_write(path, b"abc")

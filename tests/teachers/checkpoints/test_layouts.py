@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from math import prod
 
 import pytest
@@ -95,7 +95,7 @@ def test_ours_are_the_names_and_shapes_of_the_network_at_full_size(name):
 def test_the_sizes_in_the_recipes_are_the_published_networks(file, name, dims):
     architecture, _, num_parameters = PARAMETERS[name]
     group = yaml.safe_load((RECIPES / "teacher" / f"{file}.yaml").read_text(encoding="utf-8"))
-    assert group["network"].keys() == NetworkConfig.__dataclass_fields__.keys() - {"guidance"}  # of students alone
+    assert group["network"].keys() == {f.name for f in fields(NetworkConfig)} - {"guidance"}  # of students alone
     config = convert(NetworkConfig, group["network"])
     with init_empty_weights():
         network = build_network(config, latent_channels=16, stride=4, text_dim=4096, **dims)

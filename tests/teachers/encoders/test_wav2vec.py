@@ -131,6 +131,14 @@ def test_the_reference_frame_may_have_a_row_of_zeros():
     assert torch.equal(rows[1:], encoder.whole(sound, 12))
 
 
+def test_silence_is_encoded_and_is_not_zeros():
+    """Trap 9: rows of zeros are no recording, and silence gives other rows."""
+    encoder = an_encoder()
+    silent = encoder.whole(torch.zeros(13 * N), 13)
+    assert silent.abs().mean() > 0.1
+    assert not torch.allclose(silent, encoder.whole(some_sound(13 * N), 13), atol=0.1)
+
+
 def test_loudness_and_offset_of_the_clip_do_not_matter():
     encoder, sound = an_encoder(), some_sound(13 * N)
     assert torch.allclose(encoder.whole(0.25 * sound + 0.1, 13), encoder.whole(sound, 13), atol=1e-3)

@@ -196,7 +196,8 @@ def test_prepared_shards_are_scored_by_the_command(prepared, tmp_path, capsys):
     for name, entry in open_set(prepared).items():
         take = read_clip(entry, rule(), False)
         write_clip(ours / f"{name.replace('_', '.')}.safetensors", take.video, take.fps, take.sound)
-    words = ("--generated", ours, "--real", prepared, "--protocol", "strict", "--metrics", "quality,psnr,ssim")
+    words = ("--generated", ours, "--real", prepared, "--protocol", "strict")
+    words += ("--metrics", "quality,motion_energy,psnr,ssim")
     report = evaluated(tmp_path / "out", *words)
     assert report["clips"] == ["a_b", "c", "d"]
     rows = report["rows"]
@@ -206,22 +207,26 @@ def test_prepared_shards_are_scored_by_the_command(prepared, tmp_path, capsys):
     assert again["rows"] == report["rows"]
 
 
-def test_a_damaged_shard_is_told_with_its_sample(prepared, tmp_path, capsys):
+def test_a_damaged_shard_is_reported_with_its_sample(prepared, tmp_path, capsys):
     import shutil
 
     broken = tmp_path / "broken"
     shutil.copytree(prepared, broken)
     ours = tmp_path / "ours"
     ours.mkdir()
+    entries = open_set(prepared)
     for name in ("c", "d"):
-        write_clip(ours / f"{name}.safetensors", a_clip(1, 20), Fraction(25), None)
+        take = read_clip(entries[name], rule(), False)
+        write_clip(ours / f"{name}.safetensors", take.video, take.fps, None)
     Manifest(Manifest.load(prepared / "manifest.parquet").clips[1:]).save(broken / "some.parquet")
     path = broken / "x-000001.tar"
     path.write_bytes(path.read_bytes()[:2000])
     words = ("--generated", ours, "--real", broken / "some.parquet", "--protocol", "strict", "--metrics", "quality")
-    told = refused_in_one_line(capsys, tmp_path / "out", *words)
-    assert "1 of 4 clips cannot be scored: real d: shard is damaged" in told
-    assert "x-000001.tar" in told
+    line = refused_in_one_line(capsys, tmp_path / "out", *words)
+    assert "2 of 4 clips cannot be scored: " in line  # the clip and the generated one that is measured against it
+    assert "real d: shard is damaged" in line
+    assert "generated d: shard is damaged" in line
+    assert "x-000001.tar" in line
     (broken / "manifest.parquet").unlink()
     with pytest.raises(UserError, match=r"manifest\.parquet"):
         open_set(broken)
