@@ -149,7 +149,7 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, monkeypatch, change, told
     state = published(a_model())
     change(state)
     put(tmp_path, monkeypatch, state)
-    with pytest.raises(UserError, match=f"identity with DINOv2 refused: .*{told} in its file"):
+    with pytest.raises(UserError, match=f"identity with DINOv2 refused: its file does not fit: .*{told}"):
         Dino.load(tmp_path)
 
 

@@ -205,7 +205,7 @@ def test_a_clip_with_exactly_its_sound_has_enough_rows():
 @pytest.mark.parametrize("mfcc", [some_mfcc(23), some_mfcc(24)[:, :12], some_mfcc(24)[None]])
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_too_little_sound_is_refused(mfcc):
-    with pytest.raises(UserError, match="SyncNet hears at least 24 MFCC rows of 13"):
+    with pytest.raises(UserError, match="SyncNet needs at least 24 MFCC rows of 13"):
         audio_input(mfcc, 2)
 
 

@@ -19,7 +19,7 @@ from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
 from students.serving.timeline import BEHAVIOURS, Cue, Director, Script, Timeline, TimelineEntry, chunk_at, read_script
 from teachers.errors import UserError
-from tests.distill.commands.sample.test_command import FPS, RATE, parse
+from tests.distill.commands.sample.test_command import FPS, RATE, inputs, noted, parse, student  # noqa: F401
 from tests.distill.commands.sample.test_command import film as sample_film
 from tests.students.test_every_student import PER_FRAME, STUDENTS, film, opened, play, sound_of
 from tests.support.tiny import a_bundle, a_portrait, rng, some_sound
@@ -292,7 +292,7 @@ def test_what_a_student_cannot_follow_is_refused(tmp_path):
         two.check(spec, tmp_path)
 
 
-def test_sample_follows_a_timeline(inputs, noted, script):
+def test_sample_follows_a_timeline(inputs, noted, script):  # noqa: F811
     sample_film(inputs)
     plain = torch.stack(noted.shown)
     file = script(
@@ -308,7 +308,7 @@ def test_sample_follows_a_timeline(inputs, noted, script):
     assert all(torch.equal(other, films[0]) for other in films[1:])
 
 
-def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):
+def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):  # noqa: F811
     def run(values, text):
         args = parse(inputs, "--timeline", str(script(values)))
         args.text = text
