@@ -321,7 +321,7 @@ def test_the_source_is_named_and_the_default_is_not(data):
     assert type(recipe.data) is type(again.data) is FolderConfig
     with pytest.raises(UserError, match=r"missing value of 'data.path'"):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["data=folder"])
-    with pytest.raises(UserError, match=r"unknown 'data.name' 'folders'.*did you mean 'folder'"):
+    with pytest.raises(UserError, match=r"unknown data source 'folders'.*data\.name.*did you mean 'folder'"):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["data.name=folders"])
 
 
