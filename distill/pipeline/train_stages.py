@@ -24,8 +24,8 @@ from distill.pipeline.pretrained import load_given
 from distill.pipeline.validation import Validation
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
-from distill.training.loop import Trainer, train
-from teachers.files import save_tensors
+from distill.training.loop import BEST, Trainer, train
+from teachers.files import load_tensors, save_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher, networks_in
 
@@ -135,7 +135,7 @@ def _save_averaged(trainer: Trainer, folder: Path) -> None:
     state = trainer.averaged()
     if trainer.engine.is_main:
         if trainer.best is not None:
-            state = torch.load(folder / "best.pt", map_location="cpu", weights_only=True)
+            state = load_tensors(folder / BEST)
         named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
         save_tensors(folder / "model.safetensors", named)
 

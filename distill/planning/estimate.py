@@ -15,7 +15,7 @@ from torch import nn
 from distill.planning.live_bytes import Points
 from distill.planning.trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards, inner, meta_networks, trace
 from distill.recipe import spec_of
-from distill.training.loop import TrainConfig
+from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
 from students.serving.optimize import DTYPES
 from students.spec import Spec

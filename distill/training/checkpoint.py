@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from distill.training.role import Rows, whole
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, remove_folder, save_tensors, staged
 
@@ -28,13 +29,20 @@ def saved(folder: Path) -> list[Path]:
 
 
 def save(
-    folder: Path, step: int, metadata: Mapping[str, Any], tensors: Iterator[tuple[str, Tensor]], engine, keep: int
+    folder: Path,
+    step: int,
+    part: int,
+    metadata: Mapping[str, Any],
+    tensors: Iterator[tuple[str, Tensor]],
+    engine,
+    keep: int,
 ):
-    """Write `tensors` and `metadata` as the checkpoint of `step` and delete all but the last `keep`. Every rank calls it.
+    """Write `tensors` and `metadata` as the checkpoint of `step`, or of `part` updates after it; delete all but the last `keep`.
+    Every rank calls it.
 
     UserError on every rank, and the older checkpoints untouched, when rank 0 cannot write.
     """
-    target = folder / f"checkpoint-{step:08d}"
+    target = folder / (f"checkpoint-{step:08d}" + (f"-{part:02d}" if part else ""))
     if target.is_dir():
         return
     on_main(engine, target, lambda: _write(target, {**metadata, "step": step}, tensors), tensors)
@@ -62,6 +70,8 @@ def on_main(engine, path: Path, write: Callable[[], None], collective: Iterator 
 
 def any_rank(engine, flag: bool) -> bool:
     """Whether any rank's flag is set."""
+    if engine.world_size == 1:
+        return flag
     mean = torch.tensor(float(flag), device=engine.device)
     engine.all_reduce_mean([mean])
     return mean.item() > 0
@@ -114,20 +124,15 @@ class Reader:
             f"damaged checkpoint: {self.path} ({error}); delete it, and the run resumes from the one before"
         )
 
-    def stream(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """The tensors whose names begin with `prefix`, named without it, one at a time."""
-        for name in self.metadata["files"]:
+    def stream(self, prefix: str) -> Iterator[tuple[str, Rows]]:
+        """The tensors whose names begin with `prefix`, named without it, one at a time; what is not read stays on the disk."""
+        for name in sorted({name for key, name in self.files.items() if key.startswith(prefix)}):
             with safe_open(self.path / name, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     if key.startswith(prefix):
-                        yield key.removeprefix(prefix), self._read(file, key)
-
-    def _read(self, file: Any, key: str) -> Tensor:
-        try:
-            return file.get_tensor(key)
-        except SafetensorError as error:
-            raise self._damaged(error) from error
+                        rows = file.get_slice(key)
+                        yield key.removeprefix(prefix), rows if rows.get_shape() else file.get_tensor(key)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors of `stream` as a dict."""
-        return dict(self.stream(prefix))
+        """The tensors of `stream`, read, as a dict."""
+        return {name: whole(rows) for name, rows in self.stream(prefix)}

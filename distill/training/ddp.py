@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
 
 
 class DDPRole:
@@ -44,6 +44,9 @@ class DDPRole:
     def sync_from_master(self) -> None:
         """Nothing to copy: the master weights are the network's."""
 
+    def release(self) -> None:
+        """Nothing is gathered."""
+
     def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.params.items():
             if parts is not None:
@@ -53,8 +56,8 @@ class DDPRole:
             elif what in self.optimizer.state[p]:
                 yield name, self.optimizer.state[p][what]
 
-    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        for name, value in full.items():
+    def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
+        for name, value in ((name, whole(rows)) for name, rows in full.items()):
             p = self.params[name]
             if parts is not None:
                 parts[name].copy_(value)

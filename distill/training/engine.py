@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from distill.training.role import DistributedRole, Kind, MakeOptimizer
@@ -26,7 +28,11 @@ class EngineConfig:
     """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
     reductions stay fp32); a reduction moves `bucket_mib` at once. `offload` keeps what is sharded in the host's memory. The
     last `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward
-    pass in place of keeping what is inside it."""
+    pass in place of keeping what is inside it. A rank that waits for another longer than `timeout_minutes` ends the run.
+
+    fsdp2 alone: `shard_ranks` share one copy of each network's shards and the groups of them are replicas (HSDP: the ranks of a
+    node, say); null: all ranks share one. With `gather_once` a trained network's weights stay gathered until the micro-step's end,
+    so that a rollout of many calls moves them once, for the memory of one whole copy in `precision`."""
 
     kind: Kind | None = None
     precision: Literal["fp32", "bf16"]
@@ -34,11 +40,19 @@ class EngineConfig:
     offload: bool = False
     keep_checkpoints: int = 2
     checkpointing: bool = False
+    timeout_minutes: int = 60
+    shard_ranks: int | None = None
+    gather_once: bool = False
 
     def __post_init__(self):
-        for name in ("bucket_mib", "keep_checkpoints"):
+        for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise UserError(f"engine.shard_ranks: got {self.shard_ranks}; it must be at least 1, or null")
+        for name in ("shard_ranks", "gather_once"):
+            if getattr(self, name) and self.kind not in (None, "fsdp2"):
+                raise UserError(f"engine.{name}: {self.kind} has no such option; remove it, or use engine=fsdp2")
         if self.offload and self.kind == "ddp":
             raise UserError(
                 "engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3"
@@ -59,11 +73,13 @@ class Engine:
         on_cpu = not torch.cuda.is_available()
         if "WORLD_SIZE" not in os.environ:
             check_world_size(self.requested, 1, on_cpu)
+        timeout = timedelta(minutes=config.timeout_minutes)
         if self.requested > 1 and config.offload and not on_cpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("cuda:nccl,cpu:gloo")  # shards in the host's memory are reduced there
+            # shards in the host's memory are reduced there
+            dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
         with hidden_flags(os.environ):
-            self.accelerator = Accelerator(cpu=on_cpu)
+            self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
         self.device = torch.device("cpu") if on_cpu else self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -72,6 +88,10 @@ class Engine:
         if self.world_size > 1 and not dist.is_initialized():
             raise UserError(
                 f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
+            )
+        if config.shard_ranks and self.world_size % config.shard_ranks:
+            raise UserError(
+                f"engine.shard_ranks: {self.world_size} processes are no multiple of {config.shard_ranks}; change one"
             )
         self._alone = self.kind != "ddp" and not dist.is_initialized()
         if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
@@ -92,6 +112,14 @@ class Engine:
         """Wait until every process is here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` (what pickles) on every rank: for decisions that all have to take alike."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes, in place; summed in fp32 (fp64 stays), bucket by bucket.

@@ -7,26 +7,37 @@ owns directly (Wan's scale_shift_table, which is read outside its block) is repl
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
 
 READS = ("read_text", "read_time", "read_audio", "read", "look")
 """What the networks compute of their conditions outside their forward, where fully_shard's hooks do not see it."""
 
 
-def shard(engine, net: nn.Module) -> FSDPModule:
-    """Shard `net` in place over all ranks, block by block, and return its root: the transformer in it, else `net` itself.
+def mesh_of(engine) -> DeviceMesh:
+    """All ranks in a row; with `engine.shard_ranks` the replicas by the ranks that share one's shards."""
+    together = engine.config.shard_ranks or engine.world_size
+    if together == engine.world_size:
+        return init_device_mesh(engine.device.type, (together,), mesh_dim_names=("shard",))
+    shape = (engine.world_size // together, together)
+    return init_device_mesh(engine.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-    The blocks are the modules that the transformer's `_no_split_modules` names.
+
+def shard(engine, net: nn.Module, keep: bool = False) -> FSDPModule:
+    """Shard `net` in place over the ranks, block by block, and return its root: the transformer in it, else `net` itself.
+
+    The blocks are the modules that the transformer's `_no_split_modules` names. With `keep` they stay gathered once they are, until
+    `reshard`.
     """
-    mesh = init_device_mesh(engine.device.type, (engine.world_size,))
+    mesh = mesh_of(engine)
     offload = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if engine.config.offload else OffloadPolicy()
     bf16 = torch.bfloat16 if engine.config.precision == "bf16" else None
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views that are never written to
@@ -35,8 +46,14 @@ def shard(engine, net: nn.Module) -> FSDPModule:
     for module in (*blocks, root):
         narrow = bf16 if module is not root else None
         policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, ignored_params=owned)
-        _gather_for_reads(module)
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": policy,
+            "offload_policy": offload,
+            "ignored_params": owned,
+        }
+        fully_shard(module, reshard_after_forward=False if keep else None, **options)
+        _gather_for_reads(module, keep)
     for p in owned:
         p.data = p.data.to(engine.device)
     for module in (root, *blocks):  # now: what is first gathered in inference mode cannot be used in training
@@ -45,8 +62,15 @@ def shard(engine, net: nn.Module) -> FSDPModule:
     return cast(FSDPModule, root)
 
 
-def _gather_for_reads(module: nn.Module) -> None:
-    """Gather an FSDPModule's own weights around its READS, and reshard them afterwards where they were sharded.
+def reshard(root: nn.Module) -> None:
+    """Let go of all gathered weights."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _gather_for_reads(module: nn.Module, keep: bool) -> None:
+    """Gather an FSDPModule's own weights around its READS; unless they are to `keep`, reshard them where they were sharded.
 
     Not torch's register_fsdp_forward_method: the networks call READS within their forward too, and its post-forward hook would
     reshard the weights in the middle of it.
@@ -59,13 +83,13 @@ def _gather_for_reads(module: nn.Module) -> None:
         @functools.wraps(read)
         def wrapper(*args):
             is_sharded = isinstance(owner.get_parameter(name), DTensor)
-            if not is_sharded:
-                return read(*args)
-            sharded.unshard()
+            if is_sharded:
+                sharded.unshard()
             try:
                 return read(*args)
             finally:
-                sharded.reshard()
+                if is_sharded and not keep:
+                    sharded.reshard()
 
         return wrapper
 
@@ -86,7 +110,7 @@ class FSDP2Role:
 
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation
-        self.root = shard(engine, net)
+        self.root = shard(engine, net, keep=engine.config.gather_once)
         self.params = trained(net)
         self.optimizer = make([{"params": group} for group in self._groups(self.params.values()) if group])
 
@@ -123,7 +147,10 @@ class FSDP2Role:
         return iter((name, local(p)) for name, p in self.params.items())
 
     def sync_from_master(self) -> None:
-        self.root.reshard()
+        reshard(self.root)
+
+    def release(self) -> None:
+        reshard(self.root)
 
     def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.params.items():
@@ -143,7 +170,7 @@ class FSDP2Role:
         full = DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
         return full.full_tensor()
 
-    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+    def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
         for name, value in full.items():
             p = self.params[name]
             if parts is not None:
@@ -151,7 +178,7 @@ class FSDP2Role:
             elif what == WEIGHT:
                 local(p).copy_(_part(value, p))
             elif what == COUNT:
-                self.optimizer.state[p][what] = value.to(p.device, torch.float32, copy=True)
+                self.optimizer.state[p][what] = whole(value).to(p.device, torch.float32, copy=True)
             else:
                 moment = torch.zeros_like(p)
                 local(moment).copy_(_part(value, p))
@@ -163,8 +190,10 @@ def local(tensor: Tensor) -> Tensor:
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def _part(full: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a full tensor that every rank has."""
+def _part(full: Rows, like: Tensor) -> Tensor:
+    """This rank's rows of a full tensor."""
     if not isinstance(like, DTensor):
-        return full
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+        return whole(full)
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    assert tuple(shape[1:]) == tuple(like.shape[1:]), "fully_shard splits rows"
+    return full[offset[0] : offset[0] + shape[0]]

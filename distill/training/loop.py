@@ -9,10 +9,11 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,55 +21,15 @@ from tqdm import tqdm
 
 from distill.methods import Batch, Method
 from distill.training import checkpoint
+from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
 from distill.training.metrics_log import MetricsLog
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, trained
 from teachers.errors import UserError
-from teachers.files import replacing
+from teachers.files import save_tensors
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW of one role. The rate warms up over `warmup` of its updates, then follows a cosine to `final` of it."""
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
-    warmup: int = 0
-    final: float = 0.0
-    clip: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length and batches of a training stage; `batch_size` is per process and micro-step. A period of 0 means never.
-
-    `global_batch` is that of an update over all processes; `accumulation` follows from it, where it is given.
-    """
-
-    num_steps: int
-    batch_size: int
-    accumulation: int = 1
-    global_batch: int | None = None
-    ema_decay: float = 0.99
-    log_every: int = 20
-    checkpoint_every: int = 250
-    validate_every: int = 0
-    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
-
-    def micro_steps(self, world_size: int) -> int:
-        """Batches that each of `world_size` processes adds up for one update; UserError where they do not divide."""
-        if self.global_batch is None:
-            return self.accumulation
-        together = self.batch_size * world_size
-        if self.accumulation != 1:
-            raise UserError("train.accumulation and train.global_batch set the same thing twice: remove one")
-        if self.global_batch % together:
-            raise UserError(
-                f"train.global_batch: {self.global_batch} is no multiple of {together}, {world_size} processes of batch_size "
-                f"{self.batch_size}; change one of the three"
-            )
-        return self.global_batch // together
+BEST = "best.safetensors"
+"""The averaged weights of the best validation, in the stage's folder."""
 
 
 class EMA:
@@ -95,14 +56,6 @@ class EMA:
                 p.copy_(self.shadow[name])
 
 
-def learning_rate(config: OptimizerConfig, update: int, total: int) -> float:
-    """Rate of update number `update` of `total`."""
-    if update < config.warmup:
-        return config.lr * (update + 1) / config.warmup
-    progress = (update - config.warmup) / max(1, total - config.warmup)
-    return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
 class Trainer:
     """The state of a training stage and its checkpoints; `train` runs it. `roles` are whole networks, which an engine may shard
     in place; `average` is the role whose average is kept. UserError for a role without an optimizer."""
@@ -122,6 +75,8 @@ class Trainer:
         }
         self.trained = {name: trained(net) for name, net in roles.items()}
         self.updates = dict.fromkeys(roles, 0)
+        self.roles_done = 0  # of the step after `step`, where training was stopped within it
+        self.skipped = 0
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
         self.best: dict[str, float] | None = None
@@ -132,11 +87,13 @@ class Trainer:
         facts = {
             "rows": self.position * self.config.batch_size * self.engine.world_size,
             "updates": self.updates,
+            "roles_done": self.roles_done,
+            "skipped": self.skipped,
             "best": self.best,
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
-        checkpoint.save(self.folder, self.step, facts, self.tensors(), self.engine, self.keep)
+        checkpoint.save(self.folder, self.step, self.roles_done, facts, self.tensors(), self.engine, self.keep)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every stored tensor by name, whole, one at a time; every rank goes through them."""
@@ -160,6 +117,7 @@ class Trainer:
             )
         self.step, self.position = facts["step"], facts["rows"] // together
         self.updates, self.best = facts["updates"], facts["best"]
+        self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
             _check_names(reader, role, self.trained[role])
@@ -174,32 +132,62 @@ class Trainer:
         return True
 
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged role's state dict with its averaged weights, whole, on the CPU; every rank calls it."""
-        shadow = self.held[self.average].full_state(WEIGHT, self.ema.shadow)
-        state = {name: x.detach().to("cpu", copy=True) for name, x in shadow}
-        return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items()}
+        """The averaged role's state dict with its averaged weights, whole, on the CPU of rank 0; every rank calls it, the others
+        get none."""
+        shadow, is_main = self.held[self.average].full_state(WEIGHT, self.ema.shadow), self.engine.is_main
+        state = {
+            name: x.detach().to("cpu", copy=True) for name, x in shadow if is_main
+        }  # every rank has to go through it
+        return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items() if is_main}
 
     def save_best(self) -> None:
-        """best.pt: what `averaged` returns; every rank calls it."""
-        state, path = self.averaged(), self.folder / "best.pt"
+        """best.safetensors: what `averaged` returns; every rank calls it."""
+        state, path = self.averaged(), self.folder / BEST
+        checkpoint.on_main(self.engine, path, lambda: save_tensors(path, state))
 
-        def write() -> None:
-            with replacing(path, sum(x.numel() * x.element_size() for x in state.values())) as temporary:
-                torch.save(state, temporary)
-
-        checkpoint.on_main(self.engine, path, write)
+    def advance(
+        self,
+        method: Method,
+        batches: Callable[[int], Batch],
+        seed: int,
+        totals: Mapping[str, int],
+        stopping: Callable[[], bool],
+    ) -> dict[str, Tensor] | None:
+        """The updates of one step, or those that are left of it. Returns what to log; None where `stopping()`, asked before every
+        micro-step, ended it: the updates that were complete stay, the one under way is dropped."""
+        metrics: dict[str, Tensor] = {}
+        for role in method.roles_to_update(self.step)[self.roles_done :]:
+            found = self.update(role, method, batches, seed, totals[role], stopping)
+            if found is None:
+                return None
+            metrics |= found
+            self.roles_done += 1
+        self.step, self.roles_done = self.step + 1, 0
+        return metrics
 
     def update(
-        self, role: str, method: Method, batches: Callable[[int], Batch], seed: int, total: int
-    ) -> dict[str, Tensor]:
-        """One optimizer step of one role: accumulate, average over processes, clip, step. Returns what to log.
+        self,
+        role: str,
+        method: Method,
+        batches: Callable[[int], Batch],
+        seed: int,
+        total: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Tensor] | None:
+        """One optimizer step of one role: accumulate, average over processes, clip, step. Returns what to log, None where it was
+        stopped.
 
-        Raises UserError that names step, role and metric when a number is not finite; the weights are then as before.
+        A gradient that is not finite leaves the weights as before: the update is skipped (`TrainConfig.skip_nonfinite`), or
+        UserError names step, role and metric.
         """
-        engine, held = self.engine, self.held[role]
+        engine, held, first = self.engine, self.held[role], self.position
         metrics: dict[str, Tensor] = {}
         self._require_grad(role)
         for micro in range(self.accumulation):
+            if stopping():
+                self.position = first
+                self._require_grad(*self.roles)
+                return None
             rng = engine.generator(seed, "loss", self.position, device="cpu")
             shared = engine.generator(seed, "shared", self.position, shared=True, device="cpu")
             found: dict[str, Tensor] = {}
@@ -210,6 +198,8 @@ class Trainer:
                 return loss.value
 
             held.backward(held.forward(compute), last=micro == self.accumulation - 1)
+            for other in self.held.values():
+                other.release()
             for name, value in found.items():
                 metrics[f"{role}/{name}"] = metrics.get(f"{role}/{name}", 0.0) + value / self.accumulation
             self.position += 1
@@ -217,7 +207,10 @@ class Trainer:
         norm = held.step(rate)
         self._require_grad(*self.roles)
         if not torch.isfinite(norm):
-            self._diverged(role, self.reduced(metrics))
+            if self.skipped == self.config.skip_nonfinite:
+                self._diverged(role, self.reduced(metrics))
+            self.skipped += 1
+            return {f"{role}/skipped": torch.tensor(float(self.skipped))}
         self.updates[role] += 1
         if role == self.average:
             self.ema.update(held)
@@ -238,7 +231,10 @@ class Trainer:
     def _diverged(self, role: str, values: Mapping[str, float]) -> None:
         wrong = [name.removeprefix(f"{role}/") for name, value in values.items() if not math.isfinite(value)]
         what = f"{wrong[0]} and gradient of {role} are" if wrong else f"gradient of {role} is"
-        raise UserError(f"training diverged: {what} not finite at step {self.step}; lower train.optimizers.{role}.lr")
+        skipped = f" after {self.skipped} skipped updates" if self.skipped else ""
+        raise UserError(
+            f"training diverged: {what} not finite at step {self.step}{skipped}; lower train.optimizers.{role}.lr"
+        )
 
     @contextmanager
     def showing_average(self) -> Iterator[None]:
@@ -291,8 +287,9 @@ def train(
     """Run `method` to config.num_steps, from the newest checkpoint if there is one. The average is in trainer.ema.
 
     validate() sees the averaged weights loaded into the averaged role and returns numbers with a "score" (lower is better);
-    the best weights stay in folder/best.pt. Where alarm(those numbers) gives a reason to stop, UserError says it, the best and the
-    last checkpoint being older. On SIGTERM the step is finished and saved, then SystemExit(143) is raised.
+    the best weights stay in folder/best.safetensors. Where alarm(those numbers) gives a reason to stop, UserError says it, the best
+    and the last checkpoint being older. On SIGTERM or SIGUSR1 the micro-step is finished and the training saved, then SystemExit
+    (128 + the signal) is raised.
     """
     config, engine = trainer.config, trainer.engine
     trainer.load()
@@ -302,45 +299,59 @@ def train(
         for role in method.roles_to_update(step):
             totals[role] += 1
     bar = tqdm(total=config.num_steps, initial=trainer.step, desc=stage, disable=not engine.is_main, mininterval=1.0)
-    with terminations() as received:
+    saved = time.monotonic()
+    with bar, terminations() as received:
         while trainer.step < config.num_steps:
-            metrics: dict[str, Tensor] = {}
-            for role in method.roles_to_update(trainer.step):
-                metrics |= trainer.update(role, method, batches, seed, totals[role])
-            trainer.step += 1
+            metrics = trainer.advance(
+                method, batches, seed, totals, lambda: checkpoint.any_rank(engine, bool(received))
+            )
+            if metrics is None:
+                trainer.save()
+                _stop(trainer, stage, received)
+            bar.update(1)
             done = trainer.step == config.num_steps
-            if done or (config.log_every and trainer.step % config.log_every == 0):
+            if done or _is_due(config.log_every, trainer.step):
                 values = trainer.reduced(metrics)
                 log.write(stage, trainer.step, values)
                 bar.set_postfix({k.split("/")[-1]: f"{v:.3g}" for k, v in values.items() if "grad_norm" not in k})
-            if validate and (done or (config.validate_every and trainer.step % config.validate_every == 0)):
+            if validate and (done or _is_due(config.validate_every, trainer.step)):
                 _validate(trainer, validate, alarm, stage, log)
-            stop = checkpoint.any_rank(engine, bool(received))
-            if done or stop or (config.checkpoint_every and trainer.step % config.checkpoint_every == 0):
+            late = 0 < config.checkpoint_minutes * 60 < time.monotonic() - saved
+            if checkpoint.any_rank(engine, done or late or _is_due(config.checkpoint_every, trainer.step)):
                 trainer.save()
-            bar.update(1)
-            if stop and not done:
-                bar.close()
-                if engine.is_main:
-                    words = f"{stage} is saved after step {trainer.step}; the same command continues"
-                    tqdm.write(f"distill: SIGTERM: {words}", file=sys.stderr)
-                raise SystemExit(128 + signal.SIGTERM)
-    bar.close()
+                saved = time.monotonic()
     engine.barrier()
+
+
+def _is_due(period: int, step: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _stop(trainer: Trainer, stage: str, received: Sequence[int]) -> NoReturn:
+    number = received[0] if received else signal.SIGTERM  # another rank's
+    if trainer.engine.is_main:
+        words = f"{stage} is saved after step {trainer.step}; the same command continues"
+        tqdm.write(f"distill: {signal.Signals(number).name}: {words}", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 @contextmanager
 def terminations() -> Iterator[list[int]]:
-    """A list to which a SIGTERM adds itself instead of killing the process (in the main thread, where Python handles signals)."""
+    """A list to which SIGTERM and SIGUSR1 (what Slurm sends before the time is up) add themselves instead of killing the process
+    (in the main thread, where Python handles signals)."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    }
     try:
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _validate(
@@ -350,19 +361,19 @@ def _validate(
     stage: str,
     log: MetricsLog,
 ) -> None:
-    """Score the averaged weights and keep them if they are the best so far; UserError when they set off the alarm."""
+    """Score the averaged weights and keep them if they are the best so far; UserError when they set off the alarm. What rank 0
+    measured decides on every rank."""
     # fsdp2 gathers blocks in bf16, and what is under an adapter may be held in it
     held = {p.dtype for p in trainer.roles[trainer.average].parameters()}
     narrow = trainer.engine.autocast() if trainer.kind == "fsdp2" or len(held) > 1 else nullcontext()
     with trainer.showing_average(), narrow:
-        values = validate()
+        values = trainer.engine.from_main(validate())
     log.write(stage, trainer.step, {x if "/" in x else f"validate/{x}": value for x, value in values.items()})
     reason = alarm(values) if alarm else None
-    if checkpoint.any_rank(trainer.engine, reason is not None):
+    if reason:
         kept = "this was the first validation: there are no better weights"
         if trainer.best:
-            kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {trainer.folder / 'best.pt'}"
-        reason = reason or "another rank says why"
+            kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {trainer.folder / BEST}"
         raise UserError(f"{stage} collapsed at step {trainer.step}: {reason}; {kept}; health.stop=false goes on")
     if trainer.best is None or values["score"] < trainer.best["score"]:
         trainer.best = {**values, "step": trainer.step}

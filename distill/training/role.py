@@ -17,6 +17,26 @@ WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"
 """State of each trained parameter: the fp32 weight, AdamW's two moments, and its number of steps."""
 
 
+class Rows(Protocol):
+    """A tensor of at least one axis, or what reads rows of one that lies in a file (safetensors' slices)."""
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+def whole(full: Rows) -> Tensor:
+    """The tensor itself, read where it lies in a file."""
+    return full if isinstance(full, Tensor) else full[:]
+
+
+def elements(full: Rows, shape: torch.Size, start: int, count: int) -> Tensor:
+    """Elements [start, start + count) of the flattened tensor of this shape; no more than the rows that hold them are read."""
+    if not shape or not count:
+        return whole(full).flatten()[start : start + count]
+    width = shape[1:].numel()
+    first, last = start // width, -(-(start + count) // width)
+    return full[first:last].flatten()[start - first * width :][:count]
+
+
 class DistributedRole(Protocol):
     """A trained role and its optimizer. Every rank calls every method, in the same order."""
 
@@ -40,13 +60,17 @@ class DistributedRole(Protocol):
         """Copy what was written into `named_parameters` to the weights that the network computes with."""
         ...
 
+    def release(self) -> None:
+        """Let go of weights that a micro-step has gathered."""
+        ...
+
     def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """(name, full tensor) of each trained parameter's `what` (WEIGHT, a moment, COUNT), where it exists; of the tensors
         `parts`, laid out as `named_parameters`, where these are given."""
         ...
 
-    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
-        """The inverse of `full_state`, from full tensors that every rank passes."""
+    def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
+        """The inverse of `full_state`, from full tensors that every rank passes and of which it reads its own rows."""
         ...
 
 

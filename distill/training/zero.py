@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, trained
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, elements, trained, whole
 
 PERSISTENT = 100_000
 """ZeRO-3 replicates parameters of up to this many elements; tables that are read outside their own module have to be."""
@@ -97,6 +97,9 @@ class ZeRORole:
             self.zero._reassign_or_swap_out_partitioned_parameters(i)
         self.zero.checkpoint_event_epilogue()
 
+    def release(self) -> None:
+        """DeepSpeed lets go by itself."""
+
     def _source(self, what: str, parts: Mapping[str, Tensor] | None) -> list[Tensor | None]:
         """The flat tensors of `what`; None for moments before the first step."""
         if parts is not None:
@@ -123,12 +126,12 @@ class ZeRORole:
     def _shape(self, p: Any) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape
 
-    def load_full_state(self, what: str, full: Mapping[str, Tensor], parts: Mapping[str, Tensor] | None = None) -> None:
+    def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
         if parts is None and what != WEIGHT:
             for flat in self.flats:
                 state = self.zero.optimizer.state[flat]
                 if what == COUNT:
-                    state[what] = max(x.float() for x in full.values()).to(flat.device, copy=True)
+                    state[what] = max(whole(x).float() for x in full.values()).to(flat.device, copy=True)
                 elif what not in state:
                     state[what] = torch.zeros_like(flat.detach())
         if what == COUNT:
@@ -136,8 +139,8 @@ class ZeRORole:
         into = self._source(what, parts)
         for name, value in full.items():
             if (piece := self.slices[name]) is not None and (flat := into[piece.flat]) is not None:
-                value = value.flatten()[piece.start : piece.start + piece.count]
-                flat[piece.offset : piece.offset + piece.count].copy_(value)
+                part = elements(value, self._shape(self.params[name]), piece.start, piece.count)
+                flat[piece.offset : piece.offset + piece.count].copy_(part)
 
 
 def settings(engine, stage: int) -> dict[str, Any]:

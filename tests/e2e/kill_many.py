@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from teachers.files import load_tensors
 from tests.e2e.test_pipeline import STAGES, command, results
 
 TEMPORARY = "stages/*/.*.tmp"
@@ -79,9 +80,9 @@ def differences(folder: Path, whole: Path) -> list[str]:
     ours, theirs = results(folder), results(whole)
     found = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, whole)]
-    best = [torch.load(run / "stages/distill/best.pt", weights_only=True) for run in (folder, whole)]
+    best = [load_tensors(run / "stages/distill/best.safetensors") for run in (folder, whole)]
     found += ["metrics.jsonl"] if logs[0] != logs[1] else []
-    return found + [f"best.pt {name}" for name, x in best[1].items() if not torch.equal(best[0][name], x)]
+    return found + [f"best.safetensors {name}" for name, x in best[1].items() if not torch.equal(best[0][name], x)]
 
 
 def main() -> int:

@@ -21,6 +21,7 @@ from distill.training import checkpoint
 from students.serving.session import Session
 from students.weights.checkpoint import load_student
 from teachers import media
+from teachers.files import load_tensors
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
 SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
@@ -94,7 +95,7 @@ def test_what_is_handed_on_is_the_average_then_the_best(finished):
         assert set(averaged) <= set(given)
         assert all(torch.equal(given[name], averaged[name]) for name in averaged)
         assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
-    best = torch.load(stages / "distill" / "best.pt", weights_only=True)
+    best = load_tensors(stages / "distill" / "best.safetensors")
     given = load_file(stages / "distill" / "model.safetensors")
     assert all(torch.equal(given[name.removeprefix("net.")], x) for name, x in best.items())
     exported = load_file(finished / "student" / "model.safetensors")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from distill.methods import Batch
 from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, rollout
-from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
+from distill.training.config import OptimizerConfig, TrainConfig
+from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
 from students.history import History
 from students.schedule import Schedule

@@ -38,8 +38,9 @@ from distill.planning.estimate import (
 from distill.planning.live_bytes import LiveBytes, OnMeta
 from distill.planning.trace import Job, forwards, meta_batch, meta_networks, trace
 from distill.recipe import MethodStage, TrajectoriesConfig
+from distill.training.config import OptimizerConfig, TrainConfig
 from distill.training.engine import Engine, EngineConfig
-from distill.training.loop import OptimizerConfig, TrainConfig, Trainer
+from distill.training.loop import Trainer
 from distill.training.role import COUNT, MOMENTS, WEIGHT, Kind
 from students.history import History
 from students.schedule import denoise_chunk

@@ -8,30 +8,32 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from distill.data.order import batch_rows
 from distill.methods import Batch, Loss, losses
 from distill.methods.rollout import rollout
 from distill.training import checkpoint, fsdp, zero
+from distill.training.config import OptimizerConfig, TrainConfig
 from distill.training.engine import Engine, EngineConfig
-from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
+from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
 from teachers import files, flow
 from teachers.errors import UserError
+from tests.support.ranks import run_ranks
 from tests.support.tiny import MIDAS, Ranks, a_student, a_teacher, make_spec, randn, some_conditions, some_latents
 
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 ROWS, STEPS = 16, 2
 CHAIN = ("zero3", "fsdp2", "zero2", "ddp", "zero1")
 NARROW, OFFLOADED = ("fsdp2", "zero1"), ("fsdp2", "zero3")
+KEEPING = "fsdp2-gather-once"
 WITH_OWN = ("zero2", "fsdp2")  # engines for a student with a network of its own
 SMALL = {"horizon_frames": 4, "sigmas": (1.0,)}
 
@@ -131,6 +133,18 @@ def facts_of(engine: Engine, trainer: Trainer) -> dict:
     return {"frozen": kept, "trained": sum(p.numel() for _, p in held.named_parameters()), "reductions": said}
 
 
+def gathers(engine: Engine, folder: Path) -> int:
+    """All-gathers of a rollout of the student without gradient in a micro-step of the fake score."""
+    trainer = run(engine, folder, steps=1, batch_size=2)
+    student, given = trainer.roles["student"], batch_of(torch.arange(2))
+    trainer.held["student"].release()
+    with CommDebugMode() as debug, torch.no_grad():
+        rollout(student, given.conditions, lambda j, i: given.states[:, j, i])
+    trainer.held["student"].release()
+    assert all(isinstance(p, DTensor) for p in trainer.trained["student"].values() if p.ndim == 2)
+    return sum(n for op, n in debug.get_comm_counts().items() if "gather" in str(op))
+
+
 def stops(engine: Engine, folder: Path) -> list:
     """How this rank leaves a run that rank 1 is told to stop, and one for which rank 0 finds no room."""
     with pytest.raises(SystemExit) as stopped:
@@ -148,7 +162,6 @@ def no_room(tensors, path, metadata=None):
 
 def worker(folder: Path) -> None:
     """One of two ranks: each kind alone, each resumed, a chain of all kinds, bf16 and offload."""
-    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = os.environ["RANK"], "2"
     zero.PERSISTENT = 200  # tiny matrices are partitioned too
     made = {kind: Engine(EngineConfig(kind=kind, precision="fp32"), threads=2) for kind in KINDS}
     facts = {}
@@ -169,6 +182,11 @@ def worker(folder: Path) -> None:
     for kind in OFFLOADED:
         engine = Engine(EngineConfig(kind=kind, precision="fp32", offload=True))
         run(engine, folder / f"{kind}-offload", steps=1, batch_size=2)
+    facts["gathers"] = [gathers(made["fsdp2"], folder / f"{KEEPING}-not"), None]
+    engine = Engine(EngineConfig(kind="fsdp2", precision="fp32", gather_once=True))
+    run(engine, folder / KEEPING, steps=STEPS, batch_size=2)
+    facts["gathers"][1] = gathers(engine, folder / f"{KEEPING}-again")
+    facts["from_main"] = engine.from_main({"rank": engine.rank})
     for kind in WITH_OWN:
         run(made[kind], folder / f"{kind}-midas", steps=STEPS, batch_size=2, network=MIDAS)
     facts["stops"] = stops(made["ddp"], folder)
@@ -179,27 +197,8 @@ def worker(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     """What two processes left."""
-    if torch.cuda.is_available():
-        pytest.skip("two ranks of one GPU are no group")
     folder = tmp_path_factory.mktemp("launched")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    paths = str(Path(__file__).resolve().parents[3])
-    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths}
-    ranks = []
-    for rank in range(2):
-        with (folder / f"{rank}.log").open("w") as log:
-            command = [sys.executable, __file__, str(folder)]
-            ranks.append(
-                subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | given | {"RANK": str(rank)})
-            )
-    try:
-        codes = [process.wait(timeout=400) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], (folder / "0.log").read_text()[-3000:]
+    run_ranks(__file__, folder, 2)
     return folder
 
 
@@ -270,6 +269,17 @@ def test_one_process_alone_may_shard(alone, tmp_path, monkeypatch):
         engine.close()
     assert not differences(newest(tmp_path), alone[0][STEPS])
     assert "LOCAL_RANK" not in os.environ
+
+
+def test_gathered_once_a_rollout_changes_no_number(launched, alone):
+    """A rollout calls the student for every step of every chunk, and gathers each block once."""
+    assert not differences(newest(launched / KEEPING), alone[0][STEPS])
+    for rank in range(2):
+        facts = json.loads((launched / f"facts-{rank}.json").read_text())
+        spec, (each, once) = make_spec(**SMALL), facts["gathers"]
+        assert once <= 1 + len(a_student(seed=1, **SMALL).net.blocks)
+        assert each >= (once - 1) * spec.num_chunks * spec.nfe_per_chunk
+        assert facts["from_main"] == {"rank": 0}
 
 
 @pytest.mark.parametrize("kind", OFFLOADED)

@@ -13,7 +13,8 @@ from torch import nn
 from distill.data.order import batch_rows
 from distill.methods import Batch, Loss
 from distill.training import checkpoint
-from distill.training.loop import EMA, OptimizerConfig, TrainConfig, Trainer, learning_rate, train
+from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
+from distill.training.loop import EMA, Trainer, train
 from distill.training.metrics_log import MetricsLog
 from teachers import files
 from teachers.errors import UserError
@@ -180,7 +181,7 @@ def test_the_best_average_is_kept_and_training_goes_on_from_the_weights(tmp_path
     plain = run(tmp_path / "plain")
     assert torch.equal(roles["a"].weight, plain.roles["a"].weight), "validation changed the training"
     assert trainer.best == {"score": 1.0, "sync": 0.5, "step": 4}
-    best = torch.load(tmp_path / "validated" / "best.pt", weights_only=True)
+    best = files.load_tensors(tmp_path / "validated" / "best.safetensors")
     assert torch.equal(best["weight"], seen[1])
     assert torch.equal(seen[2], trainer.ema.shadow["weight"])
     rows = MetricsLog(tmp_path / "validated/metrics.jsonl").rows("s")
@@ -198,6 +199,26 @@ def test_a_number_that_is_not_finite_stops_and_names_the_step(tmp_path, bad):
     ):
         run(tmp_path, batches=batches)
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000002"]
+
+
+def test_a_few_updates_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    """The first update of step 3 is at position 7: skipped, as if step 3 had one update of `a` fewer."""
+
+    def batches(position: int) -> Batch:
+        x, y = batches_of(4)(position).x0
+        return Batch(conditions=None, x0=(x, y + float("inf") if position in bad else y))
+
+    bad = (7,)
+    trainer = run(tmp_path / "one", batches=batches, skip_nonfinite=1)
+    assert (trainer.skipped, trainer.updates) == (1, {"a": 11, "b": 3})
+    assert trainer.ema.num_updates == 11
+    assert all(p.isfinite().all() for p in trainer.roles["a"].parameters())
+    rows = MetricsLog(tmp_path / "one/metrics.jsonl").rows("s")
+    assert [row["step"] for row in rows if row.get("a/skipped") == 1] == [4]
+    assert run(tmp_path / "one", batches=batches, skip_nonfinite=1).skipped == 1, "read from the checkpoint"
+    bad = (7, 10)
+    with pytest.raises(UserError, match=r"not finite at step 4 after 1 skipped updates; lower"):
+        run(tmp_path / "two", batches=batches, skip_nonfinite=1)
 
 
 def test_the_rate_warms_up_and_falls():
@@ -296,19 +317,38 @@ def test_another_network_in_the_folder_is_refused(tmp_path):
         Trainer(Ranks(), config(), other, "a", tmp_path).load()
 
 
-def test_sigterm_saves_the_step_and_stops(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "at", "accumulation", "name"),
+    [
+        (signal.SIGTERM, 5, 1, "checkpoint-00000002-01"),  # the first of two updates of step 2
+        (signal.SIGTERM, 10, 2, "checkpoint-00000002"),  # the first of its two micro-steps: it is dropped
+        (signal.SIGUSR1, 9, 2, "checkpoint-00000002"),  # the last micro-step of a step
+    ],
+)
+def test_a_signal_saves_after_the_micro_step_and_stops(tmp_path, number, at, accumulation, name):
     def batches(position: int) -> Batch:
-        if position == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+        if position == at:
+            os.kill(os.getpid(), number)
         return batches_of(4)(position)
 
+    changes = {"checkpoint_every": 0, "accumulation": accumulation}
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "cut", batches=batches, checkpoint_every=0)
-    assert stopped.value.code == 143
-    assert [path.name for path in checkpoint.saved(tmp_path / "cut")] == ["checkpoint-00000003"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    ours, theirs = everything(run(tmp_path / "cut")), everything(run(tmp_path / "whole"))
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+        run(tmp_path / "cut", batches=batches, **changes)
+    assert stopped.value.code == 128 + number
+    assert [path.name for path in checkpoint.saved(tmp_path / "cut")] == [name]
+    assert signal.getsignal(number) is signal.SIG_DFL
+    ours, theirs = everything(run(tmp_path / "cut", **changes)), everything(run(tmp_path / "whole", **changes))
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_a_checkpoint_is_written_when_the_minutes_are_over(tmp_path, monkeypatch):
+    steps, save = [], Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: (steps.append(self.step), save(self)))
+    run(tmp_path / "often", checkpoint_every=0, checkpoint_minutes=1e-9)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    steps.clear()
+    run(tmp_path / "never", checkpoint_every=0, checkpoint_minutes=0)
+    assert steps == [6]
 
 
 @pytest.mark.parametrize(("world", "batch", "steps"), [(1, 8, 3), (2, 4, 3), (3, 8, 1), (3, 2, 4)])

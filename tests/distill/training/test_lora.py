@@ -21,8 +21,9 @@ from distill.pipeline.stages import Pipeline
 from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
+from distill.training.config import OptimizerConfig, TrainConfig
 from distill.training.engine import Engine, EngineConfig
-from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
+from distill.training.loop import Trainer, train
 from distill.training.lora import LoraRoles, adapt, make_backbone, trained
 from distill.training.metrics_log import MetricsLog
 from students.networks.causal_wan import CausalWan

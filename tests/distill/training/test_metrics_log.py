@@ -13,7 +13,8 @@ from distill.methods import Loss
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import load_recipe
 from distill.training import metrics_log
-from distill.training.loop import OptimizerConfig, TrainConfig, Trainer, train
+from distill.training.config import OptimizerConfig, TrainConfig
+from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
 from teachers.errors import UserError
 from tests.support.tiny import Ranks

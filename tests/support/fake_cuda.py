@@ -1,0 +1,117 @@
+"""A GPU that is none: fake CUDA tensors have shapes, types and devices, so real sizes run on any machine in seconds.
+
+    with fake_cuda() as gpu:
+        net = build().to("cuda"); gpu.weigh(net)
+        net(torch.empty(..., device="cuda"))
+    gpu.peak_gib, gpu.waits
+
+Forward passes only: a backward pass over fake CUDA tensors wants a driver. What mixes devices or types raises as on a GPU.
+"""
+
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+ROOT = Path(__file__).resolve().parents[2]
+aten = torch.ops.aten
+WAITS = ("aten::nonzero", "aten::masked_select", "aten::_unique2")
+
+
+class FakeGPU(TorchDispatchMode):
+    """Bytes of the CUDA storages that are alive, now and at most; `waits`, by source line: values that the host asked the device
+    for. Such a value is 1, for what needs one to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: Counter[str] = Counter()
+        self.live = self.peak = 0
+        self._held: dict[int, weakref.ref] = {}
+
+    @property
+    def peak_gib(self) -> float:
+        return self.peak / GIB
+
+    def weigh(self, *modules: nn.Module) -> None:
+        """Count the parameters and buffers of these modules."""
+        for module in modules:
+            self._hold((*module.parameters(), *module.buffers()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self.waits[_line()] += 1
+                return 1
+        elif func.name() in WAITS and args[0].device.type == "cuda":
+            self.waits[_line()] += 1
+        out = func(*args, **(kwargs or {}))
+        self._hold(tree_leaves(out))
+        return out
+
+    def _hold(self, tensors: Any) -> None:
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or tensor.device.type != "cuda":
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._held:
+                self._held[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+
+    def _forget(self, key: int, size: int) -> None:
+        if self._held.pop(key, None) is not None:
+            self.live -= size
+
+
+def _line() -> str:
+    """The innermost line of the project on the stack."""
+    for frame in reversed(traceback.extract_stack()):
+        file = Path(frame.filename)
+        if file.is_relative_to(ROOT) and not file.is_relative_to(ROOT / "tests"):
+            return f"{file.relative_to(ROOT)}:{frame.lineno}"
+    return "?"
+
+
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor:
+    """The kernels that a GPU would take: flash for half precision, the memory-efficient one for fp32."""
+    kind = query.device.type
+    if kind != "cuda" or attn_mask is not None:
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(query, key, value, None, False, 0.0, is_causal, scale=scale)[0]
+
+
+_sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+
+
+@contextmanager
+def fake_cuda() -> Iterator[FakeGPU]:
+    """Inside, every tensor is fake, and may be on "cuda" where there is none."""
+    gpu = FakeGPU()
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        FakeTensorMode(),
+        gpu,
+    ):
+        yield gpu
