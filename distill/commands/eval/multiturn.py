@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.embedded.extractors import Probes
-from eval.metrics.quality import slope, window_identity, window_quality
+from eval.metrics.quality import slope, window_quality
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
 from eval.speed.latency import percentile
@@ -178,8 +179,8 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
             row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(audio))["sync"]
             row["identity_gap"] = float((reading.identity - known.identity[:, :1]).square().mean())
         if dino is not None:
-            faces = dino.features(part[0].transpose(0, 1))[None]
-            row["dino"] = float(window_identity(faces, dino.features(portrait), length))
+            faces, known = dino.features(part[0].transpose(0, 1)), dino.features(portrait)
+            row["dino"] = float(F.cosine_similarity(faces.double(), known.double()).mean())
         out.append(row)
     return out
 
