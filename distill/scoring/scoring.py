@@ -43,11 +43,11 @@ class Job:
 
     card: Card
     metrics: tuple[str, ...]
-    cache: Path
-    probes: Path | None = None
-    device: str = "cpu"
-    batch_size: int = 32
-    processes: int = 0
+    probes: Path | None
+    device: str
+    batch_size: int
+    processes: int
+    cache: Path = Path("features")
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,16 @@ def _score_metric(
     scores = set_scores(metric, ours, None if metric.against is None else theirs)
     truth = {} if metric.paired else set_scores(metric, theirs, None)
     floor = metric.floor(theirs, splits)
-    _put(table[name], scores)
-    _put(table["ground_truth"], truth)
+    put_scores(table[name], scores)
+    put_scores(table["ground_truth"], truth)
     if floor is not None:
         table["floor"]["metrics"] |= {name: {"mean": mean, "error": error} for name, (mean, error) in floor[0].items()}
         table["floor"]["n"] = floor[1]
     return metric.notes(clips, truth)
 
 
-def _put(row: dict[str, Any], scores: Mapping[str, Score]) -> None:
+def put_scores(row: dict[str, Any], scores: Mapping[str, Score]) -> None:
+    """Add scores to a row of a report: mean and error, and a value for each clip where there is one."""
     row["metrics"] |= {name: {"mean": _finite(x.mean), "error": _finite(x.error)} for name, x in scores.items()}
     row["clips"] |= {name: [_finite(v) for v in x.clips] for name, x in scores.items() if x.clips is not None}
 

@@ -194,11 +194,6 @@ def frechet_without_each(a: Tensor, reference: Tensor | Moments, ddof: int = 1) 
     return value, _weighted(features, leave_one_out, reference, ddof)
 
 
-def frechet_with_error(a: Tensor, reference: Tensor | Moments, ddof: int = 1) -> tuple[float, float]:
-    """Frechet distance of clips a from a reference, and its jackknife error over them."""
-    return with_error(*frechet_without_each(a, reference, ddof))
-
-
 def kid_without_each(a: Tensor, b: Tensor) -> tuple[float, Tensor]:
     """Unbiased MMD^2, kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and those without each clip of a [N].
 

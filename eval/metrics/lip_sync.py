@@ -145,18 +145,16 @@ def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
     )
 
 
-def resample_frames(
-    frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: Resampling, target: Fraction = Fraction(FPS)
-) -> UInt8[Tensor, "u 3 h w"]:
-    """Frames at `fps` -> those at 25 fps (or `target`), U = floor(T target / fps).
+def resample_frames(frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: Resampling) -> UInt8[Tensor, "u 3 h w"]:
+    """Frames at `fps` -> those at 25 fps, U = floor(25 T / fps).
 
-    At time u / target, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
+    At time u / 25, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
     `blend` the linear mix of the two around it. 16 fps become 25 with 9 of 25 frames shown twice, which costs sync:
     score the ground truth alike.
     """
-    if fps == target:
+    if fps == FPS:
         return frames
-    places = [index * fps / target for index in range(int(len(frames) * target / fps))]
+    places = [index * fps / FPS for index in range(int(len(frames) * FPS / fps))]
     before = torch.tensor([math.floor(place) for place in places], dtype=torch.long)
     if how == "duplicate":
         return frames[before]

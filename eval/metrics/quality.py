@@ -147,27 +147,19 @@ def window_colour(frames: Frames, length: int, start: Float[Tensor, "n 3"] | Non
     return (means - (frames.colour[:, :, 0] if start is None else start)[:, :, None]).norm(dim=1)
 
 
-def window_quality(
-    video: UInt8[Tensor, "n 3 t h w"], length: int, reference: UInt8[Tensor, "n 3 h w"] | None = None
-) -> dict[str, Float[Tensor, "n windows"]]:
-    """Scores of each whole window of `length` frames: does a long video stay what it was?
-
-    `colour` is the distance of the mean colour from the reference frame's (the video's own first frame where none is
-    given), `luma` and `saturation` the signed differences from it; `sharpness` and `motion_energy` are in their own
-    units.
+def quality_beside(
+    video: UInt8[Tensor, "n 3 t h w"], reference: UInt8[Tensor, "n 3 h w"]
+) -> dict[str, Float[Tensor, " n"]]:
+    """Scores of each clip beside a reference frame: `colour` is the distance of the mean colour from the frame's, `luma` and
+    `saturation` the signed differences from it; `sharpness` and `motion_energy` are in their own units.
     """
-    count = video.shape[2] // length if length > 0 else 0
-    if count < 1 or length < 2:
-        raise UserError(f"windows of {length} frames: videos have {video.shape[2]}; use 2 to {video.shape[2]} frames")
-    still = (video[:, :, 0] if reference is None else reference)[:, :, None].expand(-1, -1, 2, -1, -1)
-    frames, start = measure(video[:, :, : count * length]), measure(still)
-    parts = video[:, :, : count * length].split(length, dim=2)
+    frames, still = measure(video), measure(reference[:, :, None].expand(-1, -1, 2, -1, -1))
     return {
-        "colour": window_colour(frames, length, start.colour[:, :, 0]),
-        "luma": window_means(frames.luma, length) - start.luma[:, :1],
-        "saturation": window_means(frames.saturation, length) - start.saturation[:, :1],
-        "sharpness": torch.stack([sharpness_energies(part).cpu() for part in parts], dim=1),
-        "motion_energy": torch.stack([motion_energies(part).cpu() for part in parts], dim=1),
+        "colour": window_colour(frames, video.shape[2], still.colour[:, :, 0])[:, 0],
+        "luma": frames.luma.mean(-1) - still.luma[:, 0],
+        "saturation": frames.saturation.mean(-1) - still.saturation[:, 0],
+        "sharpness": sharpness_energies(video).cpu(),
+        "motion_energy": motion_energies(video).cpu(),
     }
 
 

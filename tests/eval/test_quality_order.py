@@ -20,7 +20,7 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.metrics.motion import sharpness_energies
-from eval.metrics.quality import failure_rates, flickers, measure, slope, window_quality
+from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour
 from eval.metrics.seam import seam_jump
 from eval.networks.syncnet import windows_of
 from tests.support.labels import FRAME_LABELS
@@ -233,7 +233,7 @@ def score(scene: Scene, video: torch.Tensor, audio: torch.Tensor) -> dict[str, f
 def measures(video: torch.Tensor) -> dict[str, float]:
     """What needs no network."""
     frames = measure(video)
-    drift = window_quality(video, CHUNK)["colour"].mean(0).tolist()
+    drift = window_colour(frames, CHUNK).mean(0).tolist()
     return {
         "motion_energy": float(frames.change.mean()),
         "flicker": float(flickers(frames).mean()),

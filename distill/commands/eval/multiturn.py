@@ -2,7 +2,7 @@
 
 Response latency is from the end of the user's turn until the first talking frame is due on the viewer's clock, dead time until
 the first audible sound (LiveTalk 2512.23576, sec. 5, measures the former). Scores are of each turn's frames: without any weights
-colour, luma, saturation, sharpness and motion (`eval.metrics.quality.window_quality`, against the portrait); with a run's
+colour, luma, saturation, sharpness and motion (`eval.metrics.quality.quality_beside`, against the portrait); with a run's
 extractors identity and lip sync; with DINOv2's weights the cosine to the portrait. Their slope over the turns of a conversation is
 the drift.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.embedded.extractors import Probes
-from eval.metrics.quality import slope, window_quality
+from eval.metrics.quality import quality_beside, slope
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
 from eval.speed.latency import percentile
@@ -171,7 +171,7 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
         row: dict[str, Any] = {"conversation": played.script.name, "turn": number, "text": text, "frames": length}
         row |= {"latency": answer.latency, "dead": answer.dead, "stalled": played.stalled[number]}
         row["parts_ms"] = answer.split()
-        scores = window_quality(part, length, portrait) if length >= 2 else {}
+        scores = quality_beside(part, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
         if probes is not None and length >= MIN_SYNC_FRAMES:
             audio = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]

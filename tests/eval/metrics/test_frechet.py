@@ -10,7 +10,6 @@ from eval.metrics.frechet import (
     difference_with_error,
     floor_of,
     frechet_distance,
-    frechet_with_error,
     frechet_without_each,
     jackknife_error,
     kid_without_each,
@@ -25,6 +24,10 @@ def rng(seed: int = 0) -> torch.Generator:
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
+
+
+def frechet_with_error(a: torch.Tensor, reference: torch.Tensor | Moments, ddof: int = 1) -> tuple[float, float]:
+    return with_error(*frechet_without_each(a, reference, ddof))
 
 
 def kid(a: torch.Tensor, b: torch.Tensor) -> float:

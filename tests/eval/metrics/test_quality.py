@@ -13,8 +13,10 @@ from eval.metrics.quality import (
     failure_rates,
     flickers,
     measure,
+    quality_beside,
     slope,
-    window_quality,
+    window_colour,
+    window_means,
 )
 from eval.metrics.seam import seam_jump
 from eval.metrics.sharpness import Sharpness
@@ -94,30 +96,32 @@ def test_a_seam_is_a_larger_step_at_chunk_borders():
 
 
 def test_windows_of_a_fading_film():
-    levels = torch.linspace(100, 159, 60).tolist()
-    film = grey(levels, num=2)
-    scores = window_quality(film, 15)
-    means = film[0, 0, :, 0, 0].double().unflatten(0, (4, 15)).mean(1) - 100
-    torch.testing.assert_close(scores["luma"], means.expand(2, 4), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores["colour"], means.expand(2, 4) * 3**0.5, rtol=1e-5, atol=1e-5)
-    assert [slope(film.tolist()) for film in scores["luma"]] == [pytest.approx(15, rel=0.02)] * 2
+    film = grey(torch.linspace(100, 159, 60).tolist(), num=2)
+    means = film[0, 0, :, 0, 0].double().unflatten(0, (4, 15)).mean(1)
+    colour = window_colour(measure(film), 15)
+    torch.testing.assert_close(colour, (means - 100).expand(2, 4) * 3**0.5, rtol=1e-5, atol=1e-5)
+    assert [slope((clip / 3**0.5).tolist()) for clip in colour] == [pytest.approx(15, rel=0.02)] * 2
+    assert window_colour(measure(film), 14).shape == (2, 4)  # the rest of 4 frames is dropped
+    torch.testing.assert_close(window_means(film[:, 0, :, 0, 0].double(), 15), means.expand(2, 4))
+
+
+def test_a_film_beside_a_portrait():
+    film = grey(torch.linspace(100, 159, 60).tolist(), num=2)
+    mean = film[0, 0, :, 0, 0].double().mean()
+    portrait = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
+    scores = quality_beside(film, portrait)
+    torch.testing.assert_close(scores["luma"], (mean - 90).expand(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores["colour"], (mean - 90).expand(2) * 3**0.5, rtol=1e-5, atol=1e-5)
     assert float(scores["saturation"].abs().max()) == 0
     assert float(scores["sharpness"].abs().max()) == 0
-    torch.testing.assert_close(scores["motion_energy"], torch.ones(2, 4).double(), rtol=0.05, atol=0)
-    portrait = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
-    torch.testing.assert_close(window_quality(film, 15, portrait)["luma"], scores["luma"] + 10, rtol=1e-5, atol=1e-5)
-    assert window_quality(film, 14)["luma"].shape == (2, 4)  # the rest of 4 frames is dropped
+    torch.testing.assert_close(scores["motion_energy"], torch.ones(2).double(), rtol=0.05, atol=0)
     red = film.clone()
     red[:, 1:] -= 20
-    torch.testing.assert_close(window_quality(red, 15, portrait)["saturation"], torch.full((2, 4), 20.0).double())
-
-
-def test_windows_see_blur_that_grows():
-    film = noise_video(2, 3, 30, 16, 16)
-    soft = torch.nn.functional.avg_pool2d(film.float().flatten(1, 2), 3, 1, 1).unflatten(1, (3, 30)).to(torch.uint8)
-    film[:, :, 15:] = soft[:, :, 15:]
-    sharpness = window_quality(film, 15)["sharpness"]
-    assert (sharpness[:, 1] < 0.2 * sharpness[:, 0]).all()
+    torch.testing.assert_close(quality_beside(red, portrait)["saturation"], torch.full((2,), 20.0).double())
+    noise = noise_video(2, 3, 15, 16, 16)
+    soft = torch.nn.functional.avg_pool2d(noise.float().flatten(1, 2), 3, 1, 1).unflatten(1, (3, 15)).to(torch.uint8)
+    sharp, blurred = (quality_beside(video, noise[:, :, 0])["sharpness"] for video in (noise, soft))
+    assert (blurred < 0.2 * sharp).all()
 
 
 def gap(student: torch.Tensor, teacher: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
@@ -178,7 +182,5 @@ def test_other_videos_are_refused(video):
 
 def test_short_films_are_refused():
     film = grey([1.0, 2, 3])
-    with pytest.raises(UserError, match=r"^windows of 4 frames: videos have 3; use 2 to 3 frames$"):
-        window_quality(film, 4)
     with pytest.raises(UserError, match="at least 3 frames"):
         flickers(measure(film[:, :, :2]))

@@ -16,7 +16,7 @@ from eval.metrics.frechet import floor_of, frechet_distance
 from eval.metrics.kid import KID
 from eval.metrics.motion import motion_energies, sharpness_energies
 from eval.metrics.psnr import PSNR
-from eval.metrics.quality import failure_rates, flickers, measure, slope, window_means, window_quality
+from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour, window_means
 from eval.metrics.seam import seam_jump
 from eval.networks.loaded import Networks
 from tests.eval.metrics.test_lip_sync import Code, coded, score_clip
@@ -140,7 +140,7 @@ def test_weight_free_measures_are_those_of_quality_a_few_frames_at_a_time():
     want = {"motion_energy": motion_energies(video[None]), "sharpness": sharpness_energies(video[None])}
     want |= {"flicker": flickers(frames), "saturation": frames.saturation.mean(1), **failure_rates(frames)}
     want = {name: float(value) for name, value in want.items()}
-    want["colour_slope"] = slope(window_quality(video[None], 12)["colour"][0].tolist()) / (12 / FPS)
+    want["colour_slope"] = slope(window_colour(frames, 12)[0].tolist()) / (12 / FPS)
     assert found == pytest.approx(want, rel=1e-5)
 
 
