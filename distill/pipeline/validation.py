@@ -61,7 +61,7 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
-            def progress(step: int, _: int, loss: float) -> None:
+            def progress(step: int, loss: float) -> None:
                 bar.n = step
                 bar.set_postfix(loss=f"{loss:.3g}")
                 bar.refresh()

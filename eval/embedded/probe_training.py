@@ -127,7 +127,7 @@ def _train(
         optimizer.step()
         schedule.step()
         if progress is not None and (step + 1) % 25 == 0:
-            progress(part * steps + step + 1, 3 * steps, float(value.detach()))
+            progress(part * steps + step + 1, float(value.detach()))
     network.eval().requires_grad_(False)
 
 
