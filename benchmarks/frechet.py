@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from eval.metrics.frechet import frechet_distance, frechet_with_error
+from eval.metrics.frechet import frechet_distance, frechet_without_each, with_error
 
 try:
     from pytorch_fid.fid_score import calculate_frechet_distance as theirs
@@ -56,7 +56,7 @@ def main() -> None:
     for _ in range(options.rounds):
         ours.append(timed(lambda: frechet_distance(a, b)))
         other.append(timed(lambda: by_square_root(a, b)))
-    error_s, (_, error) = timed(lambda: frechet_with_error(a, b))
+    error_s, (_, error) = timed(lambda: with_error(*frechet_without_each(a, b)))
     seconds = [float(np.median([row[0] for row in rows])) for rows in (ours, other)]
     values = [rows[0][1] for rows in (ours, other)]
     result = {

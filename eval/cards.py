@@ -107,7 +107,8 @@ class Card(CardValues):
     @property
     def sha256(self) -> str:
         """Hash over every key that decides a number."""
-        return _hash(self._plain())
+        hashed = {key: value for key, value in self._plain().items() if key not in PROSE}
+        return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()
 
     @property
     def label(self) -> str:
@@ -266,11 +267,6 @@ def _metric(key: str, config: Any, folder: Path | None, where: str) -> Metric:
 def label_of(card: Mapping[str, Any]) -> str:
     """`Card.label` of a plain card."""
     return f"{card['name']} {card['sha256'][:12]}"
-
-
-def _hash(plain: Mapping[str, Any]) -> str:
-    hashed = {key: value for key, value in plain.items() if key not in PROSE}
-    return hashlib.sha256(canonical_json(hashed).encode()).hexdigest()
 
 
 def first_difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

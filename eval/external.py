@@ -25,30 +25,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from eval.metrics.frechet import mean_with_error
 from teachers.errors import UserError
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """One metric of another program: values for clips in the order of the clips; `real` may be None."""
+    """One metric of another program. values: "generated", and "real" where it is given -> one for each clip, in their order."""
 
     metric: str
     made_by: str
-    generated: list[float]
-    real: list[float] | None
-
-    def rows(self) -> dict[str, dict]:
-        """Role -> {mean, error} for generated and real."""
-        sides = {"generated": self.generated, "real": self.real}
-        found = {}
-        for role, values in sides.items():
-            if values is not None:
-                mean, error = mean_with_error(torch.tensor(values, dtype=torch.float64))
-                found[role] = {"mean": mean, "error": error if math.isfinite(error) else None}
-        return found
+    values: dict[str, list[float]]
 
 
 def read_scores(path: Path, clips: Sequence[str], ours: Collection[str]) -> Adapted:
@@ -60,14 +46,14 @@ def read_scores(path: Path, clips: Sequence[str], ours: Collection[str]) -> Adap
         texts = all(isinstance(text, str) and text for text in (metric, made_by))
         if unknown or not texts:
             raise ValueError(f"unknown key {min(unknown)}" if unknown else "metric and made_by must be texts")
-        sides = [given["generated"], given.get("real")]
-        if not all(side is None or isinstance(side, dict) for side in sides):
+        sides = {"generated": given["generated"]} | ({} if given.get("real") is None else {"real": given["real"]})
+        if not all(isinstance(side, dict) for side in sides.values()):
             raise ValueError("generated and real must map clips to numbers")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"scores of another program cannot be read ({error}): {path}; see eval/external.py") from error
     if metric in ours:
         raise UserError(f"'{metric}' is a metric of distill eval: {path}; give it another name")
-    return Adapted(metric, made_by, _values(path, sides[0], clips), sides[1] and _values(path, sides[1], clips))
+    return Adapted(metric, made_by, {name: _values(path, side, clips) for name, side in sides.items()})
 
 
 def _values(path: Path, side: dict, clips: Sequence[str]) -> list[float]:

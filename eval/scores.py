@@ -83,7 +83,10 @@ def set_scores(metric: Metric, features: Sequence[Features], reference: Sequence
                 f"metric '{metric.name}' gives a score '{name}' that is no column of it ({known}): {_where(metric)}"
             )
         try:
-            scores[name] = score if isinstance(score, Score) else Score(*map(float, score))
+            if not isinstance(score, Score):
+                mean, spread = score
+                score = Score(float(mean), float(spread))
+            scores[name] = score
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"'{name}' of metric '{metric.name}' must be (mean, error): {_where(metric)}; got {type(score).__name__}"

@@ -6,9 +6,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.data.prepare.workers import one_thread
 from distill.expect import SHOWN, SYSTEMS, Bounds, compare
 from distill.pipeline import validation
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.generate import (
-    clip_noise,
-    many_step_clips,
-    stream_noise,
-    student_clips,
-    teacher_clips,
-)
+from distill.pipeline.generate import clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
 from distill.pipeline.health import seam_frames
 from distill.pipeline.run_folder import versions
 from eval.cards import Card
@@ -34,6 +29,7 @@ from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.run_report import target, write_report
 from eval.speed.latency import clocked, interleave, measure, percentile
 from students.serving.session import Session
+from students.student import Student
 from students.weights.checkpoint import Bundle
 from teachers import flow, media
 from teachers.codecs.linear import to_float
@@ -41,6 +37,8 @@ from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
 
 THROUGHPUT_BATCH = 96
+SAME_NOISE = "teacher_same_noise"
+Generate = Callable[..., Tensor]  # (conditions, seed and other keys of the noise) -> x0
 
 
 def evaluate(artifacts: Artifacts, folder: Path) -> dict:
@@ -51,7 +49,8 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     sets = {"test": (test.conditions, config.num_seeds)}
     if varied:
         sets["diversity"] = (spread_conditions(artifacts), 1)
-    generate_all(artifacts, folder, sets)
+    students = load_students(artifacts)
+    generate_all(artifacts, students, folder, sets)
     if not artifacts.engine.is_main:
         return {}
     real = artifacts.source.draw(config.condition_seed, "reference", config.num_reference)
@@ -61,7 +60,7 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
         card, artifacts.probes, test.real, test.decoded, real.video, seam_frames(artifacts.spec), world
     )
     scores, floor, sheets = score_systems(artifacts, folder, test, evaluation)
-    costs = measure_costs(artifacts, test)
+    costs = measure_costs(artifacts, students, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     report = assemble(artifacts, systems, floor, card, evaluation.left_out)
     samples = write_samples(artifacts, test)
@@ -77,6 +76,44 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
 
 
+def load_students(artifacts: Artifacts) -> dict[str, Student]:
+    """The students of the report, frozen: zero-shot, after initialisation, after distillation."""
+    stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
+    return {name: artifacts.student(stage).eval().requires_grad_(False) for name, stage in stages.items()}
+
+
+def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
+    """The systems of the report: how each generates x0 for conditions, `batch` at a time. A student with a network of its own has
+    its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
+    """
+    recipe, spec, guidance = artifacts.recipe, artifacts.spec, artifacts.recipe.trajectories.guidance
+    grid = flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift)
+
+    def teacher(conditions: Conditions, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
+        noise, num = clip_noise(spec, conditions.num_rows, *keys), conditions.num_rows
+        title = f"teacher {len(grid) - 1} steps"
+        with tqdm(total=num, desc=title, leave=False, mininterval=1.0, disable=num <= batch) as bar:
+            return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, bar)
+
+    def same_noise(conditions: Conditions, *keys: Any) -> Tensor:
+        start = stream_noise(spec, conditions.num_rows, *keys)
+        noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
+        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch)
+
+    def own_teacher(conditions: Conditions, *keys: Any) -> Tensor:
+        noise = stream_noise(spec, conditions.num_rows, *keys)
+        return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch)
+
+    def student(conditions: Conditions, *keys: Any, net: Student) -> Tensor:
+        return student_clips(net, conditions, stream_noise(spec, conditions.num_rows, *keys), batch)
+
+    return (
+        {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
+        | ({"ar_teacher": own_teacher} if recipe.has_custom_network else {})
+        | {name: partial(student, net=net) for name, net in students.items()}
+    )
+
+
 def score_systems(
     artifacts: Artifacts, folder: Path, test: validation.HeldOut, evaluation: Evaluation
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, Tensor]]:
@@ -89,7 +126,7 @@ def score_systems(
     def clips(name: str, system: str, seed: int) -> Tensor:
         return load_tensors(clips_file(folder, name, system, seed))["video"]
 
-    beside = {"teacher": clips("test", "teacher", 0), "teacher_same_noise": clips("test", SAME_NOISE, 0)}
+    beside = {"teacher": clips("test", "teacher", 0), SAME_NOISE: clips("test", SAME_NOISE, 0)}
     for name in (name for name in SYSTEMS if name != "ar_teacher" or artifacts.recipe.has_custom_network):
         seeds = [clips("test", name, seed) for seed in range(config.num_seeds)]
         spread = None if world is None else clips("diversity", name, 0).unflatten(0, (-1, config.diversity_seeds))
@@ -117,66 +154,36 @@ def spread_conditions(artifacts: Artifacts):
     return test.conditions.index(rows)
 
 
-def measure_costs(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, dict]:
+def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: validation.HeldOut) -> dict[str, dict]:
     """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput).
 
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
     so that what else the machine does hits all of them.
     """
-    spec, recipe, encoders = artifacts.spec, artifacts.recipe, artifacts.encoders
-    settings, warmup = recipe.trajectories, recipe.eval.latency_warmup
+    spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
     batch = min(THROUGHPUT_BATCH, len(test.clips.text))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
+    passes = settings.guidance.passes
+    nfe = {"teacher": settings.num_steps * passes, "teacher_few_step": len(spec.sigmas) * passes}
+    nfe |= {"ar_teacher": (settings.num_steps + 1) * passes}  # the plans included
+    nfe |= dict.fromkeys(students, spec.nfe_per_chunk)
     alone: dict[str, Callable[[], list[float]]] = {}
-    together, nfe = {}, {}
-    grids = {
-        "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
-        "teacher_few_step": (*spec.sigmas, 0.0),
-    }
-    for name, grid in grids.items():
+    together = {}
+    for name, generate in systems(artifacts, students, batch).items():
 
-        def clips(conditions, grid=grid):
-            noise = clip_noise(spec, conditions.text.shape[0], 0, "cost")
-            made = teacher_clips(artifacts.teacher, conditions, noise, grid, settings.guidance, batch)
-            encoders.decode(made)
+        def clips(conditions: Conditions, generate: Generate = generate) -> None:
+            artifacts.encoders.decode(generate(conditions, 0, "cost"))
 
-        alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
-        together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
-        nfe[name] = (len(grid) - 1) * settings.guidance.passes
-    if artifacts.recipe.has_custom_network:
-        grid, noise = grids["teacher"], stream_noise(spec, batch, 0, "cost")
-
-        def own(conditions):
-            made = many_step_clips(artifacts.ar_teacher, conditions, noise, grid, settings.guidance, batch)
-            encoders.decode(made)
-
-        alone["ar_teacher"] = lambda: [clocked(lambda: own(one)).seconds]
-        together["ar_teacher"] = measure(lambda: own(many), 0, 1)["median"]
-        nfe["ar_teacher"] = len(grid) * settings.guidance.passes  # the plans included
-    for name, stage in {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}.items():
-        student = artifacts.student(stage).eval().requires_grad_(False)
-        bundle, noise = artifacts.bundle(student), stream_noise(spec, batch, 0, "cost")
-
-        def streams(student=student, noise=noise):
-            encoders.decode(student_clips(student, many, noise, batch))
-
-        alone[name] = lambda bundle=bundle: stream_marks(bundle, test)
-        together[name] = measure(streams, 1, 5)["median"]
-        nfe[name] = spec.nfe_per_chunk
+        if name in students:
+            alone[name] = partial(stream_marks, artifacts.bundle(students[name]), test)
+            together[name] = measure(partial(clips, many), 1, 5)["median"]
+        elif name != SAME_NOISE:
+            alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
+            together[name] = measure(partial(clips, many), 0, 1)["median"]
     with one_thread():
-        marks = {name: runs[warmup:] for name, runs in interleave(alone, warmup + recipe.eval.latency_runs).items()}
+        rounds = interleave(alone, config.latency_warmup + config.latency_runs)
+    marks = {name: runs[config.latency_warmup :] for name, runs in rounds.items()}
     return {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run with one torch thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
@@ -196,7 +203,7 @@ def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
     return marks
 
 
-def cost(marks: list[list[float]], together: float, batch: int, nfe: int, artifacts: Artifacts) -> dict[str, float]:
+def cost(marks: list[list[float]], together: float, batch: int, nfe: float, artifacts: Artifacts) -> dict[str, float]:
     """Cost numbers of one system from the seconds to each part of a clip alone, run by run, and a clip's seconds in a `batch`."""
     frames = artifacts.recipe.data.world.num_frames
     clip_seconds = frames / float(artifacts.spec.fps)
@@ -325,74 +332,23 @@ def read_curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]
     return curves
 
 
-SAME_NOISE = "teacher_same_noise"
-
-
-Generate = Callable[[Conditions, int, str], Tensor]  # (conditions, noise seed, name of the set) -> x0
-
-
-def systems(artifacts: Artifacts) -> dict[str, Generate]:
-    """The systems of the report: how each generates x0 for conditions, a noise seed and a set's name. A student with a network of
-    its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
-    """
-    recipe, spec = artifacts.recipe, artifacts.spec
-    settings = recipe.trajectories
-    batch = recipe.eval.batch_size
-    grids = {
-        "teacher": flow.sigma_grid(settings.num_steps, settings.shift),
-        "teacher_few_step": (*spec.sigmas, 0.0),
-    }
-    stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
-
-    def teacher(grid) -> Generate:
-        def generate(conditions, seed, name):
-            noise = clip_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
-            with tqdm(total=noise.shape[0], desc=f"teacher {len(grid) - 1} steps", leave=False, mininterval=1.0) as bar:
-                return teacher_clips(artifacts.teacher, conditions, noise, grid, settings.guidance, batch, bar)
-
-        return generate
-
-    def same_noise(conditions, seed, name):
-        start = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
-        noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
-        return teacher_clips(artifacts.teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
-
-    def student(stage) -> Generate:
-        net = artifacts.student(stage).eval()
-
-        def generate(conditions, seed, name):
-            noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
-            return student_clips(net, conditions, noise, batch)
-
-        return generate
-
-    def own_teacher(conditions, seed, name):
-        noise = stream_noise(spec, conditions.text.shape[0], recipe.eval.condition_seed, name, seed)
-        return many_step_clips(artifacts.ar_teacher, conditions, noise, grids["teacher"], settings.guidance, batch)
-
-    return (
-        {name: teacher(grid) for name, grid in grids.items()}
-        | {SAME_NOISE: same_noise}
-        | ({"ar_teacher": own_teacher} if artifacts.recipe.has_custom_network else {})
-        | {name: student(stage) for name, stage in stages.items()}
-    )
-
-
-def generate_all(artifacts: Artifacts, folder: Path, sets: dict[str, tuple[Conditions, int]]) -> None:
+def generate_all(
+    artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Conditions, int]]
+) -> None:
     """Every system's clips of every set (name -> conditions, noise seeds), shared out over the ranks and kept in the stage, so
     that a killed evaluation goes on where it was."""
+    config, engine = artifacts.recipe.eval, artifacts.engine
     jobs = [
         (generate, conditions, seed, name, clips_file(folder, name, system, seed))
-        for system, generate in systems(artifacts).items()
+        for system, generate in systems(artifacts, students, config.batch_size).items()
         for name, (conditions, seeds) in sets.items()
         for seed in range(seeds)
         if system != SAME_NOISE or (name == "test" and seed == 0)
     ]
-    engine = artifacts.engine
     (folder / "clips").mkdir(exist_ok=True)
     for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
         if not file.is_file():
-            x0 = generate(conditions, seed, name)
+            x0 = generate(conditions, config.condition_seed, name, seed)
             save_tensors(file, {"video": artifacts.encoders.decode(x0)})
     engine.barrier()
 

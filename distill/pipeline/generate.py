@@ -1,6 +1,6 @@
 """Clips from networks: guided Euler solutions of a teacher, rollouts of a student, and the noise that both start from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -45,11 +45,11 @@ def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
 @torch.inference_mode()
 def student_clips(student: Student, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
     """x0 [N, C, F, h, w] of whole clips by the student's own rollout, the function that serving runs."""
-    num, device, parts = conditions.num_rows, conditions.device, []
-    for start in range(0, num, batch):
-        rows = slice(start, min(start + batch, num))
-        parts.append(rollout(student, conditions.index(rows), lambda c, s, rows=rows: noise(c, s)[rows].to(device)))
-    return torch.cat(parts)
+
+    def make(rows: slice) -> Tensor:
+        return rollout(student, conditions.index(rows), lambda c, s: noise(c, s)[rows].to(conditions.device))
+
+    return _in_batches(make, conditions.num_rows, batch)
 
 
 @torch.inference_mode()
@@ -58,13 +58,12 @@ def many_step_clips(
 ) -> Tensor:
     """x0 [N, C, F, h, w] of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`,
     every branch of the guidance with a context of its own."""
-    num, device, parts = conditions.num_rows, conditions.device, []
-    for start in range(0, num, batch):
-        rows = slice(start, min(start + batch, num))
-        parts.append(
-            _solve_stream(student, conditions.index(rows), lambda c, r=rows: noise(c, 0)[r].to(device), grid, guidance)
-        )
-    return torch.cat(parts)
+
+    def make(rows: slice) -> Tensor:
+        own = conditions.index(rows)
+        return _solve_stream(student, own, lambda chunk: noise(chunk, 0)[rows].to(own.device), grid, guidance)
+
+    return _in_batches(make, conditions.num_rows, batch)
 
 
 def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: AnyGuidance) -> Tensor:
@@ -94,11 +93,17 @@ def teacher_clips(
     teacher, conditions: Conditions, noise: Tensor, grid, guidance: AnyGuidance, batch: int, progress=None
 ) -> Tensor:
     """x0 [N, C, F, h, w] of whole clips by the guided Euler solution from noise [N, C, F, h, w] along `grid`, `batch` at a time."""
-    parts, last = [], len(grid) - 1
-    for start in range(0, noise.shape[0], batch):
-        rows = slice(start, min(start + batch, noise.shape[0]))
+
+    def make(rows: slice) -> Tensor:
         part = noise[rows].to(conditions.device)
-        parts.append(solve_states(teacher, conditions.index(rows), part, grid, (last,), guidance)[:, 0])
+        made = solve_states(teacher, conditions.index(rows), part, grid, (len(grid) - 1,), guidance)[:, 0]
         if progress is not None:
             progress.update(len(part))
-    return torch.cat(parts)
+        return made
+
+    return _in_batches(make, noise.shape[0], batch)
+
+
+def _in_batches(make: Callable[[slice], Tensor], num: int, batch: int) -> Tensor:
+    """What `make` gives of all rows, `batch` at a time."""
+    return torch.cat([make(slice(start, min(start + batch, num))) for start in range(0, num, batch)])

@@ -61,7 +61,7 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
-            def progress(step: int, _: int, loss: float) -> None:
+            def progress(step: int, loss: float) -> None:
                 bar.n = step
                 bar.set_postfix(loss=f"{loss:.3g}")
                 bar.refresh()
@@ -73,7 +73,8 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
     test = HeldOut.draw(artifacts, "admit", config.admit_clips)
     reference = source.draw(config.condition_seed, "reference", config.num_reference)
     rng = keyed_generator(config.probe_seed, "admit")
-    result = admission.admit(load_card(config.protocol), probes, test.real, test.decoded, reference.video, rng)
+    evaluation = Evaluation(load_card(config.protocol), probes, test.real, test.decoded, reference.video)
+    result = admission.admit(evaluation, rng)
     checks = probes.check(test.decoded, test.clips.labels, log_mel(artifacts, test.clips))
     return {"sha256": probes.sha256, "checks": checks, **result}
 

@@ -278,9 +278,9 @@ def _tensors(path: Path) -> tuple[Tensor, Fraction, Tensor | None]:
 
 
 def _retimed(video: Tensor, fps: Fraction, rule: ClipRule) -> tuple[Tensor, Fraction]:
-    if rule.fps is None or _same_rate(fps, rule.fps):
+    if rule.fps is None or abs(fps / rule.fps - 1) < SAME_RATE:
         return video, fps if rule.fps is None else rule.fps
-    _refuse_rate(fps, rule)
+    _refuse_rate(fps, rule.fps, rule)
     places = [math.floor(number * fps / rule.fps) for number in range(math.floor(video.shape[1] * rule.fps / fps))]
     return video[:, places], rule.fps
 
@@ -293,17 +293,11 @@ def _check_length(frames: int, height: int, width: int) -> None:
         )
 
 
-def _same_rate(a: Fraction, b: Fraction) -> bool:
-    return abs(a / b - 1) < SAME_RATE
-
-
-def _refuse_rate(fps: Fraction | None, rule: ClipRule) -> None:
+def _refuse_rate(fps: Fraction, wanted: Fraction, rule: ClipRule) -> None:
     if rule.retime == "refuse":
-        raise UserError(f"{_number(fps)} frames a second: the protocol wants {_number(rule.fps)} and resamples nothing")
-
-
-def _number(fps: Fraction | None) -> str:
-    return "unknown" if fps is None else f"{float(fps):.5g}"
+        raise UserError(
+            f"{float(fps):.5g} frames a second: the protocol wants {float(wanted):.5g} and resamples nothing"
+        )
 
 
 def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Tensor | None]:
@@ -339,12 +333,12 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
     video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
     own = rate if rate is not None else Fraction(25)
     steady = all(abs(times[i] - times[0] - i / own) <= 2 * ROUNDING for i in range(len(times)))
-    if rule.fps is None or (_same_rate(own, rule.fps) and steady):
+    if rule.fps is None or (abs(own / rule.fps - 1) < SAME_RATE and steady):
         if not steady:
             raise UserError("the frame rate varies; convert the video to a constant one")
         fps = own if rule.fps is None else rule.fps
     else:
-        _refuse_rate(own, rule)
+        _refuse_rate(own, rule.fps, rule)
         fps, last = rule.fps, times[-1] + 1 / own - times[0]
         count = math.floor((last + ROUNDING) * fps)
         at = torch.tensor([float(time - times[0]) for time in times], dtype=torch.float64)

@@ -8,18 +8,17 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from distill import __version__
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import one_thread, shared_out
 from distill.pipeline.run_folder import versions
 from distill.scoring.clip_sets import Entry, open_set, read_clip
 from distill.scoring.generate import GenerateJob, generate_clip
@@ -28,10 +27,13 @@ from eval.cards import Card
 from eval.metric import Metric, Score
 from eval.networks.loaded import Networks
 from eval.scores import IN_CLIPS, clip_features, refusals, set_scores
+from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 from teachers.files import canonical_json, load_tensors, make_folder, save_tensors
 
 NAMED = 5  # clips that are named in an error
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,15 @@ class Job:
 
     card: Card
     metrics: tuple[str, ...]
-    cache: Path
-    probes: Path | None = None
-    device: str = "cpu"
-    batch_size: int = 32
-    processes: int = 0
+    probes: Path | None
+    device: str
+    batch_size: int
+    processes: int
+    cache: Path = Path("features")
 
 
 @dataclass(frozen=True)
-class Task:
+class Look:
     """One clip to look at; for the ground truth both entries are the same."""
 
     entry: Entry
@@ -59,35 +61,46 @@ class Task:
 
 @dataclass(frozen=True)
 class Found:
-    """Where the features of a clip lie, and its shape; or why there are none, for the clip as a whole or for one metric."""
+    """Where the features of a clip lie, and its shape; or why there are none for one metric."""
 
     files: dict[str, str]
     shape: tuple[int, ...]
-    problem: str | None
     without: dict[str, str]
 
 
 def generate_clips(job: GenerateJob, real: Mapping[str, Entry], card: Card, processes: int) -> dict[str, Entry]:
     """The student's clips for every real one, generated where they are not there yet. Raises UserError naming clips that failed."""
     make_folder(job.folder)
-    problems: dict[str, str] = {}
-    work = partial(_generate, job, card)
-    with tqdm(total=len(real), unit="clip", desc="generate", file=sys.stderr) as bar, _one_thread():
-        for entry, problem in shared_out(work, real.values(), processes):
-            if problem is None or problem:
-                problems[entry.clip.id] = problem or "its process was killed, most likely for want of memory"
-            bar.update()
-    _raise(problems, len(real), "cannot be generated")
+    work = partial(generate_clip, job, card=card)
+    _of_all(work, real, processes, "generate", "cannot be generated")
     return {name: entry for name, entry in open_set(job.folder).items() if name in real}
 
 
-def _generate(job: GenerateJob, card: Card, entry: Entry) -> str:
-    """An empty text, or what is wrong with the clip."""
+def _of_all(
+    work: Callable[[Task], Result], tasks: Mapping[str, Task], processes: int, title: str, failed: str
+) -> list[Result]:
+    """What `work` gives for every task, in their order. Raises UserError that names the tasks which failed."""
+    found: dict[str, Result] = {}
+    problems: dict[str, str] = {}
+    with tqdm(total=len(tasks), unit="clip", desc=title, file=sys.stderr) as bar, one_thread():
+        for (name, _), result in shared_out(partial(_tried, work), tasks.items(), processes):
+            if result is None:
+                problems[name] = "its process was killed, most likely for want of memory"
+            elif isinstance(result, UserError):
+                problems[name] = str(result)
+            else:
+                found[name] = result
+            bar.update()
+            bar.set_postfix(failed=len(problems))
+    _raise(problems, len(tasks), failed)
+    return [found[name] for name in tasks]
+
+
+def _tried(work: Callable[[Task], Result], named: tuple[str, Task]) -> Result | UserError:
     try:
-        generate_clip(job, entry, card)
+        return work(named[1])
     except UserError as error:
-        return str(error)
-    return ""
+        return error
 
 
 def match(generated: Mapping[str, Entry], real: Mapping[str, Entry], card: Card) -> list[str]:
@@ -95,8 +108,8 @@ def match(generated: Mapping[str, Entry], real: Mapping[str, Entry], card: Card)
     missing, extra = sorted(real.keys() - generated.keys()), sorted(generated.keys() - real.keys())
     if missing or extra:
         words = [f"{len(generated)} generated and {len(real)} real clips"]
-        words += [f"no generated clip for {_some(missing)}"] if missing else []
-        words += [f"no real clip for {_some(extra)}"] if extra else []
+        words += [f"no generated clip for {listed(missing, NAMED)}"] if missing else []
+        words += [f"no real clip for {listed(extra, NAMED)}"] if extra else []
         raise UserError("; ".join(words) + "; clips are matched by name: add, rename or remove them")
     check_number(real, card)
     return sorted(real)
@@ -119,9 +132,10 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
     job = replace(job, metrics=tuple(key for key in job.metrics if key not in refused))
     if not job.metrics:
         raise UserError("nothing can be scored: " + " | ".join(refused.values()))
-    tasks = [Task(real[clip], real[clip], False) for clip in clips]
-    tasks += [Task(generated[clip], real[clip], True) for clip in clips]
-    found = _features(job, tasks)
+    looks = {f"real {clip}": Look(real[clip], real[clip], False) for clip in clips}
+    looks |= {f"generated {clip}": Look(generated[clip], real[clip], True) for clip in clips}
+    make_folder(job.cache)
+    found = _of_all(partial(_look, job), looks, job.processes, ", ".join(job.metrics), "cannot be scored")
     theirs, ours = found[: len(clips)], found[len(clips) :]
     _check_shapes(clips, ours, theirs)
     refused |= _without(job, [*theirs, *ours])
@@ -172,15 +186,16 @@ def _score_metric(
     scores = set_scores(metric, ours, None if metric.against is None else theirs)
     truth = {} if metric.paired else set_scores(metric, theirs, None)
     floor = metric.floor(theirs, splits)
-    _put(table[name], scores)
-    _put(table["ground_truth"], truth)
+    put_scores(table[name], scores)
+    put_scores(table["ground_truth"], truth)
     if floor is not None:
         table["floor"]["metrics"] |= {name: {"mean": mean, "error": error} for name, (mean, error) in floor[0].items()}
         table["floor"]["n"] = floor[1]
     return metric.notes(clips, truth)
 
 
-def _put(row: dict[str, Any], scores: Mapping[str, Score]) -> None:
+def put_scores(row: dict[str, Any], scores: Mapping[str, Score]) -> None:
+    """Add scores to a row of a report: mean and error, and a value for each clip where there is one."""
     row["metrics"] |= {name: {"mean": _finite(x.mean), "error": _finite(x.error)} for name, x in scores.items()}
     row["clips"] |= {name: [_finite(v) for v in x.clips] for name, x in scores.items() if x.clips is not None}
 
@@ -189,48 +204,24 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _features(job: Job, tasks: Sequence[Task]) -> list[Found]:
-    """In the order of `tasks`. Raises UserError that names the clips which cannot be read."""
-    make_folder(job.cache)
-    found: dict[int, Found] = {}
-    problems: dict[str, str] = {}
-    work = partial(_look, job)
-    with tqdm(total=len(tasks), unit="clip", desc=", ".join(job.metrics), file=sys.stderr) as bar, _one_thread():
-        for (index, task), result in shared_out(work, enumerate(tasks), job.processes):
-            problem = "its process was killed, most likely for want of memory" if result is None else result.problem
-            if problem is not None:
-                side = "generated" if task.generated else "real"
-                problems[f"{side} {task.entry.clip.id}"] = problem
-            elif result is not None:
-                found[index] = result
-            bar.update()
-            bar.set_postfix(failed=len(problems))
-    _raise(problems, len(tasks), "cannot be scored")
-    return [found[index] for index in range(len(tasks))]
-
-
 @lru_cache(maxsize=1)
 def _networks(probes: Path | None, device: str, batch_size: int) -> Networks:
     return Networks(probes, device, batch_size)
 
 
-def _look(job: Job, numbered: tuple[int, Task]) -> Found:
-    """Make the features of one clip that are not there yet; its shape is kept beside them."""
-    task = numbered[1]
-    try:
-        files = {key: _file_name(job, task, key) for key in ("shape", *job.metrics)}
-        missing = [key for key, file in files.items() if not (job.cache / file).is_file()]
-        without = _make(job, task, {key: files[key] for key in missing}) if missing else {}
-        shape = tuple(load_tensors(job.cache / files["shape"])["shape"].tolist())
-    except UserError as error:
-        return Found({}, (), str(error), {})
-    return Found({key: file for key, file in files.items() if key not in without}, shape, None, without)
+def _look(job: Job, look: Look) -> Found:
+    """Make the features of one clip that are not there yet; its shape is kept beside them. UserError for the clip as a whole."""
+    files = {key: _file_name(job, look, key) for key in ("shape", *job.metrics)}
+    missing = [key for key, file in files.items() if not (job.cache / file).is_file()]
+    without = _make(job, look, {key: files[key] for key in missing}) if missing else {}
+    shape = tuple(load_tensors(job.cache / files["shape"])["shape"].tolist())
+    return Found({key: file for key, file in files.items() if key not in without}, shape, without)
 
 
-def _make(job: Job, task: Task, files: Mapping[str, str]) -> dict[str, str]:
+def _make(job: Job, look: Look, files: Mapping[str, str]) -> dict[str, str]:
     """Write features, metric -> file; returns metric -> why this clip has none. UserError for the clip as a whole."""
-    clip = read_clip(task.entry, job.card, task.generated)
-    real = clip if task.entry is task.real else read_clip(task.real, job.card, False)
+    clip = read_clip(look.entry, job.card, look.generated)
+    real = clip if look.entry is look.real else read_clip(look.real, job.card, False)
     if clip.video.shape != real.video.shape:
         raise UserError(_unlike(clip.video.shape, real.video.shape))
     networks = _networks(job.probes, job.device, job.batch_size)
@@ -242,18 +233,18 @@ def _make(job: Job, task: Task, files: Mapping[str, str]) -> dict[str, str]:
             try:
                 made = clip_features(job.card.metrics[key], clip, real, networks)
             except UserError as error:
-                without[key] = f"{task.entry.clip.id}: {error}"
+                without[key] = f"{look.entry.clip.id}: {error}"
                 continue
         save_tensors(job.cache / file, made)
     return without
 
 
-def _file_name(job: Job, task: Task, key: str) -> str:
+def _file_name(job: Job, look: Look, key: str) -> str:
     facts = {
         "metric": key,
         "card": job.card.sha256,
-        "clip": task.entry.identity,
-        "real": task.real.identity,
+        "clip": look.entry.identity,
+        "real": look.real.identity,
         "version": __version__,
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:40] + ".safetensors"
@@ -295,26 +286,12 @@ def _without(job: Job, found: Iterable[Found]) -> dict[str, str]:
     return refused
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
 def _raise(problems: Mapping[str, str], total: int, what: str) -> None:
     """UserError in one line that names the clips and what is wrong with each."""
     if problems:
         named = [f"{name}: {why}" for name, why in sorted(problems.items())[:NAMED]]
         more = [f"and {len(problems) - NAMED} more"] if len(problems) > NAMED else []
         raise UserError(f"{len(problems)} of {total} clips {what}: " + "; ".join([*named, *more]))
-
-
-@contextmanager
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -1,16 +1,14 @@
 """Which metrics that stand on a run's probes are admitted: those that rank known cases right."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
-from eval.embedded.extractors import Probes, blur
-from eval.metric import Clip, Features, Metric
+from eval.embedded.extractors import blur
+from eval.metric import Features, Metric
 from eval.scores import lacking
 
 
@@ -37,51 +35,35 @@ def known_cases(
     }
 
 
-class Cases(Evaluation):
-    """The known cases, as `Metric.admit` asks for them; `names` are those of `known_cases`."""
+class Cases:
+    """The known cases of an evaluation's clips, as `Metric.admit` asks for them; `names` are those of `known_cases`."""
 
-    def __init__(
-        self,
-        card: Card,
-        probes: Probes,
-        real: Sequence[Clip],
-        decoded: UInt8[Tensor, "n 3 t h w"],
-        reference: UInt8[Tensor, "m 3 t h w"],
-        generator: torch.Generator,
-    ):
-        super().__init__(card, probes, real, decoded, reference)
-        self.videos = known_cases(torch.stack([clip.video for clip in real]), decoded, generator)
-        self.clips = {name: self._read(video) for name, video in self.videos.items()}
-        self.names = tuple(self.videos)
+    def __init__(self, evaluation: Evaluation, generator: torch.Generator):
+        self.evaluation = evaluation
+        real = torch.stack([clip.video for clip in evaluation.real])
+        videos = known_cases(real, evaluation.sets["ceiling"], generator)
+        self.clips = {name: evaluation.read(video) for name, video in videos.items()}
+        self.names = tuple(videos)
 
     def features(self, metric: Metric, name: str) -> list[Features]:
         """Features of the clips of one case."""
-        return self._features(metric, self.clips[name], self.real)
+        return self.evaluation.features(metric, self.clips[name], self.evaluation.real)
 
     def reference(self, metric: Metric) -> list[Features]:
         """Features of what the metric is against."""
-        found = self._reference(metric.name, metric)
+        found = self.evaluation.reference(metric.name, metric)
         assert found is not None
         return found
 
 
-def admit(
-    card: Card,
-    probes: Probes,
-    real: Sequence[Clip],
-    decoded: UInt8[Tensor, "n 3 t h w"],
-    reference: UInt8[Tensor, "m 3 t h w"],
-    generator: torch.Generator,
-) -> dict[str, dict[str, Any]]:
+def admit(evaluation: Evaluation, generator: torch.Generator) -> dict[str, dict[str, Any]]:
     """Which metrics of a card rank known cases right: {"admitted": {name: bool}, "cases": {name: {case: value}}}.
 
-    real: held-out clips with labels; decoded: the same through the codec; reference: other real clips. Only what the probes have
-    learned, and has labels, is tried; what is tried is stated at each `Metric.admit`.
+    The clips of the evaluation are held-out ones with labels. Only what the probes have learned, and has labels, is tried; what
+    is tried is stated at each `Metric.admit`.
     """
-    cases = Cases(card, probes, real, decoded, reference, generator)
-    tried = {
-        m.name: m.admit(cases) for m in card.metrics.values() if m.admit is not None and not lacking(m, cases.offers)
-    }
+    cases, metrics = Cases(evaluation, generator), evaluation.card.metrics.values()
+    tried = {m.name: m.admit(cases) for m in metrics if m.admit is not None and not lacking(m, evaluation.offers)}
     return {
         "admitted": {name: admitted for name, (_, admitted) in tried.items()},
         "cases": {name: values for name, (values, _) in tried.items()},

@@ -95,20 +95,21 @@ class Evaluation:
         scores: dict[str, list[Score]] = {}
         for seed, video in enumerate(videos):
             others = (beside or {}) if seed == 0 else {}
-            clips = self._read(video, beside=others, seams=self.seams)
+            clips = self.read(video, beside=others, seams=self.seams)
             for key, metric in self.card.metrics.items():
                 offers = self.offers | set(others) | ({"noises"} if several and seed == 0 else set())
                 if key in self.left_out or (only is not None and key not in only) or lacking(metric, offers):
                     continue
                 if metric.over == "noises":
-                    features = self._features(metric, several or [], several or [])
+                    features = self.features(metric, several or [], several or [])
                 else:
-                    features = self._features(metric, clips, self.real)
-                for name, score in set_scores(metric, features, self._reference(key, metric)).items():
+                    features = self.features(metric, clips, self.real)
+                for name, score in set_scores(metric, features, self.reference(key, metric)).items():
                     scores.setdefault(name, []).append(score)
         return {name: summary(found) for name, found in scores.items()}
 
-    def _read(self, video: Tensor, **facts: Any) -> list[Clip]:
+    def read(self, video: Tensor, **facts: Any) -> list[Clip]:
+        """Clips as metrics take them, read by the probes; `facts` as in `clips_of`."""
         clips = clips_of(video, self.real[0].fps, self.card, **facts)
         self.networks.read_all(clips, video)
         return clips
@@ -117,12 +118,13 @@ class Evaluation:
         own = self.sets["noises"]
         if len(video) != len(own):
             raise UserError(f"noises need the same conditions: got {len(video)} and {len(own)}; render both alike")
-        return self._read(video.flatten(0, 1), noises=video.shape[1])
+        return self.read(video.flatten(0, 1), noises=video.shape[1])
 
-    def _features(self, metric: Metric, clips: Sequence[Clip], real: Sequence[Clip]) -> list[Features]:
+    def features(self, metric: Metric, clips: Sequence[Clip], real: Sequence[Clip]) -> list[Features]:
+        """Features of clips; `real`: the real clip of each."""
         return [clip_features(metric, clip, own, self.networks) for clip, own in zip(clips, real, strict=True)]
 
-    def _reference(self, key: str, metric: Metric) -> list[Features] | None:
+    def reference(self, key: str, metric: Metric) -> list[Features] | None:
         """Features of what the metric is against, made once."""
         if metric.against is None:
             return None
@@ -130,9 +132,9 @@ class Evaluation:
             if metric.over == "noises":
                 clips = self._noises(self.sets["noises"])
             else:
-                clips = self._read(self.sets[metric.against])
+                clips = self.read(self.sets[metric.against])
             real = self.real if metric.over == "clips" and metric.against == "ceiling" else clips
-            self._references[key] = self._features(metric, clips, real)
+            self._references[key] = self.features(metric, clips, real)
         return self._references[key]
 
 

@@ -26,7 +26,7 @@ GRID = 4  # cells a side of the change map that the clip probe sees
 TEMPOS = ("natural", "shuffled", "frozen", "flicker")
 MOUTH = ("mouth_open", "mouth_width")
 
-Progress = Callable[[int, int, float], None]
+Progress = Callable[[int, float], None]  # (steps done, loss)
 
 
 class FrameProbe(nn.Module):

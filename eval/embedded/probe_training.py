@@ -61,11 +61,10 @@ def fit(
     probes = Probes(frame, clip, audio_probe, names, scales)
     sources = (video, video if degraded_video is None else degraded_video)
     targets = (per_frame - scales["label_mean"]) / scales["label_std"]
-    trainer = _Trainer(config, generator, progress)
     if probes.knows_mouth:
-        trainer.run(audio_probe, _audio_loss(probes, audio_features, targets, generator), 0)
-    trainer.run(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), 1)
-    trainer.run(clip, _clip_loss(probes, sources, labels, targets, generator), 2)
+        _train(audio_probe, _audio_loss(probes, audio_features, targets, generator), config, 0, progress)
+    _train(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), config, 1, progress)
+    _train(clip, _clip_loss(probes, sources, labels, targets, generator), config, 2, progress)
     return probes
 
 
@@ -112,31 +111,24 @@ def _build(make: Callable[[], Network], rng: torch.Generator) -> Network:
     return network
 
 
-class _Trainer:
-    """AdamW on one cosine with a short warm-up, the same for each network."""
-
-    def __init__(self, config: EvalConfig, rng: torch.Generator, progress: Progress | None):
-        self.config, self.rng, self.progress = config, rng, progress
-
-    def run(self, network: nn.Module, loss: Callable[[], Tensor], part: int) -> None:
-        steps = self.config.probe_steps
-        network.train()
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=self.config.probe_lr, betas=(0.9, 0.98), weight_decay=0.02
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, self.config.probe_lr, total_steps=steps + 1, pct_start=0.15
-        )
-        for step in range(steps):
-            value = loss()
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 2.0)
-            optimizer.step()
-            schedule.step()
-            if self.progress is not None and (step + 1) % 25 == 0:
-                self.progress(part * steps + step + 1, 3 * steps, float(value.detach()))
-        network.eval().requires_grad_(False)
+def _train(
+    network: nn.Module, loss: Callable[[], Tensor], config: EvalConfig, part: int, progress: Progress | None
+) -> None:
+    """AdamW on one cosine with a short warm-up, the same for each network; `part` of 3 is this one."""
+    steps = config.probe_steps
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.probe_lr, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.probe_lr, total_steps=steps + 1, pct_start=0.15)
+    for step in range(steps):
+        value = loss()
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 2.0)
+        optimizer.step()
+        schedule.step()
+        if progress is not None and (step + 1) % 25 == 0:
+            progress(part * steps + step + 1, float(value.detach()))
+    network.eval().requires_grad_(False)
 
 
 def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch.Generator) -> Callable[[], Tensor]:

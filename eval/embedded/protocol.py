@@ -39,21 +39,12 @@ class EvalConfig:
     protocol: str = "embedded"
 
     def __post_init__(self) -> None:
-        least = {
-            "num_conditions": 8,
-            "num_reference": 8,
-            "diversity_conditions": 2,
-            "diversity_seeds": 2,
-            "admit_clips": 8,
-        }
-        may_be_zero = {"condition_seed", "probe_seed", "latency_warmup", "num_samples"}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is str:
-                continue
-            floor = least.get(field.name, 0 if field.name in may_be_zero or field.type is float else 1)
-            if value < floor:
-                raise UserError(f"eval.{field.name} is too small: got {value}; use at least {floor}")
+        least: dict[str, int] = dict.fromkeys(("num_conditions", "num_reference", "admit_clips"), 8)
+        least |= dict.fromkeys(("diversity_conditions", "diversity_seeds"), 2)
+        least |= dict.fromkeys(("condition_seed", "probe_seed", "probe_lr", "latency_warmup", "num_samples"), 0)
+        for name, value in vars(self).items():
+            if name != "protocol" and value < least.get(name, 1):
+                raise UserError(f"eval.{name} is too small: got {value}; use at least {least.get(name, 1)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

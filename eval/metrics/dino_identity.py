@@ -2,27 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.metric import Clip, Column, Features, Metric, Score
-from eval.metrics.quality import slope_a_second, window_identity
+from eval.metric import Clip, Column, Features, Score
+from eval.metrics.quality import Windowed, slope_a_second, window_means
 
 
 @dataclass(frozen=True, kw_only=True)
-class DinoIdentity(Metric):
+class DinoIdentity(Windowed):
     """Mean cosine of every frame but the first with the real clip's first frame, and its slope over windows of `window_seconds`."""
 
-    window_seconds: Fraction
-
     name, label, better, needs = "dino_identity", "identity", 1.0, ("dinov2",)
-
-    def __post_init__(self):
-        if self.window_seconds <= 0:
-            raise ValueError(f"window_seconds must be above 0: got {self.window_seconds}; 1 is usual")
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -34,7 +27,7 @@ class DinoIdentity(Metric):
         rows = networks.dinov2.features(frames, networks.batch_size)
         found = {"cosine": F.cosine_similarity(rows[1:].double(), rows[:1].double())}
         if length := clip.window(self.window_seconds):
-            found["slope"] = slope_a_second(window_identity(rows[None, 1:], rows[:1], length), length, clip.fps)
+            found["slope"] = slope_a_second(window_means(found["cosine"], length), length, clip.fps)
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:

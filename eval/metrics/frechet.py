@@ -4,12 +4,12 @@ Feature sets are [N, d] (a row per clip) or [N, R, d] (R rows per clip, e.g. fra
 independent, so every error deletes or resamples whole clips. A percentile bootstrap of ONE Frechet value misses its
 own point estimate (the resampled covariance loses rank), so values and differences carry a jackknife error. The error is
 that of the value AT THIS N: the upward bias of a small N is not in it, so values are compared at equal N only and beside the
-real-vs-real floor (`frechet_floor`).
+real-vs-real floor (`floor_of`).
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -20,7 +20,7 @@ from teachers.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Count, mean [d] and scatter [d, d] = sum (x - mean)(x - mean)^T in fp64; merges by Chan's update."""
+    """Count, mean [d] and scatter [d, d] = sum (x - mean)(x - mean)^T in fp64."""
 
     count: int
     mean: Tensor
@@ -33,25 +33,6 @@ class Moments:
         mean = flat.mean(0)
         centred = flat - mean
         return Moments(len(flat), mean, centred.mT @ centred)
-
-    @staticmethod
-    def over(batches: Iterable[Tensor]) -> "Moments":
-        """Moments of a stream of row batches [..., d]; memory is that of one batch and one [d, d]."""
-        parts = (Moments.of(rows) for rows in batches if rows.numel())
-        total = next(parts, None)
-        if total is None:
-            raise UserError("features are empty: no clip was read; check the folder or the manifest")
-        for part in parts:
-            total = total.merge(part)
-        return total
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of the union of two disjoint row sets."""
-        total = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / total)
-        scatter = self.scatter + other.scatter + torch.outer(delta, delta) * (self.count * other.count / total)
-        return Moments(total, mean, scatter)
 
     def covariance(self, ddof: int = 1) -> Tensor:
         """scatter / (count - ddof). Raises UserError when there are not more rows than ddof."""
@@ -148,22 +129,17 @@ def _by_clip(features: Tensor) -> Tensor:
     return by_clip
 
 
-def frechet_floor(real: Tensor, generator: torch.Generator, splits: int = 8, ddof: int = 1) -> tuple[float, float, int]:
-    """What perfect clips would score: the distance between random halves of the real ones.
+def floor_of(
+    real: Tensor,
+    generator: torch.Generator,
+    distance: Callable[[Tensor, Tensor], float],
+    splits: int = 8,
+    least: int = 2,
+) -> tuple[float, float, int]:
+    """What perfect clips would score: the distance between random halves of the real ones, of at least `least` clips each.
 
     Returns the mean over `splits` splits, their standard deviation, and the clips in a half (the N at which it holds).
     """
-    return _floor(real, generator, splits, 2, lambda a, b: frechet_distance(a, b, ddof))
-
-
-def kid_floor(real: Tensor, generator: torch.Generator, splits: int = 8) -> tuple[float, float, int]:
-    """`frechet_floor` of the kernel distance, whose halves need 3 clips."""
-    return _floor(real, generator, splits, 3, kid)
-
-
-def _floor(
-    real: Tensor, generator: torch.Generator, splits: int, least: int, distance: Callable
-) -> tuple[float, float, int]:
     num = len(_by_clip(real)) // 2
     if num < least or splits < 2:
         raise UserError(
@@ -189,29 +165,41 @@ def mean_with_error(values: Float[Tensor, " n"]) -> tuple[float, float]:
     return float(values.mean()), jackknife_error((values.sum() - values) / (len(values) - 1))
 
 
-def frechet_with_error(a: Tensor, reference: Tensor | Moments, ddof: int = 1) -> tuple[float, float]:
-    """Frechet distance of clips a ([N, d] or [N, R, d]) from a reference, and its jackknife error over them.
+def with_error(value: float, left: Tensor) -> tuple[float, float]:
+    """A value over clips and its jackknife error; `left`: the values without each clip [N]."""
+    return value, jackknife_error(left)
 
-    The error takes N eigenvalue problems of min(N R, M, d) rows each (for frames at d = 2048 about a second a clip on
+
+def difference_with_error(one: tuple[float, Tensor], two: tuple[float, Tensor]) -> tuple[float, float]:
+    """The value of one system less another's on the SAME clips, and its jackknife error; each with those without each clip.
+
+    Each clip is left out of both at once, so what the systems share cancels.
+    """
+    if len(one[1]) != len(two[1]):
+        raise UserError(
+            f"a paired comparison needs the same clips: got {len(one[1])} and {len(two[1])}; evaluate both alike"
+        )
+    return one[0] - two[0], jackknife_error(one[1] - two[1])
+
+
+def frechet_without_each(a: Tensor, reference: Tensor | Moments, ddof: int = 1) -> tuple[float, Tensor]:
+    """Frechet distance of clips a ([N, d] or [N, R, d]) from a reference, and those without each clip [N].
+
+    These take N eigenvalue problems of min(N R, M, d) rows each (for frames at d = 2048 about a second a clip on
     a CPU core; features on a device stay there).
     """
     value = frechet_distance(a, reference, ddof)
     features = _by_clip(a)
     leave_one_out = 1 - torch.eye(len(features), dtype=torch.float64)
-    return value, jackknife_error(_weighted(features, leave_one_out, reference, ddof))
+    return value, _weighted(features, leave_one_out, reference, ddof)
 
 
-def kid_with_error(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Unbiased MMD^2, kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and its jackknife error over clips of a.
+def kid_without_each(a: Tensor, b: Tensor) -> tuple[float, Tensor]:
+    """Unbiased MMD^2, kernel (x.y/d + 1)^3 (Binkowski et al. 1801.01401), and those without each clip of a [N].
 
-    a, b: [N, d] or [N, R, d]; pairs inside one clip do not count, so clips with several rows stay unbiased.
+    a, b: [N, d] or [N, R, d]; pairs inside one clip do not count, so clips with several rows stay unbiased. May be slightly
+    negative for equal sets.
     """
-    value, left = _kid_without_each(a, b)
-    return value, jackknife_error(left)
-
-
-def _kid_without_each(a: Tensor, b: Tensor) -> tuple[float, Tensor]:
-    """The kernel distance, and those without each clip of a [N]."""
     clips_a, clips_b = _by_clip(a), _by_clip(b)
     within_a, within_b = _kernel_sums(clips_a, clips_a), _kernel_sums(clips_b, clips_b)
     within_a.fill_diagonal_(0)
@@ -225,41 +213,8 @@ def _kid_without_each(a: Tensor, b: Tensor) -> tuple[float, Tensor]:
     return float(value), left_a + constant - 2 * left_across
 
 
-def kid(a: Tensor, b: Tensor) -> float:
-    """Unbiased MMD^2 of two feature sets with the cubic polynomial kernel; may be slightly negative for equal sets."""
-    return kid_with_error(a, b)[0]
-
-
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
     """Mean kernel value of every pair of clips [N, M]; memory is one clip of a against all of b."""
     dim, columns = a.shape[-1], b.flatten(0, 1).mT
     kernels = [((clip @ columns / dim + 1) ** 3).unflatten(1, b.shape[:2]).mean((0, 2)) for clip in a]
     return torch.stack(kernels)
-
-
-def paired_difference(a: Tensor, b: Tensor, reference: Tensor | Moments, ddof: int = 1) -> tuple[float, float]:
-    """Frechet(a, reference) - Frechet(b, reference) for two systems on the SAME clips, and its jackknife error.
-
-    Each clip is left out of both at once, so what the systems share cancels.
-    """
-    clips_a, clips_b = _paired(a, b)
-    leave_one_out = 1 - torch.eye(len(clips_a), dtype=torch.float64)
-    left = [_weighted(clips, leave_one_out, reference, ddof) for clips in (clips_a, clips_b)]
-    difference = frechet_distance(a, reference, ddof) - frechet_distance(b, reference, ddof)
-    return difference, jackknife_error(left[0] - left[1])
-
-
-def kid_paired_difference(a: Tensor, b: Tensor, reference: Tensor) -> tuple[float, float]:
-    """kid(a, reference) - kid(b, reference) for two systems on the SAME clips, and its jackknife error, as `paired_difference`."""
-    clips_a, clips_b = _paired(a, b)
-    (one, left_one), (two, left_two) = (_kid_without_each(clips, reference) for clips in (clips_a, clips_b))
-    return one - two, jackknife_error(left_one - left_two)
-
-
-def _paired(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    clips_a, clips_b = _by_clip(a), _by_clip(b)
-    if len(clips_a) != len(clips_b):
-        raise UserError(
-            f"a paired comparison needs the same clips: got {len(clips_a)} and {len(clips_b)}; evaluate both alike"
-        )
-    return clips_a, clips_b

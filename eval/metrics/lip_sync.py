@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -20,10 +20,11 @@ from eval.metric import Clip, Column, Features, Metric, Score
 from eval.metrics.frechet import mean_with_error
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.networks.syncnet import FPS, crop_faces, windows_of
+from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
 MAX_LAG = 15  # frames; the published command's --vshift. Its function's own default is 10
-RESAMPLING = ("duplicate", "nearest", "blend")
+Resampling = Literal["duplicate", "nearest", "blend"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class SyncNetSync(Metric):
     resample: how a clip comes to 25 fps; crop_scale: of the box around the face; sound: a generated clip's own, or the real clip's
     """
 
-    resample: Literal["duplicate", "nearest", "blend"]
+    resample: Resampling
     max_lag: int
     crop_scale: float
     sound: Literal["own", "real"]
@@ -90,22 +91,9 @@ class SyncNetSync(Metric):
         ]
         lost = [name for name, value in zip(clips, truth["sync_c"].clips or (), strict=True) if math.isnan(value)]
         if lost:
-            named = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-            lines.append(
-                f"No face in {len(lost)} of {len(clips)} clips ({named}): Sync-C and Sync-D are means without them."
-            )
+            some = f"{len(lost)} of {len(clips)} clips ({listed(lost, 5)})"
+            lines.append(f"No face in {some}: Sync-C and Sync-D are means without them.")
         return lines
-
-
-@runtime_checkable
-class Towers(Protocol):
-    """Two networks that put lips and sound into one space; `eval.networks.syncnet.SyncNet` is one."""
-
-    def features(
-        self, faces: UInt8[Tensor, "t 3 224 224"], mfcc: Float[Tensor, "f 13"], num_windows: int
-    ) -> tuple[Tensor, Tensor]:
-        """-> lip and audio features [V, d] of windows of 5 frames and 20 rows, one a frame."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +129,6 @@ def lag_distances(
 
 def sync_scores(lip: Float[Tensor, "v d"], audio: Float[Tensor, "v d"], max_lag: int = MAX_LAG) -> LipSync:
     """Scores from the features of one clip. Silent windows count like others."""
-    if max_lag < 1:
-        raise UserError(f"max_lag must be at least 1 frame: got {max_lag}; the published value is {MAX_LAG}")
     return from_curve(lag_distances(lip, audio, max_lag).mean(0).double().cpu(), max_lag, len(lip))
 
 
@@ -159,22 +145,16 @@ def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
     )
 
 
-def resample_frames(
-    frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: str, target: Fraction = Fraction(FPS)
-) -> UInt8[Tensor, "u 3 h w"]:
-    """Frames at `fps` -> those at 25 fps (or `target`), U = floor(T target / fps).
+def resample_frames(frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: Resampling) -> UInt8[Tensor, "u 3 h w"]:
+    """Frames at `fps` -> those at 25 fps, U = floor(25 T / fps).
 
-    At time u / target, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
+    At time u / 25, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
     `blend` the linear mix of the two around it. 16 fps become 25 with 9 of 25 frames shown twice, which costs sync:
     score the ground truth alike.
     """
-    if how not in RESAMPLING:
-        raise UserError(f"unknown resampling {how!r}; choose one of {', '.join(RESAMPLING)}")
-    if fps <= 0:
-        raise UserError(f"a frame rate must be positive: got {fps}; look at the file")
-    if fps == target:
+    if fps == FPS:
         return frames
-    places = [index * fps / target for index in range(int(len(frames) * target / fps))]
+    places = [index * fps / FPS for index in range(int(len(frames) * FPS / fps))]
     before = torch.tensor([math.floor(place) for place in places], dtype=torch.long)
     if how == "duplicate":
         return frames[before]

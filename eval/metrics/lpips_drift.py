@@ -2,29 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor
 
-from eval.metric import Clip, Column, Features, Metric, Score
-from eval.metrics.quality import slope_a_second
+from eval.metric import Clip, Column, Features, Score
+from eval.metrics.quality import Windowed, slope_a_second, window_means
 
 
 @dataclass(frozen=True, kw_only=True)
-class LpipsDrift(Metric):
+class LpipsDrift(Windowed):
     """LPIPS of every frame but the first to the real clip's first frame: its mean, and its slope a second over the means of windows
     of `window_seconds`.
 
     A clip that moves has a level, which is read beside the ground truth's; the slope of one that stays what it was is 0. Clips of
     fewer than two windows have no slope."""
 
-    window_seconds: Fraction
-
     name, label, table, needs = "lpips_drift", "LPIPS to the reference", "Drift", ("alexnet",)
-
-    def __post_init__(self):
-        if self.window_seconds <= 0:
-            raise ValueError(f"window_seconds must be above 0: got {self.window_seconds}; 1 is usual")
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -36,9 +29,7 @@ class LpipsDrift(Metric):
         distance = networks.alexnet.distance(later, real.video[:, :1].expand_as(later), networks.batch_size).double()
         found = {"distance": distance}
         if length := clip.window(self.window_seconds):
-            count = len(distance) // length
-            windows = distance[: count * length].unflatten(0, (count, length)).mean(1)
-            found["slope"] = slope_a_second(windows[None], length, clip.fps)
+            found["slope"] = slope_a_second(window_means(distance, length), length, clip.fps)
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:

@@ -11,29 +11,38 @@ from eval.metric import Clip, Features, Metric, Score
 from teachers.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
-class PSNR(Metric):
-    """Mean over the frames after the given ones, and over clips."""
+class FramePairs(Metric):
+    """Shared by PSNR, SSIM and LPIPS: the mean over the frames after the given ones, and over clips."""
 
-    name, label, better = "psnr", "PSNR, dB", "higher"
     table, paired = "Against the real frames", True
 
+    def compare(self, ours: Tensor, theirs: Tensor, networks) -> Tensor:
+        """A value for each pair of frames [T] of two clips uint8 [3, T, H, W]."""
+        raise NotImplementedError
+
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        return {"psnr": psnr(clip.video[:, clip.given :], real.video[:, clip.given :])}
+        return {self.name: self.compare(clip.video[:, clip.given :], real.video[:, clip.given :], networks)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        return {"psnr": Score.over([clip["psnr"].double().mean() for clip in features])}
+        return {self.name: Score.over([clip[self.name].double().mean() for clip in features])}
 
 
-def psnr(a: UInt8[Tensor, "3 t h w"], b: UInt8[Tensor, "3 t h w"]) -> Float[Tensor, " t"]:
+@dataclass(frozen=True, kw_only=True)
+class PSNR(FramePairs):
     """10 log10(255^2 / mean squared error) of each frame, in dB; infinite where the two are equal."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    parts = [
-        peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).reshape(-1)
-        for x, y in frame_pairs(a, b)
-    ]
-    return torch.cat(parts).cpu()
+    name, label, better = "psnr", "PSNR, dB", "higher"
+
+    def compare(
+        self, ours: UInt8[Tensor, "3 t h w"], theirs: UInt8[Tensor, "3 t h w"], networks
+    ) -> Float[Tensor, " t"]:
+        from torchmetrics.functional.image import peak_signal_noise_ratio
+
+        parts = [
+            peak_signal_noise_ratio(x, y, data_range=255.0, reduction="none", dim=(1, 2, 3)).reshape(-1)
+            for x, y in frame_pairs(ours, theirs)
+        ]
+        return torch.cat(parts).cpu()
 
 
 def frame_pairs(a: Tensor, b: Tensor, size: int = 16) -> Iterator[tuple[Tensor, Tensor]]:

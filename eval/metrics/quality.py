@@ -1,7 +1,7 @@
 """What a video shows without any network: failures, flicker, saturation, drift in windows.
 
-Videos are uint8 [N, 3, T, H, W]. Motion energy and sharpness are those of `eval.metrics.motion`, slopes those of
-`eval.embedded.drift`. None of these numbers is a quality by itself: each is read beside the ground truth's.
+Videos are uint8 [N, 3, T, H, W]. Motion energy and sharpness are those of `eval.metrics.motion`. None of these numbers is a quality
+by itself: each is read beside the ground truth's.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eval.metric import Clip, Column, Features, Metric, Score
-from eval.metrics.frechet import mean_with_error
 from eval.metrics.motion import motion_energies, sharpness_energies
 from teachers.errors import UserError
 
@@ -27,16 +26,21 @@ CELLS = 4  # a side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quality(Metric):
-    """`flickers`, saturation, `failure_rates`, and the drift of the mean colour over windows of `window_seconds`."""
+class Windowed(Metric):
+    """Shared by metrics with a drift: a slope over windows of `window_seconds`."""
 
     window_seconds: Fraction
-
-    name, table = "quality", "Measures without a network"
 
     def __post_init__(self):
         if self.window_seconds <= 0:
             raise ValueError(f"window_seconds must be above 0: got {self.window_seconds}; 1 is usual")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality(Windowed):
+    """`flickers`, saturation, `failure_rates`, and the drift of the mean colour over windows of `window_seconds`."""
+
+    name, table = "quality", "Measures without a network"
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -50,7 +54,7 @@ class Quality(Metric):
         values = {"flicker": flickers(frames), "saturation": frames.saturation.mean(1), **failure_rates(frames)}
         found = {name: value[0] for name, value in values.items()}
         if length := clip.window(self.window_seconds):
-            found["colour_slope"] = slope_a_second(window_colour(frames, length), length, clip.fps)
+            found["colour_slope"] = slope_a_second(window_colour(frames, length)[0], length, clip.fps)
         return found
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
@@ -131,63 +135,37 @@ def flickers(frames: Frames) -> Float[Tensor, " n"]:
     return frames.cells.diff(n=2, dim=2).abs().mean((1, 2)) / 4
 
 
+def window_means(values: Float[Tensor, "*each t"], length: int) -> Float[Tensor, "*each windows"]:
+    """Mean of each whole window of `length` frames."""
+    count = values.shape[-1] // length
+    return values[..., : count * length].unflatten(-1, (count, length)).mean(-1)
+
+
 def window_colour(frames: Frames, length: int, start: Float[Tensor, "n 3"] | None = None) -> Float[Tensor, "n windows"]:
     """Distance of each whole window's mean colour from `start`, or from the video's own first frame."""
-    count = frames.colour.shape[2] // length
-    means = frames.colour[:, :, : count * length].unflatten(2, (count, length)).mean(3)
+    means = window_means(frames.colour, length)
     return (means - (frames.colour[:, :, 0] if start is None else start)[:, :, None]).norm(dim=1)
 
 
-def window_quality(
-    video: UInt8[Tensor, "n 3 t h w"], length: int, reference: UInt8[Tensor, "n 3 h w"] | None = None
-) -> dict[str, Float[Tensor, "n windows"]]:
-    """Scores of each whole window of `length` frames: does a long video stay what it was?
-
-    `colour` is the distance of the mean colour from the reference frame's (the video's own first frame where none is
-    given), `luma` and `saturation` the signed differences from it; `sharpness` and `motion_energy` are in their own
-    units.
+def quality_beside(
+    video: UInt8[Tensor, "n 3 t h w"], reference: UInt8[Tensor, "n 3 h w"]
+) -> dict[str, Float[Tensor, " n"]]:
+    """Scores of each clip beside a reference frame: `colour` is the distance of the mean colour from the frame's, `luma` and
+    `saturation` the signed differences from it; `sharpness` and `motion_energy` are in their own units.
     """
-    count = video.shape[2] // length if length > 0 else 0
-    if count < 1 or length < 2:
-        raise UserError(f"windows of {length} frames: videos have {video.shape[2]}; use 2 to {video.shape[2]} frames")
-    still = (video[:, :, 0] if reference is None else reference)[:, :, None].expand(-1, -1, 2, -1, -1)
-    frames, start = measure(video[:, :, : count * length]), measure(still)
-
-    def windows(values: Tensor) -> Tensor:
-        return values.unflatten(-1, (count, length)).mean(-1)
-
-    parts = video[:, :, : count * length].split(length, dim=2)
+    frames, still = measure(video), measure(reference[:, :, None].expand(-1, -1, 2, -1, -1))
     return {
-        "colour": window_colour(frames, length, start.colour[:, :, 0]),
-        "luma": windows(frames.luma) - start.luma[:, :1],
-        "saturation": windows(frames.saturation) - start.saturation[:, :1],
-        "sharpness": torch.stack([sharpness_energies(part).cpu() for part in parts], dim=1),
-        "motion_energy": torch.stack([motion_energies(part).cpu() for part in parts], dim=1),
+        "colour": window_colour(frames, video.shape[2], still.colour[:, :, 0])[:, 0],
+        "luma": frames.luma.mean(-1) - still.luma[:, 0],
+        "saturation": frames.saturation.mean(-1) - still.saturation[:, 0],
+        "sharpness": sharpness_energies(video).cpu(),
+        "motion_energy": motion_energies(video).cpu(),
     }
 
 
-def window_identity(
-    embeddings: Float[Tensor, "n t d"], reference: Float[Tensor, "n d"], length: int
-) -> Float[Tensor, "n windows"]:
-    """Mean cosine of each whole window's frame embeddings (DINOv2, ArcFace, ...) with the reference frame's."""
-    count = embeddings.shape[1] // length if length > 0 else 0
-    if count < 1 or len(embeddings) != len(reference):
-        got = (tuple(embeddings.shape), tuple(reference.shape))
-        raise UserError(
-            f"identity in windows of {length} frames needs longer videos, each with its reference: got {got}"
-        )
-    cosine = F.cosine_similarity(embeddings.double(), reference.double()[:, None], dim=2)
-    return cosine[:, : count * length].unflatten(1, (count, length)).mean(2)
-
-
-def slope_with_error(values: Float[Tensor, "n windows"]) -> tuple[float, float]:
-    """Mean over videos of the least-squares change a window, and its jackknife error over videos (NaN for one)."""
-    return mean_with_error(torch.tensor([slope(video) for video in values.tolist()], dtype=torch.float64))
-
-
-def slope_a_second(windows: Float[Tensor, "1 windows"], length: int, fps: Fraction) -> Float[Tensor, ""]:
+def slope_a_second(windows: Float[Tensor, " windows"], length: int, fps: Fraction) -> Float[Tensor, ""]:
     """Slope of one clip's windows of `length` frames."""
-    return torch.tensor(slope_with_error(windows)[0] / float(length / fps), dtype=torch.float64)
+    return torch.tensor(slope(windows.tolist()) / float(length / fps), dtype=torch.float64)
 
 
 def slope(values: list[float]) -> float:

@@ -1,5 +1,6 @@
 """Do clips jump where one chunk ends and the next begins?"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,17 +15,18 @@ from teachers.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Seam(Metric):
-    """`seam_ratio` of clips that state where their chunks begin; of others, and of clips that stand still in between, no score."""
+    """`seam_jump` of clips that state where their chunks begin; of others, and of clips that stand still in between, no score."""
 
     name, label, better, table = "seam", "seam", 1.0, "Motion"
     hint = "1 is none"
 
     def features(self, clip: Clip, real: Clip, networks) -> dict[str, Tensor]:
-        change = frames_of(clip, networks).change[0]
-        steps = [frame - 1 for frame in clip.seams if frame < clip.video.shape[1]]
-        at = torch.zeros(len(change), dtype=torch.bool)
-        at[steps] = True
-        return {"at_seams": change[at].mean(), "elsewhere": change[~at].mean()} if 0 < len(steps) < len(change) else {}
+        frames, num = frames_of(clip, networks), clip.video.shape[1]
+        seams = [frame for frame in clip.seams if frame < num]
+        if not 0 < len(seams) < num - 1:
+            return {}
+        at, elsewhere = seam_changes(frames, seams)
+        return {"at_seams": at[0], "elsewhere": elsewhere[0]}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
         if not all("at_seams" in clip for clip in features):
@@ -33,11 +35,8 @@ class Seam(Metric):
         return {"seam": Score(*ratio_with_error(at, elsewhere))} if bool(elsewhere.any()) else {}
 
 
-def seam_ratio(frames: Frames, first_frames: Sequence[int]) -> tuple[float, float]:
-    """Mean change at chunk borders over mean change elsewhere, and its jackknife error: 1 is no seam.
-
-    `first_frames` are the pixel frames that begin a chunk; frame 0 is none.
-    """
+def seam_changes(frames: Frames, first_frames: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean change [N] at chunk borders, and elsewhere. `first_frames` are the pixel frames that begin a chunk; frame 0 is none."""
     steps = frames.change.shape[1]
     if not first_frames or not all(1 <= frame <= steps for frame in first_frames) or len(set(first_frames)) >= steps:
         raise UserError(
@@ -45,12 +44,11 @@ def seam_ratio(frames: Frames, first_frames: Sequence[int]) -> tuple[float, floa
         )
     at = torch.zeros(steps, dtype=torch.bool)
     at[[frame - 1 for frame in first_frames]] = True
-    return ratio_with_error(frames.change[:, at].mean(1), frames.change[:, ~at].mean(1))
+    return frames.change[:, at].mean(1), frames.change[:, ~at].mean(1)
 
 
 def seam_jump(frames: Frames, first_frames: Sequence[int]) -> tuple[float, float]:
-    """`seam_ratio` and its error; NaN for clips that stand still between their seams."""
-    inside = [step for step in range(frames.change.shape[1]) if step + 1 not in first_frames]
-    if not frames.change[:, inside].any():
-        return float("nan"), float("nan")
-    return seam_ratio(frames, first_frames)
+    """Mean change at chunk borders over mean change elsewhere, and its jackknife error: 1 is no seam; NaN for clips that stand
+    still between their seams. `first_frames` as in `seam_changes`."""
+    at, elsewhere = seam_changes(frames, first_frames)
+    return ratio_with_error(at, elsewhere) if bool(elsewhere.any()) else (math.nan, math.nan)

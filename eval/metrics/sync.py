@@ -89,25 +89,19 @@ def _pooled(sums: Tensor) -> Tensor:
     return torch.where(scale > 1e-9, sums[..., 2] / scale.clamp_min(1e-9), 0.0)
 
 
-def mouth_sync(
-    video: Float[Tensor, "n t 2"], audio: Float[Tensor, "m u 2"], max_lag: int = 4, segment: int | None = None
-) -> dict[str, float]:
+def mouth_sync(video: Float[Tensor, "n t 2"], audio: Float[Tensor, "m u 2"], max_lag: int = 4) -> dict[str, float]:
     """Pooled correlation of the mouth in the video with the one of the sound, each centred within its clip, without frame 0.
 
     r(k) = sum_clips sum_t v[t+k] a[t] / sqrt(sum v^2 sum a^2): short clips are pooled because 15 frames alone decide
     nothing, and a still clip weighs nothing. Returns for the opening `sync` = r(0), its jackknife `error` over clips,
     and `sync_offset_frames` = argmax r(k) over |k| <= max_lag, positive when the video lags the sound (SyncNet's
-    sign), with `sync_at_offset`; for the width, which small frames hardly show, `sync_width` = r(0). `segment` cuts
-    long clips into pieces of that many frames, so that one long clip has an error too.
+    sign), with `sync_at_offset`; for the width, which small frames hardly show, `sync_width` = r(0).
     """
     if video.shape != audio.shape or video.ndim != 3:
         raise UserError(
             f"sync needs one audio row a video frame: got {tuple(video.shape)} and {tuple(audio.shape)}; trim one"
         )
     video, audio = video[:, 1:].double(), audio[:, 1:].double()
-    if segment is not None:
-        keep = video.shape[1] // segment * segment
-        video, audio = (x[:, :keep].reshape(-1, segment, x.shape[2]) for x in (video, audio))
     if len(video) == 0 or video.shape[1] < max_lag + 4:
         raise UserError(
             f"sync needs clips of at least {max_lag + 5} frames: got {video.shape[1] + 1}; use a smaller max_lag"

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from eval.embedded.extractors import Probes, Reading
 from eval.metric import Clip
-from eval.networks.inception import Variant
+from eval.networks.dino import Dino
+from eval.networks.i3d import I3D
+from eval.networks.inception import Inception, Variant
+from eval.networks.lpips import Lpips
+from eval.networks.syncnet import SyncNet
 from teachers.encoders.small import SAMPLE_RATE, AudioConfig, LogMel
 from teachers.errors import UserError
 
@@ -29,34 +33,24 @@ class Networks:
         self._memo: WeakKeyDictionary[Clip, dict[Any, Any]] = WeakKeyDictionary()
 
     @cached_property
-    def inception(self):
-        from eval.networks.inception import Inception
-
+    def inception(self) -> Inception:
         return Inception.load(device=self.device)
 
     @cached_property
-    def i3d(self):
-        from eval.networks.i3d import I3D
-
+    def i3d(self) -> I3D:
         return I3D.load(device=self.device)
 
     @cached_property
-    def syncnet(self):
-        from eval.networks.syncnet import SyncNet
-
+    def syncnet(self) -> SyncNet:
         return SyncNet.load(device=self.device)
 
     @cached_property
-    def dinov2(self):
-        from eval.networks.dino import Dino
-
+    def dinov2(self) -> Dino:
         return Dino.load(device=self.device)
 
     @cached_property
-    def alexnet(self):
+    def alexnet(self) -> Lpips:
         """LPIPS on AlexNet."""
-        from eval.networks.lpips import Lpips
-
         return Lpips.load(device=self.device)
 
     @cached_property
@@ -129,7 +123,7 @@ class Networks:
         """Read clips, whose videos are `video` uint8 [N, 3, T, H, W], a batch at a time."""
         reading = self.probes.read(video)
         for index, clip in enumerate(clips):
-            self.once(clip, "reading", lambda index=index: reading.clip(index))
+            self._memo.setdefault(clip, {})["reading"] = reading.clip(index)
 
     def read_conditions(self, real: Sequence[Clip]) -> None:
         """Portraits and sounds of real clips, all at once."""
@@ -138,6 +132,6 @@ class Networks:
         known = self.probes.knows_mouth
         mouths = self.probes.mouth_from_audio(torch.stack([self._audio_features(c) for c in real])) if known else None
         for index, clip in enumerate(real):
-            self.once(clip, "portrait", lambda index=index: portraits[index])
+            self._memo.setdefault(clip, {})["portrait"] = portraits[index]
             if mouths is not None:
-                self.once(clip, "mouth from audio", lambda index=index: mouths[index])
+                self._memo[clip]["mouth from audio"] = mouths[index]

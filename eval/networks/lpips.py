@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from eval.metrics.psnr import frame_pairs
-from eval.networks.weights import exact, fill, read, refused
+from eval.networks.weights import exact, fill, read_state
 from teachers.errors import UserError
 
 LEAST_SIDE = 64  # AlexNet's five layers
@@ -30,11 +30,7 @@ class Lpips:
     @classmethod
     def load(cls, folder: Path | None = None, device: torch.device | str = "cpu") -> "Lpips":
         """With the backbone in `folder`; raises UserError as `eval.networks.weights.locate` does. Nothing is downloaded."""
-        content = read("alexnet", folder)
-        try:
-            state = torch.load(content, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a reader of archives may raise
-            raise refused("alexnet", f"its file cannot be read ({type(error).__name__})") from error
+        state = read_state("alexnet", folder)
         network: Any = _untrained()
         kept = {key: value for key, value in state.items() if key.startswith("features.")}
         places = {key: f"features.{key.partition('.')[2]}" for key in network.net.state_dict()}  # slice1.0.weight

@@ -120,31 +120,20 @@ def audio_input(mfcc: Float[Tensor, "f 13"], num_windows: int) -> Float[Tensor, 
 
 
 def crop_faces(
-    frames: UInt8[Tensor, "t 3 h w"], boxes: Float[Tensor, "*each 4"], crop_scale: float = CROP_SCALE
+    frames: UInt8[Tensor, "t 3 h w"], box: Float[Tensor, "4"], crop_scale: float = CROP_SCALE
 ) -> UInt8[Tensor, "t 3 224 224"]:
-    """Square crops around face boxes, as run_pipeline.py of syncnet_python makes them.
+    """Square crops around a face box, as run_pipeline.py of syncnet_python makes them.
 
-    Boxes are left, top, right, bottom in pixels: one for the clip [4], or one a frame [T, 4]. With s half the longer side of a box
-    and c = crop_scale, its crop spans x - s (1 + c) .. x + s (1 + c) and y - s .. y + s (1 + 2c) around the centre x, y: a square
-    of 2.8 s, shifted down. Outside the frame it is grey 110. Raises UserError for a box that is empty, larger than twice the frame
-    or centred outside it.
+    The box is left, top, right, bottom in pixels. With s half its longer side and c = crop_scale, the crop spans x - s (1 + c) ..
+    x + s (1 + c) and y - s .. y + s (1 + 2c) around the centre x, y: a square of 2.8 s, shifted down. Outside the frame it is grey
+    110. Raises UserError for a box that is empty, larger than twice the frame or centred outside it.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
         raise UserError(
             f"faces are cropped from uint8 frames [T, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
         )
-    if boxes.shape not in ((4,), (len(frames), 4)):
-        raise UserError(
-            f"{len(frames)} frames need one box or one a frame: got {tuple(boxes.shape)}; give [4] or [T, 4]"
-        )
-    frames = frames.cpu()
-    each = boxes.double().expand(len(frames), 4).tolist()
-    return torch.stack([_crop(frame, box, crop_scale) for frame, box in zip(frames, each, strict=True)])
-
-
-def _crop(frame: Tensor, box: list[float], scale: float) -> Tensor:
-    height, width = frame.shape[-2:]
-    left, top, right, bottom = box
+    height, width = frames.shape[-2:]
+    left, top, right, bottom = box.double().tolist()
     half, x, y = max(bottom - top, right - left) / 2, (left + right) / 2, (top + bottom) / 2
     inside = 0 <= x <= width and 0 <= y <= height and 0.5 <= half <= max(height, width)
     if not (inside and right > left and bottom > top):  # NaN fails too
@@ -152,12 +141,12 @@ def _crop(frame: Tensor, box: list[float], scale: float) -> Tensor:
             f"face box {left:g}, {top:g}, {right:g}, {bottom:g} does not fit a frame of {width} x {height}; "
             "boxes are left, top, right, bottom in pixels"
         )
-    margin = int(half * (1 + 2 * scale))
-    padded = F.pad(frame, (margin, margin, margin, margin), value=PAD_VALUE)
+    margin = int(half * (1 + 2 * crop_scale))
     x, y = x + margin, y + margin
-    rows = slice(int(y - half), int(y + half * (1 + 2 * scale)))
-    columns = slice(int(x - half * (1 + scale)), int(x + half * (1 + scale)))
-    return resize_cv2(padded[:, rows, columns], SIDE)
+    rows = slice(int(y - half), int(y + half * (1 + 2 * crop_scale)))
+    columns = slice(int(x - half * (1 + crop_scale)), int(x + half * (1 + crop_scale)))
+    padded = (F.pad(frame, (margin, margin, margin, margin), value=PAD_VALUE) for frame in frames.cpu())
+    return torch.stack([resize_cv2(frame[:, rows, columns], SIDE) for frame in padded])
 
 
 def resize_cv2(image: UInt8[Tensor, "c h w"], side: int) -> UInt8[Tensor, "c s s"]:

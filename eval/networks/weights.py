@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,7 @@ def locate(name: str, folder: Path | None = None) -> Path:
 
     Raises UserError that says which metric is refused, why, and where the right file is.
     """
-    path = _find(name, folder)
-    with _readable(name, path), path.open("rb") as stream:
-        _verify(name, path, hashlib.file_digest(stream, "sha256").hexdigest())
-    return path
+    return _verified(name, folder)[0]
 
 
 def read(name: str, folder: Path | None = None) -> io.BytesIO:
@@ -107,11 +105,16 @@ def read(name: str, folder: Path | None = None) -> io.BytesIO:
 
     Raises UserError as `locate` does.
     """
-    path = _find(name, folder)
-    with _readable(name, path):
-        content = path.read_bytes()
-    _verify(name, path, hashlib.sha256(content).hexdigest())
-    return io.BytesIO(content)
+    return io.BytesIO(_verified(name, folder)[1])
+
+
+def read_state(name: str, folder: Path | None = None) -> Any:
+    """What torch.save wrote to that file; only tensors are unpickled. Raises UserError as `locate` does, and for a damaged file."""
+    content = read(name, folder)
+    try:
+        return torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a reader of archives may raise
+        raise refused(name, f"its file cannot be read ({type(error).__name__})") from error
 
 
 OPTIONAL = r".*\.num_batches_tracked"
@@ -121,15 +124,9 @@ OPTIONAL = r".*\.num_batches_tracked"
 def load_network(name: str, network: nn.Module, folder: Path | None = None) -> None:
     """Fill `network` from the state dict that torch.save wrote to the file of `name`, strictly; freeze it, in eval mode.
 
-    Only tensors are unpickled. OPTIONAL tensors may be missing. Raises UserError as `locate` does
-    and where names or shapes are others.
+    OPTIONAL tensors may be missing. Raises UserError as `read_state` does and where names or shapes are others.
     """
-    content = read(name, folder)
-    try:
-        state = torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader of archives may raise
-        raise refused(name, f"its file cannot be read ({type(error).__name__})") from error
-    fill(name, network, state)
+    fill(name, network, read_state(name, folder))
 
 
 def fill(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -154,27 +151,23 @@ def exact() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _find(name: str, folder: Path | None) -> Path:
+def _verified(name: str, folder: Path | None) -> tuple[Path, bytes]:
+    """The file and its content."""
     if name not in REGISTRY:
         raise UserError(f"unknown weights: {name}; known are {', '.join(REGISTRY)}")
     weights, folder = REGISTRY[name], Path(folder) if folder is not None else weights_folder()
-    for file in (weights.file, *weights.others):
-        if (folder / file).is_file():
-            return folder / file
-    raise refused(name, f"{folder / weights.file} is not there")
-
-
-@contextmanager
-def _readable(name: str, path: Path) -> Iterator[None]:
+    places = [folder / file for file in (weights.file, *weights.others)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise refused(name, f"{places[0]} is not there")
     try:
-        yield
+        content = path.read_bytes()
     except OSError as error:
         raise refused(name, f"{path} cannot be read ({error.strerror})") from error
-
-
-def _verify(name: str, path: Path, found: str) -> None:
-    if found != REGISTRY[name].sha256:
-        raise refused(name, f"{path} is another file or a part of it ({path.stat().st_size} bytes, sha256 {found})")
+    found = hashlib.sha256(content).hexdigest()
+    if found != weights.sha256:
+        raise refused(name, f"{path} is another file or a part of it ({len(content)} bytes, sha256 {found})")
+    return path, content
 
 
 def refused(name: str, why: str) -> UserError:

@@ -20,8 +20,8 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.metrics.motion import sharpness_energies
-from eval.metrics.quality import failure_rates, flickers, measure, slope, window_quality
-from eval.metrics.seam import seam_ratio
+from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour
+from eval.metrics.seam import seam_jump
 from eval.networks.syncnet import windows_of
 from tests.support.labels import FRAME_LABELS
 from tests.support.tiny import rng
@@ -233,13 +233,13 @@ def score(scene: Scene, video: torch.Tensor, audio: torch.Tensor) -> dict[str, f
 def measures(video: torch.Tensor) -> dict[str, float]:
     """What needs no network."""
     frames = measure(video)
-    drift = window_quality(video, CHUNK)["colour"].mean(0).tolist()
+    drift = window_colour(frames, CHUNK).mean(0).tolist()
     return {
         "motion_energy": float(frames.change.mean()),
         "flicker": float(flickers(frames).mean()),
         "sharpness": float(sharpness_energies(video).mean()),
         **{name: float(rate.mean()) for name, rate in failure_rates(frames).items()},
-        "seam": seam_ratio(frames, list(range(CHUNK, video.shape[2], CHUNK)))[0],
+        "seam": seam_jump(frames, list(range(CHUNK, video.shape[2], CHUNK)))[0],
         "colour_slope": slope(drift),
     }
 

@@ -5,7 +5,7 @@ import importlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 
 from distill.scoring.clip_sets import Entry, open_set, read_clip
 from distill.scoring.generate import GenerateJob
-from distill.scoring.scoring import Job, check_number, generate_clips, match, score
+from distill.scoring.scoring import Job, check_number, generate_clips, match, put_scores, score
 from eval.cards import Card, label_of, load_card
 from eval.embedded.extractors import Probes
 from eval.external import read_scores
+from eval.metric import Score
 from eval.networks.loaded import Networks
 from eval.report.clip_report import contact_sheets, headline, published, report_tables
 from eval.report.page import Page, render
@@ -39,16 +40,10 @@ SHEETS, SHEET_SIDE = 3, 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What is the same for every set that one command scores."""
+class Setting(Job):
+    """What is the same for every set that one command scores; `seed` and `text` are for students that generate."""
 
-    card: Card
-    metrics: tuple[str, ...]
     not_admitted: tuple[str, ...]
-    probes: Path | None
-    device: str
-    batch_size: int
-    processes: int
     seed: int
     text: str | None
 
@@ -175,16 +170,7 @@ def evaluate(
     if is_student:
         job = GenerateJob(source, settings.seed, settings.text, out / "generated", settings.device)
         generated = generate_clips(job, real, card, settings.processes)
-    job = Job(
-        card=card,
-        metrics=settings.metrics,
-        cache=cache or out / "features",
-        probes=settings.probes,
-        device=settings.device,
-        batch_size=settings.batch_size,
-        processes=settings.processes,
-    )
-    report = score(job, name, generated, real)
+    report = score(replace(settings, cache=cache or out / "features"), name, generated, real)
     report |= {"data": data, "source": str(source), "adapters": {}}
     shown = published()["columns"]
     if is_student:
@@ -192,15 +178,12 @@ def evaluate(
     for metric in settings.not_admitted:
         report["refused"][metric] = f"{metric} refused: the run's extractors did not rank known cases right"
     for one in adapted:
-        rows = one.rows()
         report["adapters"][one.metric] = one.made_by
         column = {"label": one.metric, **shown.get(one.metric, {}), "table": OTHERS}
         report["columns"][one.metric] = column
-        for role, row in (("generated", name), ("real", "ground_truth")):
-            values = one.generated if role == "generated" else one.real
-            if role in rows and values is not None:
-                report["rows"][row]["metrics"][one.metric] = rows[role]
-                report["rows"][row]["clips"][one.metric] = values
+        for role, values in one.values.items():
+            row = report["rows"][name if role == "generated" else "ground_truth"]
+            put_scores(row, {one.metric: Score.over(values)})
     _write(report, out, name, generated, real, card)
     return report
 

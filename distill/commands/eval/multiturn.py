@@ -2,7 +2,7 @@
 
 Response latency is from the end of the user's turn until the first talking frame is due on the viewer's clock, dead time until
 the first audible sound (LiveTalk 2512.23576, sec. 5, measures the former). Scores are of each turn's frames: without any weights
-colour, luma, saturation, sharpness and motion (`eval.metrics.quality.window_quality`, against the portrait); with a run's
+colour, luma, saturation, sharpness and motion (`eval.metrics.quality.quality_beside`, against the portrait); with a run's
 extractors identity and lip sync; with DINOv2's weights the cosine to the portrait. Their slope over the turns of a conversation is
 the drift.
 """
@@ -19,10 +19,11 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from eval.embedded.extractors import Probes
-from eval.metrics.quality import slope, window_identity, window_quality
+from eval.metrics.quality import quality_beside, slope
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
 from eval.speed.latency import percentile
@@ -170,7 +171,7 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
         row: dict[str, Any] = {"conversation": played.script.name, "turn": number, "text": text, "frames": length}
         row |= {"latency": answer.latency, "dead": answer.dead, "stalled": played.stalled[number]}
         row["parts_ms"] = answer.split()
-        scores = window_quality(part, length, portrait) if length >= 2 else {}
+        scores = quality_beside(part, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
         if probes is not None and length >= MIN_SYNC_FRAMES:
             audio = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
@@ -178,8 +179,8 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
             row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(audio))["sync"]
             row["identity_gap"] = float((reading.identity - known.identity[:, :1]).square().mean())
         if dino is not None:
-            faces = dino.features(part[0].transpose(0, 1))[None]
-            row["dino"] = float(window_identity(faces, dino.features(portrait), length))
+            faces, known = dino.features(part[0].transpose(0, 1)), dino.features(portrait)
+            row["dino"] = float(F.cosine_similarity(faces.double(), known.double()).mean())
         out.append(row)
     return out
 

@@ -19,10 +19,8 @@ def some_artifacts() -> Any:
         trajectories=settings,
         has_custom_network=False,
         zero_shot_stage="init",
-        eval=SimpleNamespace(batch_size=2, condition_seed=5),
     )
-    net = SimpleNamespace(eval=lambda: "student")
-    return SimpleNamespace(recipe=recipe, spec=make_spec(), teacher="teacher", student=lambda _: net)
+    return SimpleNamespace(recipe=recipe, spec=make_spec(), teacher="teacher", student=lambda _: "student")
 
 
 def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
@@ -36,9 +34,9 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
         evaluate, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
-    systems = evaluate.systems(artifacts)
+    systems = evaluate.systems(artifacts, {"student": artifacts.student("distill")}, 2)
     for name in (evaluate.SAME_NOISE, "teacher", "student"):
-        systems[name](conditions, 1, "test")
+        systems[name](conditions, 5, "test", 1)
     same, own = seen["teacher"]
     noise, n = seen["student"][0], spec.chunk_frames
     assert same.shape == own.shape

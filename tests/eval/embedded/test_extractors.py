@@ -15,7 +15,8 @@ from eval.embedded.evaluation import Evaluation, clips_of
 from eval.embedded.extractors import Probes, blur, change_map
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.metric import Clip, Column
-from eval.metrics.gap import teacher_gap
+from eval.metrics.gap import frame_squares
+from eval.metrics.motion import ratio_with_error
 from teachers.errors import UserError
 
 FRAMES, SIZE = 15, 32
@@ -190,7 +191,7 @@ def test_labels_that_do_not_fit_are_refused(train: Blobs):
 @pytest.fixture(scope="module")
 def admission(probes: Probes, held_out: Blobs) -> dict:
     rng = torch.Generator().manual_seed(3)
-    return admit(CARD, probes, real_clips(held_out), held_out.decoded, blobs(96, 4).video, rng)
+    return admit(Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, blobs(96, 4).video), rng)
 
 
 def test_known_cases_are_ranked_and_admitted(admission: dict):
@@ -205,7 +206,7 @@ def test_known_cases_are_ranked_and_admitted(admission: dict):
 def test_an_untrained_metric_is_not_admitted(train: Blobs, held_out: Blobs):
     untrained = fit(train.first(40), 0, dataclasses.replace(CONFIG, probe_steps=1))
     rng = torch.Generator().manual_seed(3)
-    result = admit(CARD, untrained, real_clips(held_out), held_out.decoded, blobs(32, 4).video, rng)
+    result = admit(Evaluation(CARD, untrained, real_clips(held_out), held_out.decoded, blobs(32, 4).video), rng)
     assert not result["admitted"]["sync"]
     assert not result["admitted"]["motion"]
     columns = CARD.columns
@@ -259,7 +260,11 @@ def test_a_gap_is_of_the_first_seed_and_needs_the_teacher(probes: Probes, held_o
     beside = {"teacher_same_noise": held_out.video, "teacher": held_out.video.roll(1, 0)}
     scores = evaluation.score(videos, beside=beside, only=("gap", "motion"))
     assert set(scores) == {"gap", "motion", "motion_probability"}
-    want, error = teacher_gap(held_out.decoded, held_out.video, held_out.video.roll(1, 0))["gap"]
+    own, other = (
+        torch.stack([frame_squares(*pair) for pair in zip(video, held_out.video, strict=True)]).mean(1)
+        for video in (held_out.decoded, held_out.video.roll(1, 0))
+    )
+    want, error = ratio_with_error(own, other)
     assert (scores["gap"]["mean"], scores["gap"]["error"]) == (want, error)
     assert scores["gap"]["seeds"] == [want]
     assert len(scores["motion"]["seeds"]) == 2

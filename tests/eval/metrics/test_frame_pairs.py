@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.metrics.psnr import psnr
-from eval.metrics.ssim import ssim
+from eval.metrics.psnr import PSNR
+from eval.metrics.ssim import SSIM
 from eval.networks import lpips as lpips_network
 from eval.networks.lpips import Lpips
 from eval.networks.weights import REGISTRY
@@ -18,6 +18,14 @@ from tests.eval.networks.test_weights import publish
 from tests.support.tiny import rng
 
 FILE = REGISTRY["alexnet"].file
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    return PSNR().compare(a, b, None)
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    return SSIM().compare(a, b, None)
 
 
 def some(seed: int = 0, frames: int = 3, side: int = 64) -> Tensor:

@@ -1,24 +1,24 @@
 """Weight-free measures by their closed forms."""
 
-import math
 from fractions import Fraction
 
 import pytest
 import torch
 
 from eval.metric import Clip
-from eval.metrics.gap import teacher_gap
+from eval.metrics.gap import Gap
 from eval.metrics.motion_energy import MotionEnergy
 from eval.metrics.quality import (
     Quality,
     failure_rates,
     flickers,
     measure,
-    slope_with_error,
-    window_identity,
-    window_quality,
+    quality_beside,
+    slope,
+    window_colour,
+    window_means,
 )
-from eval.metrics.seam import seam_ratio
+from eval.metrics.seam import seam_jump
 from eval.metrics.sharpness import Sharpness
 from eval.networks.loaded import Networks
 from eval.scores import clip_features, set_scores
@@ -88,58 +88,48 @@ def test_a_seam_is_a_larger_step_at_chunk_borders():
     steps = [2.0, 2, 2, 8, 2, 2, 2, 8, 2, 2, 2]
     levels = torch.tensor([50.0, *steps]).cumsum(0).tolist()
     frames = measure(grey(levels, num=3))
-    assert seam_ratio(frames, [4, 8]) == (pytest.approx(4), pytest.approx(0, abs=1e-9))
-    assert seam_ratio(frames, [3, 7])[0] == pytest.approx(2 / (30 / 9))
+    assert seam_jump(frames, [4, 8]) == (pytest.approx(4), pytest.approx(0, abs=1e-9))
+    assert seam_jump(frames, [3, 7])[0] == pytest.approx(2 / (30 / 9))
     for wrong in ([], [0], [12], list(range(1, 12))):
         with pytest.raises(UserError, match=r"^seams lie at frames 1\.\.11, not at all of them"):
-            seam_ratio(frames, wrong)
+            seam_jump(frames, wrong)
 
 
 def test_windows_of_a_fading_film():
-    levels = torch.linspace(100, 159, 60).tolist()
-    film = grey(levels, num=2)
-    scores = window_quality(film, 15)
-    means = film[0, 0, :, 0, 0].double().unflatten(0, (4, 15)).mean(1) - 100
-    torch.testing.assert_close(scores["luma"], means.expand(2, 4), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores["colour"], means.expand(2, 4) * 3**0.5, rtol=1e-5, atol=1e-5)
-    assert slope_with_error(scores["luma"]) == (pytest.approx(15, rel=0.02), pytest.approx(0, abs=1e-9))
+    film = grey(torch.linspace(100, 159, 60).tolist(), num=2)
+    means = film[0, 0, :, 0, 0].double().unflatten(0, (4, 15)).mean(1)
+    colour = window_colour(measure(film), 15)
+    torch.testing.assert_close(colour, (means - 100).expand(2, 4) * 3**0.5, rtol=1e-5, atol=1e-5)
+    assert [slope((clip / 3**0.5).tolist()) for clip in colour] == [pytest.approx(15, rel=0.02)] * 2
+    assert window_colour(measure(film), 14).shape == (2, 4)  # the rest of 4 frames is dropped
+    torch.testing.assert_close(window_means(film[:, 0, :, 0, 0].double(), 15), means.expand(2, 4))
+
+
+def test_a_film_beside_a_portrait():
+    film = grey(torch.linspace(100, 159, 60).tolist(), num=2)
+    mean = film[0, 0, :, 0, 0].double().mean()
+    portrait = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
+    scores = quality_beside(film, portrait)
+    torch.testing.assert_close(scores["luma"], (mean - 90).expand(2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores["colour"], (mean - 90).expand(2) * 3**0.5, rtol=1e-5, atol=1e-5)
     assert float(scores["saturation"].abs().max()) == 0
     assert float(scores["sharpness"].abs().max()) == 0
-    torch.testing.assert_close(scores["motion_energy"], torch.ones(2, 4).double(), rtol=0.05, atol=0)
-    portrait = torch.full((2, 3, 8, 8), 90, dtype=torch.uint8)
-    torch.testing.assert_close(window_quality(film, 15, portrait)["luma"], scores["luma"] + 10, rtol=1e-5, atol=1e-5)
-    assert window_quality(film, 14)["luma"].shape == (2, 4)  # the rest of 4 frames is dropped
+    torch.testing.assert_close(scores["motion_energy"], torch.ones(2).double(), rtol=0.05, atol=0)
     red = film.clone()
     red[:, 1:] -= 20
-    torch.testing.assert_close(window_quality(red, 15, portrait)["saturation"], torch.full((2, 4), 20.0).double())
+    torch.testing.assert_close(quality_beside(red, portrait)["saturation"], torch.full((2,), 20.0).double())
+    noise = noise_video(2, 3, 15, 16, 16)
+    soft = torch.nn.functional.avg_pool2d(noise.float().flatten(1, 2), 3, 1, 1).unflatten(1, (3, 15)).to(torch.uint8)
+    sharp, blurred = (quality_beside(video, noise[:, :, 0])["sharpness"] for video in (noise, soft))
+    assert (blurred < 0.2 * sharp).all()
 
 
-def test_windows_see_blur_that_grows():
-    film = noise_video(2, 3, 30, 16, 16)
-    soft = torch.nn.functional.avg_pool2d(film.float().flatten(1, 2), 3, 1, 1).unflatten(1, (3, 30)).to(torch.uint8)
-    film[:, :, 15:] = soft[:, :, 15:]
-    sharpness = window_quality(film, 15)["sharpness"]
-    assert (sharpness[:, 1] < 0.2 * sharpness[:, 0]).all()
-
-
-def test_slopes_have_the_error_of_a_mean_over_films():
-    values = torch.tensor([[0.0, 1, 2], [0, 3, 6], [1, 1, 1]])
-    mean, error = slope_with_error(values)
-    assert mean == pytest.approx(4 / 3)
-    assert error == pytest.approx(float(torch.tensor([1.0, 3, 0]).std()) / 3**0.5)
-    assert math.isnan(slope_with_error(values[:1])[1])
-
-
-def test_identity_in_windows_is_a_cosine():
-    reference = torch.tensor([[1.0, 0], [0, 2]])
-    angle = torch.linspace(0, 1, 20)
-    first = torch.stack((angle.cos(), angle.sin()), dim=1) * 5
-    embeddings = torch.stack((first, reference[1].expand(20, 2)))
-    scores = window_identity(embeddings, reference, 10)
-    expected = angle.double().cos().unflatten(0, (2, 10)).mean(1)
-    torch.testing.assert_close(scores, torch.stack((expected, torch.ones(2).double())), rtol=1e-6, atol=1e-7)
-    with pytest.raises(UserError, match="needs longer videos"):
-        window_identity(embeddings, reference, 30)
+def gap(student: torch.Tensor, teacher: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    features = [
+        Gap().features(Clip(video=own, fps=Fraction(4), beside={"teacher_same_noise": one, "teacher": two}), None, None)
+        for own, one, two in zip(student, teacher, other, strict=True)
+    ]
+    return Gap().score(features, None)["gap"][:2]
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -148,22 +138,15 @@ def test_the_gap_to_the_teacher_is_0_for_a_copy_and_1_for_another_draw():
     teacher, other, third = (
         (base + 20 * randn(24, 3, 6, 8, 8, seed=seed) + 127).clamp(0, 255).round().to(torch.uint8) for seed in (1, 2, 3)
     )
-    copy = teacher_gap(teacher, teacher, other)
-    assert copy["gap"] == (0, 0)
-    assert copy["psnr_db"][0] == math.inf
-    value, error = teacher_gap(third, teacher, other)["gap"]
+    assert gap(teacher, teacher, other) == (0, 0)
+    value, error = gap(third, teacher, other)
     assert abs(value - 1) < 4 * error < 0.1
-    half = teacher_gap(((teacher.float() + third.float()) / 2).round().to(torch.uint8), teacher, other)
-    assert half["gap"][0] == pytest.approx(0.25, rel=0.05)
-    assert half["psnr_db"][0] == pytest.approx(10 * math.log10(255**2 / 200), abs=0.1)
+    half = ((teacher.float() + third.float()) / 2).round().to(torch.uint8)
+    assert gap(half, teacher, other)[0] == pytest.approx(0.25, rel=0.05)
     late = teacher.clone()
     late[:, :, 4:] = third[:, :, 4:]
     late[:, :, 0] = 0
-    by_frame = teacher_gap(late, teacher, other)["gap_by_frame"]
-    assert by_frame[:3] == [0, 0, 0]
-    assert by_frame[3:] == pytest.approx([1, 1], rel=0.1)
-    with pytest.raises(UserError, match="same clips from all three"):
-        teacher_gap(teacher[:3], teacher, other)
+    assert gap(late, teacher, other)[0] == pytest.approx(2 / 5, rel=0.1)  # two of the frames 1..
 
 
 def quality_scores(video: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -199,7 +182,5 @@ def test_other_videos_are_refused(video):
 
 def test_short_films_are_refused():
     film = grey([1.0, 2, 3])
-    with pytest.raises(UserError, match=r"^windows of 4 frames: videos have 3; use 2 to 3 frames$"):
-        window_quality(film, 4)
     with pytest.raises(UserError, match="at least 3 frames"):
         flickers(measure(film[:, :, :2]))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -62,13 +64,8 @@ def test_error_matches_the_scatter_of_repeated_draws():
     assert 0.75 < error / float(scatter) < 1.35
 
 
-def test_one_long_clip_has_an_error_through_segments():
-    heard = speech_like(1, 200)
-    seen = heard + torch.randn(heard.shape, generator=torch.Generator().manual_seed(2))
-    assert mouth_sync(seen, heard)["error"] != mouth_sync(seen, heard)["error"]  # NaN: one clip has no jackknife
-    result = mouth_sync(seen, heard, segment=20)
-    assert 0 < result["error"] < 0.1
-    assert result["sync"] == pytest.approx(mouth_sync(seen, heard)["sync"], abs=0.05)
+def test_one_clip_has_no_error():
+    assert math.isnan(mouth_sync(speech_like(1, 30), speech_like(1, 30))["error"])
 
 
 def test_too_short_or_mismatched_is_refused():
