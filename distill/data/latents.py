@@ -13,7 +13,7 @@ from tqdm import tqdm
 from distill.data.codec_training import fit_codec
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
-from distill.data.source import Clips, Source
+from distill.data.source import Clips, ClipSource
 from distill.methods import Batch
 from distill.training.engine import Engine
 from teachers.checkpoints.weights import read_json
@@ -150,7 +150,7 @@ class TrainSet:
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
-def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
     source.verify(engine.rank, engine.world_size)
@@ -187,7 +187,7 @@ def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine
 
 
 def write_shards(
-    source: Source,
+    source: ClipSource,
     folder: Path,
     engine: Engine,
     encoders: ConditionEncoders,
@@ -271,7 +271,7 @@ def _made_by(file: Path) -> str | None:
 def fit_text(
     size: TextConfig, texts: list[str], meanings: Mapping[str, tuple[Tensor, int]], steps: int, rng: torch.Generator
 ) -> TextEncoder:
-    """Tokenizer and text encoder, trained for `steps` to classify texts by `Source.meanings`, words dropped at random."""
+    """Tokenizer and text encoder, trained for `steps` to classify texts by `ClipSource.meanings`, words dropped at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
         encoder = TextEncoder.build(size, texts)
