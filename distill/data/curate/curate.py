@@ -14,13 +14,11 @@ A row is used again while its fingerprint (content, clip, face, version of the f
 import argparse
 import base64
 import errno
-import fcntl
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -39,7 +37,7 @@ from distill.data.curate.models import CaptionRewriter, Upscaler
 from distill.data.curate.scores import SCORES, motion_text, score
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out
 from teachers.config import convert, nearest
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, replacing
@@ -134,15 +132,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder of an image-to-image model for reference images",
     )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Curate and print a summary; 0 when every clip was scored, 3 when some could not be. Raises UserError."""
-    if args.workers < 0:
-        raise UserError(f"--workers must be 0 or more: got {args.workers}")
     thresholds, faces = read_thresholds(args.thresholds), read_faces(args.faces)
     candidates, manifest = read_candidates(args.data, args.videos, faces)
     rewriter = CaptionRewriter(args.captions) if args.captions is not None else None
@@ -209,7 +203,11 @@ def curate(
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
-    with _locked(out, {"data": source, "thresholds": limits}):
+    if not (out / "curate.json").is_file() and any(out.iterdir()):
+        raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
+    with exclusive(out, "curate"):
+        request = {"data": source, "thresholds": limits}
+        atomic_write(out / "curate.json", json.dumps(request, sort_keys=True, indent=1) + "\n")
         rows = _score_all(candidates, out, workers, tick)
         kept = []
         for candidate, row in zip(candidates, rows, strict=True):
@@ -397,24 +395,3 @@ def page_context(
         "num_hidden": len(chosen) - len(cards),
         "cards": cards,
     }
-
-
-@contextmanager
-def _locked(out: Path, request: dict[str, Any]) -> Iterator[None]:
-    """Only one process curates into a folder, and only into an empty one or its own; UserError otherwise."""
-    path = out / "curate.json"
-    if not path.is_file() and any(out.iterdir()):
-        raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in out.rglob(".*.tmp"):
-            file.unlink(missing_ok=True)
-        atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another curate is writing here: {out}; wait for it or choose another --out") from error
-    except PermissionError as error:
-        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
-    finally:
-        os.close(folder)

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Manifest
 from distill.data.prepare import page, shards
 from distill.data.prepare.video import SAMPLE_RATE
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write
 
@@ -55,15 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and problems there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and thumbnails there")
     parser.add_argument("--quick", action="store_true", help="checksums and indices only, nothing is decoded")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print counts and problems; 0 when the data are complete, 3 when they are not. UserError when there are none."""
-    if args.workers < 0:
-        raise UserError(f"--workers must be 0 or more: got {args.workers}")
     with tqdm(unit="shard", desc="check", file=sys.stderr) as progress:
         checked = check(
             args.data,
@@ -74,12 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
     totals = summary(checked)
     if args.json is not None:
-        try:
-            atomic_write(args.json, json.dumps(totals, indent=1, sort_keys=True) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"report cannot be written ({error.strerror}): {args.json}; choose another place"
-            ) from error
+        atomic_write(args.json, json.dumps(totals, indent=1, sort_keys=True) + "\n")
     if args.html is not None:
         page.write_page(args.html, "check.html.j2", page_context(args.data, checked, quick=args.quick))
     for problem in checked.problems:

@@ -12,7 +12,6 @@ The assignment of clips to shards is fixed before the first is cut, so it does n
 
 import argparse
 import errno
-import fcntl
 import hashlib
 import importlib
 import json
@@ -21,8 +20,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +31,7 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
 
@@ -100,16 +98,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-frame", action="store_true", help="hdtf: no crops")
     parser.add_argument("--scale-crops", action="store_true", help="hdtf: crops follow a video of another resolution")
     parser.add_argument("--shard-clips", type=int, default=64, help="clips a shard (64)")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
     parser.add_argument("--retry", action="store_true", help="try refused clips again and write their shards anew")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
-    if args.shard_clips < 1 or args.workers < 0:
-        raise UserError(f"--shard-clips must be 1 or more, --workers 0: got {args.shard_clips} and {args.workers}")
+    if args.shard_clips < 1:
+        raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
     config = CutConfig(
         fps=args.fps,
         size=args.size,
@@ -173,7 +169,7 @@ def prepare(
     request["size"] = None if config.size is None else list(config.size)
     request["clips"] = hashlib.sha256(canonical_json([asdict(clip) for clip in manifest.clips]).encode()).hexdigest()
     make_folder(out)
-    with _locked(out):
+    with exclusive(out, "prepare"):
         _check_request(out, request)
         tasks = [
             Task(number=number, clip=clip, videos=videos, work=out / ".work", config=config)
@@ -348,23 +344,6 @@ def _check_request(out: Path, request: dict[str, Any]) -> None:
     elif before != request:
         names = sorted(name for name in before.keys() | request.keys() if before.get(name) != request.get(name))
         raise UserError(f"prepared with another request ({', '.join(names)} differ): {out}; choose another --out")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Only one process prepares into a folder, and removes partial files of a killed one; UserError for the second."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in (*out.glob(".*.tmp"), *out.glob(".work/.*.tmp"), *out.glob(".work/*.mp4")):
-            file.unlink(missing_ok=True)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another prepare is writing here: {out}; wait for it or choose another --out") from error
-    except PermissionError as error:
-        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
-    finally:
-        os.close(folder)
 
 
 def _most_common(refused: Sequence[Refused]) -> str:
