@@ -86,21 +86,12 @@ class Range:
     def margin(self, value: float | None) -> float:
         """Distance of a kept value from the nearer end, as a share of that end."""
         ends = [end for end in (self.at_least, self.at_most) if end is not None]
-        return (
-            min((abs(value - end) / (abs(end) or 1.0) for end in ends), default=math.inf) if value is not None else 0.0
-        )
+        if value is None:
+            return 0.0
+        return min((abs(value - end) / (abs(end) or 1.0) for end in ends), default=math.inf)
 
 
 Thresholds = dict[str, Range]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curated:
-    """Rows of all clips in the manifest's order, and the numbers of kept clips and of clips that could not be scored."""
-
-    rows: list[Row]
-    num_kept: int
-    num_problems: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,27 +139,24 @@ def run(args: argparse.Namespace) -> int:
                 progress.write(f"not scored {row['id']}: {row['problem']}", file=sys.stderr)
             progress.update()
 
-        done = curate(
+        rows = curate(
             candidates, manifest, args.out, thresholds, args.workers, tick, rewriter, upscaler, source=str(args.data)
         )
-    removed = len(done.rows) - done.num_kept - done.num_problems
+    num_kept, num_problems = (sum(bool(row[name]) for row in rows) for name in ("kept", "problem"))
+    removed = len(rows) - num_kept - num_problems
     sys.stdout.write(
-        f"{args.out}: {done.num_kept} of {len(done.rows)} clips kept, {removed} removed, {done.num_problems} not scored; "
+        f"{args.out}: {num_kept} of {len(rows)} clips kept, {removed} removed, {num_problems} not scored; "
         f"look at {args.out / 'kept.html'} and {args.out / 'removed.html'}\n"
     )
-    return NOT_SCORED if done.num_problems else 0
+    return NOT_SCORED if num_problems else 0
 
 
 def read_thresholds(path: Path | None) -> Thresholds:
     """The ranges in a YAML file, the package's own without one; UserError with the key for an unknown or mistyped one."""
     name = path or "distill/data/curate/curate.yaml"
     try:
-        text = (
-            path.read_text("utf-8")
-            if path
-            else resources.files("distill.data.curate").joinpath("curate.yaml").read_text("utf-8")
-        )
-        values = yaml.safe_load(text) or {}
+        source = path or resources.files("distill.data.curate") / "curate.yaml"
+        values = yaml.safe_load(source.read_text("utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"thresholds cannot be read ({error}): {name}; check the path") from error
     except yaml.YAMLError as error:
@@ -195,11 +183,11 @@ def curate(
     rewriter: CaptionRewriter | None = None,
     upscaler: Upscaler | None = None,
     source: str = "",
-) -> Curated:
+) -> list[Row]:
     """Score what is not scored yet, apply the thresholds, and write scores, manifest and pages to `out`.
 
     tick: called once a clip. A clip that cannot be scored is a row with a problem and is not kept. Raises UserError when the
-    folder contains something else, is in use or its disk full; the scores so far stay.
+    folder contains something else, is in use or its disk full; the scores so far stay. Returns the rows in the manifest's order.
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
@@ -224,7 +212,7 @@ def curate(
             page.write_page(
                 out / f"{name}.html", "curate.html.j2", page_context(rows, thresholds, wanted, clips, source)
             )
-    return Curated(rows=rows, num_kept=len(kept), num_problems=sum(row["problem"] is not None for row in rows))
+    return rows
 
 
 def score_row(candidate: Candidate) -> Row:

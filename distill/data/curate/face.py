@@ -15,11 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 LONG_SIDE, SHORT_SIDE = 160, 64  # pixels of the image that is searched
-NARROWEST, STEP, ASPECT = (
-    10,
-    1.15,
-    1.25,
-)  # width of the smallest box in those pixels, ratio of two sizes, height to width
+NARROWEST, STEP, ASPECT = 10, 1.15, 1.25  # smallest box's width in those pixels, ratio of two sizes, height to width
 CONTRAST = 0.12  # (bright - dark) / (bright + dark) that fulfils a relation
 CHROMA = 8.0  # levels by which the chroma of skin may differ within a face
 FAINT = 8.0  # levels added to a sum of two, so that black has no contrast

@@ -94,8 +94,8 @@ def check(
     folder, checked = Path(folder), Checked()
     sums = shards.read_checksums(folder)
     listed = sorted(name for name in sums if name.endswith(".tar"))
-    present = {file.name for file in folder.iterdir()}
-    checked.problems.extend(f"{name}: not in {shards.CHECKSUMS}" for name in sorted(present) if _is_stray(name, sums))
+    stray = sorted({file.name for file in folder.glob("*.tar")} - sums.keys())
+    checked.problems.extend(f"{name}: not in {shards.CHECKSUMS}" for name in stray)
     for name in sorted(sums.keys() - set(listed)):
         checked.problems.extend(_compared(folder / name, sums[name]))
     tasks = [folder / name for name in listed]
@@ -111,10 +111,6 @@ def check(
     checked.samples.sort(key=lambda metadata: metadata["id"])
     checked.problems.sort()
     return Checked(samples=checked.samples, problems=checked.problems, num_refused=_num_refused(folder))
-
-
-def _is_stray(name: str, sums: dict[str, str]) -> bool:
-    return name.endswith(".tar") and name not in sums
 
 
 def _num_refused(folder: Path) -> int:
@@ -148,6 +144,7 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, thumbnails: boo
             checked.problems.extend(f"{path.name}: {key}: {problem}" for problem in problems)
             if metadata and not problems:
                 sample = {name: metadata.get(name) for name in METADATA}
+                sample["seconds"] = float(metadata["frames"] / Fraction(metadata["fps"]))
                 if decode and thumbnails:
                     middle = next(islice(shards.frames_of(members["mp4"]), metadata["frames"] // 2, None))
                     sample["thumbnail"] = page.thumbnail(torch.from_numpy(middle.to_ndarray(format="rgb24")))
@@ -211,7 +208,7 @@ def _check_manifest(folder: Path, checked: Checked) -> None:
 
 def summary(checked: Checked) -> dict[str, Any]:
     """Counts, lengths, histograms of sizes and rates, and loudness, as plain data."""
-    seconds = [float(metadata["frames"] / Fraction(metadata["fps"])) for metadata in checked.samples]
+    seconds = [metadata["seconds"] for metadata in checked.samples]
     loudness = [metadata["loudness_dbfs"] for metadata in checked.samples if metadata["loudness_dbfs"] is not None]
     return {
         "clips": len(checked.samples),
@@ -233,7 +230,6 @@ def summary(checked: Checked) -> dict[str, Any]:
 def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[str, Any]:
     """Template context of the page."""
     totals, samples = summary(checked), checked.samples
-    seconds = [float(metadata["frames"] / Fraction(metadata["fps"])) for metadata in samples]
     loudness = [metadata["loudness_dbfs"] for metadata in samples if metadata["loudness_dbfs"] is not None]
     tables = [
         {
@@ -247,7 +243,7 @@ def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[st
         {
             "id": metadata["id"],
             "thumbnail": metadata["thumbnail"],
-            "metadata": f"{float(metadata['frames'] / Fraction(metadata['fps'])):.2f} s, "
+            "metadata": f"{metadata['seconds']:.2f} s, "
             + (f"{metadata['loudness_dbfs']:.1f} dBFS" if metadata["loudness_dbfs"] is not None else "silent"),
         }
         for metadata in shown
@@ -265,7 +261,7 @@ def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[st
         "num_more_problems": max(0, num - MAX_PROBLEMS),
         "counts": [(name, _text(value)) for name, value in totals.items() if name != "problems" and name not in TABLES],
         "plots": [
-            {"name": "seconds a clip", "svg": page.histogram(seconds, unit=" s")},
+            {"name": "seconds a clip", "svg": page.histogram([metadata["seconds"] for metadata in samples], unit=" s")},
             {"name": "loudness", "svg": page.histogram(loudness, unit=" dBFS")},
         ],
         "tables": tables,

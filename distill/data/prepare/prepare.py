@@ -21,7 +21,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -106,15 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
     if args.shard_clips < 1:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
-    config = CutConfig(
-        fps=args.fps,
-        size=args.size,
-        crf=args.crf,
-        cuts=args.cuts,
-        min_seconds=args.min_seconds,
-        max_seconds=args.max_seconds,
-        silent=args.silent,
-    )
+    config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
     manifest = _read(args)
     with tqdm(total=len(manifest.clips), unit="clip", desc="prepare", file=sys.stderr) as progress:
 

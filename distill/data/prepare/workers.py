@@ -23,6 +23,7 @@ import torch
 from teachers.errors import UserError
 
 PRELOADED = ["distill.data.prepare.cutting"]  # its imports are done once
+PARTIAL = (".*.tmp", ".work/.*.tmp", ".work/*.mp4", "references/.*.tmp")  # what a killed process left in its folder
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -45,8 +46,9 @@ def exclusive(out: Path, command: str) -> Iterator[None]:
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in (*out.rglob(".*.tmp"), *out.glob(".work/*.mp4")):
-            file.unlink(missing_ok=True)
+        for pattern in PARTIAL:
+            for file in out.glob(pattern):
+                file.unlink(missing_ok=True)
         yield
     except BlockingIOError as error:
         raise UserError(f"another {command} is writing here: {out}; wait for it or choose another --out") from error
