@@ -1,13 +1,13 @@
 """Clips as training data: resumable shards of latents and features, and how batches are read from them. The embedded world."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
@@ -257,9 +257,8 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
 
 def _made_by(file: Path) -> str | None:
     """The mark of the encoders that made a shard, None where it states none."""
-    with file.open("rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    return header.get("__metadata__", {}).get("senses")
+    with safe_open(file, "pt") as content:
+        return (content.metadata() or {}).get("senses")
 
 
 def fit_text(

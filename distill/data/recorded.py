@@ -77,7 +77,8 @@ class Folder(ClipSource):
         render.samples_per_frame(world)
         self.checksums = shards.sha256(config.path / shards.CHECKSUMS)
         self.clips = _used_clips(config)
-        sides, self.unused = self._sides()
+        self.unused: Counter[str] = Counter()
+        sides = self._sides()
         self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
         self.num_train = min(world.num_train, len(self.training))
         for name, windows in (("train", self.training), ("held-out", self.test)):
@@ -176,33 +177,32 @@ class Folder(ClipSource):
                 f"data.world.fps={fps.numerator}/{fps.denominator}"
             )
 
-    def _sides(self) -> tuple[dict[str, list[Indexed]], Counter]:
-        """Samples of the people trained on and of those held out; and the numbers of unused ones by reason."""
+    def _sides(self) -> dict[str, list[Indexed]]:
+        """Samples of the people trained on and of those held out; `unused` counts the others by reason."""
         config, (height, width) = self.config, self.config.world.size
         others = {clip.split for clip in self.clips} - {"", "train", "test"}
         fractions = {"train": 1 - config.held_out, "test": config.held_out}
         divided = assign(Manifest(self.clips), {**dict.fromkeys(sorted(others), 0.0), **fractions})
-        unused: Counter = Counter()
-        listed = {shards.sample_key(clip.id) for clip in self.clips}
-        keys = {shards.sample_key(clip.id): (clip.split, clip.identity or clip.source) for clip in divided.clips}
+        listed = {clip.id for clip in self.clips}
+        owners = {clip.id: (clip.split, clip.identity or clip.source) for clip in divided.clips}
         entries: list[tuple[str, str, Indexed]] = []
         for sample in shards.read_indices(config.path):
-            owner = keys.get(sample.key)
-            if sample.key not in listed:
-                unused["it is not in data.manifest"] += 1
+            owner = owners.get(sample.id)
+            if sample.id not in listed:
+                self.unused["it is not in data.manifest"] += 1
             elif not sample.has_sound:
-                unused["it has no sound"] += 1
+                self.unused["it has no sound"] += 1
             elif sample.size != (height, width):
-                unused[f"it is {sample.size[0]}x{sample.size[1]}, not {height}x{width}"] += 1
+                self.unused[f"it is {sample.size[0]}x{sample.size[1]}, not {height}x{width}"] += 1
             elif owner is None:
-                unused["its identity is officially on both sides"] += 1
+                self.unused["its identity is officially on both sides"] += 1
             elif owner[0] in others:
-                unused[f"it is in the split {owner[0]}"] += 1
+                self.unused[f"it is in the split {owner[0]}"] += 1
             else:
                 entries.append((*owner, sample))
         if not entries:
             raise UserError(
-                f"no clip fits this recipe, {height}x{width} with sound{self._unused_text(unused)}: {config.path}; prepare the "
+                f"no clip fits this recipe, {height}x{width} with sound{self._unused_text()}: {config.path}; prepare the "
                 f"videos again with --fps {config.world.fps} --size {height}x{width}"
             )
         if not any(side == "test" for side, _, _ in entries):
@@ -217,11 +217,11 @@ class Folder(ClipSource):
                 f"no person is {side}: {config.path} has {len({person for _, person, _ in entries})} people; add clips of others, "
                 "or change data.held_out"
             )
-        return sides, unused
+        return sides
 
-    def _unused_text(self, unused: Counter | None = None) -> str:
-        unused = self.unused if unused is None else unused
-        return f" ({'; '.join(f'{number} unused: {why}' for why, number in unused.most_common())})" if unused else ""
+    def _unused_text(self) -> str:
+        reasons = "; ".join(f"{number} unused: {why}" for why, number in self.unused.most_common())
+        return f" ({reasons})" if reasons else ""
 
 
 def _used_clips(config: FolderConfig) -> tuple[Clip, ...]:

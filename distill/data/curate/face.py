@@ -49,12 +49,6 @@ class Box:
     height: float
     confidence: float
 
-    def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """left, top, right, bottom in a frame of `size` = (H, W), at least one pixel each way."""
-        left, top = (min(max(0, round(at * side)), side - 1) for at, side in ((self.x, size[1]), (self.y, size[0])))
-        right, bottom = round((self.x + self.width) * size[1]), round((self.y + self.height) * size[0])
-        return left, top, min(max(right, left + 1), size[1]), min(max(bottom, top + 1), size[0])
-
 
 def locate(frames: UInt8[Tensor, "t h w 3"], motion: Float[Tensor, "h w"]) -> Box | None:
     """The likeliest face of a clip from some of its frames and its mean change (levels a frame); None where nothing fits.

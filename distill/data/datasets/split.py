@@ -160,11 +160,7 @@ def select(manifest: Manifest, clips: ClipList) -> Manifest:
             continue
         start = clip.start + window.offset
         end = start + clips.seconds if clip.end is None else min(start + clips.seconds, clip.end)
-        fields = {
-            name: getattr(clip, name)
-            for name in ("dataset", "source", "crop", "crop_size", "text", "licence", "identity")
-        }
-        rows.append(clip_or_refusal(id=key, start=start, end=end, split="test", **fields))
+        rows.append(clip_or_refusal(**{**asdict(clip), "id": key, "start": start, "end": end, "split": "test"}))
     return gather(rows)
 
 

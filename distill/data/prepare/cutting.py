@@ -317,14 +317,13 @@ def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
     if len(thumbnails) < 2:
         return [], 0.0
     change = [(b.float() - a.float()).abs().mean().item() for a, b in pairwise(thumbnails)]
-    moving = [value for value in change if value > 0] or [0.0]
     cuts = []
     for number, value in enumerate(change):
         around = change[max(0, number - CUT_NEIGHBOURS) : number] + change[number + 1 : number + 1 + CUT_NEIGHBOURS]
         usual = sum(around) / len(around) if around else 0.0
         if value >= CUT_DIFFERENCE and value >= CUT_RATIO * usual:
             cuts.append(number + 1)
-    return cuts, max(moving)
+    return cuts, max(change)
 
 
 class _Encoder(AbstractContextManager):

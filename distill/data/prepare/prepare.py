@@ -149,7 +149,6 @@ def prepare(
     workers: int = 0,
     retry: bool = False,
     tick: Callable[[Refused | None], object] = lambda _: None,
-    work: Callable[[Task], dict[str, Any]] | None = None,
 ) -> Prepared:
     """Cut all clips of `manifest` into shards `name`-NNNNNN.tar of `shard_clips` clips each, with indices, manifest and checksums.
 
@@ -158,7 +157,6 @@ def prepare(
     """
     videos, out = Path(videos), Path(out)
     request = {"name": name, "shard_clips": shard_clips, **asdict(config), "fps": str(config.fps)}
-    request["size"] = None if config.size is None else list(config.size)
     request["clips"] = hashlib.sha256(canonical_json([asdict(clip) for clip in manifest.clips]).encode()).hexdigest()
     make_folder(out)
     with exclusive(out, "prepare"):
@@ -177,7 +175,7 @@ def prepare(
                 group.reopen_refused()
         if not all(group.is_done for group in groups):
             make_folder(out / ".work")
-            _cut_all(groups, workers, tick, work or make_sample)
+            _cut_all(groups, workers, tick)
         else:
             for _ in tasks:
                 tick(None)
@@ -278,7 +276,7 @@ class _Shard:
                 task.record.unlink()
 
 
-def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Callable[[Task], dict[str, Any]]) -> None:
+def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable) -> None:
     """Cut every clip that is not cut yet and close each shard when its last clip is there."""
     waiting, shard_of, missing = [], {}, Counter()
     for group in groups:
@@ -293,7 +291,7 @@ def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Calla
                 missing[group.path] += 1
         if not group.is_done and not missing[group.path]:
             group.close()
-    for task, record in shared_out(work, waiting, workers):
+    for task, record in shared_out(make_sample, waiting, workers):
         if record is None:
             record = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
             record["refused"] = "its decoder crashed"

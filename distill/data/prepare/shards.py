@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +25,7 @@ from distill.data.prepare.video import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing
 
-BLOCK = tarfile.BLOCKSIZE
-END = b"\0" * (2 * BLOCK)
+END = b"\0" * (2 * tarfile.BLOCKSIZE)
 CHECKSUMS = "SHA256SUMS"
 HINT = "`distill data check` tells more; prepare the data again"
 """How an error about data that are not whole ends."""
@@ -48,19 +46,13 @@ def write_fragment(path: Path, key: str, members: Mapping[str, bytes | Path]) ->
         raise ValueError(f"a key has letters, digits and _ + - alone: got {key!r}")
     sizes = {name: len(given) if isinstance(given, bytes) else given.stat().st_size for name, given in members.items()}
     with replacing(path, sum(sizes.values())) as temporary, temporary.open("wb") as output:
+        tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.GNU_FORMAT)  # never closed: no end mark
         for extension in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{extension}")
+            info, given = tarfile.TarInfo(f"{key}.{extension}"), members[extension]
             info.size, info.mode = sizes[extension], 0o644
-            output.write(info.tobuf(tarfile.GNU_FORMAT))
-            given = members[extension]
-            if isinstance(given, bytes):
-                output.write(given)
-            else:
-                with given.open("rb") as source:
-                    shutil.copyfileobj(source, output, 1 << 20)
-            output.write(b"\0" * (-info.size % BLOCK))
-        num_bytes = output.tell()
-    return num_bytes
+            with io.BytesIO(given) if isinstance(given, bytes) else given.open("rb") as source:
+                tar.addfile(info, source)
+        return output.tell()
 
 
 def join(fragments: Sequence[Path], shard: Path) -> tuple[list[int], str]:
