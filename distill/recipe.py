@@ -46,7 +46,7 @@ DATA = Registry(
     group="data",
     entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
     base="distill.data.config:ClipsConfig",
-    methods={"open": "def open(self) -> Source"},
+    methods={"open": "def open(self) -> ClipSource"},
 )
 """Where clips come from; `data.name` says which, the first without a name."""
 

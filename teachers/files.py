@@ -88,10 +88,13 @@ def staged(target: Path, num_bytes: int = 0) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Write a whole file or none (see `replacing`); text is UTF-8."""
+    """Write a whole file or none (see `replacing`); text is UTF-8. UserError where it cannot be written."""
     data = content.encode() if isinstance(content, str) else content
-    with replacing(path, len(data)) as temporary:
-        temporary.write_bytes(data)
+    try:
+        with replacing(path, len(data)) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise UserError(f"file cannot be written ({error.strerror or error}): {path}; choose another place") from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:

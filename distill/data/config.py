@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from distill.data.procedural.render import WorldConfig
-from distill.data.source import Source
+from distill.data.source import ClipSource
 from teachers import registry
 from teachers.errors import UserError
 from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
@@ -38,7 +38,7 @@ class ClipsConfig:
         return 1 + (self.world.num_frames - 1) // self.codec.stride
 
     @missing
-    def open(self) -> Source:
+    def open(self) -> ClipSource:
         """Where the clips come from."""
         raise NotImplementedError
 

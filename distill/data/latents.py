@@ -1,19 +1,21 @@
 """Clips as training data: resumable shards of latents and features, and how batches are read from them. The embedded world."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from distill.data.codec_training import fit_codec
+from distill.data.codec_training import fit_codec, psnr
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
-from distill.data.source import Clips, Source
+from distill.data.source import Clips, ClipSource
 from distill.methods import Batch
 from distill.training.engine import Engine
 from teachers.checkpoints.weights import read_json
@@ -115,17 +117,12 @@ def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int,
 class Stored:
     """Rows of tensors [n, ...] that stay on disk (safetensors maps its files into memory); indexed by rows [B] as one tensor is."""
 
-    def __init__(self, parts: list[Tensor]):
-        self.parts = parts
-        self.starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
-        self.shape = torch.Size((int(self.starts[-1]), *parts[0].shape[1:]))
+    def __init__(self, parts: Sequence[Any]):
+        self.rows: ConcatDataset[Tensor] = ConcatDataset(parts)
+        self.shape = torch.Size((len(self.rows), *parts[0].shape[1:]))
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.shape[0]:
-            raise IndexError(f"rows of {self.shape[0]}: got {rows.tolist()}")
-        of_part = torch.searchsorted(self.starts, rows, right=True) - 1
-        pairs = zip(of_part.tolist(), (rows - self.starts[of_part]).tolist(), strict=True)
-        return torch.stack([self.parts[part][row] for part, row in pairs])
+        return torch.stack([self.rows[row] for row in rows.tolist()])
 
 
 @dataclass(frozen=True)
@@ -150,20 +147,17 @@ class TrainSet:
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
-def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine: Engine) -> dict:
+def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
     source.verify(engine.rank, engine.world_size)
     (first,) = source.train(seed, [0])
     if engine.is_main:
-        if isinstance(config.codec, CodecConfig) and not (folder / "codec.safetensors").is_file():
+        codec_file = folder / "codec.safetensors"
+        if isinstance(config.codec, CodecConfig) and not codec_file.is_file():
             codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
-            save_tensors(folder / "codec.safetensors", codec.state_dict())
-        if (
-            isinstance(config.codec, DCAEConfig)
-            and config.codec.fitted
-            and not (folder / "codec.safetensors").is_file()
-        ):
+            save_tensors(codec_file, codec.state_dict())
+        if isinstance(config.codec, DCAEConfig) and config.codec.fitted and not codec_file.is_file():
             learned = range(1, min(config.codec.fit.shards, source.num_shards))
             videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
             fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
@@ -180,14 +174,14 @@ def prepare(config: ClipsConfig, source: Source, seed: int, folder: Path, engine
 
     clips = write_shards(source, folder, engine, encoders, clips_of)
     original = to_float(first.video[:64])
-    error = (to_float(encoders.decode(encoders.encode(first.video[:64]))) - original).square().mean() / 4
+    decoded = to_float(encoders.decode(encoders.encode(first.video[:64])))
     stages = read_json(folder / "codec.json")  # of a codec that was trained
-    found = {"clips": clips, "codec_psnr_db": float(-10 * torch.log10(error.clamp_min(1e-10))), **source.facts}
+    found = {"clips": clips, "codec_psnr_db": psnr(decoded, original), **source.facts}
     return found | ({"codec": stages} if stages else {})
 
 
 def write_shards(
-    source: Source,
+    source: ClipSource,
     folder: Path,
     engine: Engine,
     encoders: ConditionEncoders,
@@ -263,15 +257,14 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
 
 def _made_by(file: Path) -> str | None:
     """The mark of the encoders that made a shard, None where it states none."""
-    with file.open("rb") as content:
-        header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
-    return header.get("__metadata__", {}).get("senses")
+    with safe_open(file, "pt") as content:
+        return (content.metadata() or {}).get("senses")
 
 
 def fit_text(
     size: TextConfig, texts: list[str], meanings: Mapping[str, tuple[Tensor, int]], steps: int, rng: torch.Generator
 ) -> TextEncoder:
-    """Tokenizer and text encoder, trained for `steps` to classify texts by `Source.meanings`, words dropped at random."""
+    """Tokenizer and text encoder, trained for `steps` to classify texts by `ClipSource.meanings`, words dropped at random."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.initial_seed())
         encoder = TextEncoder.build(size, texts)

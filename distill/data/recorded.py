@@ -1,14 +1,14 @@
 """A folder of prepared clips as training data: output of `distill data prepare`, split so that no person is on both sides.
 
 Real clips have frames, sound and captions; scene parameters and alternative motions exist in the procedural world only. Metrics
-that need these are omitted by name (`LEFT_OUT`).
+that need these are omitted by name (`distill.data.source.UNLABELLED`).
 """
 
 import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -22,25 +22,19 @@ from distill.data.config import ClipsConfig
 from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.datasets.split import assign, place
-from distill.data.loader import Bucket, Index, Loader, Samples, Windows
+from distill.data.loader import Samples, Windows
+from distill.data.order import batch_rows
 from distill.data.prepare import shards
+from distill.data.prepare.shards import Indexed
+from distill.data.procedural import render
 from distill.data.source import Clips, ClipSource, brightness_and_contrast
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 
 DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
-WANTED = ("video", "audio")
 LEAST = 8  # least clips of a score, as in `eval.embedded.protocol.EvalConfig`; twice as many make two sets
 PROBE_CLIPS = 1536  # on which the extractors are trained, in memory; as many as the procedural world has
-LEFT_OUT = {
-    "sync": "real clips have no mouth labels, which the embedded extractors need for training",
-    "identity": "the embedded extractors are trained on faces of the procedural world alone",
-    "motion": "real clips have no gesture labels",
-    "expression": "real clips have no expression labels",
-    "diversity": "there is one recording of each condition, so the spread of real motion is unknown",
-}
-"""Metrics that are undefined on real clips, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,26 +64,23 @@ class FolderConfig(ClipsConfig):
 
 
 class Folder(ClipSource):
-    """The clips of a folder by name of a set: see `distill.data.source.Source`.
+    """The clips of a folder by name of a set: see `distill.data.source.ClipSource`.
 
     probes, health and both validate sets are of the people trained on; test and admit are one half of the held-out clips,
     reference the other half. A set has fewer clips than requested where there are no more.
     """
 
-    left_out: Mapping[str, str] = LEFT_OUT
-
     def __init__(self, config: FolderConfig):
         self.config, world = config, config.world
         self.fps = Fraction(world.fps)
         self._check_prepared()
-        index = self.index = Index.read(config.path, self.fps)
+        render.samples_per_frame(world)
+        self.checksums = shards.sha256(config.path / shards.CHECKSUMS)
         self.clips = _used_clips(config)
-        sides, self.unused = self._sides()
-        self.training, self.test = (
-            Windows(index, world.num_frames, self.fps, sides[name]) for name in ("train", "test")
-        )
+        self.unused: Counter[str] = Counter()
+        sides = self._sides()
+        self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
         self.num_train = min(world.num_train, len(self.training))
-        self.num_shards = -(-self.num_train // world.shard_clips)
         for name, windows in (("train", self.training), ("held-out", self.test)):
             if len(windows) < 2 * LEAST:
                 raise UserError(
@@ -101,9 +92,9 @@ class Folder(ClipSource):
     def digests(self) -> dict[str, str]:
         """Which clips these are, for the fingerprint of what is made from them."""
         if self.config.manifest is None:
-            return {"clips": self.index.sha256}
+            return {"clips": self.checksums}
         clips = canonical_json([asdict(clip) for clip in self.clips])
-        return {"clips": self.index.sha256, "manifest": hashlib.sha256(clips.encode()).hexdigest()}
+        return {"clips": self.checksums, "manifest": hashlib.sha256(clips.encode()).hexdigest()}
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -111,8 +102,8 @@ class Folder(ClipSource):
         return {
             "train_clips": self.num_train,
             "held_out_clips": len(self.test),
-            "train_samples": len({*self.training.entry.tolist()}),
-            "held_out_samples": len({*self.test.entry.tolist()}),
+            "train_samples": len({sample for sample, _ in self.training.rows}),
+            "held_out_samples": len({sample for sample, _ in self.test.rows}),
             "unused_samples": dict(self.unused),
         }
 
@@ -124,31 +115,27 @@ class Folder(ClipSource):
 
     def verify(self, rank: int, world_size: int) -> None:
         """UserError where a shard differs from its checksum."""
-        self.index.verify(rank, world_size)
+        shards.verify(self.config.path, rank, world_size)
 
     def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
         """`num` clips of the set `name`, or as many as there are; ValueError for `motion` above 0: a real clip has one."""
         if motion:
             raise ValueError("a real clip has one motion")
         windows, rows = self._set(seed, name)
-        batches = [windows.batch(rows[start : start + 16]) for start in range(0, min(num, len(rows)), 16)]
-        batches = [_cut(samples, num - 16 * i) for i, samples in enumerate(batches)]
-        return self._clips(batches, brightness_and_contrast(torch.cat([_video(samples) for samples in batches])))
+        samples = windows.batch(rows[:num].tolist())
+        return self._clips(samples, brightness_and_contrast(samples.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
         """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` processes."""
-        size = self.config.world.shard_clips
-        loader = Loader(self.training, size, seed, workers=workers)
-        for number, samples in zip(numbers, loader.read(numbers), strict=True):
-            yield self._clips([_cut(samples, self.num_train - number * size)], {})
+        size, num = self.config.world.shard_clips, len(self.training)
+        rows = (batch_rows(num, size, number, seed)[: self.num_train - number * size].tolist() for number in numbers)
+        for samples in self.training.batches(rows, workers):
+            yield self._clips(samples, {})
 
-    def _clips(self, batches: list[Samples], labels: dict[str, Tensor]) -> Clips:
-        """Decoded batches as clips, with the texts of the manifest."""
-        audio = [samples.audio for samples in batches if samples.audio is not None]
-        text = [self._text.get(name, own) for batch in batches for name, own in zip(batch.ids, batch.text, strict=True)]
-        return Clips(
-            video=torch.cat([_video(samples) for samples in batches]), audio=torch.cat(audio), text=text, labels=labels
-        )
+    def _clips(self, samples: Samples, labels: dict[str, Tensor]) -> Clips:
+        """A decoded batch as clips, with the texts of the manifest."""
+        text = [self._text.get(name, own) for name, own in zip(samples.ids, samples.text, strict=True)]
+        return Clips(video=samples.video, audio=samples.audio, text=text, labels=labels)
 
     @cached_property
     def _text(self) -> dict[str, str]:
@@ -190,82 +177,51 @@ class Folder(ClipSource):
                 f"data.world.fps={fps.numerator}/{fps.denominator}"
             )
 
-    @cached_property
-    def _wanted(self) -> Bucket:
-        return Bucket(WANTED, *self.config.world.size)
-
-    def _sides(self) -> tuple[dict[str, list[int]], Counter]:
-        """Index entries of the people trained on and of those held out; and the numbers of unused ones by reason."""
-        index, config = self.index, self.config
+    def _sides(self) -> dict[str, list[Indexed]]:
+        """Samples of the people trained on and of those held out; `unused` counts the others by reason."""
+        config, (height, width) = self.config, self.config.world.size
         others = {clip.split for clip in self.clips} - {"", "train", "test"}
         fractions = {"train": 1 - config.held_out, "test": config.held_out}
         divided = assign(Manifest(self.clips), {**dict.fromkeys(sorted(others), 0.0), **fractions})
-        unused: Counter = Counter()
-        listed = {shards.sample_key(clip.id) for clip in self.clips}
-        keys = {shards.sample_key(clip.id): (clip.split, clip.identity or clip.source) for clip in divided.clips}
-        entries: list[tuple[str, str, int]] = []
-        for entry in range(len(index.shard)):
-            bucket, owner = index.buckets[index.bucket[entry]], keys.get(index.key(entry))
-            if index.key(entry) not in listed:
-                unused["it is not in data.manifest"] += 1
-            elif bucket != self._wanted:
-                unused[_mismatch(bucket, self._wanted)] += 1
+        listed = {clip.id for clip in self.clips}
+        owners = {clip.id: (clip.split, clip.identity or clip.source) for clip in divided.clips}
+        entries: list[tuple[str, str, Indexed]] = []
+        for sample in shards.read_indices(config.path):
+            owner = owners.get(sample.id)
+            if sample.id not in listed:
+                self.unused["it is not in data.manifest"] += 1
+            elif not sample.has_sound:
+                self.unused["it has no sound"] += 1
+            elif sample.size != (height, width):
+                self.unused[f"it is {sample.size[0]}x{sample.size[1]}, not {height}x{width}"] += 1
             elif owner is None:
-                unused["its identity is officially on both sides"] += 1
+                self.unused["its identity is officially on both sides"] += 1
             elif owner[0] in others:
-                unused[f"it is in the split {owner[0]}"] += 1
+                self.unused[f"it is in the split {owner[0]}"] += 1
             else:
-                entries.append((*owner, entry))
+                entries.append((*owner, sample))
         if not entries:
-            height, width = config.world.size
             raise UserError(
-                f"no clip fits this recipe, {height}x{width} with sound{self._unused_text(unused)}: {config.path}; prepare the "
+                f"no clip fits this recipe, {height}x{width} with sound{self._unused_text()}: {config.path}; prepare the "
                 f"videos again with --fps {config.world.fps} --size {height}x{width}"
             )
         if not any(side == "test" for side, _, _ in entries):
             official = {clip.identity or clip.source for clip in self.clips if clip.split}
             free = {person for _, person, _ in entries if person not in official}
             last = max(free, key=place) if len({person for _, person, _ in entries}) > 1 and free else None
-            entries = [("test" if person == last else side, person, entry) for side, person, entry in entries]
-        sides = {name: [entry for side, _, entry in entries if side == name] for name in ("train", "test")}
+            entries = [("test" if person == last else side, person, sample) for side, person, sample in entries]
+        sides = {name: [sample for side, _, sample in entries if side == name] for name in ("train", "test")}
         if not all(sides.values()):
             side = "held out" if not sides["test"] else "trained on"
             raise UserError(
                 f"no person is {side}: {config.path} has {len({person for _, person, _ in entries})} people; add clips of others, "
                 "or change data.held_out"
             )
-        return sides, unused
+        return sides
 
-    def _unused_text(self, unused: Counter | None = None) -> str:
-        unused = self.unused if unused is None else unused
-        return f" ({'; '.join(f'{number} unused: {why}' for why, number in unused.most_common())})" if unused else ""
-
-
-def _mismatch(bucket: Bucket, wanted: Bucket) -> str:
-    if "video" not in bucket.parts:
-        return "it has no video"
-    if "audio" not in bucket.parts:
-        return "it has no sound"
-    return f"it is {bucket.height}x{bucket.width}, not {wanted.height}x{wanted.width}"
-
-
-def _video(samples: Samples) -> Tensor:
-    assert samples.video is not None
-    return samples.video
-
-
-def _cut(samples: Samples, num: int) -> Samples:
-    """The first `num` of a batch."""
-    assert samples.video is not None
-    assert samples.audio is not None
-    return replace(
-        samples,
-        rows=samples.rows[:num],
-        ids=samples.ids[:num],
-        text=samples.text[:num],
-        video=samples.video[:num],
-        audio=samples.audio[:num],
-    )
+    def _unused_text(self) -> str:
+        reasons = "; ".join(f"{number} unused: {why}" for why, number in self.unused.most_common())
+        return f" ({reasons})" if reasons else ""
 
 
 def _used_clips(config: FolderConfig) -> tuple[Clip, ...]:

@@ -1,9 +1,9 @@
-"""Clips with sound and text, the protocol of what gives them, and the defaults of a source of one's own."""
+"""Clips with sound and text, and what gives them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -53,56 +53,15 @@ class Clips:
         return self.audio if self.audio.ndim == 2 else self.audio.sum(dim=1).clamp(-1, 1)
 
 
-class Source(Protocol):
-    """Where clips come from: the procedural world (`procedural.source.World`) or a folder (`recorded.Folder`).
-
-    A set of clips has a name; the same seed and name are the same clips. Sets that are compared with each other share no clip.
-    """
-
-    num_train: int
-    num_shards: int
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        """Metrics that are undefined here, and why."""
-        ...
-
-    @property
-    def digests(self) -> Mapping[str, str]:
-        """Digests of what the clips are read from, for fingerprints."""
-        ...
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What is worth knowing of the clips, as plain data."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """The clips in words, for a model card."""
-        ...
-
-    def verify(self, rank: int, world_size: int) -> None:
-        """UserError where files differ from their checksums; processes share the work."""
-        ...
-
-    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-        """`num` clips (or fewer, where there are no more) of the set `name`; another `motion` is the same conditions again."""
-        ...
-
-    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
-        """The clips of these training shards, `world.shard_clips` each, the last one of `num_shards` shorter."""
-        ...
-
-    def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
-        """Classes that a text encoder is trained to separate: name -> class of each clip [N], and the number of classes."""
-        ...
-
-
 class ClipSource:
-    """A source whose `clips` are all that has to be written; every other method of `Source` follows from it.
+    """Where clips come from: the procedural world (`procedural.source.World`), a folder (`recorded.Folder`), or a source of one's
+    own, for which `clips` is all that has to be written.
 
-    `config` is a `distill.data.config.ClipsConfig`. Sets of different names must share no clip: test and reference are compared.
+    `config` is a `distill.data.config.ClipsConfig`. A set of clips has a name; the same seed and name are the same clips. Sets of
+    different names must share no clip: test and reference are compared.
+
+    left_out: metrics that are undefined here, and why; digests: of what the clips are read from, for fingerprints
+    facts: what is worth knowing of the clips, as plain data; description: the clips in words, for a model card
     """
 
     left_out: Mapping[str, str] = UNLABELLED
@@ -113,7 +72,11 @@ class ClipSource:
     def __init__(self, config: Any):
         self.config = config
         self.num_train = config.world.num_train
-        self.num_shards = -(-self.num_train // config.world.shard_clips)
+
+    @property
+    def num_shards(self) -> int:
+        """Training shards, `world.shard_clips` each, the last one shorter."""
+        return -(-self.num_train // self.config.world.shard_clips)
 
     @missing
     def clips(self, seed: int, name: str, num: int) -> Clips:
@@ -122,23 +85,25 @@ class ClipSource:
         raise NotImplementedError
 
     def verify(self, rank: int, world_size: int) -> None:
-        """There are no checksums."""
+        """UserError where files differ from their checksums (here there are none); processes share the work."""
 
     def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-        """Clips with what can be measured on them as labels, where they have none. There is no other `motion` of a clip."""
+        """`num` clips (or fewer, where there are no more) of the set `name`, with what can be measured on them as labels where they
+        have none. Another `motion` is the same conditions again; ValueError where a clip has one."""
         if motion:
             raise ValueError("a clip has one motion here")
         clips = self._checked(seed, name, num)
         return clips if clips.labels else replace(clips, labels=brightness_and_contrast(clips.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
-        """The clips of these training shards: the sets train/0, train/1 and so on."""
+        """The clips of these training shards, the sets train/0, train/1 and so on; `workers` processes may decode them."""
         size = self.config.world.shard_clips
         for number in numbers:
             yield self._checked(seed, f"train/{number}", min(size, self.num_train - number * size))
 
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
-        """Classes that a text encoder is trained to separate: the distinct texts."""
+        """Classes that a text encoder is trained to separate, here the distinct texts: name -> class of each clip [N], and the
+        number of classes."""
         known = {text: number for number, text in enumerate(sorted(set(clips.text)))}
         return {"text": (torch.tensor([known[text] for text in clips.text]), len(known))}
 

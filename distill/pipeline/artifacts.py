@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from distill.data import latents
-from distill.data.source import Source
+from distill.data.source import ClipSource
 from distill.pipeline.pretrained import load_given
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import Recipe, TeacherStage
@@ -33,7 +33,7 @@ class Artifacts:
     """
 
     def __init__(
-        self, recipe: Recipe, engine: Engine, spec: Spec, source: Source, folder: RunFolder, log: MetricsLog
+        self, recipe: Recipe, engine: Engine, spec: Spec, source: ClipSource, folder: RunFolder, log: MetricsLog
     ) -> None:
         self.recipe, self.engine, self.spec = recipe, engine, spec
         self.source, self.folder, self.log = source, folder, log

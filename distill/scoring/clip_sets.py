@@ -29,10 +29,10 @@ from torch import Tensor
 
 from distill.data.datasets import folder as folders
 from distill.data.datasets.manifest import Clip, Manifest
-from distill.data.loader import Index
+from distill.data.loader import read_sample
+from distill.data.prepare import shards
 from distill.data.prepare.cutting import crop_box
 from distill.data.prepare.video import SAMPLE_RATE, opened, read_frames, read_sound, video_stream
-from distill.scoring.prepared import is_prepared, open_samples, place_of, read_sample, shape_of
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
 from teachers.errors import UserError
@@ -62,14 +62,15 @@ class Entry:
     text: str
     has_box: bool = False
     box: tuple[float, float, float, float] | None = None
-    sample: Index | None = field(default=None, compare=False)
+    sample: shards.Indexed | None = field(default=None, compare=False)
 
     @property
     def identity(self) -> str:
         """sha256 over the bytes of its files and which part of them it is."""
         clip = {name: asdict(self.clip)[name] for name in ("start", "end", "crop", "crop_size")}
         sound = None if self.sound is None else file_sha256(self.sound)
-        file = file_sha256(self.path) if self.sample is None else file_sha256(*place_of(self.sample))
+        place = () if self.sample is None else (self.sample.offset, self.sample.num_bytes)
+        file = file_sha256(self.path, *place)
         facts = {"file": file, "clip": clip, "sound": sound, "box": self.box, "looked": self.has_box}
         return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
@@ -85,13 +86,14 @@ def open_set(path: Path, videos: Path | None = None) -> dict[str, Entry]:
     elif path.is_dir():
         root = path
         named = any((path / name).is_file() for name in folders.METADATA)
-        if is_prepared(path):
+        if (path / shards.CHECKSUMS).is_file():
             manifest = Manifest.load(path / "manifest.parquet")
         else:
             manifest = folders.read(path if named else None, path)
     else:
         raise UserError(f"no clips: {path} is neither a folder nor a manifest; check the path")
-    samples = open_samples(root) if is_prepared(root) else None
+    prepared = (root / shards.CHECKSUMS).is_file()
+    samples = {_named(sample.id): sample for sample in shards.read_indices(root)} if prepared else None
     if manifest.refused and samples is None:  # what is in no shard, `distill data prepare` reported
         first = manifest.refused[0]
         more = f" and {len(manifest.refused) - 1} more" if len(manifest.refused) > 1 else ""
@@ -120,11 +122,11 @@ def _at(root: Path, clip: Clip) -> Entry:
     return Entry(clip=clip, path=file, sound=sound, text=clip.text or _text(file))
 
 
-def _in_shard(root: Path, clip: Clip, samples: Mapping[str, Index]) -> Entry:
+def _in_shard(root: Path, clip: Clip, samples: Mapping[str, shards.Indexed]) -> Entry:
     sample = samples.get(clip.id)
     if sample is None:
         raise UserError(f"clip {clip.id} is in no shard: {root}; prepare it, or remove it from the manifest")
-    return Entry(clip=clip, path=place_of(sample)[0], sound=None, text=clip.text, sample=sample)
+    return Entry(clip=clip, path=sample.shard, sound=None, text=clip.text, sample=sample)
 
 
 def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
@@ -136,9 +138,9 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
     if entry.sample is not None:
         if generated and rule.lossless:
             raise UserError("clips in prepared shards are H.264 and not lossless; write tensors, FFV1 or PNG in an mkv")
-        _check_length(*shape_of(entry.sample))
-        video, fps, sound = read_sample(entry.sample)
-        video, fps = _retimed(video, fps, rule)
+        _check_length(entry.sample.frames, *entry.sample.size)
+        clip = read_sample(entry.sample, 0, entry.sample.frames)
+        sound, (video, fps) = clip.audio, _retimed(clip.video, clip.fps, rule)
     elif entry.path.suffix == TENSORS:
         video, fps, sound = _tensors(entry.path)
         video, fps = _retimed(video, fps, rule)

@@ -6,7 +6,6 @@ from teachers.media.read import (
     decode_image,
     fit_image,
     read_audio,
-    read_image,
     read_video,
 )
 from teachers.media.streams import resample
@@ -20,7 +19,6 @@ __all__ = [
     "decode_image",
     "fit_image",
     "read_audio",
-    "read_image",
     "read_video",
     "resample",
     "write_video",

@@ -146,11 +146,6 @@ def audio_frame(samples: np.ndarray, start: int, sample_rate: int) -> av.AudioFr
     return frame
 
 
-def read_image(path: Path, size: tuple[int, int]) -> Tensor:
-    """Image of `path` as float32 [3, H, W] in [-1, 1], `size` = (H, W). Raises UserError as `decode_image` does."""
-    return fit_image(decode_image(path), size)
-
-
 def decode_image(path: Path) -> Tensor:
     """Image of `path` as uint8 [h, w, 3], upright (camera rotation applied), transparency laid on white.
 

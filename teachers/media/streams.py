@@ -67,10 +67,6 @@ class Resampler:
         self.up, self.down = target_rate // shared, source_rate // shared
         self.source_rate = source_rate
         self.half = _half(self.up, self.down)
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the past: the next sample is the first."""
         self.tail = torch.zeros(self.half, *self.row_shape, dtype=torch.float64)  # input from place `first` on
         self.first = -self.half
         self.made = 0
@@ -93,10 +89,7 @@ class Resampler:
 
     def _filtered(self, begin: int, end: int) -> Tensor:
         """Outputs begin..end-1 [n, ...] in float64; input that is not there is zero, such as what follows the end."""
-        first, last = (
-            begin // BLOCK,
-            -(-end // BLOCK),
-        )  # whole blocks of outputs, of which every `kinds`-th has the same phases
+        first, last = begin // BLOCK, -(-end // BLOCK)  # whole blocks of outputs; every `kinds`-th has the same phases
         kinds = self.up // math.gcd(self.up, BLOCK)
         step = kinds * BLOCK * self.down // self.up
         out = self.tail.new_empty(last - first, *self.row_shape, BLOCK)

@@ -21,14 +21,8 @@ from teachers.media.read import audio_frame, check_samples
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
-
-
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
-
-
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
-
-
 LIMITED_RANGE = 1
 
 
@@ -193,16 +187,12 @@ class VideoWriter:
             raise self._failed(error) from error
 
     def _finish(self) -> None:
-        """Write what the encoders still hold and the index, then give the file its name."""
+        """Write what the encoders still hold."""
         if self.num_frames == 0:
             raise ValueError(f"a video needs at least one frame: got none for {self.path}")
         self._mux(self._video.encode, None)
         if self._has_sound:
             self._finish_sound()
-        try:
-            self._container.close()
-        except (av.FFmpegError, OSError) as error:
-            raise self._failed(error) from error
 
     def _finish_sound(self) -> None:
         """Cut the sound to the frames' length or pad it with silence."""

@@ -102,7 +102,7 @@ def scene() -> Scene:
     held |= {name: torch.full((NUM, FRAMES), value) for name, value in (("mouth_open", 0.2), ("mouth_width", 0.5))}
     features = RandomFeatures()
     real = features(render.make_clips(WORLD, asked, rng(5)).video)  # the same people and words, moving otherwise
-    return Scene(clips.video, render.render(WORLD, asked, held), clips.audio, real, features, towers)
+    return Scene(clips.video, render.render(WORLD, asked.identity, held), clips.audio, real, features, towers)
 
 
 def h264(video: torch.Tensor, crf: int, scale: int = 4) -> torch.Tensor:

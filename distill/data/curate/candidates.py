@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -29,14 +28,14 @@ FACE_COLUMNS = ("id", "x", "y", "width", "height")
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A clip and where it lies: in a shard at `place` = (offset, bytes), or in a source video where that is None.
+    """A clip and where it lies: in a shard as `sample`, or in the source video at `path` where that is None.
 
     fingerprint: sha256 of whatever its scores depend on; box: its face, where the user provides it
     """
 
     clip: Clip
     path: Path
-    place: tuple[int, int] | None
+    sample: shards.Indexed | None
     fingerprint: str
     box: Box | None = None
 
@@ -69,37 +68,23 @@ def read_candidates(data: Path, videos: Path | None, faces: Mapping[str, Box]) -
     unknown_ids = sorted(faces.keys() - {clip.id for clip in manifest.clips})
     if unknown_ids:
         raise UserError(f"face of a clip that is not in the data: {unknown_ids[0]}; correct its id or remove it")
-    places = _in_shards(data) if videos is None else {}
+    sums = shards.read_checksums(data) if videos is None else {}
+    samples = {sample.id: sample for sample in shards.read_indices(data)} if videos is None else {}
     candidates = []
     for clip in manifest.clips:
+        sample = samples.get(clip.id)
         if videos is not None:
-            path, place, content = videos / clip.source, None, _stamp(videos / clip.source)
-        elif clip.id in places:
-            path, place, content = places[clip.id]
+            path = videos / clip.source
+            content = _stamp(path)
+        elif sample is not None:
+            path, content = sample.shard, f"{sums[sample.shard.name]} {sample.offset}"
         else:
             raise UserError(f"clip {clip.id} is in no shard: {data}; run distill data check on it")
         box = faces.get(clip.id)
         inputs = [VERSION, content, asdict(clip), None if box is None else asdict(box)]
         fingerprint = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
-        candidates.append(Candidate(clip=clip, path=path, place=place, fingerprint=fingerprint, box=box))
+        candidates.append(Candidate(clip=clip, path=path, sample=sample, fingerprint=fingerprint, box=box))
     return candidates, manifest
-
-
-def _in_shards(folder: Path) -> dict[str, tuple[Path, tuple[int, int], str]]:
-    """Clip id -> its shard, its place there, and an identifier of its content."""
-    places = {}
-    for name, digest in shards.read_checksums(folder).items():
-        if not name.endswith(".tar"):
-            continue
-        path = folder / name
-        if (rows := shards.read_index(path)) is None:
-            raise UserError(f"shard without an index: {path}; run distill data check")
-        try:
-            for row in rows:
-                places[row["id"]] = path, (int(row["offset"]), int(row["bytes"])), f"{digest} {row['offset']}"
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"index of a shard cannot be read ({error!r}): {path}; run distill data check") from error
-    return places
 
 
 def _stamp(path: Path) -> str:
@@ -139,30 +124,16 @@ def read_faces(path: Path | None) -> dict[str, Box]:
 
 def opened(candidate: Candidate) -> Content:
     """The content of a candidate, its frames decoded lazily; UserError or av's error for damaged content."""
-    if candidate.place is None:
+    if candidate.sample is None:
         return _from_video(candidate.clip, candidate.path)
-    offset, size = candidate.place
-    members = shards.read_sample(candidate.path, shards.sample_key(candidate.clip.id), offset, size)
+    members = candidate.sample.members()
     metadata = json.loads(members["json"])
     if metadata["id"] != candidate.clip.id:
         raise UserError(f"shard contains clip {metadata['id']} where its index has {candidate.clip.id}")
     scale = tuple(Fraction(side, cut) for side, cut in zip(metadata["size"][::-1], metadata["crop"][2:], strict=True))
-    sound = _decoded_sound(members["flac"]) if "flac" in members else None
-    return Content(_decoded_frames(members["mp4"]), Fraction(metadata["fps"]), sound, (scale[0], scale[1]))
-
-
-def _decoded_frames(data: bytes) -> Iterator[np.ndarray]:
-    with av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
-            yield frame.to_ndarray(format="rgb24")
-
-
-def _decoded_sound(data: bytes) -> np.ndarray:
-    with av.open(io.BytesIO(data), "r") as container:
-        parts = [frame.to_ndarray() for frame in container.decode(container.streams.audio[0])]
-    return np.concatenate([part.mean(0) for part in parts]).astype(np.float32) / 32768  # FLAC of 16 bits
+    sound = shards.sound_of(members["flac"]).numpy() if "flac" in members else None
+    frames = (frame.to_ndarray(format="rgb24") for frame in shards.frames_of(members["mp4"]))
+    return Content(frames, Fraction(metadata["fps"]), sound, (scale[0], scale[1]))
 
 
 def _from_video(clip: Clip, path: Path) -> Content:

@@ -14,13 +14,11 @@ A row is used again while its fingerprint (content, clip, face, version of the f
 import argparse
 import base64
 import errno
-import fcntl
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -39,7 +37,7 @@ from distill.data.curate.models import CaptionRewriter, Upscaler
 from distill.data.curate.scores import SCORES, motion_text, score
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out
 from teachers.config import convert, nearest
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, replacing
@@ -88,21 +86,12 @@ class Range:
     def margin(self, value: float | None) -> float:
         """Distance of a kept value from the nearer end, as a share of that end."""
         ends = [end for end in (self.at_least, self.at_most) if end is not None]
-        return (
-            min((abs(value - end) / (abs(end) or 1.0) for end in ends), default=math.inf) if value is not None else 0.0
-        )
+        if value is None:
+            return 0.0
+        return min((abs(value - end) / (abs(end) or 1.0) for end in ends), default=math.inf)
 
 
 Thresholds = dict[str, Range]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curated:
-    """Rows of all clips in the manifest's order, and the numbers of kept clips and of clips that could not be scored."""
-
-    rows: list[Row]
-    num_kept: int
-    num_problems: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,15 +123,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="folder of an image-to-image model for reference images",
     )
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Curate and print a summary; 0 when every clip was scored, 3 when some could not be. Raises UserError."""
-    if args.workers < 0:
-        raise UserError(f"--workers must be 0 or more: got {args.workers}")
     thresholds, faces = read_thresholds(args.thresholds), read_faces(args.faces)
     candidates, manifest = read_candidates(args.data, args.videos, faces)
     rewriter = CaptionRewriter(args.captions) if args.captions is not None else None
@@ -154,27 +139,24 @@ def run(args: argparse.Namespace) -> int:
                 progress.write(f"not scored {row['id']}: {row['problem']}", file=sys.stderr)
             progress.update()
 
-        done = curate(
+        rows = curate(
             candidates, manifest, args.out, thresholds, args.workers, tick, rewriter, upscaler, source=str(args.data)
         )
-    removed = len(done.rows) - done.num_kept - done.num_problems
+    num_kept, num_problems = (sum(bool(row[name]) for row in rows) for name in ("kept", "problem"))
+    removed = len(rows) - num_kept - num_problems
     sys.stdout.write(
-        f"{args.out}: {done.num_kept} of {len(done.rows)} clips kept, {removed} removed, {done.num_problems} not scored; "
+        f"{args.out}: {num_kept} of {len(rows)} clips kept, {removed} removed, {num_problems} not scored; "
         f"look at {args.out / 'kept.html'} and {args.out / 'removed.html'}\n"
     )
-    return NOT_SCORED if done.num_problems else 0
+    return NOT_SCORED if num_problems else 0
 
 
 def read_thresholds(path: Path | None) -> Thresholds:
     """The ranges in a YAML file, the package's own without one; UserError with the key for an unknown or mistyped one."""
     name = path or "distill/data/curate/curate.yaml"
     try:
-        text = (
-            path.read_text("utf-8")
-            if path
-            else resources.files("distill.data.curate").joinpath("curate.yaml").read_text("utf-8")
-        )
-        values = yaml.safe_load(text) or {}
+        source = path or resources.files("distill.data.curate") / "curate.yaml"
+        values = yaml.safe_load(source.read_text("utf-8")) or {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"thresholds cannot be read ({error}): {name}; check the path") from error
     except yaml.YAMLError as error:
@@ -201,15 +183,19 @@ def curate(
     rewriter: CaptionRewriter | None = None,
     upscaler: Upscaler | None = None,
     source: str = "",
-) -> Curated:
+) -> list[Row]:
     """Score what is not scored yet, apply the thresholds, and write scores, manifest and pages to `out`.
 
     tick: called once a clip. A clip that cannot be scored is a row with a problem and is not kept. Raises UserError when the
-    folder contains something else, is in use or its disk full; the scores so far stay.
+    folder contains something else, is in use or its disk full; the scores so far stay. Returns the rows in the manifest's order.
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
-    with _locked(out, {"data": source, "thresholds": limits}):
+    if not (out / "curate.json").is_file() and any(out.iterdir()):
+        raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
+    with exclusive(out, "curate"):
+        request = {"data": source, "thresholds": limits}
+        atomic_write(out / "curate.json", json.dumps(request, sort_keys=True, indent=1) + "\n")
         rows = _score_all(candidates, out, workers, tick)
         kept = []
         for candidate, row in zip(candidates, rows, strict=True):
@@ -226,7 +212,7 @@ def curate(
             page.write_page(
                 out / f"{name}.html", "curate.html.j2", page_context(rows, thresholds, wanted, clips, source)
             )
-    return Curated(rows=rows, num_kept=len(kept), num_problems=sum(row["problem"] is not None for row in rows))
+    return rows
 
 
 def score_row(candidate: Candidate) -> Row:
@@ -397,24 +383,3 @@ def page_context(
         "num_hidden": len(chosen) - len(cards),
         "cards": cards,
     }
-
-
-@contextmanager
-def _locked(out: Path, request: dict[str, Any]) -> Iterator[None]:
-    """Only one process curates into a folder, and only into an empty one or its own; UserError otherwise."""
-    path = out / "curate.json"
-    if not path.is_file() and any(out.iterdir()):
-        raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in out.rglob(".*.tmp"):
-            file.unlink(missing_ok=True)
-        atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another curate is writing here: {out}; wait for it or choose another --out") from error
-    except PermissionError as error:
-        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
-    finally:
-        os.close(folder)

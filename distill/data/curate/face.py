@@ -15,11 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 LONG_SIDE, SHORT_SIDE = 160, 64  # pixels of the image that is searched
-NARROWEST, STEP, ASPECT = (
-    10,
-    1.15,
-    1.25,
-)  # width of the smallest box in those pixels, ratio of two sizes, height to width
+NARROWEST, STEP, ASPECT = 10, 1.15, 1.25  # smallest box's width in those pixels, ratio of two sizes, height to width
 CONTRAST = 0.12  # (bright - dark) / (bright + dark) that fulfils a relation
 CHROMA = 8.0  # levels by which the chroma of skin may differ within a face
 FAINT = 8.0  # levels added to a sum of two, so that black has no contrast
@@ -52,12 +48,6 @@ class Box:
     width: float
     height: float
     confidence: float
-
-    def pixels(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """left, top, right, bottom in a frame of `size` = (H, W), at least one pixel each way."""
-        left, top = (min(max(0, round(at * side)), side - 1) for at, side in ((self.x, size[1]), (self.y, size[0])))
-        right, bottom = round((self.x + self.width) * size[1]), round((self.y + self.height) * size[0])
-        return left, top, min(max(right, left + 1), size[1]), min(max(bottom, top + 1), size[0])
 
 
 def locate(frames: UInt8[Tensor, "t h w 3"], motion: Float[Tensor, "h w"]) -> Box | None:

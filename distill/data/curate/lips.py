@@ -31,10 +31,7 @@ CEPSTRA = 8  # coefficients of the sound, its log energy the first
 SLOWEST_HZ, FASTEST_HZ = 0.5, 8.0  # of what is compared
 LOUDNESS, FAINT = 3000.0, 10.0  # root mean square of the sound and of the noise that fills its silence, in int16 units
 SILENT = 1e-3  # root mean square below which a sound is silence, -60 dBFS
-EARLY_SECONDS, LATE_SECONDS = (
-    0.125,
-    0.045,
-)  # by which the video may lead and lag its sound unnoticed (ITU-R BT.1359)
+EARLY_SECONDS, LATE_SECONDS = 0.125, 0.045  # by which the video may lead and lag its sound unnoticed (ITU-R BT.1359)
 FAR_SECONDS = 0.6  # largest delay that is tried, either way
 SHORTEST_SECONDS = 2
 

@@ -7,7 +7,6 @@ of the processor. Nothing is downloaded, no pickle is read and no code of a fold
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -36,7 +35,6 @@ class CaptionRewriter:
     def __init__(self, folder: Path):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        folder = Path(folder)
         self.model, self.processor = load_local("image-text model", folder, AutoModelForImageTextToText, AutoProcessor)
         self.fingerprint = folder_fingerprint(folder, INSTRUCTION)
 
@@ -57,7 +55,6 @@ class Upscaler:
     def __init__(self, folder: Path):
         from transformers import AutoImageProcessor, AutoModelForImageToImage
 
-        folder = Path(folder)
         self.model, self.processor = load_local(
             "super-resolution model", folder, AutoModelForImageToImage, AutoImageProcessor
         )
@@ -70,6 +67,5 @@ class Upscaler:
         inputs = self.processor(images=Image.fromarray(image.numpy()), return_tensors="pt")
         output = self.model(**inputs.to(self.model.device, self.model.dtype)).reconstruction[0].float().cpu()
         height, width = (side * self.factor for side in image.shape[:2])
-        cropped = output[:, :height, :width]  # without the processor's padding
-        cropped = cropped.permute(1, 2, 0).clamp(0, 1)
-        return torch.from_numpy(np.ascontiguousarray((cropped * 255).round().byte().numpy()))
+        cropped = output[:, :height, :width].permute(1, 2, 0).clamp(0, 1)  # without the processor's padding
+        return (cropped * 255).round().byte().contiguous()

@@ -5,7 +5,7 @@ top left. Only the centre is given, so a clip is the full frame and the face is 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.datasets.folder import Videos
@@ -28,8 +28,13 @@ def read(annotations: Path, videos: Path | None = None, *, splits: Sequence[str]
     """
     library = Videos(videos)
     rows: list[Clip | Refused] = list(library.refused)
-    files = _files(Path(annotations), splits)
-    return gather(row for part in (rows, *(_rows(file, split, library) for file, split in files)) for row in part)
+    for file, split in _files(Path(annotations), splits):
+        for number, text in read_lines(file, rows):
+            try:
+                rows.append(_clip([word.strip() for word in text.split(",")], split, library))
+            except (UserError, ValueError) as error:
+                rows.append(Refused(f"{file.name}:{number}", text.partition(",")[0], f"{error} (line {number})"))
+    return gather(rows)
 
 
 def cut_name(youtube: str, start: float, end: float) -> str:
@@ -52,18 +57,6 @@ def _files(annotations: Path, splits: Sequence[str]) -> list[tuple[Path, str]]:
             f"no {' or '.join(file.name for file, _ in files)}: {annotations}; put the official files there"
         )
     return existing
-
-
-def _rows(file: Path, split: str, library: Videos) -> Iterator[Clip | Refused]:
-    for line in read_lines(file):
-        if isinstance(line, Refused):
-            yield line
-            continue
-        number, text = line
-        try:
-            yield _clip([word.strip() for word in text.split(",")], split, library)
-        except (UserError, ValueError) as error:
-            yield Refused(f"{file.name}:{number}", text.partition(",")[0], f"{error} (line {number})")
 
 
 def _clip(values: list[str], split: str, library: Videos) -> Clip | Refused:

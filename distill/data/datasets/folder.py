@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -168,13 +168,13 @@ def _metadata_file(path: Path) -> Path | None:
 
 def _described(library: Videos, metadata: Path, dataset: str) -> Iterator[Clip | Refused]:
     """A clip or refusal for every row of `metadata`, and a refusal for every video without a row."""
-    rows = list(_rows(metadata))
-    num_rows = Counter(row["file_name"] for row in rows if not isinstance(row, Refused))
+    refused: list[Clip | Refused] = []
+    rows = list(_rows(metadata, refused))
+    yield from refused
+    num_rows = Counter(row["file_name"] for row in rows)
     known, used = set(library.sources), Counter()
     for row in rows:
-        if isinstance(row, Refused):
-            yield row
-        elif (source := row["file_name"]) not in known:
+        if (source := row["file_name"]) not in known:
             yield Refused(str(row.get("id", source)), source, f"{metadata.name} names a video that is not there")
         else:
             yield _clip(library, row, dataset, used[source] if num_rows[source] > 1 else None)
@@ -208,29 +208,25 @@ def safe_id(source: str) -> str:
     return (re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:120] + "-" + digest).lstrip("-")
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | Refused]:
-    """Rows of a metadata file with their values typed; a row that is not one is a Refused; UserError for the whole file."""
+def _rows(path: Path, refused: list[Clip | Refused]) -> Iterator[dict[str, Any]]:
+    """Rows of a metadata file with their values typed; what is no row goes to `refused`; UserError for the whole file."""
     if path.suffix == ".json":
-        pairs: Iterator[tuple[int, Any] | Refused] = iter(enumerate(_json_list(path), start=1))
+        pairs: Iterable[tuple[int, Any]] = enumerate(_json_list(path), start=1)
     elif path.suffix == ".jsonl":
-        pairs = (line if isinstance(line, Refused) else (line[0], _json(line[1])) for line in read_lines(path))
+        pairs = ((number, _json(text)) for number, text in read_lines(path, refused))
     else:
-        pairs = _csv_rows(path)
-    for pair in pairs:
-        if isinstance(pair, Refused):
-            yield pair
-            continue
-        number, values = pair
+        pairs = _csv_rows(path, refused)
+    for number, values in pairs:
         where = f"{path.name}:{number}"
         if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
-            yield Refused(where, path.name, "a row must have a file_name")
+            refused.append(Refused(where, path.name, "a row must have a file_name"))
             continue
         for name in values.keys() - {"file_name", *COLUMNS}:
             raise UserError(f"unknown column '{name}': {where}; {nearest(str(name), COLUMNS)}")
         try:
             yield {name: _typed(name, value) for name, value in values.items() if value is not None and value != ""}
         except (ValueError, TypeError, OverflowError) as error:
-            yield Refused(where, values["file_name"], f"a value cannot be read: {error}")
+            refused.append(Refused(where, values["file_name"], f"a value cannot be read: {error}"))
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -241,10 +237,8 @@ def _typed(name: str, value: Any) -> Any:
     return value
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any] | Refused]:
-    lines = list(read_lines(path))
-    yield from (line for line in lines if isinstance(line, Refused))
-    good = [line for line in lines if not isinstance(line, Refused)]
+def _csv_rows(path: Path, refused: list[Clip | Refused]) -> Iterator[tuple[int, Any]]:
+    good = list(read_lines(path, refused))
     reader = csv.DictReader(io.StringIO("\n".join(text for _, text in good)), restkey="(too many values)", strict=True)
     try:
         yield from ((good[reader.line_num - 1][0], row) for row in reader)

@@ -30,7 +30,7 @@ class Tables:
     resolutions: dict[str, list[str]]
     ranges: dict[str, list[str]]
     crops: dict[str, list[str]]
-    refused: list[Refused] = field(default_factory=list)
+    refused: list[Clip | Refused] = field(default_factory=list)
 
 
 def read(
@@ -67,19 +67,15 @@ def identity_of(name: str) -> str:
 
 
 def _tables(annotations: Path, group: str) -> Tables:
-    refused: list[Refused] = []
+    refused: list[Clip | Refused] = []
     names = ("video_url", "resolution", "annotion_time", "crop_wh")
     return Tables(*(_table(annotations / f"{group}_{name}.txt", refused) for name in names), refused=refused)
 
 
-def _table(path: Path, refused: list[Refused]) -> dict[str, list[str]]:
+def _table(path: Path, refused: list[Clip | Refused]) -> dict[str, list[str]]:
     """Words of each line by its first word without .mp4; unreadable and repeated lines go to `refused`."""
     table: dict[str, list[str]] = {}
-    for line in read_lines(path):
-        if isinstance(line, Refused):
-            refused.append(line)
-            continue
-        number, text = line
+    for number, text in read_lines(path, refused):
         key, *words = text.split()
         key = key.removesuffix(".mp4")
         if key in table:

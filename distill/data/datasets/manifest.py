@@ -135,7 +135,10 @@ class Manifest:
                 table = file.read()
             if table.schema.remove_metadata() != SCHEMA:
                 raise UserError("not a manifest, it has other columns; make it again with `distill data prepare`")
-            clips = tuple(Clip(**{**row, **_tuples(row)}) for row in table.to_pylist())
+            rows = table.to_pylist()
+            for row in rows:
+                row.update({name: row[name] and tuple(row[name]) for name in ("crop", "crop_size")})
+            clips = tuple(Clip(**row) for row in rows)
             lines = refused_path(path).read_text(encoding="utf-8").splitlines()
             return cls(clips, tuple(Refused(**json.loads(line)) for line in lines))
         except UserError as error:
@@ -177,10 +180,10 @@ def refused_path(path: Path) -> Path:
     return Path(path).with_suffix(".refused.jsonl")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str] | Refused]:
+def read_lines(path: Path, refused: "list[Clip | Refused]") -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 annotation file, without its byte order mark and blank lines.
 
-    A line in another encoding is a Refused; UserError when the file is missing, unreadable, or UTF-16 as a whole.
+    A line in another encoding goes to `refused`; UserError when the file is missing, unreadable, or UTF-16 as a whole.
     """
     path = Path(path)
     try:
@@ -191,7 +194,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str] | Refused]:
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 except UnicodeDecodeError:
-                    yield Refused(f"{path.name}:{number}", path.name, f"line {number} is not UTF-8: {line[:80]!r}")
+                    reason = f"line {number} is not UTF-8: {line[:80]!r}"
+                    refused.append(Refused(f"{path.name}:{number}", path.name, reason))
                     continue
                 if text:
                     yield number, text
@@ -237,7 +241,3 @@ def _check_crop(crop: tuple[int, int, int, int] | None, crop_size: tuple[int, in
     x, y, width, height = crop
     if min(x, y) < 0 or (crop_size is not None and (x + width > crop_size[0] or y + height > crop_size[1])):
         raise UserError(f"crop lies outside the frame: got {crop} of {crop_size or 'any size'}; correct the annotation")
-
-
-def _tuples(row: dict) -> dict:
-    return {name: None if row[name] is None else tuple(row[name]) for name in ("crop", "crop_size")}

@@ -19,7 +19,7 @@ from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip, Manifest, Refused, check_id, clip_or_refusal, gather
 from teachers.config import convert
 from teachers.errors import UserError
-from teachers.files import atomic_write
+from teachers.files import atomic_write, make_folder
 
 SALT = "avatar-distill 1"
 FRACTIONS = {"train": 0.9, "test": 0.1}
@@ -53,11 +53,8 @@ class ClipList:
     def save(self, path: Path) -> None:
         """Write the list as YAML, a line for each window."""
         fields = {**asdict(self), "windows": [asdict(window) for window in self.windows]}
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(Path(path), yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=1000))
-        except OSError as error:
-            raise UserError(f"test list cannot be written ({error.strerror}): {path}; choose another place") from error
+        make_folder(path.parent)
+        atomic_write(path, yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=1000))
 
     @classmethod
     def load(cls, path: Path) -> "ClipList":
@@ -163,11 +160,7 @@ def select(manifest: Manifest, clips: ClipList) -> Manifest:
             continue
         start = clip.start + window.offset
         end = start + clips.seconds if clip.end is None else min(start + clips.seconds, clip.end)
-        fields = {
-            name: getattr(clip, name)
-            for name in ("dataset", "source", "crop", "crop_size", "text", "licence", "identity")
-        }
-        rows.append(clip_or_refusal(id=key, start=start, end=end, split="test", **fields))
+        rows.append(clip_or_refusal(**{**asdict(clip), "id": key, "start": start, "end": end, "split": "test"}))
     return gather(rows)
 
 

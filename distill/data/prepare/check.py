@@ -4,13 +4,13 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Manifest
 from distill.data.prepare import page, shards
 from distill.data.prepare.video import SAMPLE_RATE
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write
 
@@ -54,15 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts and problems there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with histograms and thumbnails there")
     parser.add_argument("--quick", action="store_true", help="checksums and indices only, nothing is decoded")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print counts and problems; 0 when the data are complete, 3 when they are not. UserError when there are none."""
-    if args.workers < 0:
-        raise UserError(f"--workers must be 0 or more: got {args.workers}")
     with tqdm(unit="shard", desc="check", file=sys.stderr) as progress:
         checked = check(
             args.data,
@@ -73,12 +69,7 @@ def run(args: argparse.Namespace) -> int:
         )
     totals = summary(checked)
     if args.json is not None:
-        try:
-            atomic_write(args.json, json.dumps(totals, indent=1, sort_keys=True) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"report cannot be written ({error.strerror}): {args.json}; choose another place"
-            ) from error
+        atomic_write(args.json, json.dumps(totals, indent=1, sort_keys=True) + "\n")
     if args.html is not None:
         page.write_page(args.html, "check.html.j2", page_context(args.data, checked, quick=args.quick))
     for problem in checked.problems:
@@ -103,8 +94,8 @@ def check(
     folder, checked = Path(folder), Checked()
     sums = shards.read_checksums(folder)
     listed = sorted(name for name in sums if name.endswith(".tar"))
-    present = {file.name for file in folder.iterdir()}
-    checked.problems.extend(f"{name}: not in {shards.CHECKSUMS}" for name in sorted(present) if _is_stray(name, sums))
+    stray = sorted({file.name for file in folder.glob("*.tar")} - sums.keys())
+    checked.problems.extend(f"{name}: not in {shards.CHECKSUMS}" for name in stray)
     for name in sorted(sums.keys() - set(listed)):
         checked.problems.extend(_compared(folder / name, sums[name]))
     tasks = [folder / name for name in listed]
@@ -120,10 +111,6 @@ def check(
     checked.samples.sort(key=lambda metadata: metadata["id"])
     checked.problems.sort()
     return Checked(samples=checked.samples, problems=checked.problems, num_refused=_num_refused(folder))
-
-
-def _is_stray(name: str, sums: dict[str, str]) -> bool:
-    return name.endswith(".tar") and name not in sums
 
 
 def _num_refused(folder: Path) -> int:
@@ -147,9 +134,7 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, thumbnails: boo
     """The samples of one shard against its index."""
     checked = Checked(problems=_compared(path, sums[path.name]))
     try:
-        if (rows := shards.read_index(path)) is None:
-            raise FileNotFoundError(path.with_suffix(".json").name)
-        expected = {row["key"]: row["id"] for row in rows}
+        expected = {sample.key: sample.id for sample in shards.read_index(path)}
         keys = set()
         for key, members in shards.samples(path):
             keys.add(key)
@@ -159,14 +144,14 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, thumbnails: boo
             checked.problems.extend(f"{path.name}: {key}: {problem}" for problem in problems)
             if metadata and not problems:
                 sample = {name: metadata.get(name) for name in METADATA}
+                sample["seconds"] = float(metadata["frames"] / Fraction(metadata["fps"]))
                 if decode and thumbnails:
-                    sample["thumbnail"] = _thumbnail(members["mp4"], metadata["frames"] // 2)
+                    middle = next(islice(shards.frames_of(members["mp4"]), metadata["frames"] // 2, None))
+                    sample["thumbnail"] = page.thumbnail(torch.from_numpy(middle.to_ndarray(format="rgb24")))
                 checked.samples.append(sample)
         checked.problems.extend(f"{path.name}: {key}: missing" for key in sorted(expected.keys() - keys))
     except UserError as error:
         checked.problems.append(f"{path.name}: {error}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        checked.problems.append(f"{path.name}: its index cannot be read ({error!r})")
     return checked
 
 
@@ -175,11 +160,8 @@ def check_sample(members: dict[str, bytes], decode: bool = True) -> tuple[list[s
     try:
         metadata = json.loads(members["json"])
         fps, (height, width) = Fraction(metadata["fps"]), metadata["size"]
-        num_frames, num_samples, has_sound = (
-            metadata["frames"],
-            metadata["samples"],
-            metadata["sample_rate"] is not None,
-        )
+        num_frames, num_samples = metadata["frames"], metadata["samples"]
+        has_sound = metadata["sample_rate"] is not None
         if fps <= 0 or not isinstance(metadata["id"], str):
             raise ValueError("fps or id")
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
@@ -194,9 +176,9 @@ def check_sample(members: dict[str, bytes], decode: bool = True) -> tuple[list[s
         try:
             if (got := _video_metadata(members["mp4"])) != ((width, height), num_frames, fps):
                 problems.append(f"video is {got}, not {((width, height), num_frames, fps)}")
-            if has_sound and (got := _sound_metadata(members["flac"])) != (SAMPLE_RATE, num_samples):
-                problems.append(f"sound is {got}, not {(SAMPLE_RATE, num_samples)}")
-        except (av.FFmpegError, OSError, IndexError) as error:
+            if has_sound and (got := len(shards.sound_of(members["flac"]))) != num_samples:
+                problems.append(f"sound has {got} samples, not {num_samples}")
+        except (av.FFmpegError, OSError, LookupError, ValueError) as error:
             problems.append(f"cannot be decoded ({error})")
     return problems, metadata
 
@@ -208,22 +190,6 @@ def _video_metadata(data: bytes) -> tuple[tuple[int, int], int, Fraction]:
         stream.codec_context.options, stream.codec_context.thread_count = {"err_detect": "explode"}, 1
         num_frames = sum(1 for _ in container.decode(stream))
         return (stream.width, stream.height), num_frames, Fraction(stream.average_rate or 0)
-
-
-def _thumbnail(data: bytes, number: int) -> bytes:
-    """A small JPEG of one frame of an mp4."""
-    with av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1
-        frame = next(frame for at, frame in enumerate(container.decode(stream)) if at == number)
-        return page.thumbnail(torch.from_numpy(frame.to_ndarray(format="rgb24")))
-
-
-def _sound_metadata(data: bytes) -> tuple[int, int]:
-    """Rate and samples of a FLAC file, all of it decoded."""
-    with av.open(io.BytesIO(data), "r") as container:
-        stream = container.streams.audio[0]
-        return stream.rate, sum(frame.samples for frame in container.decode(stream))
 
 
 def _check_manifest(folder: Path, checked: Checked) -> None:
@@ -242,7 +208,7 @@ def _check_manifest(folder: Path, checked: Checked) -> None:
 
 def summary(checked: Checked) -> dict[str, Any]:
     """Counts, lengths, histograms of sizes and rates, and loudness, as plain data."""
-    seconds = [float(metadata["frames"] / Fraction(metadata["fps"])) for metadata in checked.samples]
+    seconds = [metadata["seconds"] for metadata in checked.samples]
     loudness = [metadata["loudness_dbfs"] for metadata in checked.samples if metadata["loudness_dbfs"] is not None]
     return {
         "clips": len(checked.samples),
@@ -264,7 +230,6 @@ def summary(checked: Checked) -> dict[str, Any]:
 def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[str, Any]:
     """Template context of the page."""
     totals, samples = summary(checked), checked.samples
-    seconds = [float(metadata["frames"] / Fraction(metadata["fps"])) for metadata in samples]
     loudness = [metadata["loudness_dbfs"] for metadata in samples if metadata["loudness_dbfs"] is not None]
     tables = [
         {
@@ -278,7 +243,7 @@ def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[st
         {
             "id": metadata["id"],
             "thumbnail": metadata["thumbnail"],
-            "metadata": f"{float(metadata['frames'] / Fraction(metadata['fps'])):.2f} s, "
+            "metadata": f"{metadata['seconds']:.2f} s, "
             + (f"{metadata['loudness_dbfs']:.1f} dBFS" if metadata["loudness_dbfs"] is not None else "silent"),
         }
         for metadata in shown
@@ -296,7 +261,7 @@ def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[st
         "num_more_problems": max(0, num - MAX_PROBLEMS),
         "counts": [(name, _text(value)) for name, value in totals.items() if name != "problems" and name not in TABLES],
         "plots": [
-            {"name": "seconds a clip", "svg": page.histogram(seconds, unit=" s")},
+            {"name": "seconds a clip", "svg": page.histogram([metadata["seconds"] for metadata in samples], unit=" s")},
             {"name": "loudness", "svg": page.histogram(loudness, unit=" dBFS")},
         ],
         "tables": tables,

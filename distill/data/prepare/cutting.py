@@ -241,28 +241,25 @@ def nearest(
     def wanted() -> Fraction:
         return start if number == 0 else progress.origin + number / fps
 
-    def take(frame: SourceFrame) -> None:
-        nonlocal number
+    def taken(frame: SourceFrame) -> tuple[av.VideoFrame, bool]:
+        nonlocal number, fresh, passed
         if number == 0:
             progress.origin = frame.time if abs(frame.time - start) <= SNAP else start
         progress.shift = max(progress.shift, abs(progress.origin + number / fps - frame.time))
-        number += 1
+        progress.num_skipped += passed
+        chosen = frame.frame, fresh
+        number, fresh, passed = number + 1, False, 0
+        return chosen
 
     for frame in source:
         while current is not None and number != count and wanted() - current.time <= frame.time - wanted():
-            progress.num_skipped += passed
-            take(current)
-            yield current.frame, fresh
-            fresh, passed = False, 0
+            yield taken(current)
         if number == count and progress.end >= progress.origin + number / fps:
             return
         passed += current is not None and fresh and number > 0
         current, fresh = frame, True
     while current is not None and number != count and wanted() < current.time + current.duration:
-        progress.num_skipped += passed
-        take(current)
-        yield current.frame, fresh
-        fresh, passed = False, 0
+        yield taken(current)
 
 
 def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, progress: _Progress) -> Tensor:
@@ -274,7 +271,7 @@ def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, progress: _Progr
         raise UserError(f"frames change their size from {progress.metadata['source_size']} to {[width, height]}")
     progress.metadata.update(metadata)
     part = torch.from_numpy(np.ascontiguousarray(pixels[y : y + h, x : x + w])).permute(2, 0, 1)[None]
-    if config.size is not None and config.size != (h, w):
+    if config.size not in (None, (h, w)):
         part = F.interpolate(part, config.size, mode="bicubic", align_corners=False, antialias=True)
     return part[0].permute(1, 2, 0).contiguous()
 
@@ -299,11 +296,9 @@ def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) 
         if min(w, h) < 2:
             raise UserError(f"crop is smaller than 2 x 2 pixels: got {(x, y, w, h)}")
         return x, y, w // 2 * 2, h // 2 * 2
-    inner = (
-        min(w, max(1, round(Fraction(h * size[1], size[0])))),
-        min(h, max(1, round(Fraction(w * size[0], size[1])))),
-    )
-    return x + (w - inner[0]) // 2, y + (h - inner[1]) // 2, *inner
+    width = min(w, max(1, round(Fraction(h * size[1], size[0]))))
+    height = min(h, max(1, round(Fraction(w * size[0], size[1]))))
+    return x + (w - width) // 2, y + (h - height) // 2, width, height
 
 
 def _thumbnail(pixels: Tensor) -> Tensor:
@@ -322,14 +317,13 @@ def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
     if len(thumbnails) < 2:
         return [], 0.0
     change = [(b.float() - a.float()).abs().mean().item() for a, b in pairwise(thumbnails)]
-    moving = [value for value in change if value > 0] or [0.0]
     cuts = []
     for number, value in enumerate(change):
         around = change[max(0, number - CUT_NEIGHBOURS) : number] + change[number + 1 : number + 1 + CUT_NEIGHBOURS]
         usual = sum(around) / len(around) if around else 0.0
         if value >= CUT_DIFFERENCE and value >= CUT_RATIO * usual:
             cuts.append(number + 1)
-    return cuts, max(moving)
+    return cuts, max(change)
 
 
 class _Encoder(AbstractContextManager):

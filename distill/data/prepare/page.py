@@ -13,7 +13,6 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from teachers.errors import UserError
 from teachers.files import atomic_write
 
 THUMBNAIL = 144  # pixels of the long side
@@ -43,11 +42,7 @@ def write_page(path: Path, template: str, context: Mapping[str, Any]) -> None:
         autoescape=True, undefined=jinja2.StrictUndefined, loader=loader, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(data_uri=_data_uri, label=lambda name: name.replace("_", " "))
-    text = environment.get_template(template).render(context)
-    try:
-        atomic_write(path, text)
-    except OSError as error:
-        raise UserError(f"page cannot be written ({error.strerror}): {path}; choose another place") from error
+    atomic_write(path, environment.get_template(template).render(context))
 
 
 def _data_uri(data: bytes | None) -> str:

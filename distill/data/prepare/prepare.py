@@ -12,7 +12,6 @@ The assignment of clips to shards is fixed before the first is cut, so it does n
 
 import argparse
 import errno
-import fcntl
 import hashlib
 import importlib
 import json
@@ -21,9 +20,8 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
-from distill.data.prepare.workers import shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
 
@@ -100,25 +98,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full-frame", action="store_true", help="hdtf: no crops")
     parser.add_argument("--scale-crops", action="store_true", help="hdtf: crops follow a video of another resolution")
     parser.add_argument("--shard-clips", type=int, default=64, help="clips a shard (64)")
-    parser.add_argument(
-        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (one a core)"
-    )
+    add_workers(parser)
     parser.add_argument("--retry", action="store_true", help="try refused clips again and write their shards anew")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
-    if args.shard_clips < 1 or args.workers < 0:
-        raise UserError(f"--shard-clips must be 1 or more, --workers 0: got {args.shard_clips} and {args.workers}")
-    config = CutConfig(
-        fps=args.fps,
-        size=args.size,
-        crf=args.crf,
-        cuts=args.cuts,
-        min_seconds=args.min_seconds,
-        max_seconds=args.max_seconds,
-        silent=args.silent,
-    )
+    if args.shard_clips < 1:
+        raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
+    config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
     manifest = _read(args)
     with tqdm(total=len(manifest.clips), unit="clip", desc="prepare", file=sys.stderr) as progress:
 
@@ -161,7 +149,6 @@ def prepare(
     workers: int = 0,
     retry: bool = False,
     tick: Callable[[Refused | None], object] = lambda _: None,
-    work: Callable[[Task], dict[str, Any]] | None = None,
 ) -> Prepared:
     """Cut all clips of `manifest` into shards `name`-NNNNNN.tar of `shard_clips` clips each, with indices, manifest and checksums.
 
@@ -170,10 +157,9 @@ def prepare(
     """
     videos, out = Path(videos), Path(out)
     request = {"name": name, "shard_clips": shard_clips, **asdict(config), "fps": str(config.fps)}
-    request["size"] = None if config.size is None else list(config.size)
     request["clips"] = hashlib.sha256(canonical_json([asdict(clip) for clip in manifest.clips]).encode()).hexdigest()
     make_folder(out)
-    with _locked(out):
+    with exclusive(out, "prepare"):
         _check_request(out, request)
         tasks = [
             Task(number=number, clip=clip, videos=videos, work=out / ".work", config=config)
@@ -189,7 +175,7 @@ def prepare(
                 group.reopen_refused()
         if not all(group.is_done for group in groups):
             make_folder(out / ".work")
-            _cut_all(groups, workers, tick, work or make_sample)
+            _cut_all(groups, workers, tick)
         else:
             for _ in tasks:
                 tick(None)
@@ -290,7 +276,7 @@ class _Shard:
                 task.record.unlink()
 
 
-def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Callable[[Task], dict[str, Any]]) -> None:
+def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable) -> None:
     """Cut every clip that is not cut yet and close each shard when its last clip is there."""
     waiting, shard_of, missing = [], {}, Counter()
     for group in groups:
@@ -305,7 +291,7 @@ def _cut_all(groups: Sequence[_Shard], workers: int, tick: Callable, work: Calla
                 missing[group.path] += 1
         if not group.is_done and not missing[group.path]:
             group.close()
-    for task, record in shared_out(work, waiting, workers):
+    for task, record in shared_out(make_sample, waiting, workers):
         if record is None:
             record = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
             record["refused"] = "its decoder crashed"
@@ -348,23 +334,6 @@ def _check_request(out: Path, request: dict[str, Any]) -> None:
     elif before != request:
         names = sorted(name for name in before.keys() | request.keys() if before.get(name) != request.get(name))
         raise UserError(f"prepared with another request ({', '.join(names)} differ): {out}; choose another --out")
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Only one process prepares into a folder, and removes partial files of a killed one; UserError for the second."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for file in (*out.glob(".*.tmp"), *out.glob(".work/.*.tmp"), *out.glob(".work/*.mp4")):
-            file.unlink(missing_ok=True)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another prepare is writing here: {out}; wait for it or choose another --out") from error
-    except PermissionError as error:
-        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
-    finally:
-        os.close(folder)
 
 
 def _most_common(refused: Sequence[Refused]) -> str:

@@ -9,18 +9,23 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.prepare.video import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing
 
-BLOCK = tarfile.BLOCKSIZE
-END = b"\0" * (2 * BLOCK)
+END = b"\0" * (2 * tarfile.BLOCKSIZE)
 CHECKSUMS = "SHA256SUMS"
 HINT = "`distill data check` tells more; prepare the data again"
 """How an error about data that are not whole ends."""
@@ -41,19 +46,13 @@ def write_fragment(path: Path, key: str, members: Mapping[str, bytes | Path]) ->
         raise ValueError(f"a key has letters, digits and _ + - alone: got {key!r}")
     sizes = {name: len(given) if isinstance(given, bytes) else given.stat().st_size for name, given in members.items()}
     with replacing(path, sum(sizes.values())) as temporary, temporary.open("wb") as output:
+        tar = tarfile.TarFile(fileobj=output, mode="w", format=tarfile.GNU_FORMAT)  # never closed: no end mark
         for extension in sorted(members):
-            info = tarfile.TarInfo(f"{key}.{extension}")
+            info, given = tarfile.TarInfo(f"{key}.{extension}"), members[extension]
             info.size, info.mode = sizes[extension], 0o644
-            output.write(info.tobuf(tarfile.GNU_FORMAT))
-            given = members[extension]
-            if isinstance(given, bytes):
-                output.write(given)
-            else:
-                with given.open("rb") as source:
-                    shutil.copyfileobj(source, output, 1 << 20)
-            output.write(b"\0" * (-info.size % BLOCK))
-        num_bytes = output.tell()
-    return num_bytes
+            with io.BytesIO(given) if isinstance(given, bytes) else given.open("rb") as source:
+                tar.addfile(info, source)
+        return output.tell()
 
 
 def join(fragments: Sequence[Path], shard: Path) -> tuple[list[int], str]:
@@ -85,31 +84,92 @@ def samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
         yield key, members
 
 
-def read_sample(shard: Path, key: str, offset: int, num_bytes: int) -> dict[str, bytes]:
-    """The members of one sample (extension -> content) by its place; UserError, naming shard and sample, unless it lies there."""
-    with _reading(shard, f"sample {key}: "):
-        with shard.open("rb") as file:
-            file.seek(offset)
-            data = file.read(num_bytes)
-        with tarfile.open(fileobj=io.BytesIO(data + END), mode="r:") as tar:
-            found = list(_members(tar, shard))
-    if len(data) != num_bytes or not found or any(name != key for name, _, _ in found):
-        raise UserError(f"shard is damaged (sample {key} is not at byte {offset}): {shard}; {HINT}")
-    return {extension: content for _, extension, content in found}
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """A sample by the index beside its shard: WebDataset key, id of its clip, first byte and number of bytes in the shard, and of
+    its video the frames, (height, width), and whether it has sound."""
+
+    shard: Path
+    key: str
+    id: str
+    offset: int
+    num_bytes: int
+    frames: int
+    size: tuple[int, int]
+    has_sound: bool
+
+    def __str__(self) -> str:
+        return f"sample {self.key} of {self.shard}"
+
+    def members(self) -> dict[str, bytes]:
+        """Its members (extension -> content); UserError, naming shard and sample, unless it lies there."""
+        with _reading(self.shard, f"sample {self.key}: "):
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.num_bytes)
+            with tarfile.open(fileobj=io.BytesIO(data + END), mode="r:") as tar:
+                found = list(_members(tar, self.shard))
+        if len(data) != self.num_bytes or not found or any(name != self.key for name, _, _ in found):
+            raise UserError(f"shard is damaged (sample {self.key} is not at byte {self.offset}): {self.shard}; {HINT}")
+        return {extension: content for _, extension, content in found}
 
 
-def read_index(shard: Path) -> list[dict[str, Any]] | None:
-    """What the JSON file that `distill data prepare` puts beside a shard says of each sample; None where there is no such file."""
+def read_index(shard: Path) -> list[Indexed]:
+    """The samples that the JSON file beside a shard of `distill data prepare` lists; UserError where it is missing or damaged."""
     path = shard.with_suffix(".json")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["samples"]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [
+            Indexed(
+                shard=shard,
+                key=row["key"],
+                id=row["id"],
+                offset=int(row["offset"]),
+                num_bytes=int(row["bytes"]),
+                frames=int(row["frames"]),
+                size=(int(row["size"][0]), int(row["size"][1])),
+                has_sound=bool(row["sound"]),
+            )
+            for row in json.loads(path.read_text(encoding="utf-8"))["samples"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"index of a shard cannot be read ({error!r}): {path}; {HINT}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"index of a shard cannot be read (samples are no list of mappings): {path}; {HINT}")
-    return rows
+
+
+def read_indices(folder: Path) -> list[Indexed]:
+    """The samples of all shards in the list of checksums, in order; UserError where one has no index."""
+    names = sorted(name for name in read_checksums(folder) if name.endswith(".tar"))
+    return [sample for name in names for sample in read_index(folder / name)]
+
+
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """UserError for the first shard of this rank's share that differs from its checksum."""
+    sums = read_checksums(folder)
+    for name in sorted(name for name in sums if name.endswith(".tar"))[rank::world_size]:
+        path = folder / name
+        if not path.is_file() or sha256(path) != sums[name]:
+            raise UserError(f"shard differs from its checksum: {path}; {HINT}")
+
+
+def frames_of(video: bytes, start: Fraction = Fraction(0)) -> Iterator[av.VideoFrame]:
+    """The frames of an mp4 in a sample, decoded from the key frame at or before `start` seconds on; PyAV's error for damage."""
+    with av.open(io.BytesIO(video), "r") as container:
+        stream = container.streams.video[0]
+        stream.codec_context.options, stream.codec_context.thread_count = {"err_detect": "explode"}, 1
+        if start:
+            container.seek(round(start / Fraction(stream.time_base or 1)), stream=stream)
+        yield from container.decode(stream)
+
+
+def sound_of(flac: bytes) -> Tensor:
+    """The sound of a sample, float32 [S]; PyAV's error for damage, ValueError where it is not 16 kHz mono."""
+    with av.open(io.BytesIO(flac), "r") as container:
+        stream = container.streams.audio[0]
+        if stream.rate != SAMPLE_RATE or stream.channels != 1:
+            raise ValueError(f"it is not {SAMPLE_RATE} Hz mono")
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+        parts = [frame.to_ndarray()[0] for frame in container.decode(stream)]
+    whole = np.concatenate(parts) if parts else np.zeros(0, np.int16)
+    return torch.from_numpy(whole.astype(np.float32) / 2 ** (8 * whole.dtype.itemsize - 1))  # FLAC has whole numbers
 
 
 def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, str, bytes]]:

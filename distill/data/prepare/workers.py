@@ -1,5 +1,9 @@
-"""Tasks distributed over processes; survives a worker's crash and leaves no process behind."""
+"""Tasks distributed over processes, and the one process that may write into a folder.
 
+A worker's crash is survived, and no process stays behind."""
+
+import argparse
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -10,14 +14,48 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import connection
+from pathlib import Path
 from typing import TypeVar
 
 import av.logging
 import torch
 
+from teachers.errors import UserError
+
 PRELOADED = ["distill.data.prepare.cutting"]  # its imports are done once
+PARTIAL = (".*.tmp", ".work/.*.tmp", ".work/*.mp4", "references/.*.tmp")  # what a killed process left in its folder
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Declare --workers, the number of processes."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=_count, default=cores, help="processes, 0: only this one (one a core)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"not a number of processes, 0 or more: {text}")
+    return int(text)
+
+
+@contextmanager
+def exclusive(out: Path, command: str) -> Iterator[None]:
+    """Only one process of `command` writes into a folder, and removes partial files of a killed one; UserError for the second."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for pattern in PARTIAL:
+            for file in out.glob(pattern):
+                file.unlink(missing_ok=True)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another {command} is writing here: {out}; wait for it or choose another --out") from error
+    except PermissionError as error:
+        raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
+    finally:
+        os.close(folder)
 
 
 def shared_out(

@@ -78,22 +78,6 @@ class SceneParameters:
     turn: Int[Tensor, "n k"] | None = None
     pose: Float[Tensor, "n t 3"] | None = None
 
-    def index(self, rows: Int[Tensor, " m"]) -> "SceneParameters":
-        return SceneParameters(
-            identity=self.identity[rows],
-            speech=_of_rows(self.speech, rows),
-            text=[self.text[i] for i in rows.tolist()],
-            expression=self.expression[rows],
-            gesture=self.gesture[rows],
-            other=None if self.other is None else _of_rows(self.other, rows),
-            turn=None if self.turn is None else self.turn[rows],
-            pose=None if self.pose is None else self.pose[rows],
-        )
-
-
-def _of_rows(voice: Speech, rows: Tensor) -> Speech:
-    return Speech(audio=voice.audio[rows], opening=voice.opening[rows], width=voice.width[rows])
-
 
 def samples_per_frame(config: WorldConfig) -> int:
     """Audio samples of one pixel frame; UserError where they are no whole number."""
@@ -203,9 +187,7 @@ def _ellipse(u: Tensor, v: Tensor, cx, cy, rx, ry, soft: float) -> Tensor:
     """Anti-aliased coverage of an ellipse; `soft` is half a pixel in the units of u, v."""
     x, y = (u - cx) / rx, (v - cy) / ry
     radius = torch.sqrt(x**2 + y**2 + 1e-6)
-    slope = (
-        torch.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-6) / radius
-    )  # |grad radius|: distance to the edge to first order
+    slope = torch.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-6) / radius  # |grad|: distance to the edge to first order
     return ((1.0 - radius) / slope / (2 * soft) + 0.5).clamp(0, 1)
 
 
@@ -258,14 +240,13 @@ def _draw_head(image, u, v, shape, colour, state, soft):
 
 
 def render(
-    config: WorldConfig, scene: SceneParameters, state: dict[str, Float[Tensor, "n t"]]
+    config: WorldConfig, p: Float[Tensor, "n 14"], state: dict[str, Float[Tensor, "n t"]]
 ) -> UInt8[Tensor, "n 3 t h w"]:
-    """Draw the frames, uint8 [N, 3, T, H, W]; labels are [N, T]."""
+    """Draw the frames, uint8 [N, 3, T, H, W], of identities p [N, IDENTITY]; labels are [N, T]."""
     height, width = config.size
     size = min(height, width)  # -1..1 is the square in the middle
     gu, gv = (((torch.arange(side) + 0.5) * 2 - side) / size for side in (width, height))
     gu, gv = gu.view(1, 1, 1, -1), gv.view(1, 1, -1, 1)
-    p = scene.identity
     state = {k: v[:, :, None, None] for k, v in state.items()}
     shape_of = lambda i, low, high: (p[:, i] * (high - low) + low).view(-1, 1, 1, 1)  # noqa: E731
     zoom, off_x, off_y = shape_of(7, 0.96, 1.02), shape_of(8, -0.03, 0.03), shape_of(9, -0.01, 0.04)
@@ -294,7 +275,7 @@ def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator
     video = []
     for start in range(0, scene.gesture.shape[0], batch):
         rows = torch.arange(start, min(start + batch, scene.gesture.shape[0]))
-        video.append(render(config, scene.index(rows), {k: v[rows] for k, v in state.items()}))
+        video.append(render(config, scene.identity[rows], {k: v[rows] for k, v in state.items()}))
     labels = dict(state, expression=scene.expression, gesture=scene.gesture, identity=scene.identity)
     audio, talk = scene.speech.audio, {}
     if scene.other is not None and scene.turn is not None:

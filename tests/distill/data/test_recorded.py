@@ -18,8 +18,8 @@ from distill.data.datasets.manifest import Manifest
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.data.procedural import render
-from distill.data.recorded import LEFT_OUT, FolderConfig
-from distill.data.source import Clips, brightness_and_contrast
+from distill.data.recorded import FolderConfig
+from distill.data.source import UNLABELLED, Clips, brightness_and_contrast
 from distill.pipeline.stages import Pipeline, run
 from distill.recipe import load_recipe
 from distill.training.engine import Engine
@@ -108,7 +108,7 @@ def people(windows) -> set[str]:
 def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips):
     _, run_dir = finished
     report = json.loads((run_dir / "report.json").read_text())
-    assert report["left_out"] == LEFT_OUT
+    assert report["left_out"] == UNLABELLED
     for name, system in report["systems"].items():
         scores = {**system["metrics"], **system.get("not_admitted", {})}
         gap = set() if name.startswith("teacher") else {"gap"}
@@ -122,7 +122,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     }
     assert not any(word in name for name in report["targets"] for word in ("sync", "diversity", "motion_student"))
     page = (run_dir / "report.html").read_text()
-    for name, reason in LEFT_OUT.items():
+    for name, reason in UNLABELLED.items():
         assert f"<b>{name}</b>: {reason}" in page
     assert any(text in page for text in clips.text)
     facts = report["stages"]["data"]["metrics"]
@@ -141,7 +141,7 @@ def test_the_pool_is_the_clips_through_the_senses(finished, data):
     encoders = latents.load_encoders(recipe.data, folder)
     pool = latents.load_train_set(folder, encoders.mark)
     assert len(pool) == 2 * source.num_train == 2 * len(source.training)
-    own = source.training.batch(torch.arange(len(source.training)))
+    own = source.training.batch(range(len(source.training)))
     x0, conditions = encoders.of_clips(
         Clips(
             video=torch.cat([own.video, own.video.flip(-1)]), audio=own.audio.repeat(2, 1), text=own.text * 2, labels={}

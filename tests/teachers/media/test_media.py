@@ -190,9 +190,11 @@ def is_open(path: Path) -> bool:
 
 def test_image_is_scaled_by_the_larger_ratio_and_cropped(tmp_path):
     exact = ramp_picture(32, 32)
-    read = media.read_image(save_image(tmp_path / "a.png", exact, "png", "rgb24"), (32, 32))
+    read = media.fit_image(media.decode_image(save_image(tmp_path / "a.png", exact, "png", "rgb24")), (32, 32))
     assert torch.equal(read, torch.from_numpy(exact).permute(2, 0, 1) / 127.5 - 1)
-    tall = media.read_image(save_image(tmp_path / "a%03d.png", ramp_picture(160, 64), "png", "rgb24"), (32, 32))
+    tall = media.fit_image(
+        media.decode_image(save_image(tmp_path / "a%03d.png", ramp_picture(160, 64), "png", "rgb24")), (32, 32)
+    )
     levels = (tall + 1) * 127.5
     assert tall.shape == (3, 32, 32)
     assert levels[0, 0].mean().item() == pytest.approx(255 * 48.5 / 160, abs=2)
@@ -200,25 +202,28 @@ def test_image_is_scaled_by_the_larger_ratio_and_cropped(tmp_path):
     assert levels[1, :, 0].mean().item() == pytest.approx(255 * 0.5 / 64, abs=2)
     top = media.fit_image(media.decode_image(tmp_path / "a%03d.png"), (32, 32), anchor=0.0)
     assert (top[0, 0].mean().item() + 1) * 127.5 == pytest.approx(255 * 0.5 / 160, abs=2)
-    small = media.read_image(tmp_path / "a.png", (48, 96))
+    small = media.fit_image(media.decode_image(tmp_path / "a.png"), (48, 96))
     assert small.shape == (3, 48, 96)
     assert small.abs().max() <= 1
-    jpeg = media.read_image(save_image(tmp_path / "a.jpg", exact, "mjpeg", "yuvj444p"), (32, 32))
+    jpeg = media.fit_image(media.decode_image(save_image(tmp_path / "a.jpg", exact, "mjpeg", "yuvj444p")), (32, 32))
     assert (jpeg - read).abs().mean() < 0.05
-    assert media.read_image(save_image(tmp_path / "g.png", exact, "png", "gray"), (32, 32)).std(0).max() < 1e-6
+    assert (
+        media.fit_image(media.decode_image(save_image(tmp_path / "g.png", exact, "png", "gray")), (32, 32)).std(0).max()
+        < 1e-6
+    )
 
 
 def test_downscale_is_antialiased(tmp_path):
     stripes = np.zeros((96, 96, 3), np.uint8)
     stripes[:, ::2] = 255
-    read = media.read_image(save_image(tmp_path / "s.png", stripes, "png", "rgb24"), (32, 32))
+    read = media.fit_image(media.decode_image(save_image(tmp_path / "s.png", stripes, "png", "rgb24")), (32, 32))
     assert read.abs().max() < 0.15
 
 
 def test_transparency_is_laid_on_white(tmp_path):
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[8:, :, 3] = 255
-    read = media.read_image(save_image(tmp_path / "t.png", pixels, "png", "rgba"), (16, 16))
+    read = media.fit_image(media.decode_image(save_image(tmp_path / "t.png", pixels, "png", "rgba")), (16, 16))
     assert torch.equal(read[:, :8], torch.ones(3, 8, 16))
     assert torch.equal(read[:, 8:], -torch.ones(3, 8, 16))
 
@@ -241,7 +246,7 @@ def test_truncated_picture_is_refused(tmp_path, suffix, codec, pixel_format, par
     data = path.read_bytes()
     path.write_bytes(data[: int(part * len(data))])
     with pytest.raises(UserError, match=r"^[^\n]*a\.(png|jpg)[^\n]*$"):
-        media.read_image(path, (32, 32))
+        media.fit_image(media.decode_image(path), (32, 32))
 
 
 def test_what_is_no_picture_is_refused(tmp_path):
@@ -254,7 +259,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
     empty.touch()
     for path in (text, film, sound, empty, tmp_path / "none.png", tmp_path):
         with pytest.raises(UserError):
-            media.read_image(path, (32, 32))
+            media.fit_image(media.decode_image(path), (32, 32))
 
 
 @pytest.mark.parametrize("fps", [FPS, Fraction(25), Fraction(30000, 1001), Fraction(16)])

@@ -229,7 +229,12 @@ def test_another_student(inputs, loud):
 
 def test_any_split_of_the_sound_gives_the_same_film(inputs, noted):
     sound = some_sound(NUM_SAMPLES)
-    whole = Session(load_student(inputs["student"]), media.read_image(inputs["image"], (16, 16)), "smiles and nods", 7)
+    whole = Session(
+        load_student(inputs["student"]),
+        media.fit_image(media.decode_image(inputs["image"]), (16, 16)),
+        "smiles and nods",
+        7,
+    )
     whole.push(sound, rate=RATE)
     whole.close()
     frames = torch.cat([chunk.frames for chunk in whole.frames()])

@@ -80,9 +80,8 @@ def test_a_moving_head_does_not_hide_the_lips(restless, motion, sound):
     copies = [talking.shifted(sound, seconds) for seconds in (-0.6, -0.36, -0.2, 0.2, 0.36, 0.6)]
     copies += [talking.speech(SECONDS, seed) for seed in (4, 5, 6)]
     assert max(both(motion, copy)[0] for copy in copies) < own - 0.1
-    left, top, right, bottom = Box(FACE.x, FACE.y + FACE.height / 2, FACE.width, FACE.height / 2, 1.0).pixels(
-        (192, 160)
-    )
+    left, right = (round(at * 160) for at in (FACE.x, FACE.x + FACE.width))
+    top, bottom = (round(at * 192) for at in (FACE.y + FACE.height / 2, FACE.y + FACE.height))
     fixed = restless[0][:, top:bottom, left:right].float().diff(dim=0).abs().mean((1, 2)).log().numpy()
     assert both(np.append(fixed, fixed[-1]), sound)[0] < own - 0.2
 

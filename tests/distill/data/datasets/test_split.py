@@ -191,7 +191,7 @@ def test_a_list_comes_back_and_is_a_line_for_each_window(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         ClipList.load(tmp_path / "none.yaml")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot make the folder"):
         chosen.save(tmp_path / "file" / "l.yaml")
     with pytest.raises(UserError, match="no safe file name"):
         replace(chosen, name="../../l")

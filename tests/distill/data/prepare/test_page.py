@@ -77,12 +77,13 @@ def test_without_decoding_there_are_no_pictures(data, tmp_path):
 
 def test_the_picture_is_the_middle_frame(data):
     films = {name: content["mp4"] for name, content in shards.samples(data / "folder-000000.tar")}
-    picture = np.array(Image.open(io.BytesIO(checking._thumbnail(films["a"], 9))))
+    checked = checking.check(data, thumbnails=True)
+    picture = np.array(Image.open(io.BytesIO(checked.samples[0]["thumbnail"])))
     assert number_of(picture) == number_of(frames_of(films["a"])[9])
 
 
 def test_a_place_that_cannot_be_written_is_said(data, tmp_path):
-    with pytest.raises(UserError, match="page cannot be written"):
+    with pytest.raises(UserError, match="file cannot be written"):
         page_of(data, tmp_path / "no/page.html")
 
 

@@ -201,9 +201,13 @@ def crash(task: Task):
     return make_sample(task)
 
 
-def test_two_processes_and_a_crash_change_nothing_but_the_clip_that_crashes(reference, manifest, videos, tmp_path):
+def test_two_processes_and_a_crash_change_nothing_but_the_clip_that_crashes(
+    reference, manifest, videos, tmp_path, monkeypatch
+):
     few = Manifest(tuple(clip for clip in manifest.clips if clip.id in ("good_0", "good_1", "vfr", "rotated", "text")))
-    done = prepare(few, videos, tmp_path / "crashed", "folder", CONFIG, shard_clips=1, workers=2, work=crash)
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.data.prepare.prepare.make_sample", crash)
+        done = prepare(few, videos, tmp_path / "crashed", "folder", CONFIG, shard_clips=1, workers=2)
     assert {row.id: row.reason for row in done.refused if row.id != "text"} == {"good_1": "its decoder crashed"}
     again = prepare(few, videos, tmp_path / "crashed", "folder", CONFIG, shard_clips=1, retry=True)
     assert [row.id for row in again.refused] == ["text"]

@@ -412,7 +412,7 @@ def test_a_film_of_two_voices_and_directions(folder, tmp_path, monkeypatch):
     bundle, own = load_student(folder / "duplex"), media.decode_audio(folder / "own.wav")[0]
     other = torch.cat([duet[:, 1] for duet in Duet(media.AudioReader(folder / "own.wav"), folder / "other.wav")])
     assert len(other) == 36000
-    session = Session(bundle, media.read_image(folder / "face.png", (16, 16)), "a person nods")
+    session = Session(bundle, media.fit_image(media.decode_image(folder / "face.png"), (16, 16)), "a person nods")
     pose = torch.tensor([[0.0, 0.0, 1.0]] * 5 + [[-1.0, 0.5, 1.0]] * 25)
     session.push(audio=torch.nn.functional.pad(own, (0, 12000)), other=other, pose=pose, rate=24000)
     session.close()
