@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,6 +113,15 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
     try:
         return load_file(path, device=str(device))
     except SafetensorError as error:
+        raise UserError(f"damaged tensor file: {path} ({error}); delete it and run again") from error
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The string metadata of a safetensors file; UserError when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
         raise UserError(f"damaged tensor file: {path} ({error}); delete it and run again") from error
 
 

@@ -29,6 +29,13 @@ from teachers.flow import keyed_generator
 from teachers.registry import AudioEncoder, Codec, Text
 
 CPU = torch.device("cpu")
+PIXELS_AT_ONCE = 2**25
+"""Pixels that are encoded or decoded at once: one clip of 81 frames at 512x512, 1,310 of the embedded world's."""
+
+
+def pieces(frames: int, height: int, width: int) -> int:
+    """Clips of this size that are worked on at once."""
+    return max(1, PIXELS_AT_ONCE // (frames * height * width))
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,16 @@ class ConditionEncoders:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w]."""
-        return self.codec.encode(to_float(video.to(self.device))).float().cpu()
+        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w], a few clips at a time."""
+        parts = video.split(pieces(*video.shape[2:]))
+        return torch.cat([self.codec.encode(to_float(part.to(self.device))).float().cpu() for part in parts])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, F, h, w] -> uint8 [N, 3, T, H, W]."""
-        return to_uint8(self.codec.decode(latents.to(self.device))).cpu()
+        """Latents [N, C, F, h, w] -> uint8 [N, 3, T, H, W], a few clips at a time."""
+        config, (frames, height, width) = self.codec.config, latents.shape[2:]
+        size = pieces(1 + config.stride * (frames - 1), height * config.patch, width * config.patch)
+        return torch.cat([to_uint8(self.codec.decode(part.to(self.device))).cpu() for part in latents.split(size)])
 
     @torch.no_grad()
     def conditions(

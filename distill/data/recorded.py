@@ -117,12 +117,17 @@ class Folder(ClipSource):
         """UserError where a shard differs from its checksum."""
         shards.verify(self.config.path, rank, world_size)
 
-    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+    def available(self, seed: int, name: str, num: int) -> int:
+        """As many as there are."""
+        return min(num, len(self._set(seed, name)[1]))
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0, rows: range | None = None) -> Clips:
         """`num` clips of the set `name`, or as many as there are; ValueError for `motion` above 0: a real clip has one."""
         if motion:
             raise ValueError("a real clip has one motion")
-        windows, rows = self._set(seed, name)
-        samples = windows.batch(rows[:num].tolist())
+        windows, order = self._set(seed, name)
+        found = order[:num].tolist()
+        samples = windows.batch(found if rows is None else found[rows.start : rows.stop])
         return self._clips(samples, brightness_and_contrast(samples.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:

@@ -42,6 +42,23 @@ class Clips:
     talk: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
 
+    def rows(self, rows: range) -> "Clips":
+        """Some of them."""
+        cut = slice(rows.start, rows.stop)
+
+        def named(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[cut] for name, value in values.items()}
+
+        return Clips(
+            video=self.video[cut],
+            audio=self.audio[cut],
+            text=self.text[cut],
+            labels=named(self.labels),
+            pose=None if self.pose is None else self.pose[cut],
+            talk=named(self.talk),
+            features=named(self.features),
+        )
+
     @property
     def voice(self) -> Tensor:
         """The avatar's own sound [N, S]."""
@@ -87,12 +104,17 @@ class ClipSource:
     def verify(self, rank: int, world_size: int) -> None:
         """UserError where files differ from their checksums (here there are none); processes share the work."""
 
-    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-        """`num` clips (or fewer, where there are no more) of the set `name`, with what can be measured on them as labels where they
-        have none. Another `motion` is the same conditions again; ValueError where a clip has one."""
+    def available(self, seed: int, name: str, num: int) -> int:  # noqa: ARG002
+        """Any number can be made."""
+        return num
+
+    def draw(self, seed: int, name: str, num: int, motion: int = 0, rows: range | None = None) -> Clips:
+        """`num` clips (or fewer, where there are no more) of the set `name`, or `rows` of them, with what can be measured on them
+        as labels where they have none. Another `motion` is the same conditions again; ValueError where a clip has one."""
         if motion:
             raise ValueError("a clip has one motion here")
         clips = self._checked(seed, name, num)
+        clips = clips if rows is None else clips.rows(rows)
         return clips if clips.labels else replace(clips, labels=brightness_and_contrast(clips.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002

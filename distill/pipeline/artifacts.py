@@ -62,8 +62,8 @@ class Artifacts:
 
     @cached_property
     def probes(self) -> Probes:
-        """The embedded extractors."""
-        return Probes.load(self.folder.stage_dir("extractors"))
+        """The embedded extractors, on our device."""
+        return Probes.load(self.folder.stage_dir("extractors")).to(self.engine.device)
 
     def new_network(self, stage: str) -> Any:
         """An untrained network, initialised from the recipe's seed."""

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from distill.data.prepare.workers import one_thread
 from distill.expect import SHOWN, SYSTEMS, Bounds, compare
-from distill.pipeline import validation
+from distill.pipeline import clip_sets
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.generate import clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
+from distill.pipeline.clip_sets import ClipSet
+from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
 from distill.pipeline.health import seam_frames
 from distill.pipeline.run_folder import versions
 from eval.cards import Card
@@ -36,29 +37,42 @@ from teachers.codecs.linear import to_float
 from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
 
-THROUGHPUT_BATCH = 96
 SAME_NOISE = "teacher_same_noise"
-Generate = Callable[..., Tensor]  # (conditions, seed and other keys of the noise) -> x0
+Generate = Callable[..., Tensor]  # (conditions, rows of them or None, seed and other keys of the noise) -> x0
 
 
 def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     """Score floor, codec and the systems, measure costs, write the report; returns the scores."""
     config = artifacts.recipe.eval
-    test = validation.HeldOut.draw(artifacts, "test", config.num_conditions)
-    varied = "diversity" not in artifacts.source.left_out
-    sets = {"test": (test.conditions, config.num_seeds)}
-    if varied:
-        sets["diversity"] = (spread_conditions(artifacts), 1)
+    test = clip_sets.draw(artifacts, folder, "test", config.num_conditions, samples=max(1, config.num_samples))
+    reference = clip_sets.draw(artifacts, folder, "reference", config.num_reference, encode=False)
+    sets, spread = {"test": (test.conditions, config.num_seeds)}, []
+    if "diversity" not in artifacts.source.left_out:
+        spread = draw_spread(artifacts, folder)
+        rows = torch.arange(config.diversity_conditions).repeat_interleave(config.diversity_seeds)
+        sets["diversity"] = (spread[0].conditions.select(rows), 1)
     students = load_students(artifacts)
     generate_all(artifacts, students, folder, sets)
-    if not artifacts.engine.is_main:
-        return {}
-    real = artifacts.source.draw(config.condition_seed, "reference", config.num_reference)
-    card = card_of(artifacts, replace(config, num_conditions=len(test.clips.text), num_reference=len(real.text)))
-    world = world_spread(artifacts) if varied else None
-    evaluation = Evaluation(
-        card, artifacts.probes, test.real, test.decoded, real.video, seam_frames(artifacts.spec), world
-    )
+    found = _report(artifacts, students, folder, test, reference, spread) if artifacts.engine.is_main else {}
+    clip_sets.discard(artifacts, folder)
+    return found
+
+
+def _report(
+    artifacts: Artifacts,
+    students: Mapping[str, Student],
+    folder: Path,
+    test: ClipSet,
+    reference: ClipSet,
+    spread: Sequence[ClipSet],
+) -> dict:
+    """Scores, costs and pages of the clips that were generated."""
+    config = artifacts.recipe.eval
+    card = card_of(artifacts, replace(config, num_conditions=len(test), num_reference=len(reference)))
+    world = torch.stack([clips.decoded for clips in spread], dim=1) if spread else None
+    real = clip_sets.as_metrics_take(artifacts, test.clips)
+    seams = seam_frames(artifacts.spec)
+    evaluation = Evaluation(card, artifacts.probes, real, test.decoded, reference.clips.video, seams, world)
     scores, floor, sheets = score_systems(artifacts, folder, test, evaluation)
     costs = measure_costs(artifacts, students, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
@@ -83,29 +97,27 @@ def load_students(artifacts: Artifacts) -> dict[str, Student]:
 
 
 def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
-    """The systems of the report: how each generates x0 for conditions, `batch` at a time. A student with a network of its own has
-    its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
+    """The systems of the report: how each generates x0 for rows of conditions, `batch` at a time. A student with a network of
+    its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
     """
     recipe, spec, guidance = artifacts.recipe, artifacts.spec, artifacts.recipe.trajectories.guidance
     grid = flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift)
 
-    def teacher(conditions: Conditions, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
-        noise, num = clip_noise(spec, conditions.num_rows, *keys), conditions.num_rows
-        title = f"teacher {len(grid) - 1} steps"
-        with tqdm(total=num, desc=title, leave=False, mininterval=1.0, disable=num <= batch) as bar:
-            return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, bar)
+    def teacher(conditions: Rows, rows: Tensor | None, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
+        noise = clip_noise(spec, conditions.num_rows, *keys)
+        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
 
-    def same_noise(conditions: Conditions, *keys: Any) -> Tensor:
+    def same_noise(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
         start = stream_noise(spec, conditions.num_rows, *keys)
         noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
-        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch)
+        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
 
-    def own_teacher(conditions: Conditions, *keys: Any) -> Tensor:
+    def own_teacher(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
         noise = stream_noise(spec, conditions.num_rows, *keys)
-        return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch)
+        return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch, rows)
 
-    def student(conditions: Conditions, *keys: Any, net: Student) -> Tensor:
-        return student_clips(net, conditions, stream_noise(spec, conditions.num_rows, *keys), batch)
+    def student(conditions: Rows, rows: Tensor | None, *keys: Any, net: Student) -> Tensor:
+        return student_clips(net, conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
 
     return (
         {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
@@ -115,7 +127,7 @@ def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -
 
 
 def score_systems(
-    artifacts: Artifacts, folder: Path, test: validation.HeldOut, evaluation: Evaluation
+    artifacts: Artifacts, folder: Path, test: ClipSet, evaluation: Evaluation
 ) -> tuple[dict[str, dict], dict[str, dict], dict[str, Tensor]]:
     """(Scores of every system; of real clips and of the codec's ceiling; name -> clips uint8 [N, 3, T, H, W] of one noise seed)
     from the clips that `generate_all` stored."""
@@ -123,8 +135,7 @@ def score_systems(
     floor = {"real": evaluation.score(test.clips.video[None]), "codec": evaluation.score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
 
-    def clips(name: str, system: str, seed: int) -> Tensor:
-        return load_tensors(clips_file(folder, name, system, seed))["video"]
+    clips = partial(generated, folder)
 
     beside = {"teacher": clips("test", "teacher", 0), SAME_NOISE: clips("test", SAME_NOISE, 0)}
     for name in (name for name in SYSTEMS if name != "ar_teacher" or artifacts.recipe.has_custom_network):
@@ -136,32 +147,21 @@ def score_systems(
     return scores, floor, sheets
 
 
-def world_spread(artifacts: Artifacts) -> Tensor:
-    """The world's own clips for the diversity conditions, other nuisance each, through the codec: uint8 [C, K, 3, T, H, W]."""
-    config, encoders = artifacts.recipe.eval, artifacts.encoders
-    out = []
-    for motion in range(config.diversity_seeds):
-        clips = artifacts.source.draw(config.condition_seed, "diversity", config.diversity_conditions, motion)
-        out.append(encoders.decode(encoders.encode(clips.video)))
-    return torch.stack(out, dim=1)
-
-
-def spread_conditions(artifacts: Artifacts):
-    """Each diversity condition `diversity_seeds` times in a row."""
+def draw_spread(artifacts: Artifacts, folder: Path) -> list[ClipSet]:
+    """The world's own clips for the diversity conditions, a set for each of other nuisance; the first has the conditions."""
     config = artifacts.recipe.eval
-    test = validation.HeldOut.draw(artifacts, "diversity", config.diversity_conditions)
-    rows = torch.arange(config.diversity_conditions).repeat_interleave(config.diversity_seeds)
-    return test.conditions.index(rows)
+    num, motions = config.diversity_conditions, range(config.diversity_seeds)
+    return [clip_sets.draw(artifacts, folder, "diversity", num, motion=motion) for motion in motions]
 
 
-def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: validation.HeldOut) -> dict[str, dict]:
+def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: ClipSet) -> dict[str, dict]:
     """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput).
 
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
     so that what else the machine does hits all of them.
     """
     spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
-    batch = min(THROUGHPUT_BATCH, len(test.clips.text))
+    batch = min(2 * clip_sets.generated_at_once(artifacts), len(test))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
     passes = settings.guidance.passes
     nfe = {"teacher": settings.num_steps * passes, "teacher_few_step": len(spec.sigmas) * passes}
@@ -172,7 +172,7 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: v
     for name, generate in systems(artifacts, students, batch).items():
 
         def clips(conditions: Conditions, generate: Generate = generate) -> None:
-            artifacts.encoders.decode(generate(conditions, 0, "cost"))
+            artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
 
         if name in students:
             alone[name] = partial(stream_marks, artifacts.bundle(students[name]), test)
@@ -186,15 +186,15 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: v
     return {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
 
 
-def stream_marks(bundle: Bundle, test: validation.HeldOut) -> list[float]:
+def stream_marks(bundle: Bundle, test: ClipSet) -> list[float]:
     """Seconds from the start to each chunk of the first clip, through the serving session.
 
     The second of two streams: a server's caches hold its weights, where the other systems of the round have just been.
     """
     marks: list[float] = []
     for _ in range(2):
-        portrait = to_float(test.clips.video[0, :, 0]) if bundle.spec.network.reference else None
-        outside = {name: value[0] for name, value in test.conditions.outside.items()}
+        portrait = to_float(test.samples[0, :, 0]) if bundle.spec.network.reference else None
+        outside = {name: value[0] for name, value in test.conditions.index(slice(0, 1)).outside.items()}
         session = Session(bundle, portrait, test.clips.text[0], conditions=outside)
         session.push(audio=test.clips.voice[0])
         session.close()
@@ -294,7 +294,7 @@ def targets(systems: dict, expect: Mapping[str, Bounds], left_out: Collection[st
     return out
 
 
-def write_samples(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, Path]:
+def write_samples(artifacts: Artifacts, test: ClipSet) -> dict[str, Path]:
     """Playable samples with sound, label -> file: real, teacher, init and student on the same conditions."""
     folder = artifacts.folder.path / "samples"
     folder.mkdir(exist_ok=True)
@@ -303,12 +303,19 @@ def write_samples(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, P
     for i in range(min(artifacts.recipe.eval.num_samples, len(test.clips.text))):
         for name in ("real", "teacher", "init", "student"):
             if name == "real":
-                video = test.clips.video[i]
+                video = test.samples[i]
             else:
-                video = load_tensors(clips_file(stage, "test", name, 0))["video"][i]
+                video = generated(stage, "test", name, 0, "samples")[i]
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
-            media.write_video(path, frames, artifacts.spec.fps, test.clips.mixed[i], upscale=6, smooth=True)
+            media.write_video(
+                path,
+                frames,
+                artifacts.spec.fps,
+                test.clips.mixed[i],
+                upscale=max(1, 192 // video.shape[-2]),
+                smooth=True,
+            )
             samples[f"{name}: {named(test.clips.text)[i]}"] = path
     return samples
 
@@ -333,26 +340,35 @@ def read_curves(rows: list[dict]) -> dict[str, dict[str, list[tuple[int, float]]
 
 
 def generate_all(
-    artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Conditions, int]]
+    artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Rows, int]]
 ) -> None:
-    """Every system's clips of every set (name -> conditions, noise seeds), shared out over the ranks and kept in the stage, so
-    that a killed evaluation goes on where it was."""
-    config, engine = artifacts.recipe.eval, artifacts.engine
+    """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
+    ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on where it was."""
+    config, engine, batch = artifacts.recipe.eval, artifacts.engine, clip_sets.generated_at_once(artifacts)
     jobs = [
-        (generate, conditions, seed, name, clips_file(folder, name, system, seed))
-        for system, generate in systems(artifacts, students, config.batch_size).items()
+        (generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
+        for system, generate in systems(artifacts, students, batch).items()
         for name, (conditions, seeds) in sets.items()
         for seed in range(seeds)
         if system != SAME_NOISE or (name == "test" and seed == 0)
+        for rows in torch.arange(conditions.num_rows).split(batch)
     ]
     (folder / "clips").mkdir(exist_ok=True)
-    for generate, conditions, seed, name, file in jobs[engine.rank :: engine.world_size]:
+    mine = jobs[engine.rank :: engine.world_size]
+    for generate, conditions, rows, keys, file in tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0):
         if not file.is_file():
-            x0 = generate(conditions, config.condition_seed, name, seed)
-            save_tensors(file, {"video": artifacts.encoders.decode(x0)})
+            video = artifacts.encoders.decode(generate(conditions, rows, config.condition_seed, *keys))
+            shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0
+            save_tensors(file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
     engine.barrier()
 
 
-def clips_file(folder: Path, name: str, system: str, seed: int) -> Path:
-    """Where a system's clips uint8 [N, 3, T, H, W] of one set and noise seed lie."""
-    return folder / "clips" / f"{name}-{system}-{seed}.safetensors"
+def clips_file(folder: Path, name: str, system: str, seed: int, start: int) -> Path:
+    """Where a system's clips uint8 [n, 3, T, H, W] of one set and noise seed lie, from row `start` on."""
+    return folder / "clips" / f"{name}-{system}-{seed}-{start:06d}.safetensors"
+
+
+def generated(folder: Path, name: str, system: str, seed: int, what: str = "video") -> Tensor:
+    """The clips of a set that `generate_all` stored at the scored size; or `samples`, at their own."""
+    files = sorted((folder / "clips").glob(f"{name}-{system}-{seed}-*.safetensors"))
+    return torch.cat([load_tensors(file)[what] for file in files])

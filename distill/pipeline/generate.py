@@ -1,6 +1,7 @@
 """Clips from networks: guided Euler solutions of a teacher, rollouts of a student, and the noise that both start from."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.flow import keyed_generator
 from teachers.guidance import AnyGuidance, guided, repeat_rows, runs, split_rows
+
+
+class Rows(Protocol):
+    """Conditions of a set of clips, in memory or on the disk."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def index(self, rows: Tensor, /) -> Conditions: ...
 
 
 @torch.no_grad()
@@ -43,27 +56,34 @@ def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
 
 
 @torch.inference_mode()
-def student_clips(student: Student, conditions: Conditions, noise: Noise, batch: int) -> Tensor:
-    """x0 [N, C, F, h, w] of whole clips by the student's own rollout, the function that serving runs."""
+def student_clips(student: Student, conditions: Rows, noise: Noise, batch: int, rows: Tensor | None = None) -> Tensor:
+    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, by the student's own rollout, the function that serving
+    runs."""
 
-    def make(rows: slice) -> Tensor:
+    def make(rows: Tensor) -> Tensor:
         return rollout(student, conditions.index(rows), lambda c, s: noise(c, s)[rows].to(conditions.device))
 
-    return _in_batches(make, conditions.num_rows, batch)
+    return _in_batches(make, conditions, rows, batch)
 
 
 @torch.inference_mode()
 def many_step_clips(
-    student: Student, conditions: Conditions, noise: Noise, grid, guidance: AnyGuidance, batch: int
+    student: Student,
+    conditions: Rows,
+    noise: Noise,
+    grid,
+    guidance: AnyGuidance,
+    batch: int,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """x0 [N, C, F, h, w] of whole clips as an autoregressive teacher draws them: each chunk by the guided Euler solution on `grid`,
-    every branch of the guidance with a context of its own."""
+    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, as an autoregressive teacher draws them: each chunk by the guided
+    Euler solution on `grid`, every branch of the guidance with a context of its own."""
 
-    def make(rows: slice) -> Tensor:
+    def make(rows: Tensor) -> Tensor:
         own = conditions.index(rows)
         return _solve_stream(student, own, lambda chunk: noise(chunk, 0)[rows].to(own.device), grid, guidance)
 
-    return _in_batches(make, conditions.num_rows, batch)
+    return _in_batches(make, conditions, rows, batch)
 
 
 def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: AnyGuidance) -> Tensor:
@@ -90,20 +110,29 @@ def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidanc
 
 @torch.inference_mode()
 def teacher_clips(
-    teacher, conditions: Conditions, noise: Tensor, grid, guidance: AnyGuidance, batch: int, progress=None
+    teacher,
+    conditions: Rows,
+    noise: Tensor,
+    grid,
+    guidance: AnyGuidance,
+    batch: int,
+    rows: Tensor | None = None,
+    progress=None,
 ) -> Tensor:
-    """x0 [N, C, F, h, w] of whole clips by the guided Euler solution from noise [N, C, F, h, w] along `grid`, `batch` at a time."""
+    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, by the guided Euler solution from noise [N, C, F, h, w] along
+    `grid`, `batch` at a time."""
 
-    def make(rows: slice) -> Tensor:
+    def make(rows: Tensor) -> Tensor:
         part = noise[rows].to(conditions.device)
         made = solve_states(teacher, conditions.index(rows), part, grid, (len(grid) - 1,), guidance)[:, 0]
         if progress is not None:
             progress.update(len(part))
         return made
 
-    return _in_batches(make, noise.shape[0], batch)
+    return _in_batches(make, conditions, rows, batch)
 
 
-def _in_batches(make: Callable[[slice], Tensor], num: int, batch: int) -> Tensor:
-    """What `make` gives of all rows, `batch` at a time."""
-    return torch.cat([make(slice(start, min(start + batch, num))) for start in range(0, num, batch)])
+def _in_batches(make: Callable[[Tensor], Tensor], conditions: Rows, rows: Tensor | None, batch: int) -> Tensor:
+    """What `make` gives of the rows, of all where they are None, `batch` at a time."""
+    chosen = torch.arange(conditions.num_rows) if rows is None else rows
+    return torch.cat([make(part) for part in chosen.split(batch)])

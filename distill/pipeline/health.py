@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.clip_sets import generated_at_once, scored
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.recipe import Limits
 from eval.metrics.quality import Frames, failure_rates, measure
@@ -35,7 +36,7 @@ WORDS = {  # for people
 }
 STILL = 1e-3
 """A teacher's number below this is too small to compare with."""
-Make = Callable[[Conditions, Tensor, int], Tensor]  # (conditions, their rows, noise seed) -> x0 of those rows
+Make = Callable[[Conditions, Tensor, int], Tensor]  # (all conditions, some rows, noise seed) -> x0 of those rows
 
 
 def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
@@ -52,7 +53,7 @@ def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[
     decode: x0 -> uint8 [N, 3, T, H, W]."""
     own, facts = None, {}
     for name, (given, seed) in variants(conditions).items():
-        video = decode(make(given.index(rows), rows, seed))
+        video = scored(decode(make(given, rows, seed)))
         if own is None:
             own, frames = video, measure(video)
             facts = dict(vars(frames)) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), video)}
@@ -125,10 +126,11 @@ def seam_frames(spec: Spec) -> list[int]:
 
 
 class HealthCheck:
-    """The health metrics of a run's networks, all on the same conditions and noises; the teacher's are the reference."""
+    """The health metrics of a run's networks, all on the same conditions and noises; the teacher's are the reference. Each rank
+    does its share of the clips."""
 
     def __init__(self, artifacts: Artifacts):
-        self.artifacts = artifacts
+        self.artifacts, self.batch = artifacts, generated_at_once(artifacts)
         clips = artifacts.source.draw(
             artifacts.recipe.eval.condition_seed, "health", artifacts.recipe.health.num_conditions
         )
@@ -137,14 +139,15 @@ class HealthCheck:
         self.seams = seam_frames(artifacts.spec)
 
     def student(self, net: Student) -> dict[str, float]:
-        """A student's metrics by its own rollouts; under FSDP every rank calls it."""
-        artifacts, num = self.artifacts, self.num
+        """A student's metrics by its own rollouts; every rank calls it."""
+        artifacts, num, engine = self.artifacts, self.num, self.artifacts.engine
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
             noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
-            return student_clips(net, given, lambda c, s: noise(c, s)[rows], artifacts.recipe.eval.batch_size)
+            return student_clips(net, given, noise, self.batch, rows)
 
-        return health_metrics(observe(make, self.conditions, torch.arange(num), artifacts.encoders.decode), self.seams)
+        own = observe(make, self.conditions, engine.share(num), artifacts.encoders.decode)
+        return health_metrics({name: engine.all_rows(values, num) for name, values in own.items()}, self.seams)
 
     def teacher(self, folder: Path) -> dict[str, float]:
         """The teacher's metrics: those of the stage init where they are stored, else from its guided solutions, shared out over the
@@ -157,11 +160,10 @@ class HealthCheck:
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
-            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
-            batch = artifacts.recipe.eval.batch_size
-            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, batch)
+            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
+            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, self.batch, rows)
 
-        parts = torch.arange(num).chunk(min(num, engine.world_size))
+        parts = torch.arange(num).split(min(self.batch, -(-num // engine.world_size)))
         files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]
         for rows, file in list(zip(parts, files, strict=True))[engine.rank :: engine.world_size]:
             if not file.is_file():

@@ -17,7 +17,7 @@ from distill import methods
 from distill.data.order import batch_rows
 from distill.methods import Batch
 from distill.methods.discriminator import Discriminator, build_discriminator
-from distill.pipeline import trajectories
+from distill.pipeline import clip_sets, trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.health import HealthCheck, readiness
 from distill.pipeline.pretrained import load_given
@@ -73,7 +73,9 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
         metrics = run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid)
         return metrics | {"health": check_health(artifacts, slot, folder)}
     check = Validation(artifacts, roles["student"], folder)
-    return run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid, check, check.collapse)
+    found = run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid, check, check.collapse)
+    clip_sets.discard(artifacts, folder)
+    return found
 
 
 def _trained_role(artifacts: Artifacts, name: str, slot: str, start: str) -> Any:

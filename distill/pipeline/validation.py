@@ -1,63 +1,30 @@
-"""Held-out conditions with their ceilings, the embedded extractors, and validation while training."""
+"""The embedded extractors, and validation while training."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
-from distill.data.source import Clips
+from distill.pipeline import clip_sets
 from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.clip_sets import ClipSet
 from distill.pipeline.generate import stream_noise, student_clips
 from distill.pipeline.health import HealthCheck, violations
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
-from eval.embedded.evaluation import Evaluation, clips_of
+from eval.embedded.evaluation import Evaluation
 from eval.embedded.extractors import Probes
-from eval.metric import Clip
 from students.student import Student
-from teachers.conditions import Conditions
-from teachers.encoders.small import AudioConfig, LogMel
 from teachers.flow import keyed_generator
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out clips, the same through the codec (the ceiling), their conditions, and the clips as metrics take them."""
-
-    clips: Clips
-    decoded: Tensor
-    conditions: Conditions
-    real: list[Clip]
-
-    @classmethod
-    def draw(cls, artifacts: Artifacts, name: str, num: int) -> "HeldOut":
-        """`num` clips (or as many as there are), the same for every training seed: `eval.condition_seed` and `name` decide."""
-        clips = artifacts.source.draw(artifacts.recipe.eval.condition_seed, name, num)
-        x0, conditions = artifacts.encoders.of_clips(clips)
-        real = clips_of(
-            clips.video,
-            artifacts.spec.fps,
-            load_card(artifacts.recipe.eval.protocol),
-            labels={name: values for name, values in clips.labels.items() if values.ndim == 1},
-            audio_features=log_mel(artifacts, clips),
-        )
-        return cls(clips, artifacts.encoders.decode(x0), conditions.to(artifacts.engine.device), real)
-
-
-def log_mel(artifacts: Artifacts, clips: Clips) -> Tensor:
-    """Log-mel features for the sync metric: rows [N, T, A], whatever the student's audio encoder is."""
-    samples = artifacts.spec.samples_per_frame
-    return LogMel(AudioConfig(hop=samples // 4), samples)(clips.voice, 0, clips.video.shape[2])
-
-
 def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
-    """The extractors stage: train the embedded probes on the training clips and show that they rank known cases right."""
-    config, source, engine = artifacts.recipe.eval, artifacts.source, artifacts.engine
+    """The extractors stage: train the embedded probes on training clips and show that they rank known cases right. The clips are
+    shared out over the ranks; rank 0 trains and measures, on its device."""
+    config, engine = artifacts.recipe.eval, artifacts.engine
+    clips = clip_sets.draw(artifacts, folder, "probes", artifacts.source.num_train, seed=config.probe_seed)
     if engine.is_main:
-        clips = source.draw(config.probe_seed, "probes", source.num_train)
-        decoded, rows = artifacts.encoders.decode(artifacts.encoders.encode(clips.video)), log_mel(artifacts, clips)
+        rows = clip_sets.log_mel(artifacts, clips.clips)
         total = 3 * config.probe_steps
         with tqdm(total=total, desc="extractors", mininterval=1.0) as bar:
 
@@ -67,15 +34,22 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
                 bar.refresh()
 
             rng = keyed_generator(config.probe_seed, "fit")
-            probe_training.fit(clips.video, clips.labels, rows, config, rng, progress, decoded).save(folder)
-    engine.barrier()
-    probes = Probes.load(folder)
-    test = HeldOut.draw(artifacts, "admit", config.admit_clips)
-    reference = source.draw(config.condition_seed, "reference", config.num_reference)
-    rng = keyed_generator(config.probe_seed, "admit")
-    evaluation = Evaluation(load_card(config.protocol), probes, test.real, test.decoded, reference.video)
-    result = admission.admit(evaluation, rng)
-    checks = probes.check(test.decoded, test.clips.labels, log_mel(artifacts, test.clips))
+            probe_training.fit(clips.clips.video, clips.clips.labels, rows, config, rng, progress, clips.decoded).save(
+                folder
+            )
+    test = clip_sets.draw(artifacts, folder, "admit", config.admit_clips)
+    reference = clip_sets.draw(artifacts, folder, "reference", config.num_reference, encode=False)
+    found = engine.from_main(_admit(artifacts, Probes.load(folder), test, reference) if engine.is_main else None)
+    clip_sets.discard(artifacts, folder)
+    return found
+
+
+def _admit(artifacts: Artifacts, probes: Probes, test: ClipSet, reference: ClipSet) -> dict:
+    config = artifacts.recipe.eval
+    probes, real = probes.to(artifacts.engine.device), clip_sets.as_metrics_take(artifacts, test.clips)
+    evaluation = Evaluation(load_card(config.protocol), probes, real, test.decoded, reference.clips.video)
+    result = admission.admit(evaluation, keyed_generator(config.probe_seed, "admit"))
+    checks = probes.check(test.decoded, test.clips.labels, clip_sets.log_mel(artifacts, test.clips))
     return {"sha256": probes.sha256, "checks": checks, **result}
 
 
@@ -88,25 +62,29 @@ class Validation:
     """
 
     def __init__(self, artifacts: Artifacts, student: Student, folder: Path):
-        self.artifacts, self.student = artifacts, student
-        self.test = HeldOut.draw(artifacts, "validate", 2 * artifacts.recipe.eval.num_conditions)
-        config = artifacts.recipe.eval
-        real = artifacts.source.draw(config.condition_seed, "validate reference", config.num_reference)
-        self.evaluation = Evaluation(
-            load_card(config.protocol), artifacts.probes, self.test.real, self.test.decoded, real.video
-        )
+        self.artifacts, self.student, config = artifacts, student, artifacts.recipe.eval
+        self.test = clip_sets.draw(artifacts, folder, "validate", 2 * config.num_conditions)
+        other = clip_sets.draw(artifacts, folder, "validate reference", config.num_reference, encode=False)
+        self.evaluation: Evaluation | None = None  # rank 0 alone scores
+        if artifacts.engine.is_main:
+            real = clip_sets.as_metrics_take(artifacts, self.test.clips)
+            card = load_card(config.protocol)
+            self.evaluation = Evaluation(card, artifacts.probes, real, self.test.decoded, other.clips.video)
         self.start = self._measure()
         self.check = HealthCheck(artifacts)
         self.teacher = self.check.teacher(folder)
 
     def _measure(self) -> dict[str, float]:
-        artifacts, num = self.artifacts, len(self.test.clips.text)
+        """Every rank generates its share of the clips."""
+        artifacts, engine, num = self.artifacts, self.artifacts.engine, len(self.test)
         noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
-        x0 = student_clips(self.student, self.test.conditions, noise, artifacts.recipe.eval.batch_size)
-        video = artifacts.encoders.decode(x0)
+        batch, rows = clip_sets.generated_at_once(artifacts), engine.share(num)
+        x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
+        video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0)), num)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
-        scores = self.evaluation.score(video[None], only=wanted)
-        return {name: scores[name]["mean"] for name in wanted if name in scores}
+        scores = None if self.evaluation is None else self.evaluation.score(video[None], only=wanted)
+        found = engine.from_main(scores)
+        return {name: found[name]["mean"] for name in wanted if name in found}
 
     def __call__(self) -> dict[str, float]:
         now, then = self._measure(), self.start

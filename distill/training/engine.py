@@ -121,6 +121,21 @@ class Engine:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def share(self, num: int) -> Tensor:
+        """The rows of `num` that are this rank's, every rank as many: some twice, where they do not divide. See `all_rows`."""
+        return torch.arange(self.rank, -(-num // self.world_size) * self.world_size, self.world_size) % num
+
+    def all_rows(self, own: Tensor, num: int) -> Tensor:
+        """What every rank has of the rows that `share(num)` gave it [n, ...] -> that of all rows [num, ...], on the CPU."""
+        if self.world_size == 1:
+            return own.cpu()
+        found = []
+        for row in own.to(self.device).contiguous():
+            parts = [torch.empty_like(row) for _ in range(self.world_size)]
+            dist.all_gather(parts, row)
+            found += [part.cpu() for part in parts]
+        return torch.stack(found[:num])
+
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes, in place; summed in fp32 (fp64 stays), bucket by bucket.
 

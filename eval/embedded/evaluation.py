@@ -63,7 +63,7 @@ class Evaluation:
         world: UInt8[Tensor, "c k 3 t h w"] | None = None,
     ):
         self.card, self.real, self.seams, self.world = card, list(real), seams, world
-        self.networks = Networks(probes)
+        self.networks = Networks(probes, device=str(probes.device))
         self.networks.read_conditions(self.real)
         self.sets = {"ceiling": ceiling, "real": reference} | ({} if world is None else {"noises": world})
         first = self.real[0]

@@ -108,8 +108,8 @@ def fake_cuda() -> Iterator[FakeGPU]:
     """Inside, every tensor is fake, and may be on "cuda" where there is none."""
     gpu = FakeGPU()
     with (
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
         FakeTensorMode(),
         gpu,

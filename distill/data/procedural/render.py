@@ -6,7 +6,7 @@ Frame 0 is the reference portrait at rest; motion fades in over the next frames.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -268,13 +268,13 @@ def render(
     return (image * lit).clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
-def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator) -> Clips:
-    """Render `scene` with nuisance drawn from `rng`."""
+def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator, chosen: range | None = None) -> Clips:
+    """Render `scene`, or the `chosen` rows of it, with nuisance drawn from `rng`."""
     batch = max(1, PIXELS_AT_ONCE // (config.num_frames * config.size[0] * config.size[1]))
     state = draw_motion(config, scene, rng)
-    video = []
-    for start in range(0, scene.gesture.shape[0], batch):
-        rows = torch.arange(start, min(start + batch, scene.gesture.shape[0]))
+    chosen, video = range(len(scene.gesture)) if chosen is None else chosen, []
+    for start in range(chosen.start, chosen.stop, batch):
+        rows = torch.arange(start, min(start + batch, chosen.stop))
         video.append(render(config, scene.identity[rows], {k: v[rows] for k, v in state.items()}))
     labels = dict(state, expression=scene.expression, gesture=scene.gesture, identity=scene.identity)
     audio, talk = scene.speech.audio, {}
@@ -282,4 +282,6 @@ def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator
         ticks = frame_ticks(config)
         audio = torch.stack([audio, scene.other.audio], dim=1)
         talk = {"turn": scene.turn[:, ticks], "other_open": scene.other.opening[:, ticks]}
-    return Clips(video=torch.cat(video), audio=audio, text=scene.text, labels=labels, pose=scene.pose, talk=talk)
+    empty = torch.empty(len(scene.gesture), 0)
+    others = Clips(video=empty, audio=audio, text=scene.text, labels=labels, pose=scene.pose, talk=talk)
+    return replace(others.rows(chosen), video=torch.cat(video))

@@ -26,10 +26,11 @@ class DataConfig(ClipsConfig):
         return World(self)
 
 
-def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-    """`num` fresh clips of the world named `name`; another `motion` is the same conditions with other nuisance."""
+def held_out(config: DataConfig, seed: int, name: str, num: int, motion: int = 0, rows: range | None = None) -> Clips:
+    """`num` fresh clips of the world named `name`, or `rows` of them; another `motion` is the same conditions with other
+    nuisance."""
     scene = render.draw_conditions(config.world, num, keyed_generator(seed, "asked", name))
-    return render.make_clips(config.world, scene, keyed_generator(seed, "motion", name, motion))
+    return render.make_clips(config.world, scene, keyed_generator(seed, "motion", name, motion), rows)
 
 
 class World(ClipSource):
@@ -42,9 +43,9 @@ class World(ClipSource):
         """See `held_out`."""
         return held_out(self.config, seed, name, num)
 
-    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
+    def draw(self, seed: int, name: str, num: int, motion: int = 0, rows: range | None = None) -> Clips:
         """See `held_out`."""
-        return held_out(self.config, seed, name, num, motion)
+        return held_out(self.config, seed, name, num, motion, rows)
 
     def meanings(self, clips: Clips) -> dict[str, tuple[Tensor, int]]:
         """Expression and gesture."""

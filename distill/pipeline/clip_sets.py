@@ -1,0 +1,173 @@
+"""Sets of real clips that a stage compares with: made in pieces, shared out over the ranks, one file a piece.
+
+A piece is drawn, encoded, decoded and shrunk by one rank and lies in the stage's folder until the stage is done, so a killed stage
+goes on where it was, and no process holds a set at its full size. Clips are scored at no more than SCORED_SIDE pixels a side.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.data.latents import Stored, pieces
+from distill.data.source import Clips
+from distill.pipeline.artifacts import Artifacts
+from eval.cards import load_card
+from eval.embedded.evaluation import clips_of
+from eval.metric import Clip
+from teachers.conditions import Conditions
+from teachers.encoders.small import AudioConfig, LogMel
+from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
+
+TOKENS_AT_ONCE = 2**16
+"""Tokens of the clips that are generated at once: three clips of 81 frames at 512x512."""
+SCORED_SIDE, SCORED_MULTIPLE = 128, 16
+
+
+def generated_at_once(artifacts: Artifacts) -> int:
+    """Clips that a network generates at once: `eval.batch_size`, or fewer large ones."""
+    spec = artifacts.spec
+    tokens = spec.horizon_frames * math.prod(spec.token_grid)
+    return min(artifacts.recipe.eval.batch_size, max(1, TOKENS_AT_ONCE // tokens))
+
+
+def scored(video: Tensor) -> Tensor:
+    """Clips uint8 [N, 3, T, H, W] at the size that metrics see: the longer side SCORED_SIDE, means over areas; smaller ones as they
+    are."""
+    height, width = video.shape[-2:]
+    if max(height, width) <= SCORED_SIDE:
+        return video
+    scale = SCORED_SIDE / max(height, width) / SCORED_MULTIPLE
+    size = [max(1, round(side * scale)) * SCORED_MULTIPLE for side in (height, width)]
+    small = [F.adaptive_avg_pool2d(clip.transpose(0, 1).float(), size).round_().to(torch.uint8) for clip in video]
+    return torch.stack(small).transpose(1, 2)
+
+
+class StoredConditions:
+    """Conditions on the disk, of which `index` reads rows on to `device`; for what generates clips as good as `Conditions`."""
+
+    def __init__(
+        self, features: Mapping[str, Stored], shared: Mapping[str, Tensor], rows: Tensor, device: torch.device
+    ):
+        self.features, self.shared, self.rows, self.device = features, shared, rows, device
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def index(self, rows: slice | Tensor) -> Conditions:
+        """The conditions of these rows."""
+        chosen = self.rows[rows]
+        stored = {name: value[chosen] for name, value in self.features.items()}
+        shared = {name: value.expand(len(chosen), *value.shape[1:]) for name, value in self.shared.items()}
+        return Conditions(stored | shared).to(self.device)
+
+    def select(self, rows: Tensor) -> "StoredConditions":
+        """These rows, in this order."""
+        return StoredConditions(self.features, self.shared, self.rows[rows], self.device)
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Real clips as rank 0 holds them: `clips` at the scored size, the same through the codec (the ceiling) where they were
+    decoded, and `samples`, the first few at their own size. Other ranks have the texts and, as all have, the conditions."""
+
+    clips: Clips
+    decoded: Tensor
+    samples: Tensor
+    conditions: StoredConditions
+
+    def __len__(self) -> int:
+        return len(self.clips.text)
+
+
+def draw(
+    artifacts: Artifacts,
+    folder: Path,
+    name: str,
+    num: int,
+    *,
+    seed: int | None = None,
+    motion: int = 0,
+    encode: bool = True,
+    samples: int = 0,
+) -> ClipSet:
+    """`num` clips (or as many as there are) of the set `name`, the same for every training seed: `seed` (`eval.condition_seed`) and
+    `name` decide. Without `encode` there are no conditions and no ceiling. Every rank calls it."""
+    engine, source, world = artifacts.engine, artifacts.source, artifacts.recipe.data.world
+    seed = artifacts.recipe.eval.condition_seed if seed is None else seed
+    num, size = source.available(seed, name, num), pieces(world.num_frames, *world.size)
+    starts = range(0, num, size)
+    where = _folder(folder) / f"{name.replace(' ', '-')}-{motion}"
+    files = [where / f"{start:06d}.safetensors" for start in starts]
+    where.mkdir(parents=True, exist_ok=True)
+    for start, file in list(zip(starts, files, strict=True))[engine.rank :: engine.world_size]:
+        if not file.is_file():
+            rows = range(start, min(start + size, num))
+            _write(artifacts, file, source.draw(seed, name, num, motion, rows), encode, max(0, samples - start))
+    engine.barrier()
+    return _load(artifacts, files)
+
+
+def discard(artifacts: Artifacts, folder: Path) -> None:
+    """Delete the pieces of a stage that is done with them."""
+    artifacts.engine.barrier()
+    if artifacts.engine.is_main:
+        remove_folder(_folder(folder))
+
+
+def _folder(folder: Path) -> Path:
+    return folder / "clip_sets"
+
+
+def _write(artifacts: Artifacts, file: Path, clips: Clips, encode: bool, samples: int) -> None:
+    parts = {"video": scored(clips.video), "samples": clips.video[:samples].clone(), "audio": clips.audio}
+    parts |= {f"label/{name}": value for name, value in clips.labels.items()}
+    if encode:
+        x0, conditions = artifacts.encoders.of_clips(clips)
+        parts["decoded"] = scored(artifacts.encoders.decode(x0))
+        kept = {name: value for name, value in conditions.features.items() if name != "negative"}
+        parts |= {f"condition/{name}": value for name, value in kept.items()}
+    save_tensors(file, parts, {"text": json.dumps(clips.text)})
+
+
+def _load(artifacts: Artifacts, files: list[Path]) -> ClipSet:
+    engine = artifacts.engine
+    parts = [load_tensors(file) for file in files]
+    text = [one for file in files for one in json.loads(read_facts(file)["text"])]
+
+    def joined(name: str) -> Tensor:
+        found = [part[name] for part in parts if name in part]
+        return torch.cat(found) if found and engine.is_main else torch.empty(0)
+
+    labels = {key.removeprefix("label/"): joined(key) for key in parts[0] if key.startswith("label/")}
+    clips = Clips(video=joined("video"), audio=joined("audio"), text=text, labels=labels if engine.is_main else {})
+    names = [key for key in parts[0] if key.startswith("condition/")]
+    features = {key.removeprefix("condition/"): Stored([part[key] for part in parts]) for key in names}
+    negative = artifacts.encoders.negatives(1) if names else None
+    conditions = StoredConditions(
+        features, {} if negative is None else {"negative": negative}, torch.arange(len(text)), engine.device
+    )
+    return ClipSet(clips, joined("decoded"), joined("samples"), conditions)
+
+
+def log_mel(artifacts: Artifacts, clips: Clips) -> Tensor:
+    """Log-mel features for the sync metric: rows [N, T, A], whatever the student's audio encoder is."""
+    samples = artifacts.spec.samples_per_frame
+    return LogMel(AudioConfig(hop=samples // 4), samples)(clips.voice, 0, clips.video.shape[2])
+
+
+def as_metrics_take(artifacts: Artifacts, clips: Clips) -> list[Clip]:
+    """Real clips with what metrics need of their conditions."""
+    return clips_of(
+        clips.video,
+        artifacts.spec.fps,
+        load_card(artifacts.recipe.eval.protocol),
+        labels={name: values for name, values in clips.labels.items() if values.ndim == 1},
+        audio_features=log_mel(artifacts, clips),
+    )
