@@ -24,8 +24,8 @@ from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
 from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
 
-TOKENS_AT_ONCE = 2**16
-"""Tokens of the clips that are generated at once: three clips of 81 frames at 512x512."""
+TOKENS_AT_ONCE = 2**15
+"""Tokens of the clips that are generated at once: one clip of 81 frames at 512x512."""
 SCORED_SIDE, SCORED_MULTIPLE = 128, 16
 
 
