@@ -25,7 +25,7 @@ from teachers.media.streams import LOUDEST_SAMPLE, resample
 
 
 @contextmanager
-def _opened(path: Path, kind: str) -> Iterator[InputContainer]:
+def opened(path: Path, kind: str) -> Iterator[InputContainer]:
     """The container of `path`; UserError when the file is missing, empty, unreadable or damaged within the block."""
     path = Path(path)
     try:
@@ -84,7 +84,7 @@ class AudioReader:
         self._blocks.close()
 
     def _decode(self, path: Path) -> Generator[Tensor, None, None]:
-        with _opened(path, "audio file") as container:
+        with opened(path, "audio file") as container:
             if not container.streams.audio:
                 raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a video with sound")
             stream, to_float = container.streams.audio[0], AudioResampler(format="fltp")
@@ -96,7 +96,7 @@ class AudioReader:
                     for start in range(0, late, self.rate):
                         yield torch.zeros(min(self.rate, late - start))
                 for part in to_float.resample(frame):
-                    samples = _mono(part)[: max(0, end - place)]
+                    samples = mono(part)[: max(0, end - place)]
                     check_samples(samples, str(path), place)
                     kept = samples[max(0, -late - place) :]
                     place += len(samples)
@@ -123,7 +123,7 @@ class AudioReader:
         return round(start * self.rate), end
 
 
-def _mono(frame: av.AudioFrame) -> np.ndarray:
+def mono(frame: av.AudioFrame) -> np.ndarray:
     """Mean over the channels of a planar float frame, [S] float32."""
     return frame.to_ndarray().mean(axis=0, dtype=np.float32)
 
@@ -151,7 +151,7 @@ def decode_image(path: Path) -> Tensor:
 
     Raises UserError when the file is missing, empty, truncated, or no image.
     """
-    with _opened(path, "image file") as container:
+    with opened(path, "image file") as container:
         name = container.format.name
         if not container.streams.video or not (name.endswith("_pipe") or name in ("gif", "apng", "image2")):
             raise UserError(f"not an image (found {name}): {path}; give a png, jpeg, webp or bmp file")
@@ -206,7 +206,7 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
     With `size` = (H, W) each frame is fitted as it is decoded (`fit_image`), so memory is T*H*W*3 bytes of that size.
     Raises UserError when the file is missing, empty, damaged or holds no video.
     """
-    with _opened(path, "video file") as container:
+    with opened(path, "video file") as container:
         stream = video_stream(container)
         rate = stream.average_rate if stream is not None else None
         if stream is None or not rate:

@@ -5,7 +5,6 @@ top left. Only the centre is given, so a clip is the full frame and the face is 
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from distill.data.datasets.folder import Videos
@@ -18,7 +17,7 @@ LICENCE = "the video belongs to its owner on YouTube (AVSpeech gives addresses a
 CUT_TOLERANCE_SECONDS = 0.2  # an encoder's padding of a cut file; a cut that was snapped to a key frame is off by more
 
 
-def read(annotations: Path, videos: Path | None = None, *, splits: Sequence[str] = SPLITS) -> Manifest:
+def read(annotations: Path, videos: Path | None = None) -> Manifest:
     """Every segment of the files `avspeech_SPLIT.csv` in the folder `annotations`, or of the one such file that it is.
 
     videos: a folder with the whole videos, `ID.mp4`, or the segments that the common download script cuts from them,
@@ -28,7 +27,7 @@ def read(annotations: Path, videos: Path | None = None, *, splits: Sequence[str]
     """
     library = Videos(videos)
     rows: list[Clip | Refused] = list(library.refused)
-    for file, split in _files(Path(annotations), splits):
+    for file, split in _files(Path(annotations)):
         for number, text in read_lines(file, rows):
             try:
                 rows.append(_clip([word.strip() for word in text.split(",")], split, library))
@@ -42,7 +41,7 @@ def cut_name(youtube: str, start: float, end: float) -> str:
     return f"{youtube}_{start:010.6f}-{end:010.6f}"
 
 
-def _files(annotations: Path, splits: Sequence[str]) -> list[tuple[Path, str]]:
+def _files(annotations: Path) -> list[tuple[Path, str]]:
     if annotations.is_file():
         split = next((name for name in SPLITS if name in annotations.stem), None)
         if split is None:
@@ -50,13 +49,10 @@ def _files(annotations: Path, splits: Sequence[str]) -> list[tuple[Path, str]]:
                 f"neither train nor test in its name: {annotations}; name it avspeech_train.csv or avspeech_test.csv"
             )
         return [(annotations, split)]
-    files = [(annotations / f"avspeech_{split}.csv", split) for split in splits]
-    existing = [(file, split) for file, split in files if file.is_file()]
-    if not existing:
-        raise UserError(
-            f"no {' or '.join(file.name for file, _ in files)}: {annotations}; put the official files there"
-        )
-    return existing
+    files = [(file, split) for split in SPLITS if (file := annotations / f"avspeech_{split}.csv").is_file()]
+    if not files:
+        raise UserError(f"no avspeech_train.csv or avspeech_test.csv: {annotations}; put the official files there")
+    return files
 
 
 def _clip(values: list[str], split: str, library: Videos) -> Clip | Refused:

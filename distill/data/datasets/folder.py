@@ -28,7 +28,7 @@ METADATA = ("metadata.csv", "metadata.json", "metadata.jsonl")
 COLUMNS = ("id", "start", "end", "crop", "crop_size", "text", "licence", "split", "identity")
 
 
-def read(annotations: Path | None, videos: Path | None = None, *, dataset: str = "folder") -> Manifest:
+def read(annotations: Path | None, videos: Path | None = None) -> Manifest:
     """Clips of the folder `videos`; `annotations` is a metadata file or a folder that may contain one. Either is optional.
 
     Without metadata every video is a clip as a whole, named after its path and with itself as its identity. With metadata
@@ -43,9 +43,9 @@ def read(annotations: Path | None, videos: Path | None = None, *, dataset: str =
     library = Videos(where)
     rows: list[Clip | Refused] = list(library.refused)
     if metadata is None:
-        rows += [_clip(library, {"file_name": source}, dataset) for source in library.sources]
+        rows += [_clip(library, {"file_name": source}) for source in library.sources]
     else:
-        rows += _described(library, metadata, dataset)
+        rows += _described(library, metadata)
     return gather(rows)
 
 
@@ -166,7 +166,7 @@ def _metadata_file(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def _described(library: Videos, metadata: Path, dataset: str) -> Iterator[Clip | Refused]:
+def _described(library: Videos, metadata: Path) -> Iterator[Clip | Refused]:
     """A clip or refusal for every row of `metadata`, and a refusal for every video without a row."""
     refused: list[Clip | Refused] = []
     rows = list(_rows(metadata, refused))
@@ -177,14 +177,14 @@ def _described(library: Videos, metadata: Path, dataset: str) -> Iterator[Clip |
         if (source := row["file_name"]) not in known:
             yield Refused(str(row.get("id", source)), source, f"{metadata.name} names a video that is not there")
         else:
-            yield _clip(library, row, dataset, used[source] if num_rows[source] > 1 else None)
+            yield _clip(library, row, used[source] if num_rows[source] > 1 else None)
             used[source] += 1
     for source in library.sources:
         if source not in num_rows:
             yield Refused(source, source, f"no row in {metadata.name}")
 
 
-def _clip(library: Videos, row: dict[str, Any], dataset: str, index: int | None = None) -> Clip | Refused:
+def _clip(library: Videos, row: dict[str, Any], index: int | None = None) -> Clip | Refused:
     """The clip of a metadata row; clips of one file are numbered by `index` where they have no id of their own."""
     source, number = row["file_name"], "" if index is None else f"_{index:03d}"
     fields = {"id": safe_id(source) + number, "identity": source, "start": 0.0, **row}
@@ -195,7 +195,7 @@ def _clip(library: Videos, row: dict[str, Any], dataset: str, index: int | None 
         fields["text"] = fields.get("text") or library.text(source)
     except UserError as error:
         return Refused(str(fields["id"]), source, str(error))
-    return clip_or_refusal(dataset=dataset, source=source, **fields)
+    return clip_or_refusal(dataset="folder", source=source, **fields)
 
 
 def safe_id(source: str) -> str:

@@ -7,9 +7,8 @@ for videos of another resolution) and is not read. The dataset has no official s
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from distill.data.datasets.folder import Videos
@@ -50,13 +49,12 @@ def read(
     library = Videos(videos)
     tables = {group: _tables(Path(annotations), group) for group in GROUPS}
     groups_of = Counter(name for table in tables.values() for name in table.ranges)
-    crop_of = _no_crop if full_frame else partial(_crop, scale=scale_crops)
     rows: list[Clip | Refused] = list(library.refused)
     for group, table in tables.items():
         rows += table.refused
         for name in table.ranges:
             stems = (f"{group}_{name}",) if groups_of[name] > 1 else (f"{group}_{name}", name)
-            rows += _clips(table, group, name, stems, library, crop_of)
+            rows += _clips(table, group, name, stems, library, full_frame, scale_crops)
         rows += _leftovers(table, group)
     return gather(rows)
 
@@ -96,18 +94,15 @@ def _span(text: str) -> tuple[float, float]:
     return 3600 * numbers[0] + 60 * numbers[1] + numbers[2], 3600 * numbers[3] + 60 * numbers[4] + numbers[5]
 
 
-Crop = tuple[tuple[int, int, int, int] | None, tuple[int, int] | None]
-
-
 def _clips(
-    table: Tables, group: str, name: str, stems: tuple[str, ...], library: Videos, crop_of: Callable[..., Crop]
+    table: Tables, group: str, name: str, stems: tuple[str, ...], library: Videos, full_frame: bool, scale: bool
 ) -> Iterator[Clip | Refused]:
     for index, text in enumerate(table.ranges[name]):
         key, source = f"{group}_{name}_{index:03d}", f"{stems[0]}.mp4"
         try:
             start, end = _span(text)
             source = library.find(*stems)
-            crop, crop_size = crop_of(table, name, index, library, source)
+            crop, crop_size = (None, None) if full_frame else _crop(table, name, index, library, source, scale)
         except UserError as error:
             yield Refused(key, source, str(error))
             continue
@@ -124,11 +119,9 @@ def _clips(
         )
 
 
-def _no_crop(*_: object) -> Crop:
-    return None, None
-
-
-def _crop(table: Tables, name: str, index: int, library: Videos, source: str, *, scale: bool) -> Crop:
+def _crop(
+    table: Tables, name: str, index: int, library: Videos, source: str, scale: bool
+) -> tuple[tuple[int, int, int, int], tuple[int, int] | None]:
     """The crop of a clip and the frame that it was measured in; UserError where there is no valid one."""
     words = table.crops.get(f"{name}_{index}")
     if words is None:

@@ -138,12 +138,10 @@ def livetalk_list(
     )
 
 
-def omniavatar_list(manifest: Manifest, *, seconds: float = 15.0) -> ClipList:
-    """The first `seconds` of every HDTF clip, whole where it is shorter (issue Omni-Avatar/OmniAvatar#90)."""
+def omniavatar_list(manifest: Manifest) -> ClipList:
+    """The first 15 s of every HDTF clip, whole where it is shorter (issue Omni-Avatar/OmniAvatar#90)."""
     windows = tuple(Window(id=clip.id) for clip in manifest.clips if clip.dataset == "hdtf")
-    return ClipList(
-        name="omniavatar_hdtf", dataset="hdtf", protocol=OMNIAVATAR, seconds=seconds, salt="", windows=windows
-    )
+    return ClipList(name="omniavatar_hdtf", dataset="hdtf", protocol=OMNIAVATAR, seconds=15.0, salt="", windows=windows)
 
 
 def select(manifest: Manifest, clips: ClipList) -> Manifest:

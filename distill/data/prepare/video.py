@@ -17,9 +17,7 @@ from av.audio.resampler import AudioResampler
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.read import _mono as mono
-from teachers.media.read import _opened as opened
-from teachers.media.read import check_samples, video_stream
+from teachers.media.read import check_samples, mono, opened, video_stream
 from teachers.media.streams import resample
 
 SAMPLE_RATE = 16_000

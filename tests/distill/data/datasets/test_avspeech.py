@@ -31,14 +31,14 @@ def test_lines_become_the_expected_clips(tmp_path):
 
 def test_one_split_or_one_file(tmp_path):
     folder = put_files(tmp_path)
-    assert {clip.split for clip in read(folder, splits=["test"]).clips} == {"test"}
+    assert {clip.split for clip in read(folder / "avspeech_test.csv").clips} == {"test"}
     assert len(read(folder / "avspeech_train.csv").clips) == 2
     (folder / "avspeech_train.csv").rename(folder / "mine.csv")
     with pytest.raises(UserError, match="neither train nor test"):
         read(folder / "mine.csv")
-    with pytest.raises(UserError, match=r"no avspeech_train\.csv"):
-        read(folder, splits=["train"])
     assert len(read(folder).clips) == 1
+    with pytest.raises(UserError, match=r"no avspeech_train\.csv or avspeech_test\.csv"):
+        read(tmp_path / "nothing")
 
 
 def test_whole_videos_come_first_and_a_cut_that_moved_is_refused(tmp_path):

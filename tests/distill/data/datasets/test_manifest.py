@@ -208,7 +208,7 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
 def test_lines_lose_their_mark_and_a_bad_one_is_refused(tmp_path):
     path = tmp_path / "x.txt"
     path.write_bytes(b"\xef\xbb\xbfone 1 \r\n\r\ncaf\xe9\nz\xc3\xbc")
-    refused: list[Any] = []
+    refused = []
     assert list(read_lines(path, refused)) == [(1, "one 1"), (4, "zü")]
     (bad,) = refused
     assert (bad.id, "line 3 is not UTF-8" in bad.reason) == ("x.txt:3", True)
