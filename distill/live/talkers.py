@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.live import voice
+from teachers.checkpoints.local_model import load_local
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.media.streams import resample
@@ -41,9 +42,9 @@ class Talker(Protocol):
     def conversation(self) -> Conversation: ...
 
 
-def load_talker(name: str, device: str = "cpu") -> Talker:
+def load_talker(name: str) -> Talker:
     """`auto` (espeak-ng where it is installed, else formant), `espeak`, `formant`, `echo`, or a folder with a transformers audio
-    language model or text-to-speech model. UserError for anything else."""
+    language model or text-to-speech model, which runs on the CPU. UserError for anything else."""
     if name == "auto":
         name = "espeak" if voice.has_espeak() else "formant"
     if name == "espeak" and not voice.has_espeak():
@@ -60,9 +61,9 @@ def load_talker(name: str, device: str = "cpu") -> Talker:
             f"no talker: {name} is none of {', '.join(BUILT_IN)} and no folder with a config.json; download the model there"
         ) from error
     if kind in OMNI:
-        return Omni.load(folder, kind, device)
+        return Omni.load(folder, kind)
     if kind == "vits":
-        return TextToSpeech.load(folder, device)
+        return TextToSpeech.load(folder)
     raise UserError(f"talker of model_type {kind!r}: {folder}; known are {', '.join([*OMNI, 'vits'])}")
 
 
@@ -110,11 +111,10 @@ class TextToSpeech:
     tokenizer: Any
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> "TextToSpeech":
+    def load(cls, folder: Path) -> "TextToSpeech":
         from transformers import VitsModel, VitsTokenizer
 
-        model, tokenizer = _read(folder, VitsModel, VitsTokenizer)
-        return cls(folder.name, model.to(device), tokenizer)
+        return cls(folder.name, *load_local("talker", folder, VitsModel, VitsTokenizer, "cpu"))
 
     def conversation(self) -> "TextToSpeech":
         return self
@@ -144,12 +144,11 @@ class Omni:
     )
 
     @classmethod
-    def load(cls, folder: Path, kind: str, device: str) -> "Omni":
+    def load(cls, folder: Path, kind: str) -> "Omni":
         import transformers
 
         model_class, processor_class = (getattr(transformers, name) for name in OMNI[kind])
-        model, processor = _read(folder, model_class, processor_class)
-        return cls(folder.name, model.to(device), processor)
+        return cls(folder.name, *load_local("talker", folder, model_class, processor_class, "cpu"))
 
     def conversation(self) -> "OmniConversation":
         return OmniConversation(self)
@@ -188,15 +187,3 @@ def _at_16k(samples: Tensor, rate: int) -> Iterator[Tensor]:
     samples = samples.detach().float().cpu().clamp(-1, 1)
     samples = resample(samples, rate, SAMPLE_RATE)
     yield from samples.split(PIECE)
-
-
-def _read(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
-    """Both from a local folder; safetensors alone, nothing unpickled, nothing downloaded."""
-    try:
-        return (
-            model.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(),
-            processor.from_pretrained(folder, local_files_only=True),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"talker cannot be read ({reason}): {folder}; download the whole model again") from error

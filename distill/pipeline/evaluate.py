@@ -32,7 +32,7 @@ from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.run_report import target, write_report
-from eval.speed.latency import clocked, interleave, measure, percentile
+from eval.speed.latency import clocked, interleave, median_seconds, percentile
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle
 from teachers import flow, media
@@ -141,7 +141,7 @@ def measure_costs(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, d
             encoders.decode(made)
 
         alone[name] = lambda clips=clips: [clocked(lambda: clips(one)).seconds]
-        together[name] = measure(lambda clips=clips: clips(many), 0, 1)["median"]
+        together[name] = median_seconds(lambda clips=clips: clips(many))
         nfe[name] = (len(grid) - 1) * settings.guidance.passes
     if artifacts.recipe.has_custom_network:
         grid, noise = grids["teacher"], stream_noise(spec, batch, 0, "cost")
@@ -151,7 +151,7 @@ def measure_costs(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, d
             encoders.decode(made)
 
         alone["ar_teacher"] = lambda: [clocked(lambda: own(one)).seconds]
-        together["ar_teacher"] = measure(lambda: own(many), 0, 1)["median"]
+        together["ar_teacher"] = median_seconds(lambda: own(many))
         nfe["ar_teacher"] = len(grid) * settings.guidance.passes  # the plans included
     for name, stage in {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}.items():
         student = artifacts.student(stage).eval().requires_grad_(False)
@@ -161,7 +161,7 @@ def measure_costs(artifacts: Artifacts, test: validation.HeldOut) -> dict[str, d
             encoders.decode(student_clips(student, many, noise, batch))
 
         alone[name] = lambda bundle=bundle: stream_marks(bundle, test)
-        together[name] = measure(streams, 1, 5)["median"]
+        together[name] = median_seconds(streams, 1, 5)
         nfe[name] = spec.nfe_per_chunk
     with one_thread():
         marks = {name: runs[warmup:] for name, runs in interleave(alone, warmup + recipe.eval.latency_runs).items()}

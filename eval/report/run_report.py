@@ -89,7 +89,8 @@ def write_report(
     -> mp4 file; embedded while they are small, else linked relative to the page.
     """
     clean = _finite(_withhold(report))
-    checks = [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()]
+    lines = clean.get("targets") or {name: target(value) for name, value in clean.get("ratios", {}).items()}
+    checks = [_check(name, line) for name, line in lines.items()]
     protocol, shown = clean.get("protocol") or {}, _tables(clean)
     page = Page(
         **_head(clean),
@@ -142,22 +143,16 @@ def _withhold(report: Mapping) -> dict:
     ceilings = {name: split(_as_system(report[name])) for name in CEILINGS if report.get(name)}
     refused = {name for system in systems.values() for name in system.get("not_admitted", {})}
 
-    def unchecked(name: str, line: Any) -> Any:
+    def unchecked(name: str, line: Mapping) -> Mapping:
         stands_on = any(f"_{metric}_" in f"_{name}_" for metric in refused)
-        return {**line, "passed": None, "not_admitted": True} if stands_on and isinstance(line, Mapping) else line
+        return {**line, "passed": None, "not_admitted": True} if stands_on else line
 
-    lines = {
-        key: {name: unchecked(name, line) for name, line in report[key].items()}
-        for key in ("targets", "ratios")
-        if key in report
-    }
-    return {**report, **lines, "systems": systems, **ceilings}
+    targets = {name: unchecked(name, line) for name, line in report.get("targets", {}).items()}
+    return {**report, "targets": targets, "systems": systems, **ceilings}
 
 
 def _head(report: Mapping) -> dict[str, Any]:
-    recipe, device = report.get("recipe", {}), report.get("device", "")
-    name = recipe.get("name", "run") if isinstance(recipe, Mapping) else str(recipe)
-    where = ", ".join(f"{key} {value}" for key, value in device.items()) if isinstance(device, Mapping) else str(device)
+    where = ", ".join(f"{key} {value}" for key, value in report.get("device", {}).items())
     seconds = sum(stage.get("seconds") or 0 for stage in report.get("stages", {}).values())
     counts = ((report.get("protocol") or {}).get("run") or {}).get("counts", {})
     clips = f"{counts['num_conditions']} held-out conditions, {counts['num_seeds']} noise seeds" if counts else ""
@@ -165,25 +160,22 @@ def _head(report: Mapping) -> dict[str, Any]:
     lines = ["; ".join(part for part in (clips, took, where) if part)]
     readiness = (report.get("health") or {}).get("readiness")
     return {
-        "title": f"Distillation report: {name}",
+        "title": f"Distillation report: {report.get('recipe', 'run')}",
         "lines": lines + ([f"After init: {readiness}."] if readiness else []),
     }
 
 
 def _details(report: Mapping) -> dict[str, str]:
-    protocol, device = report.get("protocol") or {}, report.get("device", "")
+    protocol = report.get("protocol") or {}
     card = f"Card {label_of(protocol)}" if protocol else "Card"
-    versions = {"versions": report.get("versions", {}), "device": device}
+    versions = {"versions": report.get("versions", {}), "device": report.get("device", {})}
     texts = {card: protocol, "Recipe": report.get("recipe", {}), "Versions and device": versions}
     return {title: json.dumps(value, indent=1) for title, value in texts.items()}
 
 
-def _check(name: str, value) -> dict:
-    if not isinstance(value, Mapping):
-        return {"name": plain(name), "value": number(value), "target": "", "passed": None}
-    measured = "not admitted" if value.get("not_admitted") else number(value.get("value"))
-    shown = {"value": measured, "target": value.get("target", ""), "passed": value.get("passed")}
-    return {"name": plain(name), **shown}
+def _check(name: str, line: Mapping) -> dict:
+    measured = "not admitted" if line.get("not_admitted") else number(line["value"])
+    return {**line, "name": plain(name), "value": measured}
 
 
 def _as_system(scores: Mapping) -> Mapping:
@@ -261,8 +253,8 @@ def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
 
 
 def _cases(report: Mapping) -> list[dict]:
-    """Known cases as `eval.embedded.admission.admit` returned them: `report["admission"]` or metrics of stage extractors."""
-    admission = report.get("admission") or report.get("stages", {}).get("extractors", {}).get("metrics") or {}
+    """Known cases as `eval.embedded.admission.admit` returned them: metrics of the stage extractors."""
+    admission = report.get("stages", {}).get("extractors", {}).get("metrics") or {}
     cases = admission.get("cases", {})
     return [
         {

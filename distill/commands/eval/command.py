@@ -32,7 +32,7 @@ VERBS = {
     "clips": ("distill.commands.eval.clips", "real clips of a run's procedural world, to score its student with"),
     "multiturn": (
         "distill.commands.eval.multiturn",
-        "scripted conversations with a served student: latency, drift, sync, a judge",
+        "scripted conversations with a served student: latency, drift, sync",
     ),
 }
 SHEETS, SHEET_SIDE = 3, 128

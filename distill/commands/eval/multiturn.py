@@ -68,16 +68,13 @@ class Played:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill eval multiturn`."""
     parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for multiturn.json, videos, judge.jsonl"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for multiturn.json and videos")
     parser.add_argument("--conversations", type=Path, default=DEFAULT, metavar="YAML", help="list of name, turns, ...")
     parser.add_argument("--repeat", type=int, default=1, help="go through the conversations so many times (default 1)")
     parser.add_argument("--talker", default="auto", metavar="NAME|DIR", help="as in distill serve")
     parser.add_argument(
         "--extractors", type=Path, metavar="DIR", help="a run's stages/extractors: identity and lip sync"
     )
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="local multimodal model that scores nine dimensions")
     parser.add_argument(
         "--reference", type=Path, action="append", default=[], metavar="IMG", help="as in distill serve"
     )
@@ -87,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hold the conversations in real time, write the report, print its table; 0."""
     from distill.commands.serve import read_portraits
-    from distill.live.judge import judged, load_judge
     from distill.live.scheduler import Engine
     from distill.live.server import running
     from distill.live.talkers import load_talker
@@ -96,7 +92,6 @@ def run(args: argparse.Namespace) -> int:
     scripts = read_scripts(args.conversations) * max(1, args.repeat)
     talker, bundle = load_talker(args.talker), load_student(args.student)
     probes = Probes.load(args.extractors) if args.extractors else None
-    judge = load_judge(args.judge) if args.judge else None
     dino = _dino()
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
     engine = Engine(bundle, talker, 1, args.lead)
@@ -109,10 +104,6 @@ def run(args: argparse.Namespace) -> int:
     for number, one in enumerate(played):
         sound = torch.from_numpy(one.sound)
         media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=_upscale(bundle))
-    if judge is not None:
-        report["judge"] = judged(
-            judge, [(p.script.name, p.script.turns, p.frames) for p in played], args.out / "judge.jsonl"
-        )
     atomic_write(args.out / "multiturn.json", json.dumps(report, indent=1) + "\n")
     sys.stdout.write(table(report))
     return 0

@@ -23,7 +23,7 @@ from teachers.errors import UserError
 if TYPE_CHECKING:
     from distill.commands.sample.inputs import Duet, Steering
     from students.serving.session import Chunk, Session, Starved
-    from students.serving.timeline import Planner, Script
+    from students.serving.timeline import Script
 
 LARGEST_SEED = 2**63 - 1
 CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
         return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
-    planner = None if script is None else _planner(script)
+    planner = None
+    if script is not None:
+        from students.serving.timeline import Timeline
+
+        planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
     with closing(_sound(args)) as sound:
         from distill.commands.sample import inputs
         from students.serving.session import Session
@@ -158,17 +162,6 @@ def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
         duet = Duet(own, args.other)
         opened.pop_all()
     return duet
-
-
-def _planner(script: "Script") -> "Planner":
-    """What tells the session its texts; UserError where a chat model cannot be read."""
-    from students.serving.timeline import Timeline
-
-    if script.planner is None:
-        return Timeline(script.timeline)
-    from distill.live.chat_planner import ChatPlanner
-
-    return ChatPlanner(script.planner.folder, script.behaviours, script.planner.every, script.planner.how)
 
 
 def _check_options(args: argparse.Namespace) -> "Script | None":
