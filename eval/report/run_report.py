@@ -12,10 +12,9 @@ from torch import Tensor
 
 from eval.cards import label_of
 from eval.metric import Column
-from eval.report.figures import curve_svg, dot_svg, number, plain, sheet_png
-from eval.report.page import Page, render
-from eval.report.tables import Row, Table, markdown, table, tables
-from teachers.files import atomic_write
+from eval.report.figures import contact_sheets, curve_svg, dot_svg, number, plain
+from eval.report.page import Page, write_page
+from eval.report.tables import Row, Table, table, tables
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
@@ -91,13 +90,13 @@ def write_report(
     clean = _finite(_withhold(report))
     lines = clean.get("targets") or {name: target(value) for name, value in clean.get("ratios", {}).items()}
     checks = [_check(name, line) for name, line in lines.items()]
-    protocol, shown = clean.get("protocol") or {}, _tables(clean)
+    protocol = clean.get("protocol") or {}
     page = Page(
         **_head(clean),
         label=protocol.get("note", ""),
         checks=checks,
         note=NOTE + (f" {HEALTH_NOTE}" if clean.get("health") else ""),
-        tables=shown,
+        tables=_tables(clean),
         left_out={plain(name): why for name, why in clean.get("left_out", {}).items()},
         plots=_plots(clean),
         curves=[_curve(title, series) for title, series in curves.items() if any(series.values())],
@@ -109,9 +108,7 @@ def write_report(
         details=_details(clean),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    atomic_write(out_dir / "report.md", markdown(page.title, page.lines, shown, {}))
-    atomic_write(out_dir / "report.html", render(page))
+    write_page(page, clean, out_dir, "report")
     return out_dir / "report.html"
 
 
@@ -229,15 +226,10 @@ def _curve(title: str, series: Mapping[str, Sequence[tuple[float | int, float | 
 
 
 def _sheets(sheets: Mapping[str, Sequence[Tensor] | Tensor], captions: Sequence[str], num_frames: int) -> list[dict]:
-    if not sheets:
-        return []
-    names = list(sheets)
-    result = []
-    for index in range(min(len(clips) for clips in sheets.values())):
-        title = captions[index] if index < len(captions) else f"condition {index + 1}"
-        image = sheet_png([sheets[name][index] for name in names], num_frames)
-        result.append({"title": title, "names": [plain(name) for name in names], "image": image})
-    return result
+    count = min((len(clips) for clips in sheets.values()), default=0)
+    titles = [captions[i] if i < len(captions) else f"condition {i + 1}" for i in range(count)]
+    rows = [[(plain(name), clips[i]) for name, clips in sheets.items()] for i in range(count)]
+    return contact_sheets(list(zip(titles, rows, strict=True)), num_frames)
 
 
 def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:

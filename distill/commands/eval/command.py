@@ -18,12 +18,13 @@ from eval.cards import Card, label_of, load_card
 from eval.embedded.extractors import Probes
 from eval.external import read_scores
 from eval.networks.loaded import Networks
-from eval.report.clip_report import contact_sheets, headline, published, report_tables
-from eval.report.page import Page, render
-from eval.report.tables import OTHERS, markdown
+from eval.report.clip_report import headline, published, report_tables
+from eval.report.figures import contact_sheets
+from eval.report.page import Page, write_page
+from eval.report.tables import OTHERS
 from eval.scores import IN_CLIPS, chosen
 from teachers.errors import UserError
-from teachers.files import atomic_write, make_folder
+from teachers.files import make_folder
 
 REFUSED = 3
 VERBS = {
@@ -40,15 +41,10 @@ SHEETS, SHEET_SIDE = 3, 128
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is the same for every set that one command scores."""
+    """What is the same for every set that one command scores: how, what a student generates from, and what the run refused."""
 
-    card: Card
-    metrics: tuple[str, ...]
+    job: Job
     not_admitted: tuple[str, ...]
-    probes: Path | None
-    device: str
-    batch_size: int
-    processes: int
     seed: int
     text: str | None
 
@@ -108,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.student is None and args.generated is None:
         raise UserError("--student or --generated is missing: distill eval; see distill eval --help")
     source = args.student or args.generated
-    settings = setting(args, source)
+    settings = setting(args, source, args.out / "features")
     if args.student is not None and not (args.student / "spec.json").is_file():
         raise UserError(f"no student: {args.student} has no spec.json; give the student/ folder of a finished run")
     real = open_set(args.real, args.videos)
@@ -117,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     return REFUSED if report["refused"] else 0
 
 
-def setting(args: argparse.Namespace, source: Path) -> Setting:
-    """The options as one value; raises UserError for those that cannot be."""
+def setting(args: argparse.Namespace, source: Path, cache: Path) -> Setting:
+    """The options as one value, features being kept in `cache`; raises UserError for options that cannot be."""
     if args.protocol is None:
         raise UserError("--protocol is missing: distill eval; see distill eval --help")
     card = load_card(args.protocol)
@@ -139,17 +135,16 @@ def setting(args: argparse.Namespace, source: Path) -> Setting:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
-    return Setting(
+    job = Job(
         card=card,
         metrics=tuple(m for m in metrics if m not in hidden),
-        not_admitted=hidden,
+        cache=cache,
         probes=probes,
         device=device,
         batch_size=args.batch_size,
         processes=args.processes,
-        seed=args.seed,
-        text=args.text,
     )
+    return Setting(job=job, not_admitted=hidden, seed=args.seed, text=args.text)
 
 
 def evaluate(
@@ -160,12 +155,11 @@ def evaluate(
     name: str,
     data: str,
     others: Sequence[Path] = (),
-    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Score a student's or given clips against `real` and write eval.json, eval.md and eval.html into `out`."""
     if name in ("ground_truth", "floor"):
         raise UserError(f"--name {name} is taken by a row of every table; choose another")
-    card, is_student = settings.card, (source / "spec.json").is_file()
+    job, card, is_student = settings.job, settings.job.card, (source / "spec.json").is_file()
     check_number(real, card)
     if not is_student:
         generated = open_set(source)
@@ -173,17 +167,8 @@ def evaluate(
     adapted = [read_scores(path, sorted(real), card.columns) for path in others]
     make_folder(out)
     if is_student:
-        job = GenerateJob(source, settings.seed, settings.text, out / "generated", settings.device)
-        generated = generate_clips(job, real, card, settings.processes)
-    job = Job(
-        card=card,
-        metrics=settings.metrics,
-        cache=cache or out / "features",
-        probes=settings.probes,
-        device=settings.device,
-        batch_size=settings.batch_size,
-        processes=settings.processes,
-    )
+        generate = GenerateJob(source, settings.seed, settings.text, out / "generated", job.device)
+        generated = generate_clips(generate, real, card, job.processes)
     report = score(job, name, generated, real)
     report |= {"data": data, "source": str(source), "adapters": {}}
     shown = published()["columns"]
@@ -206,7 +191,7 @@ def evaluate(
 
 
 def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, real: Mapping, card: Card) -> None:
-    title, lines, found = f"{name} on {report['data']}", headline(report), report_tables(report)
+    lines = headline(report)
     lines += [f"{metric} was made by {who}." for metric, who in report["adapters"].items()]
     sheets = []
     for clip in report["clips"][:SHEETS]:
@@ -214,9 +199,9 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
         sheets.append((clip, [(label, _small(one.video)) for label, one in pairs]))
     facts = {key: report[key] for key in ("source", "clips", "versions", "adapters")}
     page = Page(
-        title=title,
+        title=f"{name} on {report['data']}",
         lines=lines,
-        tables=found,
+        tables=report_tables(report),
         refused=report["refused"],
         sheets=contact_sheets(sheets),
         choices=report["card"]["choices"],
@@ -225,9 +210,7 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
             "Clips and versions": json.dumps(facts, indent=1),
         },
     )
-    atomic_write(out / "eval.html", render(page))
-    atomic_write(out / "eval.md", markdown(title, lines, found, report["refused"]))
-    atomic_write(out / "eval.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_page(page, report, out, "eval")
 
 
 def _small(video: torch.Tensor) -> torch.Tensor:

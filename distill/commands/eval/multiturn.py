@@ -34,7 +34,7 @@ from teachers.errors import UserError
 from teachers.files import atomic_write
 
 if TYPE_CHECKING:
-    from distill.live.client import Answer, Client
+    from distill.live.client import Answer
 
 DEFAULT = Path(__file__).with_name("conversations.yaml")
 PAUSE, MORE = 0.6, 0.5  # seconds between an answer's end and the next turn: at least, and spread over so many more
@@ -101,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"student": bundle.fingerprint[:16], "talker": talker.name, "lead": args.lead}
     report = {**facts, **summary([rows(one, bundle, probes, dino) for one in played])}
+    upscale = max(1, 256 // min(bundle.spec.height, bundle.spec.width))
     for number, one in enumerate(played):
         sound = torch.from_numpy(one.sound)
-        media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=_upscale(bundle))
+        media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=upscale)
     atomic_write(args.out / "multiturn.json", json.dumps(report, indent=1) + "\n")
     sys.stdout.write(table(report))
     return 0
@@ -141,12 +142,9 @@ def converse(address: str, script: Script, portraits: list[Tensor], bar: tqdm) -
             client.pump(PAUSE + MORE * (0.618 * number % 1))
     finally:
         client.close()
-    return Played(script, portraits[script.portrait], *_film(client), answers, stalled)
-
-
-def _film(client: "Client") -> tuple[np.ndarray, np.ndarray]:
     numbers = range(client.last + 1)
-    return np.stack([client.frames[n] for n in numbers]), np.concatenate([client.sound[n] for n in numbers])
+    frames, sound = np.stack([client.frames[n] for n in numbers]), np.concatenate([client.sound[n] for n in numbers])
+    return Played(script, portraits[script.portrait], frames, sound, answers, stalled)
 
 
 def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | None = None) -> list[dict[str, Any]]:
@@ -214,7 +212,3 @@ def _dino() -> Dino | None:
         return Dino.load()
     except UserError:
         return None
-
-
-def _upscale(bundle: Bundle) -> int:
-    return max(1, 256 // min(bundle.spec.height, bundle.spec.width))
