@@ -25,6 +25,7 @@ from eval.embedded.extractors import Probes
 from eval.metrics.quality import slope, window_identity, window_quality
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
+from eval.report.tables import grid
 from eval.speed.latency import percentile
 from students.weights.checkpoint import Bundle
 from teachers import media
@@ -195,14 +196,12 @@ def summary(conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"{report['num_turns']} turns", "", "| seconds | p50 | p95 | max |", "|---|---|---|---|"]
-    for name in TIMES:
-        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in report[f"{name}_seconds"].values()) + " |")
-    lines += ["", "| part, ms | p50 | p95 |", "|---|---|---|"]
-    lines += [f"| {name} | {x['p50']:.1f} | {x['p95']:.1f} |" for name, x in report.get("parts_ms", {}).items()]
-    lines += ["", "| score | mean | change a turn |", "|---|---|---|"]
+    times = [[name, *(f"{x:.3f}" for x in report[f"{name}_seconds"].values())] for name in TIMES]
+    parts = [[name, f"{x['p50']:.1f}", f"{x['p95']:.1f}"] for name, x in report.get("parts_ms", {}).items()]
     scored = [(name, value) for name, value in report.items() if isinstance(value, dict) and "change_a_turn" in value]
-    lines += [f"| {name} | {value['mean']:.4f} | {value['change_a_turn']:+.4f} |" for name, value in scored]
+    scores = [[name, f"{value['mean']:.4f}", f"{value['change_a_turn']:+.4f}"] for name, value in scored]
+    lines = [f"{report['num_turns']} turns", "", *grid(["seconds", "p50", "p95", "max"], times), ""]
+    lines += [*grid(["part, ms", "p50", "p95"], parts), "", *grid(["score", "mean", "change a turn"], scores)]
     return "\n".join(lines) + "\n"
 
 
