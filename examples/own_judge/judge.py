@@ -90,8 +90,7 @@ class LocalJudge:
         """The model's words to a question about pictures uint8 [n, H, W, 3]."""
         pictures = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
         content = [*pictures, {"type": "text", "text": question}]
-        sampled = {"do_sample": True, "temperature": 0.1, "top_p": 0.9}
-        return ask(self.model, self.processor, content, self.max_tokens, **sampled)
+        return ask(self.model, self.processor, content, self.max_tokens, temperature=0.1, top_p=0.9)
 
 
 def read_conversations(folder: Path) -> list[tuple[str, list[str], np.ndarray]]:

@@ -1,4 +1,4 @@
-"""A model of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
+"""A vision-language model of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
 
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,9 @@ def load_local(
 
 
 @torch.inference_mode()
-def ask(
-    model: Any,
-    processor: Any,
-    content: list[dict[str, Any]],
-    max_new_tokens: int,
-    do_sample: bool = False,
-    **options: Any,
-) -> str:
-    """A chat model's answer to one message (images and texts in the format of chat templates): its likeliest words, or with
-    `do_sample` drawn ones (`options`: temperature, top_p)."""
+def ask(model: Any, processor: Any, content: list[dict[str, Any]], max_new_tokens: int, **sampling: Any) -> str:
+    """A chat model's answer to one message (images and texts in the format of chat templates): greedy, or drawn with `sampling`
+    (temperature, top_p)."""
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -42,5 +35,5 @@ def ask(
         return_dict=True,
         return_tensors="pt",
     ).to(model.device, model.dtype)
-    tokens = model.generate(**inputs, do_sample=do_sample, **options, max_new_tokens=max_new_tokens)
+    tokens = model.generate(**inputs, do_sample=bool(sampling), **sampling, max_new_tokens=max_new_tokens)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +115,12 @@ def _tables(name: str, reports: Sequence[dict[str, Any]], with_published: bool) 
     free = [metric for metric, column in columns.items() if column.get("without_network")]
     order = [*reports[0]["columns"], *columns]
     order += [metric for row in [*rows, *theirs] for metric in row.scores]
-    others = [metric for metric in dict.fromkeys(order) if metric not in free and _is_shown(columns, metric)]
+    others = [m for m in dict.fromkeys(order) if m not in free and columns.get(m, {}).get("table", "") is not None]
     found = [
         table(name, columns, others, [*rows, *theirs]),
         table(f"{name}, measures without a network", columns, free, rows),
     ]
     return [one for one in found if one.columns]
-
-
-def _is_shown(columns: Mapping[str, Any], metric: str) -> bool:
-    return columns.get(metric, {}).get("table", "") is not None
 
 
 def _named(words: Sequence[str], option: str) -> dict[str, Path]:

@@ -196,7 +196,8 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
     sheets = []
     for clip in report["clips"][:SHEETS]:
         pairs = (("real", read_clip(real[clip], card, False)), (name, read_clip(generated[clip], card, True)))
-        sheets.append((clip, [(label, _small(one.video)) for label, one in pairs]))
+        step = max(1, min(pairs[0][1].video.shape[2:]) // SHEET_SIDE)
+        sheets.append((clip, [(label, one.video[:, :, ::step, ::step]) for label, one in pairs]))
     facts = {key: report[key] for key in ("source", "clips", "versions", "adapters")}
     page = Page(
         title=f"{name} on {report['data']}",
@@ -211,11 +212,6 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
         },
     )
     write_page(page, report, out, "eval")
-
-
-def _small(video: torch.Tensor) -> torch.Tensor:
-    step = max(1, min(video.shape[2:]) // SHEET_SIDE)
-    return video[:, :, ::step, ::step]
 
 
 def _shown(card: Card, key: str, admitted: Mapping[str, bool] | None) -> bool:

@@ -106,12 +106,15 @@ def run(args: argparse.Namespace) -> int:
         from students.serving.timeline import Timeline
 
         planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
-    with closing(_sound(args)) as sound:
+    with ExitStack() as opened:
+        own = opened.enter_context(closing(media.AudioReader(args.audio)))
         from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
         from students.weights.checkpoint import load_student
 
+        other = None if args.other is None else opened.enter_context(closing(media.AudioReader(args.other)))
+        sound = own if other is None else inputs.Duet(own, other)
         bundle = load_student(args.student)
         spec = bundle.spec
         inputs.check(spec, args.other, args.pose)
@@ -148,20 +151,6 @@ def run(args: argparse.Namespace) -> int:
         f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
     )
     return 0
-
-
-def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
-    """The sound that is given, of two speakers [n, 2]."""
-    own = media.AudioReader(args.audio)
-    if args.other is None:
-        return own
-    from distill.commands.sample.inputs import Duet
-
-    with ExitStack() as opened:
-        opened.callback(own.close)
-        duet = Duet(own, args.other)
-        opened.pop_all()
-    return duet
 
 
 def _check_options(args: argparse.Namespace) -> "Script | None":

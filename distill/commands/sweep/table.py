@@ -113,10 +113,5 @@ def svg(rows: Sequence[Row]) -> str:
 
 def _short(name: str, most: int = 18) -> str:
     """The last parts of the keys, cut to what fits beside a panel."""
-    short = ",".join(word.rsplit(".", 1)[-1] if "=" not in word else _last_key(word) for word in name.split(","))
+    short = ",".join(re.sub(r"^[^=]*\.", "", word) for word in name.split(","))
     return short if len(short) <= most else f"{short[: most - 1]}…"
-
-
-def _last_key(word: str) -> str:
-    key, _, value = word.partition("=")
-    return f"{key.rsplit('.', 1)[-1]}={value}"
