@@ -259,7 +259,10 @@ def test_a_script_is_read(script):
         ("", "holds no mapping"),
         ("a: [", "cannot be read"),
         ({"timeline": []}, "either timeline"),
-        ({"timeline": [{"at": 0, "do": "idle"}], "planner": {"folder": "x"}}, "either timeline"),
+        (
+            {"timeline": [{"at": 0, "do": "idle"}], "planner": {"name": f"{CHAT}:Chat", "folder": "x"}},
+            "either timeline",
+        ),
         ({"timelines": []}, "unknown key 'timelines'.*did you mean 'timeline'"),
         ({"timeline": [{"at": 0, "doo": "idle"}]}, r"unknown key 'timeline\[0\]\.doo'.*did you mean 'do'"),
         ({"timeline": [{"do": "idle"}]}, r"missing key 'timeline\[0\]\.at'"),
