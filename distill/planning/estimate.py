@@ -8,7 +8,7 @@ rollout, the context, what a checkpointed block keeps.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -270,7 +270,8 @@ def job_of(recipe: "Recipe") -> Job:
         )
     given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
     trained = {name: stage for name, stage in given.items() if stage.is_trained}
-    lora, adapters = recipe.lora, {}
+    lora = recipe.lora
+    adapters: dict[str, Any] = {}
     if lora is not None:
         ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
         adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}

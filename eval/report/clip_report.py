@@ -21,7 +21,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     label = label_of(report["card"])
     rows = [
         Row(
-            name=NAMES.get(name, name),
+            name=str(NAMES.get(name, name)),
             scores=row["metrics"],
             n=row["n"],
             card=label,
