@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from distill.commands.drift import _data_config
+from distill.commands.drift import data_config
 from distill.data.procedural import speech
 from distill.data.procedural.source import held_out
 from students.serving.session import Chunk, Session
@@ -60,7 +60,7 @@ def main() -> None:
         size = (
             spec.pixel_frames(LAST + spec.schedule.ahead)[1] * spec.samples_per_frame + bundle.audio_encoder.lookahead
         )
-        shown = held_out(_data_config(run), 0, "reaction", args.streams).video[:, :, 0]
+        shown = held_out(data_config(run), 0, "reaction", args.streams).video[:, :, 0]
         for how in get_args(How):
             curves = []
             for i in range(args.streams):

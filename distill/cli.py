@@ -26,6 +26,7 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
     "recipes": ("distill.commands.recipes", "the shipped recipes by name: a list; show NAME; copy NAME DIR"),
     "data": ("distill.commands.data", "clips of a dataset to training shards: prepare, check, split"),
     "convert": ("distill.commands.convert", "checkpoints between the published layouts and ours"),
+    "doctor": ("distill.commands.doctor", "what is installed, what is missing and where it goes"),
 }
 
 
@@ -82,10 +83,6 @@ def _parser(words: Sequence[str]) -> Parser:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
             command.set_defaults(command=implementation.run)
-
-    doctor = commands.add_parser("doctor", help="what is installed, what is missing and where it goes")
-    doctor.add_argument("--golden", action="store_true", help="do the metrics' weights give what their authors print?")
-    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -99,9 +96,3 @@ def _run(arguments: argparse.Namespace) -> int:
 
     run(load_recipe(arguments.recipe, arguments.overrides))
     return 0
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    from distill.commands.doctor import report
-
-    return report(arguments.golden)

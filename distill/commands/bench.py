@@ -7,7 +7,7 @@ import platform
 import resource
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -267,8 +267,9 @@ def bench(
         rounds,
     )
     ceiling = roofline.matmul_ceiling(device, DTYPES[speed.dtype])
-    full = [_mean([session.steps[i] for i in settled]) for session in results["session"]]
-    totals = [_mean([session.took], num_chunks) for session in results["session"]]
+    sessions = results["session"]
+    full = torch.stack([_seconds(session.steps[i] for i in settled).mean(0) for session in sessions])
+    network, everything = _seconds(results["network"]), _seconds(results["all"])
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -280,19 +281,19 @@ def bench(
         "chunks": num_chunks,
         "rounds": rounds,
         "nfe_per_chunk": spec.nfe_per_chunk,
-        **_session_numbers(spec, results["session"], results["first"]),
+        **_session_numbers(spec, sessions, results["first"]),
         "chunk_parts": _parts([timed.chunks[i] for i in settled]),
         "peak_memory_bytes": memory,
         "peak_memory_of": "cuda allocator" if on_cuda else "process",
         "flops_per_chunk": flops,
         "matmul_flops_per_second": ceiling,
-        "roofline_fraction": sum(flops.values()) / (statistics.median(took.seconds for took in full) * ceiling),
-        "per_chunk": _spreads(totals),
+        "roofline_fraction": sum(flops.values()) / (statistics.median(full[:, 0].tolist()) * ceiling),
+        "per_chunk": _spreads(_seconds(session.took for session in sessions) / num_chunks),
         "full_chunk": _spreads(full),
-        "network": _spreads(results["network"]),
-        "network_encoders_codec": _spreads(results["all"]),
-        "overhead_network": _ratios(full, results["network"], less=1.0),
-        "overhead_all": _ratios(full, results["all"], less=1.0),
+        "network": _spreads(network),
+        "network_encoders_codec": _spreads(everything),
+        "overhead_network": _spreads(full / network - 1),
+        "overhead_all": _spreads(full / everything - 1),
     }
 
 
@@ -318,23 +319,14 @@ def _parts(chunks: Sequence[Chunk]) -> dict[str, float]:
     return {name: statistics.median(chunk.seconds[name] for chunk in chunks) for name in chunks[0].seconds}
 
 
-def _mean(took: Sequence[Took], count: int | None = None) -> Took:
-    """The mean of all, or one `count`th of their sum."""
-    count = count or len(took)
-    return Took(sum(t.seconds for t in took) / count, sum(t.cpu_seconds for t in took) / count)
+def _seconds(took: Iterable[Took]) -> Tensor:
+    """[n, 2]: by the clock, and of the CPU."""
+    return torch.tensor([(one.seconds, one.cpu_seconds) for one in took], dtype=torch.float64)
 
 
-def _spreads(took: Sequence[Took]) -> dict[str, dict[str, float]]:
-    return {name: spread([getattr(t, name) for t in took]) for name in ("seconds", "cpu_seconds")}
-
-
-def _ratios(took: Sequence[Took], base: Sequence[Took], less: float = 0.0) -> dict[str, dict[str, float]]:
-    """took / base - less of each round."""
-    pairs = list(zip(took, base, strict=True))
-    return {
-        name: spread([getattr(a, name) / getattr(b, name) - less for a, b in pairs])
-        for name in ("seconds", "cpu_seconds")
-    }
+def _spreads(rounds: Tensor) -> dict[str, dict[str, float]]:
+    """Of each column of [n, 2]."""
+    return {name: spread(rounds[:, i].tolist()) for i, name in enumerate(("seconds", "cpu_seconds"))}
 
 
 def _peak_rss() -> int:

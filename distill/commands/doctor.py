@@ -1,5 +1,6 @@
 """`distill doctor`: what is installed, what this machine has, what is missing and where it goes."""
 
+import argparse
 import importlib
 import logging
 import os
@@ -20,16 +21,21 @@ GIB = 2**30
 MIN_DISK_GIB, MIN_MEMORY_GIB = 2.0, 4.0
 
 
-def report(golden: bool = False) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `distill doctor`."""
+    parser.add_argument("--golden", action="store_true", help="do the metrics' weights give what their authors print?")
+
+
+def run(args: argparse.Namespace) -> int:
     """Print one line a check; 0 when the embedded pipeline can run here, 1 when something it needs is missing.
 
-    With `golden`, also whether the published metric weights give their authors' numbers; 1 when one is missing or off.
+    With --golden, also whether the published metric weights give their authors' numbers; 1 when one is missing or off.
     """
     complete = True
     for mark, line in (*_software(), *_machine(), *_codecs(), *_weights(), *_teacher_parts()):
         print(f"{mark:<8} {line}")
         complete = complete and mark != "MISSING"
-    if golden:
+    if args.golden:
         complete = _golden() and complete
     print("ready" if complete else "not ready: fix the lines marked MISSING or FAILED")
     return 0 if complete else 1
@@ -91,9 +97,9 @@ def _weights() -> Iterator[tuple[str, str]]:
 
 def _golden() -> bool:
     """Print one line a golden number; whether all passed."""
-    from eval.golden import run
+    from eval import golden
 
-    results = run()
+    results = golden.run()
     for result in results:
         mark = "MISSING" if result.passed is None else "ok" if result.passed else "FAILED"
         outcome = result.found if result.passed is None else f"expected {result.expected}, found {result.found}"

@@ -15,6 +15,7 @@ from distill.data.procedural.source import held_out
 from eval.embedded.drift import window_scores
 from eval.embedded.extractors import Probes
 from eval.metrics.quality import slope
+from eval.report.tables import grid
 from students.history import History
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student
@@ -43,9 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row a minute and the change from the first to the last; 0."""
-    data = _data_config(args.run)
+    data = data_config(args.run)
     bundle = load_student(args.run / "student")
-    history = _history(bundle.spec.history, args)
+    names = ("sinks", "window", "refine_every", "refine_level")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    history = dataclasses.replace(bundle.spec.history, **changes)
     bundle.student.spec = dataclasses.replace(bundle.spec, history=history)
     probes = Probes.load(args.run / "stages" / "extractors")
     frames_a_minute = int(60 * bundle.spec.fps)
@@ -79,13 +82,9 @@ def run(args: argparse.Namespace) -> int:
 def print_table(table: list[dict[str, float]], history: History) -> None:
     """Print the table as Markdown."""
     refined = f", refined every {history.refine_every} at {history.refine_level}" if history.refine_every else ""
-    lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", "| minute | " + " | ".join(COLUMNS) + " |"]
-    lines.append("|" + "---|" * (len(COLUMNS) + 1))
-    for minute, row in enumerate(table, start=1):
-        lines.append(f"| {minute} | " + " | ".join(f"{row[name]:.3f}" for name in COLUMNS) + " |")
-    lines.append(
-        "| change a minute | " + " | ".join(f"{slope([r[name] for r in table]):+.4f}" for name in COLUMNS) + " |"
-    )
+    rows = [[str(minute), *(f"{row[name]:.3f}" for name in COLUMNS)] for minute, row in enumerate(table, start=1)]
+    rows.append(["change a minute", *(f"{slope([row[name] for row in table]):+.4f}" for name in COLUMNS)])
+    lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", *grid(["minute", *COLUMNS], rows)]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
@@ -109,13 +108,7 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
     return torch.cat(frames)[:total], torch.cat(rows)[:total]
 
 
-def _history(own: History, args: argparse.Namespace) -> History:
-    names = ("sinks", "window", "refine_every", "refine_level")
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return dataclasses.replace(own, **changes)
-
-
-def _data_config(folder: Path):
+def data_config(folder: Path):
     """The data config of a run's recipe."""
     import yaml
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """List, print or copy; returns 0. Raises UserError."""
     if args.action == "show":
-        sys.stdout.write(_full(args) if args.full else _text(args))
+        sys.stdout.write(_shown(args))
     elif args.action == "copy":
         sys.stdout.write(f"{copy_recipe(args.name, args.folder)}\n")
     else:
@@ -67,13 +67,11 @@ def _existing(name: str) -> Path:
     return file
 
 
-def _text(args: argparse.Namespace) -> str:
-    if args.overrides:
-        raise UserError(f"'{args.overrides[0]}' would have no effect: recipes show; add --full")
-    return _existing(args.name).read_text(encoding="utf-8")
-
-
-def _full(args: argparse.Namespace) -> str:
+def _shown(args: argparse.Namespace) -> str:
+    if not args.full:
+        if args.overrides:
+            raise UserError(f"'{args.overrides[0]}' would have no effect: recipes show; add --full")
+        return _existing(args.name).read_text(encoding="utf-8")
     from distill.recipe import load_recipe  # seconds of imports, which a list does not need
     from teachers.config import dump
 

@@ -156,9 +156,8 @@ def decode_picture(data: bytes, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(io.BytesIO(data), formats=PICTURES) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise UserError(
-                    f"picture of {image.width} x {image.height}; {MAX_PIXELS // 10**6} megapixels are allowed"
-                )
+                allowed = f"{MAX_PIXELS // 10**6} megapixels are allowed"
+                raise UserError(f"picture of {image.width} x {image.height}; {allowed}")
             upright = ImageOps.exif_transpose(image).convert("RGBA")
     except UserError:
         raise
@@ -176,21 +175,19 @@ def decode_file(data: bytes) -> Tensor:
     with tempfile.NamedTemporaryFile(prefix="distill-") as file:
         file.write(data)
         file.flush()
+        parts, count, rate = [], 0, 1
         try:
-            reader, parts, count = media.AudioReader(Path(file.name)), [], 0
+            reader = media.AudioReader(Path(file.name))
             for part in reader:
                 parts.append(part)
-                count += len(part)
-                if count > MAX_FILE_SECONDS * reader.rate:
-                    raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
-            return media.resample(torch.cat(parts), reader.rate, SAMPLE_RATE)
-        except UserError as error:
-            reason = (
-                str(error)
-                if "longer" in str(error)
-                else "sound file cannot be read; give a whole wav, flac or mp3 file"
-            )
-            raise UserError(reason) from None
+                count, rate = count + len(part), reader.rate
+                if count > MAX_FILE_SECONDS * rate:
+                    break
+        except UserError:  # it names the temporary file
+            raise UserError("sound file cannot be read; give a whole wav, flac or mp3 file") from None
+    if count > MAX_FILE_SECONDS * rate:
+        raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
+    return media.resample(torch.cat(parts), rate, SAMPLE_RATE)
 
 
 def pack_chunk(chunk: Chunk, epoch: int) -> bytes:

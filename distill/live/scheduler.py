@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.live.talkers import Conversation, Talker
+from distill.live.talkers import Talker
 from distill.live.turns import Turn
 from distill.live.viewer import Viewer
 from eval.speed.latency import percentile
@@ -84,13 +84,12 @@ class Engine:
             self.totals.refused += 1
             return None
         conversation = self.talker.conversation()
-        viewer = Viewer(
-            self.bundle,
-            self.lead,
-            emit,
-            lambda turn, utterance: self._talk(conversation, turn, utterance),
-            self._margin,
-        )
+
+        def talk(turn: Turn, utterance: str | Tensor) -> None:
+            self.totals.turns += 1
+            self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
+
+        viewer = Viewer(self.bundle, self.lead, emit, talk, self._margin)
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer
@@ -101,10 +100,6 @@ class Engine:
         self.viewers.remove(viewer)
 
     # ---- inside
-
-    def _talk(self, conversation: Conversation, turn: Turn, utterance: str | Tensor) -> None:
-        self.totals.turns += 1
-        self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
     def _margin(self) -> float:
         """A chunk that is being drawn, its own, and the way to the page."""

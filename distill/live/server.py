@@ -41,7 +41,7 @@ MAX_MISTAKES = 20
 SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
 OPEN_SECONDS = 60.0  # and one that never opens a stream
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-FULL, POLICY, GONE = 1013, 1008, 1001
+FULL, GONE = 1013, 1001
 PAGE = Path(__file__).with_name("page.html")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
@@ -120,18 +120,10 @@ class SameSite:
             host, origin = headers.get(b"host", ""), headers.get(b"origin")
             name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
             if self.loopback and name.strip("[]").lower() not in LOOPBACK:
-                return await self._refuse(scope, receive, send, "this address is not served")
+                return await PlainTextResponse("this address is not served\n", 403)(scope, receive, send)
             if origin is not None and origin.partition("://")[2] != host:
-                return await self._refuse(scope, receive, send, "pages of other sites are refused")
+                return await PlainTextResponse("pages of other sites are refused\n", 403)(scope, receive, send)
         await self.app(scope, receive, send)
-
-    @staticmethod
-    async def _refuse(scope: Scope, receive: Receive, send: Send, why: str) -> None:
-        if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": POLICY, "reason": why})
-        else:
-            await PlainTextResponse(f"{why}\n", 403)(scope, receive, send)
 
 
 class Server:

@@ -7,7 +7,7 @@ A talker is any object with `conversation()`, which gives a viewer's own `turn(u
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.live import voice
+from teachers.checkpoints.local_model import load_local
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.media.streams import resample
@@ -41,9 +42,9 @@ class Talker(Protocol):
     def conversation(self) -> Conversation: ...
 
 
-def load_talker(name: str, device: str = "cpu") -> Talker:
+def load_talker(name: str) -> Talker:
     """`auto` (espeak-ng where it is installed, else formant), `espeak`, `formant`, `echo`, or a folder with a transformers audio
-    language model or text-to-speech model. UserError for anything else."""
+    language model or text-to-speech model, which runs on the CPU. UserError for anything else."""
     if name == "auto":
         name = "espeak" if voice.has_espeak() else "formant"
     if name == "espeak" and not voice.has_espeak():
@@ -60,71 +61,67 @@ def load_talker(name: str, device: str = "cpu") -> Talker:
             f"no talker: {name} is none of {', '.join(BUILT_IN)} and no folder with a config.json; download the model there"
         ) from error
     if kind in OMNI:
-        return Omni.load(folder, kind, device)
+        return Omni.load(folder, kind)
     if kind == "vits":
-        return TextToSpeech.load(folder, device)
+        return TextToSpeech.load(folder)
     raise UserError(f"talker of model_type {kind!r}: {folder}; known are {', '.join([*OMNI, 'vits'])}")
 
 
-@dataclass
-class Voice:
-    """A typed sentence is spoken, spoken sound is said again: the avatar is a puppet. `name`: espeak or formant."""
+class Puppet:
+    """A typed sentence is spoken (`speak`), spoken sound is said again."""
 
     name: str
 
-    def conversation(self) -> "Voice":
+    def conversation(self) -> Conversation:
         return self
 
     def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(utterance, Tensor):
-            yield from utterance.split(PIECE)
-        else:
-            yield from (voice.espeak_voice if self.name == "espeak" else voice.formant_voice)(utterance)
+        yield from utterance.split(PIECE) if isinstance(utterance, Tensor) else self.speak(utterance)
+
+    def speak(self, text: str) -> Iterator[Tensor]:
+        raise NotImplementedError
 
 
 @dataclass
-class Echo:
-    """For tests: a sound comes back as it is, a sentence as a beep of 200 ms a word with 200 ms of silence after it."""
+class Voice(Puppet):
+    """One of the voices of `distill.live.voice`; `name`: espeak or formant."""
+
+    name: str
+
+    def speak(self, text: str) -> Iterator[Tensor]:
+        return (voice.espeak_voice if self.name == "espeak" else voice.formant_voice)(text)
+
+
+@dataclass
+class Echo(Puppet):
+    """For tests: a sentence comes back as a beep of 200 ms a word with 200 ms of silence after it."""
 
     name: str = "echo"
 
-    def conversation(self) -> "Echo":
-        return self
-
-    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(utterance, Tensor):
-            yield from utterance.split(PIECE)
-            return
+    def speak(self, text: str) -> Iterator[Tensor]:
         beep = 0.4 * torch.sin(torch.arange(SAMPLE_RATE // 5) * (2 * math.pi * 400 / SAMPLE_RATE))
-        for _ in utterance.split():
+        for _ in text.split():
             yield beep
             yield torch.zeros_like(beep)
 
 
 @dataclass
-class TextToSpeech:
-    """A local VITS model: each clause is spoken as it is ready. Sound is said again, as `Voice` does."""
+class TextToSpeech(Puppet):
+    """A local VITS model: each clause is spoken as it is ready."""
 
     name: str
     model: Any
     tokenizer: Any
 
     @classmethod
-    def load(cls, folder: Path, device: str) -> "TextToSpeech":
+    def load(cls, folder: Path) -> "TextToSpeech":
         from transformers import VitsModel, VitsTokenizer
 
-        model, tokenizer = _read(folder, VitsModel, VitsTokenizer)
-        return cls(folder.name, model.to(device), tokenizer)
-
-    def conversation(self) -> "TextToSpeech":
-        return self
+        return cls(folder.name, *load_local("talker", folder, VitsModel, VitsTokenizer, "cpu"))
 
     @torch.inference_mode()
-    def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
-        if isinstance(utterance, Tensor):
-            yield from utterance.split(PIECE)
-            return
-        for clause in utterance.replace("!", ".").replace("?", ".").split("."):
+    def speak(self, text: str) -> Iterator[Tensor]:
+        for clause in text.replace("!", ".").replace("?", ".").split("."):
             if clause.strip():
                 inputs = self.tokenizer(clause, return_tensors="pt").to(self.model.device)
                 if inputs["input_ids"].shape[1]:
@@ -134,7 +131,10 @@ class TextToSpeech:
 @dataclass
 class Omni:
     """A local Qwen-Omni model: thinker writes the answer, talker speaks it. transformers gives the sound of a whole answer at once,
-    so its latency is that of the answer; a streaming vocoder would come in as another `turn`."""
+    so its latency is that of the answer; a streaming vocoder would come in as another `turn`.
+
+    `history`: a conversation's turns so far, which every answer is made from; sounds are kept for the last `refine_context` turns.
+    """
 
     name: str
     model: Any
@@ -142,43 +142,33 @@ class Omni:
     options: dict[str, Any] = field(
         default_factory=lambda: {"thinker_max_new_tokens": 128, "talker_max_new_tokens": 1024}
     )
-
-    @classmethod
-    def load(cls, folder: Path, kind: str, device: str) -> "Omni":
-        import transformers
-
-        model_class, processor_class = (getattr(transformers, name) for name in OMNI[kind])
-        model, processor = _read(folder, model_class, processor_class)
-        return cls(folder.name, model.to(device), processor)
-
-    def conversation(self) -> "OmniConversation":
-        return OmniConversation(self)
-
-
-@dataclass
-class OmniConversation:
-    """The turns so far, which every answer is made from; sounds are kept for the last `refine_context` turns."""
-
-    talker: Omni
     refine_context: int = 8
     history: list[dict] = field(default_factory=list)
 
+    @classmethod
+    def load(cls, folder: Path, kind: str) -> "Omni":
+        import transformers
+
+        model_class, processor_class = (getattr(transformers, name) for name in OMNI[kind])
+        return cls(folder.name, *load_local("talker", folder, model_class, processor_class, "cpu"))
+
+    def conversation(self) -> "Omni":
+        return replace(self, history=[])
+
     @torch.inference_mode()
     def turn(self, utterance: str | Tensor) -> Iterator[Tensor]:
-        talker = self.talker
-        part = (
-            {"type": "text", "text": utterance}
-            if isinstance(utterance, str)
-            else {"type": "audio", "audio": utterance.numpy()}
-        )
+        if isinstance(utterance, str):
+            part = {"type": "text", "text": utterance}
+        else:
+            part = {"type": "audio", "audio": utterance.numpy()}
         said = [*self.history, {"role": "user", "content": [part]}]
-        prompt = talker.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        prompt = self.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
         sounds = [p["audio"] for message in said for p in message["content"] if p["type"] == "audio"]
-        inputs = talker.processor(text=prompt, audio=sounds or None, return_tensors="pt", padding=True)
-        inputs = inputs.to(talker.model.device)
-        answer, sound = talker.model.generate(**inputs, generation_mode="audio", **talker.options)
+        inputs = self.processor(text=prompt, audio=sounds or None, return_tensors="pt", padding=True)
+        inputs = inputs.to(self.model.device)
+        answer, sound = self.model.generate(**inputs, generation_mode="audio", **self.options)
         new = answer[:, inputs["input_ids"].shape[1] :]
-        text = talker.processor.batch_decode(new, skip_special_tokens=True)[0]
+        text = self.processor.batch_decode(new, skip_special_tokens=True)[0]
         answered = {"role": "assistant", "content": [{"type": "text", "text": text}]}
         self.history = [*said, answered][-2 * self.refine_context :]
         yield from _at_16k(sound.flatten(), 24_000)
@@ -188,15 +178,3 @@ def _at_16k(samples: Tensor, rate: int) -> Iterator[Tensor]:
     samples = samples.detach().float().cpu().clamp(-1, 1)
     samples = resample(samples, rate, SAMPLE_RATE)
     yield from samples.split(PIECE)
-
-
-def _read(folder: Path, model: Any, processor: Any) -> tuple[Any, Any]:
-    """Both from a local folder; safetensors alone, nothing unpickled, nothing downloaded."""
-    try:
-        return (
-            model.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval(),
-            processor.from_pretrained(folder, local_files_only=True),
-        )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"talker cannot be read ({reason}): {folder}; download the whole model again") from error

@@ -28,7 +28,7 @@ from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.run_report import target, write_report
-from eval.speed.latency import clocked, interleave, measure, percentile
+from eval.speed.latency import clocked, interleave, median_seconds, percentile
 from students.serving.session import Session
 from students.student import Student
 from students.weights.checkpoint import Bundle
@@ -176,10 +176,10 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
 
         if name in students:
             alone[name] = partial(stream_marks, artifacts.bundle(students[name]), test)
-            together[name] = measure(partial(clips, many), 1, 5)["median"]
+            together[name] = median_seconds(partial(clips, many), 1, 5)
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
-            together[name] = measure(partial(clips, many), 0, 1)["median"]
+            together[name] = median_seconds(partial(clips, many))
     with one_thread():
         rounds = interleave(alone, config.latency_warmup + config.latency_runs)
     marks = {name: runs[config.latency_warmup :] for name, runs in rounds.items()}

@@ -8,7 +8,7 @@ rollout, the context, what a checkpointed block keeps.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -92,7 +92,12 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """Everything that does not depend on the number of GPUs; UserError where the job cannot run at all."""
     spec = job.spec
-    _check_geometry(spec)
+    cell = spec.codec.patch * spec.network.patch
+    for name in ("height", "width"):
+        if getattr(spec, name) % cell:
+            size = getattr(spec, name)
+            raise UserError(f"{name} {size} is no multiple of {cell}: recipe; a token is {cell} pixels wide")
+    spec.network.check()
     names = ("trajectories", *job.stages) if job.trajectories else tuple(job.stages)
     if job.trajectories:
         flow.on_grid(spec.sigmas, flow.sigma_grid(job.trajectories.num_steps, job.trajectories.shift))
@@ -204,8 +209,8 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
     part = offload if whole else offload / ranks
     keep = part if sharded else 1.0
     parts: dict[str, float] = {}
-    learned = {role: _learned(plan, role, switches) for role in update.trained}
     adapters = {role for role in update.trained if role in plan.adapted or LORA in switches}
+    learned = {role: (plan.lora if role in adapters else plan.parameters)[role] for role in update.trained}
     shared = plan.backbone & {*adapters, *update.frozen} if plan.backbone & (plan.adapted | adapters) else frozenset()
     if shared:
         parts["backbone weights"] = keep * size * plan.parameters[max(shared)]
@@ -233,11 +238,10 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
 
 def _gathered(plan: Plan, role: str, engine: str) -> float:
     """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps MAX_LIVE_PARAMETERS elements uncast."""
+    size = 2.0 if role in plan.half else 4.0
     if engine == "zero3":
-        return min(plan.parameters[role], MAX_LIVE_PARAMETERS) * (2.0 if role in plan.half else 4.0)
-    return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * (
-        2.0 if role in plan.half else 4.0
-    )
+        return min(plan.parameters[role], MAX_LIVE_PARAMETERS) * size
+    return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * size
 
 
 def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:
@@ -266,6 +270,11 @@ def job_of(recipe: "Recipe") -> Job:
         )
     given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
     trained = {name: stage for name, stage in given.items() if stage.is_trained}
+    lora = recipe.lora
+    adapters: dict[str, Any] = {}
+    if lora is not None:
+        ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
+        adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
     return Job(
         spec=spec_of(recipe),
         networks={"teacher": recipe.teacher.network},
@@ -275,17 +284,8 @@ def job_of(recipe: "Recipe") -> Job:
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
         bucket_mib=recipe.engine.bucket_mib,
         backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
-        **_lora_of(recipe),
+        **adapters,
     )
-
-
-def _lora_of(recipe: "Recipe") -> dict:
-    """A recipe's LoRA roles, as arguments of `Job`."""
-    lora = recipe.lora
-    if lora is None:
-        return {}
-    ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
-    return {"lora": ranks, "targets": lora.targets, "full": lora.full}
 
 
 class Traced(dict):
@@ -313,17 +313,3 @@ def _updates(job: Job, stage: str) -> list[Update]:
         )
         for role in needs.trained or needs.frozen[:1]
     ]
-
-
-def _learned(plan: Plan, role: str, switches: Sequence[str]) -> int:
-    return plan.lora[role] if role in plan.adapted or LORA in switches else plan.parameters[role]
-
-
-def _check_geometry(spec: Spec) -> None:
-    cell = spec.codec.patch * spec.network.patch
-    for name in ("height", "width"):
-        if getattr(spec, name) % cell:
-            raise UserError(
-                f"{name} {getattr(spec, name)} is no multiple of {cell}: recipe; a token is {cell} pixels wide"
-            )
-    spec.network.check()

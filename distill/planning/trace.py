@@ -48,8 +48,7 @@ class Job:
     def needs(self, stage: str) -> Needs:
         """The roles of a stage; trajectories train nobody."""
         if stage != "trajectories":
-            method = self.stages[stage].method
-            return methods.needs(method)
+            return methods.needs(self.stages[stage].method)
         assert self.trajectories is not None
         forced = any(self.needs(other).batch == "forced" for other in self.stages)
         return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
@@ -109,7 +108,8 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
             if made is None:
                 assert job.trajectories is not None
                 assert batch.x0 is not None
-                solver = _solver(nets[role], batch)
+                net = nets[role]  # a bidirectional teacher, or an autoregressive one under the data's clean chunks
+                solver = net if isinstance(net, AvatarTeacher) else Forced(net, batch.x0)
                 generate.solve_states(solver, batch.conditions, batch.x0, (1.0, 0.5), (0, 1), job.trajectories.guidance)
             else:
                 made.loss(role, batch, rng, shared).value.backward()
@@ -195,11 +195,3 @@ def inner(net: Any) -> Any:
 
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
     return methods.build(job.stages[stage].method, dict(nets), (*job.spec.sigmas, 0.0))
-
-
-def _solver(net: Any, batch: Batch) -> Any:
-    """What solves trajectories: a bidirectional teacher, or an autoregressive one under the data's clean chunks."""
-    if isinstance(net, AvatarTeacher):
-        return net
-    assert batch.x0 is not None
-    return Forced(net, batch.x0)

@@ -1,15 +1,13 @@
 """The report of `distill eval`: eval.json as tables, and what must stand beside the numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from eval import golden
 from eval.cards import label_of
-from eval.report.figures import sheet_png
 from eval.report.tables import Row, Table, tables
 
 NAMES = {"ground_truth": "ground truth", "floor": "real against real"}
@@ -18,24 +16,20 @@ FLOOR = (
 )
 
 
-def rows_of(report: Mapping[str, Any]) -> list[Row]:
-    """Rows of one eval.json: ground truth, floor, the system."""
-    kinds = dict.fromkeys(NAMES, "floor")
-    return [
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The tables of one eval.json, rows ground truth, floor, the system."""
+    label = label_of(report["card"])
+    rows = [
         Row(
             name=str(NAMES.get(name, name)),
             scores=row["metrics"],
             n=row["n"],
-            card=label_of(report["card"]),
-            kind=kinds.get(name, ""),
+            card=label,
+            kind="floor" if name in NAMES else "",
         )
         for name, row in report["rows"].items()
     ]
-
-
-def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The tables of one eval.json."""
-    return tables(report["columns"], rows_of(report))
+    return tables(report["columns"], rows)
 
 
 def headline(report: Mapping[str, Any]) -> list[str]:
@@ -58,14 +52,6 @@ def headline(report: Mapping[str, Any]) -> list[str]:
         elif network in card["weights"]:
             lines.append(f"Golden {name}: not run; distill doctor --golden runs it.")
     return lines
-
-
-def contact_sheets(sheets: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]]) -> list[dict[str, Any]]:
-    """(title, [(row name, uint8 [3, T, H, W])]) each."""
-    return [
-        {"title": title, "names": [name for name, _ in rows], "image": sheet_png([clip for _, clip in rows])}
-        for title, rows in sheets
-    ]
 
 
 def published() -> dict[str, Any]:

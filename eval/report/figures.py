@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import torch
 from PIL import Image
@@ -161,3 +162,17 @@ def sheet_png(rows: Sequence[Tensor], num_frames: int = 8, least_size: int = 96)
     buffer = io.BytesIO()
     Image.fromarray(sheet.numpy(), "RGBA").save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def contact_sheets(
+    sheets: Sequence[tuple[str, Sequence[tuple[str, Tensor]]]], num_frames: int = 8
+) -> list[dict[str, Any]]:
+    """(title, [(row name, uint8 [3, T, H, W])]) each."""
+    return [
+        {
+            "title": title,
+            "names": [name for name, _ in rows],
+            "image": sheet_png([clip for _, clip in rows], num_frames),
+        }
+        for title, rows in sheets
+    ]

@@ -1,13 +1,16 @@
 """The page of every report: one self-contained HTML document, for runs and for `distill eval`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from eval.report.tables import Table
+from eval.report.tables import Table, markdown
+from teachers.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +48,10 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     passed = [check["passed"] for check in page.checks if check["passed"] is not None]
     return environment.from_string(source).render(**vars(page), num_passed=sum(passed), num_checked=len(passed))
+
+
+def write_page(page: Page, report: Mapping[str, Any], out: Path, name: str) -> None:
+    """NAME.json for programs, NAME.md and NAME.html for people in the folder `out`, each whole or as it was. ValueError for NaN."""
+    atomic_write(out / f"{name}.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
+    atomic_write(out / f"{name}.md", markdown(page.title, page.lines, page.tables, page.refused))
+    atomic_write(out / f"{name}.html", render(page))

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from eval.cards import label_of
 from eval.metric import Column
-from eval.report.figures import curve_svg, dot_svg, number, plain, sheet_png
-from eval.report.page import Page, render
-from eval.report.tables import Row, Table, markdown, table, tables
-from teachers.files import atomic_write
+from eval.report.figures import contact_sheets, curve_svg, dot_svg, number, plain
+from eval.report.page import Page, write_page
+from eval.report.tables import Row, Table, table, tables
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
@@ -89,14 +88,15 @@ def write_report(
     -> mp4 file; embedded while they are small, else linked relative to the page.
     """
     clean = _finite(_withhold(report))
-    checks = [_check(name, value) for name, value in (clean.get("targets") or clean.get("ratios", {})).items()]
-    protocol, shown = clean.get("protocol") or {}, _tables(clean)
+    lines = clean.get("targets") or {name: target(value) for name, value in clean.get("ratios", {}).items()}
+    checks = [_check(name, line) for name, line in lines.items()]
+    protocol = clean.get("protocol") or {}
     page = Page(
         **_head(clean),
         label=protocol.get("note", ""),
         checks=checks,
         note=NOTE + (f" {HEALTH_NOTE}" if clean.get("health") else ""),
-        tables=shown,
+        tables=_tables(clean),
         left_out={plain(name): why for name, why in clean.get("left_out", {}).items()},
         plots=_plots(clean),
         curves=[_curve(title, series) for title, series in curves.items() if any(series.values())],
@@ -108,9 +108,7 @@ def write_report(
         details=_details(clean),
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(out_dir / "report.json", json.dumps(clean, indent=1, allow_nan=False) + "\n")
-    atomic_write(out_dir / "report.md", markdown(page.title, page.lines, shown, {}))
-    atomic_write(out_dir / "report.html", render(page))
+    write_page(page, clean, out_dir, "report")
     return out_dir / "report.html"
 
 
@@ -142,22 +140,16 @@ def _withhold(report: Mapping) -> dict:
     ceilings = {name: split(_as_system(report[name])) for name in CEILINGS if report.get(name)}
     refused = {name for system in systems.values() for name in system.get("not_admitted", {})}
 
-    def unchecked(name: str, line: Any) -> Any:
+    def unchecked(name: str, line: Mapping) -> Mapping:
         stands_on = any(f"_{metric}_" in f"_{name}_" for metric in refused)
-        return {**line, "passed": None, "not_admitted": True} if stands_on and isinstance(line, Mapping) else line
+        return {**line, "passed": None, "not_admitted": True} if stands_on else line
 
-    lines = {
-        key: {name: unchecked(name, line) for name, line in report[key].items()}
-        for key in ("targets", "ratios")
-        if key in report
-    }
-    return {**report, **lines, "systems": systems, **ceilings}
+    targets = {name: unchecked(name, line) for name, line in report.get("targets", {}).items()}
+    return {**report, "targets": targets, "systems": systems, **ceilings}
 
 
 def _head(report: Mapping) -> dict[str, Any]:
-    recipe, device = report.get("recipe", {}), report.get("device", "")
-    name = recipe.get("name", "run") if isinstance(recipe, Mapping) else str(recipe)
-    where = ", ".join(f"{key} {value}" for key, value in device.items()) if isinstance(device, Mapping) else str(device)
+    where = ", ".join(f"{key} {value}" for key, value in report.get("device", {}).items())
     seconds = sum(stage.get("seconds") or 0 for stage in report.get("stages", {}).values())
     counts = ((report.get("protocol") or {}).get("run") or {}).get("counts", {})
     clips = f"{counts['num_conditions']} held-out conditions, {counts['num_seeds']} noise seeds" if counts else ""
@@ -165,25 +157,22 @@ def _head(report: Mapping) -> dict[str, Any]:
     lines = ["; ".join(part for part in (clips, took, where) if part)]
     readiness = (report.get("health") or {}).get("readiness")
     return {
-        "title": f"Distillation report: {name}",
+        "title": f"Distillation report: {report.get('recipe', 'run')}",
         "lines": lines + ([f"After init: {readiness}."] if readiness else []),
     }
 
 
 def _details(report: Mapping) -> dict[str, str]:
-    protocol, device = report.get("protocol") or {}, report.get("device", "")
+    protocol = report.get("protocol") or {}
     card = f"Card {label_of(protocol)}" if protocol else "Card"
-    versions = {"versions": report.get("versions", {}), "device": device}
+    versions = {"versions": report.get("versions", {}), "device": report.get("device", {})}
     texts = {card: protocol, "Recipe": report.get("recipe", {}), "Versions and device": versions}
     return {title: json.dumps(value, indent=1) for title, value in texts.items()}
 
 
-def _check(name: str, value) -> dict:
-    if not isinstance(value, Mapping):
-        return {"name": plain(name), "value": number(value), "target": "", "passed": None}
-    measured = "not admitted" if value.get("not_admitted") else number(value.get("value"))
-    shown = {"value": measured, "target": value.get("target", ""), "passed": value.get("passed")}
-    return {"name": plain(name), **shown}
+def _check(name: str, line: Mapping) -> dict:
+    measured = "not admitted" if line.get("not_admitted") else number(line["value"])
+    return {**line, "name": plain(name), "value": measured}
 
 
 def _as_system(scores: Mapping) -> Mapping:
@@ -237,15 +226,10 @@ def _curve(title: str, series: Mapping[str, Sequence[tuple[float | int, float | 
 
 
 def _sheets(sheets: Mapping[str, Sequence[Tensor] | Tensor], captions: Sequence[str], num_frames: int) -> list[dict]:
-    if not sheets:
-        return []
-    names = list(sheets)
-    result = []
-    for index in range(min(len(clips) for clips in sheets.values())):
-        title = captions[index] if index < len(captions) else f"condition {index + 1}"
-        image = sheet_png([sheets[name][index] for name in names], num_frames)
-        result.append({"title": title, "names": [plain(name) for name in names], "image": image})
-    return result
+    count = min((len(clips) for clips in sheets.values()), default=0)
+    titles = [captions[i] if i < len(captions) else f"condition {i + 1}" for i in range(count)]
+    rows = [[(plain(name), clips[i]) for name, clips in sheets.items()] for i in range(count)]
+    return contact_sheets(list(zip(titles, rows, strict=True)), num_frames)
 
 
 def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
@@ -261,8 +245,8 @@ def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
 
 
 def _cases(report: Mapping) -> list[dict]:
-    """Known cases as `eval.embedded.admission.admit` returned them: `report["admission"]` or metrics of stage extractors."""
-    admission = report.get("admission") or report.get("stages", {}).get("extractors", {}).get("metrics") or {}
+    """Known cases as `eval.embedded.admission.admit` returned them: metrics of the stage extractors."""
+    admission = report.get("stages", {}).get("extractors", {}).get("metrics") or {}
     cases = admission.get("cases", {})
     return [
         {

@@ -1,7 +1,7 @@
 """Tables of scores, for runs and for `distill eval`: columns as the metrics state them, rows of systems; and the same as
 markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,17 +101,24 @@ def words(cell: Mapping[str, Any]) -> str:
     return f"{cell['value']}{spread} (se {cell['error']})" if spread else f"{cell['value']} ± {cell['error']}"
 
 
+def grid(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table, line by line."""
+    head, *lines = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
+    return [head, "|" + "---|" * len(heads), *lines]
+
+
 def markdown(title: str, lines: Sequence[str], found: Sequence[Table], refused: Mapping[str, str]) -> str:
     """The tables for a terminal, a README or a log."""
     parts = [f"# {title}", "", *lines, ""]
     for one in found:
         heads = [f"{column['name']} ({column['hint']})" if column["hint"] else column["name"] for column in one.columns]
         heads = ["", *(["card", "N"] if one.with_card else []), *heads]
-        parts += [f"## {one.title}", "", "| " + " | ".join(heads).lstrip() + " |", "|" + "---|" * len(heads)]
-        for row in one.rows:
-            cells = [row["name"], *([row["card"], row["n"]] if one.with_card else []), *map(words, row["cells"])]
-            parts.append("| " + " | ".join(cells) + " |")
-        parts += ["", *(f"{note}  " for note in one.notes), ""] if one.notes else [""]
+        rows = [
+            [row["name"], *([row["card"], row["n"]] if one.with_card else []), *map(words, row["cells"])]
+            for row in one.rows
+        ]
+        parts += [f"## {one.title}", "", *grid(heads, rows), ""]
+        parts += [*(f"{note}  " for note in one.notes), ""] if one.notes else []
     if refused:
         parts += ["## Refused", "", *(f"- {reason}" for reason in refused.values()), ""]
     return "\n".join(parts)

@@ -23,41 +23,6 @@ from teachers.errors import UserError
 Result = TypeVar("Result")
 
 
-def measure(call: Callable[[], object], warmup: int = 2, runs: int = 9) -> dict[str, float]:
-    """Seconds of `call()` after `warmup` unmeasured calls: median, mean, p05, p95, min, max over `runs` (nearest rank).
-
-    Waits for the accelerator before each reading of the clock, so queued kernels are counted.
-    """
-    if runs < 1:
-        raise UserError(f"latency needs at least one run: got {runs}; set eval.latency_runs")
-    for _ in range(warmup):
-        call()
-    seconds = []
-    for _ in range(runs):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return {
-        "runs": float(runs),
-        "median": statistics.median(seconds),
-        "mean": statistics.fmean(seconds),
-        **_ranks(seconds),
-    }
-
-
-def _ranks(seconds: list[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return {
-        "p05": ordered[round(0.05 * last)],
-        "p95": ordered[round(0.95 * last)],
-        "min": ordered[0],
-        "max": ordered[last],
-    }
-
-
 def wait(device: torch.device | None = None) -> None:
     """Wait for all work queued on the accelerator, where one is in use."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -100,6 +65,13 @@ def clocked(call: Callable[[], object], repeats: int = 1) -> Took:
         call()
     wait()
     return Took((time.perf_counter() - began[0]) / repeats, (time.process_time() - began[1]) / repeats)
+
+
+def median_seconds(call: Callable[[], object], warmup: int = 0, runs: int = 1) -> float:
+    """The median over `runs` of what one call takes, after `warmup` calls that are not measured."""
+    for _ in range(warmup):
+        call()
+    return statistics.median(clocked(call).seconds for _ in range(runs))
 
 
 @dataclass(frozen=True)
@@ -216,11 +188,20 @@ def chunk_work(bundle: Bundle, scene: Scene, chunk: int) -> ChunkWork:
 @contextmanager
 def recorded(student: Student) -> Iterator[list[Callable[[], object]]]:
     """The network's calls within, to be made again: those of an avatar DiT itself, of another student its `plan` and `denoise`."""
-    calls, copies = [], {}
+    calls: list[Callable[[], object]] = []
+    copies: dict[tuple, tuple[Tensor, Tensor]] = {}
     if isinstance(student, CausalWan):
+        from accelerate.utils import recursively_apply
+
+        def copied(value: Tensor) -> Tensor:  # once: the context's buffers are written in place
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if key not in copies:
+                copies[key] = (value, value.clone())  # the original is held, so that no other tensor takes its address
+            return copies[key][1]
 
         def keep(net: torch.nn.Module, inputs: tuple, named: dict) -> None:
-            calls.append(partial(net, *_copied(inputs, copies), **_copied(named, copies)))
+            inputs, named = recursively_apply(copied, (inputs, named))
+            calls.append(partial(net, *inputs, **named))
 
         handle = student.net.register_forward_pre_hook(keep, with_kwargs=True)
         try:
@@ -247,17 +228,3 @@ def settled_chunks(spec: Any, num_chunks: int) -> list[int]:
     """Of the first `num_chunks`, those that see as many earlier chunks as the last of them."""
     seen = [len(spec.history.visible(i)) for i in range(num_chunks)]
     return [i for i in range(1, num_chunks) if seen[i] == seen[-1]]
-
-
-def _copied(value: Any, copies: dict) -> Any:
-    """Nested tuples, lists and dicts with every tensor copied once (the context's buffers are written in place)."""
-    if isinstance(value, Tensor):
-        key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if key not in copies:
-            copies[key] = (value, value.clone())  # the original is held, so that no other tensor takes its address
-        return copies[key][1]
-    if isinstance(value, dict):
-        return {name: _copied(item, copies) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_copied(item, copies) for item in value)
-    return value

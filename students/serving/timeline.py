@@ -8,7 +8,8 @@
       - {at: 7, do: a person laughs and shakes the head}
 
 An entry holds from the chunk on in which its time lies: a chunk is drawn under one text. In the place of `timeline` there may be
-`planner: {folder: DIR, every: 2}`, a chat model that chooses among the behaviours (FlowAct-R1 2601.10103's planner).
+`planner: {name: "my_file:Thing", ...}`, a class of the user's own that chooses among the behaviours: examples/own_planner is a
+chat model (FlowAct-R1 2601.10103's planner).
 """
 
 from collections import deque
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import yaml
@@ -27,6 +28,7 @@ from students.spec import Spec
 from teachers.config import convert, nearest
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.registry import Registry
 
 BEHAVIOURS = {
     "speak": "the speaker with a warm smile talks and keeps the head steady",
@@ -68,13 +70,12 @@ class TimelineEntry:
     how: Literal["keep", "recache"] = "keep"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlannerConfig:
-    """A local chat model in `folder` that is called every `every` seconds."""
-
-    folder: Path
-    every: Fraction = Fraction(2)
-    how: Literal["keep", "recache"] = "keep"
+PLANNERS = Registry(
+    kind="planner",
+    group="planners",
+    default=False,
+    methods={"load": "def load(self, behaviours: dict[str, str]) -> Planner"},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class Script:
 
     behaviours: dict[str, str] = field(default_factory=dict)
     timeline: tuple[TimelineEntry, ...] = ()
-    planner: PlannerConfig | None = None
+    planner: Any = field(default=None, metadata={"kinds": PLANNERS})
 
     @property
     def begins(self) -> bool:
@@ -93,7 +94,7 @@ class Script:
     def check(self, spec: Spec, file: Path) -> None:
         """UserError for what this student cannot follow."""
         asked = [(f"timeline[{i}].how", entry.how) for i, entry in enumerate(self.timeline)]
-        asked += [("planner.how", self.planner.how)] if self.planner is not None else []
+        asked += [("planner.how", getattr(self.planner, "how", "keep"))]
         for key, how in asked:
             if how == "recache" and spec.history.commit != "clean":
                 raise UserError(
@@ -118,15 +119,13 @@ def read_script(file: Path) -> Script:
         raise UserError(f"timeline cannot be read ({reason}): {file}; give a YAML file") from error
     if not isinstance(values, dict):
         raise UserError(f"timeline: {file} holds no mapping; write 'timeline:' and a list of {{at: SECONDS, do: TEXT}}")
-    given = convert(Script, values, locate=lambda _: str(file))
+    given = convert(Script, values, locate=lambda _: str(file), folder=file.parent.resolve())
     if bool(given.timeline) == (given.planner is not None):
         raise UserError(f"timeline: {file} must hold either timeline, with an entry, or planner; write one of them")
     behaviours = BEHAVIOURS | given.behaviours
     for name, text in given.behaviours.items():
         if len(name.split()) != 1 or not text.strip():
             raise UserError(f"behaviours.{name!s}: {file}; a behaviour is one word with a text that is not empty")
-    if given.planner is not None and given.planner.every <= 0:
-        raise UserError(f"planner.every: got {given.planner.every} in {file}; give seconds above 0")
     entries = tuple(_resolved(entry, i, behaviours, file) for i, entry in enumerate(given.timeline))
     for i, (before, entry) in enumerate(zip((None, *entries), entries, strict=False)):
         if entry.at < 0 or (before is not None and entry.at <= before.at):

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from distill.scoring.clip_sets import open_set
 from distill.scoring.scoring import read_report
 from eval.cards import first_difference, label_of
 from eval.report.clip_report import NAMES, published
-from eval.report.page import Page, render
-from eval.report.tables import Row, Table, markdown, table
+from eval.report.page import Page, write_page
+from eval.report.tables import Row, Table, table
 from teachers.errors import UserError
-from teachers.files import atomic_write, make_folder
+from teachers.files import make_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
     refused: dict[str, str] = {}
     sets = {name: open_set(path) for name, path in data.items()}
     for student, source in students.items():
-        settings = setting(args, source)
+        settings = setting(args, source, args.table / "features")
         for name, real in sets.items():
             clips = source if (source / "spec.json").is_file() else source / name
             out = args.table / name / student
             try:
-                reports.append(evaluate(settings, clips, real, out, student, name, cache=args.table / "features"))
+                reports.append(evaluate(settings, clips, real, out, student, name))
             except UserError as error:
                 refused[f"{student} on {name}"] = f"{student} on {name} refused: {error}"
     kept = comparable(reports, refused)
@@ -115,16 +115,12 @@ def _tables(name: str, reports: Sequence[dict[str, Any]], with_published: bool) 
     free = [metric for metric, column in columns.items() if column.get("without_network")]
     order = [*reports[0]["columns"], *columns]
     order += [metric for row in [*rows, *theirs] for metric in row.scores]
-    others = [metric for metric in dict.fromkeys(order) if metric not in free and _is_shown(columns, metric)]
+    others = [m for m in dict.fromkeys(order) if m not in free and columns.get(m, {}).get("table", "") is not None]
     found = [
         table(name, columns, others, [*rows, *theirs]),
         table(f"{name}, measures without a network", columns, free, rows),
     ]
     return [one for one in found if one.columns]
-
-
-def _is_shown(columns: Mapping[str, Any], metric: str) -> bool:
-    return columns.get(metric, {}).get("table", "") is not None
 
 
 def _named(words: Sequence[str], option: str) -> dict[str, Path]:
@@ -151,7 +147,7 @@ def _write(out: Path, found: list[Table], refused: dict[str, str], kept: dict[st
     make_folder(out)
     facts = {name: {report["name"]: report.get("source") for report in rows} for name, rows in kept.items()}
     rows = {name: {report["name"]: report["rows"][report["name"]] for report in rows} for name, rows in kept.items()}
-    text = {"format": 2, "cards": list(cards.values()), "data": rows, "refused": refused}
+    report = {"format": 2, "cards": list(cards.values()), "data": rows, "refused": refused}
     page = Page(
         title="Benchmark",
         lines=lines,
@@ -163,9 +159,4 @@ def _write(out: Path, found: list[Table], refused: dict[str, str], kept: dict[st
             "Sources": json.dumps(facts, indent=1),
         },
     )
-    atomic_write(out / "benchmark.html", render(page))
-    atomic_write(out / "benchmark.md", markdown("Benchmark", lines, found, refused))
-    atomic_write(
-        out / "benchmark.json",
-        json.dumps(text | {"tables": [vars(one) for one in found]}, indent=1, allow_nan=False) + "\n",
-    )
+    write_page(page, report | {"tables": [vars(one) for one in found]}, out, "benchmark")

@@ -5,7 +5,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-from distill.commands.drift import _data_config as data_config
+from distill.commands.drift import data_config
 from distill.data.procedural.source import held_out
 from distill.scoring.clip_sets import write_clip
 from teachers.errors import UserError

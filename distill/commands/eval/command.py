@@ -19,12 +19,13 @@ from eval.embedded.extractors import Probes
 from eval.external import read_scores
 from eval.metric import Score
 from eval.networks.loaded import Networks
-from eval.report.clip_report import contact_sheets, headline, published, report_tables
-from eval.report.page import Page, render
-from eval.report.tables import OTHERS, markdown
+from eval.report.clip_report import headline, published, report_tables
+from eval.report.figures import contact_sheets
+from eval.report.page import Page, write_page
+from eval.report.tables import OTHERS
 from eval.scores import IN_CLIPS, chosen
 from teachers.errors import UserError
-from teachers.files import atomic_write, make_folder
+from teachers.files import make_folder
 
 REFUSED = 3
 VERBS = {
@@ -33,16 +34,17 @@ VERBS = {
     "clips": ("distill.commands.eval.clips", "real clips of a run's procedural world, to score its student with"),
     "multiturn": (
         "distill.commands.eval.multiturn",
-        "scripted conversations with a served student: latency, drift, sync, a judge",
+        "scripted conversations with a served student: latency, drift, sync",
     ),
 }
 SHEETS, SHEET_SIDE = 3, 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting(Job):
-    """What is the same for every set that one command scores; `seed` and `text` are for students that generate."""
+class Setting:
+    """What is the same for every set that one command scores: how, what a student generates from, and what the run refused."""
 
+    job: Job
     not_admitted: tuple[str, ...]
     seed: int
     text: str | None
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.student is None and args.generated is None:
         raise UserError("--student or --generated is missing: distill eval; see distill eval --help")
     source = args.student or args.generated
-    settings = setting(args, source)
+    settings = setting(args, source, args.out / "features")
     if args.student is not None and not (args.student / "spec.json").is_file():
         raise UserError(f"no student: {args.student} has no spec.json; give the student/ folder of a finished run")
     real = open_set(args.real, args.videos)
@@ -112,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
     return REFUSED if report["refused"] else 0
 
 
-def setting(args: argparse.Namespace, source: Path) -> Setting:
-    """The options as one value; raises UserError for those that cannot be."""
+def setting(args: argparse.Namespace, source: Path, cache: Path) -> Setting:
+    """The options as one value, features being kept in `cache`; raises UserError for options that cannot be."""
     if args.protocol is None:
         raise UserError("--protocol is missing: distill eval; see distill eval --help")
     card = load_card(args.protocol)
@@ -134,17 +136,16 @@ def setting(args: argparse.Namespace, source: Path) -> Setting:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
-    return Setting(
+    job = Job(
         card=card,
         metrics=tuple(m for m in metrics if m not in hidden),
-        not_admitted=hidden,
+        cache=cache,
         probes=probes,
         device=device,
         batch_size=args.batch_size,
         processes=args.processes,
-        seed=args.seed,
-        text=args.text,
     )
+    return Setting(job=job, not_admitted=hidden, seed=args.seed, text=args.text)
 
 
 def evaluate(
@@ -155,12 +156,11 @@ def evaluate(
     name: str,
     data: str,
     others: Sequence[Path] = (),
-    cache: Path | None = None,
 ) -> dict[str, Any]:
     """Score a student's or given clips against `real` and write eval.json, eval.md and eval.html into `out`."""
     if name in ("ground_truth", "floor"):
         raise UserError(f"--name {name} is taken by a row of every table; choose another")
-    card, is_student = settings.card, (source / "spec.json").is_file()
+    job, card, is_student = settings.job, settings.job.card, (source / "spec.json").is_file()
     check_number(real, card)
     if not is_student:
         generated = open_set(source)
@@ -168,9 +168,9 @@ def evaluate(
     adapted = [read_scores(path, sorted(real), card.columns) for path in others]
     make_folder(out)
     if is_student:
-        job = GenerateJob(source, settings.seed, settings.text, out / "generated", settings.device)
-        generated = generate_clips(job, real, card, settings.processes)
-    report = score(replace(settings, cache=cache or out / "features"), name, generated, real)
+        generate = GenerateJob(source, settings.seed, settings.text, out / "generated", job.device)
+        generated = generate_clips(generate, real, card, job.processes)
+    report = score(job, name, generated, real)
     report |= {"data": data, "source": str(source), "adapters": {}}
     shown = published()["columns"]
     if is_student:
@@ -189,17 +189,18 @@ def evaluate(
 
 
 def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, real: Mapping, card: Card) -> None:
-    title, lines, found = f"{name} on {report['data']}", headline(report), report_tables(report)
+    lines = headline(report)
     lines += [f"{metric} was made by {who}." for metric, who in report["adapters"].items()]
     sheets = []
     for clip in report["clips"][:SHEETS]:
         pairs = (("real", read_clip(real[clip], card, False)), (name, read_clip(generated[clip], card, True)))
-        sheets.append((clip, [(label, _small(one.video)) for label, one in pairs]))
+        step = max(1, min(pairs[0][1].video.shape[2:]) // SHEET_SIDE)
+        sheets.append((clip, [(label, one.video[:, :, ::step, ::step]) for label, one in pairs]))
     facts = {key: report[key] for key in ("source", "clips", "versions", "adapters")}
     page = Page(
-        title=title,
+        title=f"{name} on {report['data']}",
         lines=lines,
-        tables=found,
+        tables=report_tables(report),
         refused=report["refused"],
         sheets=contact_sheets(sheets),
         choices=report["card"]["choices"],
@@ -208,14 +209,7 @@ def _write(report: dict[str, Any], out: Path, name: str, generated: Mapping, rea
             "Clips and versions": json.dumps(facts, indent=1),
         },
     )
-    atomic_write(out / "eval.html", render(page))
-    atomic_write(out / "eval.md", markdown(title, lines, found, report["refused"]))
-    atomic_write(out / "eval.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
-
-
-def _small(video: torch.Tensor) -> torch.Tensor:
-    step = max(1, min(video.shape[2:]) // SHEET_SIDE)
-    return video[:, :, ::step, ::step]
+    write_page(page, report, out, "eval")
 
 
 def _shown(card: Card, key: str, admitted: Mapping[str, bool] | None) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from distill.scoring.scoring import read_report
 from eval.cards import Card, first_difference, from_plain, label_of
 from eval.report.figures import number
+from eval.report.tables import grid
 from teachers.errors import UserError
 from teachers.files import load_tensors
 
@@ -60,12 +61,10 @@ def lines(one: dict[str, Any], two: dict[str, Any], first: Path, second: Path) -
     """Markdown: every metric that both have."""
     names = (one["name"], two["name"] if two["name"] != one["name"] else f"{two['name']} (second)")
     rows = (one["rows"][one["name"]], two["rows"][two["name"]])
-    text = [f"protocol {label_of(one['card'])}, {one['n']} clips", ""]
-    text += [f"| | {names[0]} | {names[1]} | difference | 95 % | how |", "|---|---|---|---|---|---|"]
     shared = [name for name in rows[0]["metrics"] if name in rows[1]["metrics"]]
     if not shared:
         raise UserError("the two reports share no metric; score both with the same --metrics")
-    card = _card(one)
+    card, table = _card(one), []
     for metric in shared:
         values = [row["metrics"][metric]["mean"] for row in rows]
         if None in values:
@@ -73,8 +72,9 @@ def lines(one: dict[str, Any], two: dict[str, Any], first: Path, second: Path) -
         change, interval, how = _change(metric, card, rows, values, (one, two), (first, second))
         shown = [number(value) for value in values]
         label = one["columns"].get(metric, {}).get("label", metric)
-        text.append(f"| {label} | {shown[0]} | {shown[1]} | {_signed(change)} | {interval} | {how} |")
-    return text
+        table.append([label, *shown, _signed(change), interval, how])
+    heads = ["", *names, "difference", "95 %", "how"]
+    return [f"protocol {label_of(one['card'])}, {one['n']} clips", "", *grid(heads, table)]
 
 
 def _card(report: dict[str, Any]) -> Card | None:

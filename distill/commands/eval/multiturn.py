@@ -26,6 +26,7 @@ from eval.embedded.extractors import Probes
 from eval.metrics.quality import quality_beside, slope
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
+from eval.report.tables import grid
 from eval.speed.latency import percentile
 from students.weights.checkpoint import Bundle
 from teachers import media
@@ -35,7 +36,7 @@ from teachers.errors import UserError
 from teachers.files import atomic_write
 
 if TYPE_CHECKING:
-    from distill.live.client import Answer, Client
+    from distill.live.client import Answer
 
 DEFAULT = Path(__file__).with_name("conversations.yaml")
 PAUSE, MORE = 0.6, 0.5  # seconds between an answer's end and the next turn: at least, and spread over so many more
@@ -69,16 +70,13 @@ class Played:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill eval multiturn`."""
     parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for multiturn.json, videos, judge.jsonl"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for multiturn.json and videos")
     parser.add_argument("--conversations", type=Path, default=DEFAULT, metavar="YAML", help="list of name, turns, ...")
     parser.add_argument("--repeat", type=int, default=1, help="go through the conversations so many times (default 1)")
     parser.add_argument("--talker", default="auto", metavar="NAME|DIR", help="as in distill serve")
     parser.add_argument(
         "--extractors", type=Path, metavar="DIR", help="a run's stages/extractors: identity and lip sync"
     )
-    parser.add_argument("--judge", type=Path, metavar="DIR", help="local multimodal model that scores nine dimensions")
     parser.add_argument(
         "--reference", type=Path, action="append", default=[], metavar="IMG", help="as in distill serve"
     )
@@ -88,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Hold the conversations in real time, write the report, print its table; 0."""
     from distill.commands.serve import read_portraits
-    from distill.live.judge import judged, load_judge
     from distill.live.scheduler import Engine
     from distill.live.server import running
     from distill.live.talkers import load_talker
@@ -97,7 +94,6 @@ def run(args: argparse.Namespace) -> int:
     scripts = read_scripts(args.conversations) * max(1, args.repeat)
     talker, bundle = load_talker(args.talker), load_student(args.student)
     probes = Probes.load(args.extractors) if args.extractors else None
-    judge = load_judge(args.judge) if args.judge else None
     dino = _dino()
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
     engine = Engine(bundle, talker, 1, args.lead)
@@ -107,13 +103,10 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = {"student": bundle.fingerprint[:16], "talker": talker.name, "lead": args.lead}
     report = {**facts, **summary([rows(one, bundle, probes, dino) for one in played])}
+    upscale = max(1, 256 // min(bundle.spec.height, bundle.spec.width))
     for number, one in enumerate(played):
         sound = torch.from_numpy(one.sound)
-        media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=_upscale(bundle))
-    if judge is not None:
-        report["judge"] = judged(
-            judge, [(p.script.name, p.script.turns, p.frames) for p in played], args.out / "judge.jsonl"
-        )
+        media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=upscale)
     atomic_write(args.out / "multiturn.json", json.dumps(report, indent=1) + "\n")
     sys.stdout.write(table(report))
     return 0
@@ -151,12 +144,9 @@ def converse(address: str, script: Script, portraits: list[Tensor], bar: tqdm) -
             client.pump(PAUSE + MORE * (0.618 * number % 1))
     finally:
         client.close()
-    return Played(script, portraits[script.portrait], *_film(client), answers, stalled)
-
-
-def _film(client: "Client") -> tuple[np.ndarray, np.ndarray]:
     numbers = range(client.last + 1)
-    return np.stack([client.frames[n] for n in numbers]), np.concatenate([client.sound[n] for n in numbers])
+    frames, sound = np.stack([client.frames[n] for n in numbers]), np.concatenate([client.sound[n] for n in numbers])
+    return Played(script, portraits[script.portrait], frames, sound, answers, stalled)
 
 
 def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | None = None) -> list[dict[str, Any]]:
@@ -207,14 +197,12 @@ def summary(conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    lines = [f"{report['num_turns']} turns", "", "| seconds | p50 | p95 | max |", "|---|---|---|---|"]
-    for name in TIMES:
-        lines.append(f"| {name} | " + " | ".join(f"{x:.3f}" for x in report[f"{name}_seconds"].values()) + " |")
-    lines += ["", "| part, ms | p50 | p95 |", "|---|---|---|"]
-    lines += [f"| {name} | {x['p50']:.1f} | {x['p95']:.1f} |" for name, x in report.get("parts_ms", {}).items()]
-    lines += ["", "| score | mean | change a turn |", "|---|---|---|"]
+    times = [[name, *(f"{x:.3f}" for x in report[f"{name}_seconds"].values())] for name in TIMES]
+    parts = [[name, f"{x['p50']:.1f}", f"{x['p95']:.1f}"] for name, x in report.get("parts_ms", {}).items()]
     scored = [(name, value) for name, value in report.items() if isinstance(value, dict) and "change_a_turn" in value]
-    lines += [f"| {name} | {value['mean']:.4f} | {value['change_a_turn']:+.4f} |" for name, value in scored]
+    scores = [[name, f"{value['mean']:.4f}", f"{value['change_a_turn']:+.4f}"] for name, value in scored]
+    lines = [f"{report['num_turns']} turns", "", *grid(["seconds", "p50", "p95", "max"], times), ""]
+    lines += [*grid(["part, ms", "p50", "p95"], parts), "", *grid(["score", "mean", "change a turn"], scores)]
     return "\n".join(lines) + "\n"
 
 
@@ -224,7 +212,3 @@ def _dino() -> Dino | None:
         return Dino.load()
     except UserError:
         return None
-
-
-def _upscale(bundle: Bundle) -> int:
-    return max(1, 256 // min(bundle.spec.height, bundle.spec.width))

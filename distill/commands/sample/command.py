@@ -23,7 +23,7 @@ from teachers.errors import UserError
 if TYPE_CHECKING:
     from distill.commands.sample.inputs import Duet, Steering
     from students.serving.session import Chunk, Session, Starved
-    from students.serving.timeline import Planner, Script
+    from students.serving.timeline import Script
 
 LARGEST_SEED = 2**63 - 1
 CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
@@ -101,13 +101,20 @@ def run(args: argparse.Namespace) -> int:
         return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
-    planner = None if script is None else _planner(script)
-    with closing(_sound(args)) as sound:
+    planner = None
+    if script is not None:
+        from students.serving.timeline import Timeline
+
+        planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
+    with ExitStack() as opened:
+        own = opened.enter_context(closing(media.AudioReader(args.audio)))
         from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
         from students.weights.checkpoint import load_student
 
+        other = None if args.other is None else opened.enter_context(closing(media.AudioReader(args.other)))
+        sound = own if other is None else inputs.Duet(own, other)
         bundle = load_student(args.student)
         spec = bundle.spec
         inputs.check(spec, args.other, args.pose)
@@ -144,31 +151,6 @@ def run(args: argparse.Namespace) -> int:
         f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
     )
     return 0
-
-
-def _sound(args: argparse.Namespace) -> "media.AudioReader | Duet":
-    """The sound that is given, of two speakers [n, 2]."""
-    own = media.AudioReader(args.audio)
-    if args.other is None:
-        return own
-    from distill.commands.sample.inputs import Duet
-
-    with ExitStack() as opened:
-        opened.callback(own.close)
-        duet = Duet(own, args.other)
-        opened.pop_all()
-    return duet
-
-
-def _planner(script: "Script") -> "Planner":
-    """What tells the session its texts; UserError where a chat model cannot be read."""
-    from students.serving.timeline import Timeline
-
-    if script.planner is None:
-        return Timeline(script.timeline)
-    from distill.live.chat_planner import ChatPlanner
-
-    return ChatPlanner(script.planner.folder, script.behaviours, script.planner.every, script.planner.how)
 
 
 def _check_options(args: argparse.Namespace) -> "Script | None":

@@ -15,19 +15,13 @@ from teachers.media.streams import Resampler
 class Duet:
     """The sound of two files side by side, blocks [n, 2] at the first one's rate; the shorter one ends in silence.
 
-    It stands in the place of a media.AudioReader; UserError as that.
+    It stands in the place of a media.AudioReader.
     """
 
-    def __init__(self, own: media.AudioReader, path: Path):
-        self.own, self.other = own, media.AudioReader(path)
-        self.rate = own.rate
-        known = [reader.seconds for reader in (own, self.other) if reader.seconds is not None]
+    def __init__(self, own: media.AudioReader, other: media.AudioReader):
+        self.own, self.other, self.rate = own, other, own.rate
+        known = [reader.seconds for reader in (own, other) if reader.seconds is not None]
         self.seconds = max(known) if len(known) == 2 else None
-
-    def close(self) -> None:
-        """Let go of both files."""
-        self.own.close()
-        self.other.close()
 
     def __iter__(self) -> Iterator[Tensor]:
         sources, held, ended = (iter(self.own), self._at_our_rate()), [torch.zeros(0), torch.zeros(0)], [False, False]

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,7 +38,7 @@ from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
 from distill.training.engine import requested_processes
 from distill.training.loop import terminations
-from teachers.config import nearest
+from teachers.config import convert, nearest
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder
 
@@ -47,6 +47,14 @@ LOGS = "logs"
 POLL_SECONDS = 0.5
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher of one process leaves in the environment; its jobs make their own group or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFile:
+    """What recipes/sweep/NAME.yaml holds: the overrides of each job by its name, and those that all share."""
+
+    jobs: dict[str, tuple[str, ...]]
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,24 +125,17 @@ def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"not YAML: {file} ({' '.join(str(error).split())}); fix it") from error
-    keys = set(content) if isinstance(content, dict) else set()
-    jobs, shared = (content.get("jobs"), content.get("overrides") or []) if keys else (None, [])
-    rows = [shared, *jobs.values()] if isinstance(jobs, dict) and jobs else [None]
-    if not keys <= {"jobs", "overrides"} or not all(_is_words(row) for row in rows):
+    if not isinstance(content, dict) or not content.get("jobs"):
         raise UserError(
             f"not a sweep: {file}; it is 'jobs: {{NAME: [KEY=VALUE, ...]}}' and 'overrides: [KEY=VALUE, ...]'"
         )
-    assert isinstance(jobs, dict)
-    for name in jobs:
-        if not isinstance(name, str) or name == LOGS or name != _safe(name):
+    given = convert(SweepFile, content, locate=lambda _: str(file))
+    for name in given.jobs:
+        if name == LOGS or name != _safe(name):
             raise UserError(
                 f"not a job's name: '{name}' in {file}; letters, digits and ._=,@+- make the name of a folder"
             )
-    return list(shared), {name: list(row) for name, row in jobs.items()}
-
-
-def _is_words(row: Any) -> bool:
-    return isinstance(row, list) and all(isinstance(word, str) for word in row)
+    return list(given.overrides), {name: list(row) for name, row in given.jobs.items()}
 
 
 def _overrides(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -264,14 +265,19 @@ def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
     with log.open("ab") as output, terminations() as received:
         start = output.tell()
         process = _start(command(sweep, job), output)
-        with _ending(process):
+        try:
             facts = {"began": began, "seconds": before, "process": process.pid, "created": _created(process.pid)}
             atomic_write(state, json.dumps({"status": "running", **facts}))
             while process.poll() is None and not received:
-                bar.set_postfix_str(f"{job.name}: {_last_words(log, start)}"[:100], refresh=False)
+                said = (_lines(log, start) or ["starting"])[-1].strip()
+                bar.set_postfix_str(f"{job.name}: {said}"[:100], refresh=False)
                 bar.update(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
+        finally:  # however this ends, the process has ended too: by SIGTERM, on which it saves
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
     done = process.returncode == 0 and is_finished(sweep.folder / job.name)
     error = None if done else _error(log, start, process.returncode)
     status = "done" if done else "stopped" if received else "failed"
@@ -291,17 +297,6 @@ def _start(words: Sequence[str], output: BinaryIO) -> subprocess.Popen:
         )
     except OSError as error:
         raise UserError(f"cannot start {words[0]}: {error.strerror}; give another launcher=") from error
-
-
-@contextlib.contextmanager
-def _ending(process: subprocess.Popen) -> Iterator[None]:
-    """However this ends, the process has ended too: by SIGTERM, on which it saves."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.wait()
 
 
 def _files(sweep: Sweep, job: Job) -> tuple[Path, Path]:
@@ -344,10 +339,6 @@ def _lines(log: Path, start: int) -> list[str]:
         file.seek(max(start, log.stat().st_size - 2**16))
         text = file.read().decode("utf-8", "replace")
     return [line.rstrip() for line in re.split(r"[\r\n]+", text) if line.strip()]
-
-
-def _last_words(log: Path, start: int) -> str:
-    return (_lines(log, start) or ["starting"])[-1].strip()
 
 
 def _error(log: Path, start: int, code: int) -> str:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from eval.report.figures import dot_svg, number, plain
+from eval.report.tables import grid
 from teachers.files import atomic_write
 
 METRICS = ("fid", "fvd", "sync", "motion")
@@ -74,13 +75,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """The table to be read: mean +- error over clips."""
     named = any(row.name != ",".join(row.overrides) for row in rows)
     head = ["job", *(["overrides"] if named else []), *METRICS, "seconds", "status"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for row in rows:
         words = [" ".join(f"`{word}`" for word in row.overrides)] if named else []
         seconds = "-" if row.seconds is None else f"{row.seconds:.0f}"
         status = f"{row.status}: {row.error}" if row.error else row.status
         lines.append([row.name, *words, *(_cell(row, metric) for metric in METRICS), seconds, status])
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return "\n".join(grid(head, [[cell.replace("|", "\\|") for cell in line] for line in lines])) + "\n"
 
 
 def _cell(row: Row, metric: str) -> str:
@@ -112,10 +113,5 @@ def svg(rows: Sequence[Row]) -> str:
 
 def _short(name: str, most: int = 18) -> str:
     """The last parts of the keys, cut to what fits beside a panel."""
-    short = ",".join(word.rsplit(".", 1)[-1] if "=" not in word else _last_key(word) for word in name.split(","))
+    short = ",".join(re.sub(r"^[^=]*\.", "", word) for word in name.split(","))
     return short if len(short) <= most else f"{short[: most - 1]}…"
-
-
-def _last_key(word: str) -> str:
-    key, _, value = word.partition("=")
-    return f"{key.rsplit('.', 1)[-1]}={value}"

@@ -10,7 +10,6 @@ from eval.metrics.motion import (
     sharpness_energies,
     spread_over_noise,
 )
-from eval.speed.latency import measure
 from teachers.errors import UserError
 
 
@@ -110,13 +109,3 @@ def test_identity_error_equals_leaving_clips_out_by_hand():
     keep = [[j for j in range(9) if j != i] for i in range(9)]
     left = torch.tensor([identity_agreement(faces[rows], portraits[rows])[0] for rows in keep], dtype=torch.float64)
     assert error == pytest.approx(float((8 / 9 * (left - left.mean()).square().sum()).sqrt()), rel=1e-9)
-
-
-def test_latency_counts_only_measured_runs():
-    calls = []
-    result = measure(lambda: calls.append(1), warmup=3, runs=5)
-    assert len(calls) == 8
-    assert result["runs"] == 5
-    assert result["min"] <= result["p05"] <= result["median"] <= result["p95"] <= result["max"]
-    with pytest.raises(UserError, match="at least one run"):
-        measure(lambda: None, runs=0)

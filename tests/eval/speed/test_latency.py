@@ -7,7 +7,17 @@ import pytest
 import torch
 
 from eval.speed import roofline
-from eval.speed.latency import Scene, chunk_work, clocked, interleave, percentile, settled_chunks, spread, stream
+from eval.speed.latency import (
+    Scene,
+    chunk_work,
+    clocked,
+    interleave,
+    median_seconds,
+    percentile,
+    settled_chunks,
+    spread,
+    stream,
+)
 from students.history import History
 from teachers.errors import UserError
 from tests.support.tiny import MIDAS, a_bundle, a_portrait, some_sound
@@ -53,6 +63,17 @@ def test_sleep_is_wall_time_and_no_cpu_time():
             pass
 
     assert clocked(work).cpu_seconds >= 0.02
+
+
+def test_a_median_counts_only_measured_runs():
+    calls = []
+
+    def call():
+        calls.append(1)
+        time.sleep(0.05 if len(calls) <= 3 else 0.001 * len(calls))
+
+    assert 0.006 <= median_seconds(call, warmup=3, runs=5) < 0.05
+    assert len(calls) == 8
 
 
 def test_a_stream_is_timed_step_by_step(bundle, scene):

@@ -12,8 +12,6 @@ import yaml
 
 from distill.commands.sample import command
 from distill.data.procedural import render
-from distill.live import chat_planner
-from distill.live.chat_planner import ChatPlanner, audio_facts, named
 from students.history import History
 from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
@@ -23,8 +21,8 @@ from tests.distill.commands.sample.test_command import FPS, RATE, inputs, noted,
 from tests.distill.commands.sample.test_command import film as sample_film
 from tests.students.test_every_student import PER_FRAME, STUDENTS, film, opened, play, sound_of
 from tests.support.tiny import a_bundle, a_portrait, rng, some_sound
-from tests.support.tiny_adapters import save_image_text
 
+CHAT = Path(__file__).parents[3] / "examples" / "own_planner" / "chat_planner.py"
 KINDS = ["sequential", "diagonal", "midas"]
 
 
@@ -261,7 +259,10 @@ def test_a_script_is_read(script):
         ("", "holds no mapping"),
         ("a: [", "cannot be read"),
         ({"timeline": []}, "either timeline"),
-        ({"timeline": [{"at": 0, "do": "idle"}], "planner": {"folder": "x"}}, "either timeline"),
+        (
+            {"timeline": [{"at": 0, "do": "idle"}], "planner": {"name": f"{CHAT}:Chat", "folder": "x"}},
+            "either timeline",
+        ),
         ({"timelines": []}, "unknown key 'timelines'.*did you mean 'timeline'"),
         ({"timeline": [{"at": 0, "doo": "idle"}]}, r"unknown key 'timeline\[0\]\.doo'.*did you mean 'do'"),
         ({"timeline": [{"do": "idle"}]}, r"missing key 'timeline\[0\]\.at'"),
@@ -274,7 +275,8 @@ def test_a_script_is_read(script):
         ({"timeline": [{"at": 0, "do": "idle", "how": "blend"}]}, r"timeline\[0\]\.how.*'keep', 'recache'"),
         ({"behaviours": {"two words": "a"}, "timeline": [{"at": 0, "do": "idle"}]}, r"behaviours\.two words"),
         ({"behaviours": {"wave": " "}, "timeline": [{"at": 0, "do": "idle"}]}, r"behaviours\.wave"),
-        ({"planner": {"folder": "x", "every": 0}}, r"planner\.every: got 0"),
+        ({"planner": {"folder": "x"}}, r"missing key 'planner\.name'"),
+        ({"planner": {"name": "nowhere:Thing"}}, r"no file of the planner 'nowhere'"),
     ],
 )
 def test_a_wrong_script_is_one_line_that_names_file_and_key(script, values, told):
@@ -323,73 +325,9 @@ def test_sample_wants_a_text_until_the_timeline_begins(inputs, noted, script):  
     args.text = None
     with pytest.raises(UserError, match=r"^--text is missing"):
         command.run(args)
+    planner = {"name": f"{CHAT}:Chat", "folder": str(inputs["out"].parent / "nowhere")}
     with pytest.raises(UserError, match=r"^no planner: [^\n]*nowhere[^\n]*config\.json"):
-        run({"planner": {"folder": str(inputs["out"].parent / "nowhere")}}, "a person nods")
-
-
-def test_audio_facts():
-    silence, voice = torch.zeros(16000), 0.1 * torch.ones(16000)
-    assert audio_facts(silence[:0]) == {"seconds": 0.0, "loudness": -100.0, "active": 0.0, "silent": 0.0}
-    facts = audio_facts(torch.cat([voice, silence]))
-    assert facts["seconds"] == 2.0
-    assert facts["loudness"] == pytest.approx(-20 - 10 * math.log10(2))
-    assert facts["active"] == 50.0
-    assert facts["silent"] == 1.0
-    assert audio_facts(torch.cat([silence, voice]))["silent"] == 0.0
-
-
-def test_an_answer_is_a_name_and_nothing_else():
-    said = {" Listen.\n": "listen", '"idle"': "idle", "**THINK**": "think"}
-    said |= dict.fromkeys(["", "listen or speak", "listening", "I think", "nod", "speak\nidle"])
-    assert {answer: named(answer, BEHAVIOURS) for answer in said} == said
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory) -> Path:
-    return save_image_text(tmp_path_factory.mktemp("chat"))
-
-
-def test_a_model_is_shown_the_portrait_and_told_the_sound(chat_folder, monkeypatch):
-    """A random LLaVA in the published layout: its words depend on the picture's pixels, and none of them is a behaviour."""
-    planner = ChatPlanner(chat_folder, BEHAVIOURS, Fraction(2))
-    assert planner.sees
-    given = []
-    keep = planner.model.generate
-    monkeypatch.setattr(planner.model, "generate", lambda **asked: given.append(asked) or keep(**asked))
-    portrait, sound = a_portrait(), some_sound(16000)
-    assert planner.next(Fraction(3), sound, portrait) is None
-    planner.next(Fraction(3), sound, -portrait)
-    assert not torch.equal(given[0]["pixel_values"], given[1]["pixel_values"])
-    assert not given[0]["do_sample"]
-    asked = []
-    monkeypatch.setattr(planner, "ask", lambda question, _: asked.append(question) or "Listen.")
-    assert planner.next(Fraction(3), sound, portrait) == Cue(BEHAVIOURS["listen"], "keep")
-    assert asked[0].endswith("one word of: speak, listen, think, idle, gesture")
-    assert "in the last 1.0 s" in asked[0]
-
-
-def test_a_model_s_answers_steer_the_stream(chat_folder, monkeypatch):
-    bundle, words = a_bundle(), ["Gesture.", "no idea", "idle"]
-    planner = ChatPlanner(chat_folder, {"gesture": "someone nods", "idle": "someone smiles"}, Fraction(1, 2), "recache")
-    monkeypatch.setattr(planner, "ask", lambda *_: words.pop(0) if words else "")
-    session = opened(bundle)
-    session.push(sound_of(bundle, 8))
-    texts = [session.point.text for _ in Director(session, planner, a_portrait()).frames()]
-    changes = [text for text, before in zip(texts, ["", *texts], strict=False) if text != before]
-    assert changes == ["a person nods", "someone nods", "someone smiles"]
-
-
-def test_a_model_that_cannot_be_read_is_one_line(chat_folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"^no planner: [^\n]*nowhere has no config\.json[^\n]*$"):
-        ChatPlanner(tmp_path / "nowhere", BEHAVIOURS, Fraction(2))
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match=rf"^planner cannot be read \([^\n]*{tmp_path.name}[^\n]*$"):
-        ChatPlanner(tmp_path, BEHAVIOURS, Fraction(2))
-    processor = chat_planner._loaded(chat_folder)[1]
-    processor.chat_template = None
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda *_, **__: processor)
-    with pytest.raises(UserError, match=r"^planner has no chat template: [^\n]*$"):
-        ChatPlanner(chat_folder, BEHAVIOURS, Fraction(2))
+        run({"planner": planner}, "a person nods")
 
 
 def test_the_clock_of_the_fixtures():

@@ -1,4 +1,4 @@
-"""Scripted conversations: what is timed, what is scored, what a judge says."""
+"""Scripted conversations: what is timed, what is scored."""
 
 import json
 
@@ -9,7 +9,6 @@ import torch
 from distill.cli import main
 from distill.commands.eval import multiturn
 from distill.commands.eval.multiturn import Played, Script
-from distill.live import judge
 from distill.live.client import Answer
 from students.weights.checkpoint import save_student
 from teachers.errors import UserError
@@ -59,33 +58,6 @@ def test_times_scores_and_drift_are_those_of_each_turn():
     assert report["luma"]["change_a_turn"] == pytest.approx(-15, abs=0.1)  # mean of -30 and 0
     assert report["parts_ms"]["denoise"] == {"p50": 10.0, "p95": 30.0}
     assert "| luma |" in multiturn.table(report)
-
-
-class Strict:
-    """Says 7, but forgets the box for one dimension."""
-
-    def __init__(self):
-        self.asked = []
-
-    def ask(self, frames, question):
-        self.asked.append((len(frames), question))
-        return "good" if "logical" in question else "I think \\boxed{3} no, \\boxed{7}"
-
-
-def test_every_answer_of_a_judge_is_kept_as_it_came(tmp_path):
-    strict, frames = Strict(), np.zeros((100, 4, 4, 3), np.uint8)
-    report = judge.judged(strict, [("a", ("hello", "bye"), frames)], tmp_path / "judge.jsonl")
-    lines = [json.loads(line) for line in (tmp_path / "judge.jsonl").read_text().splitlines()]
-    assert [line["dimension"] for line in lines] == list(judge.DIMENSIONS)
-    assert len(lines) == 9
-    assert report["unanswered"] == 1
-    assert "LC" not in report["mean_raw"]
-    assert set(report["mean_raw"].values()) == {7.0}
-    assert all(count == 32 and "1. hello\n2. bye" in question for count, question in strict.asked)
-    assert judge.read_score("\\boxed{11}") is None
-    assert judge.read_score("8") is None
-    with pytest.raises(UserError, match="judge cannot be read"):
-        judge.load_judge(tmp_path)
 
 
 def test_the_command_holds_a_conversation_in_real_time(tmp_path, capsys):

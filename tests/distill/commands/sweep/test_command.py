@@ -161,7 +161,8 @@ def test_the_ablation_undoes_the_default_step_by_step():
         (["seed=0,1", "run_dir=x"], "'run_dir=x': -m; every job has its own run folder"),
         (["seed=0,1", "hydra/launcher=submitit_slurm"], "jobs are started by launcher=, e.g. launcher='srun python'"),
         (["sweep=livetalk_ablatoin"], "did you mean 'livetalk_ablation'?"),
-        (["sweep=BROKEN.yaml"], "not a sweep: BROKEN.yaml"),
+        (["sweep=EMPTY.yaml"], "not a sweep: EMPTY.yaml"),
+        (["sweep=BROKEN.yaml"], "wrong value of 'jobs.a': 1 in BROKEN.yaml; it must be list of str"),
         (["sweep=NAMES.yaml"], "not a job's name: '../up' in NAMES.yaml"),
     ],
 )
@@ -169,6 +170,7 @@ def test_what_is_wrong_in_any_job_is_told_before_the_first(place, monkeypatch, c
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     monkeypatch.setattr("distill.training.metrics_log.get_available_trackers", lambda: [])
     monkeypatch.chdir(place)
+    Path("EMPTY.yaml").write_text("jobs: {}\n")
     Path("BROKEN.yaml").write_text("jobs: {a: 1}\n")
     Path("NAMES.yaml").write_text("jobs: {../up: []}\n")
     assert main(["run", str(RECIPE), "-m", *words(place, *given)]) == 2

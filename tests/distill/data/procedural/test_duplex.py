@@ -410,7 +410,9 @@ def test_a_film_of_two_voices_and_directions(folder, tmp_path, monkeypatch):
     both = ["--other", folder / "other.wav", "--pose", folder / "turn.csv"]
     assert sampled(folder, tmp_path / "a.mp4", *both, "--push-ms", "70")[0] == 0
     bundle, own = load_student(folder / "duplex"), media.decode_audio(folder / "own.wav")[0]
-    other = torch.cat([duet[:, 1] for duet in Duet(media.AudioReader(folder / "own.wav"), folder / "other.wav")])
+    other = torch.cat(
+        [duet[:, 1] for duet in Duet(*(media.AudioReader(folder / f"{name}.wav") for name in ("own", "other")))]
+    )
     assert len(other) == 36000
     session = Session(bundle, media.fit_image(media.decode_image(folder / "face.png"), (16, 16)), "a person nods")
     pose = torch.tensor([[0.0, 0.0, 1.0]] * 5 + [[-1.0, 0.5, 1.0]] * 25)

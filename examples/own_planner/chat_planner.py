@@ -1,11 +1,14 @@
 """A local chat model that says what the avatar does next, as FlowAct-R1's planner does (2601.10103).
 
+    distill sample ... --timeline timeline.yaml     # planner: {name: "chat_planner:Chat", folder: DIR, every: 2}
+
 The model is shown the portrait, where it takes images, and the loudness of the last seconds; it must answer with the
 name of a behaviour. Any transformers model of the class is read, in the layout that `save_pretrained` writes. Nothing is
 downloaded, no pickle is read and no code of a folder is run.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +47,23 @@ def audio_facts(audio: Tensor) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A local chat model in `folder` that is called every `every` seconds; `how` its texts take effect (see Session.set)."""
+
+    folder: Path
+    every: Fraction = Fraction(2)
+    how: Literal["keep", "recache"] = "keep"
+
+    def __post_init__(self):
+        if self.every <= 0:
+            raise ValueError(f"every: got {self.every}; give seconds above 0")
+
+    def load(self, behaviours: Mapping[str, str]) -> "ChatPlanner":
+        """UserError where the model cannot be read."""
+        return ChatPlanner(self.folder, behaviours, self.every, self.how)
+
+
 class ChatPlanner:
     """Asks AutoModelForMultimodalLM (image-text-to-text or audio-language) of a folder for one of `behaviours`, name -> text, its
     likeliest words; any other answer keeps what is."""
@@ -56,7 +76,7 @@ class ChatPlanner:
         self.model, self.processor = _loaded(folder)
         self.sees = getattr(self.processor, "image_processor", None) is not None
 
-    def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:  # noqa: ARG002
+    def next(self, seconds: Fraction, recent_audio: Tensor, reference: Tensor | None) -> Cue | None:
         """The behaviour that the model names."""
         asked = ASK.format(**audio_facts(recent_audio), names=", ".join(self.behaviours))
         name = named(self.ask(asked, reference), self.behaviours)

@@ -1,5 +1,8 @@
 """A multimodal model as judge of whole conversations: nine dimensions, raw scores kept.
 
+    distill eval multiturn --student DIR --out multiturn
+    python examples/own_judge/judge.py multiturn --model models/qwen-vl     # judge.jsonl beside multiturn.json
+
 The dimensions are LiveTalk's (2512.23576, sec. 5 and appendix; the questions are ours, theirs are not published), asked one at a
 time about at most 32 frames and the transcript, at temperature 0.1 and top-p 0.9, answered as \\boxed{0..10}. LiveTalk turns scores
 into percentiles of z-scores over all systems, which change whenever a system is added; here every answer is stored as it came.
@@ -7,16 +10,21 @@ into percentiles of z-scores over all systems, which change whenever a system is
 A judge is any object with `ask(frames, question) -> str`; frames are uint8 [n, H, W, 3].
 """
 
+import argparse
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import Image
 
+from teachers import media
+from teachers.checkpoints.local_model import ask, load_local
 from teachers.errors import UserError
 from teachers.files import atomic_write
 
@@ -39,7 +47,7 @@ ASK = (
 
 
 class Judge(Protocol):
-    """What `--judge` loads."""
+    """What `judged` asks."""
 
     def ask(self, frames: np.ndarray, question: str) -> str: ...
 
@@ -68,35 +76,47 @@ def read_score(answer: str) -> float | None:
     return float(found[-1]) if found and float(found[-1]) <= 10 else None
 
 
-@dataclass
 class LocalJudge:
-    """An image-text-to-text model of transformers in a local folder (Qwen-VL and its like)."""
+    """An image-text-to-text model of transformers in a local folder (Qwen-VL and its like), safetensors alone; UserError where it
+    cannot be read."""
 
-    model: Any
-    processor: Any
-    max_tokens: int = 64
+    def __init__(self, folder: Path, max_tokens: int = 64):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.model, self.processor = load_local("judge", folder, AutoModelForImageTextToText, AutoProcessor)
+        self.max_tokens = max_tokens
 
     def ask(self, frames: np.ndarray, question: str) -> str:
-        from PIL import Image
-
+        """The model's words to a question about pictures uint8 [n, H, W, 3]."""
         pictures = [{"type": "image", "image": Image.fromarray(frame)} for frame in frames]
-        message = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
-        inputs = self.processor.apply_chat_template(
-            message, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(self.model.device)
-        answer = self.model.generate(
-            **inputs, max_new_tokens=self.max_tokens, do_sample=True, temperature=0.1, top_p=0.9
-        )
-        return self.processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+        content = [*pictures, {"type": "text", "text": question}]
+        return ask(self.model, self.processor, content, self.max_tokens, temperature=0.1, top_p=0.9)
 
 
-def load_judge(folder: Path) -> LocalJudge:
-    """From a local folder, safetensors alone; UserError where it cannot be read."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
+def read_conversations(folder: Path) -> list[tuple[str, list[str], np.ndarray]]:
+    """(name, user's turns, frames uint8 [T, H, W, 3]) of every conversation that `distill eval multiturn` left in a folder."""
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-        return LocalJudge(model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True))
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"judge cannot be read ({reason}): {folder}; download the whole model there") from error
+        rows = json.loads((folder / "multiturn.json").read_text(encoding="utf-8"))["turns"]
+    except OSError as error:
+        raise UserError(
+            f"no conversations: {folder} has no multiturn.json; run distill eval multiturn first"
+        ) from error
+    starts = [i for i, row in enumerate(rows) if row["turn"] == 0]
+    found = []
+    for number, (start, stop) in enumerate(pairwise([*starts, len(rows)])):
+        frames, _ = media.read_video(folder / f"{number:03d}.mp4")
+        found.append((rows[start]["conversation"], [row["text"] for row in rows[start:stop]], frames.numpy()))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the --out of distill eval multiturn")
+    parser.add_argument("--model", type=Path, required=True, help="local multimodal model")
+    args = parser.parse_args()
+    found = judged(LocalJudge(args.model), read_conversations(args.folder), args.folder / "judge.jsonl")
+    sys.stdout.write(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
