@@ -12,10 +12,11 @@ from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCT
 
 from benchmarks.lookahead import deviation_table
 from distill.data.latents import ConditionEncoders
+from teachers.checkpoints.local_model import load_pretrained
 from teachers.conditions import pack_rows
-from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig, load_pretrained
+from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig
 from teachers.errors import UserError
-from teachers.networks.wan import AudioPack
+from teachers.networks.wan_block import AudioPack
 from tests.support import reference_audio as reference
 from tests.support.tiny import randn, randomise, rng, some_sound
 
