@@ -73,18 +73,15 @@ class Lora:
 
         return replace(weight, read=read)
 
-    @property
-    def adapter(self) -> dict[str, Lazy]:
-        """The tensors under the names of diffusers' load_lora_adapter."""
-        return {
-            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side]
+    def write(self, path: Path) -> None:
+        """One file, the tensors under the names of diffusers' load_lora_adapter."""
+        targets = sorted(name.removesuffix(".weight") for name in self.pairs)
+        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+        tensors = {
+            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side].read().contiguous()
             for name, pair in self.pairs.items()
             for side in "AB"
         }
-
-    def write(self, path: Path) -> None:
-        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": sorted(_modules(self.pairs))}
-        tensors = {name: tensor.read().contiguous() for name, tensor in self.adapter.items()}
         save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
 
 
@@ -286,22 +283,18 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architec
     return architecture
 
 
-def _modules(names: Any) -> set[str]:
-    return {name.removesuffix(".weight") for name in names}
-
-
 def _lora(checkpoint: Checkpoint) -> Lora:
     """The LoRA of a checkpoint whose tensors are complete; UserError unless it is complete and of its config's rank."""
     config, path, names = checkpoint.config, checkpoint.path, checkpoint.names
     rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
     source = "config.json states" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
     declared = config.get("lora_target_modules", layouts.LORA_TARGETS)
-    targets = tuple(f".{target}" for target in (declared.split(",") if isinstance(declared, str) else declared))
+    targets = tuple(f".{target}.weight" for target in (declared.split(",") if isinstance(declared, str) else declared))
     needed = [
         name
         for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight") and name.startswith("blocks.") and len(tensor.shape) == 2
-        and any(f".{module}".endswith(targets) for module in _modules((name, layouts.rename(name, layouts.TO_WAN))))
+        if name.startswith("blocks.") and len(tensor.shape) == 2
+        and any(f".{either}".endswith(targets) for either in (name, layouts.rename(name, layouts.TO_WAN)))
     ]  # fmt: skip
 
     def label(name: str, side: str) -> str:
