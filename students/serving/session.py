@@ -193,7 +193,10 @@ class Session:
                 return self._advance()
             if starved.reason not in ("audio", "pose") or self.idle == "wait":
                 return starved
-            return self._hold(starved) if self.idle == "hold" else self._live()
+            if self.idle == "hold":
+                return self._hold(starved)
+            self.inputs.fill(self.point.chunk)  # silence, and the last pose
+            return self._advance("live")
 
     def frames(self) -> Iterator[Chunk]:
         """Every chunk that can be drawn now."""
@@ -222,10 +225,8 @@ class Session:
         self.viewed = min(viewed, self.point.frame)
         if not keep_input:
             start = self.spec.pixel_frames(self.point.chunk)[0]
-            self.point = replace(
-                self.point, state=replace(self.point.state, flight=())
-            )  # it was denoised with that input
-            self.points[-1] = self.point
+            state = replace(self.point.state, flight=())  # it was denoised with that input
+            self.points[-1] = self.point = replace(self.point, state=state)
             self.inputs.cut(start)
         return self.point.frame
 
@@ -323,11 +324,6 @@ class Session:
         parts = ("wait", "encode", "denoise", "decode")
         seconds = {name: b - a for name, a, b in zip(parts, clock[:-1], clock[1:], strict=True)}
         return Chunk(index, point.frame, frames, audio, seconds, idle)
-
-    def _live(self) -> Chunk:
-        """The next chunk, the missing input made up: silence, and the last pose."""
-        self.inputs.fill(self.point.chunk)
-        return self._advance("live")
 
     def _hold(self, starved: Starved) -> Chunk | Starved:
         """The last frame once more, for as long as a chunk lasts; nothing is drawn."""
