@@ -14,7 +14,8 @@ from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
-from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
+from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.resolve import Registry
 
 NETWORKS = Registry(
     kind="student network",

@@ -17,7 +17,6 @@ from torch import Tensor
 from students.schedule import advance, refine_context
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside
-from students.spec import Spec
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
@@ -110,7 +109,12 @@ class Session:
         conditions: Mapping[str, Tensor] | None = None,
     ):
         spec = bundle.spec
-        self._check_reference(spec, reference)
+        if spec.network.reference != (reference is not None):
+            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
+            raise UserError(f"reference image {wanted}")
+        size = (3, spec.height, spec.width)
+        if reference is not None and tuple(reference.shape) != size:
+            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
         if idle not in IDLE or (lead is not None and lead < 1):
             raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
         if idle != "wait" and lead is None:
@@ -134,15 +138,6 @@ class Session:
             features = self._read(text)
             self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
-
-    @staticmethod
-    def _check_reference(spec: Spec, reference: Tensor | None) -> None:
-        size = (3, spec.height, spec.width)
-        if spec.network.reference != (reference is not None):
-            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
-            raise UserError(f"reference image {wanted}")
-        if reference is not None and tuple(reference.shape) != size:
-            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
 
     # ---- input
 
