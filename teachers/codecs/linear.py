@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -19,7 +19,10 @@ class CodecConfig:
     stride: int = 2
     patch: int = 16
     channels: int = 48
-    fitted: ClassVar[bool] = True
+
+    @property
+    def fitted(self) -> bool:
+        return True
 
     def load(self, folder: Path, height: int, width: int) -> "EigenCodec":
         """The codec of `folder`/codec.safetensors; UserError where it is missing, damaged or of another size."""

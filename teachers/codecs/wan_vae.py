@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -33,7 +33,10 @@ class WanLatentsConfig:
     stride: int = 4
     patch: int = 8
     channels: int = 16
-    fitted: ClassVar[bool] = False
+
+    @property
+    def fitted(self) -> bool:
+        return False
 
     def checked(self, codec: AnyCodec) -> AnyCodec:
         """The codec; UserError where it has another geometry."""
