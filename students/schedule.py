@@ -1,6 +1,5 @@
 """The order of a stream's chunks and denoising steps, and the one function that serving iterates and training folds."""
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,41 +79,26 @@ def advance(
     plan=None,
     grad: bool = False,
 ):
-    """The state's chunk finished: its x0 [B, C, n, H, W], and what `commit` needs of the steps.
+    """The state's chunk finished: its x0 [B, C, n, H, W] (of the exit step), and what `commit` needs of the steps.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
     at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to
-    the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing).
+    the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing). `plan` is made where none is given.
     With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does.
     """
-    if student.spec.schedule.depth == 1:
-        return denoise_chunk(student, state, conditions, functools.partial(noise, 0), sigmas, exit_step, plan, grad)
-    if exit_step not in (None, len(sigmas) - 1):
-        raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
-    return step_diagonal(student, state, conditions, noise, sigmas, plan, grad)
-
-
-def denoise_chunk(
-    student,
-    state,
-    conditions: Conditions,
-    noise,
-    sigmas: Sequence[float],
-    exit_step: int | None = None,
-    plan=None,
-    grad: bool = False,
-):
-    """Sequential: K denoising steps of one chunk; noise(i) [B, C, n, H, W] is that of step i. `plan` is made where none is given.
-    Returns the exit step's x0, and what each step gave for `commit`."""
+    if student.spec.schedule.depth > 1:
+        if exit_step not in (None, len(sigmas) - 1):
+            raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
+        return step_diagonal(student, state, conditions, noise, sigmas, plan, grad)
     last = len(sigmas) - 1 if exit_step is None else exit_step
     own, ahead = _plans(student, state, conditions, plan, grad)
-    x, steps = noise(0), []
+    x, steps = noise(0, 0), []
     for i in range(last + 1):
         with torch.set_grad_enabled(grad and i == last):
             x0, made = student.denoise(state, own if grad and i == last else ahead, x, sigmas[i], conditions, i)
         steps.append(made)
         if i < last:
-            x = flow.add_noise(x0, noise(i + 1), sigmas[i + 1])
+            x = flow.add_noise(x0, noise(0, i + 1), sigmas[i + 1])
     return x0, steps
 
 

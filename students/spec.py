@@ -14,7 +14,8 @@ from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
-from teachers.registry import AudioEncoderKind, CodecKind, Registry, TextEncoderKind
+from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
+from teachers.resolve import Registry
 
 NETWORKS = Registry(
     kind="student network",
@@ -86,10 +87,8 @@ class Spec:
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
                 f"with chunk_frames={self.chunk_frames}"
             )
-        if self.schedule.forwards(len(self.sigmas)) != len(self.sigmas):
-            self._check_diagonal()
-
-    def _check_diagonal(self) -> None:
+        if self.schedule.forwards(len(self.sigmas)) == len(self.sigmas):
+            return
         history = self.history
         if history.commit != "clean" or history.window == 0:
             raise UserError(
@@ -111,10 +110,6 @@ class Spec:
         if samples.denominator != 1:
             raise UserError(f"fps {self.fps} does not divide {SAMPLE_RATE} Hz; use 25/2, 16, 20 or 25")
         return samples.numerator
-
-    @property
-    def sample_rate(self) -> int:
-        return SAMPLE_RATE
 
     @property
     def num_chunks(self) -> int:

@@ -65,12 +65,19 @@ class Student(nn.Module):
     spec: Spec
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
-        """The empty context of a stream under text features [B, L, D], kept as `cache` (see `new_state`)."""
-        raise NotImplementedError
+        """The empty context of a stream under text features [B, L, D].
+
+        `cache` value: every state holds its own keys and values (training folds them, a branch of a stream may go on from any).
+        inplace: buffers of fixed size that the states of one stream share, without gradient, for serving; a diagonal schedule,
+        which moves its context within a step, has values all the same.
+        """
+        in_place = cache == "inplace" and self.spec.schedule.depth == 1
+        return State(kv_cache=InplaceKVCache(self.spec.history) if in_place else None)
 
     def set_text(self, state: State, text: Tensor) -> State:
-        """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
-        raise NotImplementedError
+        """The same context under another text [B, L, D]; what was committed under the old one stays as it is. Nothing to do for
+        students that read it with every chunk."""
+        return state
 
     def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Any:
         """What the denoising steps of the state's chunk share, read once, without gradient. With `grad` what a step with gradient
@@ -99,14 +106,21 @@ class Student(nn.Module):
     def denoise_diagonal(
         self, state: State, plan: Any, x: Tensor, sigmas: Sequence[float], conditions: Conditions
     ) -> tuple[Tensor, CachedChunk | None]:
-        """Chunks in flight, each at its own sigma -> x0, and the pending chunk's entry; of students with a diagonal schedule."""
+        """Of students with a diagonal schedule: x [B, C, k n, H, W] of the state's chunk and those behind it, each at its own of k
+        sigmas; they see each other and the context, which does not see them (FlowAct-R1's fake-causal mask) -> x0, and the
+        pending chunk's entry."""
         raise NotImplementedError
 
     def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
     ) -> Tensor:
-        """The same in one masked pass, for training: x [B, C, k n, H, W] in flight, each chunk at its own sigma [B, k], behind the
-        clean [B, C, m n, H, W] chunks; of students with a diagonal schedule."""
+        """A forward of a diagonal stream in one masked pass, for training: x [B, C, k n, H, W], the last k chunks of the
+        conditions' frames in flight, each at its own sigma [B, k], see each other and the clean [B, C, m n, H, W] chunks before
+        them, which see those before themselves alone -> x0 [B, C, k n, H, W].
+
+        It equals `denoise_diagonal` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
+        the clean chunks' own, where that is not the history's.
+        """
         raise NotImplementedError
 
     def settle(self, state: State, entry: CachedChunk) -> State:
@@ -117,12 +131,12 @@ class Student(nn.Module):
         """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time among the visible chunks."""
         raise NotImplementedError
 
-    def new_state(self, cache: CacheKind) -> State:
-        """The empty context. `value`: every state holds its own keys and values (training folds them, a branch of a stream may
-        go on from any). `inplace`: buffers of fixed size that the states of one stream share, without gradient, for serving; a
-        diagonal schedule, which moves its context within a step, has values all the same."""
-        in_place = cache == "inplace" and self.spec.schedule.depth == 1
-        return State(kv_cache=InplaceKVCache(self.spec.history) if in_place else None)
+    @staticmethod
+    def level(x: Tensor, sigma: Tensor | float) -> Tensor:
+        """sigma [B] of x [B, ..]; one number stands for all rows, in fp32 or better."""
+        if isinstance(sigma, Tensor):
+            return sigma
+        return torch.full((x.shape[0],), sigma, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
     def past(self, state: State, step: int = 0) -> Sequence[KeyValue] | None:
         """Each block's rotated keys and values that a step of the state's chunk sees."""
@@ -145,7 +159,7 @@ class Student(nn.Module):
             context_kv = concatenate(cached, chunk, self.spec.history, self.rotate_keys)
         return replace(state, chunk=chunk, cached=cached, context_kv=context_kv)
 
-    def restore(self, state: State, cached: Sequence[CachedChunk], seen: Sequence[Finished], chunk: int) -> State:  # noqa: ARG002
+    def restore(self, state: State, cached: Sequence[CachedChunk], seen: Sequence[Finished], chunk: int) -> State:
         """The state before chunk number `chunk` of a saved stream: its KV cache, and the finished chunks that it sees."""
         return self.resume(state, cached, chunk)
 

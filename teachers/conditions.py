@@ -165,11 +165,6 @@ class Conditions:
         return {name: value for name, value in self.features.items() if FEATURES[name].axis is not None}
 
     @property
-    def constant(self) -> dict[str, Tensor]:
-        """The features that stay as they are for a whole stream."""
-        return {name: value for name, value in self.features.items() if FEATURES[name].axis is None}
-
-    @property
     def stored(self) -> dict[str, Tensor]:
         """The features that a training set keeps, a row a clip."""
         return {name: value for name, value in self.features.items() if FEATURES[name].stored}

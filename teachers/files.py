@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,12 +105,12 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
         temporary.chmod(0o644)  # safetensors makes files that nobody else may read
 
 
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; UserError when it is missing or damaged."""
     if not path.is_file():
         raise UserError(f"no tensor file: {path}; the stage that writes it has to run first")
     try:
-        return load_file(path, device=str(device))
+        return load_file(path)
     except SafetensorError as error:
         raise UserError(f"damaged tensor file: {path} ({error}); delete it and run again") from error
 

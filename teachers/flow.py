@@ -49,8 +49,6 @@ def on_grid(sigmas: Sequence[float], grid: Sequence[float], tolerance: float = 1
 
 def expand(sigma: Level, like: Latents) -> Float[Tensor, "batch 1 #frames 1 1"]:
     """sigma [B] or per frame [B, F] -> broadcastable to like [B, C, F, H, W], on its device."""
-    if sigma.ndim == 1:
-        return sigma.view(-1, 1, 1, 1, 1).to(like.device)
     return sigma.view(sigma.shape[0], 1, -1, 1, 1).to(like.device)
 
 

@@ -9,9 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from teachers.resolve import Registry, resolve
-
-__all__ = ["AUDIO_ENCODERS", "CODECS", "TEXT_ENCODERS", "Registry", "resolve"]
+from teachers.resolve import Registry
 
 CODECS = Registry(
     kind="codec",

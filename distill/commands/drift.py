@@ -21,6 +21,7 @@ from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student
 from teachers.codecs.linear import to_float
 from teachers.config import convert
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -90,12 +91,12 @@ def print_table(table: list[dict[str, float]], history: History) -> None:
 
 def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: tqdm) -> tuple[Tensor, Tensor]:
     """Frames uint8 [T, H, W, 3] and audio rows [T, A] of one stream; audio is synthesised and pushed a minute at a time."""
-    spec, total = bundle.spec, int(60 * bundle.spec.fps) * args.minutes
+    total = int(60 * bundle.spec.fps) * args.minutes
     session, frames, rows = Session(bundle, to_float(portrait), text, args.seed + index, drop=("pose",)), [], []
     count = 0
     for minute in range(args.minutes + 1):
         rng = keyed_generator(args.seed, "drift", index, minute)
-        session.push(audio=speech.synthesise(1, 60 * spec.sample_rate, rng).audio[0])
+        session.push(audio=speech.synthesise(1, 60 * SAMPLE_RATE, rng).audio[0])
         for chunk in session.frames():
             frames.append(chunk.frames)
             rows.append(bundle.audio_encoder(chunk.audio))

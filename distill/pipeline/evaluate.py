@@ -343,7 +343,7 @@ def generate_all(
     artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Rows, int]]
 ) -> None:
     """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
-    ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on where it was."""
+    ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on."""
     config, engine, batch = artifacts.recipe.eval, artifacts.engine, clip_sets.generated_at_once(artifacts)
     jobs = [
         (generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))

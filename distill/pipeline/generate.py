@@ -76,7 +76,7 @@ def many_step_clips(
     batch: int,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, as an autoregressive teacher draws them: each chunk by the guided
+    """x0 [N, C, F, h, w] of whole clips, or of these `rows`, as an autoregressive teacher draws them: each chunk by the guided
     Euler solution on `grid`, every branch of the guidance with a context of its own."""
 
     def make(rows: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from students.student import CacheKind, Finished, ReadAhead, State, Student, sta
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, to_x0
-from teachers.networks.wan import AvatarTransformer, Span, rotate
+from teachers.networks.wan import AvatarTransformer, Span
+from teachers.networks.wan_block import rotate
 
 Groups = Sequence[Sequence[int]]
 
@@ -67,11 +68,10 @@ class CausalWan(Student):
         if self.net.guidance_embedder is not None:
             levels = set()  # the scale is embedded with them
         times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
-        state = replace(self.new_state(cache), read=ReadAhead(times=times))
+        state = replace(super().open(cache=cache), read=ReadAhead(times=times))
         return state if text is None else self.set_text(state, text)
 
     def set_text(self, state: State, text: Tensor) -> State:
-        """The same context under another text [B, L, D]; what was committed under the old one stays as it is."""
         return replace(state, read=replace(state.read, text=self.net.read_text(text)))
 
     def plan(self, state: State, conditions: Conditions, grad: bool = False) -> ReadAhead | None:
@@ -134,12 +134,9 @@ class CausalWan(Student):
         self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int, plan: ReadAhead | None
     ) -> tuple[Tensor, list[KeyValue]]:
         """`_run` of the state's chunk x [B, C, n, H, W] alone, at one sigma."""
-        number = None if isinstance(sigma, Tensor) else sigma
-        if not isinstance(sigma, Tensor):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            sigma = torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
+        number, level = None if isinstance(sigma, Tensor) else sigma, self.level(x, sigma)
         known = conditions.known if state.chunk == 0 else ()
-        return self._run([Segment(x, sigma.unsqueeze(1), conditions, known)], state, plan, number, step)
+        return self._run([Segment(x, level.unsqueeze(1), conditions, known)], state, plan, number, step)
 
     def denoise(
         self,
@@ -150,8 +147,6 @@ class CausalWan(Student):
         conditions: Conditions,
         step: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
-        """x [B, C, n, H, W] of the state's chunk at sigma ([B], or one number), which is denoising step `step` -> x0, and what
-        `commit` may want to know of this step; conditions are those of the chunk's frames."""
         x0, cache = self._chunk(state, x, sigma, conditions, step, plan)
         return x0, stacked(cache) if self.spec.history.commit == "same_level" else None
 
@@ -164,11 +159,8 @@ class CausalWan(Student):
         steps: Sequence | DiagonalStep = (),
         plan: ReadAhead | None = None,
     ) -> State:
-        """Put a finished chunk into the context and return the state of the next chunk.
-
-        `steps`: what `denoise` gave of each step; only a same_level history needs it, a clean one makes its own pass, which
-        shares the chunk's `plan` (made where none is given).
-        """
+        """As every student's. Only a same_level history needs `steps`; a clean one makes its own pass, which shares the chunk's
+        `plan` (made where none is given)."""
         history = self.spec.history
         if isinstance(steps, DiagonalStep):
             state = state if steps.entry is None else self.settle(state, steps.entry)
@@ -186,8 +178,6 @@ class CausalWan(Student):
     def denoise_diagonal(
         self, state: State, plan: ReadAhead | None, x: Tensor, sigmas: Sequence[float], conditions: Conditions
     ) -> tuple[Tensor, CachedChunk | None]:
-        """Diagonal: x [B, C, k n, H, W] of the state's chunk and those behind it, each at its own of k sigmas; they see each
-        other and the context, which does not see them (FlowAct-R1's fake-causal mask) -> x0, and the pending chunk's entry."""
         n, pending = self.spec.chunk_frames, state.pending
         dtype = torch.promote_types(x.dtype, torch.float32)
 
@@ -210,7 +200,6 @@ class CausalWan(Student):
         return replace(self.resume(state, state.cached, state.chunk + 1), chunk=state.chunk)
 
     def settle(self, state: State, entry: CachedChunk) -> State:
-        """The state whose pending chunk is in the context, as `entry`."""
         return self.resume(replace(state, pending=None), (*state.cached, entry), state.chunk)
 
     def denoise_clip(
@@ -235,13 +224,6 @@ class CausalWan(Student):
     def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
     ) -> Tensor:
-        """A forward of a diagonal stream in one masked pass, for training: x [B, C, k n, H, W], the last k chunks of the
-        conditions' frames in flight, each at its own sigma [B, k], see each other and the clean [B, C, m n, H, W] chunks before
-        them, which see those before themselves alone (FlowAct-R1's fake-causal mask) -> x0 [B, C, k n, H, W].
-
-        It equals `denoise_diagonal` after those chunks were committed, but gradient passes through the context too. `level` [B, m]:
-        the clean chunks' own, where that is not the history's.
-        """
         n, start, see = self.spec.chunk_frames, clean.shape[2], self.spec.history.visible
         front, stop = start // n, conditions.num_frames
         if start + x.shape[2] != stop or x.shape[2] != n * sigma.shape[1]:

@@ -4,6 +4,7 @@ One chunk is one latent frame in the paper; more are planned and denoised togeth
 plans of the chunks that its History names: each holds that chunk's conditions and the latents before it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -49,16 +50,12 @@ class Midas(Student):
     @property
     def _size(self) -> int:
         """Positions of a chunk: its condition tokens, and the latent tokens of the chunk before."""
-        height, width = self.spec.token_grid
-        return self.spec.chunk_frames * (self.net.conditions.count + height * width)
+        return self.spec.chunk_frames * self.net.conditions.count + self._tokens
 
-    @torch.no_grad()
-    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:  # noqa: ARG002
-        """The empty context; text and the other conditions are read with every chunk."""
-        return self.new_state(cache)
-
-    def set_text(self, state: State, text: Tensor) -> State:  # noqa: ARG002
-        return state
+    @property
+    def _tokens(self) -> int:
+        """Latent tokens of a chunk."""
+        return self.spec.chunk_frames * math.prod(self.spec.token_grid)
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
         return self.net.rotate(keys, place * self._size)
@@ -66,20 +63,10 @@ class Midas(Student):
     def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Plan:
         """The language model's pass over the chunk's conditions and the chunk before it, which is `pending`."""
         with torch.set_grad_enabled(grad):
-            return self._plan(state, conditions)
-
-    def _plan(self, state: State, conditions: Conditions) -> Plan:
-        inputs = self.net("inputs", self._before(state, conditions), conditions, 0, self._like(conditions))
-        hidden, cached = self.net("read", inputs, self.past(state), len(state.cached) * self._size)
-        keys, values = stacked(cached)
-        own = hidden[:, self.spec.chunk_frames * self.net.conditions.count :]
-        return Plan(own, CachedChunk(state.chunk, (keys,), (values,)))
-
-    def _like(self, conditions: Conditions) -> Tensor:
-        channels, height, width = self.spec.latent_size
-        return conditions.text.new_empty(()).expand(
-            conditions.text.shape[0], channels, self.spec.chunk_frames, height, width
-        )
+            inputs = self.net("inputs", self._before(state, conditions), conditions, 0, self._tokens)
+            hidden, cached = self.net("read", inputs, self.past(state), len(state.cached) * self._size)
+            keys, values = stacked(cached)
+        return Plan(hidden[:, -self._tokens :], CachedChunk(state.chunk, (keys,), (values,)))
 
     def _before(self, state: State, conditions: Conditions) -> Tensor | None:
         """The latents that a chunk's plan reads: of the chunk before, in the beginning of the reference."""
@@ -89,21 +76,14 @@ class Midas(Student):
             return None
         return conditions.reference.expand(-1, -1, self.spec.chunk_frames, -1, -1)
 
-    def denoise(  # commit is given the plan's entry, of every step the same
-        self,
-        state: State,
-        plan: Plan,
-        x: Tensor,
-        sigma: Tensor | float,
-        conditions: Conditions,
-        step: int = 0,  # noqa: ARG002
+    def denoise(
+        self, state: State, plan: Plan, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
     ) -> tuple[Tensor, CachedChunk]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
+        level = self.level(x, sigma)
         known = conditions.known if state.chunk == 0 else ()
         x = write_reference(x, conditions, known)
         out = self.net.latents_of(self.net("head", self.net.tokens(x), level, plan.hidden), x)
-        return to_x0(out, x, level, conditions, self.net.config.prediction, known), plan.entry
+        return to_x0(out, x, level, conditions, self.net.config.prediction, known), plan.entry  # of every step the same
 
     @torch.no_grad()
     def commit(
@@ -153,10 +133,10 @@ class Midas(Student):
         for i in range(chunks):
             given = conditions.frames(i * n, (i + 1) * n)
             before = clean[:, :, (i - 1) * n : i * n] if i else self._before(State(), given)
-            inputs.append(self.net("inputs", before, given, self._bucket(level, i, clean), self._like(given)))
+            inputs.append(self.net("inputs", before, given, self._bucket(level, i, clean), self._tokens))
         see = [self.spec.history.visible(i) for i in range(chunks)]
         hidden = self.net("read_clip", torch.stack(inputs, dim=1), see)
-        return hidden[:, :, n * self.net.conditions.count :]
+        return hidden[:, :, -self._tokens :]
 
     def _bucket(self, level: Tensor | None, chunk: int, clean: Tensor) -> Tensor | int:
         """The noise bucket of the chunk before number `chunk`; the reference, and a clip without noise, is clean."""

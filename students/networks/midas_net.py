@@ -11,7 +11,6 @@ B = batch, N = tokens, D = width of the language model, W = width of the head, M
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from teachers import flow
+from teachers.checkpoints.local_model import load_pretrained
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind
@@ -74,8 +74,9 @@ class MidasConfig(NetworkKind):
         if self.llm is not None:
             read_language_model(net, self.llm)
 
-    def enable_checkpointing(self, net: "MidasNet", *function: Callable) -> None:  # noqa: ARG002
-        net.enable_gradient_checkpointing()
+    def enable_checkpointing(self, net: "MidasNet", *function: Callable) -> None:
+        """Each layer of the language model is run again in the backward pass."""
+        net.gradient_checkpointing = True
 
     @property
     def kv_per_token(self) -> int:
@@ -176,12 +177,6 @@ class DiffusionHead(nn.Module):
         return self.project(self.norm(x) * (1 + scale) + shift)
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Qwen2's rotary embedding of x [.., n, M, d] by cos and sin [n, 1, d]: halves, not interleaved pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 class MidasNet(nn.Module):
     """Language model, condition projector and head; transformers' Qwen2 holds the language model's weights under its names.
 
@@ -229,10 +224,7 @@ class MidasNet(nn.Module):
         self.head = DiffusionHead(config, size)
         self.gradient_checkpointing = False
         self._rope_cache: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self._start()
-
-    def _start(self) -> None:
-        """Output and gates start at zero, as in PixArt; history noise starts unseen."""
+        # Output and gates start at zero, as in PixArt; history noise starts unseen.
         still: list[Any] = [block.modulate[-1] for block in (*self.head.blocks, self.head)]  # pyright: ignore
         for layer in (*still, self.head.project):
             nn.init.zeros_(layer.weight)
@@ -253,10 +245,6 @@ class MidasNet(nn.Module):
         """The head, which runs every step with the same shapes; the language model's context grows until it is full."""
         self.head.compile(**options)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Each layer of the language model is run again in the backward pass."""
-        self.gradient_checkpointing = True
-
     @property
     def dtype(self) -> torch.dtype:
         return self.latents.weight.dtype
@@ -273,12 +261,11 @@ class MidasNet(nn.Module):
         grid = tokens.unflatten(-1, (channels, p, p)).unflatten(1, (frames, height // p, width // p))
         return grid.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
 
-    def inputs(self, previous: Tensor | None, conditions: Conditions, bucket: Tensor | int, like: Tensor) -> Tensor:
-        """What the language model reads for a chunk: [B, n count + tokens, D]. `previous` [B, C, n, H, W] is the chunk before
-        (None: there is none, `like` has its shape); bucket [B] or a number: how noisy it is."""
+    def inputs(self, previous: Tensor | None, conditions: Conditions, bucket: Tensor | int, size: int) -> Tensor:
+        """What the language model reads for a chunk: [B, n count + size, D]. `previous` [B, C, n, H, W] is the chunk before, of
+        `size` tokens (None: there is none); bucket [B] or a number: how noisy it is."""
         tokens = self.conditions(conditions).flatten(1, 2)
         if previous is None:
-            size = math.prod(like.shape[2:]) // self.config.patch**2
             read = self.first.expand(tokens.shape[0], size, -1)
         else:
             read = self.latents(self.tokens(previous).to(self.dtype))
@@ -299,7 +286,9 @@ class MidasNet(nn.Module):
     def rotate(self, x: Tensor, first: int) -> Tensor:
         """x [.., n, M, d] rotated to positions first .. first + n - 1."""
         cos, sin = self.rope_table(first, x.shape[-3])
-        return rotate_halves(x.to(cos.dtype), cos, sin).to(x.dtype)
+        wide = x.to(cos.dtype)
+        one, two = wide.chunk(2, dim=-1)  # Qwen2 rotates halves, not interleaved pairs
+        return (wide * cos + torch.cat([-two, one], dim=-1) * sin).to(x.dtype)
 
     def read(self, x: Tensor, past: Sequence[KeyValue] | None, first: int) -> tuple[Tensor, list[KeyValue]]:
         """Tokens x [B, N, D] at positions `first`.. that see the past (each layer's rotated keys and values [B, P, M, d]) and each
@@ -349,26 +338,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def read_language_model(net: MidasNet, folder: Path) -> None:
     """The weights of a local Qwen2 folder (transformers' layout; vocabulary left out) in place of fresh ones; UserError where it
     cannot be read or is of another size."""
-    from transformers import Qwen2Config, Qwen2Model
+    from transformers import Qwen2Model
 
-    try:
-        config = Qwen2Config.from_pretrained(folder, local_files_only=True)
-        given: Any = Qwen2Model.from_pretrained(folder, config=config, local_files_only=True, dtype=net.dtype)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(
-            f"no language model: {folder} ({first}); give student.network.llm a local folder of Qwen2"
-        ) from error
-    wanted, sizes = (
-        net.llm.config,
-        ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
-    )
-    wrong = [
-        f"{name} {getattr(config, name)} for {getattr(wanted, name)}"
-        for name in sizes
-        if getattr(config, name) != getattr(wanted, name)
-    ]
-    if wrong:
+    where = "a local folder of Qwen2 for student.network.llm"
+    given = load_pretrained(Qwen2Model, folder, where, net.dtype, (r"lm_head\..*",))
+    sizes = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    pairs = {name: (getattr(given.config, name), getattr(net.llm.config, name)) for name in sizes}
+    if wrong := [f"{name} {theirs} for {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]:
         raise UserError(f"another language model: {folder} has {', '.join(wrong)}; set student.network to its sizes")
     del given.embed_tokens
     net.llm.load_state_dict(given.state_dict())

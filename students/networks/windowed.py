@@ -15,12 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from students.schedule import DiagonalStep
 from students.spec import Spec
 from students.student import CacheKind, Finished, State, Student
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import NETWORKS, Dims, NetworkKind, write_reference
+
+
+def _inner(name: str) -> Any:
+    """A property: what the wrapped network says."""
+    return property(lambda self: getattr(self.network, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,33 +46,13 @@ class WindowedConfig(NetworkKind):
     def build(self, dims: Dims) -> Any:
         return self.network.new(dims)
 
-    @property
-    def takes(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.network.takes
-
-    @property
-    def prediction(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.network.prediction
-
-    @property
-    def reference(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.network.reference
-
-    @property
-    def patch(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.network.patch
-
-    @property
-    def guidance(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.network.guidance
-
-    @property
-    def feature_width(self) -> int:
-        return self.network.feature_width
-
-    @property
-    def num_blocks(self) -> int:
-        return self.network.num_blocks
+    takes = _inner("takes")
+    prediction = _inner("prediction")
+    reference = _inner("reference")
+    patch = _inner("patch")
+    guidance = _inner("guidance")
+    feature_width = _inner("feature_width")
+    num_blocks = _inner("num_blocks")
 
     def check(self) -> None:
         self.network.check()
@@ -103,14 +87,11 @@ class Windowed(Student):
             )
         self.net, self.spec = net, spec
 
-    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:  # noqa: ARG002
+    def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
         """The empty context; all conditions are read in every step."""
         return State()
 
-    def set_text(self, state: State, text: Tensor) -> State:  # noqa: ARG002
-        return state
-
-    def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Window:  # noqa: ARG002
+    def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Window:
         """The chunk's window. Nothing of a network is in it, so steps with and without gradient share it."""
         return self._window(state.window, conditions, state.chunk)
 
@@ -118,24 +99,16 @@ class Windowed(Student):
         known = conditions.known if chunk == 0 or (past and past[0].chunk == 0) else ()
         latents = torch.cat([part.x0 for part in past], dim=2) if past else None
         given = Conditions.join_frames([*(part.conditions for part in past), conditions])
-        now = dict(conditions.constant)
+        now = given.timed
         if (scale := self.scale(conditions)) is not None:
             now["guidance"] = scale
-        return Window(latents, Conditions(given.features, **now), known)
+        return Window(latents, Conditions(conditions.features, **now), known)
 
     def denoise(
-        self,
-        state: State,
-        plan: Window | None,
-        x: Tensor,
-        sigma: Tensor | float,
-        conditions: Conditions,
-        step: int = 0,  # noqa: ARG002
+        self, state: State, plan: Window | None, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
     ) -> tuple[Tensor, None]:
         window = self.plan(state, conditions) if plan is None else plan
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        level = sigma if isinstance(sigma, Tensor) else torch.full((x.shape[0],), sigma, device=x.device, dtype=dtype)
-        return self._step(window, x, level, None), None
+        return self._step(window, x, self.level(x, sigma), None), None
 
     def _step(self, window: Window, x: Tensor, sigma: Tensor, past_sigma: Tensor | None) -> Tensor:
         """x [B, C, n, H, W] at sigma [B] behind its window, at past_sigma [B, m n] (None: the history's level) -> x0."""
@@ -151,14 +124,7 @@ class Windowed(Student):
         return self.net.kind.denoise(self.net, x, level, window.conditions, window.known)[:, :, -frames:]
 
     @torch.no_grad()
-    def commit(
-        self,
-        state: State,
-        x0: Tensor,
-        conditions: Conditions,
-        steps: Sequence | DiagonalStep = (),  # noqa: ARG002
-        plan: Window | None = None,  # noqa: ARG002
-    ) -> State:
+    def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:
         """The chunk's latents and conditions enter the window."""
         return self._moved(state, (*state.window, Finished(state.chunk, x0.detach(), conditions)), state.chunk + 1)
 
@@ -166,7 +132,7 @@ class Windowed(Student):
         see = self.spec.history.visible(chunk)
         return replace(state, chunk=chunk, window=tuple(part for part in past if part.chunk in see))
 
-    def restore(self, state: State, cached: Sequence, seen: Sequence[Finished], chunk: int) -> State:  # noqa: ARG002
+    def restore(self, state: State, cached: Sequence, seen: Sequence[Finished], chunk: int) -> State:
         return self._moved(state, seen, chunk)
 
     def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int, cache: CacheKind = "value") -> State:

@@ -35,8 +35,7 @@ class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
     `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is
-    bounded by what `forget` leaves. What `conditions` computes is on
-    the device of its arguments.
+    bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
     """
 
     def __init__(
@@ -169,20 +168,15 @@ class SessionInputs:
             "pose": self.pose.read(self.pose.start, self.pose.end),
         }
         tensors |= {f"given.{name}": value for name, value in self.given.features.items()}
-        if self.resampler is not None:
-            facts["resampler"] = {
-                "rate": self.resampler.source_rate,
-                "first": self.resampler.first,
-                "made": self.resampler.made,
-            }
-            tensors["resampler"] = self.resampler.tail
+        if (own := self.resampler) is not None:
+            facts["resampler"] = {"rate": own.source_rate, "first": own.first, "made": own.made}
+            tensors["resampler"] = own.tail
         return facts, tensors
 
     def restore(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
         self.closed = facts["closed"]
-        prefix = "given."
-        self.given = Conditions({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)})
+        self.given = Conditions(named(tensors, "given."))
         self.audio = Stream(self.audio.row_shape, facts["audio"])
         self.pose = Stream(self.pose.row_shape, facts["pose"])
         self.audio.push(tensors["audio"])
@@ -261,3 +255,8 @@ def encode_window(encoder: AudioEncoder, window: Tensor, first: int, last: int) 
     if window.ndim == 1:
         return encoder.rows(window, first, last)
     return side_by_side(encoder.rows(window.T, first, last))
+
+
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -22,18 +22,15 @@ class Beside:
     def run(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Callable[[], Second]]:
         """The first one's result as soon as it is there, and a function that gives the second one's (called once)."""
         if self.side is not None:
-            return self._on_cuda(self.side, first, second)
+            with torch.cuda.device(self.device):
+                self.side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(self.side):
+                    out = first()
+                value = second()
+                self.side.synchronize()
+            return out, lambda: value
         second = torch.inference_mode()(second)
         if self.pool is None:
             return first(), second
         future = self.pool.submit(second)
         return first(), future.result
-
-    def _on_cuda(self, side: torch.cuda.Stream, first, second):
-        with torch.cuda.device(self.device):
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                out = first()
-            value = second()
-            side.synchronize()
-        return out, lambda: value

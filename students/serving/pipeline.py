@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,12 +93,10 @@ class AvatarPipeline(DiffusionPipeline):
         if not frames:
             raise UserError("audio is empty: there is nothing to say; give at least one sample")
         video, sound = torch.cat(frames)[:count], torch.cat(sounds)[: session.inputs.audio.end]
-        shown = {
-            "pt": lambda: video,
-            "np": video.numpy,
-            "pil": lambda: [Image.fromarray(frame) for frame in video.numpy()],
-        }
-        return AvatarPipelineOutput(frames=shown[output_type](), audio=sound, fps=float(spec.fps))
+        shown: Any = video if output_type == "pt" else video.numpy()
+        if output_type == "pil":
+            shown = [Image.fromarray(frame) for frame in shown]
+        return AvatarPipelineOutput(frames=shown, audio=sound, fps=float(spec.fps))
 
     def _reference(self, image: Image.Image | Tensor) -> Tensor:
         if isinstance(image, Tensor):

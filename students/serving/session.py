@@ -17,7 +17,6 @@ from torch import Tensor
 from students.schedule import advance, refine_context
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside
-from students.spec import Spec
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
@@ -110,7 +109,12 @@ class Session:
         conditions: Mapping[str, Tensor] | None = None,
     ):
         spec = bundle.spec
-        self._check_reference(spec, reference)
+        if spec.network.reference != (reference is not None):
+            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
+            raise UserError(f"reference image {wanted}")
+        size = (3, spec.height, spec.width)
+        if reference is not None and tuple(reference.shape) != size:
+            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
         if idle not in IDLE or (lead is not None and lead < 1):
             raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
         if idle != "wait" and lead is None:
@@ -134,15 +138,6 @@ class Session:
             features = self._read(text)
             self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
-
-    @staticmethod
-    def _check_reference(spec: Spec, reference: Tensor | None) -> None:
-        size = (3, spec.height, spec.width)
-        if spec.network.reference != (reference is not None):
-            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
-            raise UserError(f"reference image {wanted}")
-        if reference is not None and tuple(reference.shape) != size:
-            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
 
     # ---- input
 
@@ -193,7 +188,10 @@ class Session:
                 return self._advance()
             if starved.reason not in ("audio", "pose") or self.idle == "wait":
                 return starved
-            return self._hold(starved) if self.idle == "hold" else self._live()
+            if self.idle == "hold":
+                return self._hold(starved)
+            self.inputs.fill(self.point.chunk)  # silence, and the last pose
+            return self._advance("live")
 
     def frames(self) -> Iterator[Chunk]:
         """Every chunk that can be drawn now."""
@@ -222,10 +220,8 @@ class Session:
         self.viewed = min(viewed, self.point.frame)
         if not keep_input:
             start = self.spec.pixel_frames(self.point.chunk)[0]
-            self.point = replace(
-                self.point, state=replace(self.point.state, flight=())
-            )  # it was denoised with that input
-            self.points[-1] = self.point
+            state = replace(self.point.state, flight=())  # it was denoised with that input
+            self.points[-1] = self.point = replace(self.point, state=state)
             self.inputs.cut(start)
         return self.point.frame
 
@@ -323,11 +319,6 @@ class Session:
         parts = ("wait", "encode", "denoise", "decode")
         seconds = {name: b - a for name, a, b in zip(parts, clock[:-1], clock[1:], strict=True)}
         return Chunk(index, point.frame, frames, audio, seconds, idle)
-
-    def _live(self) -> Chunk:
-        """The next chunk, the missing input made up: silence, and the last pose."""
-        self.inputs.fill(self.point.chunk)
-        return self._advance("live")
 
     def _hold(self, starved: Starved) -> Chunk | Starved:
         """The last frame once more, for as long as a chunk lasts; nothing is drawn."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from students.kv_cache import CachedChunk
 from students.schedule import InFlight
+from students.serving.inputs import named
 from students.serving.session import Event, Point, Session
 from students.student import Finished
 from students.weights.checkpoint import Bundle
@@ -66,11 +67,7 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
         "flight": [chunk.done for chunk in point.state.flight],
         "pending": how == "exact" and point.state.pending is not None,
         "decoder": None if point.decoder is None else len(point.decoder),
-        "events": [
-            {"at": event.at, "text": event.text, "how": event.how}
-            for event in session.events
-            if event.at >= point.chunk
-        ],
+        "events": [{"at": e.at, "text": e.text, "how": e.how} for e in session.events if e.at >= point.chunk],
         "inputs": inputs,
         "viewed": session.viewed,
         "lead": session.lead,
@@ -104,7 +101,7 @@ def load_session(bundle: Bundle, path: Path) -> Session:
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
     session.viewed = facts["viewed"]
-    session.inputs.restore(facts["inputs"], _named(tensors, "inputs."))
+    session.inputs.restore(facts["inputs"], named(tensors, "inputs."))
     with torch.inference_mode():
         session.events = tuple(
             Event(event["at"], event["text"], session._read(event["text"]), event["how"]) for event in facts["events"]
@@ -118,32 +115,18 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     start, student = session.point, session.bundle.student
     seen = []
     for i, chunk in enumerate(facts["seen"]):
-        timed = _named(tensors, f"seen.{i}.")
+        timed = named(tensors, f"seen.{i}.")
         x0 = timed.pop("x0")
-        conditions = (
-            Conditions(
-                session.inputs.features(chunk, x0.shape[2]) | timed,
-                text=start.features,
-                reference=session.reference,
-                guidance=session._scale,
-            )
-            .to(session.device)
-            .drop(*session.drop)
-        )
-        seen.append(Finished(chunk, x0, conditions))
+        given = session.inputs.features(chunk, x0.shape[2]) | timed
+        own = {"text": start.features, "reference": session.reference, "guidance": session._scale}
+        seen.append(Finished(chunk, x0, Conditions(given, **own).to(session.device).drop(*session.drop)))
     if facts["how"] == "exact":
-        cached = tuple(
-            CachedChunk(
-                chunk,
-                *(
-                    tuple(tensors[f"kept.{i}.{name}.{j}"] for j in range(facts["passes"]))
-                    for name in ("keys", "values")
-                ),
-            )
-            for i, chunk in enumerate(facts["kept"])
-        )
+        cached = []
+        for i, chunk in enumerate(facts["kept"]):
+            own = (_listed(tensors, f"kept.{i}.{name}", facts["passes"]) for name in ("keys", "values"))
+            cached.append(CachedChunk(chunk, *own))
         state = student.restore(start.state, cached, seen, facts["chunk"])
-        decoder = None if facts["decoder"] is None else tuple(tensors[f"decoder.{i}"] for i in range(facts["decoder"]))
+        decoder = None if facts["decoder"] is None else _listed(tensors, "decoder", facts["decoder"])
     else:
         state = student.recommit(start.features, seen, facts["chunk"], cache="inplace")
         decoder = _warm(session, seen, facts["chunk"])
@@ -163,9 +146,8 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     )
 
 
-def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def _listed(tensors: dict[str, Tensor], name: str, count: int) -> tuple[Tensor, ...]:
+    return tuple(tensors[f"{name}.{i}"] for i in range(count))
 
 
 def _warm(session: Session, seen: list[Finished], chunk: int):

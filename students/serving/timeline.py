@@ -14,7 +14,7 @@ chat model (FlowAct-R1 2601.10103's planner).
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -130,13 +130,13 @@ def read_script(file: Path) -> Script:
     for i, (before, entry) in enumerate(zip((None, *entries), entries, strict=False)):
         if entry.at < 0 or (before is not None and entry.at <= before.at):
             raise UserError(f"timeline[{i}].at: got {float(entry.at):g} s in {file}; times start from 0 and must rise")
-    return Script(behaviours=behaviours, timeline=entries, planner=given.planner)
+    return replace(given, behaviours=behaviours, timeline=entries)
 
 
 def _resolved(entry: TimelineEntry, i: int, behaviours: Mapping[str, str], file: Path) -> TimelineEntry:
     """The entry with the text that its `do` means. One word that is no name is refused, since it is most often a slip."""
     if entry.do in behaviours:
-        return TimelineEntry(at=entry.at, do=behaviours[entry.do], how=entry.how)
+        return replace(entry, do=behaviours[entry.do])
     if len(entry.do.split()) < 2:
         hint = nearest(entry.do, behaviours)
         raise UserError(f"timeline[{i}].do: no behaviour {entry.do!r} in {file}; {hint}, or a text of several words")
@@ -171,10 +171,8 @@ class Director:
 
     def __init__(self, session: Session, planner: Planner, reference: Tensor | None = None):
         self.session, self.planner, self.reference = session, planner, reference
-        self.called, self.planned = (
-            -1,
-            set[int](),
-        )  # the last chunk that the planner was called for, and those that got a text of it
+        self.called = -1  # the last chunk that the planner was called for
+        self.planned: set[int] = set()  # those that got a text of it
         first, second = (session.spec.pixel_frames(chunk)[1] for chunk in (0, 1))
         count = -(-planner.every * session.spec.fps // (second - first))
         self.played: deque[tuple[int, Tensor]] = deque(maxlen=int(count) + 1 + (session.lead or 0))

@@ -8,20 +8,22 @@ the modules that were trained in full.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from teachers.checkpoints.convert import fill_network
-from teachers.checkpoints.strict import check_shapes, shapes_of
+from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
+from teachers.checkpoints.weights import read_tensors
 from teachers.config import nearest
 from teachers.errors import UserError
+from teachers.files import save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -85,7 +87,8 @@ def targeted(net: nn.Module, targets: Sequence[str], full: Sequence[str]) -> dic
     for target in targets:
         ends = [name for name in modules if name == target or name.endswith(f".{target}")]
         if not ends:
-            raise UserError(f"lora.targets: no module is called '{target}'; {nearest(target, _ends(modules))}")
+            known = (name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear))
+            raise UserError(f"lora.targets: no module is called '{target}'; {nearest(target, known)}")
         for name in ends:
             module = modules[name]
             if not isinstance(module, nn.Linear):
@@ -96,12 +99,6 @@ def targeted(net: nn.Module, targets: Sequence[str], full: Sequence[str]) -> dic
                 raise UserError(f"lora.full: {name} is in it and one of lora.targets too; leave one out")
             found[name] = module
     return found
-
-
-def _ends(modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    for name, module in modules.items():
-        if isinstance(module, nn.Linear):
-            yield name.rpartition(".")[2]
 
 
 def leaves(net: nn.Module, full: Sequence[str]) -> list[str]:
@@ -151,9 +148,7 @@ def write_adapter(folder: Path, adapter: Adapter, base: Base, net: Any, header: 
         inference_mode=True,
     )
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
-    tensors = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata=header)
-    (folder / WEIGHTS).chmod(0o644)  # safetensors makes files that nobody else may read
+    save_tensors(folder / WEIGHTS, {f"{PREFIX}{name}": tensor for name, tensor in adapter.tensors.items()}, header)
     (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -177,11 +172,13 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(rank=rank, alpha=alpha, targets=targets, full=full, tensors=named)
 
 
-def load_over_base(net: Any, folder: Path, base: Base, fill: Any) -> None:
-    """Fill a plain network with the base's weights, fold the adapter of `folder` in. UserError where the base is gone or another.
+def fill(net: nn.Module, file: Path) -> None:
+    """Put the tensors of a file under our names into a network; UserError for a missing or damaged one, or what does not fit."""
+    load_strict(net, read_tensors(file, "export the student again"), file, HINT)
 
-    fill(net, file) reads a file of our names.
-    """
+
+def load_over_base(net: Any, folder: Path, base: Base) -> None:
+    """Fill a plain network from its base, fold the adapter of `folder` in; UserError where the base is gone or another."""
     adapter, where = read_adapter(folder), f"base of the adapter {folder}"
     for path in (base.path, base.wan):
         if path is not None and not path.exists():

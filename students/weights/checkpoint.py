@@ -8,21 +8,36 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
 
 from students.spec import Spec
 from students.student import Student
-from students.weights.adapter import HINT, WEIGHTS, Adapter, Base, load_over_base, write_adapter
-from students.weights.compatible import check, header
-from teachers.checkpoints.strict import load_strict
+from students.weights.adapter import WEIGHTS, Adapter, Base, fill, load_over_base, write_adapter
+from teachers.checkpoints.weights import read_json
 from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
+from teachers.files import save_tensors
 from teachers.registry import AudioEncoder, Codec, Text
+
+FIXED = (
+    "chunk_frames",
+    "sigmas",
+    "first_sigmas",
+    "first_chunks",
+    "schedule.depth",
+    "history.commit",
+    "history.level",
+    "history_noise",
+    "guidance",
+)
+"""Dotted names of a Spec: what training fixed about a student's sampler, kept in the header of its weights; a spec that differs is
+refused. Sinks, window and memory are not among it: they may be changed without training (LiveTalk's sinks are). Steps, their order,
+the length of a chunk and the noise of what it reads of the past may not."""
+KEY = "trained"
 
 
 @dataclass(frozen=True)
@@ -69,13 +84,12 @@ def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, B
     folder.mkdir(parents=True, exist_ok=True)
     net, spec = bundle.student.net, to_plain(bundle.spec)
     if over is None:
-        tensors = {k: v.contiguous() for k, v in net.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors", header(bundle.spec))
+        save_tensors(folder / "model.safetensors", net.state_dict(), _header(bundle.spec))
     else:
-        write_adapter(folder, *over, net, header(bundle.spec))
+        write_adapter(folder, *over, net, _header(bundle.spec))
         spec["base"] = to_plain(over[1])
     if bundle.spec.codec.fitted:
-        save_file(bundle.codec.state_dict(), folder / "codec.safetensors")
+        save_tensors(folder / "codec.safetensors", bundle.codec.state_dict())
     if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
         bundle.text.save(folder / "text")
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -85,38 +99,61 @@ def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, B
 def load_student(folder: Path) -> Bundle:
     """Read a student folder strictly; UserError for a missing file, a damaged one, or a tensor that does not fit the spec."""
     folder = Path(folder)
-    try:
-        values = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run") from error
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"damaged student: {folder / 'spec.json'} ({error}); export it again") from error
-    values, base = (dict(values), values.get("base")) if isinstance(values, dict) else (values, None)
+    values = read_json(folder / "spec.json")
+    if not values:
+        raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run")
+    base = values.pop("base", None)
     if base is not None:
-        base = convert(Base, values.pop("base"), "base", lambda _: str(folder / "spec.json"))
+        base = convert(Base, base, "base", lambda _: str(folder / "spec.json"))
     spec = convert(Spec, values, locate=lambda _: str(folder / "spec.json"))
     if spec.format != 1:
         raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
-    check(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
+    _check_sampler(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
     if base is None:
-        _fill_from(student.net, folder / "model.safetensors")
+        fill(student.net, folder / "model.safetensors")
     else:
-        load_over_base(student.net, folder, base, _fill_from)
+        load_over_base(student.net, folder, base)
     codec = spec.codec.load(folder, spec.height, spec.width)
     text, audio_encoder = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
     return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
 
 
-def _fill_from(module: nn.Module, path: Path) -> None:
-    load_strict(module, _tensors(path), path, HINT)
+def _header(spec: Spec) -> dict[str, str]:
+    """Metadata of a safetensors file of weights that were trained under this spec; one entry, for safetensors writes several in
+    another order every time, and the same weights are the same file."""
+    return {KEY: json.dumps(_fixed(spec))}
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _check_sampler(spec: Spec, weights: Path) -> None:
+    """UserError where the header of `weights` has another sampler. Weights without it pass, and a missing or damaged file
+    is for its reader to name."""
     try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"no weights: {path}; export the student again") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"damaged weights: {path} ({error}); export the student again") from error
+        with safe_open(weights, "pt") as file:
+            trained = json.loads((file.metadata() or {}).get(KEY, "{}"))
+    except (OSError, SafetensorError, json.JSONDecodeError):
+        return
+    for name, value in json.loads(json.dumps(_fixed(spec))).items():
+        if name in trained and trained[name] != value:
+            raise UserError(
+                f"student not trained for this sampler: {name} is {_short(value)} in spec.json, {_short(trained[name])} in "
+                f"{weights}; put that back, or train a student for it"
+            )
+
+
+def _fixed(spec: Spec) -> dict[str, Any]:
+    plain, found = to_plain(spec), {}
+    for name in FIXED:
+        value: Any = plain
+        for part in name.split("."):
+            value = value.get(part)  # what was added later is left out at its default
+        found[name] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    """Numbers to four digits."""
+    if isinstance(value, list):
+        return f"[{', '.join(_short(item) for item in value)}]"
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)

@@ -1,7 +1,7 @@
 """Published checkpoints <-> ours, strictly: no missing or unexpected tensor, no guess, no pickle.
 
-    plan("OmniAvatar-1.3B", "ours", base="Wan2.1-T2V-1.3B").write("teacher")      or convert(...), which is both
-    net = load_network("teacher")
+    plan("OmniAvatar-1.3B", "ours", base="Wan2.1-T2V-1.3B").write("teacher")
+    teacher = load_teacher("teacher")
 
 A conversion renames and, on request, folds a LoRA and widens the patch embedding, tensor by tensor as they are written: a 14B
 file needs the memory of one shard and one tensor.
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +28,6 @@ from teachers.networks.wan import AvatarTransformer
 
 ENTRIES = ("generator_ema", "generator", "")
 """The entries of a torch archive in order of preference: Self-Forcing samples with its averaged weights."""
-ADAPTER_NAME = "default"
 _LORA = re.compile(r"(.+)\.lora_([AB])\.(?:\w+\.)?weight")
 
 
@@ -75,18 +73,15 @@ class Lora:
 
         return replace(weight, read=read)
 
-    @property
-    def adapter(self) -> dict[str, Lazy]:
-        """The tensors under the names of diffusers' load_lora_adapter."""
-        return {
-            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side]
+    def write(self, path: Path) -> None:
+        """One file, the tensors under the names of diffusers' load_lora_adapter."""
+        targets = sorted(name.removesuffix(".weight") for name in self.pairs)
+        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+        tensors = {
+            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side].read().contiguous()
             for name, pair in self.pairs.items()
             for side in "AB"
         }
-
-    def write(self, path: Path) -> None:
-        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": sorted(_modules(self.pairs))}
-        tensors = {name: tensor.read().contiguous() for name, tensor in self.adapter.items()}
         save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
 
 
@@ -142,13 +137,6 @@ def check_target(target: Path, to: str) -> None:
         raise UserError(f"output of self-forcing is a file: {target}; let the name end in .pt")
     if to != "self-forcing" and is_file:
         raise UserError(f"output of {to} is a folder: {target}; name it without {target.suffix}")
-
-
-def convert(source: Path, target: Path, to: str, *, shard_bytes: int = SHARD_BYTES, **options: Any) -> Conversion:
-    """`plan` and write in one call."""
-    conversion = plan(source, to, **options)
-    conversion.write(target, shard_bytes)
-    return conversion
 
 
 def plan(
@@ -295,22 +283,18 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architec
     return architecture
 
 
-def _modules(names: Any) -> set[str]:
-    return {name.removesuffix(".weight") for name in names}
-
-
 def _lora(checkpoint: Checkpoint) -> Lora:
     """The LoRA of a checkpoint whose tensors are complete; UserError unless it is complete and of its config's rank."""
     config, path, names = checkpoint.config, checkpoint.path, checkpoint.names
     rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
     source = "config.json states" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
     declared = config.get("lora_target_modules", layouts.LORA_TARGETS)
-    targets = tuple(f".{target}" for target in (declared.split(",") if isinstance(declared, str) else declared))
+    targets = tuple(f".{target}.weight" for target in (declared.split(",") if isinstance(declared, str) else declared))
     needed = [
         name
         for name, tensor in checkpoint.tensors.items()
-        if name.endswith(".weight") and name.startswith("blocks.") and len(tensor.shape) == 2
-        and any(f".{module}".endswith(targets) for module in _modules((name, layouts.rename(name, layouts.TO_WAN))))
+        if name.startswith("blocks.") and len(tensor.shape) == 2
+        and any(f".{either}".endswith(targets) for either in (name, layouts.rename(name, layouts.TO_WAN)))
     ]  # fmt: skip
 
     def label(name: str, side: str) -> str:
@@ -374,35 +358,3 @@ def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = No
         for name, parameter in own.items():
             if not parameter.is_meta:  # of a meta network only shapes are checked
                 parameter.copy_(conversion.tensors[name].read())
-
-
-def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
-    """The network of a folder that `convert(..., to="ours")` wrote, with its adapter (named "default") where there is one.
-
-    Strict: UserError that lists what is missing, unexpected or of another shape. `dtype` None is fp32; norms, time embedding and
-    modulation stay fp32 whatever it is.
-    """
-    folder = Path(folder)
-    config = weights.read_json(folder / "config.json")
-    if config.get("_class_name") != "AvatarTransformer":
-        raise UserError(
-            f"no network: {folder} has no config.json of layout ours; distill convert {folder} OUT --to ours"
-        )
-    checkpoint = read_checkpoint(folder)
-    try:
-        with init_empty_weights():
-            outline: Any = AvatarTransformer.from_config(config)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"damaged file: {folder / 'config.json'} ({error}); convert again") from error
-    layouts.check(checkpoint.shapes, {n: tuple(t.shape) for n, t in outline.state_dict().items()}, {}, folder)
-    net: Any = AvatarTransformer.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
-    if checkpoint.pairs:
-        from peft import get_peft_model_state_dict
-
-        lora = _lora(checkpoint)
-        net.load_lora_adapter(folder, prefix=None, weight_name=weights.ADAPTER, adapter_name=ADAPTER_NAME)
-        loaded = get_peft_model_state_dict(net, adapter_name=ADAPTER_NAME)
-        layouts.check(
-            {n: tuple(t.shape) for n, t in loaded.items()}, {n: t.shape for n, t in lora.adapter.items()}, {}, folder
-        )
-    return net

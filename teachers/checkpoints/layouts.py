@@ -270,13 +270,7 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
     """The config.json of a layout; None where it has none (self-forcing)."""
     a = architecture
     num_heads = a.width // a.head_dim
-    shared = {
-        "num_layers": a.num_layers,
-        "ffn_dim": a.ffn_dim,
-        "freq_dim": a.freq_dim,
-        "text_dim": a.text_dim,
-        "eps": a.eps,
-    }
+    shared = {name: getattr(a, name) for name in ("num_layers", "ffn_dim", "freq_dim", "text_dim", "eps")}
     if layout == "ours":
         return {
             "_class_name": "AvatarTransformer", **shared, "num_heads": num_heads, "head_dim": a.head_dim,

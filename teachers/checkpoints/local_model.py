@@ -1,17 +1,21 @@
-"""A vision-language model of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
+"""Models of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from teachers.checkpoints.strict import describe, refuse
+from teachers.checkpoints.weights import weight_map
 from teachers.errors import UserError
 
 
 def load_local(
     what: str, folder: Path, model_class: Any, processor_class: Any, device: str | None = None
 ) -> tuple[Any, Any]:
-    """The model in evaluation mode, on `device` (None: a GPU where there is one), and its processor; UserError where it cannot be
+    """A chat model in evaluation mode, on `device` (None: a GPU where there is one), and its processor; UserError where it cannot be
     read."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no {what}: {folder} has no config.json; give a folder that save_pretrained wrote")
@@ -37,3 +41,52 @@ def ask(model: Any, processor: Any, content: list[dict[str, Any]], max_new_token
     ).to(model.device, model.dtype)
     tokens = model.generate(**inputs, do_sample=bool(sampling), **sampling, max_new_tokens=max_new_tokens)
     return processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+
+
+def require(folder: Path, files: Sequence[str], source: str) -> None:
+    """UserError that lists every missing file of `files` in `folder` and where to get it."""
+    if missing := [name for name in files if not (folder / name).is_file()]:
+        raise UserError(f"missing {', '.join(missing)}: {folder}; get {source}")
+
+
+def model_files(folder: Path) -> list[str]:
+    """Files of a transformers model in safetensors: its config and one file of weights, or an index and all its shards."""
+    index = folder / "model.safetensors.index.json"
+    shards = [index.name, *sorted(set(weight_map(index).values()))] if index.is_file() else ["model.safetensors"]
+    return ["config.json", *shards]
+
+
+def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optional: Sequence[str] = ()):
+    """The frozen transformers model of class `kind` in a local folder, read strictly from safetensors.
+
+    Tensors whose whole name matches a pattern of `optional` may be missing or unexpected. UserError lists missing files, and the
+    tensors that are missing, unexpected or of another shape.
+    """
+    from transformers.utils import logging
+
+    require(folder, model_files(folder), source)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # our one line replaces its report of tensors
+    try:
+        model, info = kind.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except Exception as error:  # whatever a reader of configs and tensors may raise at a damaged file
+        raise UserError(
+            f"unreadable {kind.__name__}: {folder} ({type(error).__name__}: {error}); get {source}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    allowed = re.compile("|".join(optional))
+    missing, unexpected = (
+        [name for name in sorted(info[key]) if not allowed.fullmatch(name)]
+        for key in ("missing_keys", "unexpected_keys")
+    )
+    wrong = {name: (actual, expected) for name, actual, expected in sorted(info["mismatched_keys"])}
+    refuse(describe(missing, unexpected, wrong), folder, f"get {source}")
+    return model.eval().requires_grad_(False)

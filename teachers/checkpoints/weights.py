@@ -94,10 +94,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _indexed(index: Path) -> list[Path]:
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> its file's name, of the index of a model in shards."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
         raise UserError(f"damaged file: {index} has no weight_map of plain file names; copy it again")
+    return names
+
+
+def _indexed(index: Path) -> list[Path]:
+    names = weight_map(index)
     files = [index.parent / name for name in sorted(set(names.values()))]
     _all_there(files, index.name)
     held = {name for file in files for name in read_safetensors(file)}
@@ -284,7 +290,8 @@ def read_tensors(path: Path, where: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"no weights: {path}; {where}")
     if path.suffix == ".safetensors":
-        return {name: tensor.read() for name, tensor in read_safetensors(path).items()}
+        with _opened(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     tensors = load_archive(path)
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"not a table of tensors: {path}; {where}")

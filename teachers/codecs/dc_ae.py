@@ -7,7 +7,7 @@ of the deepest stage, both residual and zero-initialised, so that the image code
 padded in front with copies of its first frame.
 """
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_json, read_tensors
-from teachers.codecs.linear import HINT, DecoderState
+from teachers.codecs.linear import HINT, DecoderState, StreamedCodec
 from teachers.codecs.wan_vae import check_latents, check_video
 from teachers.errors import UserError
 
@@ -182,12 +182,13 @@ class TemporalAttention(nn.Module):
         return torch.cat([even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()], dim=-1)
 
 
-class DCAE(nn.Module):
+class DCAE(StreamedCodec):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, C, T, H/patch, W/patch], a latent frame for every pixel frame.
 
     Latents are normalised per channel, (z - mean) / std. Both ways are causal: the first frame alone is the first latent, and a
     decode in chunks equals the whole one to rounding. A clip is processed a few frames at a time; the temporal modules
-    cache a few frames each, whatever the length of the stream. Gradients flow to video and latents.
+    cache a few frames each, whatever the length of the stream: a state. Without one, or with an empty one, a stream begins.
+    Gradients flow to video and latents.
     """
 
     mean: Tensor
@@ -217,16 +218,13 @@ class DCAE(nn.Module):
         raw = torch.cat(parts, dim=2)
         return _at_least_fp32(raw.sub(self._row(self.mean)).div(self._row(self.std)))
 
-    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Latents [B, C, T, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
-        return self.decode_chunk(latents)[0]
-
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it: the last frames of each temporal module,
-        never written in place. Without a state, or with an empty one, the stream begins. Raises UserError."""
-        check_latents(latents, self.config, self._deepest(state))
+        deepest = (
+            (state[0].permute(0, 1, 4, 2, 3),) if state else None
+        )  # [B, window - 1, h, w, C] as check_latents has it
+        check_latents(latents, self.config, deepest)
         parts = []
         for group in latents.to(self._dtype).split(AT_ONCE, dim=2):
             pixels, state = self.decode_raw(group * self._row(self.std) + self._row(self.mean), state)
@@ -238,7 +236,7 @@ class DCAE(nn.Module):
         """The next frames [B, 3, n, H, W] of a video -> unnormalised latents, and the state for the frames after."""
         net, batch, cache = self.network.encoder, len(video), TemporalCache(state)
         x = net.conv_in(video.transpose(1, 2).flatten(0, 1))
-        x = self._stages(net.down_blocks, self._convs("encoder"), x, batch, cache)
+        x = self._stages(net.down_blocks, "encoder", x, batch, cache)
         x = self.temporal["encoder_attention"](x, batch, cache)
         shortcut = x.unflatten(1, (self.config.channels, -1)).mean(dim=2)
         return (net.conv_out(x) + shortcut).unflatten(0, (batch, -1)).transpose(1, 2), tuple(cache.after)
@@ -249,18 +247,14 @@ class DCAE(nn.Module):
         z = latents.transpose(1, 2).flatten(0, 1)
         x = net.conv_in(z) + z.repeat_interleave(self.config.widths[-1] // self.config.channels, dim=1)
         x = self.temporal["decoder_attention"](x, batch, cache)
-        x = self._stages(reversed(net.up_blocks), self._convs("decoder"), x, batch, cache)
+        x = self._stages(reversed(net.up_blocks), "decoder", x, batch, cache)
         assert net.conv_out is not None
         x = net.conv_out(net.conv_act(net.norm_out(x.movedim(1, -1)).movedim(-1, 1)))
         return x.unflatten(0, (batch, -1)).transpose(1, 2), tuple(cache.after)
 
-    def _convs(self, name: str) -> Sequence[nn.Module]:
-        return list(self.temporal[f"{name}_convs"].children())
-
-    @staticmethod
-    def _stages(stages, convs: Sequence[nn.Module], x: Tensor, batch: int, cache: TemporalCache) -> Tensor:
+    def _stages(self, stages, name: str, x: Tensor, batch: int, cache: TemporalCache) -> Tensor:
         """Frames [B n, C, H, W] through the spatial layers, a temporal convolution after each that keeps the size."""
-        following = iter(convs)
+        following = self.temporal[f"{name}_convs"].children()
         for stage in stages:
             for layer in stage:
                 x = layer(x)
@@ -268,16 +262,8 @@ class DCAE(nn.Module):
                     x = next(following)(x, batch, cache)
         return x
 
-    def _deepest(self, state: DecoderState | None) -> DecoderState | None:
-        """The first tensor of a decoder's state [B, window - 1, h, w, C] in the layout of `check_latents`."""
-        return (state[0].permute(0, 1, 4, 2, 3),) if state else None
-
     def _row(self, values: Tensor) -> Tensor:
         return values.view(1, -1, 1, 1, 1)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.network.encoder.conv_out.weight.dtype
 
 
 def diffusers_config(config: DCAEConfig) -> dict:
@@ -309,27 +295,17 @@ def load_dc_ae(config: DCAEConfig) -> DCAE:
     published = read_json(path / "config.json")
     if published.get("_class_name") != "AutoencoderDC":
         raise UserError(f"no DC-AE: {path} has no config.json of AutoencoderDC; {WHERE}")
-    for name, expected in diffusers_config(config).items():
-        if name in published and _plain(published[name], len(config.widths)) != _plain(expected, len(config.widths)):
+    for name, expected in json.loads(json.dumps(diffusers_config(config))).items():
+        found = published.get(name, expected)
+        if ([found] * len(config.widths) if isinstance(found, str) else found) != expected:
             raise UserError(
-                f"codec: {name} is {published[name]} in {path / 'config.json'}, the recipe's sizes give {expected}; use the former"
+                f"codec: {name} is {found} in {path / 'config.json'}, the recipe's sizes give {expected}; use the former"
             )
     tensors = read_tensors(path / WEIGHTS, WHERE)
     codec = DCAE(config)
     load_strict(codec.network, tensors, path / WEIGHTS, WHERE, assign=True)
     codec.std.fill_(1 / published.get("scaling_factor", 1.0))
     return codec.float().eval().requires_grad_(False)
-
-
-def _plain(value, stages: int):
-    """Tuples as lists, a string for all stages as a list of it."""
-    if isinstance(value, str):
-        return [value] * stages
-    return (
-        [_plain(item, 0) if isinstance(item, list | tuple) else item for item in value]
-        if isinstance(value, list | tuple)
-        else value
-    )
 
 
 def _zero_init(layer: nn.Module) -> None:

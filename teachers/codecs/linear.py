@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -34,7 +35,29 @@ HINT = "export the student again"
 DecoderState = tuple[Tensor, ...]  # cached past of a streaming decoder, an immutable value; () where it needs none
 
 
-class EigenCodec(nn.Module):
+class StreamedCodec(nn.Module):
+    """A codec whose whole decode is that of a stream of one chunk."""
+
+    config: Any
+
+    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
+        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError for other shapes."""
+        return self.decode_chunk(latents)[0]
+
+    def decode_chunk(
+        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
+    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
+        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
+        its first latent gives one pixel frame, not `stride`. A state is never written in place, so a stream can resume from any
+        earlier one. Raises UserError for other shapes."""
+        raise NotImplementedError
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+
+class EigenCodec(StreamedCodec):
     """Principal components of [3, stride, H, W] frame groups, scaled by eigenvalue^-1/4 (half whitening).
 
     Video [B, 3, T, H, W] in [-1, 1] with T = 1 + stride (F - 1) <-> latents [B, C, F, H/patch, W/patch]; component i lies in
@@ -92,15 +115,9 @@ class EigenCodec(nn.Module):
         coded = (self._groups(video) - self.mean) @ self.basis.T * self.scale
         return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous()
 
-    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]."""
-        return self.decode_chunk(latents)[0]
-
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
-        its first latent gives one pixel frame, not `stride`."""
         groups = (latents.transpose(1, 2).flatten(2) / self.scale) @ self.basis + self.mean
         video = groups.unflatten(2, self.size).transpose(1, 2).flatten(2, 3)
         return (video[:, :, self.config.stride - 1 :] if state is None else video).clamp(-1, 1), ()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import CodecConfig, DecoderState
-from teachers.codecs.wan_vae import check_geometry, check_latents, check_video, gradients_if
+from teachers.codecs.linear import CodecConfig, DecoderState, StreamedCodec
+from teachers.codecs.wan_vae import WanLatentsConfig, check_latents, check_video
 from teachers.errors import UserError
 
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
@@ -67,45 +67,29 @@ class SoftClamp(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TAEHVConfig:
+class TAEHVConfig(WanLatentsConfig):
     """The tiny autoencoder of Wan2.1's latents in `path`, as `load_taehv` reads it."""
-
-    path: Path
-    stride: int = 4
-    patch: int = 8
-    channels: int = 16
-
-    @property
-    def fitted(self) -> bool:
-        return False
 
     def load(self, folder: Path, height: int, width: int) -> "TAEHV":
         """The frozen codec, for frames of any size. UserError where it has another geometry."""
-        codec = load_taehv(self.path)
-        check_geometry(self, codec.config, self.path)
-        return codec
+        return self.checked(load_taehv(self.path))
 
 
-class TAEHV(nn.Module):
+class TAEHV(StreamedCodec):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, 16, F, H/8, W/8], T = 1 + 4 (F - 1), both fp32.
 
     Latents are the diffusion model's, normalised already: no mean or deviation is applied here. Decoding is causal: each
     latent gives four frames, of which the first latent of a stream keeps its last. Encoding looks ahead: latent i is made of frames
     4i .. 4i + 3 and the past, the last frame repeated after the clip. A clip is processed one latent frame at a time,
-    so a decode in chunks equals the whole one bit for bit. The network is frozen; with `differentiable` gradients flow to the
-    video or the latents, without it no graph is recorded.
+    so a decode in chunks equals the whole one bit for bit. The network is frozen, and no graph is recorded. A state has the last
+    input frame of each memory block.
     """
 
     def __init__(
-        self,
-        widths: tuple[int, int, int, int] = (256, 128, 64, 64),
-        encoder_width: int = 64,
-        channels: int = 16,
-        differentiable: bool = False,
+        self, widths: tuple[int, int, int, int] = (256, 128, 64, 64), encoder_width: int = 64, channels: int = 16
     ):
         super().__init__()
         self.config = CodecConfig(stride=4, patch=8, channels=channels)
-        self.differentiable = differentiable
         self.encoder = nn.Sequential(
             _conv(3, encoder_width),
             nn.ReLU(),
@@ -126,47 +110,36 @@ class TAEHV(nn.Module):
         )
         self.eval().requires_grad_(False)
 
+    @torch.no_grad()
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
         stride, state, latents = self.config.stride, None, []
-        with gradients_if(self.differentiable):
-            frames = ((video.float() + 1) / 2).to(self._dtype).transpose(1, 2)
-            frames = torch.cat((frames, frames[:, -1:].expand(-1, stride - 1, -1, -1, -1)), dim=1)
-            for group in frames.split(stride, dim=1):
-                latent, state = _run(self.encoder, group, state)
-                latents.append(latent.transpose(1, 2))
-            return torch.cat(latents, dim=2).float()
+        frames = ((video.float() + 1) / 2).to(self._dtype).transpose(1, 2)
+        frames = torch.cat((frames, frames[:, -1:].expand(-1, stride - 1, -1, -1, -1)), dim=1)
+        for group in frames.split(stride, dim=1):
+            latent, state = _run(self.encoder, group, state)
+            latents.append(latent.transpose(1, 2))
+        return torch.cat(latents, dim=2).float()
 
-    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
-        return self.decode_chunk(latents)[0]
-
+    @torch.no_grad()
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
-        its first latent gives one pixel frame, not four. A state has the last input frame of each memory block and is never
-        written in place, so a stream can resume from any earlier state. Raises UserError."""
         check_latents(latents, self.config, state)
         pixels = []
-        with gradients_if(self.differentiable):
-            for latent in latents.to(self._dtype).transpose(1, 2).split(1, dim=1):
-                skipped = self.config.stride - 1 if state is None else 0
-                frames, state = _run(self.decoder, latent, state)
-                pixels.append(frames[:, skipped:].transpose(1, 2))
-            assert state is not None
-            return torch.cat(pixels, dim=2).float().clamp(0, 1) * 2 - 1, state
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        for latent in latents.to(self._dtype).transpose(1, 2).split(1, dim=1):
+            skipped = self.config.stride - 1 if state is None else 0
+            frames, state = _run(self.decoder, latent, state)
+            pixels.append(frames[:, skipped:].transpose(1, 2))
+        assert state is not None
+        return torch.cat(pixels, dim=2).float().clamp(0, 1) * 2 - 1, state
 
 
-def load_taehv(path: str | Path, dtype: torch.dtype = torch.float32, differentiable: bool = False) -> TAEHV:
+def load_taehv(path: str | Path) -> TAEHV:
     """`taew2_1`, a file (.safetensors, .pth) or the folder with it; widths are inferred from its shapes.
 
-    Nothing but tensors is unpickled, and every tensor must fit. The weights are published in fp16; `dtype` is what they become.
+    Nothing but tensors is unpickled, and every tensor must fit. The weights are published in fp16 and become fp32.
     Hunyuan's, CogVideoX's and Open-Sora's files have the same names and shapes, so only file names tell them apart. Raises
     UserError.
     """
@@ -182,9 +155,9 @@ def load_taehv(path: str | Path, dtype: torch.dtype = torch.float32, differentia
         raise UserError(f"not TAEHV's weights: {file} lacks one of {', '.join(names)}; {WHERE}")
     first, second, third, fourth, encoder_width = (len(end) for end in ends)
     with torch.device("meta"):
-        codec = TAEHV((first, second, third, fourth), encoder_width, ends[0].shape[1], differentiable)
+        codec = TAEHV((first, second, third, fourth), encoder_width, ends[0].shape[1])
     load_strict(codec, tensors, file, WHERE, assign=True)
-    return codec.to(dtype)
+    return codec.float()
 
 
 def _conv(inputs: int, outputs: int, **options) -> nn.Conv2d:

@@ -1,10 +1,10 @@
 """Wan2.1's causal video autoencoder as a codec: diffusers' network, its feature cache as an immutable state."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
-from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import CodecConfig, DecoderState
+from teachers.checkpoints.weights import read_json, read_tensors
+from teachers.codecs.linear import CodecConfig, DecoderState, StreamedCodec
 from teachers.errors import UserError
 from teachers.registry import Geometry
 
@@ -22,9 +22,12 @@ ORIGINAL = "Wan2.1_VAE.pth"
 WHERE = f"get vae/ of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers or {ORIGINAL} of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
 
 
+AnyCodec = TypeVar("AnyCodec", bound=StreamedCodec)
+
+
 @dataclass(frozen=True, kw_only=True)
-class WanVAEConfig:
-    """Wan2.1's VAE in `path`, as `load_wan_vae` reads it."""
+class WanLatentsConfig:
+    """A published codec of Wan2.1's latents, whose weights are in `path`."""
 
     path: Path
     stride: int = 4
@@ -35,11 +38,23 @@ class WanVAEConfig:
     def fitted(self) -> bool:
         return False
 
+    def checked(self, codec: AnyCodec) -> AnyCodec:
+        """The codec; UserError where it has another geometry."""
+        expected, actual = ((c.stride, c.patch, c.channels) for c in (self, codec.config))
+        if expected != actual:
+            raise UserError(
+                f"codec: (stride, patch, channels) is {expected}, the weights have {actual}: {self.path}; use the latter"
+            )
+        return codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanVAEConfig(WanLatentsConfig):
+    """Wan2.1's VAE in `path`, as `load_wan_vae` reads it."""
+
     def load(self, folder: Path, height: int, width: int) -> "WanVAE":
         """The frozen codec, for frames of any size. UserError where it has another geometry."""
-        codec = load_wan_vae(self.path)
-        check_geometry(self, codec.config, self.path)
-        return codec
+        return self.checked(load_wan_vae(self.path))
 
     def write_random(self, folder: Path) -> None:
         """A small VAE with random weights in the layout that `load` reads, for recipes with size=tiny."""
@@ -49,17 +64,17 @@ class WanVAEConfig:
 NOTHING_YET = "Rep"  # diffusers' marker in a temporal upsampler's slot after the first latent; a state has size 0 there
 
 
-class WanVAE(nn.Module):
+class WanVAE(StreamedCodec):
     """Video [B, 3, T, H, W] in [-1, 1] <-> latents [B, 16, F, H/8, W/8], T = 1 + 4 (F - 1), both fp32.
 
     Latents are the posterior's mean, normalised per channel as (mu - latents_mean) / latents_std of the network's config, in fp32
     whatever dtype the weights have. The first pixel frame alone is the first latent; both ways are causal. A clip is
     processed one latent frame at a time, never in tiles (they shift the colours at 512 x 512), so activations do not grow with
-    its length and a decode in chunks equals the whole one bit for bit. The network is frozen; with `differentiable` gradients
-    flow to the video or the latents, without it no graph is recorded.
+    its length and a decode in chunks equals the whole one bit for bit. The network is frozen, and no graph is recorded. A state has
+    the last one or two input frames of each temporal convolution.
     """
 
-    def __init__(self, network: AutoencoderKLWan, differentiable: bool = False):
+    def __init__(self, network: AutoencoderKLWan):
         super().__init__()
         sizes = network.config
         channels, patch_size = sizes["z_dim"], sizes["patch_size"]
@@ -67,58 +82,43 @@ class WanVAE(nn.Module):
         if patch_size is not None or not len(self.mean) == len(self.std) == channels:
             raise UserError(f"not Wan2.1's VAE: patch_size {patch_size}, z_dim {channels}; {WHERE}")
         self.network = network.eval().requires_grad_(False)
-        self.differentiable = differentiable
         stride, patch = 2 ** sum(sizes["temperal_downsample"]), 2 ** (len(sizes["dim_mult"]) - 1)
         self.config = CodecConfig(stride=stride, patch=patch, channels=channels)
 
+    @torch.no_grad()
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
         """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
         stride = self.config.stride
         groups = [1] + [stride] * ((video.shape[2] - 1) // stride)
         cache, means = _cache(self.network.encoder, ()), []
-        with gradients_if(self.differentiable):
-            for group in video.to(self._dtype).split(groups, dim=2):
-                moments = self.network.encoder(group.contiguous(), feat_cache=cache, feat_idx=[0])
-                means.append(self.network.quant_conv(moments)[:, : self.config.channels])
-            return (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
+        for group in video.to(self._dtype).split(groups, dim=2):
+            moments = self.network.encoder(group.contiguous(), feat_cache=cache, feat_idx=[0])
+            means.append(self.network.quant_conv(moments)[:, : self.config.channels])
+        return (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
 
-    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError."""
-        return self.decode_chunk(latents)[0]
-
+    @torch.no_grad()
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
-        its first latent gives one pixel frame, not `stride`. A state has the last one or two input frames of each temporal
-        convolution and is never written in place, so a stream can resume from any earlier state. Raises UserError."""
         check_latents(latents, self.config, state)
         pixels = []
-        with gradients_if(self.differentiable):
-            raw = (latents.float() * _row(self.std, latents.device) + _row(self.mean, latents.device)).to(self._dtype)
-            for latent in raw.split(1, dim=2):
-                cache = _cache(self.network.decoder, state or ())
-                latent = self.network.post_quant_conv(latent.contiguous())
-                pixels.append(self.network.decoder(latent, feat_cache=cache, feat_idx=[0], first_chunk=state is None))
-                state = tuple(
-                    latent.new_empty(0) if isinstance(slot, str) else slot.contiguous()
-                    for slot in cache
-                    if slot is not None
-                )
-            assert state is not None
-            return torch.cat(pixels, dim=2).float().clamp(-1, 1), state
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
+        raw = (latents.float() * _row(self.std, latents.device) + _row(self.mean, latents.device)).to(self._dtype)
+        for latent in raw.split(1, dim=2):
+            cache = _cache(self.network.decoder, state or ())
+            latent = self.network.post_quant_conv(latent.contiguous())
+            pixels.append(self.network.decoder(latent, feat_cache=cache, feat_idx=[0], first_chunk=state is None))
+            slots = (slot for slot in cache if slot is not None)
+            state = tuple(latent.new_empty(0) if isinstance(slot, str) else slot.contiguous() for slot in slots)
+        assert state is not None
+        return torch.cat(pixels, dim=2).float().clamp(-1, 1), state
 
 
-def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, differentiable: bool = False) -> WanVAE:
+def load_wan_vae(path: str | Path) -> WanVAE:
     """A diffusers model folder or its vae/, a folder with Wan2.1_VAE.pth, or one file (.pth, .safetensors) in either naming.
 
     A single file has no config: widths are by its shapes, the rest is Wan2.1's. Nothing but tensors is unpickled, and every
-    tensor must fit. `dtype` is that of the weights: fp32 is what Wan2.1 is published and run in. Raises UserError.
+    tensor must fit. The weights are fp32, as Wan2.1 is published and run. Raises UserError.
     """
     path = Path(path)
     options = (path / "vae" / "config.json", path / ORIGINAL, path / "config.json") if path.is_dir() else (path,)
@@ -126,7 +126,10 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, different
     if file is None:
         raise UserError(f"no Wan VAE: {path} is no weight file and has no vae/config.json and no {ORIGINAL}; {WHERE}")
     if file.name == "config.json":
-        config = _read_config(file)
+        config = read_json(file)
+        if config.get("_class_name") != "AutoencoderKLWan":
+            raise UserError(f"not the config of a Wan VAE: {file} is not that of AutoencoderKLWan; {WHERE}")
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
         file = file.with_name("diffusion_pytorch_model.safetensors")
         tensors = read_tensors(file, WHERE)
     else:
@@ -138,20 +141,11 @@ def load_wan_vae(path: str | Path, dtype: torch.dtype = torch.float32, different
         config = {"base_dim": len(ends[0]), "decoder_base_dim": ends[1].shape[1], "z_dim": len(ends[2])}
     try:
         with torch.device("meta"):
-            codec = WanVAE(AutoencoderKLWan(**config), differentiable)
+            codec = WanVAE(AutoencoderKLWan(**config))
     except TypeError as error:
         raise UserError(f"not the config of a Wan VAE: {path} ({error}); {WHERE}") from error
     load_strict(codec.network, tensors, file, WHERE, assign=True)
-    return codec.to(dtype)
-
-
-def check_geometry(config: Geometry, weights: Geometry, path: Path) -> None:
-    """UserError unless the weights have the geometry of the recipe's config."""
-    expected, actual = ((c.stride, c.patch, c.channels) for c in (config, weights))
-    if expected != actual:
-        raise UserError(
-            f"codec: (stride, patch, channels) is {expected}, the weights have {actual}: {path}; use the latter"
-        )
+    return codec.float()
 
 
 def check_video(video: Tensor, config: Geometry) -> None:
@@ -173,11 +167,6 @@ def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None)
         raise UserError(f"state: it is {cached}, the latents are {shape}; pass the state of the same stream")
 
 
-def gradients_if(differentiable: bool) -> torch.set_grad_enabled:
-    """A context with autograd on where the caller has it on and the codec is differentiable, else off."""
-    return torch.set_grad_enabled(differentiable and torch.is_grad_enabled())
-
-
 def _cache(network: nn.Module, state: Sequence[Tensor]) -> list:
     """A feature cache in the network's layout: a slot for each temporal convolution, and some more that stay empty."""
     slots = [slot if slot.numel() else NOTHING_YET for slot in state]
@@ -189,13 +178,3 @@ def _row(values: tuple[float, ...], device: torch.device) -> Tensor:
     """One number a channel, fp32 [1, C, 1, 1, 1]; cached for each device, as a copy to it would stall a stream."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1, 1)
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"damaged config: {path} ({error}); {WHERE}") from error
-    if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKLWan":
-        raise UserError(f"not the config of a Wan VAE: {path} is not that of AutoencoderKLWan; {WHERE}")
-    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -43,55 +43,15 @@ class NoAudioConfig:
         return NoAudio(samples_per_frame)
 
 
-class NoAudio(nn.Module):
-    """Rows [.., T, 0]: the audio determines the length only."""
+class Rows(nn.Module):
+    """An audio encoder whose row t of [.., T, A] covers samples t*n - lookback .. (t+1)*n + lookahead, n = samples_per_frame, the
+    same whole-clip or streaming."""
 
     dim = lookback = lookahead = 0
 
     def __init__(self, samples_per_frame: int):
         super().__init__()
         self.samples_per_frame = samples_per_frame
-
-    def forward(
-        self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None
-    ) -> Float[Tensor, "*batch rows features"]:
-        last = -(-audio.shape[-1] // self.samples_per_frame) if last is None else last
-        return self.rows(audio, first, last)
-
-    def rows(
-        self, window: Float[Tensor, "*batch samples"], first: int, last: int
-    ) -> Float[Tensor, "*batch rows features"]:
-        return window.new_zeros(*window.shape[:-1], last - first, 0)
-
-    def of_clip(self, audio: Tensor, num_frames: int) -> None:
-        """None: the rows of a whole clip are the same."""
-
-
-class LogMel(nn.Module):
-    """Bounded-window audio features, the same whole-clip or streaming.
-
-    Row t of [.., T, A] covers samples t*n - lookback .. (t+1)*n + lookahead, n = samples_per_frame. Nothing is normalised over
-    the clip, so a stream needs no other samples.
-    """
-
-    bank: Tensor
-    taper: Tensor
-
-    def __init__(self, config: AudioConfig, samples_per_frame: int):
-        super().__init__()
-        from transformers.audio_utils import mel_filter_bank
-
-        if samples_per_frame % config.hop:
-            raise ValueError(f"data.audio.hop: {config.hop} does not divide {samples_per_frame} samples a frame")
-        self.config, self.samples_per_frame = config, samples_per_frame
-        self.columns = samples_per_frame // config.hop
-        self.dim = self.columns * config.num_mels
-        self.lookback = self.lookahead = (config.window - config.hop) // 2
-        bank = mel_filter_bank(
-            config.window // 2 + 1, config.num_mels, 60.0, 7600.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-        )
-        self.register_buffer("bank", torch.tensor(bank, dtype=torch.float32), persistent=False)
-        self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
 
     def of_clip(self, audio: Tensor, num_frames: int) -> None:
         """None: the rows of a whole clip are the same."""
@@ -111,6 +71,43 @@ class LogMel(nn.Module):
         self, window: Float[Tensor, "*batch samples"], first: int, last: int
     ) -> Float[Tensor, "*batch rows features"]:
         """The same rows from exactly the samples that they depend on: window [.., lookback + (last - first) n + lookahead]."""
+        raise NotImplementedError
+
+
+class NoAudio(Rows):
+    """Rows [.., T, 0]: the audio determines the length only."""
+
+    def rows(
+        self, window: Float[Tensor, "*batch samples"], first: int, last: int
+    ) -> Float[Tensor, "*batch rows features"]:
+        return window.new_zeros(*window.shape[:-1], last - first, 0)
+
+
+class LogMel(Rows):
+    """Bounded-window log-mel rows. Nothing is normalised over the clip, so a stream needs no other samples."""
+
+    bank: Tensor
+    taper: Tensor
+
+    def __init__(self, config: AudioConfig, samples_per_frame: int):
+        super().__init__(samples_per_frame)
+        from transformers.audio_utils import mel_filter_bank
+
+        if samples_per_frame % config.hop:
+            raise ValueError(f"data.audio.hop: {config.hop} does not divide {samples_per_frame} samples a frame")
+        self.config = config
+        self.columns = samples_per_frame // config.hop
+        self.dim = self.columns * config.num_mels
+        self.lookback = self.lookahead = (config.window - config.hop) // 2
+        bank = mel_filter_bank(
+            config.window // 2 + 1, config.num_mels, 60.0, 7600.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+        self.register_buffer("bank", torch.tensor(bank, dtype=torch.float32), persistent=False)
+        self.register_buffer("taper", torch.hann_window(config.window), persistent=False)
+
+    def rows(
+        self, window: Float[Tensor, "*batch samples"], first: int, last: int
+    ) -> Float[Tensor, "*batch rows features"]:
         columns = window.unfold(-1, self.config.window, self.config.hop) * self.taper
         power = torch.fft.rfft(columns).abs().square() @ self.bank
         mel = (torch.log(power + 1e-7) + 8.0) / 6.0
@@ -129,11 +126,16 @@ class TextConfig:
     fitted: ClassVar[bool] = True
 
     def load(self, folder: Path) -> "TextEncoder":
-        """The encoder in `folder`/text; UserError where it cannot be read."""
+        """The frozen encoder in `folder`/text, as `TextEncoder.save` wrote it; UserError where it cannot be read."""
+        from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
+
+        path = folder / "text"
         try:
-            return TextEncoder.load(folder / "text", self.max_tokens)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+            model = UMT5EncoderModel.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise UserError(f"damaged student: {folder / 'text'} cannot be read; export it again") from error
+            raise UserError(f"damaged student: {path} cannot be read; export it again") from error
+        return TextEncoder(tokenizer, model.eval().requires_grad_(False), self.max_tokens)
 
 
 class TextEncoder(nn.Module):
@@ -195,12 +197,3 @@ class TextEncoder(nn.Module):
         """The usual Hugging Face layout."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-    @classmethod
-    def load(cls, folder: Path, max_tokens: int) -> "TextEncoder":
-        """The frozen encoder of a folder that `save` wrote; OSError or ValueError where it cannot be read."""
-        from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
-
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        model = UMT5EncoderModel.from_pretrained(folder, local_files_only=True)
-        return cls(tokenizer, model.eval().requires_grad_(False), max_tokens)

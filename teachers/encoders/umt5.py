@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from teachers.checkpoints.strict import check_shapes, load_strict, refuse, shapes_of
-from teachers.checkpoints.weights import load_archive
+from teachers.checkpoints.local_model import load_pretrained, model_files, require
+from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
+from teachers.checkpoints.weights import read_tensors
 from teachers.encoders.small import TextEncoder
-from teachers.encoders.wav2vec import load_pretrained, model_files, require
 from teachers.errors import UserError
 
 DIFFUSERS = "text_encoder/ and tokenizer/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers from the Hugging Face hub"
@@ -107,7 +107,6 @@ class UMT5(TextEncoder):
         """From text_encoder/ and tokenizer/ of a local diffusers folder of Wan. UserError lists missing or mismatched tensors."""
         from transformers import UMT5EncoderModel
 
-        folder = Path(folder)
         encoder = [f"text_encoder/{name}" for name in model_files(folder / "text_encoder")]
         require(folder, [*encoder, *(f"tokenizer/{name}" for name in TOKENIZER)], DIFFUSERS)
         model = load_pretrained(UMT5EncoderModel, folder / "text_encoder", DIFFUSERS, dtype)
@@ -118,10 +117,9 @@ class UMT5(TextEncoder):
         cls, weights: Path, tokenizer: Path, max_tokens: int = 512, dtype: torch.dtype = torch.bfloat16
     ) -> "UMT5":
         """From Wan's own files: models_t5_umt5-xxl-enc-bf16.pth and the folder google/umt5-xxl beside it."""
-        weights, tokenizer = Path(weights), Path(tokenizer)
         require(weights.parent, [weights.name], ORIGINAL)
         require(tokenizer, TOKENIZER, ORIGINAL)
-        model = from_original(load_archive(weights), weights, dtype)
+        model = from_original(read_tensors(weights, f"get {ORIGINAL}"), weights, dtype)
         return cls(_tokenizer(tokenizer, model, ORIGINAL), model, max_tokens)
 
 
@@ -132,8 +130,6 @@ def from_original(tensors: Mapping[str, Tensor], where: Path, dtype: torch.dtype
     """
     from transformers import UMT5Config, UMT5EncoderModel
 
-    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        refuse("it is no mapping of names to tensors", where, f"get {ORIGINAL}")
     num_layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     names = {
         f"{wan}.weight".replace("N", str(i)): f"{ours}.weight".replace("N", str(i))

@@ -4,16 +4,14 @@ T = pixel frames, n = samples of one, D = wav2vec2's width, A = D * (layers + 2)
 """
 
 import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teachers.checkpoints.strict import describe, refuse
+from teachers.checkpoints.local_model import load_pretrained, model_files, require
 from teachers.checkpoints.weights import read_json
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
@@ -124,7 +122,6 @@ class Wav2Vec(nn.Module):
         """From a local Hugging Face folder, frozen, in fp32 as published. UserError lists what is missing or of another shape."""
         from transformers import Wav2Vec2Model
 
-        folder = Path(folder)
         require(folder, ["preprocessor_config.json", *model_files(folder)], SOURCE)
         model = load_pretrained(Wav2Vec2Model, folder, SOURCE, torch.float32, UNUSED)
         preprocessor = read_json(folder / "preprocessor_config.json")
@@ -234,89 +231,3 @@ class Wav2Vec(nn.Module):
             x = layer(x)
             states.append(x)
         return torch.cat([x, *states], dim=-1)
-
-
-@torch.no_grad()
-def deviation_table(
-    audio_encoder: Wav2Vec, audio: Float[Tensor, " samples"], lookaheads: Sequence[int] = (0, 2, 4, 8, 16, 32)
-) -> str:
-    """Markdown: distance of a stream's rows from `whole` for some look-aheads in frames; audio [S], all else as in `audio_encoder`.
-
-    Relative L2 of a row is |streamed - whole| / |whole|; against the spread, the same over |whole - its mean row|,
-    which excludes what all rows have in common. The last line is a reference: whole's own rows half a clip away.
-    """
-    num_frames = -(-audio.shape[-1] // audio_encoder.samples_per_frame)
-    whole = audio_encoder.whole(audio, num_frames)
-    spread = (whole - whole.mean(dim=0)).norm(dim=-1)
-    lines = [
-        "| look-ahead | relative L2: mean | worst row | cosine: mean | worst row | against the spread: mean |",
-        "|---|---|---|---|---|---|",
-    ]
-
-    def add(name: str, rows: Tensor) -> None:
-        distance = (rows - whole).norm(dim=-1)
-        relative = distance / whole.norm(dim=-1)
-        cosine = nn.functional.cosine_similarity(rows, whole, dim=-1)
-        numbers = f"{relative.mean():.3f} | {relative.max():.3f} | {cosine.mean():.4f} | {cosine.min():.4f}"
-        lines.append(f"| {name} | {numbers} | {(distance / spread).mean():.2f} |")
-
-    for frames in lookaheads:
-        config = replace(audio_encoder.config, lookahead_frames=frames)
-        streamed = Wav2Vec(audio_encoder.model, config, audio_encoder.samples_per_frame, audio_encoder.normalise)
-        milliseconds = 1000 * frames * audio_encoder.samples_per_frame / SAMPLE_RATE
-        add(f"{frames} frames, {milliseconds:.0f} ms", streamed(audio, 0, num_frames))
-    add("(another row)", whole.roll(num_frames // 2, dims=0))
-    return "\n".join(lines)
-
-
-def require(folder: Path, files: Sequence[str], source: str) -> None:
-    """UserError that lists every missing file of `files` in `folder` and where to get it."""
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise UserError(f"missing {', '.join(missing)}: {folder}; get {source}")
-
-
-def model_files(folder: Path) -> list[str]:
-    """Files of a transformers model in safetensors: its config and one file of weights, or an index and all its shards."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["config.json", "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise UserError(f"damaged file: {index} has no weight_map of file names; copy it again")
-    return ["config.json", index.name, *sorted(set(names.values()))]
-
-
-def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optional: Sequence[str] = ()):
-    """The frozen transformers model of class `kind` in a local folder, read strictly from safetensors.
-
-    Tensors whose whole name matches a pattern of `optional` may be missing or unexpected. UserError lists missing files, and the
-    tensors that are missing, unexpected or of another shape.
-    """
-    from transformers.utils import logging
-
-    require(folder, model_files(folder), source)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # our one line replaces its report of tensors
-    try:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except Exception as error:  # whatever a reader of configs and tensors may raise at a damaged file
-        raise UserError(
-            f"unreadable {kind.__name__}: {folder} ({type(error).__name__}: {error}); get {source}"
-        ) from error
-    finally:
-        logging.set_verbosity(level)
-    allowed = re.compile("|".join(optional))
-    missing, unexpected = (
-        [name for name in sorted(info[key]) if not allowed.fullmatch(name)]
-        for key in ("missing_keys", "unexpected_keys")
-    )
-    wrong = {name: (actual, expected) for name, actual, expected in sorted(info["mismatched_keys"])}
-    refuse(describe(missing, unexpected, wrong), folder, f"get {source}")
-    return model.eval().requires_grad_(False)

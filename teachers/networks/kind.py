@@ -129,11 +129,11 @@ class NetworkKind:
         """The kind with a guidance embedding; UserError where it has none to offer."""
         raise UserError(f"student.guidance: {label(self)} has no embedding of a guidance scale; remove it")
 
-    def enable_checkpointing(self, net: Any, *function: Any) -> None:  # noqa: ARG002
+    def enable_checkpointing(self, net: Any, *function: Any) -> None:
         """Recompute blocks in the backward pass; UserError where the network cannot."""
         raise UserError(f"engine.checkpointing: {label(self)} has no gradient checkpointing; set it to false")
 
-    def set_attention(self, net: Any, backend: str) -> None:  # noqa: ARG002
+    def set_attention(self, net: Any, backend: str) -> None:
         """Choose the attention backend; ValueError where there is no choice."""
         raise ValueError("this student's network has no choice")
 
@@ -147,7 +147,7 @@ class NetworkKind:
         """Width of the tokens that `feature_blocks` give out."""
         return 0
 
-    def feature_blocks(self, net: Any) -> Sequence[nn.Module]:  # noqa: ARG002
+    def feature_blocks(self, net: Any) -> Sequence[nn.Module]:
         """Modules whose (first) output is tokens [B, F h w, feature_width], for the discriminator; UserError for none."""
         raise UserError(f"distill.method.gan: {label(self)} has no blocks to take features from; set it to 0")
 
@@ -161,7 +161,7 @@ class NetworkKind:
         """Ends of the names of the linear maps that a LoRA changes; empty: it is trained whole."""
         return ()
 
-    def shared_caches(self, net: Any) -> tuple[Any, ...]:  # noqa: ARG002
+    def shared_caches(self, net: Any) -> tuple[Any, ...]:
         """Objects of the network that copies over the same weights may share."""
         return ()
 

@@ -13,20 +13,16 @@ from typing import ClassVar, Literal, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import (
-    WanRotaryPosEmbed,
-    WanTimeTextImageEmbedding,
-    WanTransformerBlock,
-)
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
 from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
+from teachers.networks.wan_block import AudioPack, AvatarBlock
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
@@ -119,97 +115,6 @@ class Span:
     start: int
     stop: int
     context: tuple[tuple[int, int], ...] = ()
-
-
-class AudioPack(nn.Module):
-    """Audio rows of one latent frame -> audio_hidden, layer-normalised. [B, F, stride, A] -> [B, F, hidden]."""
-
-    def __init__(self, in_dim: int, hidden: int):
-        super().__init__()
-        self.proj = nn.Linear(in_dim, hidden)
-        self.norm_out = nn.LayerNorm(hidden)
-
-    def forward(self, audio: Tensor) -> Tensor:
-        return self.norm_out(self.proj(audio.flatten(2)))
-
-
-def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
-    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]."""
-    pairs = torch.view_as_complex(x.to(rope_table.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope_table).flatten(-2).type_as(x)
-
-
-class AvatarBlock(WanTransformerBlock):
-    """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
-        backend = getattr(self.attn1.processor, "_attention_backend", None)
-        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
-
-    def forward(self, x, text, temb, spans, rotary, past, image=None):
-        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
-        one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], whose attention
-        is added to the text's.
-
-        Returns the new x and this input's un-rotated keys and values.
-        """
-        frames = temb.shape[1]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
-
-        def modulate(norm, shift, scale):
-            return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
-
-        def gated(x, y, gate):
-            y = torch.addcmul(
-                x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2)
-            )
-            return y.flatten(1, 2).type_as(x)
-
-        normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
-        attention = self.attn1
-        split = (attention.heads, -1)
-        query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
-        key = attention.norm_k(attention.to_k(normed)).unflatten(2, split)
-        value = attention.to_v(normed).unflatten(2, split)
-        seen = []
-        for (tokens, context), rope_table in zip(spans, rotary, strict=True):
-            if context:
-                parts = (*context, tokens)
-                k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
-                q, k = rotate(query[:, tokens], rope_table[:, -(tokens.stop - tokens.start) :]), rotate(k, rope_table)
-            else:
-                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), rope_table).unbind()
-                v = value[:, tokens]
-            if past is not None:
-                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-            seen.append(self.attend(q, k, v))
-        attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
-        x = gated(x, attended, gate)
-
-        attention = self.attn2
-        query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
-        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
-        if image is not None:
-            attended = attended + self.attend(query, *self.look(image))
-        x = x + attention.to_out[0](attended)
-
-        normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
-        return gated(x, self.ffn(normed), ffn_gate), (key, value)
-
-    def read(self, text: Tensor) -> KeyValue:
-        """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""
-        split = (self.attn2.heads, -1)
-        key = self.attn2.norm_k(self.attn2.to_k(text)).unflatten(2, split)
-        return key, self.attn2.to_v(text).unflatten(2, split)
-
-    def look(self, image: Tensor) -> KeyValue:
-        """Cross-attention keys and values [B, K, M, d] of embedded image tokens [B, K, D]."""
-        attention, split = self.attn2, (self.attn2.heads, -1)
-        assert attention.add_k_proj is not None
-        assert attention.add_v_proj is not None
-        key = attention.norm_added_k(attention.add_k_proj(image)).unflatten(2, split)
-        return key, attention.add_v_proj(image).unflatten(2, split)
 
 
 class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -322,23 +227,19 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(
                 f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
             )
-        with torch.inference_mode(False):  # cached for training too, whoever needs it first
-            self._rope_cache[key] = self._make_rope_table(first, count, height, width)
-        return self._rope_cache[key]
-
-    def _make_rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:
-        rope, last = self.rope, first + count
-        cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
-                    for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
-        t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
         grid = (count, height, width, -1)
-        parts = [
-            t[first:last].view(count, 1, 1, -1).expand(grid),
-            y[:height].view(1, height, 1, -1).expand(grid),
-            x[:width].view(1, 1, width, -1).expand(grid),
-        ]
-        rope_table = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-        return rope_table if self.compute_dtype == torch.float64 else rope_table.to(torch.complex64)
+        with torch.inference_mode(False):  # cached for training too, whoever needs it first
+            cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
+                        for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
+            t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
+            parts = [
+                t[first:last].view(count, 1, 1, -1).expand(grid),
+                y[:height].view(1, height, 1, -1).expand(grid),
+                x[:width].view(1, 1, width, -1).expand(grid),
+            ]
+            table = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
+            self._rope_cache[key] = table if self.compute_dtype == torch.float64 else table.to(torch.complex64)
+        return self._rope_cache[key]
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:

@@ -8,7 +8,7 @@ import torch
 
 from distill.methods import dmd, ode_init
 from students.history import History
-from students.schedule import denoise_chunk
+from students.schedule import advance
 from teachers.errors import UserError
 from tests.support.tiny import a_student, some_conditions, some_latents
 
@@ -70,8 +70,8 @@ def walk(student, given, count, cache):
     state, states, out = student.open(given.text, cache), [], []
     for i in range(count):
         states.append(state)
-        x0, steps = denoise_chunk(
-            student, state, given, lambda step, i=i: some_latents(1, N, seed=9 * i + step), student.spec.sigmas
+        x0, steps = advance(
+            student, state, given, lambda _, step, i=i: some_latents(1, N, seed=9 * i + step), student.spec.sigmas
         )
         out.append(x0)
         state = student.commit(state, x0, given, steps)
@@ -91,8 +91,12 @@ def test_the_ring_holds_what_training_concatenates(history):
         order = list(range(12)) * 2
         random.Random(0).shuffle(order)
         for i in order:
-            x0, _ = denoise_chunk(
-                student, states[i], given, lambda step, i=i: some_latents(1, N, seed=9 * i + step), student.spec.sigmas
+            x0, _ = advance(
+                student,
+                states[i],
+                given,
+                lambda _, step, i=i: some_latents(1, N, seed=9 * i + step),
+                student.spec.sigmas,
             )
             assert torch.equal(x0, plain[i]), f"state {i} is no value"
 

@@ -8,7 +8,7 @@ import torch
 
 from distill.methods.rollout import draw_noise, rollout
 from students.history import History
-from students.schedule import Schedule, denoise_chunk
+from students.schedule import Schedule, advance
 from students.spec import student_sigmas
 from teachers.errors import UserError
 from tests.support.tiny import Ranks, a_student, randn, rng, some_conditions, some_latents
@@ -273,6 +273,8 @@ def test_the_sampler_renoises_to_the_next_sigma():
     sigmas = student.spec.sigmas
 
     class Recorder:
+        spec = student.spec
+
         def plan(self, state, conditions, grad=False):
             return "plan"
 
@@ -281,7 +283,7 @@ def test_the_sampler_renoises_to_the_next_sigma():
             return torch.full_like(x, len(seen)), step
 
     noise = [randn(1, 4, 2, 4, 4, seed=i) for i in range(3)]
-    out, told = denoise_chunk(Recorder(), None, some_conditions(1, 2), lambda i: noise[i], sigmas)
+    out, told = advance(Recorder(), None, some_conditions(1, 2), lambda _, i: noise[i], sigmas)
     assert (out == 3).all()
     assert told == [0, 1, 2]
     assert [plan for plan, _, _ in seen] == ["plan"] * 3

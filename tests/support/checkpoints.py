@@ -4,12 +4,16 @@ import json
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from teachers.checkpoints import layouts
+from teachers.checkpoints.convert import Conversion, plan
 from teachers.checkpoints.layouts import Architecture
+from teachers.checkpoints.weights import ADAPTER, SHARD_BYTES
+from teachers.networks.wan import AvatarTransformer
 from tests.support.tiny import randn, rng
 
 TEXT_TO_VIDEO = Architecture(
@@ -67,6 +71,23 @@ def put_lora(folder: Path, architecture: Architecture = AVATAR, suffix: str = ""
     config = {"train_architecture": "lora", "lora_rank": RANK, "lora_alpha": ALPHA, "model_config": {"in_dim": 9}}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def convert(source: Path, target: Path, to: str, shard_bytes: int = SHARD_BYTES, **options) -> Conversion:
+    """A planned conversion, written."""
+    conversion = plan(source, to, **options)
+    conversion.write(target, shard_bytes)
+    return conversion
+
+
+def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
+    """The network of a folder of layout ours, with its adapter where there is one, by diffusers alone."""
+    net: Any
+    net, told = AvatarTransformer.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+    assert not any(told.values())
+    if (folder / ADAPTER).is_file():
+        net.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name="default")
+    return net
 
 
 def read_back(path: Path) -> dict[str, torch.Tensor]:

@@ -107,7 +107,6 @@ def test_every_clock_is_dropped_selected_moved_and_joined(mood):
 
 def test_the_table_says_what_runs_with_the_frames_and_what_is_stored(mood):
     assert set(mood.timed) == {"audio", "mood_track", "scenery"}
-    assert set(mood.constant) == {"text", "reference", "mood", "idol"}
     assert set(mood.stored) == {"text", "audio", "mood", "mood_track", "scenery", "idol"}
 
 

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from teachers import Conditions, Guidance, UserError, load_teacher
-from teachers.checkpoints.convert import convert, load_network
 from teachers.flow import sigma_grid
 from teachers.networks.kind import AvatarTeacher
 from teachers.teacher import Teacher
-from tests.support.checkpoints import AVATAR, STEM, assert_equal, put_lora, put_wan
+from tests.support.checkpoints import AVATAR, STEM, assert_equal, convert, load_network, put_lora, put_wan
 from tests.support.tiny import a_teacher, randn, some_conditions, some_latents
 
 

@@ -15,7 +15,7 @@ from distill.methods.discriminator import Discriminator, build_discriminator, hi
 from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
-from students.schedule import Schedule, denoise_chunk
+from students.schedule import Schedule, advance
 from students.spec import StudentConfig
 from teachers import flow
 from teachers.conditions import Conditions
@@ -79,8 +79,8 @@ def plain_loss(method, role, given, own, shared):
     with torch.set_grad_enabled(role == "student"):
         for j in range(CHUNKS):
             part = given.frames(j * n, (j + 1) * n)
-            noise, grad = (lambda i, j=j: table[j, i]), role == "student"
-            x0, _ = denoise_chunk(student, state, part, noise, student.spec.sigmas, exit_step, grad=grad)
+            noise, grad = (lambda _, i, j=j: table[j, i]), role == "student"
+            x0, _ = advance(student, state, part, noise, student.spec.sigmas, exit_step, grad=grad)
             chunks.append(x0)
             if j + 1 < CHUNKS:
                 state = student.commit(state, x0, part)

@@ -43,7 +43,7 @@ from distill.training.engine import Engine, EngineConfig
 from distill.training.loop import Trainer
 from distill.training.role import COUNT, MOMENTS, WEIGHT, Kind
 from students.history import History
-from students.schedule import denoise_chunk
+from students.schedule import advance
 from students.spec import Spec, student_sigmas
 from students.weights.checkpoint import make_student
 from teachers.codecs.linear import CodecConfig
@@ -263,7 +263,7 @@ def test_the_context_is_what_the_last_state_holds(history):
         state = student.open(given.text)
         for j in range(spec.num_chunks - 1):
             part = given.frames(j * n, (j + 1) * n)
-            x0, steps = denoise_chunk(student, state, part, lambda i, j=j: noise(j, i), spec.sigmas)
+            x0, steps = advance(student, state, part, lambda _, i, j=j: noise(j, i), spec.sigmas)
             state = student.commit(state, x0, part, steps)
     kept = [t for entry in state.cached for t in (*entry.keys, *entry.values)]
     context_kv = [t for blocks in state.context_kv for pair in blocks for t in pair]

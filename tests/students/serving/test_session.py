@@ -10,7 +10,7 @@ import torch
 from distill.methods.rollout import rollout
 from students.history import History
 from students.kv_cache import InplaceKVCache
-from students.schedule import denoise_chunk
+from students.schedule import advance
 from students.serving.session import Session, Starved, chunk_noise
 from teachers.codecs.linear import to_uint8
 from teachers.conditions import Conditions, pack_rows
@@ -338,8 +338,8 @@ def test_recache_is_a_session_that_had_the_new_text_for_the_window(bundle):
         for x0, conditions in zip(latents[:3], heard[:3], strict=True):
             state = student.commit(state, x0, replace(conditions, text=text))
         for i in (3, 4):  # the text is told once: chunk 4 follows from the state after chunk 3
-            x0, steps = denoise_chunk(
-                student, state, heard[i], lambda step, i=i: chunk_noise(bundle.spec, 5, i, step), bundle.spec.sigmas
+            x0, steps = advance(
+                student, state, heard[i], lambda _, step, i=i: chunk_noise(bundle.spec, 5, i, step), bundle.spec.sigmas
             )
             assert torch.equal(x0, latents[i])
             state = student.commit(state, x0, heard[i], steps)

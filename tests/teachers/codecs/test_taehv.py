@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from teachers.codecs.linear import CodecConfig
 from teachers.codecs.taehv import TAEHV, load_taehv
 from teachers.errors import UserError
-from tests.support.tiny import randn, randomise
+from tests.support.tiny import randomise
 from tests.teachers.codecs.test_wan_vae import FRAMES, SPLITS, Touch, a_video, frames_seen, some_latents, stream
 
 ENCODER = "conv relu pool2 half mem mem mem pool2 half mem mem mem pool1 half mem mem mem conv"
@@ -25,8 +25,8 @@ def weights() -> dict[str, torch.Tensor]:
     return table
 
 
-def a_codec(differentiable: bool = False) -> TAEHV:
-    codec = TAEHV(widths=(12, 10, 8, 6), encoder_width=8, differentiable=differentiable)
+def a_codec() -> TAEHV:
+    codec = TAEHV(widths=(12, 10, 8, 6), encoder_width=8)
     codec.load_state_dict(weights())
     return codec
 
@@ -188,22 +188,10 @@ def test_encoding_looks_three_frames_ahead_and_no_further():
     assert not torch.allclose(codec.encode(changed)[:, :, 0], latents[:, :, 0], atol=1e-3)
 
 
-def test_gradients_pass_where_asked_and_are_those_of_the_whole():
-    codec, weight = a_codec(differentiable=True), randn(1, 3, 17, 16, 24, seed=4)
-    latents = some_latents(batch=1).requires_grad_()
-    (whole,) = torch.autograd.grad((codec.decode(latents) * weight).sum(), latents)
-    assert bool((whole.abs().amax(dim=(0, 1, 3, 4)) > 1e-4).all()), "a latent frame without gradient"
-    (chunked,) = torch.autograd.grad((torch.cat(stream(codec, latents, (2, 3))[0], dim=2) * weight).sum(), latents)
-    assert torch.allclose(chunked, whole, rtol=1e-4, atol=1e-5)
-    (early,) = torch.autograd.grad(stream(codec, latents, (2, 3))[0][0].sum(), latents)
-    assert float(early[:, :, 2:].abs().max()) == 0 < float(early[:, :, 1].abs().max())
-    video = a_video(frames=5).requires_grad_()
-    (pixels,) = torch.autograd.grad(codec.encode(video).sum(), video)
-    assert bool((pixels.abs().amax(dim=(0, 1, 3, 4)) > 0).all())
-    assert not any(parameter.requires_grad for parameter in codec.parameters())
-    quiet, state = a_codec().decode_chunk(latents)
-    assert not any(out.requires_grad for out in (quiet, a_codec().encode(video), *state))
-    assert torch.equal(quiet, codec.decode(latents))
+def test_nothing_is_recorded():
+    latents, video = some_latents().requires_grad_(), a_video().requires_grad_()
+    pixels, state = a_codec().decode_chunk(latents)
+    assert not any(out.requires_grad for out in (pixels, a_codec().encode(video), *state))
 
 
 def test_low_precision_weights_give_fp32():
@@ -232,13 +220,11 @@ def test_published_files_load(tmp_path, name):
     expected = a_codec()
     expected.load_state_dict({key: value.float() for key, value in half.items()})
     for path in (tmp_path, tmp_path / name):
-        codec = load_taehv(path, differentiable=True)
-        assert codec.differentiable
+        codec = load_taehv(path)
         assert not codec.training
         assert not any(parameter.requires_grad for parameter in codec.parameters())
         assert torch.equal(codec.decode(some_latents()), expected.decode(some_latents()))
         assert torch.equal(codec.encode(a_video()), expected.encode(a_video()))
-    assert {value.dtype for value in load_taehv(tmp_path, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
 def test_files_that_are_not_taew2_1_are_refused(tmp_path):

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
+from benchmarks.lookahead import deviation_table
 from distill.data.latents import ConditionEncoders
+from teachers.checkpoints.local_model import load_pretrained
 from teachers.conditions import pack_rows
-from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig, deviation_table, load_pretrained
+from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig
 from teachers.errors import UserError
-from teachers.networks.wan import AudioPack
+from teachers.networks.wan_block import AudioPack
 from tests.support import reference_audio as reference
 from tests.support.tiny import randn, randomise, rng, some_sound
 

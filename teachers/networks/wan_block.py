@@ -1,0 +1,105 @@
+"""A block of the avatar DiT: diffusers' Wan block with per-frame modulation, cached past and chunk-wise attention.
+
+B = batch, F = latent frames, N = tokens, L = text tokens, D = width, M = heads, d = head width.
+"""
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor, nn
+
+from teachers.networks.kind import KeyValue
+
+
+class AudioPack(nn.Module):
+    """Audio rows of one latent frame -> audio_hidden, layer-normalised. [B, F, stride, A] -> [B, F, hidden]."""
+
+    def __init__(self, in_dim: int, hidden: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, hidden)
+        self.norm_out = nn.LayerNorm(hidden)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        return self.norm_out(self.proj(audio.flatten(2)))
+
+
+def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
+    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]."""
+    pairs = torch.view_as_complex(x.to(rope_table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope_table).flatten(-2).type_as(x)
+
+
+def keys_values(x: Tensor, to_key: Any, norm: Any, to_value: Any, heads: int) -> KeyValue:
+    """Keys, normalised, and values [B, L, M, d] of x [B, L, D]."""
+    return norm(to_key(x)).unflatten(2, (heads, -1)), to_value(x).unflatten(2, (heads, -1))
+
+
+class AvatarBlock(WanTransformerBlock):
+    """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
+        backend = getattr(self.attn1.processor, "_attention_backend", None)
+        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
+
+    def forward(self, x, text, temb, spans, rotary, past, image=None):
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
+        one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], whose attention
+        is added to the text's.
+
+        Returns the new x and this input's un-rotated keys and values.
+        """
+        frames = temb.shape[1]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
+
+        def modulate(norm, shift, scale):
+            return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
+
+        def gated(x, y, gate):
+            y = torch.addcmul(
+                x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2)
+            )
+            return y.flatten(1, 2).type_as(x)
+
+        normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
+        attention = self.attn1
+        split = (attention.heads, -1)
+        query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
+        key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
+        seen = []
+        for (tokens, context), rope_table in zip(spans, rotary, strict=True):
+            if context:
+                parts = (*context, tokens)
+                k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
+                q, k = rotate(query[:, tokens], rope_table[:, -(tokens.stop - tokens.start) :]), rotate(k, rope_table)
+            else:
+                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), rope_table).unbind()
+                v = value[:, tokens]
+            if past is not None:
+                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+            seen.append(self.attend(q, k, v))
+        attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
+        x = gated(x, attended, gate)
+
+        attention = self.attn2
+        query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
+        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
+        if image is not None:
+            attended = attended + self.attend(query, *self.look(image))
+        x = x + attention.to_out[0](attended)
+
+        normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
+        return gated(x, self.ffn(normed), ffn_gate), (key, value)
+
+    def read(self, text: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""
+        attention = self.attn2
+        return keys_values(text, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
+
+    def look(self, image: Tensor) -> KeyValue:
+        """Cross-attention keys and values [B, K, M, d] of embedded image tokens [B, K, D]."""
+        attention = self.attn2
+        keys = attention.add_k_proj, attention.norm_added_k
+        return keys_values(image, *keys, attention.add_v_proj, attention.heads)
