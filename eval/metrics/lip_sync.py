@@ -66,19 +66,16 @@ class SyncNetSync(Metric):
         if sound is None:
             raise UserError("no sound: sync needs a track in the video or NAME.wav beside it")
         if real.box is None:
-            return {"curve": torch.zeros(0), "windows": torch.tensor(0)}
+            return {"curve": torch.zeros(0)}
         frames = resample_frames(clip.video.transpose(0, 1), clip.fps, self.resample)
         num_windows = windows_of(len(frames), len(sound))
         faces = crop_faces(frames, real.box, self.crop_scale)
         lips, voice = networks.syncnet.features(faces, mfcc(to_int16(sound)), num_windows)
-        curve = torch.tensor(sync_scores(lips, voice, self.max_lag).curve, dtype=torch.float64)
-        return {"curve": curve, "windows": torch.tensor(num_windows)}
+        return {"curve": torch.tensor(sync_scores(lips, voice, self.max_lag).curve, dtype=torch.float64)}
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
-        clips = [
-            from_curve(clip["curve"], self.max_lag, int(clip["windows"])) if len(clip["curve"]) else None
-            for clip in features
-        ]
+        curves = [clip["curve"] for clip in features]
+        clips = [from_curve(curve, self.max_lag) if len(curve) else None for curve in curves]
         values = {
             name: [math.nan if clip is None else float(getattr(clip, name)) for clip in clips]
             for name in ("sync_c", "sync_d", "distance_at_zero", "offset_frames")
@@ -107,7 +104,6 @@ class LipSync:
     curve: tuple[
         float, ...
     ]  # 2 max_lag + 1 mean distances; entry j sets the sound of window v + j - max_lag to the lips of v
-    num_windows: int
 
 
 def lag_distances(
@@ -129,10 +125,10 @@ def lag_distances(
 
 def sync_scores(lip: Float[Tensor, "v d"], audio: Float[Tensor, "v d"], max_lag: int = MAX_LAG) -> LipSync:
     """Scores from the features of one clip. Silent windows count like others."""
-    return from_curve(lag_distances(lip, audio, max_lag).mean(0).double().cpu(), max_lag, len(lip))
+    return from_curve(lag_distances(lip, audio, max_lag).mean(0).double().cpu(), max_lag)
 
 
-def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
+def from_curve(curve: Tensor, max_lag: int) -> LipSync:
     """Scores from the mean distance at every lag [2 max_lag + 1]."""
     least, best = float(curve.min()), int(curve.argmin())
     return LipSync(
@@ -141,7 +137,6 @@ def from_curve(curve: Tensor, max_lag: int, num_windows: int) -> LipSync:
         offset_frames=max_lag - best,
         distance_at_zero=float(curve[max_lag]),
         curve=tuple(curve.tolist()),
-        num_windows=num_windows,
     )
 
 

@@ -16,9 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from eval.networks.weights import exact, read, refused
+from eval.networks.weights import check_frames, exact, read, refused
 from teachers.checkpoints.strict import describe
-from teachers.errors import UserError
 
 DIM = 768
 SHORT_SIDE, SIDE = 256, 224
@@ -76,10 +75,7 @@ def preprocess(frames: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 224 224"]
 
     Raises UserError for anything but uint8 [N, 3, H, W].
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise UserError(
-            f"DINOv2 sees uint8 frames [N, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
-        )
+    check_frames(frames, "DINOv2")
     height, width = frames.shape[-2:]
     size = [int(SHORT_SIDE * side / min(height, width)) for side in (width, height)]
     left, top = ((side - SIDE) // 2 for side in size)

@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.networks.weights import exact, load_network
+from eval.networks.weights import check_frames, exact, load_network
 from teachers.errors import UserError
 
 DIM = 2048
@@ -23,7 +23,7 @@ Variant = Literal["tf1", "pytorch_fid"]
 class Inception(nn.Module):
     """Images [N, 3, 299, 299] as `preprocess` makes them -> features [N, 2048]."""
 
-    fc: nn.Linear
+    fc: nn.Linear  # features -> logits of the 1008 classes of 2015
 
     def __init__(self):
         from torchvision.models import Inception3
@@ -40,18 +40,12 @@ class Inception(nn.Module):
     @classmethod
     def load(cls, folder: Path | None = None, device: torch.device | str = "cpu") -> "Inception":
         """With the published weights in `folder`; raises UserError as `eval.networks.weights.locate` does."""
-        network = cls()
-        load_network("inception", network, folder)
-        return network.to(device)
+        return load_network("inception", cls(), folder).to(device)
 
     def forward(self, x: Float[Tensor, "n 3 299 299"]) -> Float[Tensor, "n 2048"]:
         for name, block in self.named_children():
             x = x if name == "fc" else block(x)
         return x.mean(dim=(2, 3))
-
-    def logits(self, features: Float[Tensor, "n 2048"]) -> Float[Tensor, "n 1008"]:
-        """Of the 1008 classes of 2015."""
-        return self.fc(features)
 
     def features(
         self, frames: UInt8[Tensor, "n 3 h w"], batch_size: int = 32, variant: Variant = "tf1"
@@ -82,10 +76,7 @@ def preprocess(frames: UInt8[Tensor, "n 3 h w"], variant: Variant = "tf1") -> Fl
     pytorch_fid  torch's bilinear resize of x / 255 with half-pixel centres, 2x - 1: pytorch-fid
     Neither antialiases. Raises UserError for anything but uint8 [N, 3, H, W].
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise UserError(
-            f"Inception sees uint8 frames [N, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
-        )
+    check_frames(frames, "Inception")
     if variant == "tf1":
         return (resize_tf1(frames.float(), SIDE, SIDE) - 128) / 128
     if variant == "pytorch_fid":

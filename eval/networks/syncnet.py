@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eval.networks.weights import exact, load_network
+from eval.networks.weights import check_frames, exact, load_network
 from teachers.errors import UserError
 
 DIM = 1024
@@ -53,9 +53,7 @@ class SyncNet(nn.Module):
     @classmethod
     def load(cls, folder: Path | None = None, device: torch.device | str = "cpu") -> "SyncNet":
         """With the published weights in `folder`; raises UserError as `eval.networks.weights.locate` does."""
-        network = cls()
-        load_network("syncnet", network, folder)
-        return network.to(device)
+        return load_network("syncnet", cls(), folder).to(device)
 
     def lip(self, windows: Float[Tensor, "v 3 5 224 224"]) -> Float[Tensor, "v 1024"]:
         """BGR windows, 0..255 -> their features."""
@@ -128,10 +126,7 @@ def crop_faces(
     x + s (1 + c) and y - s .. y + s (1 + 2c) around the centre x, y: a square of 2.8 s, shifted down. Outside the frame it is grey
     110. Raises UserError for a box that is empty, larger than twice the frame or centred outside it.
     """
-    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-        raise UserError(
-            f"faces are cropped from uint8 frames [T, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
-        )
+    check_frames(frames, "SyncNet")
     height, width = frames.shape[-2:]
     left, top, right, bottom = box.double().tolist()
     half, x, y = max(bottom - top, right - left) / 2, (left + right) / 2, (top + bottom) / 2

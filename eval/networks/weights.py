@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -121,12 +121,16 @@ OPTIONAL = r".*\.num_batches_tracked"
 """What no inference reads may be missing of a file."""
 
 
-def load_network(name: str, network: nn.Module, folder: Path | None = None) -> None:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load_network(name: str, network: Network, folder: Path | None = None) -> Network:
     """Fill `network` from the state dict that torch.save wrote to the file of `name`, strictly; freeze it, in eval mode.
 
     OPTIONAL tensors may be missing. Raises UserError as `read_state` does and where names or shapes are others.
     """
     fill(name, network, read_state(name, folder))
+    return network
 
 
 def fill(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -137,6 +141,14 @@ def fill(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
         raise refused(name, f"its file does not fit: {faults}")
     load_strict(network, state, name, "", optional=OPTIONAL)
     network.eval().requires_grad_(False)
+
+
+def check_frames(frames: Tensor, network: str) -> None:
+    """UserError for anything but uint8 [N, 3, H, W]."""
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        raise UserError(
+            f"{network} sees uint8 frames [N, 3, H, W]: got {frames.dtype} {tuple(frames.shape)}; convert the frames"
+        )
 
 
 @contextmanager

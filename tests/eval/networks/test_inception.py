@@ -164,7 +164,7 @@ def test_the_network_equals_the_equations():
     assert spread > 1e-2
     assert (got - want).abs().max() < 1e-4 * spread
     logits = want @ network.fc.weight.double().T + network.fc.bias.double()
-    torch.testing.assert_close(network.logits(got).double(), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network.fc(got).double(), logits, rtol=1e-5, atol=1e-5)
 
 
 def test_batch_size_changes_nothing():

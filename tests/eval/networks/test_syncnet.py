@@ -329,5 +329,5 @@ def test_boxes_that_do_not_fit_are_refused(boxes, told):
 @pytest.mark.parametrize("frames", [PICTURE.float(), PICTURE[0], PICTURE[:, :1]])
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_other_frames_are_refused(frames):
-    with pytest.raises(UserError, match="faces are cropped from uint8 frames"):
+    with pytest.raises(UserError, match="SyncNet sees uint8 frames"):
         crop_faces(frames, torch.tensor([30.0, 20.0, 70.0, 60.0]))

@@ -251,7 +251,7 @@ def test_golden_measures_what_the_authors_measured(tmp_path, monkeypatch):
     assert jpeg.shape == big.shape
     assert 0 < (jpeg.float() - big.float()).abs().mean() < 20
     scores = golden._sync_of(Code(), big, samples)
-    assert (scores.offset_frames, scores.num_windows, len(scores.curve)) == (-3, 75, 31)
+    assert (scores.offset_frames, len(scores.curve)) == (-3, 31)
 
 
 def test_the_report_says_what_golden_found(scored, tmp_path, monkeypatch):
