@@ -23,13 +23,13 @@ from distill.data.procedural.corruption import corrupt_clips
 from distill.data.source import Clips
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.evaluate import evaluate
+from distill.pipeline.evaluation.evaluate import evaluate
+from distill.pipeline.evaluation.validation import fit_probes
 from distill.pipeline.export import export, publish
 from distill.pipeline.pretrained import digest
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.tiny import write_weights
 from distill.pipeline.train_stages import FROZEN, TRAINED, train_base, train_student, train_teacher
-from distill.pipeline.validation import fit_probes
 from distill.recipe import Recipe, spec_of
 from distill.training import lora, metrics_log
 from distill.training.engine import Engine

@@ -17,11 +17,12 @@ from distill import methods
 from distill.data.order import batch_rows
 from distill.methods import Batch
 from distill.methods.discriminator import Discriminator, build_discriminator
-from distill.pipeline import clip_sets, trajectories
+from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.health import HealthCheck, readiness
+from distill.pipeline.evaluation import clip_sets
+from distill.pipeline.evaluation.health import HealthCheck, readiness
+from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
-from distill.pipeline.validation import Validation
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
 from distill.training.loop import BEST, Trainer, train

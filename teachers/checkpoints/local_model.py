@@ -15,7 +15,7 @@ from teachers.errors import UserError
 def load_local(
     what: str, folder: Path, model_class: Any, processor_class: Any, device: str | None = None
 ) -> tuple[Any, Any]:
-    """A chat model in evaluation mode, on `device` (None: a GPU where there is one), and its processor; UserError where it cannot be
+    """A chat model in evaluation mode on `device` (None: a GPU where there is one), and its processor; UserError where it cannot be
     read."""
     if not (folder / "config.json").is_file():
         raise UserError(f"no {what}: {folder} has no config.json; give a folder that save_pretrained wrote")

@@ -6,7 +6,7 @@ import pytest
 
 from distill.compose import RECIPES
 from distill.expect import SHOWN, Bounds, check, compare
-from distill.pipeline.evaluate import ratios, targets
+from distill.pipeline.evaluation.evaluate import ratios, targets
 from distill.recipe import load_recipe
 from teachers.errors import UserError
 

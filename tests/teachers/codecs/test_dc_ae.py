@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from distill.compose import RECIPES
 from distill.data import codec_training
 from distill.data.codec_training import STAGES, fit_codec, measure, multiscale, windows
-from distill.pipeline.health import seam_frames
+from distill.pipeline.evaluation.health import seam_frames
 from distill.recipe import load_recipe
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session

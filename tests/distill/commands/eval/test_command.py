@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.pipeline.health import seam_frames
+from distill.pipeline.evaluation.health import seam_frames
 from distill.scoring import scoring
 from distill.scoring.clip_sets import facts_of, open_set, read_clip, write_clip
 from distill.scoring.generate import GenerateJob

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.clip_sets import generated_at_once, scored
+from distill.pipeline.evaluation.clip_sets import generated_at_once, scored
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.recipe import Limits
 from eval.metrics.quality import Frames, failure_rates, measure

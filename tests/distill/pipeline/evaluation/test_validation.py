@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill.pipeline import evaluate
+from distill.pipeline.evaluation import evaluate
 from distill.recipe import TrajectoriesConfig
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance
@@ -31,12 +31,12 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
         evaluate, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
     )
     monkeypatch.setattr(
-        evaluate, "student_clips", lambda _, __, noise, ___: seen.setdefault("student", []).append(noise)
+        evaluate, "student_clips", lambda _, __, noise, *___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
     systems = evaluate.systems(artifacts, {"student": artifacts.student("distill")}, 2)
     for name in (evaluate.SAME_NOISE, "teacher", "student"):
-        systems[name](conditions, 5, "test", 1)
+        systems[name](conditions, None, 5, "test", 1)
     same, own = seen["teacher"]
     noise, n = seen["student"][0], spec.chunk_frames
     assert same.shape == own.shape

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from distill.pipeline import clip_sets
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.clip_sets import ClipSet
+from distill.pipeline.evaluation import clip_sets
+from distill.pipeline.evaluation.clip_sets import ClipSet
+from distill.pipeline.evaluation.health import HealthCheck, violations
 from distill.pipeline.generate import stream_noise, student_clips
-from distill.pipeline.health import HealthCheck, violations
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
 from eval.embedded.evaluation import Evaluation

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from distill.data.prepare.workers import one_thread
 from distill.expect import SHOWN, SYSTEMS, Bounds, compare
-from distill.pipeline import clip_sets
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.clip_sets import ClipSet
+from distill.pipeline.evaluation import clip_sets
+from distill.pipeline.evaluation.clip_sets import ClipSet
+from distill.pipeline.evaluation.health import seam_frames
 from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
-from distill.pipeline.health import seam_frames
 from distill.pipeline.run_folder import versions
 from eval.cards import Card
 from eval.embedded.evaluation import Evaluation

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from distill.compose import RECIPES
-from distill.pipeline import health
-from distill.pipeline.evaluate import health_of, read_curves
-from distill.pipeline.health import HealthCheck, health_metrics, readiness, violations
+from distill.pipeline.evaluation import health
+from distill.pipeline.evaluation.evaluate import health_of, read_curves
+from distill.pipeline.evaluation.health import HealthCheck, health_metrics, readiness, violations
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
