@@ -77,9 +77,9 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
 
 
 def load_students(artifacts: Artifacts) -> dict[str, Student]:
-    """The students of the report, frozen: zero-shot, after initialisation, after distillation."""
+    """The students of the report: zero-shot, after initialisation, after distillation."""
     stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
-    return {name: artifacts.student(stage).eval().requires_grad_(False) for name, stage in stages.items()}
+    return {name: artifacts.student(stage).eval() for name, stage in stages.items()}
 
 
 def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
@@ -175,7 +175,7 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: v
             artifacts.encoders.decode(generate(conditions, 0, "cost"))
 
         if name in students:
-            alone[name] = partial(stream_marks, artifacts.bundle(students[name]), test)
+            alone[name] = partial(stream_marks, artifacts.bundle(students[name].requires_grad_(False)), test)
             together[name] = measure(partial(clips, many), 1, 5)["median"]
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
