@@ -91,9 +91,9 @@ def _report(
 
 
 def load_students(artifacts: Artifacts) -> dict[str, Student]:
-    """The students of the report, frozen: zero-shot, after initialisation, after distillation."""
+    """The students of the report: zero-shot, after initialisation, after distillation."""
     stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
-    return {name: artifacts.student(stage).eval().requires_grad_(False) for name, stage in stages.items()}
+    return {name: artifacts.student(stage).eval() for name, stage in stages.items()}
 
 
 def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
@@ -175,7 +175,7 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
             artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
 
         if name in students:
-            alone[name] = partial(stream_marks, artifacts.bundle(students[name]), test)
+            alone[name] = partial(stream_marks, artifacts.bundle(students[name].requires_grad_(False)), test)
             together[name] = median_seconds(partial(clips, many), 1, 5)
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
