@@ -36,7 +36,7 @@ WORDS = {  # for people
 }
 STILL = 1e-3
 """A teacher's number below this is too small to compare with."""
-Make = Callable[[Conditions, Tensor, int], Tensor]  # (all conditions, some rows, noise seed) -> x0 of those rows
+Make = Callable[[Conditions, Tensor, int], Tensor]  # (conditions, their rows, noise seed) -> x0 of those rows
 
 
 def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
@@ -53,7 +53,7 @@ def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[
     decode: x0 -> uint8 [N, 3, T, H, W]."""
     own, facts = None, {}
     for name, (given, seed) in variants(conditions).items():
-        video = scored(decode(make(given, rows, seed)))
+        video = scored(decode(make(given.index(rows), rows, seed)))
         if own is None:
             own, frames = video, measure(video)
             facts = dict(vars(frames)) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), video)}
@@ -144,7 +144,7 @@ class HealthCheck:
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
             noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
-            return student_clips(net, given, noise, self.batch, rows)
+            return student_clips(net, given, lambda c, s: noise(c, s)[rows], self.batch)
 
         own = observe(make, self.conditions, engine.share(num), artifacts.encoders.decode)
         return health_metrics({name: engine.all_rows(values, num) for name, values in own.items()}, self.seams)
@@ -160,8 +160,8 @@ class HealthCheck:
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
-            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
-            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, self.batch, rows)
+            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
+            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, self.batch)
 
         parts = torch.arange(num).split(min(self.batch, -(-num // engine.world_size)))
         files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]
