@@ -1,13 +1,16 @@
 """Lazy loading of finished stages' outputs: encoders, training sets, probes, networks of every role."""
 
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from distill.data import latents
 from distill.data.source import ClipSource
-from distill.pipeline.pretrained import load_given
+from distill.pipeline.pretrained import fill_given, fill_strict, load_given, outline
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import Recipe, TeacherStage
 from distill.training import lora
@@ -71,6 +74,23 @@ class Artifacts:
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
             return self.config(stage).network.new(self.spec.dims)
 
+    @property
+    def shards(self) -> bool:
+        """Whether the networks of a training stage are made in shards, and whole nowhere."""
+        return self.engine.kind == "fsdp2" and not self.recipe.has_custom_network and self.spec.guidance is None
+
+    def in_shards(self, stage: str, frozen: bool) -> Any:
+        """The network of a finished stage in the engine's shards, of which each rank reads its rows."""
+        from distill.training import fsdp
+
+        given = stage in ("teacher", "base") and not self.config(stage).is_trained
+        config = self.config(stage if stage == "teacher" else self.recipe.init_checkpoint)
+        file = self.folder.stage_dir(stage) / "model.safetensors"
+        fill = partial(fill_given, stage=config) if given else partial(fill_strict, file=file)
+        net = outline(config, self.spec, frozen=given and frozen)
+        fsdp.shard(self.engine, net, keep=not frozen and self.engine.config.gather_once, fill=fill)
+        return net
+
     def network(self, stage: str, frozen: bool = True) -> Any:
         """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
         recipe, file = self.recipe, self.folder.stage_dir(stage) / "model.safetensors"
@@ -113,10 +133,35 @@ class Artifacts:
         net = self.network(self.recipe.init_checkpoint) if self.recipe.lora is None else self.backbone
         return AvatarTeacher(net).eval().requires_grad_(False)
 
+    def frozen(self, role: str) -> Any:
+        """What a stage trains against: the teacher or ar_teacher, in shards where the engine shards weights."""
+        if not self.shards:
+            return self.engine.freeze(getattr(self, role))
+        net = self.in_shards(role, frozen=True)
+        made = AvatarTeacher(net) if role == "teacher" else self.spec.network.student(net, self.spec)
+        return made.eval().requires_grad_(False)
+
+    @contextmanager
+    def training(self, frozen: Sequence[str]) -> Iterator[None]:
+        """Inside, of the whole networks only those that are trained against are held, and of the encoders only the codec. They are
+        loaded again when another stage asks for them."""
+        for name in {"teacher", "base_solver", "ar_teacher"} - set(() if self.shards else frozen):
+            self.__dict__.pop(name, None)
+        encoders: Any = self.encoders
+        self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None)
+        del encoders
+        try:
+            yield
+        finally:
+            del self.__dict__["encoders"]
+
     def fake_score(self) -> AvatarTeacher:
-        """A fake score to be trained, with the weights that the student started from: whole, or as an adapter."""
+        """A fake score to be trained, with the weights that the student started from: whole, in shards, or as an adapter."""
         if self.recipe.lora is not None:
             return AvatarTeacher(self.adapted("fake_score", self.recipe.init_checkpoint))
+        if self.shards:
+            net = self.in_shards(self.recipe.init_checkpoint, frozen=False)
+            return AvatarTeacher(net).train().requires_grad_(True)
         net = self.network(self.recipe.init_checkpoint, frozen=False).train().requires_grad_(True)
         if self.spec.guidance is not None:
             net.add_guidance()
@@ -141,8 +186,10 @@ class Artifacts:
         return student
 
     def trainee(self, stage: str) -> Student:
-        """The student of `stage` to be trained on: whole, or as an adapter over the backbone."""
+        """The student of `stage` to be trained on: whole, in shards, or as an adapter over the backbone."""
         if self.recipe.lora is None:
+            if self.shards:
+                return self.spec.network.student(self.in_shards(stage, frozen=False), self.spec)
             return self.student(stage)
         return self.spec.network.student(self.adapted("student", stage), self.spec)
 

@@ -11,6 +11,7 @@ from students.spec import Spec
 from students.weights.adapter import HINT, digest
 from teachers.checkpoints.convert import fill_network
 from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
+from teachers.checkpoints.weights import copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.networks.kind import AvatarTeacher
@@ -19,32 +20,51 @@ from teachers.teacher import Teacher, allocate
 
 __all__ = ["OURS", "digest", "load_given"]
 
+META = torch.device("meta")
 OURS = "model.safetensors"
 """The file of a network that has no published layout, in the folder of its weights."""
 
 
 def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bool = True) -> Any:
-    """The network of `stage.path` on `device`: any published layout where its kind has some, else model.safetensors under the
-    network's own names. One that is not `frozen` is fp32. UserError where the weights do not fit."""
-    assert stage.path is not None
+    """The network of `stage.path` on `device`. One that is not `frozen` is fp32. UserError where the weights do not fit."""
+    net = outline(stage, spec, device, frozen)
+    fill_given(net, stage)
+    return net.to(device)
+
+
+def outline(stage: TeacherStage, spec: Spec, device: torch.device = META, frozen: bool = True) -> Any:
+    """The network of a stage in the types that it is held in, its parameters on `device` without values."""
     with init_empty_weights():
         net = stage.network.new(spec.dims)
     dtype = torch.bfloat16 if frozen and stage.precision == "bf16" else torch.float32
     allocate(net, dtype, device)
+    return net
+
+
+def fill_given(net: Any, stage: TeacherStage) -> None:
+    """The weights of `stage.path`: any published layout where the network's kind has some, else model.safetensors under its own
+    names. Of a network in shards each rank reads its rows; one on the meta device is only checked."""
+    assert stage.path is not None
     if stage.network.layouts:
         fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
-        return net.to(device)
+        return
     if stage.wan is not None or stage.widen:
         raise UserError(f"teacher.wan, widen: {label(stage.network)} has no published layout; remove them")
     file = stage.path if stage.path.is_file() else stage.path / OURS
     if not file.is_file():
         raise UserError(f"no weights: {file}; give teacher.path a folder that holds {OURS}, or that file")
-    tensors = load_tensors(file)
-    if device.type == "meta":  # an outline is only checked
-        check_shapes(shapes_of(tensors), shapes_of(net.state_dict()), file, HINT)
-    else:
-        load_strict(net, tensors, file, HINT)
-    return net.to(device)
+    fill_strict(net, file)
+
+
+@torch.no_grad()
+def fill_strict(net: Any, file: Path) -> None:
+    """The weights of a file under the network's own names; of a network in shards each rank reads its rows, one on the meta device
+    is only checked. UserError where they do not fit."""
+    own, tensors = net.state_dict(), read_safetensors(file)
+    check_shapes({name: x.shape for name, x in tensors.items()}, shapes_of(own), file, HINT)
+    for name, value in own.items():
+        if not value.is_meta:
+            copy_rows(value, tensors[name].read)
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> Teacher:

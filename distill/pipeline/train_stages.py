@@ -5,12 +5,12 @@ FROZEN. Its batches are clips, or stored trajectories where the method needs tho
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from distill import methods
@@ -42,7 +42,7 @@ def train_teacher(artifacts: Artifacts, folder: Path, stage: str = "teacher") ->
     device = artifacts.engine.device
     net = load_given(config, artifacts.spec, device, frozen=False) if config.path else artifacts.new_network(stage)
     return run_training(
-        artifacts, stage, config, folder, {"teacher": AvatarTeacher(net).to(device)}, {}, data.batch, len(data)
+        artifacts, stage, config, folder, {"teacher": AvatarTeacher(net).to(device)}, (), data.batch, len(data)
     )
 
 
@@ -58,7 +58,6 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     roles = {name: _trained_role(artifacts, name, slot, start) for name in needs.trained}
     if slot == "init" and spec.guidance is not None:
         roles["student"].net.add_guidance()
-    frozen = {name: getattr(artifacts, name) for name in needs.frozen}
     data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
     batch_of, size, grid = data.batch, len(data), (*spec.sigmas, 0.0)
     if needs.batch != "x0":
@@ -71,10 +70,11 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
             return pairs.batch(data, rows, device)
 
     if slot != "distill":
-        metrics = run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid)
+        metrics = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid)
         return metrics | {"health": check_health(artifacts, slot, folder)}
     check = Validation(artifacts, roles["student"], folder)
-    found = run_training(artifacts, slot, config, folder, roles, frozen, batch_of, size, grid, check, check.collapse)
+    check_and_alarm = (check, check.collapse)
+    found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
     clip_sets.discard(artifacts, folder)
     return found
 
@@ -100,7 +100,7 @@ def run_training(
     config: TeacherStage | MethodStage,
     folder: Path,
     roles: Mapping[str, Any],
-    frozen: Mapping[str, nn.Module],
+    frozen: Sequence[str],
     batch_of: Callable[[Tensor, torch.device], Batch],
     size: int,
     grid: tuple[float, ...] = (),
@@ -116,15 +116,16 @@ def run_training(
             network.kind.enable_checkpointing(network)
     average = next(iter(roles))
     parameters = sum(p.numel() for p in roles[average].parameters())
-    held = {name: engine.freeze(net) for name, net in frozen.items()}
-    method = methods.build(config.method, {**roles, **held}, grid)
     trainer = Trainer(engine, settings, roles, average, folder)
 
     def batches(position: int) -> Batch:
         rows = batch_rows(size, settings.batch_size, position, seed, engine.rank, engine.world_size)
         return batch_of(rows, engine.device)
 
-    train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
+    with artifacts.training(frozen):
+        held = {name: artifacts.frozen(name) for name in frozen}
+        method = methods.build(config.method, {**roles, **held}, grid)
+        train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
     _save_averaged(trainer, folder)
     return {
         "steps": settings.num_steps,

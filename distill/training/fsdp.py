@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
+from teachers.checkpoints.weights import own_rows
 
 READS = ("read_text", "read_time", "read_audio", "read", "look")
 """What the networks compute of their conditions outside their forward, where fully_shard's hooks do not see it."""
@@ -31,12 +31,15 @@ def mesh_of(engine) -> DeviceMesh:
     return init_device_mesh(engine.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(engine, net: nn.Module, keep: bool = False) -> FSDPModule:
+def shard(engine, net: nn.Module, keep: bool = False, fill: Callable[[nn.Module], None] | None = None) -> FSDPModule:
     """Shard `net` in place over the ranks, block by block, and return its root: the transformer in it, else `net` itself.
 
     The blocks are the modules that the transformer's `_no_split_modules` names. With `keep` they stay gathered once they are, until
-    `reshard`.
+    `reshard`. A network on the meta device gets its shards on ours, and fill(net) writes the values, so that no rank holds it
+    whole. One that is in shards already stays as it is.
     """
+    if isinstance(_parts(net)[0], FSDPModule):
+        return cast(FSDPModule, _parts(net)[0])
     mesh = mesh_of(engine)
     offload = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if engine.config.offload else OffloadPolicy()
     bf16 = torch.bfloat16 if engine.config.precision == "bf16" else None
@@ -54,12 +57,23 @@ def shard(engine, net: nn.Module, keep: bool = False) -> FSDPModule:
         }
         fully_shard(module, reshard_after_forward=False if keep else None, **options)
         _gather_for_reads(module, keep)
-    for p in owned:
+    if fill is not None:
+        _allocate(net, engine)
+        fill(net)
+    for p in (p for block in blocks for p in block.parameters(recurse=False) if not isinstance(p, DTensor)):
         p.data = p.data.to(engine.device)
     for module in (root, *blocks):  # now: what is first gathered in inference mode cannot be used in training
         cast(FSDPModule, module).unshard()
         cast(FSDPModule, module).reshard()
     return cast(FSDPModule, root)
+
+
+def _allocate(net: nn.Module, engine) -> None:
+    """Memory for parameters on the meta device; buffers, which are not on it, keep their values."""
+    buffers = [(module, name, x) for module in net.modules() for name, x in module._buffers.items() if x is not None]
+    net.to_empty(device="cpu" if engine.config.offload else engine.device)
+    for module, name, x in buffers:
+        module._buffers[name] = x.to(engine.device)
 
 
 def reshard(root: nn.Module) -> None:
@@ -111,6 +125,7 @@ class FSDP2Role:
     def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation
         self.root = shard(engine, net, keep=engine.config.gather_once)
+        reshard(self.root)  # a validation before training may have left it gathered
         self.params = trained(net)
         self.optimizer = make([{"params": group} for group in self._groups(self.params.values()) if group])
 
@@ -192,8 +207,4 @@ def local(tensor: Tensor) -> Tensor:
 
 def _part(full: Rows, like: Tensor) -> Tensor:
     """This rank's rows of a full tensor."""
-    if not isinstance(like, DTensor):
-        return whole(full)
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    assert tuple(shape[1:]) == tuple(like.shape[1:]), "fully_shard splits rows"
-    return full[offset[0] : offset[0] + shape[0]]
+    return full[own_rows(like)] if isinstance(like, DTensor) else whole(full)

@@ -21,7 +21,7 @@ from torch import Tensor
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
 from teachers.checkpoints.strict import listed
-from teachers.checkpoints.weights import SHARD_BYTES, Lazy, Tick
+from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
 from teachers.files import staged
 from teachers.networks.wan import AvatarTransformer
@@ -65,10 +65,10 @@ class Lora:
         if name not in self.pairs:
             return weight
 
-        def read() -> Tensor:
-            base = weight.read()
+        def read(rows: slice = ALL) -> Tensor:
+            base = weight.read(rows)
             total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-            down, up = (self.pairs[name][side].read().to(total.dtype) for side in "AB")
+            down, up = (self.pairs[name][side].read(part).to(total.dtype) for side, part in (("A", ALL), ("B", rows)))
             return total.addmm_(up, down, alpha=self.alpha / self.rank).to(base.dtype)
 
         return replace(weight, read=read)
@@ -336,9 +336,10 @@ def _widened(
     narrow = tensors["patch_embedding.weight"]
     shape = (narrow.shape[0], widened, *narrow.shape[2:])
 
-    def read() -> Tensor:
-        wide = torch.zeros(shape, dtype=narrow.dtype)
-        wide[:, :current] = narrow.read()
+    def read(rows: slice = ALL) -> Tensor:
+        found = narrow.read(rows)
+        wide = torch.zeros((len(found), *shape[1:]), dtype=narrow.dtype)
+        wide[:, :current] = found
         return wide
 
     wide = {**tensors, "patch_embedding.weight": Lazy(shape, narrow.dtype, read)}
@@ -348,7 +349,8 @@ def _widened(
 def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
     """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
 
-    One tensor at a time is in memory beside the network, whose dtypes stay. UserError that lists mismatches.
+    One tensor at a time is in memory beside the network, whose dtypes stay; of a network in shards each rank reads its own rows
+    alone. UserError that lists mismatches.
     """
     conversion = plan(source, "ours", base=base, widen=widen)
     own = dict(net.named_parameters())
@@ -357,4 +359,4 @@ def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = No
     with torch.no_grad():
         for name, parameter in own.items():
             if not parameter.is_meta:  # of a meta network only shapes are checked
-                parameter.copy_(conversion.tensors[name].read())
+                weights.copy_rows(parameter, conversion.tensors[name].read)

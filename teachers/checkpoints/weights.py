@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
@@ -39,13 +41,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 Tick = Callable[[int], Any]
 
 
+ALL = slice(None)
+
+
+class Read(Protocol):
+    """Reads a tensor that is not in memory: rows of it, or all of it."""
+
+    def __call__(self, rows: slice = ALL, /) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Lazy:
     """A tensor that is not in memory: its shape, its type, and how to get it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], Tensor]
+    read: Read
 
     @property
     def num_bytes(self) -> int:
@@ -140,9 +151,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def read_safetensors(path: Path) -> dict[str, Lazy]:
     """Every tensor of one safetensors file."""
 
-    def read(name: str) -> Tensor:
+    def read(name: str, rows: slice = ALL) -> Tensor:
         with _opened(path) as file:  # opened anew: pages of what was read before are given back
-            return file.get_tensor(name)
+            return file.get_tensor(name) if rows == ALL else file.get_slice(name)[rows]
 
     tensors: dict[str, Lazy] = {}
     with _opened(path) as file:
@@ -172,14 +183,15 @@ class _Archive:
     def _renew(self) -> None:
         self.content, self.touched = load_archive(self.path), 0
 
-    def read(self, *keys: str) -> Tensor:
+    def read(self, keys: tuple[str, ...], rows: slice = ALL) -> Tensor:
         if self.touched > RENEW_BYTES:
             self._renew()
         tensor: Any = self.content
         for key in keys:
             tensor = tensor[key]
-        self.touched += tensor.nbytes
-        return tensor
+        part = tensor if rows == ALL else tensor[rows]
+        self.touched += part.nbytes
+        return part
 
 
 def load_archive(path: Path) -> Any:
@@ -214,9 +226,9 @@ def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
     others: list[str] = []
     for key, value in archive.content.items():
         if _is_weight(value):
-            entries.setdefault("", {})[key] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, key))
+            entries.setdefault("", {})[key] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, (key,)))
         elif isinstance(value, Mapping) and value and all(_is_weight(v) for v in value.values()):
-            entries[key] = {n: Lazy(tuple(v.shape), v.dtype, partial(archive.read, key, n)) for n, v in value.items()}
+            entries[key] = {n: Lazy(tuple(v.shape), v.dtype, partial(archive.read, (key, n))) for n, v in value.items()}
         else:
             others.append(str(key))
     return entries, others
@@ -224,6 +236,21 @@ def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
 
 def _is_weight(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def own_rows(tensor: DTensor) -> slice:
+    """The rows of a tensor split by rows that this rank holds."""
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    assert tuple(shape[1:]) == tuple(tensor.shape[1:]), "shards are rows"
+    return slice(offset[0], offset[0] + shape[0])
+
+
+def copy_rows(into: Tensor, read: Read) -> None:
+    """Copy what `read` gives into a tensor; of one in shards each rank reads its own rows alone."""
+    if isinstance(into, DTensor):
+        into.to_local().copy_(read(own_rows(into)))
+    else:
+        into.copy_(read())
 
 
 def _groups(tensors: Mapping[str, Lazy], shard_bytes: int) -> list[list[str]]:

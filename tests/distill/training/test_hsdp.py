@@ -9,13 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from distill.training import fsdp
 from distill.training.engine import Engine, EngineConfig
+from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
-from tests.distill.training.test_engines import STEPS, differences, newest, run
+from teachers.files import save_tensors
+from tests.distill.training.test_engines import SMALL, STEPS, differences, newest, run
 from tests.support.ranks import run_ranks
-from tests.support.tiny import Ranks
+from tests.support.tiny import Ranks, a_student
 
 
 def worker(folder: Path) -> None:
@@ -27,12 +33,48 @@ def worker(folder: Path) -> None:
         "placements": weight.placements == (Replicate(), Shard(0)),
         "rows": [weight.shape[0], weight.to_local().shape[0]],
     }
+    facts |= born(meshes[2], folder)
     if meshes[2].is_main:
         shutil.copytree(folder / "2x2" / "checkpoint-00000001", folder / "crossed" / "checkpoint-00000001")
     meshes[2].barrier()
     run(meshes[4], folder / "crossed", steps=STEPS, batch_size=2)
     (folder / f"facts-{meshes[2].rank}.json").write_text(json.dumps(facts))
     meshes[2].close()
+
+
+def born(engine: Engine, folder: Path) -> dict:
+    """A network of the meta device that gets shards and then values: how far it is from the file's, and the share that is read."""
+    whole = a_student(seed=3, **SMALL).net
+    if engine.is_main:
+        save_tensors(folder / "net.safetensors", whole.state_dict())
+    engine.barrier()
+    tensors, read = read_safetensors(folder / "net.safetensors"), 0
+    with init_empty_weights():
+        net = a_student(seed=4, **SMALL).net
+
+    def fill(net: nn.Module) -> None:
+        nonlocal read
+        for name, parameter in net.named_parameters():
+
+            def counted(rows: slice = ALL, name=name) -> Tensor:
+                nonlocal read
+                part = tensors[name].read(rows)
+                read += part.numel()
+                return part
+
+            with torch.no_grad():
+                copy_rows(parameter, counted)
+
+    fsdp.shard(engine, net, fill=fill)
+    expected = dict(whole.named_parameters())
+    apart = [float((fsdp_whole(p) - expected[name]).abs().max()) for name, p in net.named_parameters()]
+    buffers = all(torch.equal(a, b) for a, b in zip(net.buffers(), whole.buffers(), strict=True))
+    total = sum(p.numel() for p in whole.parameters())
+    return {"apart": max(apart), "buffers": buffers, "read": read / total}
+
+
+def fsdp_whole(p: Tensor) -> Tensor:
+    return p.full_tensor() if isinstance(p, DTensor) else p
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +94,9 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
         assert facts["mesh"] == [2, 2]
         assert facts["placements"]
         assert facts["rows"][1] * 2 == facts["rows"][0]
+        assert facts["apart"] == 0
+        assert facts["buffers"]
+        assert 0.5 <= facts["read"] < 0.56, "a network is made in shards, of which each rank reads its rows alone"
 
 
 def test_shards_that_do_not_divide_are_refused(monkeypatch):
