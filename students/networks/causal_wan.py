@@ -96,9 +96,10 @@ class CausalWan(Student):
         read: ReadAhead | None = None,
         sigma: float | None = None,
         step: int = 0,
+        keep: bool = True,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """One masked forward: the segments side by side, behind the context of `state` -> x0 of the last segment in fp32, and the
-        un-rotated keys and values of all of them.
+        """One masked forward: the segments side by side, behind the context of `state` -> x0 of the last segment in fp32, and, where
+        they are to `keep`, the un-rotated keys and values of all of them.
 
         `read` in the place of the conditions, as far as it goes; its time embedding only where `sigma` says that all frames are
         at that one level.
@@ -124,6 +125,7 @@ class CausalWan(Student):
             past=None if state is None else self.past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
             pose=given.pose,
+            remember=keep,
             guidance=self.scale(last.conditions),
         )
         x, _ = composed[-1]
@@ -131,12 +133,19 @@ class CausalWan(Student):
         return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
 
     def _chunk(
-        self, state: State, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int, plan: ReadAhead | None
+        self,
+        state: State,
+        x: Tensor,
+        sigma: Tensor | float,
+        conditions: Conditions,
+        step: int,
+        plan: ReadAhead | None,
+        keep: bool,
     ) -> tuple[Tensor, list[KeyValue]]:
         """`_run` of the state's chunk x [B, C, n, H, W] alone, at one sigma."""
         number, level = None if isinstance(sigma, Tensor) else sigma, self.level(x, sigma)
         known = conditions.known if state.chunk == 0 else ()
-        return self._run([Segment(x, level.unsqueeze(1), conditions, known)], state, plan, number, step)
+        return self._run([Segment(x, level.unsqueeze(1), conditions, known)], state, plan, number, step, keep)
 
     def denoise(
         self,
@@ -147,8 +156,9 @@ class CausalWan(Student):
         conditions: Conditions,
         step: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
-        x0, cache = self._chunk(state, x, sigma, conditions, step, plan)
-        return x0, stacked(cache) if self.spec.history.commit == "same_level" else None
+        keep = self.spec.history.commit == "same_level"
+        x0, cache = self._chunk(state, x, sigma, conditions, step, plan, keep)
+        return x0, stacked(cache) if keep else None
 
     @torch.no_grad()
     def commit(
@@ -169,7 +179,7 @@ class CausalWan(Student):
         if history.commit == "clean":
             seen = self._seen_pending(state) if self.spec.schedule.depth > 1 else state
             plan = self.plan(state, conditions) if plan is None else plan
-            steps = [stacked(self._chunk(seen, x0.detach(), history.level, conditions, 0, plan)[1])]
+            steps = [stacked(self._chunk(seen, x0.detach(), history.level, conditions, 0, plan, True)[1])]
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
@@ -187,7 +197,7 @@ class CausalWan(Student):
         known = conditions.known if state.chunk == 0 else ()
         flight = Segment(x, levels(sigmas), conditions, known)
         if pending is None:
-            return self._run([flight], state, plan)[0], None
+            return self._run([flight], state, plan, keep=False)[0], None
         own = pending.conditions
         clean = Segment(pending.x0, levels([self.spec.history.level]), own, own.known if pending.chunk == 0 else ())
         x0, cache = self._run([clean, replace(flight, sees=((0,),))], state, plan)
@@ -218,8 +228,8 @@ class CausalWan(Student):
         sigma = sigma.repeat_interleave(n, dim=1)
         noisy = Segment(x, sigma, conditions, conditions.known, sees)
         if clean is None:
-            return self._run([noisy])[0]
-        return self._run([self._clean(clean, sigma, conditions, level, sees), noisy])[0]
+            return self._run([noisy], keep=False)[0]
+        return self._run([self._clean(clean, sigma, conditions, level, sees), noisy], keep=False)[0]
 
     def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
@@ -230,10 +240,11 @@ class CausalWan(Student):
             raise ValueError(f"{start} latent frames of context, {x.shape[2]} in flight: the conditions have {stop}")
         sigma = sigma.repeat_interleave(n, dim=1)
         if not front:
-            return self._run([Segment(x, sigma, conditions, conditions.known)])[0]
+            return self._run([Segment(x, sigma, conditions, conditions.known)], keep=False)[0]
         sees = [tuple(i for i in see(j + 1) if i < j) for j in range(front)]
         context = self._clean(clean, sigma, conditions.frames(0, start), level, sees)
-        return self._run([context, Segment(x, sigma, conditions.frames(start, stop), (), (see(front),))])[0]
+        flight = Segment(x, sigma, conditions.frames(start, stop), (), (see(front),))
+        return self._run([context, flight], keep=False)[0]
 
     def _clean(
         self, clean: Tensor, like: Tensor, conditions: Conditions, level: Tensor | None, sees: Groups

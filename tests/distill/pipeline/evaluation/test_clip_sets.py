@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from distill.compose import RECIPES
 from distill.data import latents
 from distill.data.latents import ConditionEncoders
 from distill.pipeline.evaluation import clip_sets
 from distill.recipe import load_recipe, spec_of
 from teachers.conditions import Conditions
-from tests.support.tiny import RECIPES, Ranks, fitted_codec, text_encoder
+from tests.support.tiny import Ranks, fitted_codec, text_encoder
 
 NUM = 7
 
