@@ -21,8 +21,8 @@ class EmotionWorld(DataConfig):
 class Emotional(World):
     """Clips whose features hold an emotion [N, 4]."""
 
-    def draw(self, seed: int, name: str, num: int, motion: int = 0) -> Clips:
-        return with_emotion(super().draw(seed, name, num, motion))
+    def draw(self, seed: int, name: str, num: int, motion: int = 0, rows: range | None = None) -> Clips:
+        return with_emotion(super().draw(seed, name, num, motion, rows))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
         return map(with_emotion, super().train(seed, numbers, workers))

@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distill.cli", "distill.pipeline.stages", "distill.commands.sample.command"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["distill.cli", "distill.pipeline.stages", "distill.commands.sample.command"])
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Done:
 
 def start(words: list[str], log: Path | str = os.devnull) -> multiprocessing.process.BaseProcess:
     """`distill WORDS` in a process group of its own, its stderr in `log`."""
-    process = _context.Process(target=_main, args=(words, str(log)))
+    process = CONTEXT.Process(target=_main, args=(words, str(log)))
     process.start()
     return process
 

@@ -109,7 +109,7 @@ def draw(
     for start, file in list(zip(starts, files, strict=True))[engine.rank :: engine.world_size]:
         if not file.is_file():
             rows = range(start, min(start + size, num))
-            _write(artifacts, file, source.draw(seed, name, num, motion, rows), encode, max(0, samples - start))
+            _write(artifacts, file, source.draw(seed, name, num, motion, rows=rows), encode, max(0, samples - start))
     engine.barrier()
     return _load(artifacts, files)
 

@@ -11,7 +11,7 @@ from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from students.serving.pipeline import AvatarPipeline
 from students.serving.session import Session
-from students.weights import compatible
+from students.weights import checkpoint
 from students.weights.checkpoint import load_student, save_student
 from teachers.errors import UserError
 from tests.support.tiny import MIDAS, a_bundle, a_portrait, make_spec, some_sound
@@ -109,7 +109,7 @@ def weights(tmp_path):
     """The weights of a student, with what training fixed."""
     save_student(tmp_path, a_bundle(), "card")
     file = tmp_path / "model.safetensors"
-    save_file(load_file(file), file, metadata=compatible.header(make_spec()))
+    save_file(load_file(file), file, metadata=checkpoint._header(make_spec()))
     return file
 
 
@@ -128,19 +128,22 @@ def weights(tmp_path):
 )
 def test_weights_say_which_sampler_they_were_trained_for(weights, changes, words):
     one_line(
-        f"^student not trained for this sampler: {words}", compatible.check, replace(make_spec(), **changes), weights
+        f"^student not trained for this sampler: {words}",
+        checkpoint._check_sampler,
+        replace(make_spec(), **changes),
+        weights,
     )
 
 
 def test_the_trained_sampler_and_another_window_are_served(weights, tmp_path):
-    compatible.check(make_spec(), weights)
-    compatible.check(make_spec(History(sinks=2, window=1, memory=1)), weights)
+    checkpoint._check_sampler(make_spec(), weights)
+    checkpoint._check_sampler(make_spec(History(sinks=2, window=1, memory=1)), weights)
     bundle = load_student(tmp_path)  # the header changes no weight
     assert bundle.fingerprint == a_bundle().fingerprint
     save_file(load_file(weights), weights)
-    compatible.check(replace(make_spec(), sigmas=(1.0, 0.5)), weights)  # of earlier exports nothing is known
+    checkpoint._check_sampler(replace(make_spec(), sigmas=(1.0, 0.5)), weights)  # of earlier exports nothing is known
     weights.write_bytes(b"no weights")
-    compatible.check(make_spec(), weights)
+    checkpoint._check_sampler(make_spec(), weights)
     one_line(r"^damaged weights: .*model\.safetensors", load_student, tmp_path)
 
 
@@ -157,7 +160,7 @@ def test_a_folder_edited_by_hand_is_refused(tmp_path):
 
 def test_what_weights_say_does_not_change_their_bytes(weights, tmp_path):
     """Safetensors writes two entries of metadata in either order, one in one."""
-    assert len(compatible.header(make_spec())) == 1
+    assert len(checkpoint._header(make_spec())) == 1
     for name in ("a", "b"):
-        save_file(load_file(weights), tmp_path / name, metadata=compatible.header(make_spec()))
+        save_file(load_file(weights), tmp_path / name, metadata=checkpoint._header(make_spec()))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == weights.read_bytes()

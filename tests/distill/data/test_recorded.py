@@ -129,7 +129,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     facts = report["stages"]["data"]["metrics"]
     assert facts["train_clips"] + facts["held_out_clips"] == 3 * FILMS
     assert facts["train_samples"] + facts["held_out_samples"] == FILMS
-    assert report["protocol"]["knobs"]["num_conditions"] == facts["held_out_clips"] // 2
+    assert report["protocol"]["run"]["counts"]["num_conditions"] == facts["held_out_clips"] // 2
     assert (run_dir / "samples" / "0-student.mp4").is_file()
     assert "clips of the folder shards" in (run_dir / "student" / "README.md").read_text()
     assert load_student(run_dir / "student").spec.height == 32

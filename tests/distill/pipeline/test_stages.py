@@ -17,7 +17,7 @@ from distill.training.engine import Engine, EngineConfig
 from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
 from teachers.errors import UserError
-from tests.distill.pipeline.test_health import SMALL
+from tests.distill.pipeline.evaluation.test_health import SMALL
 
 CASES = {
     "plain": ("dmd_avatar", ()),

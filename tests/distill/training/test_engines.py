@@ -1,6 +1,6 @@
 """Every engine does one arithmetic: N processes x accumulation == one process; checkpoints cross; resume is exact.
 
-Run as a script this file is one rank of a launch (see `launch`); the tests compare what two ranks left with one process.
+`worker` is one rank; the tests compare what two ranks left with one process.
 """
 
 import errno
@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -324,7 +323,7 @@ def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
     assert [row[0] for row in rows] == [143, 143]
     assert rows[0][1].startswith("the disk is full: ")
     assert "rank 0 could not write" in rows[1][1]
-    assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000001"]
+    assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000000-01"]
 
 
 def test_shards_are_halves_and_reductions_wait_for_the_last_micro_step(launched):
@@ -338,7 +337,3 @@ def test_shards_are_halves_and_reductions_wait_for_the_last_micro_step(launched)
             assert (fact["frozen"] < 0.6 * total) == (kind in ("fsdp2", "zero3")), kind
         assert [fact["reductions"][0] > 0 for fact in facts.values()] == [False, False, False, True, True]
         assert [fact["reductions"][1] > 0 for fact in facts.values()] == [False, True, True, True, True]
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

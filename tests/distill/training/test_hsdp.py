@@ -1,11 +1,10 @@
 """HSDP: four ranks as two replicas of two shards each are one process; a checkpoint crosses between meshes.
 
-Run as a script this file is one rank.
+`worker` is one rank.
 """
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,3 @@ def test_shards_that_do_not_divide_are_refused(monkeypatch):
         Engine(EngineConfig(kind="fsdp2", precision="fp32", shard_ranks=2))
     with pytest.raises(UserError, match=r"engine.shard_ranks: ddp has no such option"):
         EngineConfig(kind="ddp", precision="fp32", shard_ranks=2)
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

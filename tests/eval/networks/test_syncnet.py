@@ -316,8 +316,6 @@ def test_outside_the_picture_is_grey():
         ([float("-inf"), 20.0, float("inf"), 60.0], "does not fit"),
         ([-1e6, -1e6, 1e6, 1e6], "does not fit"),
         ([50.0, 50.0, 50.5, 50.5], "does not fit"),
-        ([[30.0, 20.0, 70.0, 60.0]] * 3, "2 frames need one box or one a frame"),
-        ([30.0, 20.0, 70.0], "2 frames need one box or one a frame"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")

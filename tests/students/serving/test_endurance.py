@@ -13,10 +13,10 @@ from students.serving.session import Session
 from tests.support.tiny import MIDAS, a_bundle, a_portrait, some_sound
 
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
-STUDENTS = {  # and chunks of each: the first is six times as long as its network's table of positions
-    "sequential": (3000, History(sinks=1, window=2), {}),
-    "diagonal": (1000, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
-    "midas": (1000, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
+STUDENTS = {  # and chunks of each: the first is twice as long as its network's table of positions
+    "sequential": (1400, History(sinks=1, window=2), {}),
+    "diagonal": (800, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
+    "midas": (800, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
 }
 
 
@@ -58,4 +58,4 @@ def test_thousands_of_chunks_in_constant_memory_and_time(kind):
         "a position's angles are kept, and there are only so many places"
     )
     if kind == "sequential":
-        assert count * spec.chunk_frames > 5 * bundle.student.net.rope.max_seq_len
+        assert count * spec.chunk_frames > 2 * bundle.student.net.rope.max_seq_len

@@ -65,7 +65,7 @@ def test_two_ranks_make_half_each_and_nothing_is_made_twice(artifacts, tmp_path,
     drawn: list[range] = []
     draw = artifacts.source.draw
     monkeypatch.setattr(
-        artifacts.source, "draw", lambda *words: (drawn.append(words[4]), draw(*words))[1], raising=False
+        artifacts.source, "draw", lambda *words, rows: (drawn.append(rows), draw(*words, rows=rows))[1], raising=False
     )
     second, first = of_rank(artifacts, 1, 2), of_rank(artifacts, 0, 2)
     with pytest.raises(Exception, match="no tensor file"):  # there is no barrier here: the other half is not made yet
