@@ -13,8 +13,9 @@ from distill.data import latents
 from distill.data.latents import ConditionEncoders
 from distill.pipeline.evaluation import clip_sets
 from distill.recipe import load_recipe, spec_of
+from teachers.codecs.linear import EigenCodec, to_float
 from teachers.conditions import Conditions
-from tests.support.tiny import Ranks, fitted_codec, text_encoder
+from tests.support.tiny import Ranks, text_encoder
 
 NUM = 7
 
@@ -24,8 +25,10 @@ def artifacts() -> Any:
     recipe = load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", "run_dir=unused"])
     spec = spec_of(recipe)
     audio = recipe.data.audio.load(spec.samples_per_frame)
-    encoders = ConditionEncoders(fitted_codec(), audio, text_encoder(), negative="still")
-    return SimpleNamespace(recipe=recipe, spec=spec, encoders=encoders, engine=Ranks(), source=recipe.data.open())
+    source = recipe.data.open()
+    codec = EigenCodec(recipe.data.codec, *recipe.data.world.size).fit(to_float(source.draw(0, "fit", 32).video))
+    encoders = ConditionEncoders(codec, audio, text_encoder(), negative="still")
+    return SimpleNamespace(recipe=recipe, spec=spec, encoders=encoders, engine=Ranks(), source=source)
 
 
 def of_rank(artifacts: Any, rank: int, world_size: int) -> Any:
