@@ -14,7 +14,8 @@ from teachers.flow import keyed_generator
 
 AHEAD = 2
 """Batches that are made while the one before is worked on."""
-Item, Made = TypeVar("Item"), TypeVar("Made")
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def batch_rows(
