@@ -216,13 +216,14 @@ class Conditions:
 
     def index(self, rows) -> "Conditions":
         """Select batch rows."""
-        return self._map(lambda value: value[rows])
+        return self.map(lambda value: value[rows])
 
     def to(self, *args, **kwargs) -> "Conditions":
         """Every feature by Tensor.to."""
-        return self._map(lambda value: value.to(*args, **kwargs))
+        return self.map(lambda value: value.to(*args, **kwargs))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        """Every feature changed alike."""
         return Conditions({name: change(value) for name, value in self.features.items()})
 
     @staticmethod

@@ -1,21 +1,21 @@
 """Clips as training data: resumable shards of latents and features, and how batches are read from them. The embedded world."""
 
 import hashlib
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
 from distill.data.codec_training import fit_codec, psnr
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
 from distill.data.source import Clips, ClipSource
+from distill.data.stored import TEXTS_A_FILE, Stored, Texts, check_written, files_of, opener, packed_texts
 from distill.methods import Batch
 from distill.training.engine import Engine
 from teachers.checkpoints.weights import read_json
@@ -24,11 +24,15 @@ from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
 from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
-from teachers.files import load_tensors, save_tensors
+from teachers.files import atomic_write, load_tensors, read_facts, read_json_or_none, save_tensors
 from teachers.flow import keyed_generator
 from teachers.registry import AudioEncoder, Codec, Text
 
 CPU = torch.device("cpu")
+MANIFEST = "manifest.json"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SOUND = ("audio", "clip_audio")
+TEXTS_AT_ONCE = 16
 PIXELS_AT_ONCE = 2**25
 """Pixels that are encoded or decoded at once: one clip of 81 frames at 512x512, 1,310 of the embedded world's."""
 
@@ -44,6 +48,7 @@ class ConditionEncoders:
 
     They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
     `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_fingerprint`).
+    `precision`: that of features of sound and text in a training set.
     """
 
     codec: Codec
@@ -53,6 +58,7 @@ class ConditionEncoders:
     negative: str | None = None
     device: torch.device = CPU
     mark: str = ""
+    precision: torch.dtype = torch.float32
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -71,14 +77,14 @@ class ConditionEncoders:
     def conditions(
         self,
         audio: Tensor,
-        text: list[str],
+        text: list[str] | None,
         reference: Tensor,
         num_frames: int,
         pose: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
     ) -> Conditions:
-        """audio [N, S] or [N, 2, S]; reference latents [N, C, 1, h, w]; num_frames pixel frames; pose rows [N, T, P]; `features` as
-        `Clips` has them."""
+        """audio [N, S] or [N, 2, S]; text, None for conditions without; reference latents [N, C, 1, h, w]; num_frames pixel frames;
+        pose rows [N, T, P]; `features` as `Clips` has them."""
         audio, stride = audio.to(self.device), self.codec.config.stride
         rows, whole = self.audio_encoder(audio, 0, num_frames), self.audio_encoder.of_clip(audio, num_frames)
         if audio.ndim == 3:
@@ -86,10 +92,10 @@ class ConditionEncoders:
         packed = pack_rows(rows.float().cpu(), stride)
         return Conditions(
             features,
-            text=self.read(text),
+            text=None if text is None else self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
-            negative=self.negatives(len(text)),
+            negative=None if text is None else self.negatives(len(text)),
             clip_audio=None if whole is None else pack_rows(whole.float().cpu(), stride),
             pose=None if pose is None else pack_rows(pose, stride),
         )
@@ -103,13 +109,13 @@ class ConditionEncoders:
         """Features [N, L, D] of the negative prompt, None without one."""
         return None if self.negative is None else self.read([self.negative]).expand(count, -1, -1)
 
-    def of_clips(self, clips: Clips) -> tuple[Tensor, Conditions]:
-        """Latents [N, C, F, h, w] and conditions of whole clips. UserError for features that are not declared, or not of as many
-        rows or latent frames as the clips."""
+    def of_clips(self, clips: Clips, with_text: bool = True) -> tuple[Tensor, Conditions]:
+        """Latents [N, C, F, h, w] and conditions of whole clips, those of the text only `with_text`. UserError for features that
+        are not declared, or not of as many rows or latent frames as the clips."""
         x0 = self.encode(clips.video)
         _check_features(clips.features, Conditions(clips.features), len(x0), x0.shape[2])
-        frames, features = clips.video.shape[2], clips.features
-        return x0, self.conditions(clips.audio, clips.text, x0[:, :, :1], frames, clips.pose, features)
+        frames, text = clips.video.shape[2], clips.text if with_text else None
+        return x0, self.conditions(clips.audio, text, x0[:, :, :1], frames, clips.pose, clips.features)
 
 
 def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int, frames: int) -> None:
@@ -124,24 +130,14 @@ def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int,
                 raise UserError(f"Clips.features: {name} {tuple(value.shape)} has {own} {what}, the video has {needed}")
 
 
-class Stored:
-    """Rows of tensors [n, ...] that stay on disk (safetensors maps its files into memory); indexed by rows [B] as one tensor is."""
-
-    def __init__(self, parts: Sequence[Any]):
-        self.rows: ConcatDataset[Tensor] = ConcatDataset(parts)
-        self.shape = torch.Size((len(self.rows), *parts[0].shape[1:]))
-
-    def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.stack([self.rows[row] for row in rows.tolist()])
-
-
 @dataclass(frozen=True)
 class TrainSet:
     """The training set: x0 fp16 [N, C, F, h, w]; `features`, the stored conditions by name, a row a clip; `shared`, those that are
-    one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network."""
+    one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network. Batches are
+    fp32."""
 
     x0: Tensor | Stored
-    features: Mapping[str, Tensor | Stored]
+    features: Mapping[str, Tensor | Stored | Texts]
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     reference: bool = True
 
@@ -151,15 +147,21 @@ class TrainSet:
     def batch(self, rows: Tensor, device: torch.device | str = "cpu") -> Batch:
         """The clips number `rows` [B]."""
         x0 = self.x0[rows].float()
-        features = {name: value[rows] for name, value in self.features.items()}
+        features = {name: _widened(value[rows]) for name, value in self.features.items()}
         shared = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.shared.items()}
         conditions = Conditions(features | shared, reference=x0[:, :, :1] if self.reference else None)
         return Batch(conditions=conditions.to(device), x0=x0.to(device))
 
 
+def _widened(value: Tensor) -> Tensor:
+    return value.float() if value.dtype == torch.bfloat16 else value
+
+
 def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, engine: Engine) -> dict:
     """Write codec and text encoder, where they are fitted, and training shards; what is there is not made again. Shards are
     split over processes."""
+    if engine.is_main and (words := source.how_many()):
+        tqdm.write(f"distill: data: {words}", file=sys.stderr)
     source.verify(engine.rank, engine.world_size)
     (first,) = source.train(seed, [0])
     if engine.is_main:
@@ -197,32 +199,60 @@ def write_shards(
     encoders: ConditionEncoders,
     clips_of: Callable[[Sequence[int]], Iterable[Clips]],
 ) -> int:
-    """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and their mirror
-    images, and the negative prompt; returns the number of clips."""
-    mine, mark = range(engine.rank, source.num_shards, engine.world_size), encoders.mark
-    files = [folder / f"shard-{i:05d}.safetensors" for i in mine]
-    missing = [i for i, file in zip(mine, files, strict=True) if not file.is_file()]
-    done = len(mine) - len(missing)
-    bar = tqdm(missing, desc=folder.name, total=len(mine), initial=done, disable=not engine.is_main)
+    """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and (`data.mirror`)
+    their mirror images, which are rows of their own but share what is equal; the features of each distinct text once; the
+    negative prompt; last the manifest, by which all are found. Returns the number of rows. UserError for a shard that other
+    encoders made."""
+    mine, mark, precision = range(engine.rank, source.num_shards, engine.world_size), encoders.mark, encoders.precision
+    files = files_of(folder, "shard", source.num_shards)
+    missing = [i for i in mine if not files[i].is_file()]
+    bar = tqdm(missing, folder.name, len(mine), initial=len(mine) - len(missing), disable=not engine.is_main)
     for i, clips in zip(bar, clips_of(missing), strict=True):
-        file = folder / f"shard-{i:05d}.safetensors"
-        both = []
-        for shown in (clips, _mirrored(clips)):
-            x0, conditions = encoders.of_clips(shown)
-            both.append({"x0": x0.half(), **conditions.stored})
-        save_tensors(file, {name: torch.cat([part[name] for part in both]) for name in both[0]}, {"senses": mark})
+        x0, conditions = encoders.of_clips(clips, with_text=False)
+        rows = {name: value.to(precision) if name in SOUND else value for name, value in conditions.stored.items()}
+        if source.config.mirror:
+            x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
+            rows = {name: _with_mirrored(name, value) for name, value in rows.items()}
+        save_tensors(files[i], {"x0": x0.half(), **rows}, {"senses": mark, "text": json.dumps(clips.text)})
     engine.barrier()
-    negative = encoders.negatives(1)
-    if engine.is_main and negative is not None:
-        save_tensors(folder / "negative.safetensors", {"text": negative})
+    said = engine.from_main([_text_of(file, mark) for file in files] if engine.is_main else None)
+    texts = list(dict.fromkeys(text for own in said for text in own))
+    text_files = files_of(folder, "text", -(-len(texts) // TEXTS_A_FILE))
+    for i in range(engine.rank, len(text_files), engine.world_size):
+        if not text_files[i].is_file():
+            own = texts[i * TEXTS_A_FILE : (i + 1) * TEXTS_A_FILE]
+            parts = (encoders.read(own[k : k + TEXTS_AT_ONCE]) for k in range(0, len(own), TEXTS_AT_ONCE))
+            save_tensors(text_files[i], packed_texts([one for part in parts for one in part], precision))
     engine.barrier()
-    return 2 * source.num_train
+    if engine.is_main:
+        if (negative := encoders.negatives(1)) is not None:
+            save_tensors(folder / "negative.safetensors", {"text": negative})
+        number = {text: k for k, text in enumerate(texts)}
+        facts = {"senses": mark, "copies": 1 + source.config.mirror, "texts": len(texts)}
+        facts |= {"tokens": encoders.read(texts[:1]).shape[1], "text": [[number[one] for one in own] for own in said]}
+        atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
+    engine.barrier()
+    return (1 + source.config.mirror) * source.num_train
 
 
-def _mirrored(clips: Clips) -> Clips:
-    """The mirror images of clips."""
-    features = {name: known(name).mirrored(value) for name, value in clips.features.items()}
-    return replace(clips, video=clips.video.flip(-1), pose=duplex.mirrored(clips.pose), features=features)
+def _with_mirrored(name: str, value: Tensor) -> Tensor:
+    """A condition of clips and of their mirror images [2 N, ..], or [N, ..] where it is the same."""
+    mirrored = duplex.mirrored(value) if name == "pose" else known(name).mirrored(value)
+    return value if torch.equal(value, mirrored) else torch.cat([value, mirrored])
+
+
+def _text_of(file: Path, mark: str) -> list[str]:
+    facts = read_facts(file)
+    _check_mark(file, facts.get("senses", ""), mark)
+    return json.loads(facts["text"])
+
+
+def _check_mark(file: Path, made: str, mark: str) -> None:
+    if made != mark:
+        raise UserError(
+            f"stale features: {file} was made by another codec or text encoder ({made[:12]}) than the data stage holds "
+            f"({mark[:12]}); delete {file.parent} and run again"
+        )
 
 
 def load_encoders(
@@ -233,7 +263,8 @@ def load_encoders(
     audio_encoder, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
     for part in (codec, audio_encoder, text):
         part.to(device)
-    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, fitted_fingerprint(folder))
+    mark, precision = fitted_fingerprint(folder), PRECISIONS[config.precision]
+    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, mark, precision)
 
 
 def fitted_fingerprint(folder: Path) -> str:
@@ -246,29 +277,26 @@ def fitted_fingerprint(folder: Path) -> str:
 
 
 def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
-    """All shards of a finished data stage; they stay on disk. UserError for one that encoders of another `mark` made, or that holds
-    a condition which is not declared."""
-    files = sorted(folder.glob("shard-*.safetensors"))
-    for file in files:
-        if (made := _made_by(file)) not in (None, mark):
-            raise UserError(
-                f"stale features: {file} was made by another codec or text encoder ({made[:12]}) than the data stage holds "
-                f"({mark[:12]}); delete {folder} and run again"
-            )
-    parts = [load_tensors(file) for file in files]
-    whole = {name: Stored([part[name] for part in parts]) for name in parts[0]}
+    """What `write_shards` wrote; it stays on disk, and only the manifest and one shard are read now. UserError for one that
+    encoders of another `mark` made, one of whose files is lost, or that holds a condition which is not declared."""
+    manifest = folder / MANIFEST
+    facts = read_json_or_none(manifest)
+    if facts is None:
+        raise UserError(f"training set without a list of its files: {manifest}; delete {folder} and run again")
+    _check_mark(manifest, facts["senses"], mark)
+    copies, said = facts["copies"], facts["text"]
+    files, opened = files_of(folder, "shard", len(said)), opener()
+    text_files = files_of(folder, "text", -(-facts["texts"] // TEXTS_A_FILE))
+    check_written([*files, *text_files])
+    rows = [copies * len(own) for own in said]
+    whole = {name: Stored(files, rows, name, opened) for name in opened(files[0])}
     x0 = whole.pop("x0")
     for name in whole:
         known(name)
+    texts = Texts(text_files, torch.tensor([k for own in said for k in copies * own]), facts["tokens"], opened)
     file = folder / "negative.safetensors"
     shared = {"negative": load_tensors(file)["text"]} if file.is_file() else {}
-    return TrainSet(x0, whole, shared, reference)
-
-
-def _made_by(file: Path) -> str | None:
-    """The mark of the encoders that made a shard, None where it states none."""
-    with safe_open(file, "pt") as content:
-        return (content.metadata() or {}).get("senses")
+    return TrainSet(x0, {**whole, "text": texts}, shared, reference)
 
 
 def fit_text(

@@ -10,8 +10,8 @@ from typing import Any
 import av
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from distill.data.order import made_ahead
 from distill.data.prepare import shards
 from distill.data.prepare.shards import Indexed
 from distill.data.prepare.video import SAMPLE_RATE
@@ -82,7 +82,7 @@ def _decoding(what: str, stored: Indexed) -> Iterator[None]:
         raise UserError(f"{what} cannot be decoded ({error}): {stored}; {shards.HINT}") from error
 
 
-class Windows(Dataset):
+class Windows:
     """Clips of `num_frames` frames at `fps` out of samples, one after the other in each; shorter samples have none.
 
     A row is a sample and the clip's first frame there.
@@ -114,27 +114,7 @@ class Windows(Dataset):
         video = torch.stack([sample.video for sample in found])
         return Samples([str(sample.facts.get("id", "")) for sample in found], [s.text for s in found], video, audio)
 
-    def __getitems__(self, rows: list[int]) -> Samples | UserError:
-        """A batch for DataLoader; an error comes as a value, since a worker's traceback is no message."""
-        try:
-            return self.batch(rows)
-        except UserError as error:
-            return error
-
     def batches(self, rows: Iterable[list[int]], workers: int = 0) -> Iterator[Samples]:
-        """The batches of these rows, in their order, decoded by `workers` processes."""
-        loader = DataLoader(
-            self,
-            batch_sampler=rows,  # pyright: ignore[reportArgumentType]  # any iterable of lists of rows
-            num_workers=workers,
-            collate_fn=_as_is,
-            generator=torch.Generator(),  # the global one stays as it is
-        )
-        for found in loader:
-            if isinstance(found, UserError):
-                raise found
-            yield found
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+        """The batches of these rows, in their order, decoded by `workers` threads (decoding holds no lock of Python's, and threads
+        need no shared memory)."""
+        yield from made_ahead(self.batch, rows, workers, workers) if workers else map(self.batch, rows)

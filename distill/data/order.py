@@ -1,10 +1,21 @@
-"""The order of training data: rows of a batch as a function of seed, position and rank."""
+"""The order of training data: rows of a batch as a function of seed, position and rank, and batches made before they are needed."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from teachers.flow import keyed_generator
+
+AHEAD = 2
+"""Batches that are made while the one before is worked on."""
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 def batch_rows(
@@ -19,3 +30,43 @@ def batch_rows(
         here = wanted // size == epoch
         rows[here] = order[wanted[here] % size]
     return rows
+
+
+def made_ahead(
+    make: Callable[[Item], Made], items: Iterable[Item], workers: int = 1, ahead: int = AHEAD
+) -> Generator[Made]:
+    """make(item) of each item, in order; `workers` threads make the next `ahead` of them while one is worked on. An error of `make`
+    is raised where its item would have come."""
+    waiting: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(workers, "made-ahead") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Positions(Generic[Made]):
+    """make(position), a pure function, for positions that are asked for one after the other: the next ones are made by a thread
+    meanwhile. Another position than the next starts anew, so what is given depends on the position alone."""
+
+    def __init__(self, make: Callable[[int], Made]):
+        self.make, self.next = make, -1
+        self.coming: Generator[Made] | None = None
+
+    def __call__(self, position: int) -> Made:
+        if position != self.next:
+            self.close()
+            self.next, self.coming = position, made_ahead(self.make, count(position))
+        self.next += 1
+        assert self.coming is not None
+        return next(self.coming)
+
+    def close(self) -> None:
+        """End the thread."""
+        if self.coming is not None:
+            self.coming.close()

@@ -34,12 +34,13 @@ from teachers.flow import keyed_generator
 
 DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
 LEAST = 8  # least clips of a score, as in `eval.embedded.protocol.EvalConfig`; twice as many make two sets
-PROBE_CLIPS = 1536  # on which the extractors are trained, in memory; as many as the procedural world has
+PROBE_CLIPS = 1536  # on which the extractors are trained, in memory; as many as the procedural world has,
+PROBE_PIXELS = 2**33  # and no more than these: 404 clips of 81 frames at 512x512
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderConfig(ClipsConfig):
-    """Clips in `path`; `world` specifies their size, frame rate and length, and the maximum number of training clips.
+    """Clips in `path`; `world` specifies their size, frame rate and length, and the maximum number of training clips (null: all).
 
     `held_out`: the fraction of people held out for evaluation, by hash; an official split of the manifest takes precedence.
     `manifest`: which of the clips are used, with their text, split and identity there: the folder that `distill data
@@ -80,7 +81,8 @@ class Folder(ClipSource):
         self.unused: Counter[str] = Counter()
         sides = self._sides()
         self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
-        self.num_train = min(world.num_train, len(self.training))
+        self.num_clips = len(self.training)
+        self.num_train = self.num_clips if world.num_train is None else min(world.num_train, self.num_clips)
         for name, windows in (("train", self.training), ("held-out", self.test)):
             if len(windows) < 2 * LEAST:
                 raise UserError(
@@ -131,7 +133,7 @@ class Folder(ClipSource):
         return self._clips(samples, brightness_and_contrast(samples.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
-        """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` processes."""
+        """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` threads."""
         size, num = self.config.world.shard_clips, len(self.training)
         rows = (batch_rows(num, size, number, seed)[: self.num_train - number * size].tolist() for number in numbers)
         for samples in self.training.batches(rows, workers):
@@ -153,7 +155,8 @@ class Folder(ClipSource):
         windows = self.test if name in ("test", "admit", "reference") else self.training
         order = torch.randperm(len(windows), generator=keyed_generator(seed, "clips"))
         if name == "probes":
-            return windows, order[:PROBE_CLIPS]
+            height, width = self.config.world.size
+            return windows, order[: min(PROBE_CLIPS, PROBE_PIXELS // (self.config.world.num_frames * height * width))]
         middle = len(order) // 2
         return windows, order[middle:] if halves[name] else order[:middle]
 

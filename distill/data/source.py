@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from teachers.errors import UserError
 from teachers.resolve import in_users_file, label, missing
 
+DRAWN = 256
+"""Training clips of a source without end where `data.world.num_train` is null."""
 CELLS = 4  # a side of the grid in which the extractors predict brightness and contrast
 UNLABELLED = {
     "sync": "the clips have no mouth labels, which the embedded extractors need for training",
@@ -79,16 +81,25 @@ class ClipSource:
 
     left_out: metrics that are undefined here, and why; digests: of what the clips are read from, for fingerprints
     facts: what is worth knowing of the clips, as plain data; description: the clips in words, for a model card
+    num_train: training clips that are used; num_clips: those that there are, None where any number can be made
     """
 
     left_out: Mapping[str, str] = UNLABELLED
     digests: Mapping[str, str] = {}
     facts: Mapping[str, Any] = {}
     description: str = "clips of a data source of one's own"
+    num_clips: int | None = None
 
     def __init__(self, config: Any):
         self.config = config
-        self.num_train = config.world.num_train
+        self.num_train = DRAWN if config.world.num_train is None else config.world.num_train
+
+    def how_many(self) -> str:
+        """ "256 of 50,000 clips": how many are trained on, of how many; "" where there is no end of them."""
+        if self.num_clips is None:
+            return ""
+        more = " (data.world.num_train: null takes all)" if self.num_train < self.num_clips else ""
+        return f"{self.num_train:,} of {self.num_clips:,} clips{more}"
 
     @property
     def num_shards(self) -> int:
@@ -118,7 +129,7 @@ class ClipSource:
         return clips if clips.labels else replace(clips, labels=brightness_and_contrast(clips.video))
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
-        """The clips of these training shards, the sets train/0, train/1 and so on; `workers` processes may decode them."""
+        """The clips of these training shards, the sets train/0, train/1 and so on; `workers` threads may decode them."""
         size = self.config.world.shard_clips
         for number in numbers:
             yield self._checked(seed, f"train/{number}", min(size, self.num_train - number * size))

@@ -6,7 +6,7 @@ and `shared`, the same on every rank (the exit step, say).
 `needs(config)` says beforehand which roles and which part of a batch a stage has to bring.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -33,6 +33,11 @@ class Batch:
     conditions: Conditions
     x0: Tensor | None = None
     states: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Every tensor changed alike."""
+        x0, states = (None if value is None else change(value) for value in (self.x0, self.states))
+        return Batch(self.conditions.map(change), x0, states)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Ranks(Protocol):
 
     def barrier(self) -> None: ...
 
+    def from_main(self, value: Any) -> Any: ...
+
 
 class Alone:
     """Ranks of a single process."""
@@ -46,6 +48,9 @@ class Alone:
     is_main = True
 
     def barrier(self) -> None: ...
+
+    def from_main(self, value: Any) -> Any:
+        return value
 
 
 class RunFolder:
@@ -57,6 +62,7 @@ class RunFolder:
         self.reuse = reuse
         self.ranks = ranks
         self.names: list[str] = []
+        self._done: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def open(cls, recipe: Any, ranks: Ranks | None = None) -> "RunFolder":
@@ -92,8 +98,9 @@ class RunFolder:
         return self.path / "stages" / name
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The content of a finished stage's fingerprint.json, None before it is finished."""
-        return read_json_or_none(self.stage_dir(name) / "fingerprint.json")
+        """The content of a finished stage's fingerprint.json, None before it is finished; of a stage that `stage` has returned what
+        rank 0 read."""
+        return self._done.get(name) or read_json_or_none(self.stage_dir(name) / "fingerprint.json")
 
     def fingerprint(self, name: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> str:
         """sha256 of the canonical JSON of (name, config, fingerprints of the inputs, package version)."""
@@ -112,21 +119,26 @@ class RunFolder:
 
         `body(stage_dir)` resumes from what it left in `stage_dir` itself; leftovers of another fingerprint are deleted
         before. fingerprint.json is written last. Its seconds add up over resumes, a killed start counting until
-        the last file that it wrote. Every rank calls this.
+        the last file that it wrote. Every rank calls this; what is done is rank 0's to say, for on a network disk others may for
+        a while not see what it has written.
         """
-        folder, mark = self.stage_dir(name), self.fingerprint(name, config, inputs)
-        done = self.finished(name)
-        self.ranks.barrier()
-        if done is None or done["fingerprint"] != mark:
-            if self.ranks.is_main:
-                self._prepare(folder, mark)
-            self.ranks.barrier()
-            done = self.finished(name)
-            self.ranks.barrier()
+        folder, ranks = self.stage_dir(name), self.ranks
+        self._done.pop(name, None)
+        mark, done = ranks.from_main(self._look(name, config, inputs) if ranks.is_main else None)
         if done is None:
             done = self._run(folder, mark, to_plain(config), inputs, body)
+        self._done[name] = done
         self.names.append(name)
         return done["metrics"]
+
+    def _look(self, name: str, config: Mapping[str, Any], inputs: tuple[str, ...]) -> tuple[str, dict[str, Any] | None]:
+        """The stage's fingerprint, and what is stored of it; None with its folder prepared where it has to run."""
+        mark = self.fingerprint(name, config, inputs)
+        done = self.finished(name)
+        if done is None or done["fingerprint"] != mark:
+            self._prepare(self.stage_dir(name), mark)
+            done = self.finished(name)
+        return mark, done
 
     def _prepare(self, folder: Path, mark: str) -> None:
         """Leave `folder` with this fingerprint's finished copy, its leftovers, or nothing; and a started.json."""
@@ -160,17 +172,16 @@ class RunFolder:
         inputs: tuple[str, ...],
         body: Callable[[Path], dict[str, Any]],
     ) -> dict[str, Any]:
-        before = json.loads((folder / "started.json").read_text())["seconds"]
+        before = json.loads((folder / "started.json").read_text())["seconds"] if self.ranks.is_main else 0.0
         began = time.perf_counter()
         metrics = body(folder)
         self.ranks.barrier()
         seconds = before + time.perf_counter() - began
         done = {"fingerprint": mark, "inputs": list(inputs), "config": config, "seconds": seconds, "metrics": metrics}
-        done |= {"version": __version__, "revision": revision()}
+        text = json.dumps(done | {"version": __version__, "revision": revision()}, indent=1, allow_nan=False) + "\n"
         if self.ranks.is_main:
-            atomic_write(folder / "fingerprint.json", json.dumps(done, indent=1, allow_nan=False) + "\n")
-        self.ranks.barrier()
-        return json.loads((folder / "fingerprint.json").read_text())
+            atomic_write(folder / "fingerprint.json", text)
+        return self.ranks.from_main(json.loads(text))
 
 
 def versions() -> dict[str, str]:

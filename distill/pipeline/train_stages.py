@@ -6,6 +6,7 @@ FROZEN. Its batches are clips, or stored trajectories where the method needs tho
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import methods
-from distill.data.order import batch_rows
+from distill.data.order import Positions, batch_rows
 from distill.methods import Batch
 from distill.methods.discriminator import Discriminator, build_discriminator
 from distill.pipeline import trajectories
@@ -118,13 +119,18 @@ def run_training(
     parameters = sum(p.numel() for p in roles[average].parameters())
     trainer = Trainer(engine, settings, roles, average, folder)
 
-    def batches(position: int) -> Batch:
+    def make(position: int) -> Batch:
         rows = batch_rows(size, settings.batch_size, position, seed, engine.rank, engine.world_size)
-        return batch_of(rows, engine.device)
+        batch = batch_of(rows, torch.device("cpu"))
+        return batch.map(Tensor.pin_memory) if engine.device.type == "cuda" else batch
 
-    with artifacts.training(frozen):
+    with artifacts.training(frozen), closing(Positions(make)) as made:
         held = {name: artifacts.frozen(name) for name in frozen}
         method = methods.build(config.method, {**roles, **held}, grid)
+
+        def batches(position: int) -> Batch:
+            return made(position).map(lambda value: value.to(engine.device, non_blocking=True))
+
         train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
     _save_averaged(trainer, folder)
     return {

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.latents import TrainSet
+from distill.data.stored import Stored, check_written, files_of, opener
 from distill.methods import Batch
 from distill.methods.forcing import Forced
 from distill.pipeline.artifacts import Artifacts
@@ -26,28 +27,20 @@ from teachers.guidance import EmbeddedGuidance, GuidanceRange
 
 @dataclass(frozen=True)
 class Trajectories:
-    """N trajectories in shards [n, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk (mapped, read when a batch
-    asks for them); rows [N] of the training pool; sigmas of the states; the guidance scale [N] of each, where it was drawn."""
+    """N trajectories: `states`, indexed by [B] -> [B, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk; rows [N] of
+    the training pool; sigmas of the states; the guidance scale [N] of each, where it was drawn."""
 
-    shards: tuple[Tensor, ...]
+    states: Stored
     rows: Tensor
     sigmas: tuple[float, ...]
     guidance: Tensor | None = None
-
-    def states(self, index: Tensor) -> Tensor:
-        """States [B, K+1, C, F, h, w] of the trajectories number `index` [B]."""
-        ends = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
-        at = torch.bucketize(index, ends, right=True).tolist()
-        return torch.stack(
-            [self.shards[i][n - int(ends[i])] for i, n in zip(at, index.tolist(), strict=True)]  # counted from the end
-        )
 
     def batch(self, pool: TrainSet, rows: Tensor, device: torch.device | str) -> Batch:
         batch = pool.batch(self.rows[rows], device)
         conditions = batch.conditions
         if self.guidance is not None:
             conditions = replace(conditions, guidance=self.guidance[rows].to(device))
-        return Batch(conditions=conditions, x0=batch.x0, states=self.states(rows).float().to(device))
+        return Batch(conditions=conditions, x0=batch.x0, states=self.states[rows].float().to(device))
 
 
 def make(
@@ -77,11 +70,10 @@ def make(
         "guidance": asdict(scales or config.guidance),
         "teacher": teacher_hash,
     }
-    count = -(-config.num_pairs // config.batch_size)
-    mine = [i for i in range(count) if i % engine.world_size == engine.rank]
+    files = files_of(folder, "shard", -(-config.num_pairs // config.batch_size))
+    mine = range(engine.rank, len(files), engine.world_size)
     for i in tqdm(mine, desc="trajectories", disable=not engine.is_main):
-        file = folder / f"shard-{i:05d}.safetensors"
-        if file.is_file():
+        if files[i].is_file():
             continue
         rng = keyed_generator(seed, "trajectories", i)
         num = min(config.batch_size, config.num_pairs - i * config.batch_size)
@@ -93,10 +85,15 @@ def make(
             extra = {"guidance": scales.draw(num, rng)}
             guidance = EmbeddedGuidance(extra["guidance"].to(engine.device), config.guidance.batched)
         states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance)
-        save_tensors(file, {"states": states.half(), "rows": rows, **extra})
+        save_tensors(files[i], {"states": states.half(), "rows": rows, **extra})
     engine.barrier()
     if engine.is_main:
-        atomic_write(folder / "manifest.json", json.dumps(facts, indent=1) + "\n")
+        facts |= {"rows": [], **({} if scales is None else {"scales": []})}
+        for part in map(load_tensors, files):
+            facts["rows"].append(part["rows"].tolist())
+            if scales is not None:
+                facts["scales"].append(part["guidance"].tolist())
+        atomic_write(folder / "manifest.json", json.dumps(facts) + "\n")
     engine.barrier()
     passes = config.guidance.passes if scales is None else EmbeddedGuidance.passes
     return {"pairs": config.num_pairs, "nfe": config.num_steps * passes}
@@ -133,7 +130,8 @@ def solve(artifacts: Artifacts, folder: Path) -> dict:
 
 
 def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectories:
-    """Trajectories of a finished stage; UserError unless made by this teacher for exactly these student sigmas."""
+    """Trajectories of a finished stage, of which only the manifest is read now; UserError unless they are all there and made by
+    this teacher for exactly these student sigmas."""
     facts = json.loads((folder / "manifest.json").read_text())
     want = [*sigmas, 0.0]
     if len(want) != len(facts["sigmas"]) or any(abs(a - b) > 1e-9 for a, b in zip(want, facts["sigmas"], strict=True)):
@@ -142,7 +140,9 @@ def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectori
         )
     if facts["teacher"] != teacher_hash:
         raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
-    parts = [load_tensors(file) for file in sorted(folder.glob("shard-*.safetensors"))]
-    rows = torch.cat([part["rows"] for part in parts])
-    guidance = torch.cat([part["guidance"] for part in parts]) if "guidance" in parts[0] else None
-    return Trajectories(tuple(part["states"] for part in parts), rows, tuple(facts["sigmas"]), guidance)
+    rows, scales = facts["rows"], facts.get("scales")
+    files = files_of(folder, "shard", len(rows))
+    check_written(files)
+    states = Stored(files, list(map(len, rows)), "states", opener())
+    guidance = None if scales is None else torch.tensor([scale for own in scales for scale in own])
+    return Trajectories(states, torch.tensor([row for own in rows for row in own]), tuple(facts["sigmas"]), guidance)

@@ -70,6 +70,6 @@ def follow(target: Float[Tensor, "n t *rest"], fps: float) -> Float[Tensor, "n t
     return torch.stack(place, dim=1)
 
 
-def mirrored(pose: Float[Tensor, "*batch 3"] | None) -> Float[Tensor, "*batch 3"] | None:
+def mirrored(pose: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
     """The pose rows of a clip's mirror image."""
-    return None if pose is None else pose * pose.new_tensor([-1.0, 1.0, 1.0])
+    return pose * pose.new_tensor([-1.0, 1.0, 1.0])

@@ -41,14 +41,15 @@ SUBJECTS = ("a person", "someone", "a presenter", "an avatar", "the speaker", "a
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
-    `num_frames` counts pixel frames of a clip. `speakers` 2: the avatar and another person, in turns. `steered`: its head follows
-    a direction signal."""
+    `num_frames` counts pixel frames of a clip. `num_train`: training clips; null is all clips of a folder, 256 of a world that has
+    no end. They are decoded and encoded `shard_clips` at a time, a file each. `speakers` 2: the avatar and another person, in
+    turns. `steered`: its head follows a direction signal."""
 
     resolution: int = 32
     width: int | None = None
     fps: str = "25/2"
     num_frames: int = 15
-    num_train: int = 1536
+    num_train: int | None = 1536
     shard_clips: int = 256
     speakers: int = 1
     steered: bool = False

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.latents import Stored, pieces
+from distill.data.latents import pieces
 from distill.data.source import Clips
+from distill.data.stored import Stored, opener
 from distill.pipeline.artifacts import Artifacts
 from eval.cards import load_card
 from eval.embedded.evaluation import clips_of
@@ -139,7 +140,8 @@ def _write(artifacts: Artifacts, file: Path, clips: Clips, encode: bool, samples
 def _load(artifacts: Artifacts, files: list[Path]) -> ClipSet:
     engine = artifacts.engine
     parts = [load_tensors(file) for file in files]
-    text = [one for file in files for one in json.loads(read_facts(file)["text"])]
+    texts = [json.loads(read_facts(file)["text"]) for file in files]
+    text, lengths, opened = [one for own in texts for one in own], list(map(len, texts)), opener()
 
     def joined(name: str) -> Tensor:
         found = [part[name] for part in parts if name in part]
@@ -148,7 +150,7 @@ def _load(artifacts: Artifacts, files: list[Path]) -> ClipSet:
     labels = {key.removeprefix("label/"): joined(key) for key in parts[0] if key.startswith("label/")}
     clips = Clips(video=joined("video"), audio=joined("audio"), text=text, labels=labels if engine.is_main else {})
     names = [key for key in parts[0] if key.startswith("condition/")]
-    features = {key.removeprefix("condition/"): Stored([part[key] for part in parts]) for key in names}
+    features = {key.removeprefix("condition/"): Stored(files, lengths, key, opened) for key in names}
     negative = artifacts.encoders.negatives(1) if names else None
     conditions = StoredConditions(
         features, {} if negative is None else {"negative": negative}, torch.arange(len(text)), engine.device

@@ -213,10 +213,22 @@ def test_stale_features_are_refused(finished, tmp_path):
     codec = folder / "codec.safetensors"
     codec.write_bytes(codec.read_bytes()[:-1] + b"\1")
     encoders = latents.load_encoders(recipe.data, folder)
-    with pytest.raises(
-        UserError, match=rf"^stale features: {folder}/shard-00000.safetensors was made by another codec[^\n]*$"
-    ):
+    with pytest.raises(UserError, match=rf"^stale features: {folder}/manifest.json was made by another codec[^\n]*$"):
         latents.load_train_set(folder, encoders.mark)
+
+
+def test_all_clips_are_used_and_the_run_says_how_many(data):
+    """`data=folder` takes all, and so does a real recipe with clips of its own; fewer are said in words."""
+    whole = opened(data)
+    num = len(whole.training)
+    assert whole.num_train == num
+    assert whole.how_many() == f"{num} of {num} clips"
+    fewer = opened(data, world=replace(shipped().world, num_train=10))
+    assert fewer.num_train == 10
+    assert fewer.how_many() == f"10 of {num} clips (data.world.num_train: null takes all)"
+    words = ("data.name=folder", f"data.path={data}", "teacher.path=anywhere")
+    assert load_recipe(RECIPES / "livetalk.yaml", words).data.world.num_train is None
+    assert load_recipe(RECIPES / "livetalk.yaml", words[2:]).data.open().num_train == 256
 
 
 def test_other_clips_in_the_folder_are_other_data(data, films, tmp_path):

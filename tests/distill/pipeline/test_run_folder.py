@@ -79,6 +79,44 @@ def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(
     assert 100 <= run.finished("data")["seconds"] < 110
 
 
+class Main:
+    """Rank 0, whose words are kept."""
+
+    is_main = True
+
+    def __init__(self):
+        self.said = []
+
+    def barrier(self) -> None: ...
+
+    def from_main(self, value):
+        self.said.append(value)
+        return value
+
+
+class Other(Main):
+    """A rank that hears them."""
+
+    is_main = False
+
+    def from_main(self, value):
+        return self.said.pop(0)
+
+
+def test_what_is_done_is_rank_0_s_to_say(toy, tmp_path):
+    """A rank whose network disk shows none of the files that rank 0 wrote."""
+    main, other, body = Main(), Other(), Body()
+    first = RunFolder.open(toy, main)
+    for name, inputs in (("data", ()), ("teacher", ("data",)), ("data", ())):
+        first.stage(name, {"n": 1}, inputs, Body())
+    other.said, blind = main.said, RunFolder(tmp_path / "shows_nothing", (), other)
+    for name, inputs in (("data", ()), ("teacher", ("data",)), ("data", ())):
+        assert blind.stage(name, {"n": 1}, inputs, lambda _: body(tmp_path) and {"steps": 9}) == {"steps": 3}
+        assert blind.finished(name) == first.finished(name)
+    assert other.said == []
+    assert body.made == [0, 1, 2], "of two stages that are not done, one body's files are the other's"
+
+
 def test_leftovers_of_another_fingerprint_are_deleted(toy):
     run = RunFolder.open(toy)
     with pytest.raises(Killed):

@@ -64,7 +64,7 @@ def test_a_round_trip(tmp_path):
     assert metrics == {"pairs": 10, "nfe": 8}
     assert sorted(contents(tmp_path)) == ["manifest.json", *(f"shard-0000{i}.safetensors" for i in range(3))]
     pairs = load(tmp_path, SIGMAS, "abc")
-    states = pairs.states(torch.arange(10))
+    states = pairs.states[torch.arange(10)]
     assert states.shape == (10, 5, 4, 8, 4, 4)
     assert states.dtype == torch.float16
     assert pairs.sigmas == pytest.approx((*SIGMAS, 0.0))
@@ -83,13 +83,13 @@ def test_pairs_stay_on_the_disk(tmp_path):
     """64 MiB of states: loading maps them, a batch reads its own."""
     shard = torch.randn(64, 4, 2**17, 1, 1, 1, generator=rng(0)).half()
     save_tensors(tmp_path / "shard-00000.safetensors", {"states": shard, "rows": torch.arange(64)})
-    facts = {"sigmas": [1.0, 0.75, 0.5, 0.0], "teacher": "abc"}
+    facts = {"sigmas": [1.0, 0.75, 0.5, 0.0], "teacher": "abc", "rows": [list(range(64))]}
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
     process = psutil.Process()
     before = process.memory_info().rss
     pairs = load(tmp_path, [1.0, 0.75, 0.5], "abc")
     assert process.memory_info().rss - before < 8 * 2**20
-    assert torch.equal(pairs.states(torch.tensor([63, 5])), shard[[63, 5]])
+    assert torch.equal(pairs.states[torch.tensor([63, 5])], shard[[63, 5]])
     assert process.memory_info().rss - before < 24 * 2**20
 
 
@@ -111,6 +111,14 @@ def test_other_sigmas_and_another_teacher_are_refused_at_load(tmp_path):
         load(tmp_path, SIGMAS, "abd")
     facts = json.loads((tmp_path / "manifest.json").read_text())
     assert facts["sigmas"] == pytest.approx([*SIGMAS, 0.0])
+
+
+def test_a_lost_shard_is_named(tmp_path):
+    write(tmp_path)
+    lost = tmp_path / "shard-00001.safetensors"
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"^lost file: {lost} was written by its stage and is not there; [^\n]*$"):
+        load(tmp_path, SIGMAS, "abc")
 
 
 def test_a_lost_shard_is_made_again_bit_for_bit(tmp_path):

@@ -411,4 +411,4 @@ def _check_who_sees_what(run: Path, monkeypatch) -> None:
         stored = load_file(run / "stages" / source / "shard-00000.safetensors")
         seen = batches[stage](rows, "cpu").conditions
         assert torch.equal(seen.reference, stored["x0"][:4, :, :1].float())
-        assert torch.equal(seen.text, stored["text"][:4])
+        assert torch.equal(seen.audio, stored["audio"][:4])

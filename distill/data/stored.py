@@ -1,0 +1,79 @@
+"""Rows of tensors in many files, which are opened when a batch asks for them: a start reads one manifest, whatever the number of
+files, and no more than OPEN_FILES of them are mapped at once (a Linux process may hold 65,530 maps)."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from teachers.errors import UserError
+from teachers.files import load_tensors
+
+OPEN_FILES = 64
+TEXTS_A_FILE = 512
+
+Opened = Callable[[Path], dict[str, Tensor]]
+
+
+def opener() -> Opened:
+    """`load_tensors`, which keeps the last OPEN_FILES files mapped."""
+    return lru_cache(maxsize=OPEN_FILES)(load_tensors)
+
+
+def files_of(folder: Path, what: str, num: int) -> list[Path]:
+    """The names of a stage's `num` tensor files."""
+    return [folder / f"{what}-{i:05d}.safetensors" for i in range(num)]
+
+
+def check_written(files: Sequence[Path]) -> None:
+    """UserError that names the first of a stage's files that is not there. The folder is listed once; a file is looked for itself
+    only where a listing, which may be seconds old on a network disk, does not show it."""
+    shown = {entry.name for entry in os.scandir(files[0].parent)} if files[0].parent.is_dir() else set()
+    for file in files:
+        if file.name not in shown and not file.is_file():
+            raise UserError(
+                f"lost file: {file} was written by its stage and is not there; put it back, or delete "
+                f"{file.parent / 'fingerprint.json'} and run again: what is missing is made again"
+            )
+
+
+class Stored:
+    """Rows [N, ..] of the tensor `name` of files with `lengths` rows each; indexed by rows [B] as one tensor is. Where a file's
+    tensor has fewer rows, it goes round: a clip and its mirror image share what is equal."""
+
+    def __init__(self, files: Sequence[Path], lengths: Sequence[int], name: str, opened: Opened):
+        self.files, self.name, self.opened = files, name, opened
+        self.ends = torch.tensor(lengths).cumsum(0)
+        self.starts = self.ends - torch.tensor(lengths)
+        self.shape = torch.Size((int(self.ends[-1]), *opened(files[0])[name].shape[1:]))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        at = torch.bucketize(rows, self.ends, right=True)
+        parts = [self.opened(self.files[i])[self.name] for i in at.tolist()]
+        places = (rows - self.starts[at]).tolist()
+        return torch.stack([part[place % len(part)] for part, place in zip(parts, places, strict=True)])
+
+
+def packed_texts(features: Sequence[Tensor], precision: torch.dtype) -> dict[str, Tensor]:
+    """Token features [L, D] of texts as the tensors of one file, without the zeros at their ends."""
+    kept = [own[: int(own.any(dim=1).nonzero().max()) + 1] if own.any() else own[:0] for own in features]
+    return {"features": torch.cat(kept).to(precision), "ends": torch.tensor([len(own) for own in kept]).cumsum(0)}
+
+
+class Texts:
+    """Token features [N, L, D] of rows whose text is number `of` [N], each stored once (`packed_texts`); indexed by rows [B]."""
+
+    def __init__(self, files: Sequence[Path], of: Tensor, num_tokens: int, opened: Opened):
+        self.files, self.of, self.num_tokens, self.opened = files, of, num_tokens, opened
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return torch.stack([self._text(number) for number in self.of[rows].tolist()])
+
+    def _text(self, number: int) -> Tensor:
+        part, k = self.opened(self.files[number // TEXTS_A_FILE]), number % TEXTS_A_FILE
+        begin, end = (int(part["ends"][i]) if i >= 0 else 0 for i in (k - 1, k))
+        return F.pad(part["features"][begin:end], (0, 0, 0, self.num_tokens - (end - begin)))
