@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -12,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill.commands import devices
 from distill.data.procedural import speech
 from distill.pipeline.run_folder import revision, versions
 from eval.speed import latency, roofline
@@ -158,37 +158,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunks", type=int, default=24, metavar="N", help="chunks of a stream (default 24)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="streams to measure (default 7)")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch (default: its own choice)")
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of the network's matrices (default fp32, of --shape bf16)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cuda where there is one")
-    parser.add_argument(
-        "--compile",
-        nargs="?",
-        choices=get_args(Speed.__annotations__["compile"]),
-        const="default",
-        default="none",
-        metavar="MODE",
-        help="of torch.compile; reduce-overhead records CUDA graphs",
-    )
-    parser.add_argument("--attention", default="native", metavar="NAME", help="backend of diffusers' dispatcher")
-    parser.add_argument(
-        "--weights", choices=get_args(Speed.__annotations__["weights"]), default="none", help="torchao quantisation"
-    )
+    devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the numbers and return 0. Raises UserError in one line."""
     _check_options(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = args.dtype or ("bf16" if args.shape else "fp32")
-    speed = Speed(dtype=dtype, compile=args.compile, attention=args.attention, weights=args.weights)
+    device, speed = devices.choose(args)
     sound = None if args.audio is None else media.resample(*media.decode_audio(args.audio), speech.SAMPLE_RATE)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:
         if args.shape:
-            bundle, name = random_student(SHAPES[args.shape], device, DTYPES[dtype]), f"{args.shape}, random weights"
+            bundle = random_student(SHAPES[args.shape], device, DTYPES[speed.dtype])
+            name = f"{args.shape}, random weights"
             left_out = ["audio encoder", "text encoder"]
         else:
             bundle, name, left_out = load_student(args.student), str(args.student), []
@@ -210,8 +193,6 @@ def _check_options(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}: got {value}; from 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees none here; use cpu, or see distill doctor")
     if args.json.is_dir():
         raise UserError(f"--json is a folder: {args.json}; name a file in it")
     if not args.json.parent.is_dir() or not os.access(args.json.parent, os.W_OK):
@@ -271,7 +252,7 @@ def bench(
     full = torch.stack([_seconds(session.steps[i] for i in settled).mean(0) for session in sessions])
     network, everything = _seconds(results["network"]), _seconds(results["all"])
     return {
-        "device": device_name(device),
+        "device": devices.device_name(device),
         "threads": torch.get_num_threads(),
         **vars(speed),
         "height": spec.height,
@@ -334,16 +315,6 @@ def _peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def device_name(device: torch.device) -> str:
-    """What the vendor calls it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text(encoding="utf-8").splitlines() if facts.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def table(result: dict[str, Any]) -> str:
     """The numbers for people: milliseconds, median (min .. max over rounds); CPU counts all threads."""
 
@@ -383,7 +354,7 @@ def table(result: dict[str, Any]) -> str:
         f"{r['student']}: {r['width']}x{r['height']} at {r['frame_rate']:g} fps, chunks of {r['chunk_frames']} frames, "
         f"{r['nfe_per_chunk']} network evaluations a chunk\n"
         f"{r['device']}, {r['threads']} threads, {r['dtype']}, compile {r['compile']}, attention {r['attention']}, "
-        f"weights {r['weights']}, "
+        f"quantize {r['quantize']}, "
         f"{r['rounds']} rounds of {r['chunks']} chunks: median (min .. max)\n{left_out}"
         + "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.commands import devices
 from distill.data.procedural import speech
 from distill.data.procedural.source import held_out
 from eval.embedded.drift import window_scores
@@ -17,6 +18,7 @@ from eval.embedded.extractors import Probes
 from eval.metrics.quality import slope
 from eval.report.tables import grid
 from students.history import History
+from students.serving.optimize import prepare
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student
 from teachers.codecs.linear import to_float
@@ -41,17 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refine-level", type=float, help="sigma of the refinement (default: the student's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
+    devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one row a minute and the change from the first to the last; 0."""
     data = data_config(args.run)
+    where = devices.choose(args)
     bundle = load_student(args.run / "student")
     names = ("sinks", "window", "refine_every", "refine_level")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     history = dataclasses.replace(bundle.spec.history, **changes)
     bundle.student.spec = dataclasses.replace(bundle.spec, history=history)
-    probes = Probes.load(args.run / "stages" / "extractors")
+    prepare(bundle, *where)
+    probes = Probes.load(args.run / "stages" / "extractors").to(where[0])
     frames_a_minute = int(60 * bundle.spec.fps)
     conditions = held_out(data, args.seed, "drift", args.streams)
     videos, audio = [], []
@@ -99,7 +104,7 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
         session.push(audio=speech.synthesise(1, 60 * SAMPLE_RATE, rng).audio[0])
         for chunk in session.frames():
             frames.append(chunk.frames)
-            rows.append(bundle.audio_encoder(chunk.audio))
+            rows.append(bundle.audio_encoder(chunk.audio.to(session.device)).cpu())
             count += len(chunk.frames)
             if count >= total:
                 break

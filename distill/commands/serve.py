@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|DIR",
         help="auto, espeak, formant, echo, or a local audio language model",
     )
+    devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,11 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from distill.live.scheduler import Engine
     from distill.live.server import build_app, settings
     from distill.live.talkers import load_talker
-    from students.weights.checkpoint import load_student
 
     bound = _bind(args.host, args.port)
     talker = load_talker(args.talker)
-    bundle = load_student(args.student)
+    bundle = devices.load(args.student, args)
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
     engine = Engine(bundle, talker, args.viewers, args.lead)
     engine.warm_up(portraits[0] if bundle.spec.network.reference else None)

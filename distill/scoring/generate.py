@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from distill.scoring.clip_sets import Entry, facts_of, read_clip, write_clip
 from eval.cards import Card
+from students.serving.optimize import Speed, prepare
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student
 from teachers.encoders.small import SAMPLE_RATE
@@ -20,18 +21,19 @@ from teachers.media.read import fit_image
 
 @dataclass(frozen=True)
 class GenerateJob:
-    """A student, the noise, the text for clips that have none, and where its clips go."""
+    """A student, the noise, the text for clips that have none, where its clips go, and how it runs."""
 
     student: Path
     seed: int
     text: str | None
     folder: Path
     device: str
+    speed: Speed
 
 
 @lru_cache(maxsize=1)
-def _loaded(folder: Path, device: str) -> Bundle:
-    return load_student(folder).to(device)
+def _loaded(folder: Path, device: str, speed: Speed) -> Bundle:
+    return prepare(load_student(folder), device, speed)
 
 
 def generate_clip(task: GenerateJob, entry: Entry, card: Card) -> Path:
@@ -40,10 +42,10 @@ def generate_clip(task: GenerateJob, entry: Entry, card: Card) -> Path:
     The stream's noise is that of (seed, name of the clip), so no order and no number of processes changes a frame. Raises UserError
     where the real clip cannot be read, has no sound, or shows what the student cannot take.
     """
-    bundle = _loaded(task.student, task.device)
+    bundle = _loaded(task.student, task.device, task.speed)
     spec = bundle.spec
     text = entry.text or task.text
-    key = f"{bundle.fingerprint} {entry.identity} {card.sha256} {task.seed} {text}"
+    key = f"{bundle.fingerprint} {entry.identity} {card.sha256} {task.seed} {text} {task.speed}"
     path = task.folder / f"{entry.clip.id}.safetensors"
     made = facts_of(path).get("generated_for")
     if made == key:
@@ -61,11 +63,10 @@ def generate_clip(task: GenerateJob, entry: Entry, card: Card) -> Path:
     seconds = real.video.shape[1] / real.fps
     sound = F.pad(real.sound, (0, max(0, round(seconds * SAMPLE_RATE) - len(real.sound))))
     seed = keyed_generator(task.seed, "eval", entry.clip.id).initial_seed()
-    portrait = still.to(task.device) if spec.network.reference else None
-    session = Session(bundle, portrait, text, seed, drop=("pose",))
+    session = Session(bundle, still if spec.network.reference else None, text, seed, drop=("pose",))
     session.push(audio=sound)
     session.close()
-    frames = torch.cat([chunk.frames.cpu() for chunk in session.frames()])
+    frames = torch.cat([chunk.frames for chunk in session.frames()])
     count = -(-len(sound) // spec.samples_per_frame)
     video = frames[:count].permute(3, 0, 1, 2)
     starts = (spec.pixel_frames(chunk)[0] for chunk in range(1, count))

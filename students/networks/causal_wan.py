@@ -192,7 +192,7 @@ class CausalWan(Student):
         dtype = torch.promote_types(x.dtype, torch.float32)
 
         def levels(values: Sequence[float]) -> Tensor:
-            return x.new_tensor([s for s in values for _ in range(n)], dtype=dtype).expand(x.shape[0], -1)
+            return torch.cat([x.new_full((n,), s, dtype=dtype) for s in values]).expand(x.shape[0], -1)
 
         known = conditions.known if state.chunk == 0 else ()
         flight = Segment(x, levels(sigmas), conditions, known)

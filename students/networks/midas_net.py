@@ -269,8 +269,8 @@ class MidasNet(nn.Module):
             read = self.first.expand(tokens.shape[0], size, -1)
         else:
             read = self.latents(self.tokens(previous).to(self.dtype))
-        index = torch.as_tensor(bucket, device=read.device).expand(read.shape[0])
-        return torch.cat([tokens, read + self.buckets(index).unsqueeze(1)], dim=1)
+        index = bucket if isinstance(bucket, Tensor) else torch.full((1,), bucket, device=read.device)
+        return torch.cat([tokens, read + self.buckets(index.expand(read.shape[0])).unsqueeze(1)], dim=1)
 
     def rope_table(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """cos and sin [n, 1, d] of positions first .. first + count - 1."""

@@ -6,11 +6,13 @@ both, so that neither is ever ahead of the other.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from students.serving.overlap import to_device
 from students.spec import Spec
 from teachers.conditions import BUILT_IN, Conditions, blank_features, known, pack_rows, side_by_side
 from teachers.encoders.small import SAMPLE_RATE
@@ -142,14 +144,15 @@ class SessionInputs:
         """The conditions of a step at `chunk` from what has come, without those in `drop`; text [1, L, D] gives the device."""
         start, stop = self.span(chunk)
         stride, per_frame = self.spec.codec.stride, self.spec.samples_per_frame
+        send = partial(to_device, device=text.device)
 
         def packed(rows: Tensor) -> Tensor:
             return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
 
         window = self.audio.read(start * per_frame - self.encoder.lookback, stop * per_frame + self.encoder.lookahead)
-        audio = packed(encode_window(self.encoder, window.to(text.device), start, stop))
-        pose = packed(self.pose.read(start, stop)) if self.spec.pose_dim else None
-        given = self.features(chunk, audio.shape[1])
+        audio = packed(encode_window(self.encoder, send(window), start, stop))
+        pose = packed(send(self.pose.read(start, stop))) if self.spec.pose_dim else None
+        given = {name: send(value) for name, value in self.features(chunk, audio.shape[1]).items()}
         conditions = Conditions(given, text=text, audio=audio, reference=reference, pose=pose, guidance=guidance)
         return conditions.to(text.device).drop(*self.drop)
 

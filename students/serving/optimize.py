@@ -1,12 +1,14 @@
-"""How fast a student is served: type of the matrices, compiled step, attention backend, quantised weights."""
+"""Where and how fast a student is served: device, type of the matrices, compiled step, attention backend, quantised weights."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from students.weights.checkpoint import Bundle
 from teachers.errors import UserError
+
+if TYPE_CHECKING:
+    from students.weights.checkpoint import Bundle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -14,28 +16,42 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True, kw_only=True)
 class Speed:
     """`compile`: none, or a mode of torch.compile (reduce-overhead records CUDA graphs). `attention`: a backend of diffusers'
-    dispatcher, such as native, flash or sage. `weights`: int8 or fp8 weight-only quantisation by torchao. What a student was
+    dispatcher, such as native, flash or sage. `quantize`: int8 or fp8 weight-only quantisation by torchao. What a student was
     trained in is exact; everything else changes the frames a little."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
     attention: str = "native"
-    weights: Literal["none", "int8", "fp8"] = "none"
+    quantize: Literal["none", "int8", "fp8"] = "none"
 
 
-def prepare(bundle: Bundle, device: torch.device | str, speed: Speed) -> Bundle:
-    """The bundle on `device`, made ready in place; UserError for what is not installed."""
-    bundle = bundle.to(device)
+def usable(device: torch.device | str | None = None) -> torch.device:
+    """This device, by default cuda where there is one, else cpu; UserError for one that cannot be used here."""
+    wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=wanted).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {wanted} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    return torch.device(wanted)
+
+
+def prepare(bundle: "Bundle", device: torch.device | str, speed: Speed) -> "Bundle":
+    """The bundle on `device`, made ready in place; UserError for what is not installed or does not fit."""
     net = bundle.student.net
     cast(net, DTYPES[speed.dtype])
+    try:
+        bundle.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{device}: no room for the student ({str(error).splitlines()[0]}); try another") from error
     try:
         if speed.attention != "native":
             net.kind.set_attention(net, speed.attention)
     except (ValueError, ImportError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"attention backend '{speed.attention}': {line}; native always works") from error
-    if speed.weights != "none":
-        _quantise(net, speed.weights)
+    if speed.quantize != "none":
+        _ = bundle.fingerprint  # kept: it is of plain weights
+        _quantise(net, speed.quantize)
     if speed.compile != "none":
         # One graph for each length of the context until it is full; past the limit the step would silently run uncompiled.
         capacity = bundle.spec.history.capacity or 16
@@ -60,5 +76,5 @@ def _quantise(net: Any, weights: str) -> None:
             quantize_,
         )
     except ImportError as error:
-        raise UserError(f"weights={weights}: torchao is not installed; pip install torchao") from error
-    quantize_(net.blocks, Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig())
+        raise UserError(f"quantize={weights}: torchao is not installed; pip install torchao") from error
+    quantize_(getattr(net, "blocks", net), Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig())

@@ -1,13 +1,28 @@
-"""Overlap decoding (on the latency path) with the KV-cache commit (off it)."""
+"""Overlap decoding (on the latency path) with the KV-cache commit (off it), and copies that the host does not wait for."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 First = TypeVar("First")
 Second = TypeVar("Second")
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """The same values on `device`; from the host's memory to a CUDA device as a queued copy, which no host waits for."""
+    if device.type != "cuda" or value.device.type == "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(value: Tensor) -> Tensor:
+    """The same values in the host's memory; from a CUDA device as a queued copy, there when its stream is waited for."""
+    if value.device.type != "cuda":
+        return value.cpu()
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
 
 class Beside:

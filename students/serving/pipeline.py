@@ -11,6 +11,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from students.serving.optimize import DTYPES, cast, usable
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student, save_student
 from teachers.encoders.small import SAMPLE_RATE
@@ -37,13 +38,46 @@ class AvatarPipeline(DiffusionPipeline):
     def bundle(self) -> Bundle:
         return Bundle(self.student, self.codec, self.audio_encoder, self.text)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.student.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network's matrices."""
+        return max(self.student.parameters(), key=torch.numel).dtype
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **unknown) -> "AvatarPipeline":
-        """The pipeline of an exported student's folder."""
+    def from_pretrained(
+        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, device_map: str | None = None, **unknown
+    ) -> "AvatarPipeline":
+        """The pipeline of an exported student's folder, by default fp32 on the CPU. device_map: a device, or balanced (cuda where
+        there is one)."""
         if unknown:
-            raise UserError(f"from_pretrained takes the student's folder alone: got {', '.join(unknown)}")
+            raise UserError(f"from_pretrained: got {', '.join(unknown)}; it takes folder, torch_dtype and device_map")
+        device = usable(None if device_map == "balanced" else device_map or "cpu")
         bundle = load_student(Path(folder))
-        return cls(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
+        return cls(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text).to(device, torch_dtype)
+
+    def to(
+        self,
+        *given: Any,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        silence_dtype_warnings: bool = False,  # noqa: ARG002  # of diffusers
+    ) -> "AvatarPipeline":
+        """`to(device)`, `to(dtype)` or `to(device, dtype)`, in place. All parts move; the type, float32 or bfloat16, is of the
+        network's matrices alone. UserError for a device that cannot be used and for another type."""
+        for value in given:
+            device, dtype = (device, value) if isinstance(value, torch.dtype) else (value or device, dtype)
+        if dtype not in (None, *DTYPES.values()):
+            raise UserError(f"torch_dtype: got {dtype}; a student runs in torch.float32 or torch.bfloat16")
+        if dtype is not None:
+            cast(self.student.net, dtype)
+        if device is not None:
+            self.bundle.to(usable(device))
+        return self
 
     def save_pretrained(self, folder: str | Path, **unknown) -> None:
         """Write the student's folder, as `distill run` exports it."""

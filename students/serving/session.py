@@ -16,7 +16,7 @@ from torch import Tensor
 
 from students.schedule import advance, refine_context
 from students.serving.inputs import SessionInputs, Starved
-from students.serving.overlap import Beside
+from students.serving.overlap import Beside, to_device, to_host
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
@@ -73,13 +73,6 @@ def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tenso
     channels, height, width = spec.latent_size
     rng = keyed_generator(seed, "session", chunk, step)
     return torch.randn(batch, channels, spec.chunk_frames, height, width, generator=rng)
-
-
-def _on_host(frames: Tensor) -> Tensor:
-    """Frames in the host's memory; from a CUDA device as a queued copy, which is there when its stream is waited for."""
-    if frames.device.type != "cuda":
-        return frames.cpu()
-    return torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True).copy_(frames, non_blocking=True)
 
 
 class Session:
@@ -248,7 +241,7 @@ class Session:
     @property
     def _scale(self) -> Tensor | None:
         """The guidance scale that the student is conditioned on [1]; None without guidance distillation."""
-        return None if self.guidance is None else torch.tensor([self.guidance], device=self.device)
+        return None if self.guidance is None else torch.full((1,), self.guidance, device=self.device)
 
     def settle(self) -> None:
         """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
@@ -285,7 +278,7 @@ class Session:
         clock.append(self._now())
 
         def noise(place: int, step: int) -> Tensor:
-            return chunk_noise(spec, self.seed, index + place, step).to(self.device)
+            return to_device(chunk_noise(spec, self.seed, index + place, step), self.device)
 
         plan, levels = student.plan(point.state, ahead), spec.steps(point.state.chunk)
         x0, steps = advance(student, point.state, ahead, noise, levels, plan=plan)
@@ -294,7 +287,7 @@ class Session:
 
         def decode() -> tuple[Tensor, DecoderState]:
             pixels, decoder = codec.decode_chunk(x0, point.decoder)
-            return _on_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
+            return to_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():
             kept = refine_context(student, point.state, x0, conditions, steps, noise, len(levels), plan)

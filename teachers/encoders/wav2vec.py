@@ -116,6 +116,7 @@ class Wav2Vec(nn.Module):
         self.offset = sum(drifts) / (2 * self.period)
         self.lookback = (config.lookback_frames + self.period - 1) * samples_per_frame
         self.lookahead = config.lookahead_frames * samples_per_frame
+        self._places: dict[tuple, tuple[Tensor, Tensor]] = {}  # of rows among features
 
     @classmethod
     def load(cls, folder: Path, config: Wav2VecConfig, samples_per_frame: int) -> "Wav2Vec":
@@ -214,11 +215,14 @@ class Wav2Vec(nn.Module):
 
     def _at_frames(self, features: Tensor, num_rows: int) -> Tensor:
         """[B, C, L] on the 20 ms grid -> [B, C, num_rows], linear, a row every n / hop features."""
-        last = features.shape[-1] - 1
-        place = torch.arange(num_rows, dtype=torch.float64) * self.samples_per_frame / self.hop + self.offset
-        left = place.clamp(0, last).long()
-        share = (place - left).clamp(0, 1).to(features)
-        left = left.to(features.device)
+        last, device, dtype = features.shape[-1] - 1, features.device, features.dtype
+        key = (num_rows, last, device, dtype)
+        if key not in self._places:  # kept on the device: a copy to it would stall a stream at each cell
+            with torch.inference_mode(False):
+                place = torch.arange(num_rows, dtype=torch.float64) * self.samples_per_frame / self.hop + self.offset
+                left = place.clamp(0, last).long()
+                self._places[key] = left.to(device), (place - left).clamp(0, 1).to(device, dtype)
+        left, share = self._places[key]
         return torch.lerp(features[..., left], features[..., (left + 1).clamp(max=last)], share)
 
     def _states(self, features: Tensor) -> Tensor:

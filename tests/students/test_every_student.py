@@ -1,5 +1,6 @@
 """What the session promises, for every kind of student: one suite, one student a parameter."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from distill.methods.rollout import rollout
 from students.history import History
 from students.schedule import Schedule
+from students.serving.optimize import Speed, prepare
 from students.serving.session import Session, Starved, chunk_noise
 from students.serving.snapshot import load_session, save_session
 from teachers.conditions import Conditions
@@ -101,6 +103,13 @@ def test_any_split_of_the_sound_gives_the_same_frames(bundle):
             session.push(sound[start:stop])
             frames += session.frames()
         assert torch.equal(film(frames), whole)
+
+
+def test_in_bf16_the_frames_stay_near(bundle):
+    sound = sound_of(bundle, 6)
+    narrow = replace(bundle, student=deepcopy(bundle.student))
+    gap = play(opened(prepare(narrow, "cpu", Speed(dtype="bf16"))), sound).float() - play(opened(bundle), sound)
+    assert 0 < gap.abs().mean() < 2, "grey levels of 255"
 
 
 def test_two_sessions_never_mix(bundle):

@@ -3,7 +3,7 @@
     with fake_cuda() as gpu:
         net = build().to("cuda"); gpu.weigh(net)
         net(torch.empty(..., device="cuda"))
-    gpu.peak_gib, gpu.waits
+    gpu.peak_gib, gpu.waits, gpu.copies
 
 Forward passes only: a backward pass over fake CUDA tensors wants a driver. What mixes devices or types raises as on a GPU.
 """
@@ -12,7 +12,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,16 +29,20 @@ from teachers.codecs import wan_vae
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[2]
 aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default)
 WAITS = ("aten::nonzero", "aten::masked_select", "aten::_unique2")
 
 
 class FakeGPU(TorchDispatchMode):
-    """Bytes of the CUDA storages that are alive, now and at most; `waits`, by source line: values that the host asked the device
-    for. Such a value is 1, for what needs one to go on."""
+    """Bytes of the CUDA storages that are alive, now and at most. By source line, `waits`: values that the host asked the device
+    for (such a value is 1, for what needs one to go on), and streams that it waited for; `copies` between host and device that it
+    waited for: all but queued ones (non_blocking) from and to pinned memory."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.copies: Counter[str] = Counter()
+        self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.live = self.peak = 0
         self._held: dict[int, weakref.ref] = {}
 
@@ -52,15 +56,32 @@ class FakeGPU(TorchDispatchMode):
             self._hold((*module.parameters(), *module.buffers()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if torch.is_inference_mode_enabled() and func.namespace == "aten" and func._can_decompose():  # it comes whole
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func is aten.is_pinned.default:
+            return args[0].untyped_storage() in self._pinned
+        if func is aten._pin_memory.default or kwargs.pop("pin_memory", None):
+            out = args[0].clone() if func is aten._pin_memory.default else func(*args, **kwargs)
+            self._pinned.add(out.untyped_storage())
+            return out
         if func is aten._local_scalar_dense.default:
             if args[0].device.type == "cuda":
                 self.waits[_line()] += 1
                 return 1
         elif func.name() in WAITS and args[0].device.type == "cuda":
             self.waits[_line()] += 1
-        out = func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
+        if func in COPIES:
+            self._note_copy(out, args[func is aten.copy_.default], kwargs.get("non_blocking") or args[2:] == (True,))
         self._hold(tree_leaves(out))
         return out
+
+    def _note_copy(self, target: Tensor, source: Tensor, queued: bool) -> None:
+        host = [x for x in (target, source) if x.device.type != "cuda"]
+        if len(host) == 1 and not (queued and host[0].untyped_storage() in self._pinned):
+            self.copies[_line()] += 1
 
     def _hold(self, tensors: Any) -> None:
         for tensor in tensors:
@@ -76,6 +97,20 @@ class FakeGPU(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         if self._held.pop(key, None) is not None:
             self.live -= size
+
+
+class FakeStream:
+    """A stream that is waited for at once."""
+
+    def __init__(self, gpu: FakeGPU):
+        self.gpu = gpu
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        """On the device."""
+
+    def synchronize(self) -> None:
+        """On the host."""
+        self.gpu.waits[_line()] += 1
 
 
 def _line() -> str:
@@ -109,7 +144,14 @@ _sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 def fake_cuda() -> Iterator[FakeGPU]:
     """Inside, every tensor is fake, and may be on "cuda" where there is none."""
     gpu = FakeGPU()
+    stream = FakeStream(gpu)
     with (
+        mock.patch("weakref.getweakrefs", return_value=[]),  # or module.to would not replace fake parameters
+        mock.patch("torch.cuda.Stream", return_value=stream),
+        mock.patch("torch.cuda.current_stream", return_value=stream),
+        mock.patch("torch.cuda.synchronize", side_effect=lambda *_: stream.synchronize()),
+        mock.patch("torch.cuda.stream", nullcontext),
+        mock.patch("torch.cuda.device", nullcontext),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),

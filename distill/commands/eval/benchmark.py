@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.commands.eval.command import REFUSED, add_settings, evaluate, setting
+from distill.commands.eval.command import REFUSED, add_settings, evaluate, is_student, setting
 from distill.scoring.clip_sets import open_set
 from distill.scoring.scoring import read_report
 from eval.cards import first_difference, label_of
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     for student, source in students.items():
         settings = setting(args, source, args.table / "features")
         for name, real in sets.items():
-            clips = source if (source / "spec.json").is_file() else source / name
+            clips = source if is_student(source) else source / name
             out = args.table / name / student
             try:
                 reports.append(evaluate(settings, clips, real, out, student, name))

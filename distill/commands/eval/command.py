@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distill.commands import devices
 from distill.scoring.clip_sets import Entry, open_set, read_clip
 from distill.scoring.generate import GenerateJob
 from distill.scoring.scoring import Job, check_number, generate_clips, match, put_scores, score
@@ -24,6 +23,7 @@ from eval.report.figures import contact_sheets
 from eval.report.page import Page, write_page
 from eval.report.tables import OTHERS
 from eval.scores import IN_CLIPS, chosen
+from students.serving.optimize import Speed
 from teachers.errors import UserError
 from teachers.files import make_folder
 
@@ -48,6 +48,7 @@ class Setting:
     not_admitted: tuple[str, ...]
     seed: int
     text: str | None
+    speed: Speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,10 +90,10 @@ def add_settings(parser: argparse.ArgumentParser, **given: Any) -> None:
     parser.add_argument(
         "--processes", type=int, default=default(0), metavar="N", help="beside this one (default 0: all is done here)"
     )
-    parser.add_argument("--device", default=default(None), help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--batch-size", type=int, default=default(32), help="frames that a network sees at once")
     parser.add_argument("--seed", type=int, default=default(0), help="of a student's noise (default 0)")
     parser.add_argument("--text", default=default(None), help="for a student, where a clip has none")
+    devices.add_arguments(parser, **given)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,12 +107,17 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--student or --generated is missing: distill eval; see distill eval --help")
     source = args.student or args.generated
     settings = setting(args, source, args.out / "features")
-    if args.student is not None and not (args.student / "spec.json").is_file():
+    if args.student is not None and not is_student(args.student):
         raise UserError(f"no student: {args.student} has no spec.json; give the student/ folder of a finished run")
     real = open_set(args.real, args.videos)
     report = evaluate(settings, source, real, args.out, args.name or source.resolve().name, args.real.stem, args.scores)
     sys.stdout.write((args.out / "eval.md").read_text(encoding="utf-8"))
     return REFUSED if report["refused"] else 0
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder is an exported student's, and not one of clips."""
+    return (folder / "spec.json").is_file()
 
 
 def setting(args: argparse.Namespace, source: Path, cache: Path) -> Setting:
@@ -129,23 +135,19 @@ def setting(args: argparse.Namespace, source: Path, cache: Path) -> Setting:
     offers = IN_CLIPS | Networks(probes).offers
     metrics = chosen(card, None if args.metrics is None else args.metrics.split(","), offers)
     hidden = tuple(key for key in metrics if key in card.metrics and not _shown(card, key, admitted))
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.processes < 0 or args.batch_size < 1:
         raise UserError(f"--processes from 0, --batch-size from 1: got {args.processes}, {args.batch_size}")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device} cannot be used ({str(error).splitlines()[0]}); try cpu") from error
+    device, speed = devices.choose(args, "student" if is_student(source) else "")
     job = Job(
         card=card,
         metrics=tuple(m for m in metrics if m not in hidden),
         cache=cache,
         probes=probes,
-        device=device,
+        device=str(device),
         batch_size=args.batch_size,
         processes=args.processes,
     )
-    return Setting(job=job, not_admitted=hidden, seed=args.seed, text=args.text)
+    return Setting(job=job, not_admitted=hidden, seed=args.seed, text=args.text, speed=speed)
 
 
 def evaluate(
@@ -160,20 +162,20 @@ def evaluate(
     """Score a student's or given clips against `real` and write eval.json, eval.md and eval.html into `out`."""
     if name in ("ground_truth", "floor"):
         raise UserError(f"--name {name} is taken by a row of every table; choose another")
-    job, card, is_student = settings.job, settings.job.card, (source / "spec.json").is_file()
+    job, card, generates = settings.job, settings.job.card, is_student(source)
     check_number(real, card)
-    if not is_student:
+    if not generates:
         generated = open_set(source)
         match(generated, real, card)
     adapted = [read_scores(path, sorted(real), card.columns) for path in others]
     make_folder(out)
-    if is_student:
-        generate = GenerateJob(source, settings.seed, settings.text, out / "generated", job.device)
+    if generates:
+        generate = GenerateJob(source, settings.seed, settings.text, out / "generated", job.device, settings.speed)
         generated = generate_clips(generate, real, card, job.processes)
     report = score(job, name, generated, real)
     report |= {"data": data, "source": str(source), "adapters": {}}
     shown = published()["columns"]
-    if is_student:
+    if generates:
         report["generated"] = {"seed": settings.seed, "text": settings.text}
     for metric in settings.not_admitted:
         report["refused"][metric] = f"{metric} refused: the run's extractors did not rank known cases right"

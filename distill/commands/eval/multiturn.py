@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from distill.commands import devices
 from eval.embedded.extractors import Probes
 from eval.metrics.quality import quality_beside, slope
 from eval.metrics.sync import mouth_sync
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, action="append", default=[], metavar="IMG", help="as in distill serve"
     )
     parser.add_argument("--lead", type=int, default=2, help="as in distill serve")
+    devices.add_arguments(parser, default=argparse.SUPPRESS)  # those of distill eval
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,10 +91,9 @@ def run(args: argparse.Namespace) -> int:
     from distill.live.scheduler import Engine
     from distill.live.server import running
     from distill.live.talkers import load_talker
-    from students.weights.checkpoint import load_student
 
     scripts = read_scripts(args.conversations) * max(1, args.repeat)
-    talker, bundle = load_talker(args.talker), load_student(args.student)
+    talker, bundle = load_talker(args.talker), devices.load(args.student, args)
     probes = Probes.load(args.extractors) if args.extractors else None
     dino = _dino()
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
@@ -164,7 +165,8 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
         scores = quality_beside(part, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
         if probes is not None and length >= MIN_SYNC_FRAMES:
-            audio = bundle.audio_encoder(torch.from_numpy(played.sound[first * per_frame : last * per_frame]))[None]
+            sound = torch.from_numpy(played.sound[first * per_frame : last * per_frame])
+            audio = bundle.audio_encoder(sound.to(next(bundle.student.parameters()).device))[None]
             reading, known = probes.read(part), probes.read(portrait[:, :, None].expand(-1, -1, 2, -1, -1))
             row["sync"] = mouth_sync(reading.mouth, probes.mouth_from_audio(audio))["sync"]
             row["identity_gap"] = float((reading.identity - known.identity[:, :1]).square().mean())

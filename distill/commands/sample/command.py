@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
 
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="feed the sound no faster than it is spoken, and count the stalls of somebody who watches meanwhile",
     )
+    devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,11 +113,10 @@ def run(args: argparse.Namespace) -> int:
         from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
-        from students.weights.checkpoint import load_student
 
         other = None if args.other is None else opened.enter_context(closing(media.AudioReader(args.other)))
         sound = own if other is None else inputs.Duet(own, other)
-        bundle = load_student(args.student)
+        bundle = devices.load(args.student, args)
         spec = bundle.spec
         inputs.check(spec, args.other, args.pose)
         steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))

@@ -10,21 +10,28 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from distill.commands import devices
 from distill.commands.sample.inputs import Steering, check, read_pose
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
 from distill.recipe import load_recipe, spec_of
+from students.serving.optimize import Speed
 from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
+from teachers.errors import UserError
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there."""
     media.check_output(args.out)
     recipe = load_recipe(args.teacher, args.overrides)
-    spec, device = spec_of(recipe), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec, (device, speed) = spec_of(recipe), devices.choose(args, "teacher")
+    if args.dtype or speed != Speed(dtype=speed.dtype):
+        raise UserError(
+            "--dtype, --compile, --attention, --quantize are a student's: a teacher's recipe says; remove them"
+        )
     check(spec, args.other, args.pose)
     sound = media.read_audio(args.audio)
     other = None if args.other is None else media.read_audio(args.other)

@@ -41,5 +41,5 @@ def test_an_attention_backend_is_used_and_an_unknown_one_is_one_line():
 def test_quantised_weights_need_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"^weights=int8: torchao is not installed; pip install torchao$"):
-        prepare(a_bundle(), "cpu", Speed(weights="int8"))
+    with pytest.raises(UserError, match=r"^quantize=int8: torchao is not installed; pip install torchao$"):
+        prepare(a_bundle(), "cpu", Speed(quantize="int8"))

@@ -65,13 +65,27 @@ def test_the_folder_comes_back(folder, tmp_path):
     assert load_student(tmp_path / "again").fingerprint == load_student(folder).fingerprint
 
 
+def test_types_and_devices_are_given_as_in_diffusers(folder):
+    pipe = AvatarPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, device_map="balanced")
+    assert (pipe.dtype, pipe.to("cpu").device) == (torch.bfloat16, torch.device("cpu"))
+    pipe.set_progress_bar_config(disable=True)
+    sound = some_sound(9 * PER_FRAME)
+    narrow = pipe(a_portrait(), sound, "a person nods", output_type="pt").frames.float()
+    gap = (narrow - film(play(load_student(folder), sound))[:9].float()).abs()
+    assert 0 < gap.mean() < 1.5, "grey levels of 255"
+    assert pipe.to(dtype=torch.float32).dtype == torch.float32
+
+
 def test_mistakes_are_one_line(folder, tmp_path):
     pipe = AvatarPipeline.from_pretrained(folder)
     for call, says in [
         (lambda: pipe(a_portrait(), torch.zeros(0)), "audio is empty"),
         (lambda: pipe(a_portrait(), torch.zeros(99), output_type="gif"), "output_type: got 'gif'"),
         (lambda: AvatarPipeline.from_pretrained(tmp_path / "none"), "no student"),
-        (lambda: AvatarPipeline.from_pretrained(folder, torch_dtype=torch.float16), "torch_dtype"),
+        (lambda: AvatarPipeline.from_pretrained(folder, torch_dtype=torch.float16), "torch_dtype: got torch.float16"),
+        (lambda: AvatarPipeline.from_pretrained(folder, device_map="tpu"), "device tpu cannot be used"),
+        (lambda: AvatarPipeline.from_pretrained(folder, variant="fp8"), "from_pretrained: got variant"),
+        (lambda: pipe.to("cuda:99"), "device cuda:99 cannot be used"),
     ]:
         with pytest.raises(UserError, match=rf"^[^\n]*{says}[^\n]*$"):
             call()

@@ -15,6 +15,7 @@ from distill.scoring.clip_sets import facts_of, open_set, read_clip, write_clip
 from distill.scoring.generate import GenerateJob
 from eval.cards import load_card
 from eval.embedded.extractors import Probes
+from students.serving.optimize import Speed
 from students.weights.checkpoint import load_student
 from tests.support.eval_sets import FPS, a_clip, a_run, a_set, evaluated, numbers, refused_in_one_line, report_of
 from tests.support.films import numbered, write_film
@@ -116,7 +117,7 @@ def test_the_noise_of_a_clip_is_its_names_alone(run_folder, tmp_path):
     card = load_card("embedded")
     drawn = {}
     for folder in (real, alone):
-        job = GenerateJob(run_folder / "student", 0, None, tmp_path / f"{folder.name}-drawn", "cpu")
+        job = GenerateJob(run_folder / "student", 0, None, tmp_path / f"{folder.name}-drawn", "cpu", Speed())
         entries = scoring.generate_clips(job, open_set(folder), card, 0)
         drawn[folder] = {name: read_clip(entry, card, True).video for name, entry in entries.items()}
     assert not torch.equal(drawn[real]["a"], drawn[real]["b"])
@@ -204,7 +205,7 @@ def test_bad_clips_are_told_in_one_line(tmp_path, capsys, kind, told):
         (("--generated", "ours", "--protocol", "strict", "--processes", "-1"), "--processes from 0"),
         (("--generated", "none", "--protocol", "strict", "--metrics", "quality"), "neither a folder nor a manifest"),
         (("--generated", "ours", "--protocol", "strict", "--metrics", "fid"), "nothing can be scored: FID and KID"),
-        (("--generated", "ours", "--protocol", "strict", "--device", "tpu"), "--device tpu cannot be used"),
+        (("--generated", "ours", "--protocol", "strict", "--device", "tpu"), "device tpu cannot be used"),
         (("--generated", "ours", "--protocol", "strict", "--name", "floor"), "--name floor is taken"),
         (
             ("--student", "ours", "--protocol", "strict", "--metrics", "quality", "--generated", "ours"),

@@ -113,6 +113,7 @@ def loud(monkeypatch):
     def use(session: type = LoudSession, spec: FakeSpec | None = None) -> None:
         monkeypatch.setattr("students.weights.checkpoint.load_student", lambda _: FakeBundle(spec or FakeSpec()))
         monkeypatch.setattr("students.serving.session.Session", session)
+        monkeypatch.setattr("students.serving.optimize.prepare", lambda bundle, *_: bundle)
 
     return use
 
