@@ -42,6 +42,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.points: dict[int, int] = {}
         self.flops = 0
+        self.phases = [0]  # most bytes between the marks of `begin_phase`, and since the first gradient
         self._held: dict[int, weakref.ref] = {}
         self._own: set[int] = set()  # storages that count: neither weights nor gradients
         self._live = self._gradients = 0
@@ -57,6 +58,11 @@ class LiveBytes(TorchDispatchMode):
             if tensor.device.type == "meta":
                 self._hold(tensor, counts=True)
         self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
+        self.phases[-1] = max(self.phases[-1], self._live)
+
+    def begin_phase(self, *_) -> None:
+        """What is alive from now on is a phase of its own; a forward hook."""
+        self.phases.append(self._live)
 
     def weigh(self, net: nn.Module) -> None:
         """Parameters and buffers of `net` are weights, and what backward leaves in them gradients: not counted here."""
@@ -111,6 +117,8 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata in self._own:
             self._own.remove(storage._cdata)
             self._live -= storage.nbytes()
+            if not self._gradients:
+                self.begin_phase()
             self._gradients += parameter.numel()
             self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
 

@@ -204,7 +204,8 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
 def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
     """Points of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for trajectories
     one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles. Of networks of many blocks only two
-    points, the peak and what is alive with all gradients, go on along a line in their depth."""
+    points, the peak and what is alive with all gradients, follow lines in their depth, the peak one for each phase: a network's
+    call, and the backward pass."""
     needs = job.needs(stage)
     others = () if needs.trained else needs.frozen  # beside training no block of theirs leaves anything behind
     kept = (*needs.trained, *(name for name in needs.frozen if name in CAUSAL or name in others))
@@ -212,15 +213,20 @@ def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
         return _trace(job, stage, role, *switches)
 
     def measure(small: Job) -> list[float]:
-        points = _trace(small, stage, role, *switches)
-        return [points[-1][0], points[-1][1], max(size for _, size in points)]
+        live = _live(small, stage, role, *switches)
+        return [*max(live.points.items()), *live.phases]
 
-    count, last, most = map(round, _at_depth(job, stage, measure, DEPTHS, kept))
-    return ((0, most), (count, last)) if count else ((0, most),)
+    count, last, *phases = map(round, _at_depth(job, stage, measure, DEPTHS, kept))
+    return ((0, max(phases)), (count, last)) if count else ((0, max(phases)),)
 
 
 def _trace(job: Job, stage: str, role: str, *switches: str) -> Points:
     """`trace` at the depth that the networks have."""
+    return tuple(sorted(_live(job, stage, role, *switches).points.items()))
+
+
+def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
+    """What is alive in one micro-step."""
     spec, on_data = job.spec, job.needs(stage).batch == "x0"
     alike = spec.history.commit == "clean" and spec.schedule.depth == 1
     if on_data and alike:  # steps without gradient leave nothing behind: one stands for all of them
@@ -229,6 +235,7 @@ def _trace(job: Job, stage: str, role: str, *switches: str) -> Points:
     batch, live = meta_batch(job, stage), LiveBytes()
     for net in nets.values():
         live.weigh(net)
+        inner(net).register_forward_pre_hook(live.begin_phase)
     rng, shared = (flow.keyed_generator(0, name) for name in ("loss", "shared"))
     made = _method(job, stage, nets) if stage != "trajectories" else None
     given = (*batch.conditions.features.values(), batch.x0, batch.states)
@@ -246,7 +253,7 @@ def _trace(job: Job, stage: str, role: str, *switches: str) -> Points:
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error
-    return tuple(sorted(live.points.items()))
+    return live
 
 
 def meta_networks(job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False) -> dict[str, Any]:
