@@ -115,6 +115,8 @@ class HistoryNoise:
         """The buckets of sigmas; ValueError for one that is none of them."""
         index = level.double() * ((self.buckets - 1) / self.most)
         near = index.round()
+        if level.is_meta:  # a plan's, without values
+            return near.long()
         if (index - near).abs().max() > 1e-3 or near.min() < 0 or near.max() >= self.buckets:
             raise ValueError(
                 f"history noise: got sigmas {level.flatten().tolist()[:4]}.., the buckets end at {self.most}"

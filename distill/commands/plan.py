@@ -1,9 +1,10 @@
-"""`distill plan`: what a recipe needs on every GPU, on disk and in network forwards, before any weight is read."""
+"""`distill plan`: what a recipe needs of GPUs, host, disk and time, stage by stage, before any weight is read."""
 
 import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,11 @@ from teachers.errors import UserError
 
 if TYPE_CHECKING:
     from distill.planning.estimate import Plan
+    from distill.planning.outlook import Rates, StageOutlook
+    from distill.recipe import Recipe
 
+FIXES = (("checkpointing",), ("offload",), ("checkpointing", "offload"))
+"""Switches of an engine that save memory, in the order in which they are tried."""
 WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
@@ -23,42 +28,175 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", default="1,4,8,64", metavar="N,N,...", help="a table for each (default 1,4,8,64)")
     parser.add_argument("--gib-per-gpu", type=float, default=80.0, metavar="GIB", help="what has to fit (default 80)")
     parser.add_argument(
-        "--engines", default=",".join(WORDS), metavar="NAME,...", help=f"columns (default {','.join(WORDS)})"
+        "--engines", metavar="NAME,...", help=f"tables of an update's parts under these, of {','.join(WORDS)}"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers, in bytes")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the GPU's FLOP/s that is reached (default 0.4)"
+    )
+    parser.add_argument(
+        "--tflops", type=float, default=989.0, help="the GPU's dense bf16 TFLOP/s (default 989, an H100)"
+    )
+    parser.add_argument("--dollars-per-gpu-hour", type=float, metavar="PRICE", help="adds what every stage costs")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the numbers; sizes in bytes")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan and return 0, also when it does not fit. Raises UserError in one line; the file is whole or absent."""
-    counts, engines = _gpu_counts(args.gpus), _engines(args.engines)
+    counts, engines = _gpu_counts(args.gpus), [] if args.engines is None else _engines(args.engines)
+    for name in ("mfu", "tflops", "dollars_per_gpu_hour"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} must be above 0: got {value}; mend it")
+    if args.mfu > 1:
+        raise UserError(f"--mfu is a share of the GPU's speed, at most 1: got {args.mfu}; 0.4 is usual")
     if not 0 < args.gib_per_gpu < float("inf"):
         raise UserError(f"--gib-per-gpu must be above 0: got {args.gib_per_gpu}; 80 is an H100's")
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json cannot be written: {args.json}; name a file in a folder that exists")
     from distill.planning.estimate import job_of, make_plan
+    from distill.planning.outlook import Rates, outlook
     from distill.recipe import load_recipe
     from teachers.files import atomic_write
 
     recipe = load_recipe(args.recipe, args.overrides)
-    plan = make_plan(job_of(recipe))
+    job = job_of(recipe)
+    plan = make_plan(job)
+    rates = Rates(tflops=args.tflops, mfu=args.mfu, dollars=args.dollars_per_gpu_hour)
+    shipped = Shipped(tuple(outlook(plan, job, recipe)), rates, *_engine_of(recipe))
+    given = (plan, recipe.name, counts, engines, args.gib_per_gpu, shipped)
+    text = as_text(*given)
     if args.json is not None:
-        atomic_write(
-            args.json, json.dumps(as_json(plan, recipe.name, counts, engines, args.gib_per_gpu), indent=1) + "\n"
-        )
-    sys.stdout.write(as_text(plan, recipe.name, counts, engines, args.gib_per_gpu))
+        atomic_write(args.json, json.dumps(as_json(*given), indent=1) + "\n")
+    sys.stdout.write(text)
     return 0
 
 
-def as_text(plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float) -> str:
-    """The whole report: the recipe's own needs, then a table of GiB a rank for each GPU count."""
+@dataclass(frozen=True)
+class Shipped:
+    """The stages of a recipe, the rates that time them, and the engine and switches that the recipe has."""
+
+    stages: "tuple[StageOutlook, ...]"
+    rates: "Rates"
+    engine: str
+    switches: tuple[str, ...]
+
+    @property
+    def words(self) -> str:
+        return " + ".join((WORDS[self.engine], *self.switches))
+
+
+def _engine_of(recipe: "Recipe") -> tuple[str, tuple[str, ...]]:
+    given = recipe.engine
+    return given.kind or "ddp", tuple(name for name in ("checkpointing", "offload") if getattr(given, name))
+
+
+def as_text(
+    plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float, shipped: Shipped | None = None
+) -> str:
+    """The whole report: the recipe's own needs; for each GPU count the stages as shipped, and a table of GiB a rank."""
     lines = [f"{name}, {plan.precision}", *_facts(plan)]
+    if shipped is not None:
+        lines += _common(shipped)
     for count in counts:
-        lines += ["", *_table(plan, count, engines, gib)]
+        if shipped is not None:
+            lines += ["", *_stages(plan, shipped, count, gib)]
+        if engines:
+            lines += ["", *_table(plan, count, engines, gib)]
     return "\n".join(lines) + "\n"
 
 
-def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float) -> dict[str, Any]:
-    """The report's numbers: bytes, parameters, forwards. ranks[count][engine][update] without and with checkpointing."""
+def _common(shipped: Shipped) -> Iterator[str]:
+    """What does not depend on the number of GPUs: disk, rates, warnings."""
+    from distill.planning.outlook import warnings
+
+    sizes = [(stage.name, stage.disk) for stage in shipped.stages]
+    sizes += [(f"{stage.name}'s checkpoints", stage.checkpoints) for stage in shipped.stages]
+    yield f"disk         {', '.join(f'{name} {_gib(size)}' for name, size in sizes if size)} GiB"
+    bf16, fp32 = (shipped.rates.flops(kind) / 1e12 for kind in ("bf16", "fp32"))
+    yield f"hours        at {bf16:.0f} TFLOP/s a GPU in bf16, {fp32:.0f} in fp32; text, audio, drawing and scoring are not in them"
+    yield from warnings(shipped.stages)
+
+
+def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[str]:
+    """A row a stage, as shipped; what is alive beside, hosts; and whether it fits, or what makes it."""
+    from distill.planning.outlook import host_bytes, memory
+
+    rates, price = shipped.rates, shipped.rates.dollars
+    heads = ["update", "clips", "beside", "peak", "FLOP", "hours", *(["dollars"] if price else [])]
+    title = f"{count} GPU{'s' if count > 1 else ''}, {shipped.words}"
+    yield f"{title:<36}" + "".join(f"{head:>10}" for head in heads)
+    try:
+        micro_steps = {update.stage: update.micro_steps(count) for update in plan.updates}
+    except UserError as error:
+        yield str(error)
+        return
+    total, beside = 0.0, {}
+    for stage in shipped.stages:
+        found, hours = memory(plan, stage, shipped.engine, count, shipped.switches), stage.hours(count, rates)
+        others = {name: size for name, size in found.items() if name not in ("update", "clips", "peak")}
+        beside |= {name: size for name, size in others.items() if size}
+        total += hours
+        sizes = (found["update"], found["clips"], sum(others.values()), found["peak"])
+        cells = [
+            *(_gib(size) if size else "-" for size in sizes),
+            *((f"{stage.flops:.2e}", f"{hours:.2f}") if stage.flops else "--"),
+        ]
+        cells += [f"{hours * count * price:,.0f}"] if price else []
+        many = micro_steps.get(stage.name, 1)
+        label = f"{stage.name}, {many} micro-steps" if many > 1 else stage.name
+        yield f"{label:<36}" + "".join(f"{cell:>10}" for cell in cells)
+    cost = f", {total * count * price:,.0f} dollars" if price else ""
+    yield f"together {total:.1f} hours, {total * count:.0f} GPU hours{cost}; sizes in GiB a rank"
+    if beside:
+        yield f"beside: {', '.join(f'{name} {_gib(size)}' for name, size in beside.items())}"
+    hosts = max(host_bytes(stage, count) for stage in shipped.stages)
+    yield f"host memory of a machine {_gib(hosts)} GiB for networks and clips, besides the processes"
+    lines = overrides(plan, shipped, count, gib)
+    if lines == []:
+        yield f"fits as shipped into {gib:g} GiB"
+        return
+    peaks = {
+        stage.name: _peak(plan, stage, shipped.engine, count, shipped.switches) / 2**30 for stage in shipped.stages
+    }
+    over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
+    mend = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {' '.join(lines)}"
+    yield f"does not fit into {gib:g} GiB as shipped: {over}; {mend}"
+
+
+def _peak(plan: "Plan", stage: "StageOutlook", engine: str, count: int, switches: tuple[str, ...]) -> float:
+    from distill.planning.outlook import memory
+
+    return memory(plan, stage, engine, count, switches)["peak"]
+
+
+def overrides(plan: "Plan", shipped: Shipped, count: int, gib: float) -> list[str] | None:
+    """The overrides with which every stage fits into `gib` GiB a rank, none as shipped; None where nothing helps."""
+    from distill.planning.estimate import is_possible
+
+    have = shipped.switches
+    ladder = dict.fromkeys(tuple(dict.fromkeys((*have, *more))) for more in ((), *FIXES))
+    for update in plan.updates:
+        try:
+            update.micro_steps(count)
+        except UserError:
+            return None
+    for engine in dict.fromkeys((shipped.engine, "fsdp2", "zero3")):
+        if not is_possible(plan, engine):
+            continue
+        for switches in ladder:
+            if engine == "ddp" and "offload" in switches:
+                continue
+            if all(_peak(plan, stage, engine, count, switches) <= gib * 2**30 for stage in shipped.stages):
+                kind = [] if engine == shipped.engine else [f"engine.kind={engine}"]
+                return kind + [f"engine.{name}=true" for name in switches if name not in have]
+    return None
+
+
+def as_json(
+    plan: "Plan", name: str, counts: list[int], engines: list[str], gib: float, shipped: Shipped | None = None
+) -> dict[str, Any]:
+    """The report's numbers: bytes, parameters, forwards, FLOPs, hours. stages[count] as shipped; ranks[count][engine][update]
+    without and with checkpointing."""
     from distill.planning.estimate import is_possible, rank_bytes, suggest_fix
 
     def parts(engine: str, count: int) -> dict[str, Any]:
@@ -74,7 +212,19 @@ def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
         found = suggest_fix(plan, engine, count, gib * 2**30)
         return None if found is None else list(found)
 
-    return {
+    given = (
+        {}
+        if shipped is None
+        else {
+            "engine": {"kind": shipped.engine, "switches": list(shipped.switches)},
+            "rates": asdict(shipped.rates),
+            "stages": {
+                str(count): {s.name: _stage_json(plan, s, shipped, count) for s in shipped.stages} for count in counts
+            },
+            "overrides": {str(count): overrides(plan, shipped, count, gib) for count in counts},
+        }
+    )
+    return given | {
         "recipe": name,
         "precision": plan.precision,
         "gib_per_gpu": gib,
@@ -86,6 +236,35 @@ def as_json(plan: "Plan", name: str, counts: list[int], engines: list[str], gib:
         "forwards_per_step": {stage: dict(roles) for stage, roles in plan.forwards.items()},
         "ranks": {str(count): {e: parts(e, count) for e in engines if is_possible(plan, e)} for count in counts},
         "fits_with": {str(count): {engine: fits(engine, count) for engine in engines} for count in counts},
+    }
+
+
+def _stage_json(plan: "Plan", stage: "StageOutlook", shipped: Shipped, count: int) -> dict[str, Any]:
+    """Everything of one stage on `count` GPUs; memory is null where its batches do not divide."""
+    from distill.planning.outlook import host_bytes, memory
+
+    hours, price = stage.hours(count, shipped.rates), shipped.rates.dollars
+    try:
+        found = {k: round(v) for k, v in memory(plan, stage, shipped.engine, count, shipped.switches).items()}
+    except UserError:
+        found = None
+    parts = {
+        part.name: {
+            "flops": part.flops,
+            "precision": part.precision,
+            "hours": part.seconds(count, shipped.rates) / 3600,
+        }
+        for part in stage.parts
+    }
+    return {
+        "memory_bytes": found,
+        "host_bytes": round(host_bytes(stage, count)),
+        "disk_bytes": round(stage.disk),
+        "checkpoint_bytes": round(stage.checkpoints),
+        "flops": stage.flops,
+        "hours": hours,
+        "dollars": None if price is None else hours * count * price,
+        "parts": parts,
     }
 
 
@@ -107,8 +286,7 @@ def _engines(text: str) -> list[str]:
 def _facts(plan: "Plan") -> Iterator[str]:
     frozen = set(plan.parameters) - {role for update in plan.updates for role in update.trained}
     for role, count in plan.parameters.items():
-        adapted = role not in frozen and (role in plan.adapted or plan.lora[role] < count)
-        adapters = f", {'' if role in plan.adapted else 'as '}a LoRA of {plan.lora[role]:,}" if adapted else ""
+        adapters = f", a LoRA of {plan.lora[role]:,}" if role in plan.adapted else ""
         yield f"{role:<12} {count:,} parameters{adapters}"
     if plan.adapted & plan.backbone:
         shared = plan.backbone & (plan.adapted | frozen)

@@ -81,12 +81,13 @@ def many_step_clips(
 
     def make(rows: Tensor) -> Tensor:
         own = conditions.index(rows)
-        return _solve_stream(student, own, lambda chunk: noise(chunk, 0)[rows].to(own.device), grid, guidance)
+        return solve_stream(student, own, lambda chunk: noise(chunk, 0)[rows].to(own.device), grid, guidance)
 
     return _in_batches(make, conditions, rows, batch)
 
 
-def _solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: AnyGuidance) -> Tensor:
+def solve_stream(student: Student, conditions: Conditions, noise, grid, guidance: AnyGuidance) -> Tensor:
+    """x0 [B, C, F, h, w] as `many_step_clips` makes them; noise: chunk -> [B, C, n, h, w]."""
     given, copies = runs(guidance, conditions)
     n, states, done = student.spec.chunk_frames, [student.open(c.text) for c in given], []
     for j in range(conditions.num_frames // n):

@@ -1,7 +1,7 @@
 """What a recipe needs, before any weight is read: parameters, bytes a rank, disk, network forwards. Pure functions.
 
 Weights, gradients, moments and averages follow from parameter counts. Activations do not: the method's own loss runs forward and
-backward on the meta device, and what is alive is added up (`planner_trace`). So the plan follows the code: the graphs of a
+backward on the meta device, and what is alive is added up (`distill.planning.trace`). So the plan follows the code: the graphs of a
 rollout, the context, what a checkpointed block keeps.
 """
 
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from distill.pipeline.evaluation.clip_sets import TOKENS_AT_ONCE
 from distill.planning.live_bytes import Points
-from distill.planning.trace import CHECKPOINTING, LORA, LORA_RANK, Job, forwards, inner, meta_networks, trace
+from distill.planning.trace import (
+    CHECKPOINTING,
+    LORA,
+    LORA_RANK,
+    Job,
+    StepCosts,
+    inner,
+    meta_networks,
+    step_costs,
+    trace,
+)
 from distill.recipe import spec_of
 from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
@@ -71,7 +82,7 @@ class Update:
 class Plan:
     """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` as the job specifies), and
     `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
-    frozen weights. forwards of a training micro-step, by stage and role; bytes of context, by stage, and of trajectories."""
+    frozen weights. costs, by stage; bytes of context, by stage, and of trajectories."""
 
     precision: Literal["fp32", "bf16"]
     bucket_mib: int
@@ -86,7 +97,12 @@ class Plan:
     context: Mapping[str, int] = field(default_factory=dict)
     trajectories: int = 0
     trajectory_forwards: int = 0
-    forwards: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    costs: Mapping[str, StepCosts] = field(default_factory=dict)
+
+    @property
+    def forwards(self) -> dict[str, dict[str, float]]:
+        """Network forwards of a training step by stage and role."""
+        return {stage: found.forwards for stage, found in self.costs.items()}
 
 
 def make_plan(job: Job) -> Plan:
@@ -120,7 +136,7 @@ def make_plan(job: Job) -> Plan:
         context={stage: context_bytes(job, stage) for stage in on_policy},
         trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
         trajectory_forwards=job.trajectories.num_steps * job.trajectories.guidance.passes if job.trajectories else 0,
-        forwards={stage: forwards(job, stage) for stage in job.stages},
+        costs={stage: step_costs(job, stage) for stage in job.stages},
     )
 
 
@@ -264,10 +280,6 @@ def is_possible(plan: Plan, engine: str) -> bool:
 
 def job_of(recipe: "Recipe") -> Job:
     """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
-    if recipe.student.network is not None and not recipe.student.network.over_teacher:
-        raise UserError(
-            "student.network: the plan knows students that share the teacher's network; remove it to plan the rest"
-        )
     given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
     trained = {name: stage for name, stage in given.items() if stage.is_trained}
     lora = recipe.lora
@@ -275,10 +287,16 @@ def job_of(recipe: "Recipe") -> Job:
     if lora is not None:
         ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
         adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
+    spec, networks = spec_of(recipe), {"teacher": recipe.teacher.network}
+    if recipe.has_custom_network:  # which only the student has
+        networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
+    tokens = spec.horizon_frames * math.prod(spec.token_grid)
     return Job(
-        spec=spec_of(recipe),
-        networks={"teacher": recipe.teacher.network},
-        stages={**trained, "init": recipe.init, "distill": recipe.distill},
+        spec=spec,
+        networks=networks,
+        stages=trained | {slot: getattr(recipe, slot) for slot in recipe.slots},
+        checkpointing=recipe.engine.checkpointing,
+        at_once=min(recipe.eval.batch_size, max(1, TOKENS_AT_ONCE // tokens)),
         trajectories=recipe.trajectories,
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),

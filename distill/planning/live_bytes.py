@@ -1,4 +1,4 @@
-"""Bytes that are alive while code runs on the meta device, where tensors have shapes but no memory."""
+"""Bytes that are alive, and FLOPs, while code runs on the meta device, where tensors have shapes but no memory."""
 
 import functools
 import weakref
@@ -11,17 +11,29 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 Points = tuple[tuple[int, int], ...]
 """(gradient elements held, most bytes of everything else but weights meanwhile): when activations and gradients meet."""
 
 
+_ATEN = torch.ops.aten
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
+"""FLOPs by operation: torch's own, and the attention that `OnMeta` puts in the place of every kernel."""
+_FLOPS: dict[Any, int] = {}
 _SHAPES: dict[Any, Any] = {}
 _VIEWS: set[Any] = set()  # operations whose result may share memory with an input
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the meta storages that are alive; `points` as a dict.
+    """Adds up the meta storages that are alive, `points` as a dict, and in `flops` the FLOPs of matrix products, convolutions and
+    attention (a multiply-add is two; attention's backward computes its scores again, as flash kernels do).
 
     Networks repeat themselves and torch is slow to infer shapes: each operation and input is inferred once.
     """
@@ -29,6 +41,8 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.points: dict[int, int] = {}
+        self.flops = 0
+        self.phases = [0]  # most bytes between the marks of `begin_phase`, and since the first gradient
         self._held: dict[int, weakref.ref] = {}
         self._own: set[int] = set()  # storages that count: neither weights nor gradients
         self._live = self._gradients = 0
@@ -44,6 +58,11 @@ class LiveBytes(TorchDispatchMode):
             if tensor.device.type == "meta":
                 self._hold(tensor, counts=True)
         self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
+        self.phases[-1] = max(self.phases[-1], self._live)
+
+    def begin_phase(self, *_) -> None:
+        """What is alive from now on is a phase of its own; a forward hook."""
+        self.phases.append(self._live)
 
     def weigh(self, net: nn.Module) -> None:
         """Parameters and buffers of `net` are weights, and what backward leaves in them gradients: not counted here."""
@@ -60,6 +79,10 @@ class LiveBytes(TorchDispatchMode):
         key = (func, _describe(args), _describe(tuple(kwargs.items())))
         if key not in _SHAPES:
             out = func(*args, **kwargs)
+            formula = _FORMULAS.get(func._overloadpacket)
+            if formula is not None:
+                _FLOPS[key] = formula(*args, **kwargs, out_val=out)
+                self.flops += _FLOPS[key]
             new = list(_tensors(out))
             given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
             shares = any(tensor.untyped_storage()._cdata in given for tensor in new)
@@ -68,6 +91,7 @@ class LiveBytes(TorchDispatchMode):
             elif new and all(tensor.device.type == "meta" for tensor in new) and _plain(out):
                 _SHAPES[key] = _describe(out)
             return out
+        self.flops += _FLOPS.get(key, 0)
         return _like(_SHAPES[key])
 
     def _hold(self, tensor: Tensor, counts: bool) -> None:
@@ -93,6 +117,8 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata in self._own:
             self._own.remove(storage._cdata)
             self._live -= storage.nbytes()
+            if not self._gradients:
+                self.begin_phase()
             self._gradients += parameter.numel()
             self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
 

@@ -98,8 +98,8 @@ class CausalWan(Student):
         step: int = 0,
         keep: bool = True,
     ) -> tuple[Tensor, list[KeyValue]]:
-        """One masked forward: the segments side by side, behind the context of `state` -> x0 of the last segment in fp32, and, where
-        they are to `keep`, the un-rotated keys and values of all of them.
+        """One masked forward: the segments side by side, behind the context of `state` -> x0 of the last segment in fp32, and, to
+        `keep` them, the un-rotated keys and values of all of them.
 
         `read` in the place of the conditions, as far as it goes; its time embedding only where `sigma` says that all frames are
         at that one level.

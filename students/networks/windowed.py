@@ -57,8 +57,8 @@ class WindowedConfig(NetworkKind):
     def check(self) -> None:
         self.network.check()
 
-    def shallow(self) -> "WindowedConfig":
-        return replace(self, network=self.network.shallow())
+    def shallow(self, blocks: int = 1) -> "WindowedConfig":
+        return replace(self, network=self.network.shallow(blocks))
 
     def with_guidance(self) -> "WindowedConfig":
         return replace(self, network=self.network.with_guidance())

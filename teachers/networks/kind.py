@@ -121,8 +121,8 @@ class NetworkKind:
     def check(self) -> None:
         """UserError for sizes that cannot be."""
 
-    def shallow(self) -> "NetworkKind":
-        """The same with one block, where call counts are wanted and not sizes."""
+    def shallow(self, blocks: int = 1) -> "NetworkKind":
+        """The same with its first `blocks` blocks, for a plan; itself where it has no more, or cannot be cut."""
         return self
 
     def with_guidance(self) -> "NetworkKind":

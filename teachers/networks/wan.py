@@ -69,8 +69,15 @@ class NetworkConfig(NetworkKind):
         if self.head_dim % 2 or self.head_dim < 6:
             raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
 
-    def shallow(self) -> "NetworkConfig":
-        return replace(self, num_layers=1)
+    def shallow(self, blocks: int = 1) -> "NetworkConfig":
+        if blocks >= self.num_layers:
+            return self
+        return replace(self, num_layers=blocks, audio_blocks=self.audio_at)
+
+    @property
+    def audio_at(self) -> tuple[int, ...]:
+        """The blocks that audio is added before."""
+        return tuple(range(2, self.num_layers // 2 + 1)) if self.audio_blocks is None else tuple(self.audio_blocks)
 
     def with_guidance(self) -> "NetworkConfig":
         return replace(self, guidance=True)
@@ -172,8 +179,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.audio_at: tuple[int, ...] = ()
         if audio_dim:
-            rule = range(2, num_layers // 2 + 1) if audio_blocks is None else audio_blocks
-            self.audio_at = tuple(rule)
+            self.audio_at = NetworkConfig(num_layers=num_layers, audio_blocks=audio_blocks).audio_at
             self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
             self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
         if pose_dim:

@@ -32,8 +32,8 @@ def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
 
 
 def keys_values(x: Tensor, to_key: Any, norm: Any, to_value: Any, heads: int) -> KeyValue:
-    """Keys, normalised, and values [B, L, M, d] of x [B, L, D], both in the type of the projections: under autocast a GPU's rms_norm
-    gives fp32, of which a context would hold twice as much."""
+    """Keys, normalised, and values [B, L, M, d] of x [B, L, D], both in the type of the projections: under autocast a GPU's
+    rms_norm gives fp32, of which a context would hold twice as much."""
     key = to_key(x)
     return norm(key).type_as(key).unflatten(2, (heads, -1)), to_value(x).unflatten(2, (heads, -1))
 

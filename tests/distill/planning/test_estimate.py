@@ -546,7 +546,7 @@ SMOKE = (RECIPES / "dmd_avatar.yaml", "preset=smoke")
 
 
 def test_the_embedded_recipe(tmp_path, capsys):
-    assert run_plan(*SMOKE, "--gpus", "4,1", "--json", tmp_path / "plan.json") == 0
+    assert run_plan(*SMOKE, "--gpus", "4,1", "--engines", ",".join(ENGINES), "--json", tmp_path / "plan.json") == 0
     text = capsys.readouterr().out
     numbers = json.loads((tmp_path / "plan.json").read_text())
     assert list(numbers["ranks"]) == ["1", "4"]

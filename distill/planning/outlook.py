@@ -1,0 +1,305 @@
+"""What each stage of a recipe computes, holds and leaves on the disk: FLOPs, hours, memory of a rank, host memory. Pure functions.
+
+FLOPs are counted where a stage's own code runs on the meta device (`trace`), times the counts in the recipe. Not counted: text and
+audio encoders, probes and scoring, the drawing of clips, transfers, and ranks that wait for the disk.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from diffusers import AutoencoderKLWan
+
+from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
+from distill.planning.estimate import Plan, rank_bytes
+from distill.planning.live_bytes import LiveBytes
+from distill.planning.trace import Job, clip_costs, meta_batch
+from distill.training.checkpoint import FILE_BYTES
+from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
+
+Precision = Literal["fp32", "bf16"]
+FP32_SLOWER = 8.4
+"""How much slower fp32 is than bf16 at a like utilisation: of an H100 without TF32 70 % of 67 TFLOP/s, beside 40 % of 989."""
+MANY_PARAMETERS = 10**9
+"""A network of more, computed in fp32, is worth a warning."""
+NODE = 8  # GPUs of a machine
+SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many latent frames; convolutions follow the pixels
+ENCODERS = {"WanVAEConfig": 4 * 126_892_531, "UMT5Config": 2 * 5_680_910_336, "Wav2VecConfig": 4 * 94_371_712}
+"""Bytes on the device: Wan2.1's VAE in fp32, umT5-xxl's encoder in bf16, wav2vec2-base in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """A GPU's dense bf16 TFLOP/s by its data sheet, the share of it that is reached, and a GPU hour's price."""
+
+    tflops: float = 989.0
+    mfu: float = 0.4
+    dollars: float | None = None
+
+    def flops(self, precision: Precision) -> float:
+        """FLOPs a second."""
+        return self.tflops * 1e12 * self.mfu / (FP32_SLOWER if precision == "fp32" else 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Work of a stage: FLOPs of all ranks together, which share it in `jobs` equal pieces (0: in as many as there are ranks; 1:
+    also what each rank does, where an update's batch grows with the ranks). `parameters` of its network, and the `key` of the
+    recipe that sets its precision, where there is one."""
+
+    name: str
+    flops: float
+    precision: Precision
+    jobs: int = 0
+    parameters: int = 0
+    key: str = ""
+
+    def seconds(self, ranks: int, rates: Rates) -> float:
+        """Until the last of the ranks is done."""
+        share = math.ceil(self.jobs / ranks) / self.jobs if self.jobs else 1 / ranks
+        return self.flops * share / rates.flops(self.precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOutlook:
+    """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
+    `rank_bytes` counts, where the engine shards weights (`sharded`) or always; `clips`: of clips that are generated in it, or
+    encoded; `whole`: of whole networks that these are generated with, where no training runs; `host`: of a rank, and of rank 0."""
+
+    name: str
+    parts: tuple[Part, ...]
+    disk: float = 0
+    checkpoints: float = 0
+    beside: Mapping[str, float]
+    sharded: Mapping[str, float]
+    clips: float = 0
+    whole: float = 0
+    host: tuple[float, float] = (0, 0)
+
+    @property
+    def flops(self) -> float:
+        return sum(part.flops for part in self.parts)
+
+    def hours(self, ranks: int, rates: Rates) -> float:
+        return sum(part.seconds(ranks, rates) for part in self.parts) / 3600
+
+
+def memory(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: Sequence[str] = ()) -> dict[str, float]:
+    """Bytes on a rank at the peak of a stage: `update` (training, or one step of the solver), `clips` (with the networks that make
+    them) and what is alive `beside`; their `peak` is the larger one of the first two with all of the rest."""
+    found = [rank_bytes(plan, u, engine, ranks, switches) for u in plan.updates if u.stage == stage.name]
+    update = max((parts["peak"] for parts in found), default=0.0)
+    held = max((_at_rest(parts) for parts in found), default=0.0)
+    made = stage.clips + (stage.whole or held) if stage.clips else 0.0
+    beside = dict(stage.beside) | (dict(stage.sharded) if engine in ("zero3", "fsdp2") else {})
+    return {**beside, "update": update, "clips": made, "peak": max(update, made) + sum(beside.values())}
+
+
+def _at_rest(parts: Mapping[str, float]) -> float:
+    return sum(size for name, size in parts.items() if name not in ("gradients", "activations", "peak"))
+
+
+def host_bytes(stage: StageOutlook, ranks: int) -> float:
+    """Of a machine with up to eight of the ranks; without the processes themselves and what the system keeps of files."""
+    return stage.host[0] * min(ranks, NODE) + stage.host[1]
+
+
+@dataclass(frozen=True)
+class CodecCosts:
+    """FLOPs and bytes at the peak of one clip, encoded and decoded; zeros for a codec that is not Wan's."""
+
+    encode: float = 0
+    decode: float = 0
+    encode_bytes: float = 0
+    decode_bytes: float = 0
+
+
+def codec_costs(job: Job, recipe: "Recipe") -> CodecCosts:
+    """Of the recipe's codec at its size; each latent frame costs what the one before cost."""
+    if recipe.tiny or not isinstance(recipe.data.codec, WanVAEConfig):
+        return CodecCosts()
+    with torch.device("meta"):
+        vae = WanVAE(AutoencoderKLWan())
+    counts = []
+    for groups in GROUPS:
+        video = torch.empty(1, 3, 1 + 4 * (groups - 1), SIDE, SIDE, device="meta")
+        latents = torch.empty(1, 16, groups, SIDE // 8, SIDE // 8, device="meta")
+        with LiveBytes() as one:
+            vae.encode(video)
+        with LiveBytes() as other:
+            vae.decode_chunk(latents)
+        counts.append((one.flops, other.flops, max(one.points.values()), max(other.points.values())))
+    scale = job.spec.height * job.spec.width / SIDE**2
+    more = (job.spec.horizon_frames - GROUPS[1]) / (GROUPS[1] - GROUPS[0])
+    return CodecCosts(*(scale * (b + more * (b - a)) for a, b in zip(*counts, strict=True)))
+
+
+def outlook(plan: Plan, job: Job, recipe: "Recipe") -> list[StageOutlook]:
+    """Every stage that computes, in order."""
+    return list(_Stages(plan, job, recipe).all())
+
+
+class _Stages:
+    """What the stages of one recipe have in common."""
+
+    def __init__(self, plan: Plan, job: Job, recipe: "Recipe"):
+        self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job, recipe)
+        self.shared = plan.backbone if recipe.lora else frozenset()
+        data, spec = recipe.data, job.spec
+        self.num_train = data.world.num_train or 0
+        parts = () if recipe.tiny else (data.codec, data.audio, data.text)
+        self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)
+        steps = job.trajectories.num_steps if job.trajectories else 0
+        self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
+        self.student_clip, self.student_bytes = clip_costs(job, "student")
+        given = meta_batch(job, "clips").conditions
+        features = given.stored
+        self.row = sum(tensor.numel() * 4 for tensor in features.values()) / job.at_once
+        if getattr(data.audio, "whole_clip", False) and "audio" in features:
+            self.row += features["audio"].numel() * 4 / job.at_once
+        self.x0 = 2 * math.prod(spec.latent_size) * spec.horizon_frames
+        self.variants = 2 + sum(given.has(name) for name in ("text", "audio"))
+
+    def all(self) -> Iterator[StageOutlook]:
+        recipe, num, codec = self.recipe, self.num_train, self.codec
+        shards = -(-num // recipe.data.world.shard_clips)
+        encode = Part(name="encoding", flops=2 * num * codec.encode, precision="fp32", jobs=shards)
+        yield self._stage("data", [encode], disk=2 * num * (self.row + self.x0), clips=codec.encode_bytes)
+        drawn = num + recipe.eval.admit_clips
+        both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)
+        yield self._stage("extractors", [both], clips=max(codec.encode_bytes, codec.decode_bytes))
+        for name in self.job.stages:
+            if name == "init" and any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
+                yield self._trajectories()
+            yield self._training(name)
+        yield self._evaluate()
+
+    def _stage(self, name: str, parts: Sequence[Part], **facts) -> StageOutlook:
+        plan = self.plan
+        beside: dict[str, float] = {"encoders": self.encoders}
+        sharded: dict[str, float] = {}
+        names = [*self.job.stages, "evaluate"]
+        solver = self._solver()
+        later = name in names and names.index(name) >= names.index("init")
+        if later and solver == "base" and "base" not in self.shared:
+            beside["solver"] = self._held("base")
+        if later and "teacher" in plan.parameters and "teacher" not in self.shared and name == "distill":
+            sharded["whole teacher"] = self._held("teacher")  # of which the engine shards a copy
+        return StageOutlook(name=name, parts=tuple(parts), beside=beside, sharded=sharded, **facts)
+
+    def _solver(self) -> str:
+        return next((update.role for update in self.plan.updates if update.stage == "trajectories"), "")
+
+    def _held(self, role: str) -> float:
+        return self.plan.parameters[role] * (2 if role in self.plan.half else 4)
+
+    def _precision(self, role: str) -> Precision:
+        return "bf16" if role in self.plan.half else "fp32"
+
+    def _part(self, name: str, flops: float, role: str, jobs: int, precision: Precision | None = None) -> Part:
+        """Work of a role's frozen network: a teacher's as it is held, a student's in fp32, unless it is `precision`."""
+        key = f"{role}.precision" if role in ("teacher", "base") else ""
+        precision, count = precision or self._precision(role), self.plan.parameters.get(role, 0)
+        return Part(name=name, flops=flops, precision=precision, jobs=jobs, parameters=count, key=key)
+
+    def _trajectories(self) -> StageOutlook:
+        config, role = self.job.trajectories, self._solver()
+        assert config is not None
+        flops, _ = clip_costs(self.job, role, config.num_steps, "trajectories")
+        part = self._part(role, config.num_pairs * flops, role, -(-config.num_pairs // config.batch_size))
+        return self._stage("trajectories", [part], disk=self.plan.trajectories)
+
+    def _training(self, name: str) -> StageOutlook:
+        """A stage that trains: its updates, and the clips by which its student is watched."""
+        plan, recipe, costs, codec = self.plan, self.recipe, self.plan.costs[name], self.codec
+        train = self.job.stages[name].train
+        micro_steps = (train.global_batch or train.batch_size * train.accumulation) / train.batch_size
+        steps = [
+            Part(
+                name=role,
+                flops=costs.updates[role] * flops * micro_steps,
+                precision=plan.precision,
+                jobs=0 if train.global_batch else 1,
+                parameters=plan.parameters[role],
+                key="engine.precision",
+            )
+            for role, flops in costs.flops.items()
+        ]
+        trained = [self._learned(role) for role in self.job.needs(name).trained]
+        saved = (recipe.engine.keep_checkpoints + 1) * 4 * (3 * sum(trained) + trained[0])
+        facts: dict = {"checkpoints": saved, "disk": 4 * trained[0] * (2 if name == "distill" else 1)}
+        facts["host"] = (self._students(1), 4 * trained[0] + min(FILE_BYTES, 4 * sum(trained)))
+        if name in ("teacher", "base"):
+            return self._stage(name, steps, **facts)
+        clip, num = self.student_clip + codec.decode, recipe.health.num_conditions
+        panel, teacher = self.variants * num, self.teacher_clip + codec.decode
+        if name != "distill":
+            steps.append(self._part("health", panel * clip, "student", num))
+            whole, clips = self._students(1), max(self.student_bytes, codec.decode_bytes)
+            if name == "init":
+                steps.append(self._part("health of the teacher", panel * teacher, "teacher", num))
+                whole, clips = whole + self._held("teacher"), max(clips, self.teacher_bytes)
+            return self._stage(name, steps, clips=clips, whole=whole, **facts)
+        times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
+        held_out, narrow = 2 * recipe.eval.num_conditions, recipe.engine.kind == "fsdp2" or recipe.lora is not None
+        precision = plan.precision if narrow else None
+        steps += [
+            self._part("validation", (1 + times) * held_out * clip, "student", held_out, precision),
+            self._part("health", times * panel * clip, "student", num, precision),
+        ]
+        return self._stage(name, steps, clips=max(self.student_bytes, codec.decode_bytes), **facts)
+
+    def _learned(self, role: str) -> int:
+        return (self.plan.lora if role in self.plan.adapted else self.plan.parameters)[role]
+
+    def _students(self, count: int) -> float:
+        return 4 * count * self.plan.parameters.get("student", 0)
+
+    def _evaluate(self) -> StageOutlook:
+        """Three students; the teacher on its grid, on the student's few steps, and once from the student's noise; costs of them."""
+        job, config, codec, solver = self.job, self.recipe.eval, self.codec, self.job.trajectories
+        assert solver is not None
+        test = config.num_conditions
+        each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
+        twice = 1 + len(job.spec.sigmas) / solver.num_steps
+        timed = config.latency_warmup + config.latency_runs + 2 * job.at_once
+        whole, parts = (
+            self._students(3) + self._held("teacher"),
+            [
+                self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
+                self._part("students", 3 * each * self.student_clip, "student", 3 * each),
+                Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
+                self._part("costs of the teacher", timed * twice * self.teacher_clip, "teacher", 1),
+                self._part("costs of students", 3 * (2 * timed + 10 * job.at_once) * self.student_clip, "student", 1),
+            ],
+        )
+        if self.recipe.has_custom_network:
+            flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
+            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))
+            whole += self._students(1)
+        frames, sides = 1 + (job.spec.horizon_frames - 1) * job.spec.codec.stride, (job.spec.height, job.spec.width)
+        video = 3 * frames * math.prod(sides) * min(1.0, SCORED_SIDE / max(sides)) ** 2
+        return self._stage(
+            "evaluate",
+            parts,
+            disk=(5 * each + test) * video,
+            clips=max(2 * self.teacher_bytes, 2 * self.student_bytes, codec.decode_bytes),
+            whole=whole,
+            host=(self._students(1), (6 * each + 2 * test + config.num_reference) * video),
+        )
+
+
+def warnings(stages: Sequence[StageOutlook]) -> Iterator[str]:
+    """A line for each stage in which a large network computes in fp32."""
+    for stage in stages:
+        slow = [part for part in stage.parts if part.precision == "fp32" and part.parameters > MANY_PARAMETERS]
+        if slow:
+            names, keys = ", ".join(part.name for part in slow), dict.fromkeys(part.key for part in slow if part.key)
+            mend = "".join(f"; set {key}=bf16" for key in keys)
+            size = f"{max(part.parameters for part in slow) / 1e9:.1f}e9 parameters"
+            yield f"warning: {stage.name}: {names}, {size}, in fp32, {FP32_SLOWER:g} times slower than bf16{mend}"

@@ -1,0 +1,224 @@
+"""What `distill plan` foretells of a stage: FLOPs against closed forms, depth, hours, bytes, overrides, the command."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from distill.cli import Parser
+from distill.commands import plan as command
+from distill.commands.plan import Shipped
+from distill.compose import RECIPES
+from distill.planning import trace as tracing
+from distill.planning.estimate import GIB, job_of, make_plan
+from distill.planning.outlook import FP32_SLOWER, CodecCosts, Part, Rates, StageOutlook, host_bytes, memory, warnings
+from distill.planning.trace import DEPTHS, Job, clip_costs, step_costs
+from distill.recipe import load_recipe
+from teachers.errors import UserError
+from tests.distill.planning.test_estimate import a_job, a_plan
+from tests.support.tiny import make_spec
+
+RATES = Rates(tflops=1e-12 / 3600, mfu=1.0)  # one FLOP an hour
+
+
+def a_stage(**changes) -> StageOutlook:
+    facts = {"name": "distill", "parts": (), "beside": {}, "sharded": {}}
+    return StageOutlook(**(facts | changes))
+
+
+# FLOPs ----------------------------------------------------------------------------------------------------------------
+
+
+class Wan:
+    """Closed forms of a Wan DiT: (FLOPs of its matrices, of its attention) of queries that see so many keys; 2 a multiply-add."""
+
+    def __init__(self, kind: Any, text: int = 512):
+        self.kind, self.text, self.width = kind, text, kind.num_heads * kind.head_dim
+
+    def forward(self, tokens: int, pairs: float) -> tuple[float, float]:
+        width, text = self.width, self.text
+        matrices = 2 * tokens * width * (4 * width + 2 * width + 2 * self.kind.ffn_dim) + 2 * text * width * 2 * width
+        return self.kind.num_layers * matrices, self.kind.num_layers * 4 * width * (pairs + tokens * text)
+
+
+def total(counts: Sequence[tuple[float, float]], trained: bool = False) -> float:
+    """Trained: forward, forward again (checkpointing), and a backward of two times the matrices; of attention two and a half times,
+    as flash kernels compute their scores again."""
+    matrices, attention = (sum(part) for part in zip(*counts, strict=True))
+    return 4 * matrices + 4.5 * attention if trained else matrices + attention
+
+
+@pytest.fixture(scope="module")
+def livetalk() -> Job:
+    return job_of(load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"]))
+
+
+def test_flops_of_livetalk_follow_from_its_matrices(livetalk):
+    """Within 10 %, all three; the plan has the small parts too, time, audio and the embeddings."""
+    spec, method = livetalk.spec, livetalk.stages["distill"].method
+    small, large = Wan(spec.network), Wan(livetalk.networks["teacher"])
+    chunk = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
+    tokens, n = chunk * spec.num_chunks, spec.num_chunks
+    seen = [len(spec.history.visible(j)) + 1 for j in range(n)]
+
+    solved = 16_000 * 48 * 2 * total([small.forward(tokens, tokens**2)])
+    flops, _ = clip_costs(livetalk, "base", 48, "trajectories")
+    assert 16_000 * flops == pytest.approx(solved, rel=0.1)
+    assert 16_000 * flops == pytest.approx(2.17e20, rel=0.1)  # counted on fake tensors, with another tool
+
+    init = step_costs(livetalk, "init")
+    clip = small.forward(2 * tokens, 2 * sum(seen) * chunk**2)  # noisy chunks, and the clean ones that they see
+    assert init.flops["student"] == pytest.approx(total([clip], trained=True), rel=0.1)
+    assert init.updates == {"student": 20_000}
+
+    dmd = step_costs(livetalk, "distill")
+    calls = [small.forward(chunk, count * chunk**2) for count in seen]
+    rollout = 2.5 * total(calls) + total(calls[:-1])  # two and a half steps in the mean, and commits
+    whole = small.forward(tokens, tokens**2)
+    fake = rollout + total([whole], trained=True)
+    student = rollout + total(calls, trained=True) - total(calls) + total([whole])
+    student += 2 * total([large.forward(tokens, tokens**2)])
+    assert dmd.flops["fake_score"] == pytest.approx(fake, rel=0.1)
+    assert dmd.flops["student"] == pytest.approx(student, rel=0.1)
+    assert dmd.updates == {"student": 1000, "fake_score": 5000}
+    assert method.fake_updates == 5
+    print(f"{16_000 * flops:.3g} {20_000 * 64 * init.flops['student']:.3g} "
+          f"{64 * sum(dmd.updates[role] * dmd.flops[role] for role in dmd.flops):.3g}")  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["init", "distill"])
+def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
+    network = replace(make_spec().network, num_layers=6, audio_blocks=(0,))
+    other = replace(network, num_layers=4)
+    job = a_job(make_spec(network=network), stage=stage, networks={"teacher": other}, checkpointing=True)
+    for role, found in step_costs(job, stage).flops.items():
+        _, whole = tracing._micro_step(job, stage, role)
+        assert found == pytest.approx(whole, rel=2e-3)
+
+
+@pytest.mark.parametrize("switches", [(), ("checkpointing",)])
+def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
+    """Within 6 %, and 16 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
+    miss."""
+    job = a_job(make_spec(network=replace(make_spec().network, num_layers=2 * DEPTHS[1] + 4)))
+    for role in ("student", "fake_score"):
+        found, whole = tracing.trace(job, "distill", role, *switches), tracing._trace(job, "distill", role, *switches)
+        assert len(found) == 2 < len(whole)
+        for each, off in ((0, 0.06), (4, 0.16)):  # bytes of a gradient that is held
+            peak, expected = (max(held * each + other for held, other in points) for points in (found, whole))
+            assert peak == pytest.approx(expected, rel=off)
+
+
+# Hours and bytes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("jobs", "ranks", "hours"), [(0, 4, 25.0), (5, 4, 40.0), (1, 4, 100.0), (5, 1, 100.0), (3, 8, 100 / 3)]
+)
+def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
+    part = Part(name="one", flops=100, precision="bf16", jobs=jobs)
+    assert a_stage(parts=(part,)).hours(ranks, RATES) == pytest.approx(hours)
+    slow = replace(part, precision="fp32")
+    assert a_stage(parts=(part, slow)).hours(ranks, RATES) == pytest.approx(hours * (1 + FP32_SLOWER))
+
+
+def test_what_is_alive_beside_counts():
+    """The peak is that of an update or of clips, over all else; a whole network beside its shards only where there are some."""
+    plan = a_plan(((0, 9000),))
+    stage = a_stage(beside={"encoders": 100}, sharded={"whole teacher": 50_000}, clips=7000)
+    ddp, fsdp2 = (memory(plan, stage, engine, 4) for engine in ("ddp", "fsdp2"))
+    assert ddp["peak"] == ddp["update"] + 100
+    assert fsdp2["peak"] == fsdp2["update"] + 50_100
+    assert "whole teacher" not in ddp
+    large = replace(stage, clips=1e9)
+    assert memory(plan, large, "ddp", 4)["clips"] == 1e9 + 32_000 + 8000 + 16_000 + 4000
+    assert memory(plan, replace(large, whole=5.0), "ddp", 4)["clips"] == 1e9 + 5
+    assert [host_bytes(replace(stage, host=(10, 1)), ranks) for ranks in (1, 8, 64)] == [11, 81, 81]
+
+
+def test_overrides_are_the_fewest_that_make_it_fit():
+    plan = a_plan(((0, 40 * GIB),), count=GIB)
+    shipped = Shipped((a_stage(beside={"encoders": GIB}),), RATES, "ddp", ())
+    ask = {limit: command.overrides(plan, shipped, 1, limit) for limit in (101, 100, 65, 64, 4)}
+    saved, moved = ["engine.checkpointing=true"], ["engine.kind=fsdp2", "engine.offload=true"]
+    assert ask == {101: [], 100: saved, 65: saved, 64: moved, 4: None}
+    sharded = command.overrides(plan, shipped, 64, 20)
+    assert sharded == ["engine.kind=fsdp2", "engine.checkpointing=true"]
+    text = command.as_text(plan, "name", [1], [], 4, shipped)
+    assert "does not fit into 4 GiB as shipped: distill 101.0; take more GPUs, smaller batches or networks" in text
+
+
+def test_a_large_network_in_fp32_is_warned_of():
+    slow = Part(name="base", flops=1, precision="fp32", parameters=14 * 10**8, key="base.precision")
+    stages = [a_stage(name="trajectories", parts=(slow,)), a_stage(parts=(replace(slow, parameters=10**9),))]
+    (line,) = warnings(stages)
+    assert line.startswith("warning: trajectories: base, 1.4e9 parameters, in fp32, 8.4 times slower")
+    assert line.endswith("; set base.precision=bf16")
+    assert not list(warnings([a_stage(parts=(replace(slow, precision="bf16"),))]))
+
+
+@pytest.mark.parametrize("name", ["livetalk", "self_forcing"])
+def test_shipped_trajectories_are_solved_in_bf16(name):
+    base = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"]).base
+    assert base is not None
+    assert base.precision == "bf16"
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+def run_plan(*words) -> int:
+    parser = Parser(prog="distill plan")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.mark.parametrize("name", ["dmd_avatar", "flowact_avatar", "midas_avatar", "midas_duplex"])
+def test_every_stage_has_its_numbers(name, tmp_path, capsys):
+    words = ("preset=smoke", "--gpus", "1,2", "--dollars-per-gpu-hour", "3", "--json", tmp_path / "plan.json")
+    assert run_plan(RECIPES / f"{name}.yaml", *words) == 0
+    text, numbers = capsys.readouterr().out, json.loads((tmp_path / "plan.json").read_text())
+    assert text.count("fits as shipped into 80 GiB") == 2
+    assert "as a LoRA" not in text
+    assert numbers["overrides"] == {"1": [], "2": []}
+    for count in ("1", "2"):
+        stages = numbers["stages"][count]
+        slots = ["ar_teacher"] if "midas" in name else []
+        assert list(stages) == ["data", "extractors", "teacher", *slots, "trajectories", "init", "distill", "evaluate"]
+        for stage, found in stages.items():
+            assert found["dollars"] == pytest.approx(3 * int(count) * found["hours"])
+            assert f"\n{stage}" in text
+            if stage not in ("data", "extractors"):
+                assert found["flops"] > 0
+                assert found["memory_bytes"]["peak"] > 0
+    assert numbers["rates"] == {"tflops": 989.0, "mfu": 0.4, "dollars": 3.0}
+    assert numbers["ranks"] == {"1": {}, "2": {}}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--mfu", "0"], "--mfu must be above 0: got 0.0"),
+        (["--mfu", "40"], "--mfu is a share of the GPU's speed, at most 1: got 40.0"),
+        (["--tflops", "nan"], "--tflops must be above 0: got nan"),
+        (["--dollars-per-gpu-hour", "-2"], "--dollars-per-gpu-hour must be above 0: got -2.0"),
+    ],
+)
+def test_a_wrong_rate_is_one_line(words, line):
+    with pytest.raises(UserError) as error:
+        run_plan(RECIPES / "dmd_avatar.yaml", *words)
+    assert line in str(error.value)
+
+
+def test_batches_that_do_not_divide_are_said(tmp_path, capsys):
+    words = ("init.train.global_batch=8", "init.train.batch_size=8", "--gpus", "3", "--json", tmp_path / "plan.json")
+    assert run_plan(RECIPES / "dmd_avatar.yaml", "preset=smoke", *words) == 0
+    assert "no multiple of" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["overrides"] == {"3": None}
+
+
+def test_a_codec_that_is_not_wans_costs_nothing():
+    assert vars(CodecCosts()) == dict.fromkeys(("encode", "decode", "encode_bytes", "decode_bytes"), 0)
+    assert make_plan(a_job(make_spec())).costs["distill"].updates == {"student": 4, "fake_score": 40}
