@@ -136,7 +136,10 @@ class Artifacts:
     def frozen(self, role: str) -> Any:
         """What a stage trains against: the teacher or ar_teacher, in shards where the engine shards weights."""
         if not self.shards:
-            return self.engine.freeze(getattr(self, role))
+            made = self.engine.freeze(getattr(self, role))
+            if made is not self.__dict__[role]:  # a copy in partitions
+                del self.__dict__[role]
+            return made
         net = self.in_shards(role, frozen=True)
         made = AvatarTeacher(net) if role == "teacher" else self.spec.network.student(net, self.spec)
         return made.eval().requires_grad_(False)

@@ -68,15 +68,14 @@ class Part:
 @dataclass(frozen=True, kw_only=True)
 class StageOutlook:
     """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
-    `rank_bytes` counts, where the engine shards weights (`sharded`) or always; `clips`: of clips that are generated in it, or
-    encoded; `whole`: of whole networks that these are generated with, where no training runs; `host`: of a rank, and of rank 0."""
+    `rank_bytes` counts; `clips`: of clips that are generated in it, or encoded; `whole`: of whole networks that these are generated
+    with, where no training runs; `host`: of a rank, and of rank 0."""
 
     name: str
     parts: tuple[Part, ...]
     disk: float = 0
     checkpoints: float = 0
     beside: Mapping[str, float]
-    sharded: Mapping[str, float]
     clips: float = 0
     whole: float = 0
     host: tuple[float, float] = (0, 0)
@@ -96,8 +95,7 @@ def memory(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: S
     update = max((parts["peak"] for parts in found), default=0.0)
     held = max((_at_rest(parts) for parts in found), default=0.0)
     made = stage.clips + (stage.whole or held) if stage.clips else 0.0
-    beside = dict(stage.beside) | (dict(stage.sharded) if engine in ("zero3", "fsdp2") else {})
-    return {**beside, "update": update, "clips": made, "peak": max(update, made) + sum(beside.values())}
+    return {**stage.beside, "update": update, "clips": made, "peak": max(update, made) + sum(stage.beside.values())}
 
 
 def _at_rest(parts: Mapping[str, float]) -> float:
@@ -149,11 +147,12 @@ class _Stages:
 
     def __init__(self, plan: Plan, job: Job, recipe: "Recipe"):
         self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job, recipe)
-        self.shared = plan.backbone if recipe.lora else frozenset()
         data, spec = recipe.data, job.spec
         self.num_train = data.world.num_train or 0
         parts = () if recipe.tiny else (data.codec, data.audio, data.text)
+        self.codec_bytes = 0 if recipe.tiny else ENCODERS.get(type(data.codec).__name__, 0)
         self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)
+        self.timed = 1 if job.at_once == 1 else 2  # batches of clips that are timed together
         steps = job.trajectories.num_steps if job.trajectories else 0
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
@@ -180,17 +179,9 @@ class _Stages:
         yield self._evaluate()
 
     def _stage(self, name: str, parts: Sequence[Part], **facts) -> StageOutlook:
-        plan = self.plan
-        beside: dict[str, float] = {"encoders": self.encoders}
-        sharded: dict[str, float] = {}
-        names = [*self.job.stages, "evaluate"]
-        solver = self._solver()
-        later = name in names and names.index(name) >= names.index("init")
-        if later and solver == "base" and "base" not in self.shared:
-            beside["solver"] = self._held("base")
-        if later and "teacher" in plan.parameters and "teacher" not in self.shared and name == "distill":
-            sharded["whole teacher"] = self._held("teacher")  # of which the engine shards a copy
-        return StageOutlook(name=name, parts=tuple(parts), beside=beside, sharded=sharded, **facts)
+        trains = name in self.job.stages
+        held = self.codec_bytes if trains else self.encoders  # what training does not need is let go
+        return StageOutlook(name=name, parts=tuple(parts), beside={"codec" if trains else "encoders": held}, **facts)
 
     def _solver(self) -> str:
         return next((update.role for update in self.plan.updates if update.stage == "trajectories"), "")
@@ -202,7 +193,7 @@ class _Stages:
         return "bf16" if role in self.plan.half else "fp32"
 
     def _part(self, name: str, flops: float, role: str, jobs: int, precision: Precision | None = None) -> Part:
-        """Work of a role's frozen network: a teacher's as it is held, a student's in fp32, unless it is `precision`."""
+        """Work of a role's frozen network: as it is held, unless it is `precision`."""
         key = f"{role}.precision" if role in ("teacher", "base") else ""
         precision, count = precision or self._precision(role), self.plan.parameters.get(role, 0)
         return Part(name=name, flops=flops, precision=precision, jobs=jobs, parameters=count, key=key)
@@ -239,18 +230,17 @@ class _Stages:
         clip, num = self.student_clip + codec.decode, recipe.health.num_conditions
         panel, teacher = self.variants * num, self.teacher_clip + codec.decode
         if name != "distill":
-            steps.append(self._part("health", panel * clip, "student", num))
+            steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             whole, clips = self._students(1), max(self.student_bytes, codec.decode_bytes)
             if name == "init":
                 steps.append(self._part("health of the teacher", panel * teacher, "teacher", num))
                 whole, clips = whole + self._held("teacher"), max(clips, self.teacher_bytes)
             return self._stage(name, steps, clips=clips, whole=whole, **facts)
         times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
-        held_out, narrow = 2 * recipe.eval.num_conditions, recipe.engine.kind == "fsdp2" or recipe.lora is not None
-        precision = plan.precision if narrow else None
+        held_out = 2 * recipe.eval.num_conditions
         steps += [
-            self._part("validation", (1 + times) * held_out * clip, "student", held_out, precision),
-            self._part("health", times * panel * clip, "student", num, precision),
+            self._part("validation", (1 + times) * held_out * clip, "student", held_out, plan.precision),
+            self._part("health", times * panel * clip, "student", num, plan.precision),
         ]
         return self._stage(name, steps, clips=max(self.student_bytes, codec.decode_bytes), **facts)
 
@@ -267,15 +257,21 @@ class _Stages:
         test = config.num_conditions
         each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
         twice = 1 + len(job.spec.sigmas) / solver.num_steps
-        timed = config.latency_warmup + config.latency_runs + 2 * job.at_once
+        timed = config.latency_warmup + config.latency_runs + self.timed * job.at_once
         whole, parts = (
             self._students(3) + self._held("teacher"),
             [
                 self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
-                self._part("students", 3 * each * self.student_clip, "student", 3 * each),
+                self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
                 Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
                 self._part("costs of the teacher", timed * twice * self.teacher_clip, "teacher", 1),
-                self._part("costs of students", 3 * (2 * timed + 10 * job.at_once) * self.student_clip, "student", 1),
+                self._part(
+                    "costs of students",
+                    3 * (2 * timed + 10 * job.at_once) * self.student_clip,
+                    "student",
+                    1,
+                    self.plan.precision,
+                ),
             ],
         )
         if self.recipe.has_custom_network:
@@ -288,7 +284,7 @@ class _Stages:
             "evaluate",
             parts,
             disk=(5 * each + test) * video,
-            clips=max(2 * self.teacher_bytes, 2 * self.student_bytes, codec.decode_bytes),
+            clips=max(self.timed * self.teacher_bytes, self.timed * self.student_bytes, codec.decode_bytes),
             whole=whole,
             host=(self._students(1), (6 * each + 2 * test + config.num_reference) * video),
         )

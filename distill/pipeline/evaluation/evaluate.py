@@ -119,11 +119,22 @@ def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -
     def student(conditions: Rows, rows: Tensor | None, *keys: Any, net: Student) -> Tensor:
         return student_clips(net, conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
 
-    return (
+    found = (
         {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
         | ({"ar_teacher": own_teacher} if recipe.has_custom_network else {})
         | {name: partial(student, net=net) for name, net in students.items()}
     )
+    return {name: in_precision(artifacts, generate) for name, generate in found.items()}
+
+
+def in_precision(artifacts: Artifacts, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the engine's autocast: what is compared is computed, and timed, in one precision."""
+
+    def run(*words: Any, **named: Any) -> Any:
+        with artifacts.engine.autocast():
+            return function(*words, **named)
+
+    return run
 
 
 def score_systems(
@@ -161,7 +172,8 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
     so that what else the machine does hits all of them.
     """
     spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
-    batch = min(2 * clip_sets.generated_at_once(artifacts), len(test))
+    at_once = clip_sets.generated_at_once(artifacts)
+    batch = min(1 if at_once == 1 else 2 * at_once, len(test))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
     passes = settings.guidance.passes
     nfe = {"teacher": settings.num_steps * passes, "teacher_few_step": len(spec.sigmas) * passes}
@@ -175,7 +187,8 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
             artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
 
         if name in students:
-            alone[name] = partial(stream_marks, artifacts.bundle(students[name].requires_grad_(False)), test)
+            bundle = artifacts.bundle(students[name].requires_grad_(False))
+            alone[name] = in_precision(artifacts, partial(stream_marks, bundle, test))
             together[name] = median_seconds(partial(clips, many), 1, 5)
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]

@@ -144,7 +144,8 @@ class HealthCheck:
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
             noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
-            return student_clips(net, given, lambda c, s: noise(c, s)[rows], self.batch)
+            with engine.autocast():
+                return student_clips(net, given, lambda c, s: noise(c, s)[rows], self.batch)
 
         own = observe(make, self.conditions, engine.share(num), artifacts.encoders.decode)
         return health_metrics({name: engine.all_rows(values, num) for name, values in own.items()}, self.seams)

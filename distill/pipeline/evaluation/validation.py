@@ -79,7 +79,8 @@ class Validation:
         artifacts, engine, num = self.artifacts, self.artifacts.engine, len(self.test)
         noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
         batch, rows = clip_sets.generated_at_once(artifacts), engine.share(num)
-        x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
+        with engine.autocast():
+            x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
         video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0)), num)
         wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
         scores = None if self.evaluation is None else self.evaluation.score(video[None], only=wanted)

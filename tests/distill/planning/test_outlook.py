@@ -24,7 +24,7 @@ RATES = Rates(tflops=1e-12 / 3600, mfu=1.0)  # one FLOP an hour
 
 
 def a_stage(**changes) -> StageOutlook:
-    facts = {"name": "distill", "parts": (), "beside": {}, "sharded": {}}
+    facts = {"name": "distill", "parts": (), "beside": {}}
     return StageOutlook(**(facts | changes))
 
 
@@ -125,13 +125,11 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
 
 
 def test_what_is_alive_beside_counts():
-    """The peak is that of an update or of clips, over all else; a whole network beside its shards only where there are some."""
+    """The peak is that of an update or of clips, over all else."""
     plan = a_plan(((0, 9000),))
-    stage = a_stage(beside={"encoders": 100}, sharded={"whole teacher": 50_000}, clips=7000)
-    ddp, fsdp2 = (memory(plan, stage, engine, 4) for engine in ("ddp", "fsdp2"))
+    stage = a_stage(beside={"encoders": 100}, clips=7000)
+    ddp = memory(plan, stage, "ddp", 4)
     assert ddp["peak"] == ddp["update"] + 100
-    assert fsdp2["peak"] == fsdp2["update"] + 50_100
-    assert "whole teacher" not in ddp
     large = replace(stage, clips=1e9)
     assert memory(plan, large, "ddp", 4)["clips"] == 1e9 + 32_000 + 8000 + 16_000 + 4000
     assert memory(plan, replace(large, whole=5.0), "ddp", 4)["clips"] == 1e9 + 5

@@ -10,7 +10,7 @@ from distill.pipeline.evaluation import evaluate
 from distill.recipe import TrajectoriesConfig
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance
-from tests.support.tiny import make_spec
+from tests.support.tiny import Ranks, make_spec
 
 
 def some_artifacts() -> Any:
@@ -20,7 +20,9 @@ def some_artifacts() -> Any:
         has_custom_network=False,
         zero_shot_stage="init",
     )
-    return SimpleNamespace(recipe=recipe, spec=make_spec(), teacher="teacher", student=lambda _: "student")
+    return SimpleNamespace(
+        recipe=recipe, spec=make_spec(), teacher="teacher", student=lambda _: "student", engine=Ranks()
+    )
 
 
 def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
