@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
+from distill.pipeline.evaluation.evaluate import COSTS_SECONDS
 from distill.planning.estimate import Plan, rank_bytes
 from distill.planning.live_bytes import LiveBytes
 from distill.planning.trace import Job, clip_costs, meta_batch
@@ -63,6 +64,10 @@ class Part:
         """Until the last of the ranks is done."""
         share = math.ceil(self.jobs / ranks) / self.jobs if self.jobs else 1 / ranks
         return self.flops * share / rates.flops(self.precision)
+
+    def wait(self, ranks: int, rates: Rates) -> float:
+        """Seconds that some rank waits for another at the end: those of one job, where jobs do not divide."""
+        return self.seconds(self.jobs, rates) if self.jobs and self.jobs % ranks else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +238,7 @@ class _Stages:
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             whole, clips = self._students(1), max(self.student_bytes, codec.decode_bytes)
             if name == "init":
-                steps.append(self._part("health of the teacher", panel * teacher, "teacher", num))
+                steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel))
                 whole, clips = whole + self._held("teacher"), max(clips, self.teacher_bytes)
             return self._stage(name, steps, clips=clips, whole=whole, **facts)
         times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
@@ -257,17 +262,20 @@ class _Stages:
         test = config.num_conditions
         each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
         twice = 1 + len(job.spec.sigmas) / solver.num_steps
-        timed = config.latency_warmup + config.latency_runs + self.timed * job.at_once
+        each_round = twice * self.teacher_clip + 6 * self.student_clip
+        fitting = int(COSTS_SECONDS * Rates().flops("bf16") / each_round)
+        timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
+        together = self.timed * job.at_once if job.at_once > 1 else 0
         whole, parts = (
             self._students(3) + self._held("teacher"),
             [
                 self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
                 self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
                 Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
-                self._part("costs of the teacher", timed * twice * self.teacher_clip, "teacher", 1),
+                self._part("costs of the teacher", (timed + together) * twice * self.teacher_clip, "teacher", 1),
                 self._part(
                     "costs of students",
-                    3 * (2 * timed + 10 * job.at_once) * self.student_clip,
+                    3 * (2 * timed + 5 * together) * self.student_clip,
                     "student",
                     1,
                     self.plan.precision,

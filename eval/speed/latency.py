@@ -49,6 +49,21 @@ def interleave(blocks: Mapping[str, Callable[[], Result]], rounds: int) -> dict[
     return results
 
 
+def timed(
+    blocks: Mapping[str, Callable[[], Result]], warmup: int, runs: int, seconds: float
+) -> dict[str, list[Result]]:
+    """Results of `runs` rounds of `interleave` after `warmup` rounds; of slow blocks those of as many rounds as go into `seconds`,
+    one at least."""
+    began = time.perf_counter()
+    first = interleave(blocks, 1)
+    took = time.perf_counter() - began
+    if 2 * took > seconds or warmup + runs == 1:
+        return first
+    rest = interleave(blocks, min(warmup + runs - 1, int(seconds / took)))
+    found = {name: [*first[name], *rest[name]] for name in blocks}
+    return {name: results[min(warmup, len(results) - 1) :] for name, results in found.items()}
+
+
 @dataclass(frozen=True)
 class Took:
     """Seconds by the clock on the wall, and of all threads' CPU time."""

@@ -28,7 +28,7 @@ from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.run_report import target, write_report
-from eval.speed.latency import clocked, interleave, median_seconds, percentile
+from eval.speed.latency import clocked, median_seconds, percentile, timed
 from students.serving.session import Session
 from students.student import Student
 from students.weights.checkpoint import Bundle
@@ -38,6 +38,7 @@ from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
 
 SAME_NOISE = "teacher_same_noise"
+COSTS_SECONDS = 240.0  # for timing systems on rank 0, while the others wait
 Generate = Callable[..., Tensor]  # (conditions, rows of them or None, seed and other keys of the noise) -> x0
 
 
@@ -189,13 +190,14 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
         if name in students:
             bundle = artifacts.bundle(students[name].requires_grad_(False))
             alone[name] = in_precision(artifacts, partial(stream_marks, bundle, test))
-            together[name] = median_seconds(partial(clips, many), 1, 5)
+            together[name] = median_seconds(partial(clips, many), 1, 5) if batch > 1 else 0.0
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
-            together[name] = median_seconds(partial(clips, many))
+            together[name] = median_seconds(partial(clips, many)) if batch > 1 else 0.0
     with one_thread():
-        rounds = interleave(alone, config.latency_warmup + config.latency_runs)
-    marks = {name: runs[config.latency_warmup :] for name, runs in rounds.items()}
+        marks = timed(alone, config.latency_warmup, config.latency_runs, COSTS_SECONDS)
+    for name in alone if batch == 1 else ():
+        together[name] = statistics.median(run[-1] for run in marks[name])
     return {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
 
 

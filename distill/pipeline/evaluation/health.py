@@ -48,16 +48,20 @@ def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
 
 
 def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """What `health_metrics` needs of these rows of the conditions, a row a clip: `eval.metrics.quality.Frames`, the share of
-    clipped values, and how far the clip (frames 1.., in grey levels) is from the one of each other variant.
-    decode: x0 -> uint8 [N, 3, T, H, W]."""
-    own, facts = None, {}
+    """`compared` clips of these rows of the conditions, a row a clip. decode: x0 -> uint8 [N, 3, T, H, W]."""
+    found = {}
     for name, (given, seed) in variants(conditions).items():
-        video = scored(decode(make(given.index(rows), rows, seed)))
-        if own is None:
-            own, frames = video, measure(video)
-            facts = dict(vars(frames)) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), video)}
-        else:
+        found[name] = scored(decode(make(given.index(rows), rows, seed)))
+    return compared(found)
+
+
+def compared(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `health_metrics` needs of clips uint8 [N, 3, T, H, W] of each of the `variants`: `eval.metrics.quality.Frames`, the
+    share of clipped values, and how far the clip (frames 1.., in grey levels) is from the one of each other variant."""
+    own = videos["own"]
+    facts = dict(vars(measure(own))) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), own)}
+    for name, video in videos.items():
+        if name != "own":
             facts[f"to_{name}"] = _per_clip(lambda x, y: (x.float() - y.float()).abs(), own, video)
     return facts
 
@@ -152,7 +156,7 @@ class HealthCheck:
 
     def teacher(self, folder: Path) -> dict[str, float]:
         """The teacher's metrics: those of the stage init where they are stored, else from its guided solutions, shared out over the
-        ranks and kept in `folder`, so that a killed stage goes on. Every rank calls it."""
+        ranks clip by clip and kept in `folder`, so that a killed stage goes on. Every rank calls it."""
         artifacts, num, engine = self.artifacts, self.num, self.artifacts.engine
         done = ((artifacts.folder.finished("init") or {}).get("metrics") or {}).get("health") or {}
         if done.get("num_conditions") == num:
@@ -164,11 +168,17 @@ class HealthCheck:
             noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
             return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, self.batch)
 
-        parts = torch.arange(num).split(min(self.batch, -(-num // engine.world_size)))
-        files = [folder / f"teacher-health-{int(rows[0])}-{len(rows)}.safetensors" for rows in parts]
-        for rows, file in list(zip(parts, files, strict=True))[engine.rank :: engine.world_size]:
+        parts = torch.arange(num).split(self.batch)
+        units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}.safetensors")
+                 for name in variants(self.conditions) for rows in parts]  # fmt: skip
+        for name, rows, file in units[engine.rank :: engine.world_size]:
             if not file.is_file():
-                save_tensors(file, observe(make, self.conditions, rows, artifacts.encoders.decode))
+                given, seed = variants(self.conditions)[name]
+                video = artifacts.encoders.decode(make(given.index(rows), rows, seed))
+                save_tensors(file, {"video": scored(video)})
         engine.barrier()
-        found = [load_tensors(file) for file in files]
-        return health_metrics({name: torch.cat([part[name] for part in found]) for name in found[0]}, self.seams)
+        videos = {
+            name: torch.cat([load_tensors(file)["video"] for other, _, file in units if other == name])
+            for name in variants(self.conditions)
+        }
+        return health_metrics(compared(videos), self.seams)

@@ -13,7 +13,17 @@ from distill.commands.plan import Shipped
 from distill.compose import RECIPES
 from distill.planning import trace as tracing
 from distill.planning.estimate import GIB, job_of, make_plan
-from distill.planning.outlook import FP32_SLOWER, CodecCosts, Part, Rates, StageOutlook, host_bytes, memory, warnings
+from distill.planning.outlook import (
+    FP32_SLOWER,
+    CodecCosts,
+    Part,
+    Rates,
+    StageOutlook,
+    host_bytes,
+    memory,
+    outlook,
+    warnings,
+)
 from distill.planning.trace import DEPTHS, Job, clip_costs, step_costs
 from distill.recipe import load_recipe
 from teachers.errors import UserError
@@ -122,6 +132,21 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
     assert a_stage(parts=(part,)).hours(ranks, RATES) == pytest.approx(hours)
     slow = replace(part, precision="fp32")
     assert a_stage(parts=(part, slow)).hours(ranks, RATES) == pytest.approx(hours * (1 + FP32_SLOWER))
+
+
+@pytest.mark.parametrize(("name", "minutes"), [("livetalk", 5), ("self_forcing", 10)])
+def test_no_rank_waits_long_for_another(name, minutes):
+    """The longest job is one clip of the 14B teacher; with the wider videos of self_forcing it takes longer than five minutes."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"])
+    job = job_of(recipe)
+    stages = outlook(make_plan(job), job, recipe)
+    assert {"extractors", "trajectories", "init", "distill", "evaluate"} <= {stage.name for stage in stages}
+    waits = {
+        f"{stage.name}: {part.name} on {ranks}": part.wait(ranks, Rates())
+        for stage in stages for part in stage.parts for ranks in (1, 8, 64)
+    }  # fmt: skip
+    assert {what: seconds for what, seconds in waits.items() if seconds > 60 * minutes} == {}
+    assert max(waits.values()) > 60, "one clip of the teacher"
 
 
 def test_what_is_alive_beside_counts():

@@ -151,3 +151,19 @@ def test_the_bare_work_of_a_language_model_student(scene):
     assert torch.equal(first, again)
     work.all()
     assert "plan" not in vars(bundle.student), "what was recorded is put back"
+
+
+@pytest.mark.parametrize(("each", "seconds", "results"), [(0.1, 100, 5), (1.0, 4.0, 2), (1.0, 1.5, 1), (50.0, 10, 1)])
+def test_slow_blocks_are_timed_as_often_as_time_allows(monkeypatch, each, seconds, results):
+    """Five rounds after two of warm-up where there is time; `each` block takes so long, and there are two."""
+    now = [0.0]
+
+    def block() -> float:
+        now[0] += each / 2
+        return now[0]
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    found = latency.timed({"a": block, "b": block}, 2, 5, seconds)
+    assert [len(found[name]) for name in "ab"] == [results] * 2
+    if results == 5:
+        assert found["a"][0] == pytest.approx(2.5 * each), "after two rounds"
