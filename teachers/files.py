@@ -97,7 +97,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None) -> None:
-    """Safetensors file with optional string metadata, whole or absent (see `replacing`)."""
+    """Safetensors file with optional string metadata, whole or absent (see `replacing`). Give one entry where the same tensors are
+    to be the same file: safetensors writes several in another order every time."""
     owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
     with replacing(path, num_bytes) as temporary:

@@ -213,7 +213,7 @@ def write_shards(
         if source.config.mirror:
             x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
             rows = {name: _with_mirrored(name, value) for name, value in rows.items()}
-        save_tensors(files[i], {"x0": x0.half(), **rows}, {"senses": mark, "text": json.dumps(clips.text)})
+        save_tensors(files[i], {"x0": x0.half(), **rows}, {"clips": json.dumps([mark, clips.text])})
     engine.barrier()
     said = engine.from_main([_text_of(file, mark) for file in files] if engine.is_main else None)
     texts = list(dict.fromkeys(text for own in said for text in own))
@@ -242,9 +242,9 @@ def _with_mirrored(name: str, value: Tensor) -> Tensor:
 
 
 def _text_of(file: Path, mark: str) -> list[str]:
-    facts = read_facts(file)
-    _check_mark(file, facts.get("senses", ""), mark)
-    return json.loads(facts["text"])
+    made, text = json.loads(read_facts(file).get("clips", '["", []]'))
+    _check_mark(file, made, mark)
+    return text
 
 
 def _check_mark(file: Path, made: str, mark: str) -> None:

@@ -121,8 +121,7 @@ def load_student(folder: Path) -> Bundle:
 
 
 def _header(spec: Spec) -> dict[str, str]:
-    """Metadata of a safetensors file of weights that were trained under this spec; one entry, for safetensors writes several in
-    another order every time, and the same weights are the same file."""
+    """Metadata of a safetensors file of weights that were trained under this spec."""
     return {KEY: json.dumps(_fixed(spec))}
 
 
