@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from distill.pipeline.evaluation.clip_sets import TOKENS_AT_ONCE
+from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.planning.live_bytes import Points
 from distill.planning.trace import (
     CHECKPOINTING,
@@ -290,13 +290,12 @@ def job_of(recipe: "Recipe") -> Job:
     spec, networks = spec_of(recipe), {"teacher": recipe.teacher.network}
     if recipe.has_custom_network:  # which only the student has
         networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
-    tokens = spec.horizon_frames * math.prod(spec.token_grid)
     return Job(
         spec=spec,
         networks=networks,
         stages=trained | {slot: getattr(recipe, slot) for slot in recipe.slots},
         checkpointing=recipe.engine.checkpointing,
-        at_once=min(recipe.eval.batch_size, max(1, TOKENS_AT_ONCE // tokens)),
+        at_once=generated_at_once(recipe, spec),
         trajectories=recipe.trajectories,
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),

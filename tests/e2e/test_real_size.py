@@ -4,7 +4,6 @@ No device or type error, no value that the host waits for, and a peak that fits 
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,7 +86,7 @@ def test_encoders_take_all_clips_in_pieces():
 
 
 def test_a_validation_generates_as_many_clips_at_once_as_fit():
-    batch = generated_at_once(SimpleNamespace(recipe=LIVETALK, spec=SPEC))  # pyright: ignore[reportArgumentType]
+    batch = generated_at_once(LIVETALK, SPEC)
 
     def peak(layers: int) -> float:
         with fake_cuda() as gpu, torch.inference_mode():

@@ -18,9 +18,11 @@ from distill.data.latents import pieces
 from distill.data.source import Clips
 from distill.data.stored import Stored, opener
 from distill.pipeline.artifacts import Artifacts
+from distill.recipe import Recipe
 from eval.cards import load_card
 from eval.embedded.evaluation import clips_of
 from eval.metric import Clip
+from students.spec import Spec
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
 from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
@@ -30,11 +32,10 @@ TOKENS_AT_ONCE = 2**15
 SCORED_SIDE, SCORED_MULTIPLE = 128, 16
 
 
-def generated_at_once(artifacts: Artifacts) -> int:
+def generated_at_once(recipe: Recipe, spec: Spec) -> int:
     """Clips that a network generates at once: `eval.batch_size`, or fewer large ones."""
-    spec = artifacts.spec
     tokens = spec.horizon_frames * math.prod(spec.token_grid)
-    return min(artifacts.recipe.eval.batch_size, max(1, TOKENS_AT_ONCE // tokens))
+    return min(recipe.eval.batch_size, max(1, TOKENS_AT_ONCE // max(1, tokens)))
 
 
 def scored(video: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
     so that what else the machine does hits all of them.
     """
     spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
-    at_once = clip_sets.generated_at_once(artifacts)
+    at_once = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)
     batch = min(1 if at_once == 1 else 2 * at_once, len(test))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
     passes = settings.guidance.passes
@@ -359,7 +359,11 @@ def generate_all(
 ) -> None:
     """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
     ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on."""
-    config, engine, batch = artifacts.recipe.eval, artifacts.engine, clip_sets.generated_at_once(artifacts)
+    config, engine, batch = (
+        artifacts.recipe.eval,
+        artifacts.engine,
+        clip_sets.generated_at_once(artifacts.recipe, artifacts.spec),
+    )
     jobs = [
         (generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
         for system, generate in systems(artifacts, students, batch).items()

@@ -134,7 +134,7 @@ class HealthCheck:
     does its share of the clips."""
 
     def __init__(self, artifacts: Artifacts):
-        self.artifacts, self.batch = artifacts, generated_at_once(artifacts)
+        self.artifacts, self.batch = artifacts, generated_at_once(artifacts.recipe, artifacts.spec)
         clips = artifacts.source.draw(
             artifacts.recipe.eval.condition_seed, "health", artifacts.recipe.health.num_conditions
         )

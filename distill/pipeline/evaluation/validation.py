@@ -78,7 +78,7 @@ class Validation:
         """Every rank generates its share of the clips."""
         artifacts, engine, num = self.artifacts, self.artifacts.engine, len(self.test)
         noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
-        batch, rows = clip_sets.generated_at_once(artifacts), engine.share(num)
+        batch, rows = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec), engine.share(num)
         with engine.autocast():
             x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
         video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0)), num)

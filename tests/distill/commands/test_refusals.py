@@ -98,7 +98,7 @@ def test_a_schedule_that_does_not_fit(tmp_path, changes, words):
 
 def test_a_pipeline_takes_no_steps(tmp_path):
     save_student(tmp_path, a_bundle(), "card")
-    one_line(r"takes the student's folder alone: got scheduler", AvatarPipeline.from_pretrained, tmp_path, scheduler=1)
+    one_line(r"from_pretrained: got scheduler; it takes folder", AvatarPipeline.from_pretrained, tmp_path, scheduler=1)
     pipe = AvatarPipeline.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="num_inference_steps"):
         pipe(a_portrait(), some_sound(1280), num_inference_steps=8)

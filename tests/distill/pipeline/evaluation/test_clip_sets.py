@@ -97,8 +97,7 @@ def test_clips_are_scored_at_a_small_size():
 
 def test_large_clips_are_generated_one_at_a_time(artifacts):
     real = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
-    large = SimpleNamespace(recipe=real, spec=spec_of(real))
-    assert clip_sets.generated_at_once(large) == 1
-    assert clip_sets.generated_at_once(artifacts) == artifacts.recipe.eval.batch_size
+    assert clip_sets.generated_at_once(real, spec_of(real)) == 1
+    assert clip_sets.generated_at_once(artifacts.recipe, artifacts.spec) == artifacts.recipe.eval.batch_size
     few = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, batch_size=2))
-    assert clip_sets.generated_at_once(SimpleNamespace(recipe=few, spec=artifacts.spec)) == 2
+    assert clip_sets.generated_at_once(few, artifacts.spec) == 2
