@@ -15,14 +15,17 @@ import tests.support.shape_checks
 
 PACKAGES = ("distill", "teachers", "students", "eval")
 LONG = (
-    "e2e/test_real_recipes.py",
     "e2e/test_pipeline.py",
     "distill/training/test_engines.py",
+    "e2e/test_real_recipes.py",
+    "distill/planning/test_outlook.py",
     "distill/planning/test_estimate.py",
-    "distill/commands/test_sweep.py",
+    "e2e/test_real_size.py",
+    "distill/commands/sweep/test_command.py",
+    "docs/test_docs.py",
     "distill/data/test_recorded.py",
+    "distill/training/test_hsdp.py",
     "students/serving/test_optimize.py",
-    "distill/methods/test_gaussian.py",
 )
 torch.set_num_threads(1)
 

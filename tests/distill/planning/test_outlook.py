@@ -110,13 +110,13 @@ def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
 
 @pytest.mark.parametrize("switches", [(), ("checkpointing",)])
 def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
-    """Within 6 %, and 16 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
+    """Within 6 %, and 20 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
     miss."""
     job = a_job(make_spec(network=replace(make_spec().network, num_layers=2 * DEPTHS[1] + 4)))
     for role in ("student", "fake_score"):
         found, whole = tracing.trace(job, "distill", role, *switches), tracing._trace(job, "distill", role, *switches)
         assert len(found) == 2 < len(whole)
-        for each, off in ((0, 0.06), (4, 0.16)):  # bytes of a gradient that is held
+        for each, off in ((0, 0.06), (4, 0.2)):  # bytes of a gradient that is held
             peak, expected = (max(held * each + other for held, other in points) for points in (found, whole))
             assert peak == pytest.approx(expected, rel=off)
 
