@@ -49,8 +49,9 @@ def load(folder: Path, args: argparse.Namespace) -> "Bundle":
     """The student of a folder where the options ask for it."""
     from students.weights.checkpoint import load_student
 
-    where = choose(args)
-    return optimize.prepare(load_student(folder), *where)
+    usable(args.device)
+    bundle = load_student(folder)
+    return optimize.prepare(bundle, *choose(args))
 
 
 def device_name(device: torch.device) -> str:

@@ -14,9 +14,9 @@ from tests.support.tiny import MIDAS, a_bundle, a_portrait, some_sound
 
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
 STUDENTS = {  # and chunks of each: the first is twice as long as its network's table of positions
-    "sequential": (1400, History(sinks=1, window=2), {}),
-    "diagonal": (800, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
-    "midas": (800, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
+    "sequential": (1500, History(sinks=1, window=2), {}),
+    "diagonal": (1000, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
+    "midas": (1000, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
 }
 
 
