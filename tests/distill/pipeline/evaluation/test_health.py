@@ -204,7 +204,7 @@ def test_teachers_clips_are_shared_and_kept(ran, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     whole = check.teacher(tmp_path / "whole")
     monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=1, world_size=2))
-    with pytest.raises(UserError, match=r"no tensor file: .*teacher-health-0-2"):
+    with pytest.raises(UserError, match=r"no tensor file: .*teacher-health-own-0"):
         check.teacher(tmp_path / "halves")
     monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=0, world_size=2))
     halves = check.teacher(tmp_path / "halves")
