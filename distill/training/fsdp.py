@@ -76,9 +76,9 @@ def _allocate(net: nn.Module, engine) -> None:
         module._buffers[name] = x.to(engine.device)
 
 
-def reshard(root: nn.Module) -> None:
+def reshard(root: FSDPModule) -> None:
     """Let go of all gathered weights."""
-    for module in root.modules():
+    for module in cast(nn.Module, root).modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 

@@ -45,7 +45,7 @@ def scored(video: Tensor) -> Tensor:
     if max(height, width) <= SCORED_SIDE:
         return video
     scale = SCORED_SIDE / max(height, width) / SCORED_MULTIPLE
-    size = [max(1, round(side * scale)) * SCORED_MULTIPLE for side in (height, width)]
+    size = (max(1, round(height * scale)) * SCORED_MULTIPLE, max(1, round(width * scale)) * SCORED_MULTIPLE)
     small = [F.adaptive_avg_pool2d(clip.transpose(0, 1).float(), size).round_().to(torch.uint8) for clip in video]
     return torch.stack(small).transpose(1, 2)
 
