@@ -118,6 +118,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def read_facts(path: Path) -> dict[str, str]:
     """The string metadata of a safetensors file; UserError when it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"no tensor file: {path}; the stage that writes it has to run first")
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}

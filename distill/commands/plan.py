@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("mfu", "tflops", "dollars_per_gpu_hour"):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} must be above 0: got {value}; mend it")
+            raise UserError(f"--{name.replace('_', '-')} must be above 0: got {value}; fix it")
     if args.mfu > 1:
         raise UserError(f"--mfu is a share of the GPU's speed, at most 1: got {args.mfu}; 0.4 is usual")
     if not 0 < args.gib_per_gpu < float("inf"):
@@ -159,8 +159,8 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
         stage.name: _peak(plan, stage, shipped.engine, count, shipped.switches) / 2**30 for stage in shipped.stages
     }
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
-    mend = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {' '.join(lines)}"
-    yield f"does not fit into {gib:g} GiB as shipped: {over}; {mend}"
+    fix = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {' '.join(lines)}"
+    yield f"does not fit into {gib:g} GiB as shipped: {over}; {fix}"
 
 
 def _peak(plan: "Plan", stage: "StageOutlook", engine: str, count: int, switches: tuple[str, ...]) -> float:
@@ -271,7 +271,7 @@ def _stage_json(plan: "Plan", stage: "StageOutlook", shipped: Shipped, count: in
 def _gpu_counts(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and 0 < int(word) <= 100_000 for word in words):
-        raise UserError(f"--gpus takes counts from 1 on, such as 1,8: got '{text}'; mend it")
+        raise UserError(f"--gpus takes counts from 1 on, such as 1,8: got '{text}'; fix it")
     return sorted({int(word) for word in words})
 
 
@@ -341,7 +341,7 @@ def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator
 
 
 def _verdict(plan: "Plan", engine: str, count: int, gib: float) -> str:
-    """Whether everything fits, or else what does not and the first switches that mend it."""
+    """Whether everything fits, or else what does not and the first switches that fix it."""
     from distill.planning.estimate import is_possible, rank_bytes, suggest_fix
 
     if not is_possible(plan, engine):
@@ -351,8 +351,8 @@ def _verdict(plan: "Plan", engine: str, count: int, gib: float) -> str:
         return f"fits into {gib:g} GiB"
     peaks = {update.name: rank_bytes(plan, update, engine, count)["peak"] / 2**30 for update in plan.updates}
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
-    mend = "take more GPUs, smaller batches or networks" if found is None else f"fits with {' + '.join(found)}"
-    return f"does not fit into {gib:g} GiB: {over}; {mend}"
+    fix = "take more GPUs, smaller batches or networks" if found is None else f"fits with {' + '.join(found)}"
+    return f"does not fit into {gib:g} GiB: {over}; {fix}"
 
 
 def _gib(size: float) -> str:

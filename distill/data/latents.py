@@ -228,7 +228,7 @@ def write_shards(
         if (negative := encoders.negatives(1)) is not None:
             save_tensors(folder / "negative.safetensors", {"text": negative})
         number = {text: k for k, text in enumerate(texts)}
-        facts = {"senses": mark, "copies": 1 + source.config.mirror, "texts": len(texts)}
+        facts = {"encoders": mark, "copies": 1 + source.config.mirror, "texts": len(texts)}
         facts |= {"tokens": encoders.read(texts[:1]).shape[1], "text": [[number[one] for one in own] for own in said]}
         atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
     engine.barrier()
@@ -283,7 +283,7 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
     facts = read_json_or_none(manifest)
     if facts is None:
         raise UserError(f"training set without a list of its files: {manifest}; delete {folder} and run again")
-    _check_mark(manifest, facts["senses"], mark)
+    _check_mark(manifest, facts["encoders"], mark)
     copies, said = facts["copies"], facts["text"]
     files, opened = files_of(folder, "shard", len(said)), opener()
     text_files = files_of(folder, "text", -(-facts["texts"] // TEXTS_A_FILE))

@@ -144,12 +144,16 @@ class Artifacts:
         made = AvatarTeacher(net) if role == "teacher" else self.spec.network.student(net, self.spec)
         return made.eval().requires_grad_(False)
 
+    def release(self, frozen: Sequence[str]) -> None:
+        """Let go of the whole networks that earlier stages have left, but for those that this one trains against."""
+        for name in {"teacher", "base_solver", "ar_teacher"} - set(() if self.shards else frozen):
+            self.__dict__.pop(name, None)
+
     @contextmanager
     def training(self, frozen: Sequence[str]) -> Iterator[None]:
         """Inside, of the whole networks only those that are trained against are held, and of the encoders only the codec. They are
         loaded again when another stage asks for them."""
-        for name in {"teacher", "base_solver", "ar_teacher"} - set(() if self.shards else frozen):
-            self.__dict__.pop(name, None)
+        self.release(frozen)
         encoders: Any = self.encoders
         self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None)
         del encoders

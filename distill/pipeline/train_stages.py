@@ -56,6 +56,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     """Train the student by the method of a slot; `distill` is validated while it trains, the others are checked at their end."""
     recipe, spec = artifacts.recipe, artifacts.spec
     config, needs, start = getattr(recipe, slot), recipe.needs(slot), recipe.start_of(slot)
+    artifacts.release(needs.frozen)
     roles = {name: _trained_role(artifacts, name, slot, start) for name in needs.trained}
     if slot == "init" and spec.guidance is not None:
         roles["student"].net.add_guidance()

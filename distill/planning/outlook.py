@@ -304,6 +304,6 @@ def warnings(stages: Sequence[StageOutlook]) -> Iterator[str]:
         slow = [part for part in stage.parts if part.precision == "fp32" and part.parameters > MANY_PARAMETERS]
         if slow:
             names, keys = ", ".join(part.name for part in slow), dict.fromkeys(part.key for part in slow if part.key)
-            mend = "".join(f"; set {key}=bf16" for key in keys)
+            fix = "".join(f"; set {key}=bf16" for key in keys)
             size = f"{max(part.parameters for part in slow) / 1e9:.1f}e9 parameters"
-            yield f"warning: {stage.name}: {names}, {size}, in fp32, {FP32_SLOWER:g} times slower than bf16{mend}"
+            yield f"warning: {stage.name}: {names}, {size}, in fp32, {FP32_SLOWER:g} times slower than bf16{fix}"

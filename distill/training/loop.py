@@ -135,9 +135,8 @@ class Trainer:
         """The averaged role's state dict with its averaged weights, whole, on the CPU of rank 0; every rank calls it, the others
         get none."""
         shadow, is_main = self.held[self.average].full_state(WEIGHT, self.ema.shadow), self.engine.is_main
-        state = {
-            name: x.detach().to("cpu", copy=True) for name, x in shadow if is_main
-        }  # every rank has to go through it
+        # every rank has to go through the shadow
+        state = {name: x.detach().to("cpu", copy=True) for name, x in shadow if is_main}
         return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items() if is_main}
 
     def save_best(self) -> None:
@@ -320,6 +319,8 @@ def train(
             if checkpoint.any_rank(engine, done or late or _is_due(config.checkpoint_every, trainer.step)):
                 trainer.save()
                 saved = time.monotonic()
+        if checkpoint.any_rank(engine, bool(received)):  # while the last step ran, or its validation
+            _stop(trainer, stage, received)
     engine.barrier()
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -140,17 +141,19 @@ def _write(artifacts: Artifacts, file: Path, clips: Clips, encode: bool, samples
 
 def _load(artifacts: Artifacts, files: list[Path]) -> ClipSet:
     engine = artifacts.engine
-    parts = [load_tensors(file) for file in files]
+    parts = [load_tensors(file) for file in files] if engine.is_main else []  # others read the rows that they generate
     texts = [json.loads(read_facts(file)["text"]) for file in files]
+    with safe_open(files[0], framework="pt") as first:
+        keys = list(first.keys())
     text, lengths, opened = [one for own in texts for one in own], list(map(len, texts)), opener()
 
     def joined(name: str) -> Tensor:
         found = [part[name] for part in parts if name in part]
-        return torch.cat(found) if found and engine.is_main else torch.empty(0)
+        return torch.cat(found) if found else torch.empty(0)
 
-    labels = {key.removeprefix("label/"): joined(key) for key in parts[0] if key.startswith("label/")}
-    clips = Clips(video=joined("video"), audio=joined("audio"), text=text, labels=labels if engine.is_main else {})
-    names = [key for key in parts[0] if key.startswith("condition/")]
+    labels = {key.removeprefix("label/"): joined(key) for key in keys if key.startswith("label/")}
+    clips = Clips(video=joined("video"), audio=joined("audio"), text=text, labels=labels)
+    names = [key for key in keys if key.startswith("condition/")]
     features = {key.removeprefix("condition/"): Stored(files, lengths, key, opened) for key in names}
     negative = artifacts.encoders.negatives(1) if names else None
     conditions = StoredConditions(

@@ -323,6 +323,7 @@ def test_another_network_in_the_folder_is_refused(tmp_path):
         (signal.SIGTERM, 5, 1, "checkpoint-00000002-01"),  # the first of two updates of step 2
         (signal.SIGTERM, 10, 2, "checkpoint-00000002"),  # the first of its two micro-steps: it is dropped
         (signal.SIGUSR1, 9, 2, "checkpoint-00000002"),  # the last micro-step of a step
+        (signal.SIGTERM, 14, 1, "checkpoint-00000006"),  # the last of all
     ],
 )
 def test_a_signal_saves_after_the_micro_step_and_stops(tmp_path, number, at, accumulation, name):
