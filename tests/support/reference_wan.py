@@ -37,12 +37,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def sinusoids(time: Tensor, dim: int, fp32_frequencies: bool) -> Tensor:
-    """[cos | sin] of time * 10000^(-i / (dim / 2)); in fp64, unless the frequencies are to be rounded to fp32."""
+def sinusoids(time: Tensor, dim: int) -> Tensor:
+    """[cos | sin] of time * 10000^(-i / (dim / 2)), computed in fp64."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    if fp32_frequencies:
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).double()
     angles = time.double().unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(time.dtype)
 
@@ -91,7 +89,6 @@ class Reference:
     patch: int = 2
     stride: int = 4
     eps: float = 1e-6
-    fp32_frequencies: bool = False
 
     def __call__(self, x: Tensor, sigma: Tensor, text: Tensor, rows: Tensor | None = None) -> Tensor:
         """Input [B, C_in, F, H, W], sigma [B, F], text [B, L, D_text], audio rows of pixel frames [B, 1 + stride (F - 1), A] ->
@@ -107,7 +104,7 @@ class Reference:
 
         embedder = "condition_embedder"
         freq_dim = w[f"{embedder}.time_embedder.linear_1.weight"].shape[1]
-        time = linear(w, f"{embedder}.time_embedder.linear_1", sinusoids(1000 * sigma, freq_dim, self.fp32_frequencies))
+        time = linear(w, f"{embedder}.time_embedder.linear_1", sinusoids(1000 * sigma, freq_dim))
         time = linear(w, f"{embedder}.time_embedder.linear_2", silu(time))  # [B, F, D]
         modulation = linear(w, f"{embedder}.time_proj", silu(time)).unflatten(-1, (6, -1))
         text = linear(w, f"{embedder}.text_embedder.linear_1", text)
