@@ -11,6 +11,7 @@ from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenat
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
+from teachers.errors import UserError
 from teachers.networks.kind import KeyValue
 
 CacheKind = Literal["value", "inplace"]
@@ -128,7 +129,7 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
-        """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time among the visible chunks."""
+        """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time (History.place)."""
         raise NotImplementedError
 
     @staticmethod
@@ -177,6 +178,15 @@ class Student(nn.Module):
         for past in seen:
             state = self.commit(replace(state, chunk=past.chunk), past.x0, replace(past.conditions, text=text))
         return self.resume(state, state.cached, chunk)
+
+
+def refuse_published(spec: Spec, who: str) -> None:
+    """UserError where a spec has what only published weights of a causal Wan want."""
+    if spec.times or spec.history.positions != "relative":
+        raise UserError(
+            f"student.times, student.history.positions: {who} is conditioned on 1000 sigma and counts positions over what it sees; "
+            "remove them"
+        )
 
 
 def stacked(cache: Sequence[KeyValue]) -> KeyValue:

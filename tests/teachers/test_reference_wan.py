@@ -154,4 +154,4 @@ def test_the_reference_shares_no_code_with_the_networks():
         for node in imports
         for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])
     }
-    assert names == {"math", "dataclasses", "itertools", "torch"}
+    assert names == {"math", "collections.abc", "dataclasses", "itertools", "torch"}

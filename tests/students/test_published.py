@@ -1,0 +1,93 @@
+"""What weights that others published want of a student: absolute positions, and the times that they were trained at."""
+
+import pytest
+import torch
+
+from distill.methods.rollout import draw_noise, rollout
+from students.history import History
+from students.networks.windowed import WindowedConfig
+from students.schedule import Schedule
+from students.spec import student_sigmas
+from students.weights.checkpoint import make_student
+from teachers.errors import UserError
+from teachers.networks.wan import NetworkConfig
+from tests.support.reference_wan import Reference
+from tests.support.tiny import MIDAS, NETWORK, a_student, make_spec, rng, some_conditions, some_latents
+
+N, CHUNKS = 2, 6
+ONE_LAYER = NetworkConfig(**NETWORK | {"num_layers": 1}, audio_blocks=(0,))
+TIMES = (1000.0, 936.0, 832.0, 624.0)  # LiveTalk's, whose sigmas are of 1000, 937.5, 833.33, 625
+
+
+class Packed(Reference):
+    """Audio as conditions hold it, [B, F, stride, A]."""
+
+    def hear(self, rows, frames):  # noqa: ARG002
+        return self.pack(rows.flatten(2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["value", "inplace"])
+@pytest.mark.parametrize("positions", ["relative", "absolute"])
+def test_keys_are_where_the_published_code_has_them(positions, cache):
+    """Of one layer, whose keys are of a chunk alone: attention over the visible frames, written from the equations, at the frame
+    numbers of the stream (LiveTalk, Self Forcing) or counted over what is seen."""
+    history = History(sinks=1, window=1, positions=positions)
+    student = a_student(history, network=ONE_LAYER, horizon_frames=CHUNKS * N)
+    given, clean, noisy = some_conditions(1, CHUNKS * N), some_latents(1, CHUNKS * N), some_latents(1, CHUNKS * N, seed=1)
+    with torch.inference_mode():
+        state = student.open(given.text, cache)
+        for k in range(CHUNKS):
+            frames = [i * N + f for i in (*history.visible(k), k) for f in range(N)]
+            places = frames if positions == "absolute" else range(len(frames))
+            own, part = slice(k * N, (k + 1) * N), given.frames(k * N, (k + 1) * N)
+            out, _ = student.denoise(state, None, noisy[:, :, own], 0.7, part)
+
+            net = Packed(student.net.state_dict(), 2, (0,), positions=places)
+            inputs = net.see(torch.cat([clean[:, :, frames[:-N]], noisy[:, :, own]], dim=2), given.reference)
+            sigma = torch.tensor([[0.0] * (len(frames) - N) + [0.7] * N])
+            velocity = net(inputs, sigma, given.text, given.audio[:, frames])
+            expected = (inputs[:, : velocity.shape[1]] - 0.7 * velocity)[:, :, -N:]
+            known = len(part.known) if k == 0 else 0
+            assert (out - expected)[:, :, known:].abs().max() <= 2e-5, f"chunk {k}"
+            state = student.commit(state, clean[:, :, own], part)
+
+
+@torch.no_grad()
+def test_absolute_positions_end_with_the_table():
+    student, given = a_student(History(sinks=1, window=1, positions="absolute")), some_conditions(1, N)
+    state = student.open(given.text)
+    for chunk in (510, 511):
+        state = student.commit(student.resume(state, state.cached, chunk), some_latents(1, N), given)
+    assert len(student.net._rope_cache) <= 256
+    with pytest.raises(UserError, match=r"^latent frame 1026: [^\n]*1024[^\n]*absolute"):
+        student.denoise(student.resume(state, state.cached, 512), None, some_latents(1, N), 0.7, given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_network_is_conditioned_on_its_times_and_noise_has_the_sigmas(depth):
+    sigmas, given, x, seen = student_sigmas(4, 5.0), some_conditions(1), some_latents(1), []
+    student = a_student(sigmas=sigmas, times=TIMES, schedule=Schedule(depth=depth))
+    embedder = student.net.condition_embedder.timesteps_proj
+    hook = embedder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    rollout(student, given, draw_noise(student, 1, rng(1)))
+    assert {round(float(time), 2) for time in torch.cat(seen)} == {0.0, *TIMES}
+    hook.remove()
+
+    x0 = student.denoise_clip(x, torch.tensor([sigmas]), given)[:, :, 1:]
+    times = torch.tensor([TIMES]) / 1000
+    rounded = a_student(sigmas=sigmas).denoise_clip(x, times, given)[:, :, 1:]
+    own, theirs = (torch.as_tensor(s).flatten().repeat_interleave(N)[1:, None, None] for s in (sigmas, times))
+    x = x[:, :, 1:]
+    assert torch.allclose(x0, x - own * (x - rounded) / theirs, atol=1e-5)
+
+
+def test_only_the_causal_wan_has_them():
+    for wrong in ({"times": TIMES[:3]}, {"history": History(positions="absolute")}):
+        for network in (MIDAS, WindowedConfig(network=NetworkConfig(**NETWORK, audio_blocks=(1,)))):
+            with pytest.raises(UserError, match=r"^student\.times, student\.history\.positions: "):
+                make_student(make_spec(**wrong, network=network))
+    for times in (TIMES, (1000.0, 832.0), (1000.0, 832.0, 936.0), (1001.0, 936.0, 832.0)):
+        with pytest.raises(UserError, match=r"^student\.times: got "):
+            make_spec(times=times)
