@@ -8,6 +8,7 @@ from collections import deque
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
@@ -20,11 +21,18 @@ from students.serving.optimize import Speed
 from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+
+LONGEST_SECONDS = 120
+"""Of the sound that is encoded whole, as OmniAvatar does: attention over it grows with its square."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there."""
+    """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there.
+
+    The whole sound is encoded, also what comes after the clip (`Wav2Vec.of_clip`).
+    """
     media.check_output(args.out)
     recipe = load_recipe(args.teacher, args.overrides)
     spec, (device, speed) = spec_of(recipe), devices.choose(args, "teacher")
@@ -41,13 +49,10 @@ def run(args: argparse.Namespace) -> int:
     reference = recipe.teacher.network.reference
     encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
     num_frames = recipe.data.world.num_frames
+    voices = _voices(sound, other, spec.speakers)
     wanted = num_frames * spec.samples_per_frame
-    sound = torch.nn.functional.pad(sound[:wanted], (0, max(0, wanted - len(sound))))
-    voices = sound[None]
-    if spec.speakers == 2:
-        other = sound.new_zeros(0) if other is None else other[:wanted]
-        voices = torch.stack([sound, torch.nn.functional.pad(other, (0, wanted - len(other)))])[None]
-        sound = voices[0].sum(dim=0).clamp(-1, 1)
+    sound = voices.flatten(0, -2)[:, :wanted].sum(dim=0).clamp(-1, 1)
+    sound = torch.nn.functional.pad(sound, (0, wanted - len(sound)))
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
@@ -71,3 +76,14 @@ def run(args: argparse.Namespace) -> int:
         f"{settings.guidance.passes} passes in {seconds:.1f} s, pixel deviation {deviation:.2f}\n"
     )
     return 0
+
+
+def _voices(sound: Tensor, other: Tensor | None, speakers: int) -> Tensor:
+    """The sound [1, S] that is encoded, of two speakers [1, 2, S]; the shorter voice ends in silence."""
+    longest = LONGEST_SECONDS * SAMPLE_RATE
+    if len(sound) > longest:
+        sys.stderr.write(f"--audio is {len(sound) / SAMPLE_RATE:.0f} s long: its first {LONGEST_SECONDS} s are encoded\n")
+    if speakers == 1:
+        return sound[None, :longest]
+    parts = [sound[:longest], torch.zeros(0) if other is None else other[:longest]]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[None]
