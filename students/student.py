@@ -64,6 +64,7 @@ class Student(nn.Module):
 
     net: Any
     spec: Spec
+    has_context_gradient = False  # whether `with_context_gradient` is there, and `denoise` takes `keep`
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
         """The empty context of a stream under text features [B, L, D].
@@ -95,6 +96,11 @@ class Student(nn.Module):
 
     def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:
         """Put a finished chunk into the context and return the state of the next chunk. `steps`: what `denoise` gave."""
+        raise NotImplementedError
+
+    def with_context_gradient(self, state: State, exit_kv: KeyValue) -> State:
+        """The state after `commit` whose newest chunk has the gradient of `exit_kv` (of `denoise` with `keep`), its numbers as they
+        are: Self Forcing's published leak, for ablation alone."""
         raise NotImplementedError
 
     def denoise_clip(
@@ -189,7 +195,8 @@ def refuse_published(spec: Spec, who: str) -> None:
         )
 
 
-def stacked(cache: Sequence[KeyValue]) -> KeyValue:
-    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
-    keys, values = zip(*cache, strict=True)
-    return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
+def stacked(cache: Sequence[KeyValue], grad: bool = False) -> KeyValue:
+    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them. Without their gradient
+    unless `grad`."""
+    keys, values = (torch.stack(part) for part in zip(*cache, strict=True))
+    return (keys, values) if grad else (keys.detach(), values.detach())

@@ -52,6 +52,8 @@ class Segment:
 class CausalWan(Student):
     """The avatar DiT, chunk by chunk."""
 
+    has_context_gradient = True
+
     def __init__(self, net: AvatarTransformer, spec: Spec):
         super().__init__()
         if net.guidance_embedder is not None and spec.guidance is None:
@@ -156,10 +158,21 @@ class CausalWan(Student):
         sigma: Tensor | float,
         conditions: Conditions,
         step: int = 0,
+        keep: bool = False,
     ) -> tuple[Tensor, KeyValue | None]:
-        keep = self.spec.history.commit == "same_level"
-        x0, cache = self._chunk(state, x, sigma, conditions, step, plan, keep)
-        return x0, stacked(cache) if keep else None
+        """As every student's; `keep`: the second part has the chunk's keys and values with their gradient."""
+        needed = keep or self.spec.history.commit == "same_level"
+        x0, cache = self._chunk(state, x, sigma, conditions, step, plan, needed)
+        return x0, stacked(cache, grad=keep) if needed else None
+
+    def with_context_gradient(self, state: State, exit_kv: KeyValue) -> State:
+        if not state.cached or state.cached[-1].chunk != state.chunk - 1:
+            return state
+        *before, last = state.cached
+        keys, values = (
+            (kept[0] + (own - own.detach()),) for kept, own in zip((last.keys, last.values), exit_kv, strict=True)
+        )
+        return self.resume(state, (*before, CachedChunk(last.chunk, keys, values)), state.chunk)
 
     @torch.no_grad()
     def commit(

@@ -1,4 +1,4 @@
-"""What weights that others published want of a student: absolute positions, and the times that they were trained at."""
+"""What published code does and ours offers beside: absolute positions, rounded times, gradient through the context."""
 
 import pytest
 import torch
@@ -10,7 +10,9 @@ from students.schedule import Schedule
 from students.spec import student_sigmas
 from students.weights.checkpoint import make_student
 from teachers.errors import UserError
+from teachers.networks.kind import to_x0
 from teachers.networks.wan import NetworkConfig
+from teachers.networks.wan_block import rotate
 from tests.support.reference_wan import Reference
 from tests.support.tiny import MIDAS, NETWORK, a_student, make_spec, rng, some_conditions, some_latents
 
@@ -81,6 +83,54 @@ def test_the_network_is_conditioned_on_its_times_and_noise_has_the_sigmas(depth)
     own, theirs = (torch.as_tensor(s).flatten().repeat_interleave(N)[1:, None, None] for s in (sigmas, times))
     x = x[:, :, 1:]
     assert torch.allclose(x0, x - own * (x - rounded) / theirs, atol=1e-5)
+
+
+def in_place_rollout(student, given, noise, chunks) -> torch.Tensor:
+    """Self Forcing's published training rollout with exit step 0: keys and values are written into one cache with gradient on, and
+    overwritten by the clean pass without."""
+    net, spec, grid = student.net, student.spec, student.spec.token_grid
+    tokens, out = N * grid[0] * grid[1], []
+    shape = (1, chunks * tokens, net.kind.num_heads, net.kind.head_dim)
+    cache = [(torch.zeros(shape), torch.zeros(shape)) for _ in net.blocks]
+
+    def run(j, x, sigma):
+        part, here = given.frames(j * N, (j + 1) * N), slice(j * tokens, (j + 1) * tokens)
+        known = part.known if j == 0 else ()
+        x, inputs = net.kind.compose(x, part, known)
+        past = [(key[:, : here.start], value[:, : here.start]) for key, value in cache] if j else None
+        level = torch.full((1, 1), sigma)
+        raw, made = net(inputs, level, part.text, part.audio, past=past, past_frames=j * N)
+        for (keys, values), (key, value) in zip(cache, made, strict=True):
+            keys[:, here] = rotate(key, net.rope_table(j * N, N, *grid))
+            values[:, here] = value
+        return to_x0(raw, x, level, part, net.prediction, known)
+
+    for j in range(chunks):
+        out.append(run(j, noise(j, 0), spec.sigmas[0]))
+        with torch.no_grad():
+            run(j, out[-1], 0.0)
+    return torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_context_gradient_is_that_of_self_forcing_s_published_cache(checkpointing):
+    student, given = a_student(History(sinks=0, window=None)), some_conditions(1, 3 * N)
+    noise = draw_noise(student, 1, rng(1), 3)
+
+    def gradients(x0) -> torch.Tensor:
+        student.zero_grad()
+        x0[:, :, -N:].square().mean().backward()
+        return torch.cat([p.grad.flatten() for n, p in student.net.named_parameters() if "attn1.to_" in n])
+
+    published = in_place_rollout(student, given, noise, 3)
+    expected = gradients(published)
+    if checkpointing:
+        student.net.enable_gradient_checkpointing()
+    ours = [rollout(student, given, noise, 0, context_gradient=leak) for leak in (True, False)]
+    assert all(torch.allclose(x0, published, atol=1e-5) for x0 in ours)
+    leaking, stopped = (gradients(x0) for x0 in ours)
+    assert (leaking - expected).norm() <= 1e-5 * expected.norm()
+    assert (stopped - expected).norm() > 0.1 * expected.norm()
 
 
 def test_only_the_causal_wan_has_them():
