@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from students.history import History
+from students.schedule import Schedule
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
 from teachers.errors import UserError
@@ -99,6 +100,39 @@ def test_interrupt_is_never_having_drawn_the_dropped_chunks(history):
         films.append(film(session.frames()))
     assert len(films[0]) >= 16
     assert torch.equal(*films)
+
+
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_chunks_in_flight_start_anew_without_their_input(keep_input):
+    """Of a diagonal schedule: three forwards to the next chunk, as to the first one; with the input kept they go on, one."""
+    bundle, forwards = a_bundle(History(sinks=1, window=1), schedule=Schedule(depth=3)), []
+    session = a_session(bundle, lead=8)
+    session.push(some_sound(40 * PER_FRAME))
+    assert len(list(session.frames())) == 8
+    edge = session.interrupt(played=10, keep_input=keep_input)
+    assert len(session.point.state.flight) == (2 if keep_input else 0)
+    bundle.student.net.register_forward_pre_hook(lambda *_: forwards.append(1))
+    if not keep_input:
+        session.push(some_sound(20 * PER_FRAME, seed=5))
+    chunk = session.step()
+    assert chunk.first_frame == edge
+    assert len(forwards) == (1 if keep_input else 3)
+
+
+def test_a_loaded_session_knows_what_was_viewed(bundle, tmp_path):
+    """The lead is counted from there, and an interrupt goes back there."""
+    session = a_session(bundle, lead=2)
+    session.push(some_sound(30 * PER_FRAME))
+    first = session.step()
+    session.played(len(first.frames))
+    save_session(session, tmp_path / "one")
+    session.step()
+    session.played(len(first.frames) + 1)
+    save_session(session, tmp_path / "two")
+    ahead = [len(list(load_session(bundle, tmp_path / name).frames())) for name in ("one", "two")]
+    assert ahead == [2, 1]
+    again = load_session(bundle, tmp_path / "two")
+    assert again.interrupt() == session.interrupt() == again.point.frame
 
 
 def test_going_back_and_drawing_again_gives_the_same_frames(bundle):
