@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="directions for a steered student: a text file, a line of numbers a pixel frame (the last line holds)",
     )
-    parser.add_argument("--text", metavar="STR", help='what happens, such as "smiles and nods"')
+    parser.add_argument(
+        "--text", metavar="STR", help='what happens, such as "smiles and nods"; required unless --timeline begins at 0'
+    )
     parser.add_argument(
         "--timeline",
         type=Path,
