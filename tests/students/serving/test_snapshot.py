@@ -16,6 +16,7 @@ from students.history import History
 from students.schedule import Schedule
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
+from students.weights.checkpoint import save_student
 from teachers.errors import UserError
 from tests.students.serving.test_session import HISTORIES, PER_FRAME, film
 from tests.support.tiny import a_bundle, a_portrait, some_sound
@@ -200,11 +201,11 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
 OTHER_PROCESS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny import a_bundle
 from students.serving.snapshot import load_session
+from students.weights.checkpoint import load_student
 folder = sys.argv[1]
 torch.set_num_threads(int(sys.argv[2]))
-session = load_session(a_bundle(), f"{folder}/session")
+session = load_session(load_student(f"{folder}/student"), f"{folder}/session")
 session.push(load_file(f"{folder}/sound")["sound"])
 save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f"{folder}/frames")
 """
@@ -214,7 +215,9 @@ save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f
 def test_another_process_draws_the_same(threads, tmp_path):
     """Bit for bit with as many threads; another number adds up in another order, which is a grey level here and there."""
     sound = some_sound(40 * PER_FRAME)
-    session = a_session(a_bundle())
+    bundle = a_bundle()
+    save_student(tmp_path / "student", bundle, "# A card\n")
+    session = a_session(bundle)
     session.push(sound[: 15 * PER_FRAME])
     list(session.frames())
     save_session(session, tmp_path / "session")
