@@ -32,12 +32,14 @@ from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.loader import read_sample
 from distill.data.prepare import shards
 from distill.data.prepare.cutting import crop_box
-from distill.data.prepare.video import SAMPLE_RATE, opened, read_frames, read_sound, video_stream
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
-from teachers.media.read import fit_image, read_audio, upright
+from teachers.media.container import opened, upright, video_stream
+from teachers.media.film import read_frames
+from teachers.media.read import fit_image
+from teachers.media.sound import SAMPLE_RATE, read_audio, read_sound
 
 TENSORS, FACES = ".safetensors", "faces.json"
 SOUNDS = (".wav", ".flac")
@@ -356,7 +358,7 @@ def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
         first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
         return sound[first : first + count]
     track = read_sound(entry.path, round(start * SAMPLE_RATE), count)
-    return None if track is None else track[0]
+    return None if track is None else track.samples
 
 
 def _check_lossless(path: Path) -> None:

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from distill.data.datasets.manifest import Clip
-from distill.data.prepare import cutting, video
+from distill.data.prepare import cutting
 from distill.data.prepare.cutting import CutConfig, crop_box, cut, encode_flac
-from distill.data.prepare.video import read_frames, read_sound
 from teachers import media
 from teachers.errors import UserError
-from teachers.media.read import upright
+from teachers.media import container, film, sound
+from teachers.media.container import upright
+from teachers.media.film import read_frames
+from teachers.media.sound import read_sound
 from tests.support.films import (
     HEIGHT,
     WIDTH,
@@ -87,16 +89,17 @@ def test_sound_of_a_stretch_is_that_of_the_whole_film(tmp_path, name, codec, rat
     whole = media.read_audio(path)
     tolerance = {"aac": 1e-2, "libopus": 1e-3, "pcm_s16le": 0.0}[codec]
     for first, count in ((0, 4000), (777, 8000), (30001, 16000), (47999, 12345)):
-        stretch, late, early = read_sound(path, first, count)
-        assert (late, early) == (0, 0)
-        np.testing.assert_allclose(stretch.numpy(), whole[first : first + count].numpy(), atol=tolerance)
+        stretch = read_sound(path, first, count)
+        assert (stretch.late, stretch.hole, stretch.early) == (0, 0, 0)
+        np.testing.assert_allclose(stretch.samples.numpy(), whole[first : first + count].numpy(), atol=tolerance)
 
 
 @pytest.mark.parametrize("late", [0.8, 9.0])
 def test_a_seek_that_lands_too_late_is_not_trusted(tmp_path, monkeypatch, late):
     path = counting_film(tmp_path / "a.mov", 4.0, g="10")
-    sought = video._seek
-    monkeypatch.setattr(video, "_seek", lambda container, stream, to: sought(container, stream, to + Fraction(late)))
+    for module in (film, sound):
+        sought = lambda *given: container.seek(*given[:2], given[2] + Fraction(late))  # noqa: E731
+        monkeypatch.setattr(module, "seek", sought)
     piece = cut(clip(start=2.0, end=3.0), path, LOOSE, tmp_path / "out.mp4")
     assert [number_of(frame) for frame in frames_of(tmp_path / "out.mp4")] == list(range(50, 75))
     assert detected_clicks(piece.sound.numpy()) == pytest.approx(expected_clicks(Fraction(2), 16000), abs=1)
