@@ -1,8 +1,10 @@
 """Media files: opened as streams of bytes, their tracks chosen, their clocks read, their frames turned upright."""
 
+import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,21 +28,32 @@ SPECIAL = (
 )
 
 
+@dataclass(frozen=True)
+class Content:
+    """The bytes of a file that lies nowhere, and what errors call it."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
 @contextmanager
-def opened(path: Path, kind: str, formats: str | None = None) -> Iterator[InputContainer]:
+def opened(path: Path | Content, kind: str, formats: str | None = None) -> Iterator[InputContainer]:
     """The container of `path`; UserError when the file is missing, empty, unreadable or damaged within the block.
 
     It may only refer to other local files, so a name is never read as an address. `formats`: FFmpeg's names of the only
     containers that are read, divided by commas.
     """
-    path = Path(path)
+    path = path if isinstance(path, Content) else Path(path)
     options = {"protocol_whitelist": "file"} | ({} if formats is None else {"format_whitelist": formats})
     try:
-        if not path.is_file():
+        if isinstance(path, Path) and not path.is_file():
             raise UserError(f"{kind} {'is not a file' if path.exists() else 'not found'}: {path}; check the path")
-        if path.stat().st_size == 0:
+        if not (len(path.data) if isinstance(path, Content) else path.stat().st_size):
             raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
-        with path.open("rb") as stream, av.open(stream, "r", options=options) as container:
+        with io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream, av.open(stream, "r", options=options) as container:
             yield container
     except UserError:
         raise

@@ -21,19 +21,21 @@ from av.container import InputContainer
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.container import JUMP, audio_stream, is_timed, opened, seek, video_stream, zero_of
+from teachers.media.container import JUMP, Content, audio_stream, is_timed, opened, seek, video_stream, zero_of
 from teachers.media.streams import LOUDEST_SAMPLE, Resampler, resample
 
 SAMPLE_RATE = 16_000
 CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch, the context of codec and resampler
 GAP = Fraction(1, 25)  # seconds by which an audio frame may be off its place before it counts as a gap
 PADDING = Fraction(1, 4)  # seconds past the length in an mp4's header that are an encoder's; with more the header is wrong
+RATES = range(4_000, 768_001)  # Hz
 LONGEST_HOLE = 600  # seconds that are filled with silence
 SIDE = math.sqrt(0.5)
 """Share of a centre or surround channel in each front channel, ITU-R BS.775-4, table 2."""
 CHECKED = 10.0  # seconds after which channels that cancel each other are noticed, and at the end
+USUAL = {6: "5.1", 8: "7.1"}
 SILENT = 2.0**-12  # a peak below it is digital silence and what a codec makes of it
-CANCELLED = 1e-4  # share of the channels' power in their mean below which they cancel each other (-40 dB)
+CANCELLED = 5e-4  # share of the channels' power in their mean below which they cancel each other: -33 dB, as codecs leave
 
 
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
@@ -64,9 +66,9 @@ class AudioReader:
     comes later.
     """
 
-    def __init__(self, path: Path, mono: bool = True, formats: str | None = None):
-        self.rate, self.channels, self.seconds, self.track, self.peak = 0, 0, None, "", 0.0
-        self._blocks = self._decode(Path(path), mono, formats)
+    def __init__(self, path: Path | Content, mono: bool = True, formats: str | None = None):
+        self.path, self.rate, self.channels, self.seconds, self.track, self.peak = path, 0, 0, None, "", 0.0
+        self._blocks = self._decode(self.path, mono, formats)
         self._all = chain([next(self._blocks)], self._blocks)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -76,7 +78,7 @@ class AudioReader:
         """Let go of the file."""
         self._blocks.close()
 
-    def _decode(self, path: Path, mono: bool, formats: str | None) -> Generator[Tensor, None, None]:
+    def _decode(self, path: Path | Content, mono: bool, formats: str | None) -> Generator[Tensor, None, None]:
         with opened(path, "audio file", formats) as container:
             track = _Track(container, path)
             self.rate, self.channels, self.seconds, self.track = track.rate, track.channels, track.seconds, track.name
@@ -105,14 +107,14 @@ class AudioReader:
             _check_power(power, self.rate, path)
 
 
-def _check_hole(place: int, at: int, rate: int, path: Path) -> None:
+def _check_hole(place: int, at: int, rate: int, path: Path | Content) -> None:
     if at - place > LONGEST_HOLE * rate:
         raise UserError(
             f"sound has a hole of {(at - place) / rate:.0f} s at {place / rate:.2f} s: {path}; cut it there"
         )
 
 
-def _check_power(power: "_Power", rate: int, path: Path) -> None:
+def _check_power(power: "_Power", rate: int, path: Path | Content) -> None:
     if power.cancelled(rate):
         raise UserError(
             f"the two channels of the sound cancel each other: {path}; keep one, ffmpeg -i IN -af 'pan=mono|c0=c0' OUT"
@@ -212,13 +214,14 @@ class _Track:
     rate, channels (1 or 2): of what it gives; seconds: the header's claim or None; changes: whether frames had another rate so far
     """
 
-    def __init__(self, container: InputContainer, path: Path):
+    def __init__(self, container: InputContainer, path: Path | Content):
         stream, self.name = audio_stream(container)
         if stream is None:
             raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a video with sound")
         names = channel_names(stream.codec_context.layout)
-        if not stream.rate or not names:
-            raise UserError(f"audio track without a sample rate or channels: {path}; record or export it again")
+        if not names:
+            raise UserError(f"audio track without channels: {path}; record or export it again")
+        check_rate(stream.rate, path)
         self.container, self.stream, self.path, self.rate = container, stream, path, int(stream.rate)
         self.channels, self.timed, self.changes = downmix(names).shape[1], is_timed(container), False
         video = video_stream(container)
@@ -260,7 +263,7 @@ class _Track:
             if place is None:
                 place = at or 0
             elif at is not None:
-                if at < (before or 0) - JUMP * self.rate:
+                if min(place, before) - at > JUMP * self.rate:
                     raise UserError(
                         f"times of the sound jump back at {place / self.rate:.2f} s to {at / self.rate:.2f} s, as in two "
                         f"recordings in one file: {self.path}; cut it there"
@@ -301,6 +304,7 @@ class _Mixer:
         if self._kind != (kind := (frame.format.name, names, frame.sample_rate)):
             left = self.finish()
             self._kind, self._to_float = kind, AudioResampler(format="flt")
+            check_rate(frame.sample_rate, self.where)
             if frame.sample_rate != self.rate:
                 self._resampler = Resampler(frame.sample_rate, self.rate, (self.channels,))
         parts = [part.to_ndarray().reshape(-1, len(names)) for part in self._to_float.resample(frame)]
@@ -339,8 +343,12 @@ class _Power:
 
 
 def channel_names(layout: AudioLayout) -> tuple[str, ...]:
-    """FFmpeg's names of the channels, such as FL, FR, FC, LFE; NONE or UNK where nobody says."""
-    return tuple(channel.name for channel in layout.channels)
+    """FFmpeg's names of the channels, such as FL, FR, FC, LFE; six and eight that the file does not name are 5.1 and 7.1, others
+    NONE."""
+    names = tuple(channel.name for channel in layout.channels)
+    if set(names) == {"NONE"} and len(names) in USUAL:
+        return channel_names(AudioLayout(USUAL[len(names)]))
+    return names
 
 
 IDENTITY = tuple(np.eye(channels, dtype=np.float32) for channels in (1, 2))
@@ -371,7 +379,14 @@ def downmix(names: tuple[str, ...]) -> np.ndarray:
 
 def _block(rows: np.ndarray, mono: bool) -> Tensor:
     """Rows [n, channels] as a block within [-1, 1]: their mean [n], or [n, channels]."""
-    return torch.from_numpy(rows.mean(axis=1, dtype=np.float32) if mono else rows.copy()).clamp_(-1.0, 1.0)
+    rows = rows.clip(-1.0, 1.0)
+    return torch.from_numpy(rows.mean(axis=1, dtype=np.float32) if mono else rows)
+
+
+def check_rate(rate: int, where: Path | str) -> None:
+    """UserError unless a sample rate in Hz is one of recorded sound."""
+    if rate not in RATES:
+        raise UserError(f"sample rate of {rate} Hz, {RATES.start} to {RATES.stop - 1} are read: {where}; export it again")
 
 
 def check_samples(samples: np.ndarray, where: str, start: int = 0) -> None:

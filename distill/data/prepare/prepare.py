@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
     config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
     manifest = _read(args)
+    if not manifest.clips and not manifest.refused:
+        raise UserError(f"no clips: {args.videos} has no videos; put mp4, mov, mkv or webm files there")
     with tqdm(total=len(manifest.clips), unit="clip", desc="prepare", file=sys.stderr) as progress:
 
         def tick(refused: Refused | None) -> None:
