@@ -9,7 +9,7 @@ from torch import Tensor
 from teachers import media
 from teachers.errors import UserError
 from teachers.media.container import Content
-from teachers.media.sound import SAMPLE_RATE
+from teachers.media.sound import SAMPLE_RATE, SILENT
 
 MAX_PIXELS = 16_000_000
 MAX_FILE_SECONDS = 120
@@ -46,4 +46,6 @@ def decode_file(data: bytes) -> Tensor:
         count += len(part)
         if count > MAX_FILE_SECONDS * reader.rate:
             raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
+    if reader.peak < SILENT:
+        raise UserError(f"sound file has nothing to hear in its audio track {reader.track}; send one with a voice")
     return media.resample(torch.cat(parts), reader.rate, SAMPLE_RATE)

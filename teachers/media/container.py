@@ -59,7 +59,8 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
         raise
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of a common format") from error
+        kinds = "a common format" if formats is None else formats.replace(",", ", ")
+        raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of {kinds}") from error
 
 
 def video_stream(container: InputContainer) -> av.VideoStream | None:
