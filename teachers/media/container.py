@@ -53,7 +53,10 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
             raise UserError(f"{kind} {'is not a file' if path.exists() else 'not found'}: {path}; check the path")
         if not (len(path.data) if isinstance(path, Content) else path.stat().st_size):
             raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
-        with io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream, av.open(stream, "r", options=options) as container:
+        with (
+            io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream,
+            av.open(stream, "r", options=options) as container,
+        ):
             yield container
     except UserError:
         raise

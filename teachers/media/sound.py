@@ -8,34 +8,28 @@ import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from av.audio.layout import AudioLayout
-from av.audio.resampler import AudioResampler
 from av.container import InputContainer
 from torch import Tensor
 
 from teachers.errors import UserError
+from teachers.media.channels import Mixer, channel_names, check_rate, downmix
 from teachers.media.container import JUMP, Content, audio_stream, is_timed, opened, seek, video_stream, zero_of
-from teachers.media.streams import LOUDEST_SAMPLE, Resampler, resample
+from teachers.media.streams import resample
 
 SAMPLE_RATE = 16_000
 CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch, the context of codec and resampler
 GAP = Fraction(1, 25)  # seconds by which an audio frame may be off its place before it counts as a gap
-PADDING = Fraction(1, 4)  # seconds past the length in an mp4's header that are an encoder's; with more the header is wrong
-RATES = range(4_000, 768_001)  # Hz
+PADDING = Fraction(1, 4)  # seconds of an encoder past the length in an mp4's header; with more the header is wrong
 LONGEST_HOLE = 600  # seconds that are filled with silence
-SIDE = math.sqrt(0.5)
-"""Share of a centre or surround channel in each front channel, ITU-R BS.775-4, table 2."""
 CHECKED = 10.0  # seconds after which channels that cancel each other are noticed, and at the end
-USUAL = {6: "5.1", 8: "7.1"}
 SILENT = 2.0**-12  # a peak below it is digital silence and what a codec makes of it
-CANCELLED = 5e-4  # share of the channels' power in their mean below which they cancel each other: -33 dB, as codecs leave
+CANCELLED = 5e-4  # share of the channels' power in their mean, -33 dB, below which they cancel each other
 
 
 def read_audio(path: Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
@@ -56,10 +50,10 @@ def decode_audio(path: Path) -> tuple[Tensor, int]:
 class AudioReader:
     """The sound of a file as it is decoded: iterate, once, for blocks float32 mono [n] in [-1, 1] at `rate` Hz.
 
-    With `mono=False` blocks are [n, channels], 1 or 2: of more channels the stereo mix by their layout (ITU-R BS.775), whose mean
-    over channels the mono sound is. The track of a video starts where its frames start: silence is put before a late one, and
-    into holes. `seconds` is the length that the file claims, None where it claims none; `track` which track it is ("1 of 2");
-    `peak` the loudest sample so far. `formats` as for `opened`.
+    With `mono=False` blocks are [n, channels], 1 or 2: of more channels the stereo mix by their layout (ITU-R BS.775), whose
+    mean over channels the mono sound is. The track of a video starts where its frames start: silence is put before a late
+    one, and into holes of more than 40 ms. `seconds` is the length that the file claims, None where it claims none; `track`
+    which track it is ("1 of 2"); `peak` the loudest sample so far. `formats` as for `opened`.
 
     UserError when the file is missing, empty, damaged, without sound, 0 seconds long, when its times jump back, its channels cancel
     each other or it holds values not finite or far outside [-1, 1]: at once for what the first block shows, later for what
@@ -225,7 +219,8 @@ class _Track:
         self.container, self.stream, self.path, self.rate = container, stream, path, int(stream.rate)
         self.channels, self.timed, self.changes = downmix(names).shape[1], is_timed(container), False
         video = video_stream(container)
-        self._zero = zero_of(video) if video is not None and self.timed else None  # without video: the first frame's time
+        # without video the first frame's time, which is not known yet
+        self._zero = zero_of(video) if video is not None and self.timed else None
         self._length = (stream.duration or 0) * Fraction(stream.time_base or 0)  # 0: the header has none
         self.seconds = float(self._length or Fraction(container.duration or 0, av.time_base)) or None
 
@@ -257,13 +252,13 @@ class _Track:
 
     def _placed(self) -> Iterator[tuple[int, np.ndarray]]:
         """The track's rows by their times, whatever the header says of its end."""
-        mixer, place, before = _Mixer(self.rate, self.channels, str(self.path)), None, None
+        mixer, place, before = Mixer(self.rate, self.channels, str(self.path)), None, None
         for frame in self.container.decode(self.stream):
             at = self._time(frame)
             if place is None:
                 place = at or 0
             elif at is not None:
-                if min(place, before) - at > JUMP * self.rate:
+                if min(place, place if before is None else before) - at > JUMP * self.rate:
                     raise UserError(
                         f"times of the sound jump back at {place / self.rate:.2f} s to {at / self.rate:.2f} s, as in two "
                         f"recordings in one file: {self.path}; cut it there"
@@ -290,41 +285,6 @@ class _Track:
         return round((time - self._zero) * self.rate)
 
 
-class _Mixer:
-    """Frames of any sample format, layout and rate to rows float32 [n, channels] at one rate."""
-
-    def __init__(self, rate: int, channels: int, where: str):
-        self.rate, self.channels, self.where = rate, channels, where
-        self._kind: tuple[str, tuple[str, ...], int] | None = None
-        self._to_float = self._resampler = None
-
-    def push(self, frame: av.AudioFrame, place: int) -> np.ndarray:
-        """Rows of the next frame, the place of whose first sample errors name."""
-        names, left = channel_names(frame.layout), np.zeros((0, self.channels), np.float32)
-        if self._kind != (kind := (frame.format.name, names, frame.sample_rate)):
-            left = self.finish()
-            self._kind, self._to_float = kind, AudioResampler(format="flt")
-            check_rate(frame.sample_rate, self.where)
-            if frame.sample_rate != self.rate:
-                self._resampler = Resampler(frame.sample_rate, self.rate, (self.channels,))
-        parts = [part.to_ndarray().reshape(-1, len(names)) for part in self._to_float.resample(frame)]
-        rows = np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
-        check_samples(rows, self.where, place)
-        if len(names) > 2:
-            rows = rows @ downmix(names)
-        if rows.shape[1] != self.channels:
-            rows = rows.repeat(2, axis=1) if self.channels == 2 else rows.mean(axis=1, keepdims=True)
-        if self._resampler is not None:
-            rows = self._resampler.push(torch.from_numpy(rows)).numpy()
-        return np.concatenate([left, rows]) if len(left) else rows
-
-    def finish(self) -> np.ndarray:
-        """The last rows of frames of another rate."""
-        rest = None if self._resampler is None else self._resampler.finish().numpy()
-        self._kind = self._resampler = None
-        return np.zeros((0, self.channels), np.float32) if rest is None else rest
-
-
 class _Power:
     """Power of a sound's channels and of their mean, added up."""
 
@@ -342,59 +302,7 @@ class _Power:
         return self.channels > audible and self.mean < CANCELLED * self.channels
 
 
-def channel_names(layout: AudioLayout) -> tuple[str, ...]:
-    """FFmpeg's names of the channels, such as FL, FR, FC, LFE; six and eight that the file does not name are 5.1 and 7.1, others
-    NONE."""
-    names = tuple(channel.name for channel in layout.channels)
-    if set(names) == {"NONE"} and len(names) in USUAL:
-        return channel_names(AudioLayout(USUAL[len(names)]))
-    return names
-
-
-IDENTITY = tuple(np.eye(channels, dtype=np.float32) for channels in (1, 2))
-
-
-@lru_cache(maxsize=64)
-def downmix(names: tuple[str, ...]) -> np.ndarray:
-    """float32 [channels, 1 or 2]: the stereo mix of a layout by ITU-R BS.775-4, each side's shares divided by their sum.
-
-    Front channels count 1, centre and surround channels sqrt(1/2), low frequency effects nothing, of ambisonic sound channel 0 (all
-    directions) alone. One and two channels stay as they are; channels without names are averaged to one.
-    """
-    if len(names) <= 2:
-        return IDENTITY[len(names) - 1]
-    sides = np.zeros((len(names), 2), np.float32)
-    for row, name in zip(sides, names, strict=True):
-        if name == "AMBI0":
-            row[:] = 1
-        elif name in ("NONE", "UNK", "UNSD"):
-            return np.full((len(names), 1), 1 / len(names), np.float32)
-        elif name in ("FL", "FR", "DL", "DR"):
-            row["LR".index(name[1])] = 1
-        elif not name.startswith(("LFE", "AMBI")):
-            row[:] = SIDE * np.array([not name.endswith(("R", "RC")), not name.endswith(("L", "LC"))])
-    sides = sides if sides.sum(axis=0).all() else sides.sum(axis=1, keepdims=True)
-    return sides / sides.sum(axis=0) if sides.any() else np.full((len(names), 1), 1 / len(names), np.float32)
-
-
 def _block(rows: np.ndarray, mono: bool) -> Tensor:
     """Rows [n, channels] as a block within [-1, 1]: their mean [n], or [n, channels]."""
     rows = rows.clip(-1.0, 1.0)
     return torch.from_numpy(rows.mean(axis=1, dtype=np.float32) if mono else rows)
-
-
-def check_rate(rate: int, where: Path | str) -> None:
-    """UserError unless a sample rate in Hz is one of recorded sound."""
-    if rate not in RATES:
-        raise UserError(f"sample rate of {rate} Hz, {RATES.start} to {RATES.stop - 1} are read: {where}; export it again")
-
-
-def check_samples(samples: np.ndarray, where: str, start: int = 0) -> None:
-    """Raises UserError unless all of [n, ...] are finite and none far outside [-1, 1]; the first row is number `start`."""
-    broken = ~np.isfinite(samples)
-    if broken.any():
-        at = start + int(np.argwhere(broken)[0, 0])
-        raise UserError(f"audio holds samples that are not finite, first at {at}: {where}; clean it first")
-    peak = float(np.abs(samples).max(initial=0.0))
-    if peak > LOUDEST_SAMPLE:
-        raise UserError(f"audio samples must lie in [-1, 1], got a peak of {peak:.4g}: {where}; normalise it")

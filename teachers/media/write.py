@@ -17,7 +17,7 @@ from torch import Tensor
 
 from teachers.errors import UserError
 from teachers.files import replacing
-from teachers.media.sound import check_samples
+from teachers.media.channels import check_samples
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -55,10 +55,10 @@ def write_video(
     """Write an mp4 and return its frame count T; `frames` gives uint8 [H, W, 3] (iterator, or a tensor [T, H, W, 3]).
 
     H.264 yuv420p (BT.709) at constant rate, T / fps seconds exactly; `audio` [S], or [S, 2] of two channels, in [-1, 1]
-    becomes AAC, cut or padded with silence to the same length. Each pixel becomes upscale x upscale of them, nearest or (`smooth`) bicubic; an odd
-    side then gets its last line twice. Frames are taken one by one and not kept. The file appears under its name only
-    when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or is full) and
-    for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
+    becomes AAC, cut or padded with silence to the same length. Each pixel becomes upscale x upscale of them, nearest or
+    (`smooth`) bicubic; an odd side then gets its last line twice. Frames are taken one by one and not kept. The file appears
+    under its name only when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or
+    is full) and for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
     """
     channels = 1 if audio is None or audio.ndim == 1 else 2
     with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth, channels) as writer:
@@ -72,8 +72,9 @@ def write_video(
 class VideoWriter:
     """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place.
 
-    With a `sample_rate` it has sound of 1 or 2 `channels`, that of `write_audio`, which may come before its frames or after them. Held are the sound
-    that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by 10 to 20 MB an hour.
+    With a `sample_rate` it has sound of 1 or 2 `channels`, that of `write_audio`, which may come before its frames or after
+    them. Held are the sound that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by
+    10 to 20 MB an hour.
     """
 
     def __init__(

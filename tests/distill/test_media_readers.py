@@ -28,10 +28,10 @@ def commands(tmp_path) -> dict[str, Callable]:
     image = save_image(tmp_path / "face.png", ramp_picture(32, 32), "png", "rgb24")
     clip = Clip(id="a", dataset="folder", source="a.mp4")
 
-    def sample(*source: str):
+    def sample():
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
-        words = [*source, "--image", image, "--audio", path, "--text", "x", "--out", tmp_path / "out.mp4"]
+        words = ["--student", tmp_path, "--image", image, "--audio", path, "--text", "x", "--out", tmp_path / "out.mp4"]
         return command.run(parser.parse_args([str(word) for word in words]))
 
     def scored():
@@ -40,8 +40,7 @@ def commands(tmp_path) -> dict[str, Callable]:
             raise UserError(found.no_sound)
 
     return {
-        "sample": lambda: sample("--student", str(tmp_path)),
-        "sample --teacher": lambda: sample("--teacher", "dmd_avatar"),
+        "sample": sample,
         "prepare": lambda: cut(clip, path, CutConfig(), tmp_path / "piece.mp4"),
         "crop row": lambda: Videos(folder).size("a.mp4"),
         "eval": scored,
@@ -54,7 +53,7 @@ def commands(tmp_path) -> dict[str, Callable]:
 @pytest.mark.parametrize(
     ("part", "users"),
     [
-        ("teachers.media.sound._Track.__init__", ("sample", "sample --teacher", "prepare", "eval", "curate", "serve")),
+        ("teachers.media.sound._Track.__init__", ("sample", "prepare", "eval", "curate", "serve")),
         ("teachers.media.film._check_frame", ("prepare", "crop row", "eval", "curate", "Python")),
     ],
 )

@@ -253,9 +253,7 @@ def _stream(
         raise RuntimeError(f"the session ended {remaining} frames before its sound")
 
 
-def _push(
-    session: "Session", writer: media.VideoWriter, piece: Tensor, sound: "media.AudioReader | Duet"
-) -> None:
+def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, sound: "media.AudioReader | Duet") -> None:
     """Sound of one speaker [n, channels], of two [n, 2], to the session; the video has all of it, of one speaker as it is."""
     if isinstance(sound, media.AudioReader):
         writer.write_audio(piece.squeeze(1))

@@ -21,16 +21,24 @@ from teachers.errors import UserError
 from teachers.media.film import probe
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
-OTHER_SUFFIXES = tuple(
-    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gxf .h264 .h265 .hevc .ivf .m2t .m2ts .m2v .m4v .mk3d .mjpeg .mod .mpe .mpeg .mpg .mts "
-    ".mxf .nut .obu .ogm .ogv .part .qt .rm .rmvb .tod .ts .vob .wmv .wtv .y4m".split()
+OTHER_VIDEO = re.compile(
+    r"\.(3g2|3gp|asf|avi|divx|dv|f4v|flv|gxf|h26[45]|hevc|ivf|m2t|m2ts|m2v|m4v|mjpeg|mk3d|mod|mpe|mpeg|mpg|mts|mxf|nut|obu|og[mv]|"
+    r"part|qt|rm|rmvb|tod|ts|vob|wmv|wtv|y4m)"
 )
-BESIDE = tuple(
-    ".aac .avif .csv .flac .gif .heic .heif .jpeg .jpg .json .jsonl .m4a .md .mka .mp3 .npy .npz .oga .ogg .opus .parquet .png .pt "
-    ".safetensors .srt .tar .txt .vtt .wav .webp .yaml .yml .zip".split()
+BESIDE = re.compile(
+    r"\.(aac|avif|csv|flac|gif|heic|heif|jpeg|jpg|json|jsonl|m4a|md|mka|mp3|npy|npz|oga|ogg|opus|parquet|png|pt|safetensors|srt|tar|"
+    r"txt|vtt|wav|webp|yaml|yml|zip)"
 )
 """Suffixes of what may lie beside videos."""
-MARKS = ((4, b"ftyp"), (0, b"\x1aE\xdf\xa3"), (8, b"AVI "), (0, b"\x06\x0e+4"), (0, b"OggS"), (0, b"\x30\x26\xb2\x75"), (0, b"FLV"))
+MARKS = (
+    (4, b"ftyp"),
+    (0, b"\x1aE\xdf\xa3"),
+    (8, b"AVI "),
+    (0, b"\x06\x0e+4"),
+    (0, b"OggS"),
+    (0, b"\x30\x26\xb2\x75"),
+    (0, b"FLV"),
+)
 """First bytes of videos, and where: mp4, mkv, avi, mxf, ogg, asf, flv."""
 METADATA = ("metadata.csv", "metadata.json", "metadata.jsonl")
 COLUMNS = ("id", "start", "end", "crop", "crop_size", "text", "licence", "split", "identity")
@@ -135,14 +143,15 @@ class Videos:
             self._by_stem.setdefault(PurePosixPath(source).stem, []).append(source)
 
     def _add(self, name: str) -> None:
+        suffix = PurePosixPath(name).suffix.lower()
         if PurePosixPath(name).name.startswith("."):
             return
-        if name.lower().endswith(VIDEO_SUFFIXES):
+        if suffix in VIDEO_SUFFIXES:
             if self._path(name).is_file():
                 self.sources.append(name)
             else:
                 self.refused.append(Refused(name, name, "not a regular file"))
-        elif name.lower().endswith(OTHER_SUFFIXES) or (not name.lower().endswith(BESIDE) and self._is_video(name)):
+        elif OTHER_VIDEO.fullmatch(suffix) or (not BESIDE.fullmatch(suffix) and self._is_video(name)):
             reason = f"not one of {', '.join(VIDEO_SUFFIXES)}; convert it, ffmpeg -i IN OUT.mp4"
             self.refused.append(Refused(name, name, reason))
 

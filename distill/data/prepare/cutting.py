@@ -43,7 +43,8 @@ class CutConfig:
 
     fps: frames a second; size: height and width, None keeps those of the crop (made even)
     crf: quality of H.264, 0 is lossless; cuts: what is done with a clip that has a scene cut
-    min_seconds: shorter clips are refused; max_seconds: longer ones are truncated; silent: clips without sound, or with silence alone, are accepted
+    min_seconds: shorter clips are refused; max_seconds: longer ones are truncated
+    silent: clips without sound, or with silence alone, are accepted
     """
 
     fps: Fraction = Fraction(16)
@@ -232,7 +233,11 @@ def _watch(source: Iterable[SourceFrame], start: Fraction, progress: _Progress) 
             progress.shortest, progress.longest = min(progress.shortest, distance), max(progress.longest, distance)
         last = frame
         turns, mirrored = orientation(frame.frame)
-        progress.metadata |= {"source_fps": str(frame.rate), "rotation": 90 * turns if turns < 3 else -90, "mirrored": mirrored}
+        progress.metadata |= {
+            "source_fps": str(frame.rate),
+            "rotation": 90 * turns if turns < 3 else -90,
+            "mirrored": mirrored,
+        }
         progress.end = frame.time + frame.duration
         yield frame
 

@@ -6,7 +6,6 @@ import time
 import wave
 import zipfile
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +113,12 @@ def broken(data: bytes) -> torch.Tensor:
 def test_what_ends_a_decoder_is_one_line_and_the_next_file_is_read():
     decoders = Decoders(seconds=2.0, processes=1)
     try:
-        for function, words in ((crash, "crashed"), (hang, "more than 2 s"), (swell, "cannot be read"), (broken, "Zero")):
+        for function, words in (
+            (crash, "crashed"),
+            (hang, "more than 2 s"),
+            (swell, "cannot be read"),
+            (broken, "Zero"),
+        ):
             began = time.monotonic()
             with pytest.raises(UserError, match=words):
                 decoders.run(function, b"x")

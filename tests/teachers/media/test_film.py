@@ -24,7 +24,7 @@ TRANSFORMS = {
     "transposed": ((0, 1, 1, 0), lambda x: x.transpose(1, 0, 2)),
     "right": ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
     "transversed": ((0, -1, -1, 0), lambda x: x[::-1, ::-1].transpose(1, 0, 2)),
-    "left": ((0, -1, 1, 0), lambda x: np.rot90(x)),
+    "left": ((0, -1, 1, 0), np.rot90),
 }
 """Display matrices (a, b, c, d) of ISO 14496-12, 6.2.2, and what numpy calls them."""
 

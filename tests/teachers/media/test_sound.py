@@ -11,7 +11,8 @@ from distill.live import uploads
 from teachers import media
 from teachers.errors import UserError
 from teachers.media import sound
-from teachers.media.sound import channel_names, downmix, read_sound
+from teachers.media.channels import channel_names, downmix
+from teachers.media.sound import read_sound
 from tests.support.sounds import joined, loudest_hertz, set_sound_length, tone, write_sound
 
 RATE = 16_000
@@ -134,7 +135,9 @@ def test_a_clock_that_starts_anew_is_refused_with_its_time(tmp_path, suffix, cod
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 2.0])
-@pytest.mark.parametrize(("name", "codec", "video"), [("a.m4a", "aac", 0), ("a.mp4", "aac", 75), ("a.mov", "pcm_s16le", 75)])
+@pytest.mark.parametrize(
+    ("name", "codec", "video"), [("a.m4a", "aac", 0), ("a.mp4", "aac", 75), ("a.mov", "pcm_s16le", 75)]
+)
 def test_a_header_that_says_too_little_is_not_believed(tmp_path, name, codec, video, seconds):
     path = write_sound(tmp_path / name, codec, 48_000, tone(3.0, 48_000)[:, None], video=video)
     right = media.read_audio(path)
@@ -147,7 +150,9 @@ def test_a_header_that_says_too_little_is_not_believed(tmp_path, name, codec, vi
         np.testing.assert_allclose(read_sound(path, 40_000, 7000).samples, right[40_000:47_000], atol=1e-2)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "aac"), ("a.mkv", "pcm_s16le"), ("a.mov", "pcm_s16le"), ("a.webm", "libopus")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "aac"), ("a.mkv", "pcm_s16le"), ("a.mov", "pcm_s16le"), ("a.webm", "libopus")]
+)
 @pytest.mark.parametrize("default", [0, 1])
 def test_the_default_track_is_taken_and_said(tmp_path, name, codec, default):
     voices = [tone(2.0, 48_000, hertz)[:, None] for hertz in (300.0, 700.0)]
@@ -159,7 +164,9 @@ def test_the_default_track_is_taken_and_said(tmp_path, name, codec, default):
     assert read_sound(path, 0, 16_000).track == reader.track
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.wav", "pcm_s16le"), ("a.m4a", "aac"), ("a.webm", "libopus"), ("a.mp3", "mp3")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.wav", "pcm_s16le"), ("a.m4a", "aac"), ("a.webm", "libopus"), ("a.mp3", "mp3")]
+)
 def test_channels_that_cancel_each_other_are_told(tmp_path, name, codec):
     voice = sum(tone(3.0, 48_000, 130.0 * n) / 2 / n for n in range(1, 20))
     path = write_sound(tmp_path / name, codec, 48_000, np.stack([voice, -voice], 1))

@@ -18,8 +18,8 @@ from students.serving.session import Chunk, Session, Starved
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from teachers.errors import UserError
-from tests.support.tiny import a_bundle, some_sound
 from tests.support.sounds import loudest_hertz, write_sound
+from tests.support.tiny import a_bundle, some_sound
 from tests.teachers.media.test_media import encode_audio, ramp_picture, save_image, tone
 
 FPS = Fraction(25, 2)

@@ -27,7 +27,12 @@ def reasons(manifest) -> dict[str, str]:
 
 def test_every_video_is_a_clip_and_one_of_another_format_is_named(tmp_path):
     put_clips(tmp_path, "b.mp4", "a.MOV", "in/c.mkv", "d.webm", "e.avi", "notes.pdf", ".hidden.mp4", ".git/f.mp4")
-    for name, head in (("film.mxf", ""), ("film", "\x1aE\xdf\xa3"), ("take.MPV9", "0000ftypisom"), ("voice.m4a", "0000ftypM4A ")):
+    for name, head in (
+        ("film.mxf", ""),
+        ("film", "\x1aE\xdf\xa3"),
+        ("take.MPV9", "0000ftypisom"),
+        ("voice.m4a", "0000ftypM4A "),
+    ):
         (tmp_path / name).write_bytes(head.encode("latin-1"))
     (tmp_path / "b.txt").write_text("\ufeffA woman speaks.\n", encoding="utf-8")
     manifest = read(None, tmp_path)
