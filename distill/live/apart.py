@@ -25,7 +25,7 @@ from torch import Tensor
 
 from teachers.errors import UserError
 
-SECONDS = 10.0  # that an upload may take
+SECONDS = 5.0  # that an upload may take
 START_SECONDS = 60.0  # and a new process until it takes one
 MEMORY = 2**30  # bytes above those of an idle child
 PROCESSES = 2
