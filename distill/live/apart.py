@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty, LifoQueue
 from typing import Any
 
+import av.logging
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,11 +54,15 @@ class Decoders:
         """
         child = self._free.get()
         try:
-            child = child if child is not None and child.is_alive else _Child()
+            if child is None or not child.is_alive:
+                self._drop(child)
+                child = _Child()
             return child.run(function, data, given, self.seconds)
-        except OSError as error:
+        except UserError:
+            raise
+        except (OSError, ValueError, LookupError, TypeError) as error:
             why = f"took more than {self.seconds:g} s" if isinstance(error, TimeoutError) else "crashed"
-            child.kill()
+            self._drop(child)
             child = _Child()  # ready before it is needed
             raise UserError(f"file cannot be read, its decoder {why}; give another") from error
         finally:
@@ -66,9 +71,12 @@ class Decoders:
     def close(self) -> None:
         """End the children that are idle; those at work end with this process."""
         while not self._free.empty():
-            child = self._free.get()
-            if child is not None:
-                child.kill()
+            self._drop(self._free.get())
+
+    @staticmethod
+    def _drop(child: "_Child | None") -> None:
+        if child is not None:
+            child.kill()
 
 
 class _Child:
@@ -80,7 +88,10 @@ class _Child:
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is the parent's
             )
         self._ready = False
 
@@ -126,6 +137,7 @@ class _Child:
 def child_main(descriptor: int, memory: int) -> None:
     """Serve one request after the other, until the parent is gone."""
     torch.set_num_threads(1)
+    av.logging.set_level(None)
     importlib.import_module("distill.live.uploads")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # only Linux says how much there is, and holds the limit
