@@ -27,7 +27,7 @@ from torch import Tensor
 from teachers.errors import UserError
 
 SECONDS = 5.0  # that an upload may take
-START_SECONDS = 60.0  # and a new process until it takes one
+START_SECONDS = 120.0  # and a new process until it takes one
 MEMORY = 2**30  # bytes above those of an idle child
 PROCESSES = 2
 MAX_REPLY = 2**28  # bytes
@@ -37,15 +37,18 @@ class Decoders:
     """Child processes that decode one upload each at a time; `run` may be called by any thread. Close it in the end."""
 
     def __init__(self, seconds: float = SECONDS, processes: int = PROCESSES):
-        self.seconds = seconds
-        self._free: LifoQueue[_Child | None] = LifoQueue()  # None: one that is not started yet
-        for _ in range(processes):
-            self._free.put(None)
+        self.seconds, self._closed = seconds, False
+        self._children = [_Child() for _ in range(processes)]
+        self._free: LifoQueue[_Child] = LifoQueue()
+        for child in self._children:
+            self._free.put(child)
 
     def start(self) -> None:
         """Start a child ahead of the first upload; waits for nothing."""
         with suppress(Empty):
-            self._free.put(self._free.get_nowait() or _Child())
+            child = self._free.get_nowait()
+            child.start()
+            self._free.put(child)
 
     def run(self, function: Callable[..., Tensor], data: bytes, *given: Any) -> Tensor:
         """`function(data, *given)`, a function of a module by its name, with arguments that JSON can hold.
@@ -54,33 +57,39 @@ class Decoders:
         """
         child = self._free.get()
         try:
-            if child is None or not child.is_alive:
-                self._drop(child)
-                child = _Child()
+            child.start()
             return child.run(function, data, given, self.seconds)
         except UserError:
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
+            child.kill()
+            if not self._closed:
+                child.start()  # ready before it is needed
             why = f"took more than {self.seconds:g} s" if isinstance(error, TimeoutError) else "crashed"
-            self._drop(child)
-            child = _Child()  # ready before it is needed
             raise UserError(f"file cannot be read, its decoder {why}; give another") from error
         finally:
             self._free.put(child)
 
     def close(self) -> None:
-        """End the children that are idle; those at work end with this process."""
-        while not self._free.empty():
-            self._drop(self._free.get())
-
-    @staticmethod
-    def _drop(child: "_Child | None") -> None:
-        if child is not None:
+        """End all children, those at work too."""
+        self._closed = True
+        for child in self._children:
             child.kill()
 
 
 class _Child:
+    """A process that is started when it is needed, and again after it has ended."""
+
     def __init__(self):
+        self._process: subprocess.Popen | None = None
+        self._ready = False
+
+    def start(self) -> None:
+        """Begin to start it, unless it runs."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.kill()
+        self._ready = False
         self._socket, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from distill.live.apart import child_main; "
@@ -93,11 +102,6 @@ class _Child:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the parent's
             )
-        self._ready = False
-
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def run(self, function: Callable[..., Tensor], data: bytes, given: tuple[Any, ...], seconds: float) -> Tensor:
         """OSError where the child crashes, TimeoutError where it takes too long."""
@@ -129,9 +133,11 @@ class _Child:
         return found
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._socket.close()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            self._socket.close()
 
 
 def child_main(descriptor: int, memory: int) -> None:
