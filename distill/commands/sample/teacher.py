@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
-from distill.commands.sample.inputs import Steering, check, read_pose
+from distill.commands.sample.inputs import Steering, check, read_pose, tell
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
@@ -21,8 +21,8 @@ from students.serving.optimize import Speed
 from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
-from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.media.sound import SAMPLE_RATE
 
 LONGEST_SECONDS = 120
 """Of the sound that is encoded whole, as OmniAvatar does: attention over it grows with its square."""
@@ -41,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
             "--dtype, --compile, --attention, --quantize are a student's: a teacher's recipe says; remove them"
         )
     check(spec, args.other, args.pose)
-    sound = media.read_audio(args.audio)
+    own = media.AudioReader(args.audio, mono=False)
+    played, rate = torch.cat(list(own)), own.rate
+    sound = media.resample(played.mean(dim=1), rate, SAMPLE_RATE)
     other = None if args.other is None else media.read_audio(args.other)
     steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
     portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
@@ -50,9 +52,8 @@ def run(args: argparse.Namespace) -> int:
     encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
     num_frames = recipe.data.world.num_frames
     voices = _voices(sound, other, spec.speakers)
-    wanted = num_frames * spec.samples_per_frame
-    sound = voices.flatten(0, -2)[:, :wanted].sum(dim=0).clamp(-1, 1)
-    sound = torch.nn.functional.pad(sound, (0, wanted - len(sound)))
+    if args.other is not None:
+        played, rate = voices[0].sum(dim=0, keepdim=True).mT.clamp(-1, 1), SAMPLE_RATE
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-    media.write_video(args.out, frames, spec.fps, sound, upscale=upscale, smooth=True)
+    media.write_video(args.out, frames, spec.fps, played.squeeze(1), rate, upscale, smooth=True)
+    tell(own)
     deviation = float(to_float(frames).std())
     sys.stdout.write(
         f"{args.out}: {num_frames} frames, {float(num_frames / spec.fps):.2f} s, {settings.num_steps} steps of "
