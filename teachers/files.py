@@ -21,7 +21,11 @@ FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 
 
 OTHER_KINDS = (
-    (b"version https://git-lfs", "a pointer of git-lfs in the place of the file", "run `git lfs pull` where it was cloned"),
+    (
+        b"version https://git-lfs",
+        "a pointer of git-lfs in the place of the file",
+        "run `git lfs pull` where it was cloned",
+    ),
     (b"GGUF", "a GGUF file, quantised for llama.cpp", "get the safetensors weights that it was made from"),
     (b"<!doctype", "a web page", "download the file itself"),
     (b"<html", "a web page", "download the file itself"),

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widen", action="store_true", help="consent to reference and mask channels that start at zero (16 -> 33)"
     )
     parser.add_argument(
-        "--entry", metavar="NAME", help="of a .pt file with several (default generator_ema, generator, model or state_dict)"
+        "--entry",
+        metavar="NAME",
+        help="of a .pt file with several (default generator_ema, generator, model or state_dict)",
     )
     parser.add_argument(
         "--leave-out",

@@ -212,7 +212,9 @@ def build(config: Config, roles: dict, grid=None) -> DMD:
             )
     sequential = spec.schedule.depth == 1 and spec.history.commit == "clean"
     if config.context_gradient and not (sequential and roles["student"].has_context_gradient):
-        raise UserError("dmd.context_gradient: of a causal DiT that makes one chunk after the other, commit: clean; remove it")
+        raise UserError(
+            "dmd.context_gradient: of a causal DiT that makes one chunk after the other, commit: clean; remove it"
+        )
     if spec.schedule.depth > 1 and config.exit_step != "last":
         raise UserError("dmd.exit_step: chunks in flight together all run to their last step; use exit_step: last")
     if 0 < config.rollout_chunks < spec.num_chunks:

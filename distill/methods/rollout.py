@@ -41,7 +41,9 @@ def rollout(
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
         grad = torch.is_grad_enabled() and j >= start
         keep = context_gradient and grad
-        x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad, keep=keep)
+        x0, steps = advance(
+            student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad, keep=keep
+        )
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:

@@ -70,7 +70,10 @@ class CausalWan(Student):
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         if self.net.guidance_embedder is not None:
             levels = set()  # the scale is embedded with them
-        times = {s: self.net.read_time(self.spec.conditioned(torch.full((1, 1), s, device=device, dtype=dtype))) for s in levels}
+        times = {
+            s: self.net.read_time(self.spec.conditioned(torch.full((1, 1), s, device=device, dtype=dtype)))
+            for s in levels
+        }
         state = replace(super().open(cache=cache), read=ReadAhead(times=times))
         return state if text is None else self.set_text(state, text)
 
@@ -148,7 +151,9 @@ class CausalWan(Student):
         """`_run` of the state's chunk x [B, C, n, H, W] alone, at one sigma."""
         number, level = None if isinstance(sigma, Tensor) else sigma, self.level(x, sigma)
         known = conditions.known if state.chunk == 0 else ()
-        return self._run([Segment(x, level.unsqueeze(1), conditions, known, first=state.chunk)], state, plan, number, step, keep)
+        return self._run(
+            [Segment(x, level.unsqueeze(1), conditions, known, first=state.chunk)], state, plan, number, step, keep
+        )
 
     def denoise(
         self,

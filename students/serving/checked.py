@@ -38,7 +38,9 @@ def check_reference(spec: Spec, reference: Any) -> None:
     size = (3, spec.height, spec.width)
     if not isinstance(reference, Tensor) or not reference.is_floating_point():
         kind = reference.dtype if isinstance(reference, Tensor) else type(reference).__name__
-        raise UserError(f"reference image must be floats {size} in [-1, 1]: got {kind}; for 0..255 divide by 127.5, minus 1")
+        raise UserError(
+            f"reference image must be floats {size} in [-1, 1]: got {kind}; for 0..255 divide by 127.5, minus 1"
+        )
     if tuple(reference.shape) != size:
         raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
     if not torch.isfinite(reference).all():
@@ -53,7 +55,9 @@ def check_reference(spec: Spec, reference: Any) -> None:
 def check_text(text: Any) -> str:
     """The text; UserError for what is none, cannot be encoded or is far longer than any student reads."""
     if not isinstance(text, str):
-        raise UserError(f"text must be a string: got {type(text).__name__}; give what happens, such as 'smiles and nods'")
+        raise UserError(
+            f"text must be a string: got {type(text).__name__}; give what happens, such as 'smiles and nods'"
+        )
     if len(text) > LONGEST_TEXT:
         raise UserError(f"text of {len(text)} characters: at most {LONGEST_TEXT}; give a caption")
     try:

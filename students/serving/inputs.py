@@ -239,8 +239,15 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
     """UserError unless these are pose rows [T, P] of a student that takes them."""
     if not spec.pose_dim:
         raise UserError("pose: this student takes none; push audio alone")
-    if not isinstance(pose, Tensor) or pose.ndim != 2 or pose.shape[1] != spec.pose_dim or not torch.isfinite(pose).all():
-        raise UserError(f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(getattr(pose, 'shape', ()))}")
+    if (
+        not isinstance(pose, Tensor)
+        or pose.ndim != 2
+        or pose.shape[1] != spec.pose_dim
+        or not torch.isfinite(pose).all()
+    ):
+        raise UserError(
+            f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(getattr(pose, 'shape', ()))}"
+        )
 
 
 def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:

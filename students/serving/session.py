@@ -121,7 +121,9 @@ class Session:
         seed = whole("seed", seed, 0)
         lead = None if lead is None else whole("session: lead", lead, 1)
         if idle not in IDLE or isinstance(drop, str):
-            raise UserError(f"session: got idle={idle!r}, drop={drop!r}; idle is one of {', '.join(IDLE)}, drop a tuple")
+            raise UserError(
+                f"session: got idle={idle!r}, drop={drop!r}; idle is one of {', '.join(IDLE)}, drop a tuple"
+            )
         if idle != "wait" and lead is None:
             raise UserError(
                 f"session: idle={idle} without end; give lead, the chunks that may be made ahead of the viewer"

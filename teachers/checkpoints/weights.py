@@ -252,7 +252,9 @@ def _collect(
 
 def _has_tensor(value: Any) -> bool:
     """Whether it is a tensor, or a mapping that has one."""
-    return isinstance(value, Tensor) or (isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values()))
+    return isinstance(value, Tensor) or (
+        isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    )
 
 
 def own_rows(tensor: DTensor) -> slice:

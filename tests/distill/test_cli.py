@@ -12,7 +12,10 @@ from distill import cli
     [
         (["smaple"], r"invalid choice: 'smaple' [^\n]*did you mean 'sample'\? see distill --help"),
         (["xyzzy"], r"invalid choice: 'xyzzy' [^\n]*: distill; see distill --help"),
-        (["plan", "livetalk", "--enginse", "ddp"], r"unrecognized arguments: --enginse[^\n]*did you mean '--engines'\?"),
+        (
+            ["plan", "livetalk", "--enginse", "ddp"],
+            r"unrecognized arguments: --enginse[^\n]*did you mean '--engines'\?",
+        ),
         (["convert", "a", "b", "--to", "diffuser"], r"invalid choice: 'diffuser' [^\n]*did you mean 'diffusers'\?"),
         (["data", "splt"], r"invalid choice: 'splt' [^\n]*did you mean 'split'\?"),
         (["sample", "--student", "s"], r"the following arguments are required: --image"),
@@ -27,7 +30,12 @@ def test_what_is_misspelt_is_guessed(words, said, capsys):
 
 @pytest.mark.parametrize(
     ("words", "resumes"),
-    [(["run", "a.yaml"], True), (["data", "prepare", "hdtf"], True), (["data", "split", "m"], False), (["sample"], False)],
+    [
+        (["run", "a.yaml"], True),
+        (["data", "prepare", "hdtf"], True),
+        (["data", "split", "m"], False),
+        (["sample"], False),
+    ],
 )
 def test_only_what_continues_says_so(words, resumes, monkeypatch, capsys):
     def parse(_):

@@ -24,7 +24,7 @@ TIMES = (1000.0, 936.0, 832.0, 624.0)  # LiveTalk's, whose sigmas are of 1000, 9
 class Packed(Reference):
     """Audio as conditions hold it, [B, F, stride, A]."""
 
-    def hear(self, rows, frames):  # noqa: ARG002
+    def hear(self, rows, frames):
         return self.pack(rows.flatten(2))
 
 
@@ -36,7 +36,11 @@ def test_keys_are_where_the_published_code_has_them(positions, cache):
     numbers of the stream (LiveTalk, Self Forcing) or counted over what is seen."""
     history = History(sinks=1, window=1, positions=positions)
     student = a_student(history, network=ONE_LAYER, horizon_frames=CHUNKS * N)
-    given, clean, noisy = some_conditions(1, CHUNKS * N), some_latents(1, CHUNKS * N), some_latents(1, CHUNKS * N, seed=1)
+    given, clean, noisy = (
+        some_conditions(1, CHUNKS * N),
+        some_latents(1, CHUNKS * N),
+        some_latents(1, CHUNKS * N, seed=1),
+    )
     with torch.inference_mode():
         state = student.open(given.text, cache)
         for k in range(CHUNKS):

@@ -84,7 +84,9 @@ def _voices(sound: Tensor, other: Tensor | None, speakers: int) -> Tensor:
     """The sound [1, S] that is encoded, of two speakers [1, 2, S]; the shorter voice ends in silence."""
     longest = LONGEST_SECONDS * SAMPLE_RATE
     if len(sound) > longest:
-        sys.stderr.write(f"--audio is {len(sound) / SAMPLE_RATE:.0f} s long: its first {LONGEST_SECONDS} s are encoded\n")
+        sys.stderr.write(
+            f"--audio is {len(sound) / SAMPLE_RATE:.0f} s long: its first {LONGEST_SECONDS} s are encoded\n"
+        )
     if speakers == 1:
         return sound[None, :longest]
     parts = [sound[:longest], torch.zeros(0) if other is None else other[:longest]]

@@ -229,7 +229,7 @@ def _check_sides(manifest: Manifest, fractions: Mapping[str, float]) -> None:
     people = len({_identity(clip) for clip in manifest.clips})
     if empty := [name for name, share in fractions.items() if share and not counts[name]]:
         raise UserError(
-            f"split {', '.join(empty)} has no clip: {len(manifest.clips)} clips of {people} identities, each of which is on one side; "
+            f"split {', '.join(empty)} has no clip: {len(manifest.clips)} clips of {people} identities, each on one side; "
             "give more people, other shares (--fraction), another --salt, or one split (--fraction train=1)"
         )
 

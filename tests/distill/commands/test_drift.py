@@ -71,7 +71,9 @@ def test_too_few_streams_are_refused_before_any_is_drawn(options, table, tmp_pat
     """And the table of one minute has no change a minute."""
     if table is None:
         assert main(["drift", "--run", str(tmp_path / "nowhere"), *options]) == 2
-        assert re.match(r"distill: --streams must be at least 3, [^\n]*--minutes at least 1: got ", capsys.readouterr().err)
+        assert re.match(
+            r"distill: --streams must be at least 3, [^\n]*--minutes at least 1: got ", capsys.readouterr().err
+        )
         return
     drift.print_table([dict.fromkeys(drift.COLUMNS, 0.5)] * table, History())
     assert "nan" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a session is given: a mistake is one line and changes nothing; threads may share a session; any weight tells students apart."""
+"""What a session is given: a mistake is one line and changes nothing; threads may share it; any weight tells students apart."""
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -121,7 +121,9 @@ def test_a_fingerprint_is_of_every_weight(part, monkeypatch):
         monkeypatch.setattr(bundle.student, "spec", replace(bundle.spec, horizon_frames=16))
         assert bundle.fingerprint != before
         return
-    module = {"net": bundle.student.net, "codec": bundle.codec, "audio": torch.nn.Linear(3, 3), "text": bundle.text}[part]
+    module = {"net": bundle.student.net, "codec": bundle.codec, "audio": torch.nn.Linear(3, 3), "text": bundle.text}[
+        part
+    ]
     if part == "audio":  # log-mel has no weights
         bundle = replace(bundle, audio_encoder=module)
     else:

@@ -114,7 +114,9 @@ def write_peft(folder: Path, pairs) -> None:
 def test_a_lora_of_other_trainers_is_folded(tmp_path, style):
     """rank and alpha of each module are its own, and some modules have none; peft's are in its config."""
     put_wan(tmp_path / "wan", exact=False)
-    pairs = some_pairs(dict.fromkeys(MODULES, RANK) if style == "peft" else dict(zip(MODULES, (4, 8, 8, 2), strict=True)))
+    pairs = some_pairs(
+        dict.fromkeys(MODULES, RANK) if style == "peft" else dict(zip(MODULES, (4, 8, 8, 2), strict=True))
+    )
     if style == "peft":
         write_peft(tmp_path / "lora", pairs)
     else:
@@ -138,7 +140,10 @@ def test_a_lora_of_other_trainers_is_folded(tmp_path, style):
         with pytest.raises(UserError, match=r"^--lora adapter holds one rank, this LoRA has 2, 4, 8; fold it$"):
             convert(tmp_path / "lora", tmp_path / "kept", "ours", base=base, lora="adapter")
         assert not (tmp_path / "kept").exists()
-        one = {name: pair | {"alpha": torch.tensor(6.0 if "q" in name else 4.0)} for name, pair in some_pairs(dict.fromkeys(MODULES, 8)).items()}
+        one = {
+            name: pair | {"alpha": torch.tensor(6.0 if "q" in name else 4.0)}
+            for name, pair in some_pairs(dict.fromkeys(MODULES, 8)).items()
+        }
         write_kohya(tmp_path / "one", one, names[style])
         convert(tmp_path / "one", tmp_path / "kept", "ours", base=base, lora="adapter")
         held = load_file(tmp_path / "kept" / ADAPTER)
@@ -172,7 +177,10 @@ def test_a_lora_that_cannot_be_read_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("head", "words"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"a pointer of git-lfs [^\n]*git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            r"a pointer of git-lfs [^\n]*git lfs pull",
+        ),
         (b"GGUF\x03\x00\x00\x00" + bytes(40), r"a GGUF file, [^\n]*safetensors"),
         (b"\n<!DOCTYPE html><html>", r"a web page; download"),
     ],
