@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from distill.data.curate import scores
-from distill.data.curate.face import Box
+from teachers.media.crop import Box
 from distill.data.datasets.folder import Videos
 from distill.data.procedural import render
 from teachers.errors import UserError

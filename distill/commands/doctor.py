@@ -15,6 +15,7 @@ import torch
 from distill.pipeline.run_folder import revision, versions
 from eval.networks.weights import REGISTRY, locate
 from teachers.errors import UserError
+from teachers.media import face
 
 MODULES = ("torchvision", "peft", "deepspeed", "hydra", "torchmetrics", "lpips", "safetensors", "jinja2", "tqdm")
 GIB = 2**30
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     With --golden, also whether the published metric weights give their authors' numbers; 1 when one is missing or off.
     """
     complete = True
-    for mark, line in (*_software(), *_machine(), *_codecs(), *_weights(), *_teacher_parts()):
+    for mark, line in (*_software(), *_machine(), *_codecs(), *_faces(), *_weights(), *_teacher_parts()):
         print(f"{mark:<8} {line}")
         complete = complete and mark != "MISSING"
     if args.golden:
@@ -84,6 +85,11 @@ def _codecs() -> Iterator[tuple[str, str]]:
             ("ok" if found else "MISSING"),
             f"PyAV {av.__version__} encoder {name}{'' if found else ': pip install av'}",
         )
+
+
+def _faces() -> Iterator[tuple[str, str]]:
+    name = face.detector()
+    yield ("ok", f"face detector {name}") if name else ("optional", f"face detector for crops: {face.INSTALL}")
 
 
 def _weights() -> Iterator[tuple[str, str]]:

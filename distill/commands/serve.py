@@ -13,9 +13,10 @@ from torch import Tensor
 from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
+from teachers.media.crop import CROPS
+from teachers.media.picture import SUFFIXES
 
 NEEDED = ("starlette", "uvicorn", "websockets")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MAX_PORTRAITS = 24
 
 
@@ -42,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|DIR",
         help="auto, espeak, formant, echo, or a local audio language model",
     )
+    parser.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="face",
+        help="part of a picture of another shape to keep; face without one is the top (default face)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse pictures and words unlike what the student was trained on"
+    )
     devices.add_arguments(parser)
 
 
@@ -60,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     bound = _bind(args.host, args.port)
     talker = load_talker(args.talker)
     bundle = devices.load(args.student, args)
-    portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
+    portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width), args.crop)
     engine = Engine(bundle, talker, args.viewers, args.lead)
     engine.warm_up(portraits[0] if bundle.spec.network.reference else None)
-    app = build_app(engine, portraits, args.host)
+    app = build_app(engine, portraits, args.host, args.crop, args.strict)
     server = uvicorn.Server(settings(app, args.host, args.port))
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -92,14 +102,18 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def read_portraits(paths: list[Path], size: tuple[int, int]) -> list[Tensor]:
-    """The pictures of `paths`, files or folders, fitted to (H, W), [3, H, W] in [-1, 1]; without any, six drawn faces."""
+def read_portraits(paths: list[Path], size: tuple[int, int], crop: str = "face") -> list[Tensor]:
+    """The pictures of `paths`, files or folders, fitted to (H, W) by the rule `crop`, [3, H, W] in [-1, 1]; without any, six drawn
+    faces. A line on stderr for each in which no face decided."""
     files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    files = [file for file in files if file.suffix.lower() in PICTURES or file in paths][:MAX_PORTRAITS]
+    files = [file for file in files if file.suffix.lower() in SUFFIXES or file in paths][:MAX_PORTRAITS]
     if files:
-        return [media.fit_image(media.decode_image(file), size, anchor=0.0) for file in files]
+        fitted = [media.fit_portrait(media.decode_image(file), size, crop) for file in files]
+        for file, (_, note) in zip(files, fitted, strict=True):
+            sys.stderr.write(f"distill: {file}: {note}\n" if note else "")
+        return [portrait for portrait, _ in fitted]
     if paths:
-        raise UserError(f"no picture in {paths[0]}; give a folder with {', '.join(PICTURES)} files")
+        raise UserError(f"no picture in {paths[0]}; give a folder with {', '.join(SUFFIXES)} files")
     from distill.data.procedural import render
 
     config = render.WorldConfig(resolution=size[0], width=size[1], num_frames=1)

@@ -18,6 +18,7 @@ from distill.data.source import Clips, ClipSource
 from distill.data.stored import TEXTS_A_FILE, Stored, Texts, check_written, files_of, opener, packed_texts
 from distill.methods import Batch
 from distill.training.engine import Engine
+from students.weights.coverage import FILE, Coverage
 from teachers.checkpoints.weights import read_json
 from teachers.codecs.dc_ae import DCAEConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
@@ -33,6 +34,7 @@ MANIFEST = "manifest.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SOUND = ("audio", "clip_audio")
 TEXTS_AT_ONCE = 16
+COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the training set's
 PIXELS_AT_ONCE = 2**25
 """Pixels that are encoded or decoded at once: one clip of 81 frames at 512x512, 1,310 of the embedded world's."""
 
@@ -185,11 +187,31 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
         yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
 
     clips = write_shards(source, folder, engine, encoders, clips_of)
+    if engine.is_main and not (folder / FILE).is_file():
+        texts = {
+            text for file in files_of(folder, "shard", source.num_shards) for text in _text_of(file, encoders.mark)
+        }
+        cover(source, seed, first, texts, encoders).save(folder / FILE)
     original = to_float(first.video[:64])
     decoded = to_float(encoders.decode(encoders.encode(first.video[:64])))
     stages = read_json(folder / "codec.json")  # of a codec that was trained
     found = {"clips": clips, "codec_psnr_db": psnr(decoded, original), **source.facts}
     return found | ({"codec": stages} if stages else {})
+
+
+def cover(source: ClipSource, seed: int, first: Clips, texts: Iterable[str], encoders: ConditionEncoders) -> Coverage:
+    """What the training set covers: first frames of its first shard and of clips that are held out, decoded a few at a time."""
+    count = source.available(seed, "admit", COVERAGE_CLIPS)
+    _, _, frames, height, width = first.video.shape
+    step = max(1, PIXELS_AT_ONCE * 8 // (frames * height * width))
+    parts = (
+        source.draw(seed, "admit", count, rows=range(start, min(count, start + step)))
+        for start in range(0, count, step)
+    )
+    held_out = torch.cat([part.video[:, :, 0] for part in parts])
+    own = first.video[:, :, 0]
+    own = torch.cat([own, own.flip(-1)]) if source.config.mirror else own
+    return Coverage.fit(own, held_out, texts, encoders.codec, encoders.device)
 
 
 def write_shards(

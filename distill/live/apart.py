@@ -1,7 +1,7 @@
 """Uploads decoded in a process of their own: a crash, a bomb or an endless loop there ends that process alone.
 
-The child gets a function's name, its plain arguments and the upload, and gives back the shape and the bytes of a float32 tensor, or
-one line of error. Nothing that comes from it is executed or unpickled.
+The child gets a function's name, its plain arguments and the upload, and gives back the shape and the bytes of a float32 tensor and
+a note, or one line of error. Nothing that comes from it is executed or unpickled.
 """
 
 import importlib
@@ -31,6 +31,7 @@ START_SECONDS = 120.0  # and a new process until it takes one
 MEMORY = 2**30  # bytes above those of an idle child
 PROCESSES = 2
 MAX_REPLY = 2**28  # bytes
+Decoded = Tensor | tuple[Tensor, str]
 
 
 class Decoders:
@@ -50,8 +51,9 @@ class Decoders:
             child.start()
             self._free.put(child)
 
-    def run(self, function: Callable[..., Tensor], data: bytes, *given: Any) -> Tensor:
-        """`function(data, *given)`, a function of a module by its name, with arguments that JSON can hold.
+    def run(self, function: Callable[..., Decoded], data: bytes, *given: Any) -> tuple[Tensor, str]:
+        """`function(data, *given)`, a function of a module by its name, with arguments that JSON can hold; it gives a tensor, or a
+        tensor and a note.
 
         UserError as it raises, and where the child crashes, takes too long or too much memory.
         """
@@ -103,7 +105,9 @@ class _Child:
                 start_new_session=True,  # Ctrl-C is the parent's
             )
 
-    def run(self, function: Callable[..., Tensor], data: bytes, given: tuple[Any, ...], seconds: float) -> Tensor:
+    def run(
+        self, function: Callable[..., Decoded], data: bytes, given: tuple[Any, ...], seconds: float
+    ) -> tuple[Tensor, str]:
         """OSError where the child crashes, TimeoutError where it takes too long."""
         if not self._ready:
             self._read(1, time.monotonic() + START_SECONDS)
@@ -118,7 +122,7 @@ class _Child:
             raise UserError(str(reply["error"]))
         shape = [int(size) for size in reply["shape"]]
         values = np.frombuffer(self._read(4 * int(np.prod(shape)), until), np.float32)
-        return torch.from_numpy(values.reshape(shape))
+        return torch.from_numpy(values.reshape(shape)), str(reply["note"])
 
     def _read(self, count: int, until: float) -> bytearray:
         if not 0 < count <= MAX_REPLY:
@@ -166,8 +170,9 @@ def child_main(descriptor: int, memory: int) -> None:
 def _answer(request: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
     try:
         module, _, name = request["function"].partition(":")
-        values = getattr(importlib.import_module(module), name)(data, *request["given"]).float().contiguous()
-        return {"shape": list(values.shape)}, values.numpy().tobytes()
+        found = getattr(importlib.import_module(module), name)(data, *request["given"])
+        values, note = found if isinstance(found, tuple) else (found, "")
+        return {"shape": list(values.shape), "note": note}, values.float().contiguous().numpy().tobytes()
     except UserError as error:
         return {"error": str(error)}, b""
     except Exception as error:  # torch says RuntimeError where memory ends, and a hostile file makes anything else

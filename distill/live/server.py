@@ -53,9 +53,12 @@ HEADERS = {
 }
 
 
-def build_app(engine: Engine, portraits: list[Tensor], host: str) -> Starlette:
-    """The application; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. `host` is the address that is bound."""
-    server = Server(engine, portraits)
+def build_app(
+    engine: Engine, portraits: list[Tensor], host: str, crop: str = "face", strict: bool = False
+) -> Starlette:
+    """The application; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. `host` is the address that is bound, `crop`
+    the rule for pictures that are sent; `strict` refuses pictures and words unlike what the student was trained on."""
+    server = Server(engine, portraits, crop, strict)
 
     @asynccontextmanager
     async def lifespan(_: Starlette):
@@ -94,10 +97,10 @@ def settings(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
 
 
 @contextmanager
-def running(engine: Engine, portraits: list[Tensor]) -> Iterator[str]:
-    """Serve on a free loopback port in a thread; gives "127.0.0.1:PORT"."""
+def running(engine: Engine, portraits: list[Tensor], **options: Any) -> Iterator[str]:
+    """Serve, with the `options` of `build_app`, on a free loopback port in a thread; gives "127.0.0.1:PORT"."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(settings(build_app(engine, portraits, "127.0.0.1"), "127.0.0.1", 0))
+    server = uvicorn.Server(settings(build_app(engine, portraits, "127.0.0.1", **options), "127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server", daemon=True)
     thread.start()
     try:
@@ -131,8 +134,8 @@ class SameSite:
 class Server:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, portraits: list[Tensor]):
-        self.engine, self.portraits = engine, portraits
+    def __init__(self, engine: Engine, portraits: list[Tensor], crop: str, strict: bool):
+        self.engine, self.portraits, self.crop, self.strict = engine, portraits, crop, strict
         self.pictures = [_png(portrait) for portrait in portraits]
         self.decoders = Decoders()
         self.started = time.time()
@@ -244,7 +247,7 @@ class Server:
 
     async def _receive(self, page: WebSocket, viewer: Viewer, put: Any) -> None:
         """Message after message, each done before the next is read."""
-        picture: list[Tensor] = []
+        picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
         mistakes = 0
         while mistakes < MAX_MISTAKES:
             patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
@@ -260,7 +263,7 @@ class Server:
                 if message.get("bytes") is not None:
                     await self._binary(viewer, message["bytes"], picture, put)
                 else:
-                    await self._handle(viewer, protocol.parse(message.get("text") or ""), picture)
+                    await self._handle(viewer, protocol.parse(message.get("text") or ""), picture, put)
             except UserError as error:
                 mistakes += 1
                 self.mistakes += 1
@@ -268,27 +271,42 @@ class Server:
         put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
-    async def _binary(self, viewer: Viewer, data: bytes, picture: list[Tensor], put: Any) -> None:
+    async def _binary(self, viewer: Viewer, data: bytes, picture: list[tuple[Tensor, str]], put: Any) -> None:
         kind, content = protocol.unpack(data)
         if kind == protocol.IMAGE:
             size = (viewer.spec.height, viewer.spec.width)
-            picture[:] = [await asyncio.to_thread(self.decoders.run, uploads.decode_picture, content, size)]
+            sent, note = await asyncio.to_thread(self.decoders.run, uploads.decode_picture, content, size, self.crop)
+            if self.strict:  # else the page is told when it opens a stream with it
+                await self._check_coverage(sent, "", put)
+            picture[:] = [(sent, note)]
             put({"type": "portrait"})
         elif kind == protocol.FILE:
-            sound = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
+            sound, _ = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
             await self._ask(viewer.say, sound, time.monotonic())
         else:
             await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))
 
-    async def _handle(self, viewer: Viewer, message: Any, picture: list[Tensor]) -> None:
+    async def _check_coverage(self, reference: Tensor | None, text: str, put: Any, note: str = "") -> None:
+        """A note on the page, with `note`, for a picture and a text outside what the student was trained on; UserError where that
+        is refused."""
+        lines = await asyncio.to_thread(self.engine.bundle.unlike, reference, text)
+        if self.strict and lines:
+            raise UserError(f"{lines[0]}; this server takes no such input")
+        if found := [line for line in (*lines, note) if line]:
+            put({"type": "note", "message": "; ".join(found)})
+
+    async def _handle(self, viewer: Viewer, message: Any, picture: list[tuple[Tensor, str]], put: Any) -> None:
         now = time.monotonic()
         if isinstance(message, protocol.Open):
-            await self._ask(viewer.open, self._reference(message, picture), message.text, message.seed, now)
+            reference, note = self._reference(message, picture)
+            await self._check_coverage(reference, message.text, put, note)
+            await self._ask(viewer.open, reference, message.text, message.seed, now)
         elif isinstance(message, protocol.Say):
             if not message.text.strip():
                 raise UserError("nothing to say: the sentence is empty")
             await self._ask(viewer.say, message.text, now)
         elif isinstance(message, protocol.SetText):
+            await self._check_coverage(None, message.text, put)
             await self._ask(lambda: viewer.set_text(message.text, time.monotonic()))
         elif isinstance(message, protocol.Interrupt):
             await self._ask(lambda: viewer.interrupt(time.monotonic()))
@@ -299,14 +317,14 @@ class Server:
         elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
             self.seen_ms = [*self.seen_ms[-999:], message.ms]
 
-    def _reference(self, message: protocol.Open, picture: list[Tensor]) -> Tensor:
+    def _reference(self, message: protocol.Open, picture: list[tuple[Tensor, str]]) -> tuple[Tensor, str]:
         if message.portrait is None and picture:
             return picture[0]
         if message.portrait is None or not 0 <= message.portrait < len(self.portraits):
             raise UserError(
                 f"no portrait {message.portrait}: choose 0..{len(self.portraits) - 1} or send a picture first"
             )
-        return self.portraits[message.portrait]
+        return self.portraits[message.portrait], ""
 
 
 def _png(portrait: Tensor) -> bytes:

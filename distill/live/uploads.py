@@ -1,8 +1,5 @@
 """Files that a page sends, decoded: pictures and sound. Runs in a process of its own (`distill.live.apart`) and imports little."""
 
-import io
-
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,30 +8,15 @@ from teachers.errors import UserError
 from teachers.media.container import Content
 from teachers.media.sound import SAMPLE_RATE, SILENT
 
-MAX_PIXELS = 16_000_000
 MAX_FILE_SECONDS = 120
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP")
 SOUNDS = "wav,w64,aiff,flac,ogg,mp3,aac,mov,matroska"
 """FFmpeg's names of the containers that are opened: none of them refers to other files."""
 
 
-def decode_picture(data: bytes, size: tuple[int, int]) -> Tensor:
-    """A picture file as [3, H, W] in [-1, 1]; its size is checked before a pixel is decoded. UserError for anything else."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=PICTURES) as image:
-            if image.width * image.height > MAX_PIXELS:
-                allowed = f"{MAX_PIXELS // 10**6} megapixels are allowed"
-                raise UserError(f"picture of {image.width} x {image.height}; {allowed}")
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except UserError:
-        raise
-    except Exception as error:  # PIL raises what it likes on a hostile file
-        raise UserError("picture cannot be read; give a whole png, jpeg, webp or bmp file") from error
-    white = Image.new("RGBA", upright.size, "white")
-    pixels = np.array(Image.alpha_composite(white, upright).convert("RGB"))
-    return media.fit_image(torch.from_numpy(pixels), size, anchor=0.0)
+def decode_picture(data: bytes, size: tuple[int, int], crop: str = "face") -> tuple[Tensor, str]:
+    """A picture file as [3, H, W] in [-1, 1], and a note where no face decided the crop (`media.fit_portrait`). UserError for
+    anything else, and for one that is too large, which is known before a pixel is decoded."""
+    return media.fit_portrait(media.decode_image(data), size, crop)
 
 
 def decode_file(data: bytes) -> Tensor:

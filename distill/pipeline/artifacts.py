@@ -22,6 +22,7 @@ from students.student import Student
 from students.weights import checkpoint
 from students.weights.adapter import HINT, fold
 from students.weights.checkpoint import Bundle
+from students.weights.coverage import FILE, load_coverage
 from teachers.checkpoints.strict import load_strict
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
@@ -207,4 +208,5 @@ class Artifacts:
 
     def bundle(self, student: Student) -> Bundle:
         """A student with this run's encoders, ready for a session."""
-        return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text)
+        coverage = load_coverage(self.folder.stage_dir("data") / FILE)
+        return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text, coverage)

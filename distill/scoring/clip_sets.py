@@ -31,14 +31,14 @@ from distill.data.datasets import folder as folders
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.loader import read_sample
 from distill.data.prepare import shards
-from distill.data.prepare.cutting import crop_box
+from distill.data.prepare.framing import crop_box
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
 from teachers.media.container import opened, upright, video_stream
+from teachers.media.crop import fit_image
 from teachers.media.film import read_frames
-from teachers.media.read import fit_image
 from teachers.media.sound import SAMPLE_RATE, read_audio, read_sound
 
 TENSORS, FACES = ".safetensors", "faces.json"

@@ -16,7 +16,7 @@ from students.weights.checkpoint import Bundle, load_student
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
-from teachers.media.read import fit_image
+from teachers.media.crop import fit_image
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The session in diffusers' habit: `AvatarPipeline.from_pretrained(folder)(image=, audio=, prompt=)`."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor
 from students.serving.optimize import DTYPES, cast, usable
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student, save_student
+from students.weights.coverage import Coverage
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.media.face import fit_portrait
+from teachers.media.picture import decode_image
 
 
 @dataclass
@@ -30,13 +34,14 @@ class AvatarPipelineOutput(BaseOutput):
 class AvatarPipeline(DiffusionPipeline):
     """A session over whole files in diffusers' form; to stream, open a Session on `pipe.bundle`."""
 
-    def __init__(self, student, codec, audio_encoder, text):
+    def __init__(self, student, codec, audio_encoder, text, coverage: Coverage | None = None):
         super().__init__()
         self.register_modules(student=student, codec=codec, audio_encoder=audio_encoder, text=text)
+        self.coverage = coverage
 
     @property
     def bundle(self) -> Bundle:
-        return Bundle(self.student, self.codec, self.audio_encoder, self.text)
+        return Bundle(self.student, self.codec, self.audio_encoder, self.text, self.coverage)
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +63,8 @@ class AvatarPipeline(DiffusionPipeline):
             raise UserError(f"from_pretrained: got {', '.join(unknown)}; it takes folder, torch_dtype and device_map")
         device = usable(None if device_map == "balanced" else device_map or "cpu")
         bundle = load_student(Path(folder))
-        return cls(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text).to(device, torch_dtype)
+        parts = bundle.student, bundle.codec, bundle.audio_encoder, bundle.text, bundle.coverage
+        return cls(*parts).to(device, torch_dtype)
 
     def to(
         self,
@@ -88,7 +94,7 @@ class AvatarPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image | Tensor,
+        image: Image.Image | Tensor | str | Path,
         audio: Tensor | np.ndarray,
         prompt: str = "",
         generator: torch.Generator | None = None,
@@ -97,17 +103,26 @@ class AvatarPipeline(DiffusionPipeline):
         other: Tensor | np.ndarray | None = None,
         pose: Tensor | np.ndarray | None = None,
         guidance_scale: float | None = None,
+        crop: str = "face",
+        strict: bool = False,
     ) -> AvatarPipelineOutput:
-        """image: PIL, or [3, H, W] in [-1, 1] of the student's size; audio [S] or [channels, S] in [-1, 1]; the video is as long
-        as the sound, to one frame. `other`, as audio: the other speaker's sound, for a student of two speakers; pose rows
-        [T, P], one a frame, the last one holds, to a student that is steered. `generator` gives the stream's seed (initial_seed).
-        output_type: pil, np or pt. guidance_scale: of a guidance-distilled student, within its trained range; it costs nothing."""
+        """image: PIL of any mode and shape or a path (`crop`: the part that is kept, face, top or center), or [3, H, W] in [-1, 1]
+        of the student's size; audio [S] or [channels, S] in [-1, 1]; the video is as long as the sound, to one frame. `other`, as
+        audio: the other speaker's sound, for a student of two speakers; pose rows [T, P], one a frame, the last one holds, to a
+        student that is steered. `generator` gives the stream's seed (initial_seed). output_type: pil, np or pt. guidance_scale: of
+        a guidance-distilled student, within its trained range; it costs nothing. A picture or words unlike what the student was
+        trained on are warned of, and with `strict` refused (UserError)."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0
         spec = self.bundle.spec
         drop = ("pose",) if pose is None else ()
-        session = Session(self.bundle, self._reference(image), prompt, seed, drop=drop, guidance=guidance_scale)
+        reference = self._reference(image, crop)
+        for line in self.bundle.unlike(reference, prompt):
+            if strict:
+                raise UserError(f"{line}; give another one, or strict=False")
+            warnings.warn(line, stacklevel=3)
+        session = Session(self.bundle, reference, prompt, seed, drop=drop, guidance=guidance_scale)
         second = None if other is None else torch.as_tensor(other)
         session.push(audio=torch.as_tensor(audio), rate=sampling_rate, other=second)
         if pose is not None:
@@ -132,11 +147,12 @@ class AvatarPipeline(DiffusionPipeline):
             shown = [Image.fromarray(frame) for frame in shown]
         return AvatarPipelineOutput(frames=shown, audio=sound, fps=float(spec.fps))
 
-    def _reference(self, image: Image.Image | Tensor) -> Tensor:
+    def _reference(self, image: Image.Image | Tensor | str | Path, crop: str) -> Tensor:
         if isinstance(image, Tensor):
             return image
-        from teachers.media.read import fit_image
-
         spec = self.bundle.spec
-        pixels = torch.from_numpy(np.array(image.convert("RGB")))
-        return fit_image(pixels, (spec.height, spec.width))
+        pixels = decode_image(Path(image) if isinstance(image, str) else image)
+        fitted, note = fit_portrait(pixels, (spec.height, spec.width), crop)
+        if note:
+            warnings.warn(note, stacklevel=4)
+        return fitted

@@ -1,4 +1,4 @@
-"""A student as a folder: model.safetensors, codec.safetensors, text/, spec.json and a model card. Nothing is unpickled.
+"""A student as a folder: model, codec and coverage .safetensors, text/, spec.json and a model card. Nothing is unpickled.
 
 In the place of model.safetensors there may be an adapter in peft's layout; spec.json then says where its base is.
 """
@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from students.spec import Spec
 from students.student import Student
 from students.weights.adapter import WEIGHTS, Adapter, Base, fill, load_over_base, write_adapter
+from students.weights.coverage import FILE, Coverage, load_coverage
 from teachers.checkpoints.weights import read_json
 from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
@@ -45,12 +47,14 @@ HASHED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything a session needs: the student with its spec, the codec, the audio encoder and the text encoder."""
+    """Everything a session needs: the student with its spec, the codec, the audio encoder and the text encoder; and what its
+    training data cover, where that is known."""
 
     student: Student
     codec: Codec
     audio_encoder: AudioEncoder
     text: Text
+    coverage: Coverage | None = None
 
     @property
     def spec(self) -> Spec:
@@ -61,6 +65,16 @@ class Bundle:
         for part in (self.student, self.codec, self.audio_encoder, self.text):
             part.to(device)
         return self
+
+    def unlike(self, reference: Tensor | None, *texts: str) -> list[str]:
+        """Why a picture [3, H, W] in [-1, 1] and texts are outside what the student was trained on, a line each; [] where they are
+        not, or nothing is known of its training data."""
+        if self.coverage is None:
+            return []
+        device = next(self.student.parameters()).device
+        found = [None if reference is None else self.coverage.unlike(reference, self.codec, device)]
+        found += [self.coverage.unknown_words(text) for text in dict.fromkeys(texts)]
+        return [line for line in found if line is not None]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,6 +111,8 @@ def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, B
         save_tensors(folder / "codec.safetensors", bundle.codec.state_dict())
     if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
         bundle.text.save(folder / "text")
+    if bundle.coverage is not None:
+        bundle.coverage.save(folder / FILE)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
 
@@ -122,7 +138,7 @@ def load_student(folder: Path) -> Bundle:
         load_over_base(student.net, folder, base)
     codec = spec.codec.load(folder, spec.height, spec.width)
     text, audio_encoder = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
-    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text)
+    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text, load_coverage(folder / FILE))
 
 
 def _header(spec: Spec) -> dict[str, str]:

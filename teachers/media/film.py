@@ -17,7 +17,8 @@ from torch import Tensor
 
 from teachers.errors import UserError
 from teachers.media.container import JUMP, opened, orientation, seek, upright, video_stream, zero_of
-from teachers.media.read import fit_image
+from teachers.media.crop import fit_image
+from teachers.media.picture import check_size
 
 SEEK_MARGIN = Fraction(1, 2)  # seconds: demuxers seek by decoding time, which is earlier than that of presentation
 NEEDED = Fraction(1)  # seconds before a moment in which all frames are decoded: upper temporal layers depend on them
@@ -46,6 +47,7 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
             stream = video_stream(container)
             if stream is None:
                 raise UserError(f"no video track: {path}; give a video such as an mp4")
+            check_size(stream.height, stream.width, str(path))
             ratio = stream.sample_aspect_ratio  # of the container, else of the codec
             if ratio and ratio != 1:
                 raise UserError(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
+from teachers.media.crop import CROPS
 
 if TYPE_CHECKING:
     from distill.commands.sample.inputs import Duet, Steering
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from students.serving.timeline import Script
 
 LARGEST_SEED = 2**63 - 1
-CROPS = {"top": 0.0, "center": 0.5}  # anchors of media.fit_image
 PIECE_MS, REALTIME_PIECE_MS = 1000, 20
 LEAD_CHUNKS = 2  # how far --realtime draws ahead of the viewer
 
@@ -72,7 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="guidance scale, for a guidance-distilled student (default: the student's)",
     )
     parser.add_argument(
-        "--crop", choices=tuple(CROPS), default="center", help="part of a tall image to keep (default center)"
+        "--crop",
+        choices=CROPS,
+        default="face",
+        help="part of an image of another shape to keep; face without one is the top (default face)",
     )
     parser.add_argument(
         "--size", type=int, default=256, help="enlarge by a whole factor until the short side is this (default 256)"
@@ -88,6 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="feed the sound no faster than it is spoken, and count the stalls of somebody who watches meanwhile",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a picture or words unlike what the student was trained on"
+    )
     devices.add_arguments(parser)
 
 
@@ -101,7 +107,6 @@ def run(args: argparse.Namespace) -> int:
     if args.teacher is not None:
         from distill.commands.sample.teacher import run as run_teacher
 
-        args.anchor = CROPS[args.crop]
         return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
@@ -124,7 +129,9 @@ def run(args: argparse.Namespace) -> int:
         steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))
         if script is not None:
             script.check(spec, args.timeline)
-        reference = media.fit_image(pixels, (spec.height, spec.width), CROPS[args.crop])
+        reference = inputs.portrait(pixels, spec, args)
+        said = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
+        inputs.check_coverage(bundle, reference, said, args)
         viewer = Viewer(spec.fps) if args.realtime else None
         lead = LEAD_CHUNKS if args.realtime else None
         text = args.text if script is None or not script.begins else script.timeline[0].do
@@ -168,6 +175,8 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError(
             "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
         )
+    if args.teacher is not None and args.strict:
+        raise UserError("--strict is a student's: what a teacher was trained on is not known; remove it")
     if args.teacher is not None and args.guidance is not None:
         raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; remove it")
     if args.teacher is not None and args.timeline is not None:

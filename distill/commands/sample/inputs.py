@@ -1,5 +1,6 @@
 """What `distill sample` reads beside portrait and sound: a second speaker's sound, and a file of directions."""
 
+import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from students.spec import Spec
+from students.weights.checkpoint import Bundle
 from teachers import media
 from teachers.errors import UserError
 from teachers.media.sound import SILENT
@@ -101,6 +103,22 @@ class Steering:
         places = torch.arange(self.given, max(self.given, frame)).clamp(max=len(self.rows) - 1)
         self.given = max(self.given, frame)
         return self.rows[places]
+
+
+def portrait(pixels: Tensor, spec: Spec, args: argparse.Namespace) -> Tensor:
+    """The picture uint8 [h, w, 3] in the student's shape, [3, H, W] in [-1, 1]; a line on stderr where no face decided the crop."""
+    fitted, note = media.fit_portrait(pixels, (spec.height, spec.width), args.crop)
+    if note:
+        sys.stderr.write(f"distill: {args.image}: {note}\n")
+    return fitted
+
+
+def check_coverage(bundle: Bundle, reference: Tensor, texts: list[str], args: argparse.Namespace) -> None:
+    """A line on stderr for a picture and texts outside what the student was trained on; UserError with --strict."""
+    for line in bundle.unlike(reference, *texts):
+        if args.strict:
+            raise UserError(f"{args.image}: {line}; another one, or no --strict")
+        sys.stderr.write(f"distill: warning: {line}\n")
 
 
 def check(spec: Spec, other: Path | None, pose: Path | None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
-from distill.commands.sample.inputs import Steering, check, read_pose, tell
+from distill.commands.sample.inputs import Steering, check, portrait, read_pose, tell
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     sound = media.resample(played.mean(dim=1), rate, SAMPLE_RATE)
     other = None if args.other is None else media.read_audio(args.other)
     steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
-    portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
+    image = portrait(media.decode_image(args.image), spec, args)
     teacher = load_teacher(recipe, device)
     reference = recipe.teacher.network.reference
     encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
     blank = blank_features(recipe.teacher.network, 1, spec.horizon_frames)  # nothing else is given here
-    given = encoders.codec.encode(portrait[None, :, None].to(device)).float().cpu()
+    given = encoders.codec.encode(image[None, :, None].to(device)).float().cpu()
     conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
     began = time.perf_counter()

@@ -32,15 +32,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from distill.data.curate.candidates import Candidate, opened, read_candidates, read_faces
+from distill.data.curate.candidates import Candidate, Framing, opened, read_candidates, read_faces
 from distill.data.curate.models import CaptionRewriter, Upscaler
 from distill.data.curate.scores import SCORES, motion_text, score
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
-from distill.data.prepare.workers import add_workers, exclusive, shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
 from teachers.config import convert, nearest
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, replacing
+from teachers.media.crop import CROPS
 
 NOT_SCORED = 3
 OFFSET = "sync_offset_ms"
@@ -109,6 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--thresholds", type=Path, metavar="YAML", help="ranges of the scores (distill/data/curate/curate.yaml)"
     )
     parser.add_argument(
+        "--size",
+        type=size_of,
+        metavar="HxW",
+        help="of a manifest.parquet: score clips as prepare --size will crop them",
+    )
+    parser.add_argument(
+        "--crop", choices=CROPS, default="face", help="part of a frame of another shape than --size to keep (face)"
+    )
+    parser.add_argument(
         "--faces",
         type=Path,
         metavar="CSV",
@@ -129,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Curate and print a summary; 0 when every clip was scored, 3 when some could not be. Raises UserError."""
     thresholds, faces = read_thresholds(args.thresholds), read_faces(args.faces)
-    candidates, manifest = read_candidates(args.data, args.videos, faces)
+    candidates, manifest = read_candidates(args.data, args.videos, faces, Framing(size=args.size, crop=args.crop))
     rewriter = CaptionRewriter(args.captions) if args.captions is not None else None
     upscaler = Upscaler(args.super_resolution) if args.super_resolution is not None else None
     with tqdm(total=len(candidates), unit="clip", desc="curate", file=sys.stderr) as progress:
@@ -221,7 +231,9 @@ def score_row(candidate: Candidate) -> Row:
     try:
         content = opened(candidate)
         text = candidate.clip.text
-        scores, frame = score(content.frames, content.fps, content.sound, text, content.scale, candidate.box)
+        scores, frame = score(
+            content.frames, content.fps, content.sound, text, content.scale, candidate.box, content.face_cut
+        )
     except Exception as error:  # one bad clip never stops the rest
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {**row, "problem": f"{kind}{error}"[:500]}

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from distill.data.curate.face import Box
 from eval.metrics.mfcc import mfcc
+from teachers.media.crop import Box
 from teachers.media.sound import SAMPLE_RATE
 
 STILL = (0.05, 0.08, 0.95, 0.66)  # left, top, right, bottom of the part that is tracked, in units of the face's box

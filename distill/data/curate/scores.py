@@ -5,8 +5,8 @@ None of them is a quality by itself: they order clips of one kind and detect bro
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -17,18 +17,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from distill.data.curate.face import Box, locate
 from distill.data.curate.lips import mouth_motion, sync
 from distill.data.prepare.page import spaced
+from teachers.media.crop import Box
+from teachers.media.face import find_in_clip
 from teachers.media.sound import SAMPLE_RATE
 
-VERSION = 2  # of the formulas: scores of another version are computed again
+VERSION = 3  # of the formulas: scores of another version are computed again
 SCORES = {
     "sharpness": "1 - the blur of Crete et al. 2007, median over the sampled frames",
     "exposure": "share of well-exposed light (Mertens et al. 2007), the worst sampled frame",
     "cleanness": "1 - the share of a block grid in the differences of neighbouring pixels",
     "resolution": "pixels of the source for one of the clip, across or down, the fewer; at most 1",
-    "face": "confidence of the detected face; 1 where the user provides it",
+    "face": "share of sampled frames with a face, or the template's confidence; 0 for a still; 1 where the user provides it",
+    "face_whole": "share of the face that the clip's frame holds, the worst second",
     "face_size": "height of the face, brow to chin, as a fraction of the frame's",
     "face_centring": "1 - twice the distance of the face's middle from the frame's, across",
     "speech": "active share of the time (ITU-T P.56)",
@@ -39,6 +41,7 @@ SCORES = {
 SAMPLE_SECONDS = Fraction(1, 2)  # between the frames that are sampled at full resolution
 NUM_FACE_FRAMES = 8  # of the sampled frames in which the face is searched, evenly spaced
 SMALL_SIDE = 256  # short side of the frames that are kept for motion
+STILL = 0.1  # levels a frame: a face that changes less is a photograph
 GRID = 8  # pixels of the blocks of JPEG and MPEG
 SILENCE_DBFS = -60.0  # an active level below it is silence
 BLOCK_SECONDS = 0.005  # of the sound's envelope
@@ -71,18 +74,21 @@ def score(
     text: str,
     scale: tuple[Fraction, Fraction] = (Fraction(1), Fraction(1)),
     box: Box | None = None,
+    face_cut: Callable[[], float | None] = lambda: None,
 ) -> tuple[dict[str, Any], UInt8[Tensor, "h w 3"]]:
     """Scores by name, with `sync_offset_ms` and `face_box`, and a representative frame, uint8 [h, w, 3].
 
     frames: uint8 [H, W, 3] each; sound: float32 [S] at 16 kHz, None without; box: the face where it is known
-    scale: pixels of the clip for one of its source, across and down. A score that has nothing to measure is None.
+    scale: pixels of the clip for one of its source, across and down; face_cut: the largest share of the face that the crop cut off,
+    where that is known after the frames were read. A score that has nothing to measure is None.
     Raises ValueError for a clip without frames.
     """
     statistics = _frame_statistics(frames, fps)
     small = torch.stack(statistics.small)
     motion = sum(((b.float() - a.float()).abs() for a, b in pairwise(small)), torch.zeros(()))
     change = (motion / max(1, len(small) - 1)).expand(small.shape[1:])
-    box = box or locate(torch.stack(spaced(statistics.colour, NUM_FACE_FRAMES)), change)
+    if box is None and (found := find_in_clip(torch.stack(spaced(statistics.colour, NUM_FACE_FRAMES)), change)):
+        box = replace(found, confidence=found.confidence * min(1.0, _moved(change, found) / STILL))
     scores: dict[str, Any] = dict.fromkeys(SCORES)
     scores["sharpness"] = float(np.median(statistics.sharp))
     scores["exposure"] = min(statistics.light)
@@ -96,6 +102,8 @@ def score(
     scores["face"], scores["face_box"] = 0.0, None
     if box is not None:
         scores["face"], scores["face_box"] = box.confidence, [box.x, box.y, box.width, box.height]
+        cut = face_cut()
+        scores["face_whole"] = 1 - (box.cut if cut is None else cut)
         scores["face_size"] = box.height
         scores["face_centring"] = max(0.0, 1 - 2 * abs(box.x + box.width / 2 - 0.5))
     samples = np.zeros(0, np.float32) if sound is None else sound
@@ -105,6 +113,14 @@ def score(
         scores["sync"], scores["sync_offset_ms"] = sync(mouth_motion(small, box), sound, fps)
     scores["motion_text"] = motion_text(text)
     return scores, statistics.colour[len(statistics.colour) // 2]
+
+
+def _moved(change: Tensor, box: Box) -> float:
+    """Mean change [h, w] within a box."""
+    height, width = change.shape
+    top, left = int(max(0.0, box.y) * height), int(max(0.0, box.x) * width)
+    part = change[top : int((box.y + box.height) * height) + 1, left : int((box.x + box.width) * width) + 1]
+    return float(part.mean())
 
 
 def _frame_statistics(frames: Iterable[np.ndarray], fps: Fraction) -> FrameStatistics:

@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from distill.data.datasets.manifest import Manifest
 from distill.data.prepare import page, shards
+from distill.data.prepare.framing import CUT
 from distill.data.prepare.workers import add_workers, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write
 from teachers.media.sound import SAMPLE_RATE
 
 INCOMPLETE = 3
+FACE_CUT = "the face is cut by the frame ({:.0%} of it outside)"
 TABLES = {
     "sizes": "height x width",
     "fps": "frames a second",
@@ -36,7 +38,10 @@ TABLES = {
 }
 MAX_PROBLEMS = 200  # on a page
 BAR = 160  # pixels of the longest bar
-METADATA = ("id", "fps", "frames", "size", "samples", "source_fps", "source_size", "loudness_dbfs", "identity", "split")
+METADATA = (
+    *("id", "fps", "frames", "size", "samples", "source_fps", "source_size", "loudness_dbfs", "identity", "split"),
+    "face_cut",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         page.write_page(args.html, "check.html.j2", page_context(args.data, checked, quick=args.quick))
     for problem in checked.problems:
         sys.stderr.write(f"{problem}\n")
+    for sample in faces_cut(checked):
+        sys.stderr.write(f"{sample['id']}: {FACE_CUT.format(sample['face_cut'])}; prepare it with --crop face\n")
     lines = [f"{name.replace('_', ' ')}: {_text(value)}" for name, value in totals.items() if name != "problems"]
     sys.stdout.write("\n".join([*lines, f"problems: {len(checked.problems)}", ""]))
     return INCOMPLETE if checked.problems else 0
@@ -217,6 +224,7 @@ def summary(checked: Checked) -> dict[str, Any]:
         "hours": round(math.fsum(seconds) / 3600, 4),
         "clip_seconds": _spread(seconds),
         "loudness_dbfs": _spread(loudness),
+        "faces_cut": len(faces_cut(checked)),
         "without_sound": sum(metadata["samples"] == 0 for metadata in checked.samples),
         "sizes": _histogram("x".join(map(str, metadata["size"])) for metadata in checked.samples),
         "fps": _histogram(metadata["fps"] for metadata in checked.samples),
@@ -225,6 +233,11 @@ def summary(checked: Checked) -> dict[str, Any]:
         "splits": _histogram(metadata["split"] or "none" for metadata in checked.samples),
         "problems": checked.problems,
     }
+
+
+def faces_cut(checked: Checked) -> list[dict[str, Any]]:
+    """The samples whose face is partly outside their frame, as `prepare` recorded it."""
+    return [sample for sample in checked.samples if (sample.get("face_cut") or 0) >= CUT]
 
 
 def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[str, Any]:
@@ -244,7 +257,8 @@ def page_context(folder: Path, checked: Checked, quick: bool = False) -> dict[st
             "id": metadata["id"],
             "thumbnail": metadata["thumbnail"],
             "metadata": f"{metadata['seconds']:.2f} s, "
-            + (f"{metadata['loudness_dbfs']:.1f} dBFS" if metadata["loudness_dbfs"] is not None else "silent"),
+            + (f"{metadata['loudness_dbfs']:.1f} dBFS" if metadata["loudness_dbfs"] is not None else "silent")
+            + (f", {FACE_CUT.format(metadata['face_cut'])}" if (metadata["face_cut"] or 0) >= CUT else ""),
         }
         for metadata in shown
     ]

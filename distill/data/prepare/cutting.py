@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.datasets.manifest import Clip
+from distill.data.prepare.framing import FaceWatch, crop_box, find_face
 from teachers.errors import UserError
 from teachers.media.container import orientation, upright
 from teachers.media.film import SourceFrame, read_frames
@@ -41,7 +42,8 @@ THUMBNAIL = 32
 class CutConfig:
     """Format of a cut clip, and which clips are refused.
 
-    fps: frames a second; size: height and width, None keeps those of the crop (made even)
+    fps: frames a second; size: height and width, None keeps those of the crop (made even); crop: the part that is kept for the
+        shape of `size` (`teachers.media.crop`)
     crf: quality of H.264, 0 is lossless; cuts: what is done with a clip that has a scene cut
     min_seconds: shorter clips are refused; max_seconds: longer ones are truncated
     silent: clips without sound, or with silence alone, are accepted
@@ -49,6 +51,7 @@ class CutConfig:
 
     fps: Fraction = Fraction(16)
     size: tuple[int, int] | None = None
+    crop: Literal["face", "top", "center"] = "face"
     crf: int = 10
     cuts: Literal["refuse", "longest", "keep"] = "refuse"
     min_seconds: float = 1.0
@@ -91,6 +94,7 @@ class _Progress:
     shortest: Fraction = Fraction(10**6)  # least and greatest distance between two source frames
     longest: Fraction = Fraction(0)
     thumbnails: list[Tensor] = field(default_factory=list)
+    faces: FaceWatch = field(default_factory=FaceWatch)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -157,6 +161,7 @@ def _video_metadata(progress: _Progress, config: CutConfig) -> dict[str, Any]:
         "start": float(progress.origin),
         "end": float(progress.origin + progress.num_frames / config.fps),
         **progress.metadata,
+        **progress.faces.metadata,
         "variable_frame_rate": variable,
         "resampling": {
             "frames_repeated": progress.num_frames - progress.num_source_frames,
@@ -197,19 +202,25 @@ def _encode_video(
     clip: Clip, path: Path, config: CutConfig, target: Path, start: Fraction, count: int | None
 ) -> _Progress:
     """Encode at most `count` frames of the clip and return their statistics."""
-    progress, pixels = _Progress(), None
+    progress, pixels, window = _Progress(), None, None
+    end = None if count is None else start + count / config.fps
     with closing(read_frames(path, start)) as source, _Encoder(target, config) as encoder:
         waiting: deque[tuple[av.VideoFrame, bool]] = deque()  # whose frame time is not covered yet
 
         def write_covered() -> None:
-            nonlocal pixels
+            nonlocal pixels, window
             while waiting and progress.origin + (progress.num_frames + 1) / config.fps <= progress.end + ROUNDING:
                 source_frame, fresh = waiting.popleft()
                 if fresh or pixels is None:
                     if source_frame.is_corrupt:
                         at = float(progress.origin + progress.num_frames / config.fps)
                         raise UserError(f"damaged frame at {at:.2f} s")
-                    pixels = _cropped(upright(source_frame, "rgb24"), clip, config, progress)
+                    whole = upright(source_frame, "rgb24")
+                    if window is None:
+                        size = whole.shape[1], whole.shape[0]
+                        window = crop_box(clip, size, config.size, config.crop, lambda: find_face(path, start, end))
+                    progress.faces.look(whole, window, progress.num_frames / config.fps)
+                    pixels = _cropped(whole, window, config, progress)
                 encoder.write(pixels)
                 progress.thumbnails.append(_thumbnail(pixels))
                 progress.num_frames += 1
@@ -275,43 +286,17 @@ def nearest(
         yield taken(current)
 
 
-def _cropped(pixels: np.ndarray, clip: Clip, config: CutConfig, progress: _Progress) -> Tensor:
-    """uint8 [H, W, 3]: the clip's crop of an upright frame [h, w, 3], resized (antialiased bicubic)."""
-    height, width = pixels.shape[:2]
-    x, y, w, h = crop_box(clip, (width, height), config.size)
-    metadata = {"source_size": [width, height], "crop": [x, y, w, h], "size": list(config.size or (h, w))}
-    if progress.metadata.setdefault("source_size", [width, height]) != [width, height]:
-        raise UserError(f"frames change their size from {progress.metadata['source_size']} to {[width, height]}")
+def _cropped(pixels: np.ndarray, window: tuple[int, int, int, int], config: CutConfig, progress: _Progress) -> Tensor:
+    """uint8 [H, W, 3]: the window (x, y, width, height) of an upright frame [h, w, 3], resized (antialiased bicubic)."""
+    source, (x, y, w, h) = [pixels.shape[1], pixels.shape[0]], window
+    metadata = {"source_size": source, "crop": [x, y, w, h], "size": list(config.size or (h, w))}
+    if progress.metadata.setdefault("source_size", source) != source:
+        raise UserError(f"frames change their size from {progress.metadata['source_size']} to {source}")
     progress.metadata.update(metadata)
     part = torch.from_numpy(np.ascontiguousarray(pixels[y : y + h, x : x + w])).permute(2, 0, 1)[None]
     if config.size not in (None, (h, w)):
         part = F.interpolate(part, config.size, mode="bicubic", align_corners=False, antialias=True)
     return part[0].permute(1, 2, 0).contiguous()
-
-
-def crop_box(clip: Clip, source: tuple[int, int], size: tuple[int, int] | None) -> tuple[int, int, int, int]:
-    """x, y, width, height in pixels of an upright frame of `source` = (w, h).
-
-    The clip's crop, scaled where it was measured in a frame of another size but the same shape; its largest centred part that
-    has the shape of `size` = (H, W), or even sides where that is None. Raises UserError for a crop that does not fit.
-    """
-    width, height = source
-    x, y, w, h = clip.crop or (0, 0, width, height)
-    if clip.crop is not None and clip.crop_size not in (None, source):
-        across, down = Fraction(width, clip.crop_size[0]), Fraction(height, clip.crop_size[1])
-        if abs(across / down - 1) > Fraction(1, 100):
-            raise UserError(f"crop was measured in a frame of {clip.crop_size}, the video has another shape: {source}")
-        x, w = round(x * across), min(round(w * across), width - round(x * across))
-        y, h = round(y * down), min(round(h * down), height - round(y * down))
-    if w < 1 or h < 1 or x < 0 or y < 0 or x + w > width or y + h > height:
-        raise UserError(f"crop lies outside the frame: got {(x, y, w, h)} of {source}")
-    if size is None:
-        if min(w, h) < 2:
-            raise UserError(f"crop is smaller than 2 x 2 pixels: got {(x, y, w, h)}")
-        return x, y, w // 2 * 2, h // 2 * 2
-    width = min(w, max(1, round(Fraction(h * size[1], size[0]))))
-    height = min(h, max(1, round(Fraction(w * size[0], size[1]))))
-    return x + (w - width) // 2, y + (h - height) // 2, width, height
 
 
 def _thumbnail(pixels: Tensor) -> Tensor:

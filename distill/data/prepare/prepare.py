@@ -31,9 +31,11 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
-from distill.data.prepare.workers import add_workers, exclusive, shared_out
+from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
+from teachers.media import face
+from teachers.media.crop import CROPS
 
 NAMES = ("hdtf", "avspeech", "celebvhq", "folder")
 HDTF_OPTIONS = ("full_frame", "scale_crops")
@@ -85,7 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps", type=_fraction, default=Fraction(16), help="frames a second, e.g. 25 or 30000/1001 (16)"
     )
-    parser.add_argument("--size", type=_size, metavar="HxW", help="of the frames (default: those of the crop)")
+    parser.add_argument("--size", type=size_of, metavar="HxW", help="of the frames (default: those of the crop)")
+    parser.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="face",
+        help="part of a frame of another shape than --size to keep; face without one is the top (face)",
+    )
     parser.add_argument(
         "--crf", type=int, default=10, help="H.264 quality, 0 is lossless and some 15 times larger (10)"
     )
@@ -160,7 +168,13 @@ def prepare(
     Raises UserError when the folder is another request's, in use, not writable or its disk full; finished work stays.
     """
     videos, out = Path(videos), Path(out)
-    request = {"name": name, "shard_clips": shard_clips, **asdict(config), "fps": str(config.fps)}
+    request = {
+        "name": name,
+        "shard_clips": shard_clips,
+        **asdict(config),
+        "fps": str(config.fps),
+        "faces": face.detector(),
+    }
     request["clips"] = hashlib.sha256(canonical_json([asdict(clip) for clip in manifest.clips]).encode()).hexdigest()
     make_folder(out)
     with exclusive(out, "prepare"):
@@ -351,10 +365,3 @@ def _fraction(text: str) -> Fraction:
         return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
         raise argparse.ArgumentTypeError(f"not a number of frames a second: {text}") from error
-
-
-def _size(text: str) -> tuple[int, int]:
-    if not re.fullmatch(r"\d{1,5}x\d{1,5}", text):
-        raise argparse.ArgumentTypeError(f"not a height and a width such as 512x512: {text}")
-    height, width = text.split("x")
-    return int(height), int(width)

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -38,6 +39,14 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"not a number of processes, 0 or more: {text}")
     return int(text)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """Height and width of `HxW` on a command line."""
+    if not re.fullmatch(r"\d{1,5}x\d{1,5}", text):
+        raise argparse.ArgumentTypeError(f"not a height and a width such as 512x512: {text}")
+    height, width = text.split("x")
+    return int(height), int(width)
 
 
 @contextmanager

@@ -174,7 +174,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "distill/methods/test_trap_cases.py::test_trajectories_and_dmd_have_one_unconditional_branch",
     )),
     (40, "resize_pad crops", (
-        "teachers/media/test_media.py::test_image_is_scaled_by_the_larger_ratio_and_cropped",
+        "teachers/media/test_picture.py::test_fit_crops_first_and_scales_without_aliasing",
     )),
     (41, "a teacher asked for sizes and frame rates that it was not trained at",
         "Size and frame rate are data of the recipe, whose header says where they leave the teacher's; weights do not tell them."),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill.data.curate import lips
-from distill.data.curate.face import Box
+from teachers.media.crop import Box
 from tests.support import talking
 
 SECONDS = 4.0

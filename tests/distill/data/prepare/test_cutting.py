@@ -7,7 +7,8 @@ import torch
 
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare import cutting
-from distill.data.prepare.cutting import CutConfig, crop_box, cut, encode_flac
+from distill.data.prepare.cutting import CutConfig, cut, encode_flac
+from distill.data.prepare.framing import crop_box
 from teachers import media
 from teachers.errors import UserError
 from teachers.media import container, film, sound
@@ -194,6 +195,13 @@ def test_crop_box(crop, crop_size, size, box):
 def test_a_crop_that_does_not_fit_is_refused(crop, crop_size, words):
     with pytest.raises(UserError, match=words):
         crop_box(clip(crop=crop, crop_size=crop_size), (80, 64), None)
+
+
+def test_a_thin_video_is_refused_by_every_reader(tmp_path):
+    path = write_film(tmp_path / "a.mp4", [np.zeros((16, 192, 3), np.uint8)] * 30, Fraction(25))
+    for read in (lambda: next(read_frames(path)), lambda: media.read_video(path)):
+        with pytest.raises(UserError, match=r"^192 x 16 pixels: .*; its sides may differ 10 to 1 at most"):
+            read()
 
 
 def test_a_zero_crop_is_refused_even_when_the_manifest_let_it_pass():

@@ -4,15 +4,15 @@ A box is the best match of a ratio template (Sinha 1994; Scassellati, AAAI 1998:
 a mouth darker than chin and cheeks) among places that have the chroma of skin (Chai and Ngan 1999: Cb 77 to 127, Cr 133 to 173),
 one chroma all over and movement in every part. Limits: one upright, nearly frontal, moving head that stays near its place;
 coloured light, a mask or a still image hide it, and similar moving objects are false positives. The sizes of neighbouring
-matches differ by 15 %. Where it matters, give the boxes of a detector.
+matches differ by 15 %. Of a still picture it knows nothing: a detector (`face`) comes first.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from teachers.media.crop import Box
 
 LONG_SIDE, SHORT_SIDE = 160, 64  # pixels of the image that is searched
 NARROWEST, STEP, ASPECT = 10, 1.15, 1.25  # smallest box's width in those pixels, ratio of two sizes, height to width
@@ -37,17 +37,6 @@ BRIGHTER = {
 }
 PAIRS = (("left eye", "right eye"), ("left cheek", "right cheek"))
 SKIN = ("forehead", "left cheek", "right cheek", "nose")
-
-
-@dataclass(frozen=True)
-class Box:
-    """A face, brow to chin, in fractions of the frame's width and height; confidence 0 to 1, 1 for a box that the user provides."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    confidence: float
 
 
 def locate(frames: UInt8[Tensor, "t h w 3"], motion: Float[Tensor, "h w"]) -> Box | None:
