@@ -1,18 +1,15 @@
 """What a student cannot draw is named, and refused where that is asked: pictures and words outside its training data."""
 
 import argparse
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from distill.commands.sample.inputs import check_coverage
 from distill.data.procedural import render
-from distill.live import protocol
 from distill.live.client import Client
 from distill.live.scheduler import Engine
 from distill.live.server import running
@@ -139,8 +136,6 @@ def test_sample_and_pipeline_warn_and_refuse(narrow, capsys):
 @pytest.mark.parametrize(("strict", "kind"), [(False, "note"), (True, "error")])
 def test_the_page_is_told_or_refused(narrow, strict, kind):
     bundle = replace(a_puppet(), codec=tiny.fitted_codec(), coverage=narrow)
-    noise = io.BytesIO()
-    Image.fromarray(RNG.integers(0, 255, (16, 16, 3)).astype(np.uint8)).save(noise, "PNG")
     with running(Engine(bundle, Echo(), 2, 2), [tiny.a_portrait()], strict=strict) as address:
         client = Client(f"ws://{address}/live")
         client.socket.send(bytes([protocol.IMAGE]) + noise.getvalue())
