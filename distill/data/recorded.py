@@ -28,6 +28,7 @@ from distill.data.prepare import shards
 from distill.data.prepare.shards import Indexed
 from distill.data.procedural import render
 from distill.data.source import Clips, ClipSource, brightness_and_contrast
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
@@ -176,7 +177,7 @@ class Folder(ClipSource):
                 f" and give data.path={shlex.quote(where)}"
             )
         try:
-            fps = Fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
+            fps = fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"prepare.json is damaged ({error!r}): {path}; prepare the clips again") from error
         if fps != self.fps:

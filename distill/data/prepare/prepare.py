@@ -32,6 +32,7 @@ from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.workers import add_workers, exclusive, shared_out
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
 
@@ -348,8 +349,8 @@ def _most_common(refused: Sequence[Refused]) -> str:
 
 def _fraction(text: str) -> Fraction:
     try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError) as error:
+        return fraction(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"not a number of frames a second: {text}") from error
 
 
