@@ -84,9 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="source videos")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument(
-        "--fps", type=_fraction, default=Fraction(16), help="frames a second, e.g. 25 or 30000/1001 (16)"
+        "--fps", type=_fraction, help="frames a second, e.g. 25 or 30000/1001 (default: that of --for, or 16)"
     )
-    parser.add_argument("--size", type=_size, metavar="HxW", help="of the frames (default: those of the crop)")
+    parser.add_argument("--size", type=_size, metavar="HxW", help="of the frames (default: that of --for, or of the crop)")
     parser.add_argument(
         "--crf", type=int, default=10, help="H.264 quality, 0 is lossless and some 15 times larger (10)"
     )
@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
     if args.shard_clips < 1:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
-    config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
+    options = {option.name: getattr(args, option.name) for option in fields(CutConfig)}
+    config = CutConfig(**{name: value for name, value in options.items() if value is not None or name != "fps"})
     manifest = _read(args)
     if not manifest.clips and not manifest.refused:
         raise UserError(f"no clips: {args.videos} has no videos; put mp4, mov, mkv or webm files there")
