@@ -207,7 +207,9 @@ def check_sizes(part: Any, key: str = "", layers: int = LARGEST["layers"]) -> No
         if is_dataclass(value):
             check_sizes(value, f"{name}.", layers)
         most = next((most for end, most in (LARGEST | {"layers": layers}).items() if own.name.endswith(end)), 2**20)
-        if (isinstance(value, int | Fraction) and abs(value) > most) or (isinstance(value, tuple) and len(value) > 4096):
+        if (isinstance(value, int | Fraction) and abs(value) > most) or (
+            isinstance(value, tuple) and len(value) > 4096
+        ):
             shown = len(value) if isinstance(value, tuple) else value
             raise UserError(f"{name}: got {shown}, at most {most} can be; fix spec.json, or get the student again")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill.data.procedural.render import WorldConfig
 from teachers.config import convert, fraction
+from teachers.errors import UserError
 
 VERBS = {
     "prepare": (
@@ -28,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         verb = verbs.add_parser(name, help=summary)
         importlib.import_module(module).add_arguments(verb)
         if name == "prepare":
-            verb.add_argument("--for", type=Path, dest="recipe", metavar="RECIPE", help="size and rate that it asks for")
+            verb.add_argument(
+                "--for", type=Path, dest="recipe", metavar="RECIPE", help="size and rate that it asks for"
+            )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,4 +48,7 @@ def _world(recipe: Path) -> WorldConfig:
     from distill.recipe import Recipe
 
     values, locate = compose_values(recipe, ["teacher.path=unknown", "data.path=unknown"], Recipe.__dataclass_fields__)
-    return convert(WorldConfig, values["data"]["world"], "data.world", locate)
+    data = values.get("data")
+    if not isinstance(data, dict) or "world" not in data:
+        raise UserError(f"--for: {recipe} has no data.world; give --fps and --size")
+    return convert(WorldConfig, data["world"], "data.world", locate)

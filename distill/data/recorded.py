@@ -238,8 +238,8 @@ class Folder(ClipSource):
         count = min(max(round(self.config.held_out * len(rows)), 2 * LEAST), len(rows) // 2)
         self.training.rows, self.test.rows = rows[: max(0, len(rows) - count - 1)], rows[len(rows) - count :]
         self.notes = (
-            f"All clips are of one person: the last {count} of {len(rows)} in time are held out, so the scores say nothing of other "
-            "people.",
+            f"All clips are of one person: the last {count} of {len(rows)} in time are held out, so the scores say nothing of "
+            "other people.",
         )
 
     def _unused_text(self) -> str:

@@ -266,7 +266,9 @@ def _collect(
     for key, value in content.items():
         inner = (*keys, key)
         if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"refused weights: {archive.path}: {key} is {list(value.shape)} out of fewer numbers; get safetensors")
+            raise UserError(
+                f"refused weights: {archive.path}: {key} is {list(value.shape)} out of fewer numbers; get safetensors"
+            )
         if isinstance(value, Tensor) and value.is_floating_point():
             own = entries.setdefault(".".join(keys), {})
             own[str(key)] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, inner))

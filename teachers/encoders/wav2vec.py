@@ -141,7 +141,8 @@ class Wav2Vec(nn.Module):
 
         The sound is normalised over the clip, then truncated or padded with silence to its length, never stretched; every row
         depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
-        reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three times.
+        reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
+        times.
         """
         length = (num_frames - prefix) * self.samples_per_frame
         waves = self._level(self._waves(audio))[:, :length]

@@ -86,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps", type=_fraction, help="frames a second, e.g. 25 or 30000/1001 (default: that of --for, or 16)"
     )
-    parser.add_argument("--size", type=_size, metavar="HxW", help="of the frames (default: that of --for, or of the crop)")
+    parser.add_argument(
+        "--size", type=_size, metavar="HxW", help="of the frames (default: that of --for, or of the crop)"
+    )
     parser.add_argument(
         "--crf", type=int, default=10, help="H.264 quality, 0 is lossless and some 15 times larger (10)"
     )

@@ -320,7 +320,9 @@ def test_somebody_is_held_out_even_of_few_and_of_one_person_the_last_pieces(data
     assert len(set(ends)) == len(ends)
     (note,) = source.notes
     assert note.startswith("All clips are of one person: the last 16 of 42 in time are held out")
-    few = with_manifest(data, tmp_path / "few", lambda n, clip: replace(clip, identity="pq"[n > 7], split="other" * (n > 7)))
+    few = with_manifest(
+        data, tmp_path / "few", lambda n, clip: replace(clip, identity="pq"[n > 7], split="other" * (n > 7))
+    )
     with pytest.raises(UserError, match=r"the train videos have 11 clips of 15 frames [^\n]*, 16 are needed"):
         opened(few)
 

@@ -98,7 +98,14 @@ def test_report_is_one_page_and_one_document(tmp_path):
     sample.parent.mkdir()
     sample.write_bytes(b"not a real film")
     sheets = {"teacher": clips(2), "student": clips(2)}
-    path = write_report(small_report() | {"notes": ["One person."]}, CURVES, sheets, {"student & sound": sample}, tmp_path, ["a <b>nod</b>"])
+    path = write_report(
+        small_report() | {"notes": ["One person."]},
+        CURVES,
+        sheets,
+        {"student & sound": sample},
+        tmp_path,
+        ["a <b>nod</b>"],
+    )
     text, page = read_page(path)
     assert "embedded extractors; not comparable with published FID" in text
     assert all(source.startswith("data:") for source in page.sources)

@@ -97,12 +97,18 @@ def archive(path: Path, compression: int, pad: int = 0) -> Path:
 def test_a_pickle_that_unpacks_to_much(tmp_path):
     file = archive(tmp_path / "model.pt", zipfile.ZIP_DEFLATED, pad=2**28)
     assert file.stat().st_size < 2**25
-    refused(r"refused weights: .*model\.pt is a zip that unpacks to more than itself \(.*\), which", lambda: plan(file, "ours"))
+    refused(
+        r"refused weights: .*model\.pt is a zip that unpacks to more than itself \(.*\), which",
+        lambda: plan(file, "ours"),
+    )
 
 
 def test_tensors_of_fewer_numbers_than_they_say(tmp_path):
     torch.save({"generator": {"model.head.modulation": torch.zeros(1).expand(10**6, 10**6)}}, tmp_path / "model.pt")
-    refused(r"refused weights: .*head\.modulation is \[1000000, 1000000\] out of fewer", lambda: plan(tmp_path / "model.pt", "ours"))
+    refused(
+        r"refused weights: .*head\.modulation is \[1000000, 1000000\] out of fewer",
+        lambda: plan(tmp_path / "model.pt", "ours"),
+    )
 
 
 def test_names_of_shards_without_end(tmp_path):
