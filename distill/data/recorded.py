@@ -217,14 +217,16 @@ class Folder(ClipSource):
                 f"no clip fits this recipe, {height}x{width} with sound{self._unused_text()}: {config.path}; prepare the "
                 f"videos again with --fps {config.world.fps} --size {height}x{width}"
             )
-        if not any(side == "test" for side, _, _ in entries):
-            official = {clip.identity or clip.source for clip in self.clips if clip.split}
-            free = {person for _, person, _ in entries if person not in official}
-            last = max(free, key=place) if len({person for _, person, _ in entries}) > 1 and free else None
+        official = {clip.identity or clip.source for clip in self.clips if clip.split}
+        free = {person for _, person, _ in entries} - official
+        if len({person for _, person, _ in entries}) == 1 and free:
+            entries = [("train", person, sample) for _, person, sample in entries]  # and then held out in time
+        elif not any(side == "test" for side, _, _ in entries):
+            last = max(free, key=place) if free else None
             entries = [("test" if person == last else side, person, sample) for side, person, sample in entries]
         sides = {name: [sample for side, _, sample in entries if side == name] for name in ("train", "test")}
         people = len({person for _, person, _ in entries})
-        if not sides["train"] or (not sides["test"] and people > 1):
+        if not sides["train"] or (not sides["test"] and (people > 1 or not free)):
             side = "trained on" if sides["test"] else "held out"
             raise UserError(
                 f"no person is {side}: {config.path} has {people} people; add clips of others, or change data.held_out"

@@ -318,6 +318,9 @@ def test_somebody_is_held_out_even_of_few_and_of_one_person_the_last_pieces(data
     ends = [(*starts[sample.id], first) for windows in (source.training, source.test) for sample, first in windows.rows]
     assert ends == sorted(ends)
     assert len(set(ends)) == len(ends)
+    for name in ("somebody", "q", "r"):  # whichever side a hash puts them on
+        alone = with_manifest(data, tmp_path / name, lambda _, clip, name=name: replace(clip, identity=name))
+        assert len(opened(alone, held_out=0.5).test) == 21
     (note,) = source.notes
     assert note.startswith("All clips are of one person: the last 16 of 42 in time are held out")
     few = with_manifest(
