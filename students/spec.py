@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
@@ -190,6 +190,28 @@ class Spec:
             return 0 if k == 0 else 1 + stride * (k * n - 1)
 
         return start(chunk), start(chunk + 1)
+
+
+LARGEST = {
+    **{"layers": 1000, "patch": 256, "stride": 64, "max_tokens": 8192, "chunk_frames": 1024},
+    **{"height": 16384, "width": 16384, "channels": 4096},
+}
+"""Of the whole numbers of a spec whose names end so; others are at most 2**20. No student is near them: what is beyond asks for
+memory, not for a picture."""
+
+
+def check_sizes(part: Any, key: str = "", layers: int = LARGEST["layers"]) -> None:
+    """UserError for a number of a spec, or of a part of it, beyond LARGEST, or for more layers."""
+    for own in fields(part):
+        value, name = getattr(part, own.name), f"{key}{own.name}"
+        if is_dataclass(value):
+            check_sizes(value, f"{name}.", layers)
+        most = next((most for end, most in (LARGEST | {"layers": layers}).items() if own.name.endswith(end)), 2**20)
+        if (isinstance(value, int | Fraction) and abs(value) > most) or (
+            isinstance(value, tuple) and len(value) > 4096
+        ):
+            shown = len(value) if isinstance(value, tuple) else value
+            raise UserError(f"{name}: got {shown}, at most {most} can be; fix spec.json, or get the student again")
 
 
 def _falls(times: Sequence[float]) -> bool:

@@ -1,6 +1,7 @@
 """Plain data <-> frozen dataclasses, strictly: an unknown, missing or mistyped key is a UserError that names it."""
 
 import dataclasses
+import re
 import sys
 import types
 import typing
@@ -16,6 +17,7 @@ from teachers.resolve import Registry, name_of, nearest, resolve
 
 HEADER = "# avatar-distill recipe"
 MISSING = "???"
+_FRACTION = re.compile(r"[-+]?\d{1,12}(\.\d{1,20})?([eE][-+]?\d{1,2})?(/\d{1,12})?")
 Locate = Callable[[str], str]
 """Dotted key -> the file (or the command line) that the key was written in."""
 
@@ -154,15 +156,30 @@ class _Reader:
         return self.read(found, given, key)
 
 
+def fraction(value: Any) -> Fraction:
+    """A number or a text such as 25/2 as a fraction; ValueError for another, and for one of more than a dozen digits: 1e999999999
+    is ten bytes of text and four hundred million of number."""
+    text = str(value).strip()
+    if not _FRACTION.fullmatch(text):
+        raise ValueError(f"not a fraction such as 25/2: {text[:40]!r}")
+    try:
+        return Fraction(text)
+    except ZeroDivisionError as error:
+        raise ValueError(f"not a fraction such as 25/2: {text[:40]!r}") from error
+
+
 def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is Fraction and (is_number or isinstance(value, str | Fraction)):
         try:
-            return True, Fraction(str(value))
-        except (ValueError, ZeroDivisionError):
+            return True, fraction(value)
+        except ValueError:
             return False, None
     if kind is float and is_number:
-        return True, float(value)
+        try:
+            return True, float(value)
+        except OverflowError:
+            return False, None
     if kind is Path and isinstance(value, str):
         return True, Path(value)
     return type(value) is kind, value

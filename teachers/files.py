@@ -179,7 +179,7 @@ def read_json_or_none(path: Path) -> dict[str, Any] | None:
     """A JSON file's content; None where there is no file, or a torn one that a killed start left."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

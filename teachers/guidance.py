@@ -36,7 +36,8 @@ class Guidance:
 
     `nothing` has neither text nor audio, `middle` the `first` of them alone: with text first u + text (t - u) + audio (full - t);
     with audio first (InfiniteTalk, MultiTalk, LongCat, StableAvatar) u + audio (a - u) + text (full - a). Equal scales need no
-    middle, a first scale of 1 no `nothing`. `batched`: all branches as one batch, which takes the memory of as many.
+    middle, a first scale of 1 no `nothing` (with text 1 OmniAvatar's code ignores the audio scale; ours does not). `batched`: all
+    branches as one batch, which takes the memory of as many.
     """
 
     text: float = 1.0

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.data.order import made_ahead
 from distill.data.prepare import shards
 from distill.data.prepare.shards import Indexed
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.media.container import upright
 from teachers.media.sound import SAMPLE_RATE
@@ -51,7 +52,7 @@ def read_sample(stored: Indexed, first: int, num_frames: int) -> Sample:
     members = stored.members()
     try:
         facts = json.loads(members["json"])
-        fps, samples = Fraction(facts["fps"]), facts["samples"]
+        fps, samples = fraction(facts["fps"]), facts["samples"]
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"metadata cannot be read ({error!r}): {stored}; {shards.HINT}") from error
     found: list[Tensor] = []

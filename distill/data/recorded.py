@@ -28,6 +28,7 @@ from distill.data.prepare import shards
 from distill.data.prepare.shards import Indexed
 from distill.data.procedural import render
 from distill.data.source import Clips, ClipSource, brightness_and_contrast
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
@@ -42,7 +43,8 @@ PROBE_PIXELS = 2**33  # and no more than these: 404 clips of 81 frames at 512x51
 class FolderConfig(ClipsConfig):
     """Clips in `path`; `world` specifies their size, frame rate and length, and the maximum number of training clips (null: all).
 
-    `held_out`: the fraction of people held out for evaluation, by hash; an official split of the manifest takes precedence.
+    `held_out`: the fraction of people held out for evaluation, by hash; an official split of the manifest takes precedence. Of one
+    person the last fraction in time is held out, or as much as a score needs.
     `manifest`: which of the clips are used, with their text, split and identity there: the folder that `distill data
     curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
@@ -81,6 +83,8 @@ class Folder(ClipSource):
         self.unused: Counter[str] = Counter()
         sides = self._sides()
         self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
+        if not sides["test"]:
+            self._hold_out_in_time()
         self.num_clips = len(self.training)
         self.num_train = self.num_clips if world.num_train is None else min(world.num_train, self.num_clips)
         for name, windows in (("train", self.training), ("held-out", self.test)):
@@ -176,7 +180,7 @@ class Folder(ClipSource):
                 f" and give data.path={shlex.quote(where)}"
             )
         try:
-            fps = Fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
+            fps = fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"prepare.json is damaged ({error!r}): {path}; prepare the clips again") from error
         if fps != self.fps:
@@ -213,19 +217,32 @@ class Folder(ClipSource):
                 f"no clip fits this recipe, {height}x{width} with sound{self._unused_text()}: {config.path}; prepare the "
                 f"videos again with --fps {config.world.fps} --size {height}x{width}"
             )
-        if not any(side == "test" for side, _, _ in entries):
-            official = {clip.identity or clip.source for clip in self.clips if clip.split}
-            free = {person for _, person, _ in entries if person not in official}
-            last = max(free, key=place) if len({person for _, person, _ in entries}) > 1 and free else None
+        official = {clip.identity or clip.source for clip in self.clips if clip.split}
+        free = {person for _, person, _ in entries} - official
+        if len({person for _, person, _ in entries}) == 1 and free:
+            entries = [("train", person, sample) for _, person, sample in entries]  # and then held out in time
+        elif not any(side == "test" for side, _, _ in entries):
+            last = max(free, key=place) if free else None
             entries = [("test" if person == last else side, person, sample) for side, person, sample in entries]
         sides = {name: [sample for side, _, sample in entries if side == name] for name in ("train", "test")}
-        if not all(sides.values()):
-            side = "held out" if not sides["test"] else "trained on"
+        people = len({person for _, person, _ in entries})
+        if not sides["train"] or (not sides["test"] and (people > 1 or not free)):
+            side = "trained on" if sides["test"] else "held out"
             raise UserError(
-                f"no person is {side}: {config.path} has {len({person for _, person, _ in entries})} people; add clips of others, "
-                "or change data.held_out"
+                f"no person is {side}: {config.path} has {people} people; add clips of others, or change data.held_out"
             )
         return sides
+
+    def _hold_out_in_time(self) -> None:
+        """Of one person: the last clips in time become the held-out ones; the clip between is in neither."""
+        starts = {clip.id: (clip.source, clip.start) for clip in self.clips}
+        rows = sorted(self.training.rows, key=lambda row: (*starts[row[0].id], row[1]))
+        count = min(max(round(self.config.held_out * len(rows)), 2 * LEAST), len(rows) // 2)
+        self.training.rows, self.test.rows = rows[: max(0, len(rows) - count - 1)], rows[len(rows) - count :]
+        self.notes = (
+            f"All clips are of one person: the last {count} of {len(rows)} in time are held out, so the scores say nothing of "
+            "other people.",
+        )
 
     def _unused_text(self) -> str:
         reasons = "; ".join(f"{number} unused: {why}" for why, number in self.unused.most_common())

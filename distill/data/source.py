@@ -81,6 +81,7 @@ class ClipSource:
 
     left_out: metrics that are undefined here, and why; digests: of what the clips are read from, for fingerprints
     facts: what is worth knowing of the clips, as plain data; description: the clips in words, for a model card
+    notes: what a reader of the report has to know of them, a sentence each
     num_train: training clips that are used; num_clips: those that there are, None where any number can be made
     """
 
@@ -88,6 +89,7 @@ class ClipSource:
     digests: Mapping[str, str] = {}
     facts: Mapping[str, Any] = {}
     description: str = "clips of a data source of one's own"
+    notes: Sequence[str] = ()
     num_clips: int | None = None
 
     def __init__(self, config: Any):

@@ -4,7 +4,8 @@
 
 and the fake score learns to denoise rollouts. Differences to the published recipes: the normaliser and every loss leave out the
 given reference frame, the gradient is fp32 throughout, the fake score trains before the student's first step, and guidance scales
-are effective ones (teachers.guidance.Guidance). What else `Config` offers, and where it differs:
+are effective ones (teachers.guidance.Guidance); docs/parity.md has every difference to published code with its size. What else
+`Config` offers, and where it differs:
 
 gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
                     score's features; its own loss does not train the fake score, theirs does.

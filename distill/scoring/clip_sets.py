@@ -34,6 +34,7 @@ from distill.data.prepare import shards
 from distill.data.prepare.framing import crop_box
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
 from teachers.media.container import opened, upright, video_stream
@@ -191,7 +192,7 @@ def _seams(entry: Entry, fps: Fraction) -> tuple[int, ...]:
     """The first frames of chunks but the first, which metadata `chunks` say ("3 15 27"), as shown at `fps`."""
     facts = facts_of(entry.path)
     try:
-        return tuple(math.ceil(int(word) * fps / Fraction(facts["fps"])) for word in facts.get("chunks", "").split())
+        return tuple(math.ceil(int(word) * fps / fraction(facts["fps"])) for word in facts.get("chunks", "").split())
     except (ValueError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"chunks must be frame numbers: {entry.path.name} ({error})") from error
 
@@ -267,7 +268,7 @@ def _tensors(path: Path) -> tuple[Tensor, Fraction, Tensor | None]:
             _check_length(*(shape[1:] if len(shape) == 4 else (0, 0, 0)))
             found: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             facts = file.metadata() or {}
-        video, fps = found["video"], Fraction(facts["fps"])
+        video, fps = found["video"], fraction(facts["fps"])
     except UserError:
         raise
     except (OSError, SafetensorError, KeyError, ValueError, ZeroDivisionError) as error:

@@ -158,7 +158,7 @@ def _head(report: Mapping) -> dict[str, Any]:
     readiness = (report.get("health") or {}).get("readiness")
     return {
         "title": f"Distillation report: {report.get('recipe', 'run')}",
-        "lines": lines + ([f"After init: {readiness}."] if readiness else []),
+        "lines": [*lines, *report.get("notes", []), *([f"After init: {readiness}."] if readiness else [])],
     }
 
 

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from students.spec import Spec
+from students.spec import Spec, check_sizes
 from students.student import Student
-from students.weights.adapter import WEIGHTS, Adapter, Base, fill, load_over_base, write_adapter
+from students.weights.adapter import HINT, WEIGHTS, Adapter, Base, fill, load_over_base, write_adapter
 from students.weights.coverage import FILE, Coverage, load_coverage
-from teachers.checkpoints.weights import read_json
+from teachers.checkpoints.strict import misfits, refuse, shapes_of
+from teachers.checkpoints.weights import read_json, shapes
 from teachers.config import convert, to_plain
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
@@ -129,6 +130,9 @@ def load_student(folder: Path) -> Bundle:
     spec = convert(Spec, values, locate=lambda _: str(folder / "spec.json"))
     if spec.format != 1:
         raise UserError(f"student format {spec.format}: {folder}; this version reads format 1")
+    check_sizes(spec)
+    if base is None and (folder / "model.safetensors").is_file():
+        _check_fits(spec, folder / "model.safetensors")
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
     _check_sampler(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
@@ -139,6 +143,15 @@ def load_student(folder: Path) -> Bundle:
     codec = spec.codec.load(folder, spec.height, spec.width)
     text, audio_encoder = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
     return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text, load_coverage(folder / FILE))
+
+
+def _check_fits(spec: Spec, weights: Path) -> None:
+    """UserError where the network of the spec is not that of the weights, before any memory is taken for it."""
+    given = shapes(weights)
+    check_sizes(spec.network, "network.", len(given))
+    with torch.device("meta"):
+        wanted = shapes_of(make_student(spec).net.state_dict())
+    refuse(misfits(given, wanted), weights, HINT)
 
 
 def _header(spec: Spec) -> dict[str, str]:

@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse_other_kind(path)
         raise UserError(f"damaged file: {path} ({error}); copy it again") from error
     if not isinstance(values, dict):
@@ -131,8 +131,10 @@ def _indexed(index: Path) -> list[Path]:
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-    total = found[0].name.rpartition("-of-")[2]
-    files = [folder / f"{stem}-{i + 1:05d}-of-{total}" for i in range(int(total.partition(".")[0]))]
+    total = re.fullmatch(r".+-\d{5}-of-(\d{5})\.safetensors", found[0].name)
+    if total is None:
+        raise UserError(f"no shard of weights: {found[0]}; their names end in -00001-of-00002.safetensors")
+    files = [folder / f"{stem}-{i + 1:05d}-of-{total[1]}.safetensors" for i in range(int(total[1]))]
     _all_there(files, f"the number of shards in {found[0].name}")
     return files
 
@@ -172,6 +174,12 @@ def read_safetensors(path: Path) -> dict[str, Lazy]:
     return tensors
 
 
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a safetensors file; nothing else is read."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, it is no mapping
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """The text that a safetensors file carries beside its tensors."""
     with _opened(path) as file:
@@ -207,6 +215,7 @@ def load_archive(path: Path) -> Any:
             f"damaged weights: {path} is no whole archive of torch.save; copy the file again, or, if it is an old or a bare "
             "pickle, which is never read, ask its author for safetensors"
         )
+    _refuse_bomb(path)
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -218,6 +227,21 @@ def load_archive(path: Path) -> Any:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"damaged weights: {path} cannot be read ({reason}); copy the file again") from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """UserError for an archive that holds more than its size: torch.save compresses nothing, and lays no part over another."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # for torch to name
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed or sum(part.file_size for part in parts) > path.stat().st_size:
+        raise UserError(
+            f"refused weights: {path} is a zip that unpacks to more than itself ({listed(packed, 1) or 'its parts overlap'}), "
+            "which torch.save never writes; ask its author for safetensors"
+        )
 
 
 def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
@@ -241,6 +265,10 @@ def _collect(
     """Put what `content`, which is at `keys` of the archive, holds among the entries and others."""
     for key, value in content.items():
         inner = (*keys, key)
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(
+                f"refused weights: {archive.path}: {key} is {list(value.shape)} out of fewer numbers; get safetensors"
+            )
         if isinstance(value, Tensor) and value.is_floating_point():
             own = entries.setdefault(".".join(keys), {})
             own[str(key)] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, inner))

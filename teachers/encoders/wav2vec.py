@@ -32,7 +32,7 @@ class Wav2VecConfig:
     The default look-back is the receptive field of wav2vec2's positional convolution.
 
     With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
-    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk; the causal student on the windows.
+    `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk's training; the causal student on the windows.
     """
 
     path: Path | None = None
@@ -141,7 +141,8 @@ class Wav2Vec(nn.Module):
 
         The sound is normalised over the clip, then truncated or padded with silence to its length, never stretched; every row
         depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
-        reference frame in OmniAvatar's inference, 0 in LiveTalk's. `conditions.pack_rows` then puts row 0 in front three times.
+        reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
+        times.
         """
         length = (num_frames - prefix) * self.samples_per_frame
         waves = self._level(self._waves(audio))[:, :length]

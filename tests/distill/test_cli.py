@@ -1,6 +1,7 @@
 """The command line: what is misspelt is guessed, and only what continues says so."""
 
 import re
+from fractions import Fraction
 
 import pytest
 
@@ -44,3 +45,18 @@ def test_only_what_continues_says_so(words, resumes, monkeypatch, capsys):
     monkeypatch.setattr(cli, "parse", parse)
     assert cli.main(words) == cli.INTERRUPTED
     assert ("the same command continues" in capsys.readouterr().err) == resumes
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--for", "livetalk"], (Fraction(16), (512, 512))),
+        (["--for", "dmd_avatar", "--fps", "25"], (Fraction(25), (32, 32))),
+        ([], (None, None)),
+    ],
+)
+def test_data_are_prepared_for_a_recipe(words, found, monkeypatch):
+    got = []
+    monkeypatch.setattr("distill.data.prepare.prepare.run", lambda args: got.append((args.fps, args.size)) or 0)
+    assert cli.main(["data", "prepare", "folder", "--videos", "v", "--out", "o", *words]) == 0
+    assert got == [found]

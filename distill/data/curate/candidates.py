@@ -16,6 +16,7 @@ from distill.data.curate.scores import VERSION
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.prepare import shards
 from distill.data.prepare.framing import FaceWatch, crop_box, find_face
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.media.container import upright
@@ -153,7 +154,7 @@ def opened(candidate: Candidate) -> Content:
     scale = tuple(Fraction(side, cut) for side, cut in zip(metadata["size"][::-1], metadata["crop"][2:], strict=True))
     sound = shards.sound_of(members["flac"]).numpy() if "flac" in members else None
     frames = (frame.to_ndarray(format="rgb24") for frame in shards.frames_of(members["mp4"]))
-    return Content(frames, Fraction(metadata["fps"]), sound, (scale[0], scale[1]), lambda: metadata.get("face_cut"))
+    return Content(frames, fraction(metadata["fps"]), sound, (scale[0], scale[1]), lambda: metadata.get("face_cut"))
 
 
 def _from_video(clip: Clip, path: Path, framing: Framing) -> Content:

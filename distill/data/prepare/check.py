@@ -23,6 +23,7 @@ from distill.data.datasets.manifest import Manifest
 from distill.data.prepare import page, shards
 from distill.data.prepare.framing import CUT
 from distill.data.prepare.workers import add_workers, shared_out
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import atomic_write
 from teachers.media.sound import SAMPLE_RATE
@@ -151,7 +152,7 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, thumbnails: boo
             checked.problems.extend(f"{path.name}: {key}: {problem}" for problem in problems)
             if metadata and not problems:
                 sample = {name: metadata.get(name) for name in METADATA}
-                sample["seconds"] = float(metadata["frames"] / Fraction(metadata["fps"]))
+                sample["seconds"] = float(metadata["frames"] / fraction(metadata["fps"]))
                 if decode and thumbnails:
                     middle = next(islice(shards.frames_of(members["mp4"]), metadata["frames"] // 2, None))
                     sample["thumbnail"] = page.thumbnail(torch.from_numpy(middle.to_ndarray(format="rgb24")))
@@ -166,7 +167,7 @@ def check_sample(members: dict[str, bytes], decode: bool = True) -> tuple[list[s
     """What is wrong with a sample (extension -> content), and its metadata where they can be read."""
     try:
         metadata = json.loads(members["json"])
-        fps, (height, width) = Fraction(metadata["fps"]), metadata["size"]
+        fps, (height, width) = fraction(metadata["fps"]), metadata["size"]
         num_frames, num_samples = metadata["frames"], metadata["samples"]
         has_sound = metadata["sample_rate"] is not None
         if fps <= 0 or not isinstance(metadata["id"], str):

@@ -32,6 +32,7 @@ from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
+from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
 from teachers.media import face
@@ -85,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--videos", type=Path, required=True, metavar="DIR", help="source videos")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument(
-        "--fps", type=_fraction, default=Fraction(16), help="frames a second, e.g. 25 or 30000/1001 (16)"
+        "--fps", type=_fraction, help="frames a second, e.g. 25 or 30000/1001 (default: that of --for, or 16)"
     )
-    parser.add_argument("--size", type=size_of, metavar="HxW", help="of the frames (default: those of the crop)")
+    parser.add_argument(
+        "--size", type=size_of, metavar="HxW", help="of the frames (default: that of --for, or of the crop)"
+    )
     parser.add_argument(
         "--crop",
         choices=CROPS,
@@ -116,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
     if args.shard_clips < 1:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
-    config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
+    options = {option.name: getattr(args, option.name) for option in fields(CutConfig)}
+    config = CutConfig(**{name: value for name, value in options.items() if value is not None or name != "fps"})
     manifest = _read(args)
     if not manifest.clips and not manifest.refused:
         raise UserError(f"no clips: {args.videos} has no videos; put mp4, mov, mkv or webm files there")
@@ -362,6 +366,6 @@ def _most_common(refused: Sequence[Refused]) -> str:
 
 def _fraction(text: str) -> Fraction:
     try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError) as error:
+        return fraction(text)
+    except ValueError as error:
         raise argparse.ArgumentTypeError(f"not a number of frames a second: {text}") from error

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.data.procedural import duplex, speech
 from distill.data.procedural.speech import Speech
 from distill.data.source import Clips
+from teachers.config import fraction
 from teachers.errors import UserError
 
 PIXELS_AT_ONCE = 64 * 15 * 32 * 32
@@ -53,6 +54,14 @@ class WorldConfig:
     shard_clips: int = 256
     speakers: int = 1
     steered: bool = False
+
+    def __post_init__(self):
+        try:
+            rate = fraction(self.fps)
+        except ValueError as error:
+            raise UserError(f"data.world.fps: {error}; use 25/2, 16, 20 or 25") from error
+        if not 0 < rate <= 1000:
+            raise UserError(f"data.world.fps: got {self.fps}; use 25/2, 16, 20 or 25")
 
     @property
     def pose_dim(self) -> int:

@@ -277,6 +277,7 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, card: Card, refus
         "columns": {name: column.plain() for name, column in card.columns.items()},
         "protocol": card.plain(),
         **({"left_out": left_out} if left_out else {}),
+        **({"notes": list(artifacts.source.notes)} if artifacts.source.notes else {}),
     }
 
 

@@ -307,13 +307,27 @@ def test_an_official_split_stands(data, tmp_path):
     assert source.facts["unused_samples"] == {"it is in the split validation": 2}
 
 
-def test_somebody_is_held_out_even_of_few_and_one_person_is_not_enough(data, tmp_path):
+def test_somebody_is_held_out_even_of_few_and_of_one_person_the_last_pieces(data, tmp_path):
     two = with_manifest(data, tmp_path / "two", lambda n, clip: replace(clip, identity=f"p{n % 2}"))
     source = opened(two, held_out=1e-9)
     assert len(source.test) == len(source.training) == 21
     one = with_manifest(data, tmp_path / "one", lambda _, clip: replace(clip, identity="p"))
-    with pytest.raises(UserError, match=r"no person is held out: .* has 1 people"):
-        opened(one, held_out=1e-9)
+    source = opened(one, held_out=1e-9)
+    assert (len(source.training), len(source.test)) == (42 - 16 - 1, 16)
+    starts = {clip.id: (clip.source, clip.start) for clip in source.clips}
+    ends = [(*starts[sample.id], first) for windows in (source.training, source.test) for sample, first in windows.rows]
+    assert ends == sorted(ends)
+    assert len(set(ends)) == len(ends)
+    for name in ("somebody", "q", "r"):  # whichever side a hash puts them on
+        alone = with_manifest(data, tmp_path / name, lambda _, clip, name=name: replace(clip, identity=name))
+        assert len(opened(alone, held_out=0.5).test) == 21
+    (note,) = source.notes
+    assert note.startswith("All clips are of one person: the last 16 of 42 in time are held out")
+    few = with_manifest(
+        data, tmp_path / "few", lambda n, clip: replace(clip, identity="pq"[n > 7], split="other" * (n > 7))
+    )
+    with pytest.raises(UserError, match=r"the train videos have 11 clips of 15 frames [^\n]*, 16 are needed"):
+        opened(few)
 
 
 def test_clips_without_sound_are_counted_not_used(films, tmp_path):

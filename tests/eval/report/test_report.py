@@ -98,7 +98,14 @@ def test_report_is_one_page_and_one_document(tmp_path):
     sample.parent.mkdir()
     sample.write_bytes(b"not a real film")
     sheets = {"teacher": clips(2), "student": clips(2)}
-    path = write_report(small_report(), CURVES, sheets, {"student & sound": sample}, tmp_path, ["a <b>nod</b>"])
+    path = write_report(
+        small_report() | {"notes": ["One person."]},
+        CURVES,
+        sheets,
+        {"student & sound": sample},
+        tmp_path,
+        ["a <b>nod</b>"],
+    )
     text, page = read_page(path)
     assert "embedded extractors; not comparable with published FID" in text
     assert all(source.startswith("data:") for source in page.sources)
@@ -108,6 +115,7 @@ def test_report_is_one_page_and_one_document(tmp_path):
     assert "tiny &lt;recipe&gt;" in text
     assert "a &lt;b&gt;nod&lt;/b&gt;" in text
     assert "1 of 2 targets are met" in text
+    assert '<p class="lead">One person.</p>' in text
     assert ["FID", "admitted", "real 1.00, decoded 2.00"] in page.rows
     assert not re.search(r"<[a-z ]+ at 0x|built-in method|undefined", text)
     document = json.loads((tmp_path / "report.json").read_text())
