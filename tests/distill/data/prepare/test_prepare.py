@@ -1,6 +1,7 @@
 import argparse
 import errno
 import fcntl
+import gc
 import io
 import json
 import multiprocessing
@@ -157,6 +158,7 @@ def killed(monkeypatch, moment: int, *arguments) -> None:
 
 
 def in_a_fork(function, *arguments) -> int:
+    gc.collect()  # codecs of other tests, whose threads the fork would not have and wait for
     process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
     process.start()
     process.join()
