@@ -22,12 +22,12 @@ import torch
 from torch.nn import functional as F
 
 from distill.data.curate import scores
-from teachers.media.crop import Box
 from distill.data.datasets.folder import Videos
 from distill.data.procedural import render
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.media.container import upright
+from teachers.media.crop import Box
 from teachers.media.film import read_frames
 from teachers.media.sound import SAMPLE_RATE, read_sound
 
