@@ -4,8 +4,6 @@ import ctypes
 import gc
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from fractions import Fraction
@@ -54,6 +52,7 @@ from teachers.files import load_tensors
 from teachers.guidance import Guidance
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig
+from tests.support import processes
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
 
 BIG = NetworkConfig(num_layers=40, num_heads=40, head_dim=128, ffn_dim=13824)
@@ -155,30 +154,18 @@ def measure(name: str) -> int:
     return status("VmHWM") - before
 
 
-def main() -> None:
-    """Print the measured bytes of every case."""
-    torch.set_num_threads(1)
+def measure_all() -> dict[str, int]:
+    """The measured bytes of every case."""
     small = Real(a_job(make_spec(), batch=1), True)
     for role in ("fake_score", "student"):
         small.update(role)  # code, threads and kernels are loaded now
     del small
-    print(json.dumps({name: measure(name) for name in CASES}))
+    return {name: measure(name) for name in CASES}
 
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, int]:
-    """Of a fresh process whose allocator hands back what is freed, so that resident memory is live memory."""
-    environ = os.environ | {
-        "MALLOC_MMAP_THRESHOLD_": "32768",
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_TRIM_THRESHOLD_": "0",
-        "PYTHONPATH": str(RECIPES.parent),
-    }
-    out = subprocess.run(
-        [sys.executable, __file__], env=environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert out.returncode == 0, out.stderr
-    return json.loads(out.stdout)
+    return processes.call(measure_all)
 
 
 needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -679,7 +666,3 @@ def test_the_table_of_livetalk(capsys):
     assert one["teacher weights"] == 2 * plan.parameters["teacher"] == 64 * many["teacher weights"]
     saved = 2 * plan.parameters["teacher"] + 28 * plan.parameters["student"]  # two times 12 bytes, an average of 4
     assert one["peak"] - many["peak"] == pytest.approx(63 / 64 * saved, rel=0.05)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +31,7 @@ from teachers.config import convert
 from teachers.errors import UserError
 from teachers.files import save_tensors
 from teachers.networks.kind import AvatarTeacher
+from tests.support.processes import run_ranks
 from tests.support.tiny import (
     CHANNELS,
     Ranks,
@@ -366,25 +365,21 @@ def test_bf16_backbone_fp32_adapters(tmp_path):
     assert {x.dtype for x in trainer.ema.shadow.values()} == {torch.float32}
 
 
-def ranks_of_two(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def worker(folder: Path) -> None:
+    """One of two ranks."""
     engine = Engine(EngineConfig(kind="ddp", precision="fp32"))
     done = run(folder / "two", engine=engine, num_steps=1)
     same = all(torch.equal(done.before[name], p) for name, p in done.backbone.named_parameters())
-    save_tensors(folder / f"rank{rank}.safetensors", {**everything(done.trainer), "backbone": torch.tensor(same)})
+    save_tensors(
+        folder / f"rank{engine.rank}.safetensors", {**everything(done.trainer), "backbone": torch.tensor(same)}
+    )
     engine.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks of one GPU are no group")
 def test_two_ranks_keep_one_adapter(tmp_path):
     from safetensors.torch import load_file
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks_of_two, (tmp_path, port), nprocs=2)  # a fork would keep this process's group
+    run_ranks(__file__, tmp_path, 2)
     one, two = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert bool(one["backbone"])
     assert bool(two["backbone"])

@@ -17,8 +17,8 @@ from teachers.conditions import pack_rows
 from teachers.encoders.wav2vec import UNUSED, Wav2Vec, Wav2VecConfig
 from teachers.errors import UserError
 from teachers.networks.wan_block import AudioPack
-from tests.support import reference_audio as reference
 from tests.support.tiny import randn, randomise, rng, some_sound
+from tests.teachers.encoders import reference_audio as reference
 
 N, HEADS, LAYERS, WIDTH = 640, 4, 3, 32
 SMALL = {

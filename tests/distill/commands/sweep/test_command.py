@@ -31,6 +31,7 @@ from distill.recipe import load_recipe
 from distill.training.engine import Engine
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from tests.support import processes
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
 JOB = f"""\
@@ -369,7 +370,8 @@ def test_launchers_hand_m_on():
 
 
 def test_two_real_jobs_share_what_is_equal(tmp_path, monkeypatch):
-    """Two runs and their reports; data, extractors and teacher are made once."""
+    """Two runs, each a process, and their reports; data, extractors and teacher are made once."""
+    monkeypatch.setattr(command, "_start", lambda words, output: processes.Forked(words[3:], output))
     (tmp_path / "small.yaml").write_text(SMALL)
     folder = tmp_path / "runs"
     given = ["-m", f"sweep={tmp_path / 'small.yaml'}", f"sweep_dir={folder}"]
