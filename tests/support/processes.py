@@ -1,6 +1,7 @@
 """The command line, ranks of a group and functions in processes that are forked from one with all imports done."""
 
 import ctypes
+import gc
 import importlib
 import multiprocessing
 import os
@@ -93,16 +94,22 @@ def kill(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
 
 
-def _call(sender: Any, function: Callable, arguments: tuple) -> None:
+def _own() -> None:
+    """A process of its own: a group to kill, one thread, no garbage collector that visits what was imported before."""
     os.setsid()
+    gc.freeze()
+    torch.set_num_threads(1)
+
+
+def _call(sender: Any, function: Callable, arguments: tuple) -> None:
+    _own()
     for option, value in ((-1, 0), (-3, 32 << 10), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
         ctypes.CDLL(None).mallopt(option, value)
-    torch.set_num_threads(1)
     sender.send(function(*arguments))
 
 
 def _main(words: list[str], log: str) -> None:
-    os.setsid()
+    _own()
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(errors, 2)
@@ -143,12 +150,11 @@ def run_ranks(script: str, folder: Path, count: int, timeout: float = 400.0) -> 
 
 
 def _rank(module: str, folder: Path, environ: dict[str, str], log: Path) -> None:
-    os.setsid()
+    _own()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ |= environ
-    torch.set_num_threads(1)
     try:
         importlib.import_module(module).worker(folder)
     except BaseException:
