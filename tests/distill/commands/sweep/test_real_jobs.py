@@ -18,7 +18,6 @@ from distill.training.engine import Engine
 from tests.distill.commands.sweep.test_command import RECIPE
 from tests.support import processes
 
-
 SMALL = """\
 overrides: [preset=smoke, threads=1, data.text_steps=1, teacher.train.num_steps=1, trajectories.num_pairs=4,
   trajectories.num_steps=3, init.train.num_steps=1, distill.train.num_steps=1, distill.method.fake_updates=1,
