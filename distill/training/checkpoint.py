@@ -43,7 +43,7 @@ def save(
     UserError on every rank, and the older checkpoints untouched, when rank 0 cannot write.
     """
     target = folder / (f"checkpoint-{step:08d}" + (f"-{part:02d}" if part else ""))
-    if target.is_dir():
+    if any_rank(engine, engine.is_main and target.is_dir()):  # a late rank may see what rank 0 is writing now
         return
     on_main(engine, target, lambda: _write(target, {**metadata, "step": step}, tensors), tensors)
     if engine.is_main:
