@@ -114,8 +114,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from distill.commands.sweep import command
 
         return command.run(arguments.recipe, arguments.overrides)
-    from distill.pipeline.stages import run
     from distill.recipe import load_recipe
 
-    run(load_recipe(arguments.recipe, arguments.overrides))
+    recipe = load_recipe(arguments.recipe, arguments.overrides)  # first: a mistake in it is told at once
+    from distill.pipeline.stages import run
+
+    run(recipe)
     return 0

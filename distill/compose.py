@@ -143,6 +143,11 @@ def _first_lines(error: Exception) -> str:
     return " ".join(text.split())[:300].rstrip(".;: ")
 
 
+def _read(file: Path) -> Any:
+    """A YAML file by libyaml, where PyYAML was built with it."""
+    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
 def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any]) -> Locate:
     """Key -> "command line", the group file or the recipe that says it; the recipe where nobody does."""
     files = [("", path)]
@@ -155,21 +160,25 @@ def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any])
                 files.append(("" if "@package _global_" in text else package or name.replace("/", "."), file))
                 break
 
+    contents: dict[Path, Any] = {}
+
     def locate(key: str) -> str:
         spoken = [override.key_or_group for override in overrides]
         if key and any(word == key or key.startswith(f"{word}.") for word in spoken):
             return "command line"
         for prefix, file in reversed(files):
-            if key and _holds(file, key[len(prefix) :].strip(".") if key.startswith(prefix) else None):
-                return str(file)
+            if key.startswith(prefix) and (below := key[len(prefix) :].strip(".")):
+                if file not in contents:
+                    contents[file] = _read(file)
+                if _holds(contents[file], below):
+                    return str(file)
         return str(path)
 
     return locate
 
 
-def _holds(file: Path, key: str | None) -> bool:
-    node = yaml.safe_load(file.read_text(encoding="utf-8")) if key else None
-    for part in re.split(r"\.|\[", key or ""):
+def _holds(node: Any, key: str) -> bool:
+    for part in re.split(r"\.|\[", key):
         if not isinstance(node, dict) or not {part, f"{part}?"} & node.keys():
             return False
         node = node.get(part, node.get(f"{part}?"))

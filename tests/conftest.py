@@ -1,5 +1,6 @@
 """One thread for every test and its children: two spinning OpenMP pools on a busy machine are ten times slower."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,13 +20,15 @@ LONG = (
     "distill/training/test_engines.py",
     "e2e/test_real_recipes.py",
     "distill/planning/test_outlook.py",
-    "distill/planning/test_estimate.py",
+    "distill/planning/test_measured.py",
     "e2e/test_real_size.py",
-    "distill/commands/sweep/test_command.py",
+    "students/serving/test_on_gpu.py",
+    "distill/commands/sweep/test_real_jobs.py",
     "docs/test_docs.py",
     "distill/data/test_recorded.py",
     "distill/training/test_hsdp.py",
     "students/serving/test_optimize.py",
+    "students/serving/test_endurance.py",
 )
 torch.set_num_threads(1)
 
@@ -46,6 +49,11 @@ def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(LONG)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: order.get(item.path.relative_to(folder).as_posix(), len(LONG)))
+
+
+def pytest_collection_finish():
+    """What the imports have made stays: a full collection need not visit it (DeepSpeed asks for many)."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,7 @@ def save(
     UserError on every rank, and the older checkpoints untouched, when rank 0 cannot write.
     """
     target = folder / (f"checkpoint-{step:08d}" + (f"-{part:02d}" if part else ""))
-    if target.is_dir():
+    if any_rank(engine, engine.is_main and target.is_dir()):  # a late rank may see what rank 0 is writing now
         return
     on_main(engine, target, lambda: _write(target, {**metadata, "step": step}, tensors), tensors)
     if engine.is_main:
@@ -85,6 +85,7 @@ def _write(target: Path, metadata: Mapping[str, Any], tensors: Iterator[tuple[st
         partial.mkdir()
         files: dict[str, int] = {}
         pending: dict[str, Tensor] = {}
+        held = 0
 
         def close() -> None:
             name = f"tensors-{len(files):05d}.safetensors"
@@ -94,8 +95,10 @@ def _write(target: Path, metadata: Mapping[str, Any], tensors: Iterator[tuple[st
 
         for key, tensor in tensors:
             pending[key] = tensor.detach().to("cpu", copy=True)
-            if sum(x.numel() * x.element_size() for x in pending.values()) >= FILE_BYTES:
+            held += pending[key].nbytes
+            if held >= FILE_BYTES:
                 close()
+                held = 0
         if pending:
             close()
         atomic_write(

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from teachers.errors import UserError
+from teachers.files import save_tensors
 
 SAMPLE_RATE = 16_000
 
@@ -195,5 +196,15 @@ class TextEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """The usual Hugging Face layout."""
-        self.model.save_pretrained(folder)
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """config.json and model.safetensors of a transformers model in `folder`, for `from_pretrained`; tied weights once.
+
+    `save_pretrained` writes the same files, but imports DeepSpeed first.
+    """
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    save_tensors(folder / "model.safetensors", dict(model.named_parameters()), {"format": "pt"})

@@ -13,7 +13,7 @@ from torch import Tensor
 from teachers.checkpoints.local_model import load_pretrained, model_files, require
 from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
 from teachers.checkpoints.weights import read_tensors
-from teachers.encoders.small import TextEncoder
+from teachers.encoders.small import TextEncoder, save_model
 from teachers.errors import UserError
 
 DIFFUSERS = "text_encoder/ and tokenizer/ of Wan-AI/Wan2.1-T2V-1.3B-Diffusers from the Hugging Face hub"
@@ -82,7 +82,7 @@ class UMT5Config:
         pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -3.0)]
         pieces += [(f"▁{word}", -1.0) for word in TINY_WORDS]
         shape = Shape(vocab_size=len(pieces), d_model=self.dim, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        UMT5EncoderModel(shape).save_pretrained(folder / "text_encoder")
+        save_model(UMT5EncoderModel(shape), folder / "text_encoder")
         T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
 
 
@@ -99,7 +99,7 @@ class UMT5(TextEncoder):
 
     def save(self, folder: Path) -> None:
         """Wan's diffusers layout: text_encoder/ and tokenizer/."""
-        self.model.save_pretrained(folder / "text_encoder")
+        save_model(self.model, folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
     @classmethod

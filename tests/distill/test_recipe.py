@@ -239,11 +239,11 @@ def test_a_preset_sets_only_what_a_recipe_has():
     plain, midas, codec = (load_recipe(RECIPES / f"{name}.yaml", ["preset=smoke"]) for name in SMOKE)
     assert plain.ar_teacher is None
     assert midas.ar_teacher is not None
-    assert midas.ar_teacher.train.num_steps == 20
-    assert codec.data.codec.fit.steps == (12, 4, 4)
+    assert midas.ar_teacher.train.num_steps == 4
+    assert codec.data.codec.fit.steps == (6, 2, 2)
     own = load_recipe(RECIPES / "midas_avatar.yaml", ["ar_teacher.train.num_steps=3", "preset=smoke"])
     assert own.ar_teacher is not None
-    assert (own.ar_teacher.train.num_steps, own.ar_teacher.train.log_every) == (3, 5)
+    assert (own.ar_teacher.train.num_steps, own.ar_teacher.train.log_every) == (3, 2)
     with pytest.raises(UserError, match=r"unknown key 'data\.codec\.fit'"):
         load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", "data.codec.fit.steps=[1, 1, 1]"])
 

@@ -33,7 +33,7 @@ SMOKE = (
     "trajectories.num_pairs=8",
     "eval.num_seeds=1",
     "eval.probe_steps=4",
-    "eval.latency_runs=1",
+    "eval.num_samples=4",
 )
 SHORTER = {"bench": ["--chunks", "2", "--rounds", "1"]}
 """Appended to a command that runs, so that it does so at smoke size; argparse takes what comes last."""

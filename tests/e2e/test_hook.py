@@ -25,13 +25,8 @@ from pathlib import Path
 def main(argv):
     rank = os.environ.get("RANK", "0")
     Path(os.environ["SEEN"], rank).write_text("\\n".join([*argv, *sys.path]))
-    if "engine=1" in argv:
-        import distill
-        distill.__path__.append(os.environ["HOUSE"])
-        from distill.training.engine import Engine, EngineConfig
-        engine = Engine(EngineConfig(precision="fp32"))
-        Path(os.environ["SEEN"], "world" + rank).write_text(str(engine.world_size))
-        engine.close()
+    group = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    Path(os.environ["SEEN"], "group" + rank).write_text("\\n".join(os.environ.get(name, "") for name in group))
     if "fail=1" in argv:
         print("distill: one line", file=sys.stderr)
         return 2
@@ -51,7 +46,6 @@ def place(tmp_path, monkeypatch):
     hook = Path(distill.__file__).parent / "hook"  # this tree's, in place of an older one that is installed
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "lib"), str(hook)]))
     monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
-    monkeypatch.setenv("HOUSE", str(Path(distill.__file__).parent))
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
@@ -135,11 +129,16 @@ def test_the_module_of_an_interpreters_command_line(words, module, monkeypatch):
 
 
 def test_torchrun_runs_a_recipe_in_every_process_of_one_group(place):
-    done = start(place, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "own.yaml", "engine=1")
+    """What Engine makes its group of; that it does is shown by tests/distill/training/test_engine.py."""
+    done = start(place, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "own.yaml", "seed=1")
     assert done.returncode == 0, done.stderr
+    groups = []
     for rank in (0, 1):
-        assert seen(place, rank)[:3] == ["run", "own.yaml", "engine=1"]
-        assert (place / "seen" / f"world{rank}").read_text() == "2"
+        assert seen(place, rank)[:3] == ["run", "own.yaml", "seed=1"]
+        *world, local, address, port = (place / "seen" / f"group{rank}").read_text().splitlines()
+        assert (world, local) == (["2", "2"], str(rank))
+        groups.append((address, int(port)))
+    assert groups[0] == groups[1]
 
 
 @pytest.mark.parametrize("name", ["foreign.yaml", "missing.yaml", "plain.py", "folder.yaml"])

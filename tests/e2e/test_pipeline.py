@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 import time
 import wave
 from pathlib import Path
@@ -20,6 +18,7 @@ from students.weights.checkpoint import load_student
 from teachers import media
 from teachers.files import load_tensors
 from tests.support import processes
+from tests.support.processes import run_ranks
 
 RECIPE = RECIPES / "dmd_avatar.yaml"
 SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
@@ -28,10 +27,6 @@ STAGES = ("data", "extractors", "teacher", "trajectories", "init", "distill", "e
 
 def words_of(run_dir: Path, *overrides: str) -> list[str]:
     return ["run", str(RECIPE), "preset=smoke", "threads=1", f"run_dir={run_dir}", *overrides]
-
-
-def command(run_dir: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "distill", *words_of(run_dir, *overrides)]
 
 
 def run(run_dir: Path, *overrides: str) -> processes.Done:
@@ -58,12 +53,14 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def worker(folder: Path) -> None:
+    """One of two ranks, as a launcher starts them (tests/e2e/test_hook.py)."""
+    assert main(words_of(folder / "run")) == 0
+
+
 def test_two_processes_make_one_run(tmp_path):
     """Data parallel over gloo, from the first stage to the report, which says how many processes it was."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", str(RECIPE)]
-    words += ["preset=smoke", "threads=1", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(__file__, tmp_path, 2)
     assert json.loads((tmp_path / "run" / "report.json").read_text())["device"]["processes"] == 2
     assert (tmp_path / "run" / "student" / "spec.json").is_file()
 

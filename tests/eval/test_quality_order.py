@@ -23,8 +23,7 @@ from eval.metrics.motion import sharpness_energies
 from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour
 from eval.metrics.seam import seam_jump
 from eval.networks.syncnet import windows_of
-from tests.support.labels import FRAME_LABELS
-from tests.support.tiny import rng
+from tests.support.tiny import FRAME_LABELS, rng
 
 FRAMES, CHUNK, NUM = 60, 12, 16
 WORLD = render.WorldConfig(resolution=32, fps="25", num_frames=FRAMES)

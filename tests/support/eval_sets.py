@@ -16,8 +16,7 @@ from eval.networks.loaded import Networks
 from students.weights.checkpoint import save_student
 from tests.eval.metrics.test_lip_sync import Code, coded
 from tests.support.films import number_of
-from tests.support.labels import FRAME_LABELS
-from tests.support.tiny import a_bundle, rng, some_sound
+from tests.support.tiny import FRAME_LABELS, a_bundle, rng, some_sound
 
 FPS = Fraction(25, 2)
 FRAMES, SIDE = 15, 16

@@ -114,3 +114,19 @@ def sound_of(flac: bytes) -> np.ndarray:
     """Sound float64 [S] of a FLAC file of 16 bits."""
     with av.open(io.BytesIO(flac)) as container:
         return np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)]) / 32768
+
+
+def put_film(path: Path, width: int = 64, height: int = 48, frames: int = 5, fps: int = 25, turned: int = 0) -> Path:
+    """Write a grey film, for readers that look at names, sizes and lengths; `turned` degrees is the rotation that
+    the file asks a player for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        codec = "libvpx" if path.suffix == ".webm" else "mpeg4"
+        stream = container.add_stream(codec, rate=fps, width=width, height=height, pix_fmt="yuv420p")
+        if turned:
+            stream.set_display_rotation(turned)
+        for _ in range(frames):
+            picture = av.VideoFrame.from_ndarray(np.full((height, width, 3), 128, np.uint8), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path

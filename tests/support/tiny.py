@@ -1,6 +1,7 @@
 """Small builders that the tests share: a 2-layer network with random weights, its spec, conditions and bundle."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -17,7 +18,7 @@ from students.networks.midas_net import MidasConfig
 from students.spec import Spec
 from students.weights.checkpoint import Bundle, make_student
 from teachers.codecs.linear import CodecConfig, EigenCodec
-from teachers.conditions import Conditions
+from teachers.conditions import FEATURES, Conditions, Feature, declare
 from teachers.encoders.small import AudioConfig, TextConfig, TextEncoder
 from teachers.flow import sigma_grid
 from teachers.networks.kind import AvatarTeacher
@@ -178,3 +179,48 @@ class Ranks:
 
     def barrier(self) -> None:
         """One process: nothing to wait for."""
+
+
+FRAME_LABELS = (
+    "mouth_open",
+    "mouth_width",
+    "blink",
+    "gaze",
+    "head_x",
+    "head_y",
+    "tilt",
+    "light",
+    "smile",
+    "frown",
+    "surprised",
+)
+"""Labels of every frame of the embedded world, in the order of the tests' probes."""
+MOOD = (
+    Feature(name="mood", clock="stream", size=(7,)),
+    Feature(name="mood_track", clock="latent", size=(3,)),
+    Feature(name="scenery", clock="grid", size=(2, SIDE, SIDE)),
+    Feature(name="idol", clock="anchor", size=(CHANNELS, 1, SIDE, SIDE)),
+)
+"""Conditions that the package does not know, one on every clock."""
+
+
+@contextmanager
+def declared(*features: Feature) -> Iterator[None]:
+    """The features are in the table inside."""
+    for feature in features:
+        declare(feature)
+    try:
+        yield
+    finally:
+        for feature in features:
+            FEATURES.pop(feature.name, None)
+
+
+def some_mood(batch: int, frames: int, seed: int = 0) -> dict[str, Tensor]:
+    """Random values of `MOOD`."""
+    return {
+        "mood": randn(batch, 7, seed=seed + 31),
+        "mood_track": randn(batch, frames, 3, seed=seed + 32),
+        "scenery": randn(batch, 2, frames, SIDE, SIDE, seed=seed + 33),
+        "idol": randn(batch, CHANNELS, 1, SIDE, SIDE, seed=seed + 34),
+    }

@@ -8,8 +8,7 @@ import torch
 
 from teachers.conditions import FEATURES, Conditions, Feature, blank_features, declare, known, pack_rows
 from teachers.errors import UserError
-from tests.support.features import MOOD, declared, some_mood
-from tests.support.tiny import randn, some_conditions
+from tests.support.tiny import MOOD, declared, randn, some_conditions, some_mood
 
 
 def test_a_dropped_modality_is_zero_and_the_rest_is_untouched():

@@ -1,4 +1,4 @@
-"""The avatar DiT against an independent one, written from the equations (tests/support/reference_wan.py)."""
+"""The avatar DiT against an independent one, written from the equations (tests/teachers/reference_wan.py)."""
 
 import ast
 from dataclasses import replace
@@ -11,8 +11,8 @@ from teachers import flow
 from teachers.conditions import Conditions, pack_rows
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig, build_network, with_reference
-from tests.support.reference_wan import Reference, sinusoids
 from tests.support.tiny import NETWORK, TEXT, randn, randomise
+from tests.teachers.reference_wan import Reference, sinusoids
 
 CHANNELS, STRIDE, AUDIO, F, H, W = 4, 4, 20, 3, 4, 6
 PER_FRAME = torch.tensor([[0.0, 0.55, 1.0], [0.3, 0.72, 0.13]])

@@ -190,7 +190,7 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
         if name in students:
             bundle = artifacts.bundle(students[name].requires_grad_(False))
             alone[name] = in_precision(artifacts, partial(stream_marks, bundle, test))
-            together[name] = median_seconds(partial(clips, many), 1, 5) if batch > 1 else 0.0
+            together[name] = median_seconds(partial(clips, many), 1, min(5, config.latency_runs)) if batch > 1 else 0.0
         elif name != SAME_NOISE:
             alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
             together[name] = median_seconds(partial(clips, many)) if batch > 1 else 0.0

@@ -18,8 +18,7 @@ from teachers.errors import UserError
 from teachers.flow import sigma_grid
 from teachers.guidance import Guidance
 from teachers.networks.kind import AvatarTeacher
-from tests.support.features import MOOD, declared, some_mood
-from tests.support.tiny import Ranks, a_student, make_net, rng, some_conditions, some_latents
+from tests.support.tiny import MOOD, Ranks, a_student, declared, make_net, rng, some_conditions, some_latents, some_mood
 
 WORLD = WorldConfig(num_train=6, shard_clips=4)
 DATA = DataConfig(

@@ -19,7 +19,7 @@ from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import save_tensors
 from tests.distill.training.test_engines import SMALL, STEPS, differences, newest, run
-from tests.support.ranks import run_ranks
+from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student
 
 

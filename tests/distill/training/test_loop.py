@@ -302,6 +302,17 @@ def test_a_checkpoint_being_written_is_not_one(tmp_path):
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000006"]
 
 
+def test_a_rank_that_finds_the_checkpoint_written_already_takes_part_all_the_same(tmp_path):
+    """Rank 0 may be done before a late rank begins; a collective that one rank leaves out would hang the run."""
+    engine, barriers = Ranks(rank=1, world_size=2, is_main=False), []
+    engine.barrier = lambda: barriers.append(1)
+    (tmp_path / "checkpoint-00000001").mkdir()
+    tensors = iter([("a", torch.zeros(1))])
+    checkpoint.save(tmp_path, 1, 0, {}, tensors, engine, 1)
+    assert barriers == [1]
+    assert not list(tensors)
+
+
 def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 40)
     trainer = run(tmp_path)

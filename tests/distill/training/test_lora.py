@@ -1,10 +1,6 @@
 """LoRA roles: one set of frozen weights, the arithmetic of three networks, exports that agree, a plan that knows."""
 
 import copy
-import json
-import os
-import socket
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,35 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.commands import plan as command
-from distill.compose import RECIPES
 from distill.data.order import batch_rows
 from distill.methods import Batch, dmd
-from distill.pipeline.stages import Pipeline
-from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
-from distill.recipe import load_recipe, to_dict
-from distill.training import lora
 from distill.training.config import OptimizerConfig, TrainConfig
 from distill.training.engine import Engine, EngineConfig
 from distill.training.loop import Trainer, train
 from distill.training.lora import LoraRoles, adapt, make_backbone, trained
 from distill.training.metrics_log import MetricsLog
 from students.networks.causal_wan import CausalWan
-from students.weights.adapter import Base, digest, fold, read_adapter
-from students.weights.checkpoint import Bundle, load_student, save_student
-from teachers.config import convert
-from teachers.errors import UserError
 from teachers.files import save_tensors
 from teachers.networks.kind import AvatarTeacher
+from tests.support.processes import run_ranks
 from tests.support.tiny import (
-    CHANNELS,
     Ranks,
-    a_bundle,
     a_train_set,
     make_net,
     make_spec,
     randn,
-    randomise,
     some_conditions,
     some_latents,
 )
@@ -366,25 +350,21 @@ def test_bf16_backbone_fp32_adapters(tmp_path):
     assert {x.dtype for x in trainer.ema.shadow.values()} == {torch.float32}
 
 
-def ranks_of_two(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def worker(folder: Path) -> None:
+    """One of two ranks."""
     engine = Engine(EngineConfig(kind="ddp", precision="fp32"))
     done = run(folder / "two", engine=engine, num_steps=1)
     same = all(torch.equal(done.before[name], p) for name, p in done.backbone.named_parameters())
-    save_tensors(folder / f"rank{rank}.safetensors", {**everything(done.trainer), "backbone": torch.tensor(same)})
+    save_tensors(
+        folder / f"rank{engine.rank}.safetensors", {**everything(done.trainer), "backbone": torch.tensor(same)}
+    )
     engine.close()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks of one GPU are no group")
 def test_two_ranks_keep_one_adapter(tmp_path):
     from safetensors.torch import load_file
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks_of_two, (tmp_path, port), nprocs=2)  # a fork would keep this process's group
+    run_ranks(__file__, tmp_path, 2)
     one, two = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
     assert bool(one["backbone"])
     assert bool(two["backbone"])
@@ -392,270 +372,3 @@ def test_two_ranks_keep_one_adapter(tmp_path):
     alone = everything(run(tmp_path / "one", num_steps=1).trainer)
     apart = [name for name, x in alone.items() if "weight/" in name and not torch.equal(one[name], x)]
     assert apart, "two ranks see other rows than one"
-
-
-# Export -----------------------------------------------------------------------------------------------------------------
-
-
-def a_run(folder: Path) -> tuple[CausalWan, Bundle, LoraRoles]:
-    """A trained student over a base on the disk (as a stage leaves it), its adapter's file, and a bundle of the merged student."""
-    bundle = a_bundle(prediction="velocity", **SMALL)
-    net = randomise(make_net(0), 5).requires_grad_(False)
-    save_tensors(folder / "base.safetensors", net.state_dict())
-    student = CausalWan(stir(adapt(net, CONFIG, 0, "student")), make_spec(**SMALL))
-    save_tensors(folder / "adapter.safetensors", {name: p.detach() for name, p in trained(student.net).items()})
-    merged = copy.deepcopy(net)
-    fold(merged, CONFIG.adapter({name: p.detach() for name, p in trained(student.net).items()}), folder)
-    return student, replace(bundle, student=CausalWan(merged, bundle.spec)), CONFIG
-
-
-def exported(folder: Path) -> tuple[CausalWan, Bundle, Base]:
-    student, bundle, config = a_run(folder)
-    base = Base(path=folder / "base.safetensors", ours=True, digest=digest(folder / "base.safetensors", None))
-    adapter = config.adapter({name: p.detach() for name, p in trained(student.net).items()})
-    save_student(folder / "merged", bundle, "# A card\n")
-    save_student(folder / "adapter", bundle, "# A card\n", (adapter, base))
-    return student, bundle, base
-
-
-def clip_of(student: CausalWan) -> Tensor:
-    given, x = some_conditions(frames=4), some_latents(frames=4)
-    with torch.no_grad():
-        return student.denoise_clip(x, torch.tensor([[0.9, 0.3], [0.2, 0.6]]), given, x)
-
-
-def test_merged_and_adapter_exports_are_the_trained_student(tmp_path):
-    student, _, base = exported(tmp_path)
-    merged, adapter = (load_student(tmp_path / name) for name in ("merged", "adapter"))
-    expected = clip_of(student)
-    ours, theirs = clip_of(merged.student), clip_of(adapter.student)
-    assert torch.equal(ours, theirs)
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-    plain = CausalWan(make_net(0), make_spec(**SMALL))
-    plain.net.load_state_dict(load_base(base))
-    assert (clip_of(plain) - expected).abs().max() > 0.1
-    assert merged.spec == adapter.spec
-    assert merged.fingerprint == adapter.fingerprint
-    assert not any(p.requires_grad for p in adapter.student.parameters())
-    names = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert names == {
-        "README.md",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "codec.safetensors",
-        "spec.json",
-        "text",
-    }
-    assert json.loads((tmp_path / "adapter" / "spec.json").read_text())["base"]["path"] == str(base.path)
-    assert "base" not in json.loads((tmp_path / "merged" / "spec.json").read_text())
-
-
-def load_base(base: Base) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(base.path)
-
-
-def test_peft_itself_reads_the_adapter(tmp_path):
-    from peft import PeftModel
-
-    student, _, base = exported(tmp_path)
-    net = make_net(0)
-    net.load_state_dict(load_base(base))
-    theirs = PeftModel.from_pretrained(net, str(tmp_path / "adapter"))
-    x, sigma, given = randn(2, 2 * CHANNELS + 1, 4, 4, 4), torch.tensor([0.3, 0.8]), some_conditions(frames=4)
-    with torch.no_grad():
-        ours = student.net(x, sigma, given.text, given.audio)[0]
-        assert torch.equal(theirs(x, sigma, given.text, given.audio)[0], ours)
-
-
-def refused(folder: Path, words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
-        load_student(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_an_adapter_without_its_base_is_refused_by_name(tmp_path):
-    exported(tmp_path)
-    folder, base = tmp_path / "adapter", tmp_path / "base.safetensors"
-    tensors, whole = load_base(Base(path=base, digest="")), base.read_bytes()
-    save_tensors(base, tensors | {"proj_out.bias": tensors["proj_out.bias"] + 1e-3})
-    refused(folder, r"base of the adapter .*adapter has changed: .*base\.safetensors holds other weights")
-    base.unlink()
-    refused(
-        folder,
-        r"base of the adapter .*adapter is not at .*base\.safetensors; put it there, or fix base in .*spec\.json",
-    )
-    base.write_bytes(whole)
-    load_student(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"use_dora": True}, r"adapter of another kind: .*adapter_config\.json has use_dora True"),
-        ({"rank_pattern": {"to_q": 2}}, r"has rank_pattern"),
-        ({"r": 4}, r"weights do not fit: .*lora_A\.weight is \[3, 32\] where \[4, 32\] is needed"),
-        ({"target_modules": ["to_q"]}, r"weights do not fit: .*unexpected blocks\.0\."),
-        ({"modules_to_save": None}, r"unexpected audio_cond_projs\.0\.bias"),
-        ({"target_modules": ["to_z"]}, r"lora\.targets: no module is called 'to_z'; did you mean"),
-        ({"r": "many"}, r"damaged adapter"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(tmp_path, change, words):
-    exported(tmp_path)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    refused(tmp_path / "adapter", words)
-
-
-def test_a_damaged_adapter_is_refused(tmp_path):
-    exported(tmp_path)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    refused(tmp_path / "adapter", r"damaged adapter: .*adapter")
-    file.unlink()
-    refused(tmp_path / "adapter", r"no adapter: .* lacks adapter_config\.json or adapter_model\.safetensors")
-
-
-def test_what_a_file_holds_is_what_was_trained(tmp_path):
-    """A round trip through the stage's file and through peft's layout; a missing tensor is named."""
-    student, _, _ = exported(tmp_path)
-    own = trained(student.net)
-    kept = read_adapter(tmp_path / "adapter")
-    assert (kept.rank, kept.alpha) == (3, 1.5)
-    assert set(kept.tensors) == set(own)
-    assert all(torch.equal(kept.tensors[name], p) for name, p in own.items())
-    fresh = adapt(make_net(0), CONFIG, 1, "student")
-    lora.load(fresh, dict(kept.tensors), tmp_path)
-    assert all(torch.equal(p, own[name]) for name, p in trained(fresh).items())
-    few = {name: x for name, x in kept.tensors.items() if not name.startswith("audio_proj.")}
-    with pytest.raises(UserError, match=r"missing audio_proj\.proj\.weight"):
-        lora.load(fresh, few, tmp_path)
-
-
-# Recipe -----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"rank": 0}, "lora: got rank 0"),
-        ({"targets": []}, "lora.targets: names no module"),
-        ({"targets": ["to_w"]}, "lora.targets: no module is called 'to_w'; did you mean"),
-        (
-            {"targets": ["patch_embedding"]},
-            "lora.targets: patch_embedding is a Conv3d, no linear map; put it in lora.full",
-        ),
-        ({"full": ["audio"]}, "lora.full: the network has no module 'audio'; "),
-        ({"full": ["blocks.1"]}, "lora.full: blocks.1.attn1.to_q is in it and one of lora.targets too"),
-        ({"ranks": 3}, "unknown key 'lora.ranks': recipe; did you mean 'rank'"),
-    ],
-)
-def test_lora_of_a_recipe_is_read_strictly(change, words):
-    with pytest.raises(UserError) as error:
-        adapt(a_backbone(), convert(LoraRoles, change, "lora"), 0, "student")
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
-def test_engines_that_shard_weights_are_refused(engine):
-    with pytest.raises(UserError, match=f"^lora: {engine} shards weights, which LoRA roles share; use engine=ddp"):
-        lora.check("fp32", "fp32", engine)
-    lora.check("fp32", "fp32", "zero1")
-
-
-def test_the_backbone_is_held_as_the_engine_computes():
-    with pytest.raises(UserError, match=r"held in precision fp32, engine\.precision is bf16; set both to one value"):
-        lora.check("fp32", "bf16", "ddp")
-
-
-def stage_configs(folder: Path, *overrides: str) -> dict[str, dict]:
-    """The config of every stage of a recipe, which are not run."""
-    found: dict[str, dict] = {}
-    engine = Engine(EngineConfig(kind="ddp", precision="fp32"))
-    try:
-        recipe = load_recipe(
-            RECIPES / "dmd_avatar.yaml", [f"run_dir={folder / str(len(os.listdir(folder)))}", *overrides]
-        )
-        pipeline: Any = Pipeline(recipe, engine)
-        pipeline.artifacts.folder.stage = lambda name, config, inputs, body: found.update({name: config})
-        for name in pipeline.stages:
-            pipeline.stage(name)
-    finally:
-        engine.close()
-    return found
-
-
-def test_lora_is_read_by_the_stages_that_train_adapters_and_its_export_by_export(tmp_path):
-    plain, ours = stage_configs(tmp_path), stage_configs(tmp_path, "lora={rank: 4, alpha: 2}")
-    other = stage_configs(tmp_path, "lora={rank: 4, alpha: 2, export: adapter}")
-    assert plain["export"] == {"name": "dmd_avatar", "lora.export": None}
-    assert [name for name in plain if plain[name] != ours[name]] == ["init", "distill", "export"]
-    wanted = {"lora.rank": 4, "lora.alpha": 2.0, "lora.targets": list(lora.TARGETS), "lora.full": []}
-    assert {name: value for name, value in ours["init"].items() if name.startswith("lora")} == wanted
-    assert [name for name in ours if ours[name] != other[name]] == ["export"]
-    assert to_dict(load_recipe(RECIPES / "dmd_avatar.yaml"))["lora"] is None
-
-
-# Plan -------------------------------------------------------------------------------------------------------------------
-
-
-def one_gpu(*overrides: str):
-    """The recipe at its real width, with one chunk and one exit, which change no weight."""
-    short = ("teacher.path=anywhere", "data.world.num_frames=9", "distill.method.exit_step=last")
-    return load_recipe(RECIPES / "omniavatar_one_gpu.yaml", [*short, *overrides])
-
-
-def by_hand(config: LoraRoles) -> int:
-    """Trained elements of OmniAvatar-1.3B: rank (in + out) of ten matrices a block; 33-channel patches, audio."""
-    width, ffn, layers, hidden = 1536, 8960, 30, 32
-    pack = 4 * 10752 * hidden + hidden + 2 * hidden
-    full = 33 * 4 * width + width + pack + 14 * (hidden * width + width)
-    return config.rank * layers * (8 * 2 * width + 2 * (width + ffn)) + full
-
-
-def test_the_plan_of_the_real_size_knows_adapters_and_one_backbone():
-    recipe = one_gpu()
-    assert recipe.lora is not None
-    assert recipe.lora.alpha / recipe.lora.rank == 0.5
-    plan = make_plan(replace(job_of(recipe), stages={"distill": recipe.distill}, trajectories=None))
-    count = plan.parameters["teacher"]
-    assert set(plan.parameters.values()) == {1_421_187_232}
-    assert plan.lora["student"] == plan.lora["fake_score"] == by_hand(recipe.lora)
-    update = replace(
-        plan.updates[0], points=dict.fromkeys([(), ("checkpointing",), ("checkpointing", "lora")], ((0, 0),))
-    )
-    plan = replace(plan, updates=(update,))
-    parts = rank_bytes(plan, update, "ddp", 1)
-    assert parts["backbone weights"] == 2 * count
-    assert parts["teacher weights"] == 0
-    assert parts["student weights"] == parts["fake_score weights"] == 4 * by_hand(recipe.lora)
-    full = replace(plan, adapted=frozenset(), backbone=frozenset())
-    learned, whole = (
-        found["gradients"] + found["student moments"] + found["fake_score moments"]
-        for found in (parts, rank_bytes(full, update, "ddp", 1))
-    )
-    assert whole == (4 + 8 + 8) * count
-    assert 0.05 * whole < learned <= 0.1 * whole
-    text = command.as_text(plan, "name", [1], ["ddp", "fsdp2"], 80.0)
-    assert "backbone     one set of weights for teacher, student, fake_score" in text
-    assert f"a LoRA of {by_hand(recipe.lora):,}" in text
-    assert "FSDP2   shards weights, which LoRA roles share: use ddp, zero1 or zero2" in text
-    assert suggest_fix(plan, "zero3", 8, 1e15) is None
-
-
-def test_lora_is_named_as_the_switch_that_makes_it_fit():
-    recipe = one_gpu("lora=null", "teacher.network.num_layers=3")
-    plan = make_plan(replace(job_of(recipe), stages={"distill": recipe.distill}, trajectories=None))
-    assert plan.backbone == {"student", "fake_score", "teacher"}
-    update = replace(
-        plan.updates[0], points=dict.fromkeys([(), ("checkpointing",), ("checkpointing", "lora")], ((0, 0),))
-    )
-    plan = replace(plan, updates=(update,))
-    full, switched = (peak_bytes(plan, "ddp", 1, on) for on in ((), ("checkpointing", "lora")))
-    assert switched < 0.3 * full
-    assert suggest_fix(plan, "ddp", 1, 0.5 * full) == ("checkpointing", "lora")
-    assert "fits with checkpointing + lora" in command.as_text(plan, "name", [1], ["ddp"], 0.5 * full / 2**30)

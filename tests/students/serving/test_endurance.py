@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -10,13 +11,23 @@ import pytest
 from students.history import History
 from students.schedule import Schedule
 from students.serving.session import Session
-from tests.support.tiny import MIDAS, a_bundle, a_portrait, some_sound
+from teachers.networks.wan import NetworkConfig
+from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, some_sound
 
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
+ONE_BLOCK = {"network": NetworkConfig(**(NETWORK | {"num_layers": 1}), audio_blocks=(0,), prediction="reference")}
 STUDENTS = {  # and chunks of each: the first is twice as long as its network's table of positions
-    "sequential": (1500, History(sinks=1, window=2), {}),
-    "diagonal": (1000, History(sinks=1, window=1, memory=2, memory_every=2), {"schedule": Schedule(depth=3)}),
-    "midas": (1000, History(sinks=1, window=2), {"network": MIDAS, "chunk_frames": 1}),
+    "sequential": (1500, History(sinks=1, window=2), ONE_BLOCK),
+    "diagonal": (
+        1000,
+        History(sinks=1, window=1, memory=2, memory_every=2),
+        {"schedule": Schedule(depth=3), **ONE_BLOCK},
+    ),
+    "midas": (
+        1000,
+        History(sinks=1, window=2),
+        {"network": replace(MIDAS, num_layers=1, head_layers=1), "chunk_frames": 1},
+    ),
 }
 
 

@@ -13,8 +13,7 @@ from students.serving.snapshot import load_session, save_session
 from students.weights.checkpoint import Bundle
 from teachers.errors import UserError
 from tests.students.serving.test_session import PER_FRAME, drawn, film
-from tests.support.features import MOOD, declared, some_mood
-from tests.support.tiny import a_bundle, a_portrait, some_sound
+from tests.support.tiny import MOOD, a_bundle, a_portrait, declared, some_mood, some_sound
 
 
 class MoodyStudent(CausalWan):

@@ -26,7 +26,7 @@ from tests.support.tiny import make_spec
 
 WINDOWED = {"network": WindowedConfig(network=make_spec().network)}
 KINDS = {**STUDENTS, "windowed": (History(sinks=1, window=2), Schedule(), WINDOWED)}
-NUM_CHUNKS = 4
+NUM_CHUNKS = 3
 WIDTH, PUBLISHED = 16, CodecConfig(stride=4, patch=8, channels=16)
 EARS = Wav2VecConfig(features=4 * WIDTH, lookback_frames=8, lookahead_frames=2)
 CODECS = {

@@ -4,17 +4,20 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch._inductor import compile_fx, config
 
 from students.history import History
 from students.serving.optimize import Speed, prepare
 from teachers.errors import UserError
+from teachers.networks.wan import NetworkConfig
 from tests.students.serving.test_session import PER_FRAME, film, play
-from tests.support.tiny import a_bundle, some_sound
+from tests.support.tiny import NETWORK, a_bundle, some_sound
 
 
-def shown(speed: Speed, window: int = 2) -> torch.Tensor:
-    bundle = prepare(a_bundle(History(sinks=1, window=window)), "cpu", speed)
-    return film(play(bundle, some_sound(24 * PER_FRAME))).float()
+def shown(speed: Speed, window: int = 2, frames: int = 24, **changes) -> torch.Tensor:
+    bundle = prepare(a_bundle(History(sinks=changes.pop("sinks", 1), window=window), **changes), "cpu", speed)
+    return film(play(bundle, some_sound(frames * PER_FRAME), close=False)).float()
 
 
 def test_bf16_keeps_norms_and_time_in_fp32_and_stays_near():
@@ -27,10 +30,27 @@ def test_bf16_keeps_norms_and_time_in_fp32_and_stays_near():
     assert 0 < gap.mean() < 1.5, "grey levels of 255"
 
 
-def test_a_compiled_step_draws_the_same():
-    """With a short context: each of its lengths is compiled."""
-    gap = (shown(Speed(compile="default"), window=1) - shown(Speed(), window=1)).abs()
+ONE_BLOCK = NetworkConfig(**(NETWORK | {"num_layers": 1}), audio_blocks=(0,))
+
+
+def test_a_compiled_step_draws_the_same(monkeypatch):
+    """With a short context: each of its lengths is captured, as a graph of its own; Inductor does not see it, for time."""
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **options: graph.forward)
+    small = {"sinks": 0, "window": 1, "network": ONE_BLOCK}
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    gap = (shown(Speed(compile="default"), **small) - shown(Speed(), **small)).abs()
     assert gap.max() <= 2
+    assert counters["stats"]["unique_graphs"] - before >= 2, "an empty context, and one chunk"
+
+
+def test_what_inductor_makes_draws_the_same():
+    """The first chunk, through real kernels."""
+    torch._dynamo.reset()
+    with config.patch(compile_threads=1):
+        compiled = shown(Speed(compile="default"), frames=4, network=ONE_BLOCK)
+    assert len(compiled) == 3
+    assert (compiled - shown(Speed(), frames=4, network=ONE_BLOCK)).abs().max() <= 2
 
 
 def test_an_attention_backend_is_used_and_an_unknown_one_is_one_line():

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,10 @@ from students.history import History
 from students.schedule import Schedule
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
-from students.weights.checkpoint import save_student
+from students.weights.checkpoint import load_student, save_student
 from teachers.errors import UserError
 from tests.students.serving.test_session import HISTORIES, PER_FRAME, film
+from tests.support import processes
 from tests.support.tiny import a_bundle, a_portrait, some_sound
 
 
@@ -198,21 +197,16 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["cut", "other", "session", "text"]
 
 
-OTHER_PROCESS = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from students.serving.snapshot import load_session
-from students.weights.checkpoint import load_student
-folder = sys.argv[1]
-torch.set_num_threads(int(sys.argv[2]))
-session = load_session(load_student(f"{folder}/student"), f"{folder}/session")
-session.push(load_file(f"{folder}/sound")["sound"])
-save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f"{folder}/frames")
-"""
+def elsewhere(folder: Path) -> None:
+    """The rest of the stream, with one thread and with two."""
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        session = load_session(load_student(folder / "student"), folder / "session")
+        session.push(load_file(folder / "sound")["sound"])
+        save_file({"frames": film(session.frames())}, folder / f"frames-{threads}")
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_another_process_draws_the_same(threads, tmp_path):
+def test_another_process_draws_the_same(tmp_path):
     """Bit for bit with as many threads; another number adds up in another order, which is a grey level here and there."""
     sound = some_sound(40 * PER_FRAME)
     bundle = a_bundle()
@@ -222,13 +216,13 @@ def test_another_process_draws_the_same(threads, tmp_path):
     list(session.frames())
     save_session(session, tmp_path / "session")
     save_file({"sound": sound[15 * PER_FRAME :].clone()}, tmp_path / "sound")
-    root = str(Path(__file__).resolve().parents[3])
-    command = [sys.executable, "-c", OTHER_PROCESS, str(tmp_path), str(threads)]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": root})
+    processes.call(elsewhere, tmp_path)
     session.push(sound[15 * PER_FRAME :])
-    gap = (film(session.frames()).int() - load_file(tmp_path / "frames")["frames"].int()).abs()
-    assert gap.max() <= (0 if threads == torch.get_num_threads() else 1)
-    assert gap.float().mean() < 0.01
+    frames = film(session.frames()).int()
+    for threads in (1, 2):
+        gap = (frames - load_file(tmp_path / f"frames-{threads}")["frames"].int()).abs()
+        assert gap.max() <= (0 if threads == torch.get_num_threads() else 1)
+        assert gap.float().mean() < 0.01
 
 
 def test_a_closed_session_stays_closed(bundle, tmp_path):

@@ -3,8 +3,7 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
+import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,9 +15,10 @@ from safetensors.torch import load_file
 
 from distill.commands.convert import add_arguments, run
 from students.weights.checkpoint import save_student
-from teachers.checkpoints import layouts
+from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.convert import plan
 from teachers.errors import UserError
+from tests.support import processes
 from tests.support.checkpoints import (
     ALPHA,
     AVATAR,
@@ -249,25 +249,23 @@ def test_the_command_says_what_it_did(tmp_path, capsys):
 
 LARGE = replace(TEXT_TO_VIDEO, width=512, ffn_dim=2048, num_layers=16)
 SHARD, SLACK = 24 * 2**20, 12 * 2**20
-MEASURE = """
-import json, os, re, sys
-from pathlib import Path
-from teachers.checkpoints import weights
-from teachers.checkpoints.convert import plan
 
-def resident(key):
-    return 1024 * int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-os.chdir(sys.argv[1])
-shard_bytes, jobs = json.loads(sys.argv[2])
-weights.RENEW_BYTES = shard_bytes
-plan("small", "self-forcing").write("small.pt")
-for source, target, to, base in jobs:
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    plan(source, to, base=base).write(target, shard_bytes)
-    print(resident("VmHWM") - before)
-"""
+def grown(folder: Path, shard_bytes: int, jobs: list) -> list[int]:
+    """Bytes by which this process is larger at the peak of each conversion than before it."""
+
+    def resident(key: str) -> int:
+        return 1024 * int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    os.chdir(folder)
+    weights.RENEW_BYTES, found = shard_bytes, []
+    plan("small", "self-forcing").write("small.pt")
+    for source, target, to, base in jobs:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        plan(source, to, base=base).write(target, shard_bytes)
+        found.append(resident("VmHWM") - before)
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux' /proc")
@@ -285,10 +283,7 @@ def test_memory_holds_a_shard_and_a_tensor(tmp_path):
         ("out.pt", "again", "wan", None, SHARD + largest + SHARD),
         ("lora", "folded", "wan", "wan", SHARD + 5 * largest),
     ]
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), json.dumps([SHARD, [job for *job, _ in jobs]])]
-    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # holes of the allocator are not measured
-    done = subprocess.run(command, env=given_back, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for grown, (*job, bound) in zip(done.stdout.split()[-len(jobs) :], jobs, strict=True):
-        assert int(grown) < bound + SLACK < total * 0.6, job
+    found = processes.call(grown, tmp_path, SHARD, [job for *job, _ in jobs])
+    for size, (*job, bound) in zip(found, jobs, strict=True):
+        assert size < bound + SLACK < total * 0.6, job
     assert_equal(read_back(tmp_path / "again"), tensors)

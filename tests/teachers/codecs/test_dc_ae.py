@@ -293,7 +293,7 @@ def test_chunks_of_one_pixel_frame_have_no_seams():
 
 def test_the_recipe_gives_one_token_a_frame():
     recipe = load_recipe(RECIPES / "midas_dc_ae.yaml", ["preset=smoke"])
-    assert recipe.data.codec.fit.steps == (12, 4, 4)
+    assert recipe.data.codec.fit.steps == (6, 2, 2)
     assert recipe.data.codec.fit.batch > 1
     assert recipe.data.latent_frames == 15
     sides = [side // recipe.data.codec.patch for side in recipe.data.world.size]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from teachers.encoders.small import AudioConfig, LogMel
+from teachers.encoders.small import AudioConfig, LogMel, save_model
 from tests.support.tiny import TEXT, TOKENS, make_spec, some_sound, text_encoder
 
 N = 1280
@@ -74,3 +74,11 @@ def test_a_saved_encoder_is_the_same(tmp_path):
     again = make_spec().text.load(tmp_path)
     assert torch.equal(again(["a person nods"]), encoder(["a person nods"]))
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_saved_encoder_has_the_files_of_save_pretrained(tmp_path):
+    model = text_encoder().model
+    save_model(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()

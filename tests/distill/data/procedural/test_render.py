@@ -11,8 +11,7 @@ from distill.data.procedural.source import DataConfig, held_out
 from teachers.codecs.linear import CodecConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
-from tests.support.labels import FRAME_LABELS
-from tests.support.tiny import rng
+from tests.support.tiny import FRAME_LABELS, rng
 
 WORLD = WorldConfig(num_train=8, shard_clips=4)
 CONFIG = DataConfig(world=WORLD, codec=CodecConfig(), audio=AudioConfig(), text=TextConfig())
