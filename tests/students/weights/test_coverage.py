@@ -10,7 +10,6 @@ import torch
 
 from distill.commands.sample.inputs import check_coverage
 from distill.data.procedural import render
-from distill.live import protocol
 from distill.live.client import Client
 from distill.live.scheduler import Engine
 from distill.live.server import running
