@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distill.data.codec_training import fit_codec, psnr
+from distill.data.codec_training import TrainableConfig, fit_codec, psnr, shards_for
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
 from distill.data.source import Clips, ClipSource
@@ -19,7 +19,7 @@ from distill.data.stored import TEXTS_A_FILE, Stored, Texts, check_written, file
 from distill.methods import Batch
 from distill.training.engine import Engine
 from teachers.checkpoints.weights import read_json
-from teachers.codecs.dc_ae import DCAEConfig
+from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
 from teachers.encoders.small import TextConfig, TextEncoder
@@ -169,8 +169,9 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
         if isinstance(config.codec, CodecConfig) and not codec_file.is_file():
             codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
             save_tensors(codec_file, codec.state_dict())
-        if isinstance(config.codec, DCAEConfig) and config.codec.fitted and not codec_file.is_file():
-            learned = range(1, min(config.codec.fit.shards, source.num_shards))
+        _take_over(config, folder)
+        if isinstance(config.codec, TrainableConfig) and config.codec.fitted and not codec_file.is_file():
+            learned = range(1, min(shards_for(config.codec), source.num_shards))
             videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
             fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
         if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
@@ -190,6 +191,17 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
     stages = read_json(folder / "codec.json")  # of a codec that was trained
     found = {"clips": clips, "codec_psnr_db": psnr(decoded, original), **source.facts}
     return found | ({"codec": stages} if stages else {})
+
+
+def _take_over(config: ClipsConfig, folder: Path) -> None:
+    """Copy the codec and the text encoder that are given by a path and lie in the student's folder. UserError where they do not."""
+    codec, text = config.codec, config.text
+    if isinstance(codec, ConvCodecConfig) and codec.path is not None:
+        read = codec.load(codec.path, *config.world.size)
+        save_tensors(folder / "codec.safetensors", read.state_dict())
+    if isinstance(text, TextConfig) and text.path is not None:
+        text.load(text.path).save(folder / "text")
+        (folder / "text" / "done").touch()
 
 
 def write_shards(

@@ -77,7 +77,7 @@ def test_labels_are_in_the_picture():
 
     def drawn(name: str, value: float):
         state = dict(rest, **{name: torch.tensor([[rest[name][0, 0], value]]).expand(6, 2)})
-        frames = render.render(WORLD, asked.identity, state).float()
+        frames = render.render(WORLD.size, asked.identity, state).float()
         return (frames[:, :, 1] - frames[:, :, 0]).mean(1)
 
     for name in FRAME_LABELS:
