@@ -26,7 +26,7 @@ from teachers.registry import Codec
 SCALES = (1, 2, 4)
 WARMUP = 20
 SAVE_EVERY = 200  # steps between two states of a stage
-LATENT_PENALTY = 1e-4  # of the mean square of the convolutional codec's latents, which keeps their scale
+LATENT_PENALTY = 1e-3  # of the mean square of the convolutional codec's latents, which keeps their scale
 
 TrainableConfig = DCAEConfig | ConvCodecConfig
 """Codecs that are trained; the linear one is fitted in closed form."""
@@ -50,7 +50,9 @@ def shards_for(config: TrainableConfig) -> int:
     if isinstance(config, DCAEConfig):
         return config.fit.shards
     if config.train is None:
-        raise UserError("data.codec: conv has no weights; give path=FOLDER, or train.num_steps to train it on the clips")
+        raise UserError(
+            "data.codec: conv has no weights; give path=FOLDER, or train.num_steps to train it on the clips"
+        )
     return config.train.shards
 
 
@@ -131,7 +133,9 @@ def _stages(codec: DCAE | ConvCodec) -> list[Stage]:
     size = (max(1, fit.batch // fit.window), fit.window)
     parts = zip(("images", "temporal", "windows"), fit.steps, fit.lr, (image, time, image + time), strict=True)
     return [
-        Stage(name, steps, lr, (fit.batch, 1) if name == "images" else size, part, images if name == "images" else clips)
+        Stage(
+            name, steps, lr, (fit.batch, 1) if name == "images" else size, part, images if name == "images" else clips
+        )
         for name, steps, lr, part in parts
     ]
 

@@ -1,8 +1,8 @@
-"""The embedded world's codec: a small convolutional autoencoder of frame groups, four pixel frames a latent as in Wan's VAE.
+"""The embedded world's codec: a small convolutional autoencoder of groups of frames.
 
-The first pixel frame alone is the first latent (repeated for `stride` frames); after it, `stride` frames become one latent of
-H/patch x W/patch cells. The encoder reads a group alone; the decoder also reads the latent before it, so that motion is
-continuous over the seam. Our own architecture.
+The first pixel frame alone is the first latent (repeated for `stride` frames), as in Wan's causal VAE; after it, `stride` frames
+become one latent of H/patch x W/patch cells. The encoder reads a group alone; the decoder also reads the latent before it, so that
+motion is continuous over the seam. Our own architecture.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ class ConvCodecConfig:
     from fine to coarse, each half the resolution of the one before, with `blocks` residual blocks. All but the last work on each
     pixel frame alone, with the same weights; the last on a group of `stride` frames.
 
-    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one it is trained on the clips. So the
+    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one it is trained on the clips. The
     weights lie in the student's folder either way.
     """
 
@@ -72,7 +72,9 @@ class ConvCodecConfig:
                 f"and patch={UNSHUFFLE} * 2^(levels - 1)"
             )
         if min(self.stride, self.channels, *self.widths, *(n + 1 for n in self.blocks)) < 1:
-            raise UserError(f"codec: got stride={self.stride}, channels={self.channels}, widths={list(self.widths)}; from 1")
+            raise UserError(
+                f"codec: got stride={self.stride}, channels={self.channels}, widths={list(self.widths)}; from 1"
+            )
 
     def load(self, folder: Path, height: int, width: int) -> "ConvCodec":
         """The frozen codec of `folder`/codec.safetensors, for frames of any size. UserError."""
@@ -98,26 +100,29 @@ class Residual(nn.Module):
 
 
 class Resize(nn.Module):
-    """A convolution from `before` to `after` channels beside a shortcut without parameters, which averages or repeats channels where one count
-    divides the other (the residual autoencoding of DC-AE, 2410.10733); half the resolution where `scale` is 0.5, double where it is 2."""
+    """A convolution from `before` to `after` channels, to half the resolution where `scale` is 0.5, to double where it is 2.
+
+    Beside it a shortcut without parameters averages or repeats channels, where one count divides the other (the residual
+    autoencoding of DC-AE, 2410.10733).
+    """
 
     def __init__(self, before: int, after: int, scale: float = 1.0):
         super().__init__()
-        self.before, self.after = before, after
-        self.shuffle = {0.5: nn.PixelUnshuffle(2), 2.0: nn.PixelShuffle(2)}.get(scale, nn.Identity())
-        self.down, wide = scale == 0.5, after * (4 if scale == 2.0 else 1)
-        self.conv = nn.Conv2d(before * (4 if self.down else 1), wide, 1 if scale != 1.0 else 3, 1, 0 if scale != 1.0 else 1)
+        self.first = nn.PixelUnshuffle(2) if scale == 0.5 else nn.Identity()
+        self.last = nn.PixelShuffle(2) if scale == 2.0 else nn.Identity()
+        inputs, outputs = before * (4 if scale == 0.5 else 1), after * (4 if scale == 2.0 else 1)
+        size = 3 if scale == 1.0 else 1
+        self.conv = nn.Conv2d(inputs, outputs, size, 1, size // 2)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d y x"]:
-        if self.down:
-            x = self.shuffle(x)
+        x = self.first(x)
         y = self.conv(x)
         given, wanted = x.shape[1], y.shape[1]
         if wanted % given == 0:
             y = y + x.repeat_interleave(wanted // given, dim=1)
         elif given % wanted == 0:
             y = y + x.unflatten(1, (wanted, -1)).mean(dim=2)
-        return y if self.down else self.shuffle(y)
+        return self.last(y)
 
 
 class ConvCodec(StreamedCodec):
@@ -138,7 +143,11 @@ class ConvCodec(StreamedCodec):
         leave: list[nn.Module] = []
         for i, width in enumerate(widths[:-1]):
             enter += [*([Resize(widths[i - 1], width, 0.5)] if i else []), *(Residual(width) for _ in range(blocks[i]))]
-            leave = [*(Residual(width) for _ in range(blocks[i])), *([Resize(width, widths[i - 1], 2.0)] if i else []), *leave]
+            leave = [
+                *(Residual(width) for _ in range(blocks[i])),
+                *([Resize(width, widths[i - 1], 2.0)] if i else []),
+                *leave,
+            ]
         inner = [Residual(widths[-1]) for _ in range(blocks[-1])]
         self.frame_encoder = nn.Sequential(*enter)
         self.encoder = nn.Sequential(

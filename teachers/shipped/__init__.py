@@ -1,6 +1,6 @@
 """Small trained weights that are part of the package, each checked against its recorded sha256 before it is read.
 
-A path `shipped:world` in a recipe is the folder of that name here: the embedded world's codec, text encoder, teacher and extractors.
+A path `shipped:world` in a recipe is the folder of that name here: what belongs to the embedded world.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
-"""Shipped weights: found by `shipped:`, checked by sha256, named alike on every machine, small, and what the recipes take."""
+"""Shipped weights: found by `shipped:`, checked by sha256, named alike on every machine, small, and what a recipe takes."""
 
+import json
 import shutil
 
 import pytest
@@ -11,12 +12,13 @@ from teachers.config import convert, to_plain
 from teachers.errors import UserError
 
 MIB = 2**20
+WORLD = shipped.HERE / "world"
 
 
 def test_a_path_is_found_and_named_alike_everywhere():
-    found = shipped.resolve("shipped:world/teacher.safetensors")
+    found = shipped.resolve("shipped:world/codec.safetensors")
     assert found.is_file()
-    assert shipped.name_of(found) == "shipped:world/teacher.safetensors"
+    assert shipped.name_of(found) == "shipped:world/codec.safetensors"
     config = convert(ConvCodecConfig, {"path": "shipped:world"})
     assert to_plain(config)["path"] == "shipped:world"
     assert str(shipped.resolve("a/b")) == shipped.name_of(shipped.resolve("a/b")) == "a/b"
@@ -29,13 +31,11 @@ def test_what_is_not_shipped_is_named(name):
 
 
 def test_every_file_is_listed_and_a_flipped_bit_is_named(tmp_path):
-    world = shipped.HERE / "world"
-    files = {file.relative_to(world).as_posix() for file in world.rglob("*") if file.is_file()}
-    listed = set(shipped.json.loads((world / shipped.SUMS).read_text()))
-    assert files - listed == {shipped.SUMS, "README.md"}
-    assert sum(file.stat().st_size for file in world.rglob("*") if file.is_file()) < 25 * MIB
+    files = {file.relative_to(WORLD).as_posix() for file in WORLD.rglob("*") if file.is_file()}
+    assert files - set(json.loads((WORLD / shipped.SUMS).read_text())) == {shipped.SUMS, "README.md"}
+    assert sum(file.stat().st_size for file in WORLD.rglob("*") if file.is_file()) < 25 * MIB
     copy = tmp_path / "world"
-    shutil.copytree(world, copy)
+    shutil.copytree(WORLD, copy)
     shipped.verify(copy)
     shipped.verify.cache_clear()
     content = bytearray((copy / "codec.safetensors").read_bytes())
@@ -45,9 +45,9 @@ def test_every_file_is_listed_and_a_flipped_bit_is_named(tmp_path):
         shipped.verify(copy)
 
 
-def test_the_default_recipe_is_given_everything():
-    recipe = load_recipe("dmd_avatar")
-    assert not recipe.teacher.is_trained
+def test_a_student_of_shipped_parts_holds_them_itself():
+    recipe = load_recipe("world_teacher", ["data=faces"])
     spec = spec_of(recipe)
-    assert spec.codec.path is None and spec.text.path is None, "a student's folder holds these itself"
-    assert recipe.eval.probes == shipped.resolve("shipped:world")
+    assert recipe.data.codec.path == WORLD
+    assert spec.codec.path is None
+    assert spec.text.path is None

@@ -11,8 +11,14 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-IDENTITY = 28  # parameters of one clip's look, each in [0, 1]: colours, face, hair, clothes, framing, wall, ambient light
-SHIFT, TURN, PARALLAX = 0.10, 0.16, 0.35  # of a head at head_x, head_y = 1; radians at tilt 1; further shift of the features
+IDENTITY = (
+    28  # parameters of one clip's look, each in [0, 1]: colours, face, hair, clothes, framing, wall, ambient light
+)
+SHIFT, TURN, PARALLAX = (
+    0.10,
+    0.16,
+    0.35,
+)  # of a head at head_x, head_y = 1; radians at tilt 1; further shift of the features
 WHITE, DARK, GUM = (0.96, 0.95, 0.92), (0.10, 0.07, 0.07), (0.30, 0.07, 0.08)
 
 
@@ -35,7 +41,9 @@ class Canvas:
         """Anti-aliased coverage [N, T, h, w] of an ellipse."""
         x, y = (self.u - cx) / rx, (self.v - cy) / ry
         radius = torch.sqrt(x.square() + y.square() + 1e-6)
-        slope = torch.sqrt((x / rx).square() + (y / ry).square() + 1e-6) / radius  # |grad|: first-order distance to the edge
+        slope = (
+            torch.sqrt((x / rx).square() + (y / ry).square() + 1e-6) / radius
+        )  # |grad|: first-order distance to the edge
         return ((1.0 - radius) / slope / (2 * self.soft) + 0.5).clamp_(0, 1)
 
     def glow(self, cx, cy, rx, ry) -> Tensor:

@@ -143,6 +143,4 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
     target = torch.where(syllables["fricative"].unsqueeze(-1), fricative, target)
     closed = smooth(syllables["closure"].float(), 5)
     ahead = torch.cat([target[:, ANTICIPATION:, 1], target[:, -1:, 1].expand(-1, ANTICIPATION)], dim=1)
-    return Speech(
-        audio=audio.clamp(-1, 1), opening=smooth(target[..., 0], 11) * (1 - closed), width=smooth(ahead, 17)
-    )
+    return Speech(audio=audio.clamp(-1, 1), opening=smooth(target[..., 0], 11) * (1 - closed), width=smooth(ahead, 17))
