@@ -32,9 +32,10 @@ from pathlib import Path
 
 import av
 
-from distill.data.datasets.folder import Videos, probe
+from distill.data.datasets.folder import Videos
 from distill.data.prepare import shards
 from teachers.errors import UserError
+from teachers.media.film import probe
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 ENCODER = ("-preset", "veryfast", "-crf", "10", "-pix_fmt", "yuv444p")  # as `distill.data.prepare.cutting` encodes

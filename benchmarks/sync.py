@@ -24,11 +24,12 @@ from torch.nn import functional as F
 from distill.data.curate import scores
 from distill.data.curate.face import Box
 from distill.data.datasets.folder import Videos
-from distill.data.prepare.cutting import upright
-from distill.data.prepare.video import SAMPLE_RATE, read_frames, read_sound
 from distill.data.procedural import render
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.media.container import upright
+from teachers.media.film import read_frames
+from teachers.media.sound import SAMPLE_RATE, read_sound
 
 SHIFTS_MS = (200, -200, 360, -360, 600, -600)
 WORLD_FACE = Box(0.22, 0.32, 0.56, 0.56, 1.0)  # brow to chin
@@ -63,7 +64,7 @@ def read(folder: Path) -> list[Film]:
         sound = read_sound(folder / source, 0, round(len(frames) * SAMPLE_RATE / fps))
         if sound is None:
             raise UserError(f"no audio track: {folder / source}; leave the film out")
-        found.append(Film(Path(source).stem, frames, fps, sound[0].numpy()))
+        found.append(Film(Path(source).stem, frames, fps, sound.samples.numpy()))
     return found
 
 

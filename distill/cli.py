@@ -3,13 +3,17 @@
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from teachers.errors import UserError
+from teachers.resolve import nearest
 
 USER_ERROR, INTERRUPTED = 2, 130
+RESUMED = (("run",), ("data", "prepare"), ("data", "curate"))
+"""Commands that continue where they were stopped."""
 MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
     "sample": ("distill.commands.sample.command", "a talking video from a portrait, a sound file and a text"),
     "serve": ("distill.commands.serve", "a live page in the browser: the student listens, talks and idles"),
@@ -32,15 +36,17 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv)
+        arguments = parse(words)
         return arguments.command(arguments) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"{'' if rank == '0' else f'[rank {rank}] '}distill: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print("distill: interrupted; the same command continues", file=sys.stderr)
+        resumes = any(tuple(words[: len(verb)]) == verb for verb in RESUMED)
+        print(f"distill: interrupted{'; the same command continues' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -57,10 +63,27 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, and no usage before it."""
+    """argparse whose complaints are UserErrors: one line, no usage before it, and the nearest of what could be meant."""
 
     def error(self, message: str):
-        raise UserError(f"{message}: {self.prog}; see {self.prog} --help")
+        raise UserError(f"{message}: {self.prog}; {self._meant(message)}see {self.prog} --help")
+
+    def _meant(self, message: str) -> str:
+        """`did you mean 'sample'? ` of a wrong choice or an unknown option; "" where nothing is near."""
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            word, known = choice[1], re.findall(r"[^\s',]+", choice[2])
+        elif option := re.search(r"unrecognized arguments: .*?(--[^\s=]+)", message):
+            word, known = option[1], sorted(self._options())
+        else:
+            return ""
+        near = nearest(word, known)
+        return f"{near} " if near.startswith("did you mean") else ""
+
+    def _options(self) -> set[str]:
+        """The options of this parser and of its commands."""
+        own = {name for action in self._actions for name in action.option_strings if name.startswith("--")}
+        below = [a.choices.values() for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        return own.union(*(parser._options() for parsers in below for parser in parsers))
 
 
 def _parser(words: Sequence[str]) -> Parser:

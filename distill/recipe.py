@@ -293,6 +293,7 @@ def spec_of(recipe: "Recipe") -> Spec:
         history_noise=student.history_noise,
         first_sigmas=student.first_sigmas,
         first_chunks=student.first_chunks if student.first_sigmas else 0,
+        times=student.times,
         network=network,
         guidance=student.guidance,
         codec=codec,

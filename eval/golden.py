@@ -21,7 +21,8 @@ from eval.metrics.lip_sync import MAX_LAG, LipSync, sync_scores
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.networks.weights import REGISTRY, locate, weights_folder
 from teachers.errors import UserError
-from teachers.media.read import read_audio, read_video
+from teachers.media.film import read_video
+from teachers.media.sound import read_audio
 
 FILE = "golden.json"
 CHECKS = {"SyncNet example": "syncnet", "FVD vector": "i3d"}

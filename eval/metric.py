@@ -36,6 +36,7 @@ class Clip:
     """One clip as the card wants it: video uint8 [3, T, H, W], its rate, mono sound [S] at 16 kHz (None without a track).
 
     box: a face's [4] left, top, right, bottom in pixels, None where none was found; has_box: whether a face was looked for
+    no_sound: why there is no sound, where the file's is broken
     given: leading frames that are the reference; seams: frames that begin a chunk, where the maker states them
     labels: the targets of its condition, name -> number; condition: clips of one condition differ in their noise
     audio_features: rows [T, A] as the probes take them, where they are known already (else they are made of the sound)
@@ -45,6 +46,7 @@ class Clip:
     video: Tensor
     fps: Fraction
     sound: Tensor | None = None
+    no_sound: str = ""
     box: Tensor | None = None
     has_box: bool = False
     given: int = 0
@@ -53,6 +55,12 @@ class Clip:
     condition: int = 0
     audio_features: Tensor | None = None
     beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def voice(self) -> Tensor:
+        """Its sound [S]; UserError where it has none."""
+        if self.sound is None:
+            raise UserError(self.no_sound or "no sound: sync needs a track in the video or NAME.wav beside it")
+        return self.sound
 
     def window(self, seconds: Fraction) -> int:
         """Frames of the windows over which a drift is a slope; 0 for a clip of fewer than two."""

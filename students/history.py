@@ -23,8 +23,12 @@ class History:
     not published).
 
     Self Forcing is History(sinks=0, window=None); LiveTalk's Anchor-Heavy Identity Sinks (9 sink frames of 15 that include the
-    current chunk) is History(sinks=3, window=1) with chunks of 3 frames. Positions are relative to what is seen, so a stream has
-    no last position.
+    current chunk) is History(sinks=3, window=1) with chunks of 3 frames.
+
+    `positions`: relative counts rotary positions over what is seen, so a stream has no last one. absolute counts them from the
+    start of the stream, as the published code of LiveTalk and Self Forcing does: the distance to the sinks grows with every chunk,
+    and the stream ends with the network's table (1024 latent frames). Both are the same until a chunk leaves the window, and
+    without sinks. For weights that were published so; measured in docs/parity.md.
     """
 
     sinks: int = 1
@@ -35,6 +39,7 @@ class History:
     level: float = 0.0
     refine_every: int = 0
     refine_level: float = 0.25
+    positions: Literal["relative", "absolute"] = "relative"
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
@@ -75,6 +80,10 @@ class History:
         if index >= chunk - self.window:
             return self.sinks + (index - self.sinks) % self.window
         return self.sinks + self.window + (index - self._first_remembered) // self.memory_every % self.memory
+
+    def place(self, chunk: int, rank: int) -> int:
+        """Rotary position, in chunks, of chunk number `chunk`, where `rank` others before it are seen."""
+        return rank if self.positions == "relative" else chunk
 
     @property
     def _first_remembered(self) -> int:

@@ -23,7 +23,7 @@ class CachedChunk:
 ContextKV = tuple[tuple[KeyValue, ...], ...]
 """Of each pass and block, rotated keys and values [B, N, M, d] of all that is seen."""
 RotateKeys = Callable[[Tensor, int], Tensor]
-"""Keys of a chunk and its place in time among the visible ones -> rotated keys."""
+"""Keys of a chunk and its place in time (History.place) -> rotated keys."""
 
 
 def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, rotate_keys: RotateKeys) -> ContextKV:
@@ -31,7 +31,7 @@ def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, rot
     order = sorted(range(len(cached)), key=lambda i: history.slot(cached[i].chunk, chunk))
     context_kv = []
     for step in range(len(cached[0].keys)):
-        keys = torch.cat([rotate_keys(cached[i].keys[step], i) for i in order], dim=2)
+        keys = torch.cat([rotate_keys(cached[i].keys[step], history.place(cached[i].chunk, i)) for i in order], dim=2)
         values = torch.cat([cached[i].values[step] for i in order], dim=2)
         context_kv.append(tuple(zip(keys, values, strict=True)))
     return tuple(context_kv)
@@ -58,7 +58,8 @@ class InplaceKVCache:
         if self.latest[0] is cached and self.latest[1] == chunk:
             return self.views[tokens]
         self._allocate(cached[0], len(cached))
-        for place, entry in enumerate(cached):
+        for rank, entry in enumerate(cached):
+            place = self.history.place(entry.chunk, rank)
             slot = self.history.slot(entry.chunk, chunk)
             written, at = self.slots.get(slot, (None, -1))
             if written is entry and at == place:

@@ -78,13 +78,15 @@ def advance(
     exit_step: int | None = None,
     plan=None,
     grad: bool = False,
+    keep: bool = False,
 ):
     """The state's chunk finished: its x0 [B, C, n, H, W] (of the exit step), and what `commit` needs of the steps.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
     at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to
     the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing). `plan` is made where none is given.
-    With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does.
+    With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does;
+    `keep`: what is given of that step has its gradient (Student.with_context_gradient).
     """
     if student.spec.schedule.depth > 1:
         if exit_step not in (None, len(sigmas) - 1):
@@ -94,8 +96,10 @@ def advance(
     own, ahead = _plans(student, state, conditions, plan, grad)
     x, steps = noise(0, 0), []
     for i in range(last + 1):
-        with torch.set_grad_enabled(grad and i == last):
-            x0, made = student.denoise(state, own if grad and i == last else ahead, x, sigmas[i], conditions, i)
+        leaving = grad and i == last
+        kept = {"keep": True} if keep and leaving else {}
+        with torch.set_grad_enabled(leaving):
+            x0, made = student.denoise(state, own if leaving else ahead, x, sigmas[i], conditions, i, **kept)
         steps.append(made)
         if i < last:
             x = flow.add_noise(x0, noise(0, i + 1), sigmas[i + 1])

@@ -1,10 +1,14 @@
 """The static facts of a student, stored in its checkpoint."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
@@ -35,7 +39,7 @@ NETWORKS = Registry(
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`: as in `Spec`."""
 
     chunk_frames: int
     num_steps: int
@@ -46,6 +50,7 @@ class StudentConfig:
     guidance: GuidanceRange | None = None
     first_sigmas: tuple[float, ...] = ()
     first_chunks: int = 1
+    times: tuple[float, ...] = ()
 
     def __post_init__(self):
         levels = (*self.first_sigmas, 0.0)
@@ -78,8 +83,16 @@ class Spec:
     speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
     guidance: GuidanceRange | None = None  # the guidance scales that are embedded
+    times: tuple[float, ...] = ()
+    """What the network is conditioned on in the place of 1000 sigma, a number for each of `sigmas`: weights that were trained at
+    rounded times (LiveTalk's: 1000, 936, 832, 624) while noise and x0 have the sigmas themselves."""
 
     def __post_init__(self):
+        if self.times and (len(self.times) != len(self.sigmas) or self.first_sigmas or not _falls(self.times)):
+            raise UserError(
+                f"student.times: got {list(self.times)}; give one for each of the {len(self.sigmas)} denoising steps, going down "
+                "from at most 1000, and no first_sigmas"
+            )
         if self.speakers not in (1, 2):
             raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
@@ -143,6 +156,13 @@ class Spec:
         """The denoising steps of chunk number `chunk`, sigmas going down, 0 left out."""
         return self.first_sigmas if self.first_sigmas and chunk < self.first_chunks else self.sigmas
 
+    def conditioned(self, sigma: Tensor) -> Tensor:
+        """The sigmas that the network is conditioned on [..] for those that latents have [..]: the same, but for `times`."""
+        given = sigma
+        for own, time in zip(self.sigmas, self.times, strict=False):
+            given = torch.where(sigma == own, time / 1000.0, given)
+        return given
+
     def scale(self, guidance: float | None) -> float | None:
         """The guidance scale that a stream is conditioned on: `guidance`, by default the spec's; UserError for one that was not
         trained, or where the student embeds none."""
@@ -170,6 +190,11 @@ class Spec:
             return 0 if k == 0 else 1 + stride * (k * n - 1)
 
         return start(chunk), start(chunk + 1)
+
+
+def _falls(times: Sequence[float]) -> bool:
+    """Whether network times go down within 1000 .. 0."""
+    return all(1000.0 >= a > b >= 0.0 for a, b in itertools.pairwise((*times, 0.0)))
 
 
 def student_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenat
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
+from teachers.errors import UserError
 from teachers.networks.kind import KeyValue
 
 CacheKind = Literal["value", "inplace"]
@@ -63,6 +64,7 @@ class Student(nn.Module):
 
     net: Any
     spec: Spec
+    has_context_gradient = False  # whether `with_context_gradient` is there, and `denoise` takes `keep`
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
         """The empty context of a stream under text features [B, L, D].
@@ -94,6 +96,11 @@ class Student(nn.Module):
 
     def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:
         """Put a finished chunk into the context and return the state of the next chunk. `steps`: what `denoise` gave."""
+        raise NotImplementedError
+
+    def with_context_gradient(self, state: State, exit_kv: KeyValue) -> State:
+        """The state after `commit` whose newest chunk has the gradient of `exit_kv` (of `denoise` with `keep`), its numbers as they
+        are: Self Forcing's published leak, for ablation alone."""
         raise NotImplementedError
 
     def denoise_clip(
@@ -128,7 +135,7 @@ class Student(nn.Module):
         raise NotImplementedError
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
-        """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time among the visible chunks."""
+        """A chunk's keys [L, B, n, M, d], rotated (RoPE) to their place in time (History.place)."""
         raise NotImplementedError
 
     @staticmethod
@@ -179,7 +186,17 @@ class Student(nn.Module):
         return self.resume(state, state.cached, chunk)
 
 
-def stacked(cache: Sequence[KeyValue]) -> KeyValue:
-    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them."""
-    keys, values = zip(*cache, strict=True)
-    return torch.stack([key.detach() for key in keys]), torch.stack([value.detach() for value in values])
+def refuse_published(spec: Spec, who: str) -> None:
+    """UserError where a spec has what only published weights of a causal Wan want."""
+    if spec.times or spec.history.positions != "relative":
+        raise UserError(
+            f"student.times, student.history.positions: {who} is conditioned on 1000 sigma and counts positions over what it sees; "
+            "remove them"
+        )
+
+
+def stacked(cache: Sequence[KeyValue], grad: bool = False) -> KeyValue:
+    """Keys and values of all blocks [L, B, n, M, d], copied: a CUDA graph writes its next output over them. Without their gradient
+    unless `grad`."""
+    keys, values = (torch.stack(part) for part in zip(*cache, strict=True))
+    return (keys, values) if grad else (keys.detach(), values.detach())

@@ -20,6 +20,31 @@ FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 
 
+OTHER_KINDS = (
+    (
+        b"version https://git-lfs",
+        "a pointer of git-lfs in the place of the file",
+        "run `git lfs pull` where it was cloned",
+    ),
+    (b"GGUF", "a GGUF file, quantised for llama.cpp", "get the safetensors weights that it was made from"),
+    (b"<!doctype", "a web page", "download the file itself"),
+    (b"<html", "a web page", "download the file itself"),
+)
+"""What lies in the place of weights: its first bytes in lower case, what it is, and what to do."""
+
+
+def refuse_other_kind(path: Path) -> None:
+    """UserError for a file that is not damaged but of another kind (OTHER_KINDS); nothing for any other, or none."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError:
+        return
+    for begins, kind, fix in OTHER_KINDS:
+        if head.startswith(begins.lower()):
+            raise UserError(f"not weights: {path} is {kind}; {fix}")
+
+
 def _sibling(path: Path) -> Path:
     """A hidden name beside `path` that nobody else writes to: `.NAME.HEX.tmp`."""
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
@@ -113,6 +138,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
+        refuse_other_kind(path)
         raise UserError(f"damaged tensor file: {path} ({error}); delete it and run again") from error
 
 

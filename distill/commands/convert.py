@@ -27,7 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--widen", action="store_true", help="consent to reference and mask channels that start at zero (16 -> 33)"
     )
     parser.add_argument(
-        "--entry", metavar="NAME", help="of a .pt file with several (default generator_ema, else generator)"
+        "--entry",
+        metavar="NAME",
+        help="of a .pt file with several (default generator_ema, generator, model or state_dict)",
+    )
+    parser.add_argument(
+        "--leave-out",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="tensors that are not taken, such as '_cls_pred_branch.*' of a GAN critic; may be given more than once",
     )
 
 
@@ -36,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from teachers.checkpoints.convert import check_target, plan
 
     check_target(args.target, args.to)
-    conversion = plan(args.source, args.to, base=args.base, lora=args.lora, widen=args.widen, entry=args.entry)
+    options = {"lora": args.lora, "widen": args.widen, "entry": args.entry, "leave_out": args.leave_out}
+    conversion = plan(args.source, args.to, base=args.base, **options)
     with tqdm(total=conversion.num_bytes, unit="B", unit_scale=True, desc="convert", file=sys.stderr) as progress:
         conversion.write(args.target, tick=progress.update)
     source = conversion.source

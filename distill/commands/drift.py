@@ -27,6 +27,7 @@ from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
+FEWEST_STREAMS = 3  # of eval.metrics.identity
 COLUMNS = ("identity", "sync", "motion", "motion_energy", "sharpness", "colour")
 
 
@@ -48,6 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row a minute and the change from the first to the last; 0."""
+    if args.streams < FEWEST_STREAMS or args.minutes < 1:
+        raise UserError(
+            f"--streams must be at least {FEWEST_STREAMS}, each avatar is compared with the others, --minutes at least 1: got "
+            f"{args.streams} and {args.minutes}; give more"
+        )
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json cannot be written: {args.json}; name a file in a folder that exists")
     data = data_config(args.run)
     where = devices.choose(args)
     bundle = load_student(args.run / "student")
@@ -89,7 +97,8 @@ def print_table(table: list[dict[str, float]], history: History) -> None:
     """Print the table as Markdown."""
     refined = f", refined every {history.refine_every} at {history.refine_level}" if history.refine_every else ""
     rows = [[str(minute), *(f"{row[name]:.3f}" for name in COLUMNS)] for minute, row in enumerate(table, start=1)]
-    rows.append(["change a minute", *(f"{slope([row[name] for row in table]):+.4f}" for name in COLUMNS)])
+    if len(table) > 1:
+        rows.append(["change a minute", *(f"{slope([row[name] for row in table]):+.4f}" for name in COLUMNS)])
     lines = [f"sinks {history.sinks}, window {history.window}{refined}", "", *grid(["minute", *COLUMNS], rows)]
     sys.stdout.write("\n".join(lines) + "\n")
 

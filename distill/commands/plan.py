@@ -101,7 +101,7 @@ def as_text(
         if shipped is not None:
             lines += ["", *_stages(plan, shipped, count, gib)]
         if engines:
-            lines += ["", *_table(plan, count, engines, gib)]
+            lines += ["", *_table(plan, count, engines, gib, () if shipped is None else shipped.switches)]
     return "\n".join(lines) + "\n"
 
 
@@ -209,7 +209,7 @@ def as_json(
         }
 
     def fits(engine: str, count: int) -> list[str] | None:
-        found = suggest_fix(plan, engine, count, gib * 2**30)
+        found = suggest_fix(plan, engine, count, gib * 2**30, () if shipped is None else shipped.switches)
         return None if found is None else list(found)
 
     given = (
@@ -300,8 +300,9 @@ def _facts(plan: "Plan") -> Iterator[str]:
         yield f"{stage:<12} forwards a step: {counts}"
 
 
-def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator[str]:
-    """Rows of parts, columns of engines; a part that differs between updates is shown at its largest."""
+def _table(plan: "Plan", count: int, engines: list[str], gib: float, have: tuple[str, ...]) -> Iterator[str]:
+    """Rows of parts, columns of engines; a part that differs between updates is shown at its largest. `have`: the recipe's own
+    memory-saving options, which each verdict begins with."""
     from distill.planning.estimate import is_possible, rank_bytes
 
     def row(label: str, cells: list[str]) -> str:
@@ -337,22 +338,25 @@ def _table(plan: "Plan", count: int, engines: list[str], gib: float) -> Iterator
         if update.trained:
             yield row("    checkpointed", [_gib(saved[e, update.name]["peak"]) for e in engines])
     for engine in asked:
-        yield f"{WORDS[engine]:<7} {_verdict(plan, engine, count, gib)}"
+        yield f"{WORDS[engine]:<7} {_verdict(plan, engine, count, gib, have)}"
 
 
-def _verdict(plan: "Plan", engine: str, count: int, gib: float) -> str:
-    """Whether everything fits, or else what does not and the first switches that fix it."""
+def _verdict(plan: "Plan", engine: str, count: int, gib: float, have: tuple[str, ...]) -> str:
+    """Whether everything fits with the switches that the recipe has, or else what does not and the first that fix it."""
     from distill.planning.estimate import is_possible, rank_bytes, suggest_fix
 
     if not is_possible(plan, engine):
         return "shards weights, which LoRA roles share: use ddp, zero1 or zero2"
-    found = suggest_fix(plan, engine, count, gib * 2**30)
-    if found == ():
-        return f"fits into {gib:g} GiB"
-    peaks = {update.name: rank_bytes(plan, update, engine, count)["peak"] / 2**30 for update in plan.updates}
+    found = suggest_fix(plan, engine, count, gib * 2**30, have)
+    own = f" with {' + '.join(have)}, which the recipe has" if have else ""
+    if found == have:
+        return f"fits into {gib:g} GiB{own}"
+    peaks = {update.name: rank_bytes(plan, update, engine, count, have)["peak"] / 2**30 for update in plan.updates}
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
-    fix = "take more GPUs, smaller batches or networks" if found is None else f"fits with {' + '.join(found)}"
-    return f"does not fit into {gib:g} GiB: {over}; {fix}"
+    fix = "take more GPUs, smaller batches or networks"
+    if found is not None:
+        fix = f"fits with {' + '.join(switch for switch in found if switch not in have)}{' too' if have else ''}"
+    return f"does not fit into {gib:g} GiB{own}: {over}; {fix}"
 
 
 def _gib(size: float) -> str:

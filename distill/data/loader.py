@@ -14,9 +14,9 @@ from torch import Tensor
 from distill.data.order import made_ahead
 from distill.data.prepare import shards
 from distill.data.prepare.shards import Indexed
-from distill.data.prepare.video import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.media.read import upright
+from teachers.media.container import upright
+from teachers.media.sound import SAMPLE_RATE
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ binary message a chunk, laid out by `pack_chunk`.
 import io
 import json
 import struct
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,6 @@ import torch
 from torch import Tensor
 
 from students.serving.session import Chunk
-from teachers import media
 from teachers.config import convert
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
@@ -26,23 +23,11 @@ from teachers.errors import UserError
 MAX_JSON = 16_384  # characters
 MAX_TEXT = 600
 MAX_MESSAGE = 8 * 2**20  # bytes
-MAX_PIXELS = 16_000_000
-MAX_FILE_SECONDS = 120
 MAX_SOUND_SAMPLES = SAMPLE_RATE  # of one microphone message
 SOUND, IMAGE, FILE = 0, 1, 2
 RAW, JPEG = 0, 1
 RAW_PIXELS = 128 * 128  # up to here frames are sent as they are
 HEADER = struct.Struct("<BBHIII")  # layout version, frame format, frames, first frame, epoch, samples
-PICTURES = ("PNG", "JPEG", "WEBP", "BMP")
-SOUND_MARKS = (
-    (0, b"RIFF"),
-    (0, b"fLaC"),
-    (0, b"OggS"),
-    (0, b"ID3"),
-    (0, b"\xff\xfb"),
-    (4, b"ftyp"),
-    (0, b"\x1aE\xdf\xa3"),
-)
 
 
 @dataclass(frozen=True)
@@ -147,47 +132,6 @@ def to_sound(data: bytes) -> Tensor:
     if len(data) % 2 or len(data) > 2 * MAX_SOUND_SAMPLES:
         raise UserError(f"microphone message of {len(data)} bytes; send whole s16 samples, at most a second")
     return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
-
-
-def decode_picture(data: bytes, size: tuple[int, int]) -> Tensor:
-    """A picture file as [3, H, W] in [-1, 1]; its size is checked before a pixel is decoded. UserError for anything else."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=PICTURES) as image:
-            if image.width * image.height > MAX_PIXELS:
-                allowed = f"{MAX_PIXELS // 10**6} megapixels are allowed"
-                raise UserError(f"picture of {image.width} x {image.height}; {allowed}")
-            upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except UserError:
-        raise
-    except Exception as error:  # PIL raises what it likes on a hostile file
-        raise UserError("picture cannot be read; give a whole png, jpeg, webp or bmp file") from error
-    white = Image.new("RGBA", upright.size, "white")
-    pixels = np.array(Image.alpha_composite(white, upright).convert("RGB"))
-    return media.fit_image(torch.from_numpy(pixels), size, anchor=0.0)
-
-
-def decode_file(data: bytes) -> Tensor:
-    """A sound file as mono [S] at 16 kHz; UserError for what is no common sound file or is too long."""
-    if not any(data[place:].startswith(mark) for place, mark in SOUND_MARKS):
-        raise UserError("sound file cannot be read; give a wav, flac, ogg, mp3, m4a or webm file")
-    with tempfile.NamedTemporaryFile(prefix="distill-") as file:
-        file.write(data)
-        file.flush()
-        parts, count, rate = [], 0, 1
-        try:
-            reader = media.AudioReader(Path(file.name))
-            for part in reader:
-                parts.append(part)
-                count, rate = count + len(part), reader.rate
-                if count > MAX_FILE_SECONDS * rate:
-                    break
-        except UserError:  # it names the temporary file
-            raise UserError("sound file cannot be read; give a whole wav, flac or mp3 file") from None
-    if count > MAX_FILE_SECONDS * rate:
-        raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
-    return media.resample(torch.cat(parts), rate, SAMPLE_RATE)
 
 
 def pack_chunk(chunk: Chunk, epoch: int) -> bytes:

@@ -28,7 +28,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
-from distill.live import protocol
+from distill.live import protocol, uploads
+from distill.live.apart import Decoders
 from distill.live.scheduler import Engine
 from distill.live.viewer import Viewer
 from eval.speed.latency import percentile
@@ -60,6 +61,7 @@ def build_app(engine: Engine, portraits: list[Tensor], host: str) -> Starlette:
     async def lifespan(_: Starlette):
         engine.start()
         yield
+        server.decoders.close()
         await asyncio.to_thread(engine.stop)
 
     routes = [
@@ -132,11 +134,13 @@ class Server:
     def __init__(self, engine: Engine, portraits: list[Tensor]):
         self.engine, self.portraits = engine, portraits
         self.pictures = [_png(portrait) for portrait in portraits]
+        self.decoders = Decoders()
         self.started = time.time()
         self.seen_ms: list[float] = []
         self.mistakes = 0
 
     async def page(self, _: Request) -> Response:
+        self.decoders.start()  # somebody comes who may send files
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
@@ -268,10 +272,10 @@ class Server:
         kind, content = protocol.unpack(data)
         if kind == protocol.IMAGE:
             size = (viewer.spec.height, viewer.spec.width)
-            picture[:] = [await asyncio.to_thread(protocol.decode_picture, content, size)]
+            picture[:] = [await asyncio.to_thread(self.decoders.run, uploads.decode_picture, content, size)]
             put({"type": "portrait"})
         elif kind == protocol.FILE:
-            sound = await asyncio.to_thread(protocol.decode_file, content)
+            sound = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
             await self._ask(viewer.say, sound, time.monotonic())
         else:
             await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))

@@ -12,6 +12,9 @@ rollout_chunks      Longer rollouts, the last clip length of which carries the l
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
 context_noise       Committed chunks are noised to this sigma (Self Forcing); the network is conditioned on `history.level`.
+context_gradient    A chunk's gradient reaches the exit-step keys and values of the chunks before it, as in Self Forcing's
+                    published code, whose cache is written in place with gradient on and overwritten without
+                    (docs/parity.md, F1). An ablation: the paper's algorithm, FastGen's and ours stop it there.
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
 
 More denoising steps for the first chunks (JoyAvatar 2512.11423) are the student's own: `student.first_sigmas`.
@@ -53,6 +56,7 @@ class Config:
     exit_step: Literal["random", "last"] = "random"
     rollout_chunks: int = 0
     context_noise: float = 0.0
+    context_gradient: bool = False
     shift: float = 1.0
     sigma_min: float = 0.02
     sigma_max: float = 0.98
@@ -123,7 +127,8 @@ class DMD:
             return x0 if dirt is None else flow.add_noise(x0, dirt(chunk, 0).to(x0), config.context_noise)
 
         exits = self._exits(start, count, shared)
-        x0 = rollout(self.student, conditions, noise, exits, start=start, corrupt=corrupt)
+        leak = config.context_gradient
+        x0 = rollout(self.student, conditions, noise, exits, start=start, corrupt=corrupt, context_gradient=leak)
         if start:
             conditions = conditions.frames(start * n, count * n)
             conditions = replace(conditions, reference=x0[:, :, :1].detach()) if conditions.known else conditions
@@ -205,6 +210,11 @@ def build(config: Config, roles: dict, grid=None) -> DMD:
             raise UserError(
                 "dmd.context_noise, student.first_sigmas: a same_level history has no pass for them; remove them"
             )
+    sequential = spec.schedule.depth == 1 and spec.history.commit == "clean"
+    if config.context_gradient and not (sequential and roles["student"].has_context_gradient):
+        raise UserError(
+            "dmd.context_gradient: of a causal DiT that makes one chunk after the other, commit: clean; remove it"
+        )
     if spec.schedule.depth > 1 and config.exit_step != "last":
         raise UserError("dmd.exit_step: chunks in flight together all run to their last step; use exit_step: last")
     if 0 < config.rollout_chunks < spec.num_chunks:

@@ -22,13 +22,15 @@ def rollout(
     sigmas: Callable[[int], Sequence[float]] | None = None,
     start: int = 0,
     corrupt: Callable[[int, Tensor], Tensor] | None = None,
+    context_gradient: bool = False,
 ) -> Tensor:
     """Generate a clip chunk by chunk -> x0 [B, C, F, H, W] of the chunks from `start` on.
 
     Chunk j's gradient reaches the weights through its own exit-step call alone: earlier steps and every commit run without.
     With the last step as exit (None) this is what the serving session computes, bit for bit. exit_step may be one for each
     chunk; sigmas(chunk) are its denoising steps, by default the spec's; chunks before `start` are context, without gradient;
-    corrupt(chunk, x0) is committed in the place of x0.
+    corrupt(chunk, x0) is committed in the place of x0. With `context_gradient` a chunk's gradient also reaches the exit-step keys
+    and values of the chunks before it, as in Self Forcing's published code.
     """
     n = student.spec.chunk_frames
     state, chunks = student.open(conditions.text), []
@@ -38,12 +40,16 @@ def rollout(
         levels = student.spec.steps(j) if sigmas is None else sigmas(j)
         last = exit_step[j] if isinstance(exit_step, Sequence) else exit_step
         grad = torch.is_grad_enabled() and j >= start
-        x0, steps = advance(student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad)
+        keep = context_gradient and grad
+        x0, steps = advance(
+            student, state, ahead, lambda k, i, j=j: noise(j + k, i), levels, last, grad=grad, keep=keep
+        )
         if j >= start:
             chunks.append(x0)
         if j + 1 < count:
             kept = refine_context(student, state, x0, part, steps, lambda k, i, j=j: noise(j + k, i), len(levels))
             state = student.commit(state, kept if corrupt is None else corrupt(j, kept), part, steps)
+            state = student.with_context_gradient(state, steps[-1]) if keep else state
     return torch.cat(chunks, dim=2)
 
 

@@ -265,9 +265,16 @@ def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()
     return max(rank_bytes(plan, update, engine, ranks, switches)["peak"] for update in plan.updates)
 
 
-def suggest_fix(plan: Plan, engine: str, ranks: int, limit: float) -> tuple[str, ...] | None:
-    """The first of MEMORY_SAVING_OPTIONS with which everything fits into `limit` bytes a rank; None where nothing helps."""
-    ladder = [switches for switches in MEMORY_SAVING_OPTIONS if LORA not in switches or engine in LORA_ENGINES]
+def suggest_fix(
+    plan: Plan, engine: str, ranks: int, limit: float, have: tuple[str, ...] = ()
+) -> tuple[str, ...] | None:
+    """`have`, and the first of MEMORY_SAVING_OPTIONS with which everything fits into `limit` bytes a rank; None where nothing
+    helps."""
+    ladder = dict.fromkeys(
+        tuple(dict.fromkeys((*have, *switches)))
+        for switches in MEMORY_SAVING_OPTIONS
+        if LORA not in switches or engine in LORA_ENGINES
+    )
     if not is_possible(plan, engine):
         return None
     return next((switches for switches in ladder if peak_bytes(plan, engine, ranks, switches) <= limit), None)

@@ -32,12 +32,14 @@ from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.loader import read_sample
 from distill.data.prepare import shards
 from distill.data.prepare.cutting import crop_box
-from distill.data.prepare.video import SAMPLE_RATE, opened, read_frames, read_sound, video_stream
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
-from teachers.media.read import fit_image, read_audio, upright
+from teachers.media.container import opened, upright, video_stream
+from teachers.media.film import read_frames
+from teachers.media.read import fit_image
+from teachers.media.sound import SAMPLE_RATE, read_audio, read_sound
 
 TENSORS, FACES = ".safetensors", "faces.json"
 SOUNDS = (".wav", ".flac")
@@ -134,7 +136,7 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
 
     Raises UserError where it is damaged, too short, longer than can be held, or of another rate, size or codec.
     """
-    rule = card.clips
+    rule, why = card.clips, ""
     if entry.sample is not None:
         if generated and rule.lossless:
             raise UserError("clips in prepared shards are H.264 and not lossless; write tensors, FFV1 or PNG in an mkv")
@@ -143,9 +145,15 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
         sound, (video, fps) = clip.audio, _retimed(clip.video, clip.fps, rule)
     elif entry.path.suffix == TENSORS:
         video, fps, sound = _tensors(entry.path)
+        if sound is not None and (sound.ndim != 1 or not bool(torch.isfinite(sound.float()).all())):
+            sound, why = None, "no sound: audio must be finite numbers [S] at 16 kHz"
         video, fps = _retimed(video, fps, rule)
     else:
-        video, fps, sound = _video(entry, rule, generated and rule.lossless)
+        video, fps, start = _video(entry, rule, generated and rule.lossless)
+        try:
+            sound = _sound(entry, start, round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps))
+        except UserError as error:  # of no account to metrics of the frames alone
+            sound, why = None, str(error)
     if rule.frames is not None and video.shape[1] < rule.frames:
         raise UserError(f"{video.shape[1]} frames, {float(video.shape[1] / fps):.2f} s: {rule.frames} are wanted")
     seams = _seams(entry, fps) if entry.path.suffix == TENSORS else ()
@@ -156,6 +164,7 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
         video=video,
         fps=fps,
         sound=sound,
+        no_sound=why,
         box=None if box is None else torch.tensor(box),
         has_box=entry.has_box,
         given=rule.given,
@@ -267,8 +276,6 @@ def _tensors(path: Path) -> tuple[Tensor, Fraction, Tensor | None]:
     if video.ndim != 4 or video.shape[0] != 3 or fps <= 0:
         raise UserError(f"video must be [3, T, H, W] at an fps above 0: got {tuple(video.shape)} at {fps}")
     sound = found.get("audio")
-    if sound is not None and (sound.ndim != 1 or not bool(torch.isfinite(sound.float()).all())):
-        raise UserError("audio must be finite numbers [S] at 16 kHz")
     if video.dtype == torch.uint8:
         return video, fps, sound
     bad = ~torch.isfinite(video.float()).flatten(2).all(2).all(0)
@@ -302,8 +309,8 @@ def _refuse_rate(fps: Fraction, wanted: Fraction, rule: ClipRule) -> None:
         )
 
 
-def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Tensor | None]:
-    """Frames by their times, from the clip's start on, and the sound under them."""
+def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fraction, Fraction]:
+    """Frames by their times, from the clip's start on, their rate, and the time of the first."""
     clip = entry.clip
     if lossless:
         _check_lossless(entry.path)
@@ -346,17 +353,19 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
         at = torch.tensor([float(time - times[0]) for time in times], dtype=torch.float64)
         shown = torch.arange(count, dtype=torch.float64) / float(fps) + float(ROUNDING)
         video = video[:, torch.searchsorted(at, shown, right=True) - 1]
-    wanted = round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps)
-    return video, fps, _sound(entry, times[0], wanted)
+    return video, fps, times[0]
 
 
 def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
+    """Sound [S] from `start` on; None without any, UserError where it cannot be used."""
     if entry.sound is not None:
         sound = read_audio(entry.sound)
         first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
         return sound[first : first + count]
     track = read_sound(entry.path, round(start * SAMPLE_RATE), count)
-    return None if track is None else track[0]
+    if track is not None and track.cancelled:
+        raise UserError(f"the two channels of the sound cancel each other: {entry.path.name}; keep one")
+    return None if track is None else track.samples
 
 
 def _check_lossless(path: Path) -> None:

@@ -62,9 +62,7 @@ class SyncNetSync(Metric):
         """Curve of mean distances over lags; empty where the real clip has no face."""
         if not real.has_box:
             raise UserError("no face box: give faces.json beside the real clips")
-        sound = real.sound if self.sound == "real" else clip.sound
-        if sound is None:
-            raise UserError("no sound: sync needs a track in the video or NAME.wav beside it")
+        sound = (real if self.sound == "real" else clip).voice()
         if real.box is None:
             return {"curve": torch.zeros(0)}
         frames = resample_frames(clip.video.transpose(0, 1), clip.fps, self.resample)

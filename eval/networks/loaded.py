@@ -107,14 +107,13 @@ class Networks:
     def _audio_features(self, clip: Clip) -> Tensor:
         if clip.audio_features is not None:
             return clip.audio_features
-        if clip.sound is None:
-            raise UserError("no sound: sync needs a track in the video or NAME.wav beside it")
+        sound = clip.voice()
         samples = SAMPLE_RATE / clip.fps
         wrong = f"{clip.fps} frames a second are not what the probes were trained on; use clips of the run's rate"
         if samples.denominator != 1 or samples.numerator % 4:
             raise UserError(wrong)
         frames = clip.video.shape[1]
-        rows = LogMel(AudioConfig(hop=samples.numerator // 4), samples.numerator)(clip.sound[None], 0, frames)[0]
+        rows = LogMel(AudioConfig(hop=samples.numerator // 4), samples.numerator)(sound[None], 0, frames)[0]
         if rows.shape[-1] != len(self.probes.scales["audio_mean"]):
             raise UserError(wrong)
         return rows

@@ -252,7 +252,7 @@ def _cases(report: Mapping) -> list[dict]:
         {
             "name": plain(name),
             "admitted": passed,
-            "values": ", ".join(f"{plain(case)} {number(value)}" for case, value in cases.get(name, {}).items()),
+            "known": ", ".join(f"{plain(case)} {number(value)}" for case, value in cases.get(name, {}).items()),
         }
         for name, passed in admission.get("admitted", {}).items()
     ]

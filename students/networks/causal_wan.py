@@ -38,7 +38,7 @@ class Segment:
     """Latents x [B, C, f, H, W] at sigma [B, 1] or [B, f], the conditions of their frames, and of these the `known` ones.
 
     `sees`: one entry for each of as many equal groups of the segment's frames, the chunks of the whole input that the group sees
-    beside itself, in order of time.
+    beside itself, in order of time. `first`: the number of its first chunk in the stream, for absolute positions.
     """
 
     x: Tensor
@@ -46,10 +46,13 @@ class Segment:
     conditions: Conditions
     known: tuple[int, ...] = ()
     sees: Groups = ((),)
+    first: int = 0
 
 
 class CausalWan(Student):
     """The avatar DiT, chunk by chunk."""
+
+    has_context_gradient = True
 
     def __init__(self, net: AvatarTransformer, spec: Spec):
         super().__init__()
@@ -67,7 +70,10 @@ class CausalWan(Student):
         levels = {*self.spec.sigmas, *self.spec.first_sigmas, self.spec.history.level}
         if self.net.guidance_embedder is not None:
             levels = set()  # the scale is embedded with them
-        times = {s: self.net.read_time(torch.full((1, 1), s, device=device, dtype=dtype)) for s in levels}
+        times = {
+            s: self.net.read_time(self.spec.conditioned(torch.full((1, 1), s, device=device, dtype=dtype)))
+            for s in levels
+        }
         state = replace(super().open(cache=cache), read=ReadAhead(times=times))
         return state if text is None else self.set_text(state, text)
 
@@ -85,7 +91,7 @@ class CausalWan(Student):
             return replace(state.read, audio=self.net.read_audio(conditions.audio))
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
-        """Rotate a chunk's keys [L, B, n, M, d] to their place in time among the visible chunks."""
+        """Rotate a chunk's keys [L, B, n, M, d] to their place in time (History.place)."""
         n = self.spec.chunk_frames
         return rotate(keys, self.net.rope_table(place * n, n, *self.spec.token_grid))
 
@@ -113,7 +119,7 @@ class CausalWan(Student):
         )
         text = last.conditions.text if read.text is None else read.text
         audio: Any = given.audio if read.audio is None else read.audio
-        level: Any = joined([part.sigma for part in segments], 1)
+        level: Any = self.spec.conditioned(joined([part.sigma for part in segments], 1))
         if sigma is not None and sigma in read.times:
             level = read.times[sigma]
         out, cache = self.net(
@@ -121,7 +127,7 @@ class CausalWan(Student):
             level,
             text,
             audio,
-            spans=_spans(segments, n),
+            spans=_spans(segments, n, absolute=self.spec.history.positions == "absolute"),
             past=None if state is None else self.past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
             pose=given.pose,
@@ -145,7 +151,9 @@ class CausalWan(Student):
         """`_run` of the state's chunk x [B, C, n, H, W] alone, at one sigma."""
         number, level = None if isinstance(sigma, Tensor) else sigma, self.level(x, sigma)
         known = conditions.known if state.chunk == 0 else ()
-        return self._run([Segment(x, level.unsqueeze(1), conditions, known)], state, plan, number, step, keep)
+        return self._run(
+            [Segment(x, level.unsqueeze(1), conditions, known, first=state.chunk)], state, plan, number, step, keep
+        )
 
     def denoise(
         self,
@@ -155,10 +163,21 @@ class CausalWan(Student):
         sigma: Tensor | float,
         conditions: Conditions,
         step: int = 0,
+        keep: bool = False,
     ) -> tuple[Tensor, KeyValue | None]:
-        keep = self.spec.history.commit == "same_level"
-        x0, cache = self._chunk(state, x, sigma, conditions, step, plan, keep)
-        return x0, stacked(cache) if keep else None
+        """As every student's; `keep`: the second part has the chunk's keys and values with their gradient."""
+        needed = keep or self.spec.history.commit == "same_level"
+        x0, cache = self._chunk(state, x, sigma, conditions, step, plan, needed)
+        return x0, stacked(cache, grad=keep) if needed else None
+
+    def with_context_gradient(self, state: State, exit_kv: KeyValue) -> State:
+        if not state.cached or state.cached[-1].chunk != state.chunk - 1:
+            return state
+        *before, last = state.cached
+        keys, values = (
+            (kept[0] + (own - own.detach()),) for kept, own in zip((last.keys, last.values), exit_kv, strict=True)
+        )
+        return self.resume(state, (*before, CachedChunk(last.chunk, keys, values)), state.chunk)
 
     @torch.no_grad()
     def commit(
@@ -195,11 +214,12 @@ class CausalWan(Student):
             return torch.cat([x.new_full((n,), s, dtype=dtype) for s in values]).expand(x.shape[0], -1)
 
         known = conditions.known if state.chunk == 0 else ()
-        flight = Segment(x, levels(sigmas), conditions, known)
+        flight = Segment(x, levels(sigmas), conditions, known, first=state.chunk)
         if pending is None:
             return self._run([flight], state, plan, keep=False)[0], None
         own = pending.conditions
-        clean = Segment(pending.x0, levels([self.spec.history.level]), own, own.known if pending.chunk == 0 else ())
+        known = own.known if pending.chunk == 0 else ()
+        clean = Segment(pending.x0, levels([self.spec.history.level]), own, known, first=pending.chunk)
         x0, cache = self._run([clean, replace(flight, sees=((0,),))], state, plan)
         tokens = n * math.prod(self.spec.token_grid)
         keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
@@ -243,7 +263,7 @@ class CausalWan(Student):
             return self._run([Segment(x, sigma, conditions, conditions.known)], keep=False)[0]
         sees = [tuple(i for i in see(j + 1) if i < j) for j in range(front)]
         context = self._clean(clean, sigma, conditions.frames(0, start), level, sees)
-        flight = Segment(x, sigma, conditions.frames(start, stop), (), (see(front),))
+        flight = Segment(x, sigma, conditions.frames(start, stop), (), (see(front),), front)
         return self._run([context, flight], keep=False)[0]
 
     def _clean(
@@ -255,13 +275,16 @@ class CausalWan(Student):
         return Segment(clean, own, conditions, conditions.known, sees)
 
 
-def _spans(segments: Sequence[Segment], n: int) -> list[Span]:
-    """Which frames see which, over the segments side by side."""
+def _spans(segments: Sequence[Segment], n: int, absolute: bool) -> list[Span]:
+    """Which frames see which, over the segments side by side; with `absolute` positions, those of the stream."""
     spans, start = [], 0
+    numbers = [part.first * n + i for part in segments for i in range(part.x.shape[2])]
     for part in segments:
         size = part.x.shape[2] // len(part.sees)
         for seen in part.sees:
-            spans.append(Span(start, start + size, tuple((j * n, (j + 1) * n) for j in seen)))
+            context = tuple((j * n, (j + 1) * n) for j in seen)
+            at = tuple(numbers[first] for first, _ in (*context, (start, start + size))) if absolute else None
+            spans.append(Span(start, start + size, context, at))
             start += size
     return spans
 

@@ -7,11 +7,13 @@ both, so that neither is ever ahead of the other.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from students.serving.checked import check_waiting
 from students.serving.overlap import to_device
 from students.spec import Spec
 from teachers.conditions import BUILT_IN, Conditions, blank_features, known, pack_rows, side_by_side
@@ -62,6 +64,9 @@ class SessionInputs:
         sound = checked_sound(self.spec, audio, other, rate)
         if pose is not None:
             check_pose(self.spec, pose)
+        samples = self.audio.end - self.audio.start + (0 if sound is None else len(sound) * SAMPLE_RATE / rate)
+        check_waiting(self.spec, samples, self.pose.end - self.pose.start + (0 if pose is None else len(pose)))
+        if pose is not None:
             self.pose.push(pose)
         if sound is not None:
             self.audio.push(self._resampled(sound, rate))
@@ -215,6 +220,8 @@ def checked_sound(spec: Spec, audio: Tensor | None, other: Tensor | None, rate: 
 
 def _checked(name: str, sound: Tensor, rate: int) -> Tensor:
     """Samples [S], channels averaged."""
+    if not isinstance(sound, Tensor):
+        raise UserError(f"{name} must be a tensor of samples: got {type(sound).__name__}; give torch.as_tensor of it")
     if sound.ndim not in (1, 2) or (sound.ndim == 2 and sound.shape[0] > 8) or not sound.is_floating_point():
         raise UserError(
             f"{name} must be float samples [S] or [channels, S]: got {tuple(sound.shape)} {sound.dtype}; convert it"
@@ -223,7 +230,7 @@ def _checked(name: str, sound: Tensor, rate: int) -> Tensor:
         raise UserError(f"{name} must be finite samples: got NaN or infinity; clean it first")
     if sound.numel() and sound.abs().max() > LOUDEST_SAMPLE:
         raise UserError(f"{name} must lie in [-1, 1]: got a peak of {sound.abs().max():.0f}; divide by full scale")
-    if not 1000 <= rate <= 768_000:
+    if not isinstance(rate, Integral) or not 1000 <= rate <= 768_000:
         raise UserError(f"{name} rate: got {rate} Hz; give that of the samples, such as 16000 or 48000")
     return sound.mean(dim=0) if sound.ndim == 2 else sound
 
@@ -232,8 +239,15 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
     """UserError unless these are pose rows [T, P] of a student that takes them."""
     if not spec.pose_dim:
         raise UserError("pose: this student takes none; push audio alone")
-    if pose.ndim != 2 or pose.shape[1] != spec.pose_dim or not torch.isfinite(pose).all():
-        raise UserError(f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(pose.shape)}")
+    if (
+        not isinstance(pose, Tensor)
+        or pose.ndim != 2
+        or pose.shape[1] != spec.pose_dim
+        or not torch.isfinite(pose).all()
+    ):
+        raise UserError(
+            f"pose must be finite rows [T, {spec.pose_dim}], one a pixel frame: got {tuple(getattr(pose, 'shape', ()))}"
+        )
 
 
 def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
@@ -244,6 +258,8 @@ def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
         feature = known(name)
         if name in BUILT_IN:
             raise UserError(f"conditions: {name} is not given there; push it, set it, or give it by its own argument")
+        if not isinstance(value, Tensor) or not torch.isfinite(value).all():
+            raise UserError(f"conditions: {name} must be a tensor of finite numbers; read it again")
         size, axis = tuple(value.shape), feature.axis
         own = size if axis is None else (*size[: axis - 1], *size[axis:])
         if feature.size is not None and own != feature.size:

@@ -52,6 +52,8 @@ def prepare(bundle: "Bundle", device: torch.device | str, speed: Speed) -> "Bund
     if speed.quantize != "none":
         _ = bundle.fingerprint  # kept: it is of plain weights
         _quantise(net, speed.quantize)
+    if speed.compile != "none" and bundle.spec.history.positions == "absolute":
+        raise UserError("compile: positions: absolute would make another graph for every chunk; use compile=none")
     if speed.compile != "none":
         # One graph for each length of the context until it is full; past the limit the step would silently run uncompiled.
         capacity = bundle.spec.history.capacity or 16

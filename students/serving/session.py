@@ -7,14 +7,17 @@ function is the one that training folds (schedule.advance); the order of work is
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import wraps
+from threading import RLock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from students.schedule import advance, refine_context
+from students.serving.checked import LARGEST_SEED, MOST_TEXTS, check_reference, check_text, whole
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside, to_device, to_host
 from students.student import Finished
@@ -68,6 +71,17 @@ class Event:
     how: str
 
 
+def alone(method: Callable[..., Any]) -> Any:
+    """A method of a session that no other thread's is done beside."""
+
+    @wraps(method)
+    def locked(self: "Session", *given: Any, **named: Any) -> Any:
+        with self.lock:
+            return method(self, *given, **named)
+
+    return locked
+
+
 def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tensor:
     """Noise [B, C, n, h, w] of one denoising step: a function of (seed, chunk, step), never of call order."""
     channels, height, width = spec.latent_size
@@ -76,7 +90,8 @@ def chunk_noise(spec, seed: int, chunk: int, step: int, batch: int = 1) -> Tenso
 
 
 class Session:
-    """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded.
+    """One stream of one avatar. Any split of the same input into pushes gives the same frames; memory is bounded. Threads may
+    share it: one call is done after the other.
 
     reference [3, H, W] in [-1, 1] is frame 0 (None for a student that draws from text alone). `lead`: at most so many chunks
     ahead of the viewer, whose place `played` reports; so many can be taken back by `interrupt` (None: no bound, nothing can be).
@@ -102,20 +117,20 @@ class Session:
         conditions: Mapping[str, Tensor] | None = None,
     ):
         spec = bundle.spec
-        if spec.network.reference != (reference is not None):
-            wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
-            raise UserError(f"reference image {wanted}")
-        size = (3, spec.height, spec.width)
-        if reference is not None and tuple(reference.shape) != size:
-            raise UserError(f"reference image: got {tuple(reference.shape)}, the student draws {size}; resize it")
-        if idle not in IDLE or (lead is not None and lead < 1):
-            raise UserError(f"session: got idle={idle!r}, lead={lead}; idle is one of {', '.join(IDLE)}, lead from 1")
+        check_reference(spec, reference)
+        seed = whole("seed", seed, 0)
+        lead = None if lead is None else whole("session: lead", lead, 1)
+        if idle not in IDLE or isinstance(drop, str):
+            raise UserError(
+                f"session: got idle={idle!r}, drop={drop!r}; idle is one of {', '.join(IDLE)}, drop a tuple"
+            )
         if idle != "wait" and lead is None:
             raise UserError(
                 f"session: idle={idle} without end; give lead, the chunks that may be made ahead of the viewer"
             )
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
+        self.lock = RLock()
         self.guidance = spec.scale(guidance)
         self.device = next(bundle.student.parameters()).device
         # A decoder that is a network takes long enough to work beside it.
@@ -134,6 +149,7 @@ class Session:
 
     # ---- input
 
+    @alone
     def push(
         self,
         audio: Tensor | None = None,
@@ -148,24 +164,30 @@ class Session:
         """
         self.inputs.push(audio, pose, rate, other)
 
+    @alone
     def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
         """Another text from chunk `at` on. keep: what was shown stays in the context as it is; recache: the visible chunks are
         committed again under the new text, so the change is quicker."""
-        at = self.point.chunk if at == "next" else at
+        at = self.point.chunk if at == "next" else whole("text at chunk", at, 0)
         if at < self.point.chunk:
             raise UserError(f"text at chunk {at}: chunk {self.point.chunk - 1} is already drawn; give a later one")
         if how not in ("keep", "recache"):
             raise UserError(f"text how={how!r}: keep or recache")
         if how == "recache" and self.spec.history.commit != "clean":
             raise UserError("text how=recache: this student's history has no clean pass to repeat; use keep")
+        others = tuple(event for event in self.events if event.at != at)
+        if len(others) >= MOST_TEXTS:
+            raise UserError(f"text at chunk {at}: {len(others)} texts wait for their chunk already; set it later")
         with torch.inference_mode():
             event = Event(at, text, self._read(text), how)
-        self.events = (*(event for event in self.events if event.at != at), event)
+        self.events = (*others, event)
 
+    @alone
     def close(self) -> None:
         """No more input: what is left plays to its end, padded with silence to a whole chunk."""
         self.inputs.close()
 
+    @alone
     def played(self, frame: int) -> None:
         """The viewer has seen all frames before `frame`."""
         self._check_drawn(frame)
@@ -173,6 +195,7 @@ class Session:
 
     # ---- output
 
+    @alone
     def step(self) -> Chunk | Starved:
         """The next chunk, or why there is none."""
         with torch.inference_mode():
@@ -191,6 +214,7 @@ class Session:
         while isinstance(chunk := self.step(), Chunk):
             yield chunk
 
+    @alone
     def interrupt(self, played: int | None = None, keep_input: bool = False) -> int:
         """Take back what the viewer has not seen: go back to the end of the chunk that holds frame `played` - 1 (default: what
         `played` reported), drop the input after it, and return the frame from which the stream goes on.
@@ -222,12 +246,13 @@ class Session:
 
     def _read(self, text: str) -> Tensor:
         """Features of a text [1, L, D]; a long one is cut at the student's token limit, with a warning."""
-        tokens, limit = self.bundle.text.count(text), self.spec.text.max_tokens
+        tokens, limit = self.bundle.text.count(check_text(text)), self.spec.text.max_tokens
         if tokens > limit:
             warnings.warn(f"text of {tokens} tokens: the student reads the first {limit}", stacklevel=3)
         return self.bundle.text([text]).to(self.device)
 
     def _check_drawn(self, frame: int) -> None:
+        frame = whole("played", frame, -LARGEST_SEED)
         if not 0 <= frame <= self.point.frame:
             raise UserError(f"played={frame}: {self.point.frame} frames were drawn; give how many of them were seen")
 
@@ -243,6 +268,7 @@ class Session:
         """The guidance scale that the student is conditioned on [1]; None without guidance distillation."""
         return None if self.guidance is None else torch.full((1,), self.guidance, device=self.device)
 
+    @alone
     def settle(self) -> None:
         """Finish the commit of the last chunk now; the next step does so anyway, so this is for a caller with time to spare."""
         if self.committing is not None:

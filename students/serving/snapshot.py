@@ -32,6 +32,11 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     path = Path(path)
     if how not in ("exact", "light"):
         raise UserError(f"save how={how!r}: exact or light")
+    with session.lock:
+        _save(session, path, how)
+
+
+def _save(session: Session, path: Path, how: str) -> None:
     with torch.inference_mode():
         session.settle()
     point, tensors = session.point, {}

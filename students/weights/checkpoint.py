@@ -33,11 +33,14 @@ FIXED = (
     "history.level",
     "history_noise",
     "guidance",
+    "times",
 )
 """Dotted names of a Spec: what training fixed about a student's sampler, kept in the header of its weights; a spec that differs is
 refused. Sinks, window and memory are not among it: they may be changed without training (LiveTalk's sinks are). Steps, their order,
 the length of a chunk and the noise of what it reads of the past may not."""
 KEY = "trained"
+HASHED_BYTES = 2**26
+"""Of a weight, which are brought to the host at once for a digest."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,14 @@ class Bundle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which student this is: a digest of the spec and of values spread over every weight."""
+        """Which student this is: a digest of the spec and of every weight of the network, the codec and the encoders."""
         digest = hashlib.sha256(json.dumps(to_plain(self.spec, digests=True), sort_keys=True).encode())
-        for name, weight in self.student.net.state_dict().items():
-            flat = weight.flatten()
-            some = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.tobytes())
+        parts = {"net": self.student.net, "codec": self.codec, "audio": self.audio_encoder, "text": self.text}
+        for part, module in parts.items():
+            for name, weight in module.state_dict().items():
+                digest.update(f"{part}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
+                for piece in weight.detach().reshape(-1).view(torch.uint8).split(HASHED_BYTES):
+                    digest.update(piece.cpu().numpy())
         return digest.hexdigest()
 
 

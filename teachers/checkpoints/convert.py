@@ -8,27 +8,26 @@ file needs the memory of one shard and one tensor.
 """
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
+from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name
 from teachers.checkpoints.strict import listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
 from teachers.files import staged
 from teachers.networks.wan import AvatarTransformer
 
-ENTRIES = ("generator_ema", "generator", "")
+ENTRIES = ("generator_ema", "generator", "model", "state_dict", "")
 """The entries of a torch archive in order of preference: Self-Forcing samples with its averaged weights."""
-_LORA = re.compile(r"(.+)\.lora_([AB])\.(?:\w+\.)?weight")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Checkpoint:
     path: Path | str
     layout: str
     tensors: dict[str, Lazy]
-    pairs: dict[str, dict[str, Lazy]]  # the weight that a LoRA changes -> {"A": [rank, in], "B": [out, rank]}
+    pairs: Pairs
     config: dict[str, Any]
     ignored: tuple[str, ...]  # what else is in the file and was ignored
 
@@ -50,39 +49,6 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, layouts.Shape]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """W + alpha / rank * B A (2106.09685, section 4.1), by the name of W."""
-
-    rank: int
-    alpha: float
-    pairs: dict[str, dict[str, Lazy]]
-
-    def fold(self, name: str, weight: Lazy) -> Lazy:
-        """The changed weight, summed in fp32 or better."""
-        if name not in self.pairs:
-            return weight
-
-        def read(rows: slice = ALL) -> Tensor:
-            base = weight.read(rows)
-            total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
-            down, up = (self.pairs[name][side].read(part).to(total.dtype) for side, part in (("A", ALL), ("B", rows)))
-            return total.addmm_(up, down, alpha=self.alpha / self.rank).to(base.dtype)
-
-        return replace(weight, read=read)
-
-    def write(self, path: Path) -> None:
-        """One file, the tensors under the names of diffusers' load_lora_adapter."""
-        targets = sorted(name.removesuffix(".weight") for name in self.pairs)
-        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
-        tensors = {
-            f"{name.removesuffix('.weight')}.lora_{side}.weight": pair[side].read().contiguous()
-            for name, pair in self.pairs.items()
-            for side in "AB"
-        }
-        save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
 
 
 @dataclass(frozen=True)
@@ -147,14 +113,16 @@ def plan(
     lora: Literal["fold", "adapter"] | None = None,
     widen: bool = False,
     entry: str | None = None,
+    leave_out: Sequence[str] = (),
 ) -> Conversion:
     """The conversion of `source` to the layout `to` (one of layouts.LAYOUTS); reads names and shapes alone.
 
     `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (the default) or keep
     it as a peft "adapter" (ours alone). `widen`: consent to 2 C + 1 input channels where the weights have C; the new ones start
-    at zero. `entry`: of a torch archive, (default: generator_ema, else generator). Raises UserError.
+    at zero. `entry`: of a torch archive (default: the first of ENTRIES). `leave_out`: patterns such as "_cls_pred_branch.*" of
+    tensors that are not taken, a GAN critic's heads for one. Raises UserError.
     """
-    checkpoint = read_checkpoint(Path(source), entry)
+    checkpoint = read_checkpoint(Path(source), entry, leave_out)
     tensors, config = dict(checkpoint.tensors), checkpoint.config
     is_partial = not any(name in tensors for name in checkpoint.pairs)
     if checkpoint.pairs and is_partial:
@@ -177,7 +145,9 @@ def plan(
 
     checkpoint = replace(checkpoint, tensors=tensors)
     architecture = _architecture(checkpoint, config)
-    adapter = _lora(checkpoint) if checkpoint.pairs else None
+    adapter = None
+    if checkpoint.pairs:
+        adapter = complete_lora(checkpoint.pairs, tensors, checkpoint.config, checkpoint.names, checkpoint.path)
     if adapter and lora != "adapter":
         tensors = {name: adapter.fold(name, tensor) for name, tensor in tensors.items()}
     architecture, tensors = _widened(architecture, tensors, checkpoint, widen)
@@ -186,30 +156,39 @@ def plan(
     return Conversion(checkpoint, to, architecture, ordered, adapter if lora == "adapter" else None)
 
 
-def read_checkpoint(path: Path, entry: str | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[str] = ()) -> Checkpoint:
     """Names and shapes of a checkpoint in any of the layouts, recognised from its keys; UserError for anything else."""
     files = weights.find(path)
     is_archive = files[0].suffix != ".safetensors"
     stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
-    config = weights.read_json(files[0].parent / "config.json") or _student_config(files[0].parent)
-    if path.is_dir() and (adapter := files[0].parent / weights.ADAPTER).is_file():
+    folder = files[0].parent
+    config = weights.read_json(folder / "config.json") or _student_config(folder)
+    if files[0].stem.startswith("adapter_model"):
+        config |= adapter_config(folder, files[0])
+    if path.is_dir() and (adapter := folder / weights.ADAPTER).is_file() and adapter != files[0]:
         stored |= weights.read_safetensors(adapter)
-        config |= _adapter_config(adapter)
+        config |= adapter_config(folder, adapter)
     named: dict[str, Lazy] = {}
+    unmatched = set(leave_out)
     for name, tensor in stored.items():
-        if layouts.UNUSED.fullmatch(layouts.bare(name)):
+        bare = layouts.bare(name)
+        left = [pattern for pattern in leave_out if fnmatchcase(bare, pattern)]
+        unmatched -= set(left)
+        if left or layouts.UNUSED.fullmatch(bare):
             ignored.append(name)
-        elif named.setdefault(layouts.bare(name), tensor) is not tensor:
-            raise UserError(f"weights do not fit: {path} has {layouts.bare(name)} under two names; keep one of them")
+        elif named.setdefault(bare, tensor) is not tensor:
+            raise UserError(f"weights do not fit: {path} has {bare} under two names; keep one of them")
+    if unmatched:
+        raise UserError(f"--leave-out has no effect: {path} has no tensor {listed(sorted(unmatched))}; remove it")
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
-    pairs: dict[str, dict[str, Lazy]] = {}
+    pairs: Pairs = {}
     for name, tensor in named.items():
-        lora = _LORA.fullmatch(name)
-        name = f"{lora[1]}.weight" if lora else name
+        lora = split_name(name)
+        name, side = lora or (name, "")
         name = layouts.rename(name, layouts.TO_OURS) if layout == "wan" else name
         if lora:
-            pairs.setdefault(name, {})[lora[2]] = tensor
+            pairs.setdefault(name, {})[side] = tensor
         else:
             tensors[name] = tensor
     if layout == "wan" and is_archive and any(name.startswith("model.") for name in stored):
@@ -224,11 +203,13 @@ def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[st
     entries, others = weights.read_archive(file)
     chosen = next((name for name in ENTRIES if name in entries), None) if entry is None else entry
     if chosen is None or chosen not in entries:
-        reason = f"has no entry {entry}" if entry else "is of no known layout"
-        raise UserError(f"weights do not fit: {file} {reason}; it has {listed(entries or others) or 'nothing'}")
-    if chosen == "" and others:
+        reason = f"has no entry {entry}" if entry else f"has none of the entries {', '.join(ENTRIES[:-1])}"
+        fix = f"; name one with --entry {next(iter(entries))}" if entries else ", and no weights among it"
+        raise UserError(f"weights do not fit: {file} {reason}; it has {listed(entries or others) or 'nothing'}{fix}")
+    strange = [name for name in others if not layouts.UNUSED.fullmatch(layouts.bare(name))]
+    if chosen == "" and strange:
         raise UserError(
-            f"weights do not fit: {file}: unexpected {listed(others)}, which are no weights; is it this model's?"
+            f"weights do not fit: {file}: unexpected {listed(strange)}, which are no weights; is it this model's?"
         )
     return entries[chosen], [name for name in (*entries, *others) if name != chosen]
 
@@ -255,21 +236,6 @@ def _student_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"damaged student: {folder / 'spec.json'} lacks {error}; export it again") from error
 
 
-def _adapter_config(path: Path) -> dict[str, Any]:
-    """Rank, alpha and targets of an adapter file, under OmniAvatar's keys."""
-    try:
-        metadata = json.loads(weights.read_metadata(path)["lora_adapter_metadata"])
-        return {
-            "lora_rank": metadata["r"],
-            "lora_alpha": metadata["lora_alpha"],
-            "lora_target_modules": metadata["target_modules"],
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"damaged adapter: {path} does not state its rank and alpha ({error}); convert it again"
-        ) from error
-
-
 def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architecture:
     """The architecture of complete weights; UserError that lists mismatches."""
     path = checkpoint.path
@@ -281,40 +247,6 @@ def _architecture(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Architec
         raise UserError(f"damaged file: config.json of {path} ({error}); copy it again") from error
     layouts.check(checkpoint.shapes, layouts.tensors(architecture), checkpoint.names, path)
     return architecture
-
-
-def _lora(checkpoint: Checkpoint) -> Lora:
-    """The LoRA of a checkpoint whose tensors are complete; UserError unless it is complete and of its config's rank."""
-    config, path, names = checkpoint.config, checkpoint.path, checkpoint.names
-    rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
-    source = "config.json states" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
-    declared = config.get("lora_target_modules", layouts.LORA_TARGETS)
-    targets = tuple(f".{target}.weight" for target in (declared.split(",") if isinstance(declared, str) else declared))
-    needed = [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if name.startswith("blocks.") and len(tensor.shape) == 2
-        and any(f".{either}".endswith(targets) for either in (name, layouts.rename(name, layouts.TO_WAN)))
-    ]  # fmt: skip
-
-    def label(name: str, side: str) -> str:
-        return f"{layouts.rename(name, names).removesuffix('.weight')}.lora_{side}.weight"
-
-    expected: dict[str, layouts.Shape] = {}
-    for name in needed:
-        rows, columns = checkpoint.tensors[name].shape
-        expected |= {label(name, "A"): (rank, columns), label(name, "B"): (rows, rank)}
-    shapes = {label(name, side): t.shape for name, pair in checkpoint.pairs.items() for side, t in pair.items()}
-    ranks = {
-        t.shape[side == "B"] for pair in checkpoint.pairs.values() for side, t in pair.items() if len(t.shape) == 2
-    }
-    if ranks != {rank}:
-        raise UserError(
-            f"LoRA of another rank: {path} has rank {listed(map(str, sorted(ranks)))}, {source} rank {rank} and alpha {alpha}; "
-            "put the lora_rank and lora_alpha that it was trained with into a config.json beside it"
-        )
-    layouts.check(shapes, expected, {}, path)
-    return Lora(rank, alpha, checkpoint.pairs)
 
 
 def _widened(

@@ -83,8 +83,19 @@ ROWS = (*WAN, *IMAGE, *AUDIO, *POSE)
 TO_OURS = {wan: ours for wan, ours, _ in ROWS}
 TO_WAN = {ours: wan for wan, ours, _ in ROWS}
 
-UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight")
-"""Published diffusers image-to-video weights have it, no network uses it."""
+UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight|freqs")
+"""Published diffusers image-to-video weights have the first, and no network uses it; the second is Wan's table of positions."""
+PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
+"""Of peft, ComfyUI, diffusers' LoRA files and Self-Forcing's wrapper module, in the order in which they are taken off."""
+_WRAPPED = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.")
+_KOHYA = re.compile(r"lora_unet_+blocks_(\d+)_(\w+)\.(.+)")
+_MODULES = {
+    module.replace(".", "_"): module
+    for row in (*WAN, *IMAGE)
+    for name in row[:2]
+    if (module := name.removeprefix("blocks.{}.").removesuffix(".weight")) != name
+}
+"""Of a block, as kohya's trainers write them: self_attn_q."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 """Modules that OmniAvatar's LoRA changes, by the end of Wan's name."""
 LORA_RANK, LORA_ALPHA = 128, 64
@@ -134,16 +145,22 @@ def rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def bare(name: str) -> str:
-    """`name` without the prefixes of FSDP, checkpointing, torch.compile, DDP, peft and Self-Forcing's wrapper module."""
-    name = re.sub(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.", "", name)
-    return name.removeprefix("model.diffusion_model.").removeprefix("model.")
+    """`name` without the wrappers of FSDP, checkpointing, torch.compile, DDP and peft, and without PREFIXES; kohya's with dots."""
+    name = _WRAPPED.sub("", name)
+    for prefix in PREFIXES:
+        name = name.removeprefix(prefix)
+    flat = _KOHYA.fullmatch(name)
+    return f"blocks.{flat[1]}.{_MODULES.get(flat[2], flat[2])}.{flat[3]}" if flat else name
 
 
 def naming(names: Collection[str], where: Any) -> str:
     """The layout of bare names: "wan" or "ours"; UserError for another model's."""
     matches = [
         layout
-        for layout, key in (("wan", r"blocks\.\d+\.self_attn\.q\."), ("ours", r"blocks\.\d+\.attn1\.to_q\."))
+        for layout, key in (
+            ("wan", r"blocks\.\d+\.(self_attn\.|cross_attn\.|ffn\.\d)"),
+            ("ours", r"blocks\.\d+\.(attn[12]\.to|ffn\.net)"),
+        )
         if any(re.match(key, name) for name in names)
     ]
     if len(matches) != 1:
@@ -206,6 +223,8 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
 def check(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], names: Mapping[str, str], where: Any) -> None:
     """UserError that lists what is missing, unexpected or of another shape; `names` turns our names to the source's."""
     hint = "is the download complete, and of this model?"
+    if any(name not in expected for name in shapes):
+        hint += " `distill convert --leave-out NAME` makes weights without what is unexpected"
     check_shapes(shapes, expected, where, hint, named=lambda name: rename(name, names))
 
 

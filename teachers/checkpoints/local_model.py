@@ -10,6 +10,7 @@ import torch
 from teachers.checkpoints.strict import describe, refuse
 from teachers.checkpoints.weights import weight_map
 from teachers.errors import UserError
+from teachers.files import refuse_other_kind
 
 
 def load_local(
@@ -44,9 +45,11 @@ def ask(model: Any, processor: Any, content: list[dict[str, Any]], max_new_token
 
 
 def require(folder: Path, files: Sequence[str], source: str) -> None:
-    """UserError that lists every missing file of `files` in `folder` and where to get it."""
+    """UserError that lists every missing file of `files` in `folder` and where to get it, or names one that is no such file."""
     if missing := [name for name in files if not (folder / name).is_file()]:
         raise UserError(f"missing {', '.join(missing)}: {folder}; get {source}")
+    for name in files:
+        refuse_other_kind(folder / name)
 
 
 def model_files(folder: Path) -> list[str]:

@@ -27,17 +27,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
+from teachers.files import refuse_other_kind
 
 STEM = "diffusion_pytorch_model"
 """Of the files in a folder: the name that from_pretrained of diffusers reads, and that Wan2.1 is published under."""
 ADAPTER = "pytorch_lora_weights.safetensors"
-STEMS = (STEM, "model")
+STEMS = (STEM, "model", "adapter_model")
 PICKLES = ("pytorch_model.pt", "pytorch_model.pth", "model.pt")
 SHARD_BYTES = 5 * 10**9
 RENEW_BYTES = 64 * 2**20
 """A mapped archive is mapped anew after so many bytes were read of it, so that its pages do not pile up."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+DEPTH = 2
+"""Entries within entries that are looked for in a torch archive: FastGen's {"model": {"net": ...}}."""
 Tick = Callable[[int], Any]
 
 
@@ -99,6 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
+        refuse_other_kind(path)
         raise UserError(f"damaged file: {path} ({error}); copy it again") from error
     if not isinstance(values, dict):
         raise UserError(f"damaged file: {path} holds no mapping; copy it again")
@@ -145,6 +149,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        refuse_other_kind(path)
         raise UserError(f"damaged weights: {path} ({str(error).splitlines()[0]}); copy the file again") from error
 
 
@@ -197,6 +202,7 @@ class _Archive:
 def load_archive(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped; UserError for anything but tensors in plain containers."""
     if not zipfile.is_zipfile(path):
+        refuse_other_kind(path)
         raise UserError(
             f"damaged weights: {path} is no whole archive of torch.save; copy the file again, or, if it is an old or a bare "
             "pickle, which is never read, ask its author for safetensors"
@@ -216,7 +222,8 @@ def load_archive(path: Path) -> Any:
 
 def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
     """Entry -> tensors of a torch archive, and the keys that are neither: generator, generator_ema, ... of Self-Forcing are
-    entries; a plain state dict is the entry ""."""
+    entries, `model.net` is one within another; a plain state dict is the entry "". Tensors that are no floating-point numbers are
+    among the others."""
     archive = _Archive(path)
     if not isinstance(archive.content, Mapping):
         raise UserError(
@@ -224,18 +231,30 @@ def read_archive(path: Path) -> tuple[dict[str, dict[str, Lazy]], list[str]]:
         )
     entries: dict[str, dict[str, Lazy]] = {}
     others: list[str] = []
-    for key, value in archive.content.items():
-        if _is_weight(value):
-            entries.setdefault("", {})[key] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, (key,)))
-        elif isinstance(value, Mapping) and value and all(_is_weight(v) for v in value.values()):
-            entries[key] = {n: Lazy(tuple(v.shape), v.dtype, partial(archive.read, (key, n))) for n, v in value.items()}
-        else:
-            others.append(str(key))
+    _collect(archive, archive.content, (), entries, others)
     return entries, others
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _collect(
+    archive: _Archive, content: Mapping, keys: tuple[str, ...], entries: dict[str, dict[str, Lazy]], others: list[str]
+) -> None:
+    """Put what `content`, which is at `keys` of the archive, holds among the entries and others."""
+    for key, value in content.items():
+        inner = (*keys, key)
+        if isinstance(value, Tensor) and value.is_floating_point():
+            own = entries.setdefault(".".join(keys), {})
+            own[str(key)] = Lazy(tuple(value.shape), value.dtype, partial(archive.read, inner))
+        elif isinstance(value, Mapping) and len(inner) <= DEPTH and any(_has_tensor(v) for v in value.values()):
+            _collect(archive, value, inner, entries, others)
+        else:
+            others.append(".".join(str(part) for part in inner))
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or a mapping that has one."""
+    return isinstance(value, Tensor) or (
+        isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+    )
 
 
 def own_rows(tensor: DTensor) -> slice:

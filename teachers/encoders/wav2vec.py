@@ -17,6 +17,8 @@ from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
 SOURCE = "facebook/wav2vec2-base-960h from the Hugging Face hub"
+OVERLAP = 13
+"""Frames that a window of OmniAvatar's inference shares with the one before (its overlap_frame)."""
 UNUSED = (r"lm_head\..*", r"masked_spec_embed")  # the published file has the first and lacks the second
 
 
@@ -152,8 +154,18 @@ class Wav2Vec(nn.Module):
     def of_clip(
         self, audio: Float[Tensor, "*batch samples"], num_frames: int
     ) -> Float[Tensor, "*batch {num_frames} features"] | None:
-        """Rows [.., num_frames, A] for bidirectional networks; None where they equal a stream's."""
-        return self.whole(audio, num_frames, self.config.prefix_frames) if self.config.whole_clip else None
+        """Rows [.., num_frames, A] for bidirectional networks; None where they equal a stream's.
+
+        Audio that is longer than the clip is encoded whole, and the first rows are taken: OmniAvatar's first window, whose sound is
+        padded with silence to the end of its last window, each OVERLAP frames into the one before.
+        """
+        if not self.config.whole_clip:
+            return None
+        total, frames = num_frames, -(-audio.shape[-1] // self.samples_per_frame)
+        if frames > num_frames:
+            step = max(1, num_frames - OVERLAP)
+            total += -(-(frames + self.config.prefix_frames - num_frames) // step) * step
+        return self.whole(audio, total, self.config.prefix_frames)[..., :num_frames, :]
 
     def forward(
         self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None

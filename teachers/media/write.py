@@ -17,11 +17,12 @@ from torch import Tensor
 
 from teachers.errors import UserError
 from teachers.files import replacing
-from teachers.media.read import audio_frame, check_samples
+from teachers.media.channels import check_samples
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
+LAYOUTS = {1: "mono", 2: "stereo"}
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 
@@ -53,13 +54,14 @@ def write_video(
 ) -> int:
     """Write an mp4 and return its frame count T; `frames` gives uint8 [H, W, 3] (iterator, or a tensor [T, H, W, 3]).
 
-    H.264 yuv420p (BT.709) at constant rate, T / fps seconds exactly; `audio` [S] in [-1, 1] becomes AAC, cut or padded
-    with silence to the same length. Each pixel becomes upscale x upscale of them, nearest or (`smooth`) bicubic; an odd
-    side then gets its last line twice. Frames are taken one by one and not kept. The file appears under its name only
-    when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or is full) and
-    for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
+    H.264 yuv420p (BT.709) at constant rate, T / fps seconds exactly; `audio` [S], or [S, 2] of two channels, in [-1, 1]
+    becomes AAC, cut or padded with silence to the same length. Each pixel becomes upscale x upscale of them, nearest or
+    (`smooth`) bicubic; an odd side then gets its last line twice. Frames are taken one by one and not kept. The file appears
+    under its name only when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or
+    is full) and for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
     """
-    with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth) as writer:
+    channels = 1 if audio is None or audio.ndim == 1 else 2
+    with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth, channels) as writer:
         if audio is not None:
             writer.write_audio(audio)
         for frame in frames:
@@ -70,16 +72,24 @@ def write_video(
 class VideoWriter:
     """The mp4 of `write_video`, a frame at a time; leaving the `with` block normally puts it in place.
 
-    With a `sample_rate` it has sound, that of `write_audio`, which may come before its frames or after them. Held are the sound
-    that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by 10 to 20 MB an hour.
+    With a `sample_rate` it has sound of 1 or 2 `channels`, that of `write_audio`, which may come before its frames or after
+    them. Held are the sound that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by
+    10 to 20 MB an hour.
     """
 
     def __init__(
-        self, path: Path, fps: Fraction, sample_rate: int | None = None, upscale: int = 1, smooth: bool = False
+        self,
+        path: Path,
+        fps: Fraction,
+        sample_rate: int | None = None,
+        upscale: int = 1,
+        smooth: bool = False,
+        channels: int = 1,
     ):
         check_output(path)
         self.path, self.fps, self.upscale, self.smooth = Path(path), Fraction(fps), upscale, smooth
-        self.num_frames = 0
+        self.num_frames, self.channels = 0, channels
+        self._row = () if channels == 1 else (channels,)
         self._size: torch.Size | None = None
         self._heard = self._num_samples = 0  # samples that came, samples that were encoded
         self._waiting: deque[np.ndarray] = deque()  # the sound between them
@@ -87,7 +97,7 @@ class VideoWriter:
         if sample_rate in AAC_SAMPLE_RATES:
             self._rate = sample_rate
         elif sample_rate is not None:
-            self._resampler = Resampler(sample_rate, self._rate)
+            self._resampler = Resampler(sample_rate, self._rate, self._row)
         self._place = ExitStack()
         temporary = self._place.enter_context(replacing(self.path))
         ticks = math.lcm(self.fps.numerator, self._rate)
@@ -133,9 +143,12 @@ class VideoWriter:
         self._write_audio(int(self.num_frames / self.fps * self._rate))
 
     def write_audio(self, samples: Tensor) -> None:
-        """Append sound [n] in [-1, 1]; ValueError unless it is mono and a rate was given, UserError as `write_video`."""
-        if samples.ndim != 1 or not self._has_sound:
-            raise ValueError(f"sound must be mono [n], in a video with a sample rate: got shape {tuple(samples.shape)}")
+        """Append sound [n], of several channels [n, channels], in [-1, 1]; ValueError for another shape and in a video without a
+        rate, UserError as `write_video`."""
+        if samples.shape[1:] != self._row or samples.ndim == 0 or not self._has_sound:
+            raise ValueError(
+                f"sound must be {['n', *self._row]}, in a video with a sample rate: got shape {tuple(samples.shape)}"
+            )
         signal = samples.detach().float().cpu().numpy()
         check_samples(signal, "the sound to write", self._heard)
         self._heard += len(signal)
@@ -163,7 +176,7 @@ class VideoWriter:
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         if self._has_sound:
-            self._sound = self._container.add_stream("aac", rate=self._rate, layout="mono")
+            self._sound = self._container.add_stream("aac", rate=self._rate, layout=LAYOUTS[self.channels])
 
     def _wait(self, samples: np.ndarray) -> None:
         """Append a copy of sound at the video's own rate."""
@@ -201,10 +214,18 @@ class VideoWriter:
         end = round(self.num_frames / self.fps * self._rate)
         self._write_audio(end)
         while self._num_samples < end:
-            self._wait(np.zeros(min(self._rate, end - self._num_samples), np.float32))
+            self._wait(np.zeros((min(self._rate, end - self._num_samples), *self._row), np.float32))
             self._write_audio(end)
         self._mux(self._sound.encode, None)
 
     def _failed(self, error: Exception) -> UserError:
         reason = getattr(error, "strerror", None) or type(error).__name__
         return UserError(f"video cannot be written ({reason}): {self.path}; free some space or choose another place")
+
+
+def audio_frame(samples: np.ndarray, start: int, sample_rate: int) -> av.AudioFrame:
+    """A float frame of `samples` [S], of two channels [S, 2], whose first sample is number `start` of the signal."""
+    rows = samples.reshape(len(samples), -1)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(rows.T), format="fltp", layout=LAYOUTS[rows.shape[1]])
+    frame.sample_rate, frame.time_base, frame.pts = sample_rate, Fraction(1, sample_rate), start
+    return frame

@@ -22,9 +22,11 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
-from teachers.networks.wan_block import AudioPack, AvatarBlock
+from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
+MOST_TABLES = 256
+"""Tables of rotary angles that are kept, the newest: absolute positions go on with a stream."""
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
@@ -116,12 +118,14 @@ class NetworkConfig(NetworkKind):
 class Span:
     """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
 
-    Positions are relative to what is seen: context frames come first (after any cached past), then the queries.
+    Positions are relative to what is seen: context frames come first (after any cached past), then the queries; or `at` gives
+    the first position of each context range and of the queries.
     """
 
     start: int
     stop: int
     context: tuple[tuple[int, int], ...] = ()
+    at: tuple[int, ...] | None = None
 
 
 class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -170,6 +174,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.rope = WanRotaryPosEmbed(head_dim, size, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
+        self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
         self.blocks = nn.ModuleList(
             AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
             for _ in range(num_layers)
@@ -191,7 +196,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
-        self._rope_cache: dict[tuple, Tensor] = {}  # positions are relative to a bounded window, so there are few
+        self._rope_cache: dict[tuple, Tensor] = {}  # few, where positions are relative to a bounded window
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -230,9 +235,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if key in self._rope_cache:
             return self._rope_cache[key]
         if last > rope.max_seq_len:
-            raise ValueError(
-                f"{last} latent frames attend at once, the table has {rope.max_seq_len}; shorten the window"
+            raise UserError(
+                f"latent frame {last}: the network has positions for {rope.max_seq_len} that attend at once; shorten the window, "
+                "or, where history.positions is absolute, end the stream before"
             )
+        while len(self._rope_cache) >= MOST_TABLES:
+            self._rope_cache.pop(next(iter(self._rope_cache)))
         grid = (count, height, width, -1)
         with torch.inference_mode(False):  # cached for training too, whoever needs it first
             cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
@@ -292,8 +300,12 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         layout, rotary = [], []
         for span in spans:
             ranges = (*span.context, (span.start, span.stop))
-            count = sum(b - a for a, b in ranges)
-            rotary.append(self.rope_table(past_frames, count, height, width))
+            sizes = [b - a for a, b in ranges]
+            if span.at is None:
+                rotary.append(self.rope_table(past_frames, sum(sizes), height, width))
+            else:
+                tables = [self.rope_table(a, size, height, width) for a, size in zip(span.at, sizes, strict=True)]
+                rotary.append(torch.cat(tables, dim=1))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
         dtype = self.compute_dtype

@@ -3,6 +3,7 @@
 B = batch, F = latent frames, N = tokens, L = text tokens, D = width, M = heads, d = head width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -23,6 +24,25 @@ class AudioPack(nn.Module):
 
     def forward(self, audio: Tensor) -> Tensor:
         return self.norm_out(self.proj(audio.flatten(2)))
+
+
+class TimeSinusoids(nn.Module):
+    """[cos | sin] of time * 10000^(-i / (dim / 2)): time [N] -> [N, dim] in its own type.
+
+    Angles are in fp64 as in Wan's own code; diffusers' Timesteps has fp32 ones, up to 1e-4 off at times of 1000, which moves the
+    output of a published network by 2e-6 to 6e-6.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.num_channels = dim
+
+    def forward(self, time: Tensor) -> Tensor:
+        half = self.num_channels // 2
+        wide = torch.float32 if time.device.type == "mps" else torch.float64  # mps has no fp64
+        index = torch.arange(half, dtype=wide, device=time.device)
+        angles = time.to(wide).unsqueeze(-1) * torch.exp(-math.log(10000.0) * index / half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1).to(time.dtype)
 
 
 def rotate(x: Tensor, rope_table: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import main
 from distill.compose import RECIPES
+from distill.data.latents import ConditionEncoders
 from distill.pipeline.pretrained import load_given
 from distill.recipe import load_recipe, spec_of
 from students.serving.session import Session
@@ -25,7 +26,7 @@ SYSTEMS = {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["livetalk", "self_forcing", "omniavatar_one_gpu"])
-def test_a_recipe_runs_whole(name, tmp_path, capsys):
+def test_a_recipe_runs_whole(name, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     adapters = ["lora.rank=4", "lora.alpha=2", "lora.export=adapter"] if name == "omniavatar_one_gpu" else []
     assert main(["run", str(RECIPES / f"{name}.yaml"), "size=tiny", "threads=1", f"run_dir={run}", *adapters]) == 0
@@ -42,7 +43,7 @@ def test_a_recipe_runs_whole(name, tmp_path, capsys):
     session.close()
     assert sum(len(chunk.frames) for chunk in session.frames()) >= 16
     if hears:
-        check_sample(name, run, tmp_path, capsys)
+        check_sample(name, run, tmp_path, capsys, monkeypatch)
     check_changed_weights(name, run)
     if adapters:
         check_adapters(run)
@@ -64,14 +65,19 @@ def check_adapters(run: Path) -> None:
         load_student(run / "student")
 
 
-def check_sample(name: str, run: Path, folder: Path, capsys) -> None:
-    """`distill sample --teacher` on the same weights."""
+def check_sample(name: str, run: Path, folder: Path, capsys, monkeypatch) -> None:
+    """`distill sample --teacher` on the same weights; the whole sound is encoded, not the 21 frames that are drawn of it."""
+    encoded, conditions = [], ConditionEncoders.conditions
+    monkeypatch.setattr(
+        ConditionEncoders, "conditions", lambda *args: (encoded.append(args[1].shape), conditions(*args))[1]
+    )
     image, sound = folder / "face.png", folder / "speech.wav"
     Image.new("RGB", (40, 40), (90, 60, 30)).save(image)
     write_wav(sound)
     words = ["sample", "--teacher", str(RECIPES / f"{name}.yaml"), "size=tiny", f"run_dir={run}"]
     words += ["--image", str(image), "--audio", str(sound), "--text", "a person nods", "--out", str(folder / "t.mp4")]
     assert main(words) == 0
+    assert encoded == [(1, 24_000)]
     video, fps = media.read_video(folder / "t.mp4")
     assert video.shape[0] == 21
     assert fps == 16
@@ -79,7 +85,7 @@ def check_sample(name: str, run: Path, folder: Path, capsys) -> None:
 
 
 def write_wav(path: Path) -> None:
-    sound = (torch.randn(20_000, generator=torch.Generator().manual_seed(2)) * 3000).short().numpy().tobytes()
+    sound = (torch.randn(24_000, generator=torch.Generator().manual_seed(2)) * 3000).short().numpy().tobytes()
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)

@@ -19,7 +19,7 @@ from eval.metrics.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
 from eval.metrics.mfcc import mfcc, to_int16
 from eval.networks.syncnet import windows_of
-from teachers.media.read import read_audio
+from teachers.media.sound import read_audio
 from tests.eval.test_quality_order import (
     FRAMES,
     RandomFeatures,

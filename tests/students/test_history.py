@@ -22,6 +22,7 @@ HISTORIES = [
     History(sinks=0, window=0, memory=3, memory_every=1),
     History(sinks=2, window=1, memory=1, memory_every=2),
     History(sinks=1, window=2, commit="same_level"),
+    History(sinks=1, window=2, memory=1, memory_every=2, positions="absolute"),
 ]
 
 

@@ -65,7 +65,7 @@ def test_a_flight_equals_the_forwards_written_out(history):
             numbers = range(front, front + len(done))
             x = torch.cat([flight.setdefault(c, noise(c, 0)) for c in numbers], dim=2)
             part = given.frames(front * N, (front + len(done)) * N)
-            sigma = torch.tensor([s for k in done for s in [sigmas[k]] * N]).double().expand(2, -1)
+            sigma = torch.tensor([s for k in done for s in [sigmas[k]] * N], dtype=torch.float64).expand(2, -1)
             reply = _call(plain, state, x, sigma, part)
             for i, (c, k) in enumerate(zip(numbers, done, strict=True)):
                 context_kv = reply[:, :, i * N : (i + 1) * N]

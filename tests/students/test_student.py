@@ -17,6 +17,7 @@ CHUNKS, N = 5, 2
 LONG = {"horizon_frames": CHUNKS * N}
 HISTORIES = [History(sinks=s, window=w) for s, w in [(0, None), (1, 1), (1, 2), (0, 1), (2, 0)]]
 HISTORIES.append(History(sinks=1, window=1, memory=2, memory_every=1))
+HISTORIES.append(History(sinks=1, window=1, positions="absolute"))
 
 
 def level_of_each_chunk(batch: int = 2) -> torch.Tensor:

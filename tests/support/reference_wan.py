@@ -5,6 +5,7 @@ of its inputs. Sizes: B batch, F latent frames, S = h w tokens of a frame, N = F
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -37,23 +38,21 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def sinusoids(time: Tensor, dim: int, fp32_frequencies: bool) -> Tensor:
-    """[cos | sin] of time * 10000^(-i / (dim / 2)); in fp64, unless the frequencies are to be rounded to fp32."""
+def sinusoids(time: Tensor, dim: int) -> Tensor:
+    """[cos | sin] of time * 10000^(-i / (dim / 2)), computed in fp64."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float64) / half)
-    if fp32_frequencies:
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half).double()
     angles = time.double().unsqueeze(-1) * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1).to(time.dtype)
 
 
-def rope_angles(head_dim: int, frames: int, height: int, width: int) -> Tensor:
+def rope_angles(head_dim: int, frames: Sequence[int], height: int, width: int) -> Tensor:
     """Angle of each pair of a head's channels at each token [N, d/2], fp64: position * 10000^(-2 i / n) with the n channels of
     its axis: 2 floor(d / 6) for rows and for columns, the rest for time (44, 42, 42 of 128), time first."""
     side = 2 * (head_dim // 6)
     axes = (head_dim - 2 * side, side, side)
     table = []
-    for frame in range(frames):
+    for frame in frames:
         for row in range(height):
             for column in range(width):
                 angles = []
@@ -91,7 +90,7 @@ class Reference:
     patch: int = 2
     stride: int = 4
     eps: float = 1e-6
-    fp32_frequencies: bool = False
+    positions: Sequence[int] | None = None  # of the frames; None: 0, 1, 2 ...
 
     def __call__(self, x: Tensor, sigma: Tensor, text: Tensor, rows: Tensor | None = None) -> Tensor:
         """Input [B, C_in, F, H, W], sigma [B, F], text [B, L, D_text], audio rows of pixel frames [B, 1 + stride (F - 1), A] ->
@@ -103,11 +102,11 @@ class Reference:
         x = x.reshape(batch, channels, frames, h, p, v, p).permute(0, 2, 3, 5, 1, 4, 6)
         x = x.reshape(batch, frames * h * v, -1)
         x = x @ w["patch_embedding.weight"].flatten(1).T + w["patch_embedding.bias"]
-        angles = rope_angles(x.shape[-1] // self.num_heads, frames, h, v)
+        angles = rope_angles(x.shape[-1] // self.num_heads, self.positions or range(frames), h, v)
 
         embedder = "condition_embedder"
         freq_dim = w[f"{embedder}.time_embedder.linear_1.weight"].shape[1]
-        time = linear(w, f"{embedder}.time_embedder.linear_1", sinusoids(1000 * sigma, freq_dim, self.fp32_frequencies))
+        time = linear(w, f"{embedder}.time_embedder.linear_1", sinusoids(1000 * sigma, freq_dim))
         time = linear(w, f"{embedder}.time_embedder.linear_2", silu(time))  # [B, F, D]
         modulation = linear(w, f"{embedder}.time_proj", silu(time)).unflatten(-1, (6, -1))
         text = linear(w, f"{embedder}.text_embedder.linear_1", text)
@@ -133,7 +132,11 @@ class Reference:
         for i in range(frames):
             covered = [max(self.stride * i - back, 0) for back in range(self.stride - 1, -1, -1)]
             heard.append(torch.cat([rows[:, row] for row in covered], dim=-1))
-        packed = layer_norm(linear(self.weights, "audio_proj.proj", torch.stack(heard, dim=1)), 1e-5)
+        return self.pack(torch.stack(heard, dim=1))
+
+    def pack(self, heard: Tensor) -> Tensor:
+        """[B, F, stride A] -> [B, F, hidden], layer-normalised."""
+        packed = layer_norm(linear(self.weights, "audio_proj.proj", heard), 1e-5)
         return packed * self.weights["audio_proj.norm_out.weight"] + self.weights["audio_proj.norm_out.bias"]
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

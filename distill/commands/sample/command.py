@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="directions for a steered student: a text file, a line of numbers a pixel frame (the last line holds)",
     )
-    parser.add_argument("--text", metavar="STR", help='what happens, such as "smiles and nods"')
+    parser.add_argument(
+        "--text", metavar="STR", help='what happens, such as "smiles and nods"; required unless --timeline begins at 0'
+    )
     parser.add_argument(
         "--timeline",
         type=Path,
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
         planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
     with ExitStack() as opened:
-        own = opened.enter_context(closing(media.AudioReader(args.audio)))
+        own = opened.enter_context(closing(media.AudioReader(args.audio, mono=args.other is not None)))
         from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
@@ -131,10 +133,11 @@ def run(args: argparse.Namespace) -> int:
         step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
         upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+        channels = own.channels if other is None else 1
         expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
         started, first_frame_seconds = time.perf_counter(), 0.0
         with (
-            media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True) as writer,
+            media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True, channels=channels) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
             for frames in _stream(session, step, sound, push_ms, viewer, writer, steering):
@@ -146,6 +149,9 @@ def run(args: argparse.Namespace) -> int:
                 progress.update(len(frames))
             progress.total = writer.num_frames  # what the file claims is an estimate
     seconds = time.perf_counter() - started
+    for reader in (own, other):
+        if reader is not None:
+            inputs.tell(reader)
     sys.stdout.write(
         f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
         f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"
@@ -236,7 +242,7 @@ def _stream(
             yield frames
         if viewer is not None:
             time.sleep(max(0.0, spoken - time.perf_counter()))
-        _push(session, writer, piece, sound.rate)
+        _push(session, writer, piece, sound)
         if steering is not None:  # ahead of the sound by a chunk, which is drawn whole
             ahead = session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
             session.push(pose=steering.until(math.ceil(num_samples * session.spec.fps / sound.rate) + ahead))
@@ -249,14 +255,14 @@ def _stream(
         raise RuntimeError(f"the session ended {remaining} frames before its sound")
 
 
-def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, rate: int) -> None:
-    """Sound [n], of two speakers [n, 2], to the session; the video has all of it."""
-    if piece.ndim == 1:
-        writer.write_audio(piece)
-        session.push(audio=piece, rate=rate)
+def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, sound: "media.AudioReader | Duet") -> None:
+    """Sound of one speaker [n, channels], of two [n, 2], to the session; the video has all of it, of one speaker as it is."""
+    if isinstance(sound, media.AudioReader):
+        writer.write_audio(piece.squeeze(1))
+        session.push(audio=piece.mean(dim=1), rate=sound.rate)
     else:
         writer.write_audio(piece.sum(dim=1).clamp(-1, 1))
-        session.push(audio=piece[:, 0], other=piece[:, 1], rate=rate)
+        session.push(audio=piece[:, 0], other=piece[:, 1], rate=sound.rate)
 
 
 def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:

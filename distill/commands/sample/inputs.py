@@ -1,5 +1,6 @@
 """What `distill sample` reads beside portrait and sound: a second speaker's sound, and a file of directions."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from students.spec import Spec
 from teachers import media
 from teachers.errors import UserError
+from teachers.media.sound import SILENT
 from teachers.media.streams import Resampler
 
 
@@ -46,6 +48,16 @@ class Duet:
         for block in self.other:
             yield resampler.push(block)
         yield resampler.finish()
+
+
+def tell(reader: media.AudioReader) -> None:
+    """Print which of several sound tracks was taken, and that there was nothing to hear."""
+    several = reader.track not in ("", "1 of 1")
+    if several:
+        sys.stderr.write(f"distill: sound: audio track {reader.track} was taken, the default one: {reader.path}\n")
+    if reader.peak < SILENT:
+        hint = "; another track may have the voice, ffmpeg -i IN -map 0:a:N OUT.wav takes it out" if several else ""
+        sys.stderr.write(f"distill: sound: nothing to hear in it: {reader.path}{hint}\n")
 
 
 def read_pose(path: Path, dim: int) -> Tensor:

@@ -8,10 +8,11 @@ from collections import deque
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
-from distill.commands.sample.inputs import Steering, check, read_pose
+from distill.commands.sample.inputs import Steering, check, read_pose, tell
 from distill.data import latents
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
@@ -21,10 +22,17 @@ from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
 from teachers.errors import UserError
+from teachers.media.sound import SAMPLE_RATE
+
+LONGEST_SECONDS = 120
+"""Of the sound that is encoded whole, as OmniAvatar does: attention over it grows with its square."""
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there."""
+    """Write the teacher's video of one training clip's length and return 0. UserError in one line, and then no video is there.
+
+    The whole sound is encoded, also what comes after the clip (`Wav2Vec.of_clip`).
+    """
     media.check_output(args.out)
     recipe = load_recipe(args.teacher, args.overrides)
     spec, (device, speed) = spec_of(recipe), devices.choose(args, "teacher")
@@ -33,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
             "--dtype, --compile, --attention, --quantize are a student's: a teacher's recipe says; remove them"
         )
     check(spec, args.other, args.pose)
-    sound = media.read_audio(args.audio)
+    own = media.AudioReader(args.audio, mono=False)
+    played, rate = torch.cat(list(own)), own.rate
+    sound = media.resample(played.mean(dim=1), rate, SAMPLE_RATE)
     other = None if args.other is None else media.read_audio(args.other)
     steering = None if args.pose is None else Steering(read_pose(args.pose, spec.pose_dim))
     portrait = media.fit_image(media.decode_image(args.image), (spec.height, spec.width), args.anchor)
@@ -41,13 +51,9 @@ def run(args: argparse.Namespace) -> int:
     reference = recipe.teacher.network.reference
     encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
     num_frames = recipe.data.world.num_frames
-    wanted = num_frames * spec.samples_per_frame
-    sound = torch.nn.functional.pad(sound[:wanted], (0, max(0, wanted - len(sound))))
-    voices = sound[None]
-    if spec.speakers == 2:
-        other = sound.new_zeros(0) if other is None else other[:wanted]
-        voices = torch.stack([sound, torch.nn.functional.pad(other, (0, wanted - len(other)))])[None]
-        sound = voices[0].sum(dim=0).clamp(-1, 1)
+    voices = _voices(sound, other, spec.speakers)
+    if args.other is not None:
+        played, rate = voices[0].sum(dim=0, keepdim=True).mT.clamp(-1, 1), SAMPLE_RATE
     pose = steering.until(num_frames)[None] if steering else None
     if spec.pose_dim and pose is None:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
@@ -64,10 +70,24 @@ def run(args: argparse.Namespace) -> int:
         frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-    media.write_video(args.out, frames, spec.fps, sound, upscale=upscale, smooth=True)
+    media.write_video(args.out, frames, spec.fps, played.squeeze(1), rate, upscale, smooth=True)
+    tell(own)
     deviation = float(to_float(frames).std())
     sys.stdout.write(
         f"{args.out}: {num_frames} frames, {float(num_frames / spec.fps):.2f} s, {settings.num_steps} steps of "
         f"{settings.guidance.passes} passes in {seconds:.1f} s, pixel deviation {deviation:.2f}\n"
     )
     return 0
+
+
+def _voices(sound: Tensor, other: Tensor | None, speakers: int) -> Tensor:
+    """The sound [1, S] that is encoded, of two speakers [1, 2, S]; the shorter voice ends in silence."""
+    longest = LONGEST_SECONDS * SAMPLE_RATE
+    if len(sound) > longest:
+        sys.stderr.write(
+            f"--audio is {len(sound) / SAMPLE_RATE:.0f} s long: its first {LONGEST_SECONDS} s are encoded\n"
+        )
+    if speakers == 1:
+        return sound[None, :longest]
+    parts = [sound[:longest], torch.zeros(0) if other is None else other[:longest]]
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)[None]

@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
 from distill.data.curate.face import Box
 from distill.data.curate.scores import VERSION
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.prepare import shards
-from distill.data.prepare.cutting import crop_box, upright
-from distill.data.prepare.video import SAMPLE_RATE, read_frames, read_sound
-from distill.data.prepare.video import opened as open_video
+from distill.data.prepare.cutting import crop_box
 from teachers.errors import UserError
 from teachers.files import canonical_json
+from teachers.media.container import upright
+from teachers.media.film import probe, read_frames
+from teachers.media.sound import SAMPLE_RATE, read_sound
 
 FACE_COLUMNS = ("id", "x", "y", "width", "height")
 
@@ -154,9 +154,7 @@ def _from_video(clip: Clip, path: Path) -> Content:
                     x, y, w, h = crop_box(clip, (pixels.shape[1], pixels.shape[0]), None)
                     yield pixels[y : y + h, x : x + w]
 
-    count = round(((clip.end or 0) - clip.start) * SAMPLE_RATE) if clip.end else None
-    if count is None:
-        with open_video(path, "video file") as container:
-            count = round((container.duration or 0) / av.time_base * SAMPLE_RATE)
-    sound = read_sound(path, round(start * SAMPLE_RATE), count) if count else None
-    return Content(frames(), Fraction(rate), None if sound is None else sound[0].numpy())
+    end = probe(path)[1] if clip.end is None else clip.end
+    count = round((end - clip.start) * SAMPLE_RATE)
+    sound = read_sound(path, round(start * SAMPLE_RATE), count) if count > 0 else None
+    return Content(frames(), Fraction(rate), None if sound is None else sound.samples.numpy())

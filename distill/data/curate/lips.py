@@ -16,8 +16,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from distill.data.curate.face import Box
-from distill.data.prepare.video import SAMPLE_RATE
 from eval.metrics.mfcc import mfcc
+from teachers.media.sound import SAMPLE_RATE
 
 STILL = (0.05, 0.08, 0.95, 0.66)  # left, top, right, bottom of the part that is tracked, in units of the face's box
 MOUTH = (0.15, 0.62, 0.85, 1.10)  # and of the mouth with the jaw's way down

@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.data.curate.face import Box, locate
 from distill.data.curate.lips import mouth_motion, sync
 from distill.data.prepare.page import spaced
-from distill.data.prepare.video import SAMPLE_RATE
+from teachers.media.sound import SAMPLE_RATE
 
 VERSION = 2  # of the formulas: scores of another version are computed again
 SCORES = {

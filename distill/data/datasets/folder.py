@@ -15,15 +15,31 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
-from av.stream import Disposition
-
 from distill.data.datasets.manifest import SAFE_ID, Clip, Manifest, Refused, clip_or_refusal, gather, read_lines
 from teachers.config import nearest
 from teachers.errors import UserError
+from teachers.media.film import probe
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
-OTHER_SUFFIXES = (".3gp", ".avi", ".flv", ".m4v", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".wmv")
+OTHER_VIDEO = re.compile(
+    r"\.(3g2|3gp|asf|avi|divx|dv|f4v|flv|gxf|h26[45]|hevc|ivf|m2t|m2ts|m2v|m4v|mjpeg|mk3d|mod|mpe|mpeg|mpg|mts|mxf|nut|obu|og[mv]|"
+    r"part|qt|rm|rmvb|tod|ts|vob|wmv|wtv|y4m)"
+)
+BESIDE = re.compile(
+    r"\.(aac|avif|csv|flac|gif|heic|heif|jpeg|jpg|json|jsonl|m4a|md|mka|mp3|npy|npz|oga|ogg|opus|parquet|png|pt|safetensors|srt|tar|"
+    r"txt|vtt|wav|webp|yaml|yml|zip)"
+)
+"""Suffixes of what may lie beside videos."""
+MARKS = (
+    (4, b"ftyp"),
+    (0, b"\x1aE\xdf\xa3"),
+    (8, b"AVI "),
+    (0, b"\x06\x0e+4"),
+    (0, b"OggS"),
+    (0, b"\x30\x26\xb2\x75"),
+    (0, b"FLV"),
+)
+"""First bytes of videos, and where: mp4, mkv, avi, mxf, ogg, asf, flv."""
 METADATA = ("metadata.csv", "metadata.json", "metadata.jsonl")
 COLUMNS = ("id", "start", "end", "crop", "crop_size", "text", "licence", "split", "identity")
 
@@ -53,7 +69,7 @@ class Videos:
     """The source videos under a folder, found by name; without a folder every name stands for an mp4 of that name.
 
     Hidden files and files that are no videos are skipped. In `refused` are folders that cannot be read or are links,
-    and videos of other formats.
+    and videos of other formats, by their suffix or, where it is none that is known, by their first bytes.
     """
 
     def __init__(self, folder: Path | None):
@@ -82,12 +98,19 @@ class Videos:
     def size(self, source: str) -> tuple[int, int]:
         """Width and height in pixels of the upright frame; UserError when the file contains none."""
         if source not in self._sizes:
-            self._sizes[source] = probe(self._path(source))[0]
+            self._sizes[source] = self._probe(source)[0]
         return self._sizes[source]
 
     def seconds(self, source: str) -> float:
-        """Duration by the container's header; UserError when there is none."""
-        return probe(self._path(source))[1]
+        """Duration by the container's header, or of its packets; UserError when the file contains no video."""
+        return self._probe(source)[1]
+
+    def _probe(self, source: str) -> tuple[tuple[int, int], float]:
+        path = self._path(source)
+        try:
+            return probe(path)
+        except UserError as error:  # the same wherever the folder lies
+            raise UserError(str(error).replace(str(path), path.name)) from error
 
     def text(self, source: str) -> str:
         """The content of `NAME.txt` beside the video, or ""; UserError when it is not UTF-8."""
@@ -120,15 +143,26 @@ class Videos:
             self._by_stem.setdefault(PurePosixPath(source).stem, []).append(source)
 
     def _add(self, name: str) -> None:
+        suffix = PurePosixPath(name).suffix.lower()
         if PurePosixPath(name).name.startswith("."):
             return
-        if name.lower().endswith(VIDEO_SUFFIXES):
+        if suffix in VIDEO_SUFFIXES:
             if self._path(name).is_file():
                 self.sources.append(name)
             else:
                 self.refused.append(Refused(name, name, "not a regular file"))
-        elif name.lower().endswith(OTHER_SUFFIXES):
-            self.refused.append(Refused(name, name, f"not one of {', '.join(VIDEO_SUFFIXES)}"))
+        elif OTHER_VIDEO.fullmatch(suffix) or (not BESIDE.fullmatch(suffix) and self._is_video(name)):
+            reason = f"not one of {', '.join(VIDEO_SUFFIXES)}; convert it, ffmpeg -i IN OUT.mp4"
+            self.refused.append(Refused(name, name, reason))
+
+    def _is_video(self, name: str) -> bool:
+        path = self._path(name)
+        try:
+            with path.open("rb") if path.is_file() else io.BytesIO() as file:
+                head = file.read(16)
+        except OSError:
+            return False
+        return any(head[at:].startswith(mark) for at, mark in MARKS)
 
     def _unreadable(self, error: OSError) -> None:
         path = Path(error.filename)
@@ -137,21 +171,6 @@ class Videos:
                 f"folder of videos cannot be read ({error.strerror}): {path}; check its permissions"
             ) from error
         self.refused.append(Refused(path.name, path.name, f"folder cannot be read: {error.strerror}"))
-
-
-def probe(path: Path) -> tuple[tuple[int, int], float]:
-    """Width and height in pixels of the upright first frame, and the container's duration in seconds; UserError."""
-    try:
-        with path.open("rb") as file, av.open(file, "r", options={"protocol_whitelist": "file"}) as container:
-            streams = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
-            frame = next((frame for stream in streams for frame in container.decode(stream)), None)
-            if frame is None or container.duration is None:
-                raise UserError(f"no video stream: {path.name}; replace the file")
-            is_rotated = round(frame.rotation / 90) % 2 == 1
-            size = (frame.height, frame.width) if is_rotated else (frame.width, frame.height)
-            return size, container.duration / av.time_base
-    except (av.FFmpegError, OSError) as error:
-        raise UserError(f"video cannot be read ({error.strerror}): {path.name}; replace the file") from error
 
 
 def _metadata_file(path: Path) -> Path | None:

@@ -192,6 +192,7 @@ def run(args: argparse.Namespace) -> int:
         result = select(manifest, ClipList.load(args.select))
     else:
         result = assign(manifest, _fractions(args.fraction), args.salt)
+        _check_sides(result, _fractions(args.fraction))
     lists = _lists(result, args.salt, args.videos) if args.lists else []
     result.save(args.out)
     for clips in lists:
@@ -220,6 +221,17 @@ def _fractions(words: Iterable[str] | None) -> Mapping[str, float]:
     if len(fractions) < len(pairs):
         raise UserError(f"a split is named twice: {' '.join(words)}; name it once")
     return fractions
+
+
+def _check_sides(manifest: Manifest, fractions: Mapping[str, float]) -> None:
+    """UserError for a split with a share and no clip: nothing could be tested, or trained."""
+    counts = Counter(clip.split for clip in manifest.clips)
+    people = len({_identity(clip) for clip in manifest.clips})
+    if empty := [name for name, share in fractions.items() if share and not counts[name]]:
+        raise UserError(
+            f"split {', '.join(empty)} has no clip: {len(manifest.clips)} clips of {people} identities, each on one side; "
+            "give more people, other shares (--fraction), another --salt, or one split (--fraction train=1)"
+        )
 
 
 def _identity(clip: Clip) -> str:

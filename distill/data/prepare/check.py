@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from distill.data.datasets.manifest import Manifest
 from distill.data.prepare import page, shards
-from distill.data.prepare.video import SAMPLE_RATE
 from distill.data.prepare.workers import add_workers, shared_out
 from teachers.errors import UserError
 from teachers.files import atomic_write
+from teachers.media.sound import SAMPLE_RATE
 
 INCOMPLETE = 3
 TABLES = {

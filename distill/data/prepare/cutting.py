@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.data.datasets.manifest import Clip
-from distill.data.prepare.video import SAMPLE_RATE, SourceFrame, read_frames, read_sound
 from teachers.errors import UserError
-from teachers.media.read import upright
+from teachers.media.container import orientation, upright
+from teachers.media.film import SourceFrame, read_frames
+from teachers.media.sound import SAMPLE_RATE, read_sound
 from teachers.media.write import BT709, LIMITED_RANGE
 
 LOSSLESS = 0
@@ -42,7 +43,8 @@ class CutConfig:
 
     fps: frames a second; size: height and width, None keeps those of the crop (made even)
     crf: quality of H.264, 0 is lossless; cuts: what is done with a clip that has a scene cut
-    min_seconds: shorter clips are refused; max_seconds: longer ones are truncated; silent: clips without sound are accepted
+    min_seconds: shorter clips are refused; max_seconds: longer ones are truncated
+    silent: clips without sound, or with silence alone, are accepted
     """
 
     fps: Fraction = Fraction(16)
@@ -172,15 +174,21 @@ def _sound(path: Path, progress: _Progress, config: CutConfig) -> tuple[Tensor |
         if config.silent:
             return None, {"sample_rate": None, "samples": 0}
         raise UserError("no audio track; --silent accepts such clips")
-    samples, late, early = sound
-    for missing, message in ((late, "starts {} s after the video"), (early, "ends {} s before the video")):
+    for missing, message in ((sound.late, "starts {} s after the video"), (sound.early, "ends {} s before the video")):
         if missing > SHORT * SAMPLE_RATE:
             raise UserError(f"sound {message.format(round(missing / SAMPLE_RATE, 2))}")
-    power = samples.double().square().mean().item()
-    return samples, {
+    if sound.silent and not config.silent:
+        why = "its two channels cancel each other" if sound.cancelled else "there is nothing to hear"
+        raise UserError(
+            f"sound is silent throughout, {why} (audio track {sound.track}); keep the track or channel that has the voice, "
+            "ffmpeg -i IN -map 0:v -map 0:a:N OUT; --silent accepts such clips"
+        )
+    power = sound.samples.double().square().mean().item()
+    return sound.samples, {
         "sample_rate": SAMPLE_RATE,
         "samples": count,
-        "silence_added": late + early,
+        "audio_track": sound.track,
+        "silence_added": sound.late + sound.hole + sound.early,
         "loudness_dbfs": round(10 * math.log10(power), 2) if power > 0 else None,
     }
 
@@ -224,7 +232,12 @@ def _watch(source: Iterable[SourceFrame], start: Fraction, progress: _Progress) 
             distance = frame.time - last.time
             progress.shortest, progress.longest = min(progress.shortest, distance), max(progress.longest, distance)
         last = frame
-        progress.metadata["source_fps"], progress.metadata["rotation"] = str(frame.rate), round(frame.frame.rotation)
+        turns, mirrored = orientation(frame.frame)
+        progress.metadata |= {
+            "source_fps": str(frame.rate),
+            "rotation": 90 * turns if turns < 3 else -90,
+            "mirrored": mirrored,
+        }
         progress.end = frame.time + frame.duration
         yield frame
 

@@ -94,7 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-seconds", type=float, default=1.0, help="shorter clips are refused (1)")
     parser.add_argument("--max-seconds", type=float, help="longer clips are truncated")
-    parser.add_argument("--silent", action="store_true", help="accept clips without an audio track")
+    parser.add_argument(
+        "--silent", action="store_true", help="accept clips without an audio track or with silence alone"
+    )
     parser.add_argument("--full-frame", action="store_true", help="hdtf: no crops")
     parser.add_argument("--scale-crops", action="store_true", help="hdtf: crops follow a video of another resolution")
     parser.add_argument("--shard-clips", type=int, default=64, help="clips a shard (64)")
@@ -108,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
     config = CutConfig(**{option.name: getattr(args, option.name) for option in fields(CutConfig)})
     manifest = _read(args)
+    if not manifest.clips and not manifest.refused:
+        raise UserError(f"no clips: {args.videos} has no videos; put mp4, mov, mkv or webm files there")
     with tqdm(total=len(manifest.clips), unit="clip", desc="prepare", file=sys.stderr) as progress:
 
         def tick(refused: Refused | None) -> None:

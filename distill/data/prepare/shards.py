@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.prepare.video import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing
+from teachers.media.sound import SAMPLE_RATE
 
 END = b"\0" * (2 * tarfile.BLOCKSIZE)
 CHECKSUMS = "SHA256SUMS"
@@ -167,7 +167,10 @@ def sound_of(flac: bytes) -> Tensor:
         if stream.rate != SAMPLE_RATE or stream.channels != 1:
             raise ValueError(f"it is not {SAMPLE_RATE} Hz mono")
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
-        parts = [frame.to_ndarray()[0] for frame in container.decode(stream)]
+        frames = list(container.decode(stream))
+        if any(frame.layout.nb_channels != 1 for frame in frames):
+            raise ValueError("its channels change")
+        parts = [frame.to_ndarray()[0] for frame in frames]
     whole = np.concatenate(parts) if parts else np.zeros(0, np.int16)
     return torch.from_numpy(whole.astype(np.float32) / 2 ** (8 * whole.dtype.itemsize - 1))  # FLAC has whole numbers
 

@@ -1,10 +1,15 @@
 """Windows of long films: what stays is level, what goes wrong is seen, and the slope is a closed form."""
 
+import re
+
 import pytest
 import torch
 
+from distill.cli import main
+from distill.commands import drift
 from eval.embedded.drift import cut, window_scores
 from eval.metrics.quality import slope
+from students.history import History
 from teachers.errors import UserError
 from tests.support.tiny import randn
 
@@ -59,3 +64,18 @@ def test_a_film_that_fades_away_from_its_portrait_drifts():
     assert scores["still"][0]["sync"] > 0.99
     with pytest.raises(UserError, match=r"^drift window 90\.\.150: videos have 120 frames; make longer ones$"):
         window_scores(FakeProbes(), films, portraits, heard, gesture, 90, 60, 15)
+
+
+@pytest.mark.parametrize(("options", "table"), [(["--streams", "1"], None), (["--minutes", "0"], None), ([], 1)])
+def test_too_few_streams_are_refused_before_any_is_drawn(options, table, tmp_path, capsys):
+    """And the table of one minute has no change a minute."""
+    if table is None:
+        assert main(["drift", "--run", str(tmp_path / "nowhere"), *options]) == 2
+        assert re.match(
+            r"distill: --streams must be at least 3, [^\n]*--minutes at least 1: got ", capsys.readouterr().err
+        )
+        return
+    drift.print_table([dict.fromkeys(drift.COLUMNS, 0.5)] * table, History())
+    assert "nan" not in capsys.readouterr().out
+    drift.print_table([dict.fromkeys(drift.COLUMNS, 0.5)] * 2, History())
+    assert "| change a minute | +0.0000 |" in capsys.readouterr().out

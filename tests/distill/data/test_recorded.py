@@ -350,7 +350,7 @@ def curated(films, tmp_path_factory):
         path = folder / "films" / f"{name}.mp4"
         frames, _ = media.read_video(path)
         media.write_video(path, frames, FPS, torch.zeros(NUM * 1280))
-    shards, out = prepared(folder / "films", folder / "shards"), folder / "kept"
+    shards, out = prepared(folder / "films", folder / "shards", silent=True), folder / "kept"
     (folder / "thresholds.yaml").write_text("speech: {at_least: 0.3}")
     words = ["--out", str(out), "--thresholds", str(folder / "thresholds.yaml"), "--workers", "0"]
     assert main(["data", "curate", str(shards), *words]) == 0

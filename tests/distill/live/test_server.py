@@ -25,6 +25,7 @@ from distill.live import protocol
 from distill.live.client import Client
 from students.weights.checkpoint import save_student
 from teachers.errors import UserError
+from tests.distill.live.test_uploads import png, wav
 from tests.support import tiny
 from tests.support.serving import a_puppet, eventually, serving
 
@@ -186,9 +187,22 @@ def test_uploads_are_bounded_before_they_are_read(url):
     client = Client(url)
     for data in (b"\x01PK\x03\x04zip", b"\x02PK\x03\x04zip", b"\x01", b"\x07abc", b"\x00\x01"):
         client.socket.send(data)
-    client.until(lambda: sum(message["type"] == "error" for message in client.messages) == 5, 5)
+    client.until(lambda: sum(message["type"] == "error" for message in client.messages) == 5, 120)
     assert all(len(message["message"]) < 300 for message in client.messages)
     client.open()
+    client.close()
+
+
+def test_files_are_decoded_in_another_process(url, monkeypatch):
+    """This process could not read one."""
+    monkeypatch.setattr("PIL.Image.open", None)
+    monkeypatch.setattr("teachers.media.sound._Track.__init__", None)
+    client = Client(url)
+    client.socket.send(bytes([protocol.IMAGE]) + png(40, 40))
+    client.until(lambda: {"type": "portrait"} in client.messages, 120)
+    client.open()
+    client.socket.send(bytes([protocol.FILE]) + wav(0.5))
+    client.until(lambda: client.answers, 120)
     client.close()
 
 

@@ -404,6 +404,7 @@ def test_wrong_options_are_one_line():
         (lambda: dmd.build(Config(gan=0.1), student), r"dmd\.gan: there is no role discriminator"),
         (lambda: dmd.build(Config(exit_step="random"), level), r"dmd\.exit_step"),
         (lambda: dmd.build(Config(exit_step="last", context_noise=0.1), level), r"dmd\.context_noise"),
+        (lambda: dmd.build(Config(exit_step="last", context_gradient=True), level), r"dmd\.context_gradient"),
     ):
         with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
             make()

@@ -108,6 +108,8 @@ def test_report_is_one_page_and_one_document(tmp_path):
     assert "tiny &lt;recipe&gt;" in text
     assert "a &lt;b&gt;nod&lt;/b&gt;" in text
     assert "1 of 2 targets are met" in text
+    assert ["FID", "admitted", "real 1.00, decoded 2.00"] in page.rows
+    assert not re.search(r"<[a-z ]+ at 0x|built-in method|undefined", text)
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["systems"]["student"]["cost"]["fps"] is None
     assert document["systems"]["student"]["metrics"]["fid"]["seeds"] == pytest.approx([0.99, 1.0, 1.01])

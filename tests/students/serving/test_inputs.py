@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from distill.data.prepare.video import read_sound
 from students.schedule import Schedule
 from students.serving.inputs import SessionInputs, Starved
 from teachers import media
+from teachers.media.sound import read_sound
 from tests.support.tiny import a_bundle, make_spec, randn, rng
 from tests.teachers.media.test_media import encode_audio
 
@@ -42,8 +42,8 @@ def test_a_file_is_the_same_whole_streamed_and_prepared(tmp_path, rate):
     assert whole.abs().max() == 1
     assert len(whole) == 48000
     assert torch.equal(streamed.audio.read(0, streamed.audio.end), whole)
-    assert torch.equal(read_sound(path, 0, len(whole))[0], whole)
-    assert torch.equal(read_sound(path, 30001, 16000)[0], whole[30001:46001])
+    assert torch.equal(read_sound(path, 0, len(whole)).samples, whole)
+    assert torch.equal(read_sound(path, 30001, 16000).samples, whole[30001:46001])
     for chunk in range(3):
         assert torch.equal(conditions(streamed, chunk).audio, conditions(at_once, chunk).audio)
 

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from students.history import History
+from students.schedule import Schedule
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
+from students.weights.checkpoint import save_student
 from teachers.errors import UserError
 from tests.students.serving.test_session import HISTORIES, PER_FRAME, film
 from tests.support.tiny import a_bundle, a_portrait, some_sound
@@ -101,6 +103,39 @@ def test_interrupt_is_never_having_drawn_the_dropped_chunks(history):
     assert torch.equal(*films)
 
 
+@pytest.mark.parametrize("keep_input", [False, True])
+def test_chunks_in_flight_start_anew_without_their_input(keep_input):
+    """Of a diagonal schedule: three forwards to the next chunk, as to the first one; with the input kept they go on, one."""
+    bundle, forwards = a_bundle(History(sinks=1, window=1), schedule=Schedule(depth=3)), []
+    session = a_session(bundle, lead=8)
+    session.push(some_sound(40 * PER_FRAME))
+    assert len(list(session.frames())) == 8
+    edge = session.interrupt(played=10, keep_input=keep_input)
+    assert len(session.point.state.flight) == (2 if keep_input else 0)
+    bundle.student.net.register_forward_pre_hook(lambda *_: forwards.append(1))
+    if not keep_input:
+        session.push(some_sound(20 * PER_FRAME, seed=5))
+    chunk = session.step()
+    assert chunk.first_frame == edge
+    assert len(forwards) == (1 if keep_input else 3)
+
+
+def test_a_loaded_session_knows_what_was_viewed(bundle, tmp_path):
+    """The lead is counted from there, and an interrupt goes back there."""
+    session = a_session(bundle, lead=2)
+    session.push(some_sound(30 * PER_FRAME))
+    first = session.step()
+    session.played(len(first.frames))
+    save_session(session, tmp_path / "one")
+    session.step()
+    session.played(len(first.frames) + 1)
+    save_session(session, tmp_path / "two")
+    ahead = [len(list(load_session(bundle, tmp_path / name).frames())) for name in ("one", "two")]
+    assert ahead == [2, 1]
+    again = load_session(bundle, tmp_path / "two")
+    assert again.interrupt() == session.interrupt() == again.point.frame
+
+
 def test_going_back_and_drawing_again_gives_the_same_frames(bundle):
     session = a_session(bundle, lead=6)
     session.set(text="someone smiles", at=3)
@@ -166,11 +201,11 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
 OTHER_PROCESS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from tests.support.tiny import a_bundle
 from students.serving.snapshot import load_session
+from students.weights.checkpoint import load_student
 folder = sys.argv[1]
 torch.set_num_threads(int(sys.argv[2]))
-session = load_session(a_bundle(), f"{folder}/session")
+session = load_session(load_student(f"{folder}/student"), f"{folder}/session")
 session.push(load_file(f"{folder}/sound")["sound"])
 save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f"{folder}/frames")
 """
@@ -180,7 +215,9 @@ save_file({"frames": torch.cat([chunk.frames for chunk in session.frames()])}, f
 def test_another_process_draws_the_same(threads, tmp_path):
     """Bit for bit with as many threads; another number adds up in another order, which is a grey level here and there."""
     sound = some_sound(40 * PER_FRAME)
-    session = a_session(a_bundle())
+    bundle = a_bundle()
+    save_student(tmp_path / "student", bundle, "# A card\n")
+    session = a_session(bundle)
     session.push(sound[: 15 * PER_FRAME])
     list(session.frames())
     save_session(session, tmp_path / "session")

@@ -97,7 +97,7 @@ def test_the_converted_network_is_diffusers_wan(tmp_path, architecture):
     image = randn(2, 7, 24, seed=3) if architecture.image_dim else None
     expected = theirs(x, SIGMA * 1000, text, image).sample
     assert expected.abs().mean() > 0.1
-    assert torch.allclose(ours(x, SIGMA, text, image=image)[0], expected, atol=1e-5)
+    assert torch.allclose(ours(x, SIGMA, text, image=image)[0], expected, atol=5e-5)  # diffusers' time is in fp32
     assert ours.config.reference is (architecture is IMAGE)
     assert ours.config.audio_dim == 0
 

@@ -91,6 +91,19 @@ def test_a_whole_clip_equals_the_equations(samples_per_frame, samples):
     assert (encoder.whole(sound, 33) - expected).abs().max() < 1e-11
 
 
+@pytest.mark.parametrize(("frames", "windows"), [(21, 21), (23, 29), (29, 29), (30, 37)])
+def test_a_clip_out_of_a_longer_sound_is_omniavatar_s_first_window(frames, windows):
+    """Its inference pads the whole sound to whole windows (of 21 frames, 13 of them shared) and encodes it at once; a row of zeros
+    stands before the first."""
+    model = a_model()
+    encoder = Wav2Vec(model.wav2vec2, replace(WINDOWS, prefix_frames=1), N)
+    sound = some_sound((frames - 1) * N, 3)[None]
+    expected = reference.audio_rows(published(model), sound, windows - 1, N, HEADS)[:, :20]
+    rows = encoder.of_clip(sound, 21)
+    assert not rows[:, 0].any()
+    assert (rows[:, 1:] - expected).abs().max() < 1e-5
+
+
 def test_the_stack_is_the_library_s_where_nothing_is_resampled():
     """420 samples a frame give three conv features for three frames. The last state comes first and once more at the end."""
     encoder, sound = an_encoder(samples_per_frame=420), some_sound(3 * 420)

@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,6 +32,8 @@ from tests.support.eval_sets import (
     films_with_sound,
     refused_in_one_line,
 )
+from tests.support.films import write_film
+from tests.support.sounds import tone, write_sound
 from tests.support.tiny import rng
 
 
@@ -129,6 +132,30 @@ def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins
     for bad in ("[1, 2", '{"f0": [1, 2, 3]}', '{"f9": null}', '{"f0": [9, 1, 3, 4]}', "[]"):
         (real / "faces.json").write_text(bad)
         assert "face" in refused_in_one_line(capsys, tmp_path / "bad", *base)
+
+
+@pytest.mark.parametrize("kind", ["silent", "none", "not finite", "antiphase", "cut short"])
+def test_what_is_wrong_with_the_sound_costs_the_metrics_of_sound_alone(stand_ins, tmp_path, kind):
+    real = a_set(tmp_path / "real")
+    boxes = {name: [2, 2, 14, 14] for name in "abcde"}
+    (real / "faces.json").write_text(json.dumps(boxes))
+    video = a_clip(0)
+    samples = torch.zeros(19_200) if kind == "silent" else torch.full((19_200,), torch.nan)
+    write_clip(real / "a.safetensors", video, FPS, None if kind == "none" else samples, "a person nods")
+    if kind in ("antiphase", "cut short"):
+        (real / "a.safetensors").unlink()
+        frames = [frame.permute(1, 2, 0).numpy() for frame in video.unbind(1)]
+        write_film(real / "a.mkv", frames, FPS)
+        voice = tone(1.2, 16_000)
+        beside = write_sound(real / "a.wav", "pcm_s16le", 16_000, np.stack([voice, -voice], 1))
+        if kind == "cut short":
+            beside.write_bytes(beside.read_bytes()[:30])
+    words = ("--generated", real, "--real", real, "--protocol", a_card(tmp_path / "card.yaml", clips__lossless=False))
+    report = evaluated(tmp_path / "out", *words, "--metrics", "fid,fvd,sync")
+    assert {"fid", "fvd"} <= set(report["rows"]["real"]["metrics"])
+    why = {"none": "a: no sound", "not finite": "a: no sound: audio must be finite", "antiphase": "cancel each other",
+           "cut short": "a: audio file"}.get(kind)  # fmt: skip
+    assert why is None or why in report["refused"]["sync"]
 
 
 def test_weight_free_measures_are_those_of_quality_a_few_frames_at_a_time():

@@ -18,6 +18,7 @@ from students.serving.session import Chunk, Session, Starved
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from teachers.errors import UserError
+from tests.support.sounds import loudest_hertz, write_sound
 from tests.support.tiny import a_bundle, some_sound
 from tests.teachers.media.test_media import encode_audio, ramp_picture, save_image, tone
 
@@ -208,6 +209,30 @@ def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
     assert "25/25" in captured.err
     assert "first frame" in captured.err
     assert os.listdir(inputs["out"].parent) == ["film.mp4"]
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(44_100, 2), (48_000, 8)])
+def test_the_film_keeps_rate_and_channels_of_the_sound(inputs, loud, rate, channels):
+    loud()
+    rows = np.stack([tone(2.0, rate, 300.0), *(channels - 1) * [tone(2.0, rate, 700.0)]], axis=1)
+    write_sound(inputs["audio"], "pcm_s16le", rate, rows)
+    film(inputs)
+    given, written = (torch.cat(list(media.AudioReader(inputs[n], mono=False))) for n in ("audio", "out"))
+    assert written.shape == given.shape == (2 * rate, 2)
+    part = slice(rate // 2, rate)
+    for own, kept in zip(given[part].T.numpy(), written[part].T.numpy(), strict=True):
+        assert loudest_hertz(kept, rate) == pytest.approx(loudest_hertz(own, rate), abs=5)
+        assert float(kept.std()) == pytest.approx(float(own.std()), rel=0.1)
+
+
+def test_which_track_was_taken_is_said_and_that_there_is_nothing_to_hear(inputs, loud, capsys):
+    loud()
+    voice = tone(2.0, 48_000)[:, None]
+    inputs["audio"] = write_sound(inputs["audio"].with_suffix(".mka"), "pcm_s16le", 48_000, voice, 0 * voice, default=1)
+    film(inputs)
+    told = capsys.readouterr().err
+    assert "audio track 2 of 2 was taken, the default one" in told
+    assert "nothing to hear" in told
 
 
 def test_size_and_crop(inputs, loud):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.data.datasets.folder import Videos, probe, read, safe_id
+from distill.data.datasets.folder import Videos, read, safe_id
 from distill.data.datasets.manifest import SAFE_ID
 from teachers.errors import UserError
+from teachers.media.film import probe
 from tests.support.grey_films import put_film
 
 
@@ -26,6 +27,13 @@ def reasons(manifest) -> dict[str, str]:
 
 def test_every_video_is_a_clip_and_one_of_another_format_is_named(tmp_path):
     put_clips(tmp_path, "b.mp4", "a.MOV", "in/c.mkv", "d.webm", "e.avi", "notes.pdf", ".hidden.mp4", ".git/f.mp4")
+    for name, head in (
+        ("film.mxf", ""),
+        ("film", "\x1aE\xdf\xa3"),
+        ("take.MPV9", "0000ftypisom"),
+        ("voice.m4a", "0000ftypM4A "),
+    ):
+        (tmp_path / name).write_bytes(head.encode("latin-1"))
     (tmp_path / "b.txt").write_text("\ufeffA woman speaks.\n", encoding="utf-8")
     manifest = read(None, tmp_path)
     assert manifest == read(tmp_path) == read(tmp_path, tmp_path)
@@ -36,7 +44,8 @@ def test_every_video_is_a_clip_and_one_of_another_format_is_named(tmp_path):
         ("in__c", "in/c.mkv", "", "in/c.mkv"),
     ]
     assert {(c.dataset, c.start, c.end, c.crop) for c in manifest.clips} == {("folder", 0.0, None, None)}
-    assert reasons(manifest) == {"e.avi": "not one of .mp4, .mov, .mkv, .webm"}
+    told = "not one of .mp4, .mov, .mkv, .webm; convert it, ffmpeg -i IN OUT.mp4"
+    assert reasons(manifest) == dict.fromkeys(("e.avi", "film.mxf", "film", "take.MPV9"), told)
 
 
 def test_names_that_are_no_ids_get_safe_ones(tmp_path):
@@ -154,7 +163,7 @@ def test_metadata_of_any_form_say_the_same(tmp_path, name):
         ({"file_name": "b.mp4", "crop": [0, 0, 10, 10], "crop_size": [9, 9]}, "outside the frame"),
         ({"file_name": "b.mp4", "crop": "0 0 x 9"}, "cannot be read"),
         ({"file_name": "b.mp4", "crop": 5}, "cannot be read"),
-        ({"file_name": "broken.mp4", "crop": [0, 0, 9, 9]}, "video cannot be read"),
+        ({"file_name": "broken.mp4", "crop": [0, 0, 9, 9]}, "video file cannot be read"),
         ({"file_name": "b.mp4", "text": ["x"]}, "must be text"),
         ({"text": "no name"}, "must have a file_name"),
         ({"file_name": 3}, "must have a file_name"),
@@ -221,5 +230,5 @@ def test_what_is_no_film_cannot_be_probed(tmp_path):
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile {film}\n")
     for name in ("cut.mp4", "empty.mp4", "list.mp4", "none.mp4"):
-        with pytest.raises(UserError, match=f"{name}; replace the file"):
+        with pytest.raises(UserError, match=f"video file .*{name}; "):
             probe(tmp_path / name)

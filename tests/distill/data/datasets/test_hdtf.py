@@ -224,7 +224,7 @@ def test_an_unreadable_video_and_two_of_one_name_refuse_their_clips(tmp_path):
     put_film(videos / "ReneeEllmers.mp4")
     put_film(videos / "b" / "ReneeEllmers.mkv")
     why = reasons(read(put_files(tmp_path / "a"), videos))
-    assert "video cannot be read" in why["RD_Radio11_000"]
+    assert "video file cannot be read" in why["RD_Radio11_000"]
     assert "several videos of one name: ReneeEllmers.mp4, b/ReneeEllmers.mkv" in why["WRA_ReneeEllmers_000"]
 
 

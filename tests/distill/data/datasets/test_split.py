@@ -230,7 +230,8 @@ def test_the_command_splits_writes_lists_and_selects(tmp_path, capsys):
         (["--fraction", "train"], "shares are written as"),
         (["--fraction", "a=0.5", "a=0.5"], "named twice"),
         (["--select", "x", "--lists", "y"], "not both"),
-        (["--lists", "y"], "100 windows of 5 s are needed"),
+        (["--lists", "y", "--fraction", "test=1"], "100 windows of 5 s are needed"),
+        (["--fraction", "train=0.99", "test=0.01"], "split test has no clip: 9 clips of 3 identities, .*--salt"),
     ],
 )
 def test_a_mistake_writes_nothing(tmp_path, words, said):

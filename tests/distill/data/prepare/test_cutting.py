@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from distill.data.datasets.manifest import Clip
-from distill.data.prepare import cutting, video
+from distill.data.prepare import cutting
 from distill.data.prepare.cutting import CutConfig, crop_box, cut, encode_flac
-from distill.data.prepare.video import read_frames, read_sound
 from teachers import media
 from teachers.errors import UserError
-from teachers.media.read import upright
+from teachers.media import container, film, sound
+from teachers.media.container import upright
+from teachers.media.film import read_frames
+from teachers.media.sound import read_sound
 from tests.support.films import (
     HEIGHT,
     WIDTH,
@@ -24,6 +26,7 @@ from tests.support.films import (
     turn,
     write_film,
 )
+from tests.support.sounds import tone, write_sound
 
 RATE = 16000
 LOOSE = CutConfig(fps=Fraction(25), min_seconds=0.2)
@@ -87,16 +90,17 @@ def test_sound_of_a_stretch_is_that_of_the_whole_film(tmp_path, name, codec, rat
     whole = media.read_audio(path)
     tolerance = {"aac": 1e-2, "libopus": 1e-3, "pcm_s16le": 0.0}[codec]
     for first, count in ((0, 4000), (777, 8000), (30001, 16000), (47999, 12345)):
-        stretch, late, early = read_sound(path, first, count)
-        assert (late, early) == (0, 0)
-        np.testing.assert_allclose(stretch.numpy(), whole[first : first + count].numpy(), atol=tolerance)
+        stretch = read_sound(path, first, count)
+        assert (stretch.late, stretch.hole, stretch.early) == (0, 0, 0)
+        np.testing.assert_allclose(stretch.samples.numpy(), whole[first : first + count].numpy(), atol=tolerance)
 
 
 @pytest.mark.parametrize("late", [0.8, 9.0])
 def test_a_seek_that_lands_too_late_is_not_trusted(tmp_path, monkeypatch, late):
     path = counting_film(tmp_path / "a.mov", 4.0, g="10")
-    sought = video._seek
-    monkeypatch.setattr(video, "_seek", lambda container, stream, to: sought(container, stream, to + Fraction(late)))
+    for module in (film, sound):
+        sought = lambda *given: container.seek(*given[:2], given[2] + Fraction(late))  # noqa: E731
+        monkeypatch.setattr(module, "seek", sought)
     piece = cut(clip(start=2.0, end=3.0), path, LOOSE, tmp_path / "out.mp4")
     assert [number_of(frame) for frame in frames_of(tmp_path / "out.mp4")] == list(range(50, 75))
     assert detected_clicks(piece.sound.numpy()) == pytest.approx(expected_clicks(Fraction(2), 16000), abs=1)
@@ -243,6 +247,7 @@ def test_sound_with_a_hole_keeps_its_times(tmp_path):
     path = counting_film(tmp_path / "a.mkv", 3.0, audio_codec="pcm_s16le", sound_hole=(1.0, 1.5))
     piece = cut(clip(), path, LOOSE, tmp_path / "out.mp4")
     places = [place for place in expected_clicks(Fraction(0), 48000) if not 15000 < place < 25500]
+    assert piece.metadata["silence_added"] == pytest.approx(8000, abs=800)
     assert [n for n in detected_clicks(piece.sound.numpy()) if not 15000 < n < 25500] == pytest.approx(places, abs=1)
 
 
@@ -252,6 +257,27 @@ def test_no_sound_track(tmp_path):
     piece = cut(clip(), path, replace(LOOSE, silent=True), tmp_path / "out.mp4")
     assert piece.sound is None
     assert piece.metadata["samples"] == 0
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "pcm_s16le"), ("a.mp4", "aac"), ("a.webm", "libopus")])
+@pytest.mark.parametrize("kind", ["zeros", "antiphase", "zeros in the default track"])
+def test_silence_is_refused_unless_it_is_asked_for(tmp_path, name, codec, kind):
+    voice = sum(tone(2.0, 48_000, 130.0 * n) / 2 / n for n in range(1, 20))
+    tracks = {
+        "zeros": [0 * voice[:, None]],
+        "antiphase": [np.stack([voice, -voice], 1)],
+        "zeros in the default track": [voice[:, None], 0 * voice[:, None]],
+    }[kind]
+    path = write_sound(tmp_path / name, codec, 48_000, *tracks, default=len(tracks) - 1, video=50)
+    words = "cancel each other" if kind == "antiphase" else f"audio track {len(tracks)} of {len(tracks)}"
+    told = refusal(path, tmp_path)
+    assert "sound is silent throughout" in told
+    assert words in told
+    piece = cut(clip(), path, replace(LOOSE, silent=True), tmp_path / "out.mp4")
+    assert piece.metadata["audio_track"] == f"{len(tracks)} of {len(tracks)}"
+    if len(tracks) == 2:
+        write_sound(path, codec, 48_000, *tracks, default=0, video=50)
+        assert cut(clip(), path, LOOSE, tmp_path / "out.mp4").metadata["audio_track"] == "1 of 2"
 
 
 @pytest.mark.parametrize("part", [0.3, 0.7, 0.95])

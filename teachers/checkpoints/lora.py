@@ -1,0 +1,161 @@
+"""LoRA over published weights: W + alpha / rank * B A (2106.09685, section 4.1), in the layouts that are found.
+
+OmniAvatar and peft write `lora_A`, `lora_B` and state rank and alpha in a config; ComfyUI's and kohya's trainers write
+`lora_down`, `lora_up` and each module's own `alpha` beside them.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from teachers.checkpoints import layouts, weights
+from teachers.checkpoints.strict import listed
+from teachers.checkpoints.weights import ALL, Lazy
+from teachers.errors import UserError
+
+Pairs = dict[str, dict[str, Lazy]]
+"""The weight that a LoRA changes -> {"A": [rank, in], "B": [out, rank]}, and "alpha" [] where the file has it."""
+SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_PAIR = re.compile(r"(.+)\.lora_(A|B|down|up)\.(?:\w+\.)?weight")
+_ALPHA = re.compile(r"(.+)\.alpha")
+UNREAD = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
+"""Settings of peft's adapter_config.json that change what an adapter means."""
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """The weight that a LoRA's tensor changes, and which side of it the tensor is: A, B or alpha; None for another tensor."""
+    if pair := _PAIR.fullmatch(name):
+        return f"{pair[1]}.weight", SIDES[pair[2]]
+    alpha = _ALPHA.fullmatch(name)
+    return (f"{alpha[1]}.weight", "alpha") if alpha else None
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A complete LoRA, by the names of the weights that it changes. `rank` and `alpha` are of the pairs without an alpha."""
+
+    rank: int
+    alpha: float
+    pairs: Pairs
+
+    def scale(self, name: str) -> float:
+        """alpha / rank of one pair."""
+        pair = self.pairs[name]
+        alpha = float(pair["alpha"].read()) if "alpha" in pair else self.alpha
+        return alpha / pair["A"].shape[0]
+
+    def fold(self, name: str, weight: Lazy) -> Lazy:
+        """The changed weight, summed in fp32 or better, in its own type; an fp8 one in bf16, as fp8 would round the LoRA away."""
+        if name not in self.pairs:
+            return weight
+        is_fp8 = weight.dtype.itemsize == 1
+        wide = torch.float32 if is_fp8 else torch.promote_types(weight.dtype, torch.float32)
+        kept, scale = torch.bfloat16 if is_fp8 else weight.dtype, self.scale(name)
+
+        def read(rows: slice = ALL) -> Tensor:
+            total = weight.read(rows).to(wide, copy=True)
+            down, up = (self.pairs[name][side].read(part).to(wide) for side, part in (("A", ALL), ("B", rows)))
+            return total.addmm_(up, down, alpha=scale).to(kept)
+
+        return replace(weight, dtype=kept, read=read)
+
+    def write(self, path: Path) -> None:
+        """One file, the tensors under the names of diffusers' load_lora_adapter. UserError where the pairs have several ranks."""
+        ranks = {pair["A"].shape[0] for pair in self.pairs.values()}
+        if len(ranks) > 1:
+            raise UserError(f"--lora adapter holds one rank, this LoRA has {listed(map(str, sorted(ranks)))}; fold it")
+        targets = sorted(name.removesuffix(".weight") for name in self.pairs)
+        metadata = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+        tensors = {}
+        for name, pair in self.pairs.items():
+            stem, own = name.removesuffix(".weight"), self.scale(name) / (self.alpha / self.rank)
+            tensors[f"{stem}.lora_A.weight"] = pair["A"].read().contiguous()
+            up = pair["B"].read()
+            tensors[f"{stem}.lora_B.weight"] = up.contiguous() if own == 1.0 else (up * own).contiguous()
+        save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
+
+
+def adapter_config(folder: Path, file: Path) -> dict[str, Any]:
+    """Rank, alpha and targets of an adapter, under OmniAvatar's keys: of the metadata of our own files, or of peft's
+    adapter_config.json in the folder; {} where there is neither. UserError for what is not stated or not read."""
+    if file.name == weights.ADAPTER:
+        source, text = file, weights.read_metadata(file).get("lora_adapter_metadata")
+        try:
+            values = json.loads(text) if text else None
+        except ValueError:
+            values = None
+    else:
+        source, values = folder / "adapter_config.json", weights.read_json(folder / "adapter_config.json")
+        if not values:
+            return {}
+    if used := [key for key in UNREAD if isinstance(values, dict) and values.get(key)]:
+        raise UserError(f"adapter is not read: {source} has {listed(used)}; merge it into its base with peft")
+    try:
+        targets = values["target_modules"]  # pyright: ignore[reportOptionalSubscript]
+        found = {"lora_rank": int(values["r"]), "lora_alpha": float(values["lora_alpha"])}  # pyright: ignore[reportOptionalSubscript]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"damaged adapter: {source} does not state its rank and alpha ({error}); convert it again"
+        ) from error
+    return found | ({"lora_target_modules": targets} if isinstance(targets, list) else {})
+
+
+def complete_lora(
+    pairs: Pairs, tensors: Mapping[str, Lazy], config: Mapping[str, Any], names: Mapping[str, str], path: Any
+) -> Lora:
+    """The LoRA over complete weights `tensors`; UserError unless every pair is whole, fits its weight, and has a rank and an alpha.
+
+    Pairs that all bring their own alpha may be of any rank and of any modules; others have one rank, the config's, on every module
+    that the config (by default OmniAvatar) targets.
+    """
+    ranks = {
+        t.shape[side == "B"]
+        for pair in pairs.values()
+        for side, t in pair.items()
+        if side != "alpha" and len(t.shape) == 2
+    }
+    rank, alpha = config.get("lora_rank", layouts.LORA_RANK), config.get("lora_alpha", layouts.LORA_ALPHA)
+    own = all("alpha" in pair for pair in pairs.values())
+    if own and ranks:
+        rank = alpha = max(ranks)
+    elif ranks != {rank}:
+        source = "config.json states" if "lora_rank" in config else "without a config.json it is OmniAvatar's:"
+        raise UserError(
+            f"LoRA of another rank: {path} has rank {listed(map(str, sorted(ranks)))}, {source} rank {rank} and alpha {alpha}; "
+            "put the lora_rank and lora_alpha that it was trained with into a config.json beside it (other trainers than "
+            "OmniAvatar's often have alpha = rank)"
+        )
+    needed = _targets(tensors, config) if not own else [name for name in pairs if name in tensors]
+
+    def label(name: str, side: str) -> str:
+        stem = layouts.rename(name, names).removesuffix(".weight")
+        return f"{stem}.alpha" if side == "alpha" else f"{stem}.lora_{side}.weight"
+
+    expected: dict[str, layouts.Shape] = {}
+    for name in needed:
+        if len(tensors[name].shape) == 2:
+            (rows, columns), down = tensors[name].shape, pairs.get(name, {}).get("A")
+            this = down.shape[0] if own and down is not None and down.shape else rank
+            expected |= {label(name, "A"): (this, columns), label(name, "B"): (rows, this)}
+    shapes = {label(n, side): t.shape for n, pair in pairs.items() for side, t in pair.items() if side != "alpha"}
+    layouts.check(shapes, expected, {}, path)
+    return Lora(rank, alpha, pairs)
+
+
+def _targets(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> list[str]:
+    """The weights that a LoRA with one rank changes."""
+    declared = config.get("lora_target_modules", layouts.LORA_TARGETS)
+    ends = tuple(f".{target}.weight" for target in (declared.split(",") if isinstance(declared, str) else declared))
+    return [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("blocks.") and len(tensor.shape) == 2
+        and any(f".{either}".endswith(ends) for either in (name, layouts.rename(name, layouts.TO_WAN)))
+    ]  # fmt: skip

@@ -1,0 +1,131 @@
+"""Media files: opened as streams of bytes, their tracks chosen, their clocks read, their frames turned upright."""
+
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideData
+from av.stream import Disposition
+
+from teachers.errors import UserError
+
+TIMED = ("mov", "matroska", "ogg", "asf", "flv", "mpegts", "mpeg", "nut", "mxf")
+"""Containers whose packets have times of their own; elsewhere FFmpeg counts samples or frames."""
+JUMP = Fraction(1, 4)  # seconds by which times may go back before it counts as another clock
+SPECIAL = (
+    Disposition.comment
+    | Disposition.hearing_impaired
+    | Disposition.visual_impaired
+    | Disposition.karaoke
+    | Disposition.clean_effects
+)
+
+
+@dataclass(frozen=True)
+class Content:
+    """The bytes of a file that lies nowhere, and what errors call it."""
+
+    data: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@contextmanager
+def opened(path: Path | Content, kind: str, formats: str | None = None) -> Iterator[InputContainer]:
+    """The container of `path`; UserError when the file is missing, empty, unreadable or damaged within the block.
+
+    It may only refer to other local files, so a name is never read as an address. `formats`: FFmpeg's names of the only
+    containers that are read, divided by commas.
+    """
+    path = path if isinstance(path, Content) else Path(path)
+    options = {"protocol_whitelist": "file"} | ({} if formats is None else {"format_whitelist": formats})
+    try:
+        if isinstance(path, Path) and not path.is_file():
+            raise UserError(f"{kind} {'is not a file' if path.exists() else 'not found'}: {path}; check the path")
+        if not (len(path.data) if isinstance(path, Content) else path.stat().st_size):
+            raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
+        with (
+            io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream,
+            av.open(stream, "r", options=options) as container,
+        ):
+            yield container
+    except UserError:
+        raise
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        kinds = "a common format" if formats is None else formats.replace(",", ", ")
+        raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of {kinds}") from error
+
+
+def video_stream(container: InputContainer) -> av.VideoStream | None:
+    """The first video stream that is not a cover image."""
+    return next((s for s in container.streams.video if not s.disposition & Disposition.attached_pic), None)
+
+
+def audio_stream(container: InputContainer) -> tuple[av.AudioStream | None, str]:
+    """The sound track that players choose, and which one that is, such as "1 of 2"; (None, "") without any.
+
+    The first that is flagged default and is no commentary and not for the hearing or visually impaired; else the first of those
+    flagged default; else the first.
+    """
+    streams = list(container.streams.audio)
+    if not streams:
+        return None, ""
+    default = [stream for stream in streams if stream.disposition & Disposition.default] or streams
+    chosen = next((stream for stream in default if not stream.disposition & SPECIAL), default[0])
+    return chosen, f"{streams.index(chosen) + 1} of {len(streams)}"
+
+
+def is_timed(container: InputContainer) -> bool:
+    """Whether times are the file's own: holes and jumps in them are real."""
+    return container.format.name.split(",")[0] in TIMED
+
+
+def zero_of(stream: av.VideoStream | None) -> Fraction:
+    """Container time of the first frame, in seconds."""
+    return Fraction(0) if stream is None else (stream.start_time or 0) * Fraction(stream.time_base or 0)
+
+
+def seek(container: InputContainer, stream: av.VideoStream | av.AudioStream, seconds: Fraction) -> bool:
+    """Seek to the key frame before that time of the video; False where the container cannot."""
+    zero = zero_of(video_stream(container))
+    try:
+        container.seek(math.floor((zero + seconds) / Fraction(stream.time_base or 1)), stream=stream)
+    except (av.FFmpegError, OSError):
+        return False
+    return True
+
+
+def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
+    """How the file asks for `frame` to be shown: quarter turns counter-clockwise (0 to 3), after a mirroring left to right if True.
+
+    The nearest of the eight to its display matrix (FFmpeg's `libavutil/display.h`: a pixel (x, y) comes to (a x + c y, b x + d y)).
+    """
+    try:
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+    except ValueError:  # beside data of a kind that PyAV does not know it gives the angle alone
+        return round(frame.rotation / 90) % 4, False
+    if matrix is None:
+        return 0, False
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    mirrored = a * d - b * c < 0
+    a, b = (-a, -b) if mirrored else (a, b)  # where the matrix puts the mirrored frame's x axis
+    if abs(a) >= abs(b):
+        return (0 if a >= 0 else 2), mirrored
+    return (1 if b < 0 else 3), mirrored
+
+
+def upright(frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
+    """Pixels of `frame` [h, w, channels], turned and mirrored as its file asks for (`orientation`)."""
+    turns, mirrored = orientation(frame)
+    pixels = frame.to_ndarray(format=pixel_format)
+    return np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))

@@ -1,0 +1,46 @@
+"""The command line: what is misspelt is guessed, and only what continues says so."""
+
+import re
+
+import pytest
+
+from distill import cli
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["smaple"], r"invalid choice: 'smaple' [^\n]*did you mean 'sample'\? see distill --help"),
+        (["xyzzy"], r"invalid choice: 'xyzzy' [^\n]*: distill; see distill --help"),
+        (
+            ["plan", "livetalk", "--enginse", "ddp"],
+            r"unrecognized arguments: --enginse[^\n]*did you mean '--engines'\?",
+        ),
+        (["convert", "a", "b", "--to", "diffuser"], r"invalid choice: 'diffuser' [^\n]*did you mean 'diffusers'\?"),
+        (["data", "splt"], r"invalid choice: 'splt' [^\n]*did you mean 'split'\?"),
+        (["sample", "--student", "s"], r"the following arguments are required: --image"),
+    ],
+)
+def test_what_is_misspelt_is_guessed(words, said, capsys):
+    assert cli.main(words) == cli.USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("distill: ")
+    assert re.search(said, line), line
+
+
+@pytest.mark.parametrize(
+    ("words", "resumes"),
+    [
+        (["run", "a.yaml"], True),
+        (["data", "prepare", "hdtf"], True),
+        (["data", "split", "m"], False),
+        (["sample"], False),
+    ],
+)
+def test_only_what_continues_says_so(words, resumes, monkeypatch, capsys):
+    def parse(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", parse)
+    assert cli.main(words) == cli.INTERRUPTED
+    assert ("the same command continues" in capsys.readouterr().err) == resumes
