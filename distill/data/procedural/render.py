@@ -43,7 +43,7 @@ class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
     `num_frames` counts pixel frames of a clip. `num_train`: training clips; null is all clips of a folder, 256 of a world that has
     no end. They are decoded and encoded `shard_clips` at a time, a file each. `speakers` 2: the avatar and another person, in
-    turns. `steered`: its head follows a direction signal."""
+    turns. `steered`: its head follows a direction signal. `variety`: how far people, framing and walls differ, 1 as far as they can."""
 
     resolution: int = 32
     width: int | None = None
@@ -53,6 +53,7 @@ class WorldConfig:
     shard_clips: int = 256
     speakers: int = 1
     steered: bool = False
+    variety: float = 1.0
 
     @property
     def pose_dim(self) -> int:
@@ -101,7 +102,7 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Scen
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
     samples = config.num_frames * samples_per_frame(config)
     voice = speech.synthesise(num, samples, rng)
-    identity = torch.rand(num, IDENTITY, generator=rng)
+    identity = 0.5 + config.variety * (torch.rand(num, IDENTITY, generator=rng) - 0.5)
     other = turn = pose = None
     if config.speakers == 2:
         other, turn = speech.synthesise(num, samples, rng), duplex.draw_turns(num, voice.opening.shape[1], rng)

@@ -12,7 +12,6 @@ from teachers.checkpoints.weights import ADAPTER
 from teachers.errors import UserError
 from tests.support.checkpoints import (
     ALPHA,
-    AVATAR,
     RANK,
     STEM,
     TEXT_TO_VIDEO,
