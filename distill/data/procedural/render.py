@@ -43,7 +43,8 @@ class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
     `num_frames` counts pixel frames of a clip. `num_train`: training clips; null is all clips of a folder, 256 of a world that has
     no end. They are decoded and encoded `shard_clips` at a time, a file each. `speakers` 2: the avatar and another person, in
-    turns. `steered`: its head follows a direction signal. `variety`: how far people, framing and walls differ, 1 as far as they can."""
+    turns. `steered`: its head follows a direction signal. `variety`: how far people, framing and walls differ, 1 as far as they
+    can."""
 
     resolution: int = 32
     width: int | None = None
