@@ -305,6 +305,9 @@ def spec_of(recipe: "Recipe") -> Spec:
 
 
 def _anywhere(part: Any) -> Any:
-    """The config with its path absolute, so that an exported student finds it from every folder."""
+    """The config with its path absolute, so that an exported student finds it from every folder; without one where the student's
+    folder holds the weights."""
     path = getattr(part, "path", None)
+    if path is not None and getattr(part, "takes_over", False):
+        return replace(part, path=None)
     return part if path is None else replace(part, path=path.expanduser().resolve())

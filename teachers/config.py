@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from teachers import shipped
 from teachers.errors import UserError
 from teachers.resolve import Registry, name_of, nearest, resolve
 
@@ -181,7 +182,7 @@ def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
         except OverflowError:
             return False, None
     if kind is Path and isinstance(value, str):
-        return True, Path(value)
+        return True, shipped.resolve(value)
     return type(value) is kind, value
 
 
@@ -201,7 +202,7 @@ def to_plain(value: Any, digests: bool = False) -> Any:
         return {name: to_plain(item, digests) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [to_plain(item, digests) for item in value]
-    return str(value) if isinstance(value, Fraction | Path) else value
+    return shipped.name_of(value) if isinstance(value, Path) else str(value) if isinstance(value, Fraction) else value
 
 
 def _name_in(field: dataclasses.Field, item: Any, digests: bool) -> dict[str, str]:

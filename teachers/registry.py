@@ -18,6 +18,7 @@ CODECS = Registry(
         "eigen": "teachers.codecs.linear:CodecConfig",
         "wan_vae": "teachers.codecs.wan_vae:WanVAEConfig",
         "taehv": "teachers.codecs.taehv:TAEHVConfig",
+        "conv": "teachers.codecs.convolutional:ConvCodecConfig",
         "dc_ae": "teachers.codecs.dc_ae:DCAEConfig",
     },
     methods={"load": "def load(self, folder: Path, height: int, width: int) -> Codec"},

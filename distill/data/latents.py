@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distill.data.codec_training import fit_codec, psnr
+from distill.data.codec_training import TrainableConfig, fit_codec, psnr, shards_for
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
 from distill.data.source import Clips, ClipSource
@@ -20,7 +20,7 @@ from distill.methods import Batch
 from distill.training.engine import Engine
 from students.weights.coverage import FILE, Coverage
 from teachers.checkpoints.weights import read_json
-from teachers.codecs.dc_ae import DCAEConfig
+from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
 from teachers.encoders.small import TextConfig, TextEncoder
@@ -171,8 +171,9 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
         if isinstance(config.codec, CodecConfig) and not codec_file.is_file():
             codec = EigenCodec(config.codec, *config.world.size).fit(to_float(first.video))
             save_tensors(codec_file, codec.state_dict())
-        if isinstance(config.codec, DCAEConfig) and config.codec.fitted and not codec_file.is_file():
-            learned = range(1, min(config.codec.fit.shards, source.num_shards))
+        _take_over(config, folder)
+        if isinstance(config.codec, TrainableConfig) and config.codec.fitted and not codec_file.is_file():
+            learned = range(1, min(shards_for(config.codec), source.num_shards))
             videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
             fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
         if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
@@ -212,6 +213,17 @@ def cover(source: ClipSource, seed: int, first: Clips, texts: Iterable[str], enc
     own = first.video[:, :, 0]
     own = torch.cat([own, own.flip(-1)]) if source.config.mirror else own
     return Coverage.fit(own, held_out, texts, encoders.codec, encoders.device)
+
+
+def _take_over(config: ClipsConfig, folder: Path) -> None:
+    """Copy the codec and the text encoder that are given by a path and lie in the student's folder. UserError where they do not."""
+    codec, text = config.codec, config.text
+    if isinstance(codec, ConvCodecConfig) and codec.path is not None:
+        read = codec.load(codec.path, *config.world.size)
+        save_tensors(folder / "codec.safetensors", read.state_dict())
+    if isinstance(text, TextConfig) and text.path is not None:
+        text.load(text.path).save(folder / "text")
+        (folder / "text" / "done").touch()
 
 
 def write_shards(

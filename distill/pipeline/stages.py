@@ -49,6 +49,7 @@ SOLVER = ("trajectories.num_steps", "trajectories.shift", "trajectories.guidance
 HELD_OUT = ("eval.condition_seed", "eval.num_conditions", "eval.num_reference")
 PROBES = (
     "eval.admit_clips",
+    "eval.probes",
     *(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name.startswith("probe_")),
 )
 ADAPTERS = tuple(f"lora.{name}" for name in LoraRoles.__dataclass_fields__ if name != "export")

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 
 from eval.cards import Card, load_card
 from teachers.config import to_plain
@@ -16,7 +17,8 @@ class EvalConfig:
     """How systems are evaluated: `protocol` is a card, shipped or a file. Counts are clips unless the name states otherwise.
 
     `num_conditions` fresh held-out conditions are generated `num_seeds` times and compared with `num_reference` other real
-    clips. Diversity takes `diversity_seeds` noises for each of `diversity_conditions`.
+    clips. Diversity takes `diversity_seeds` noises for each of `diversity_conditions`. `probes`: a folder of extractors that were
+    trained before, so that numbers of several runs compare; without it they are trained in `probe_steps`.
     """
 
     num_conditions: int = 144
@@ -37,13 +39,14 @@ class EvalConfig:
     sheet_frames: int = 8
     num_samples: int = 4
     protocol: str = "embedded"
+    probes: Path | None = None
 
     def __post_init__(self) -> None:
         least: dict[str, int] = dict.fromkeys(("num_conditions", "num_reference", "admit_clips"), 8)
         least |= dict.fromkeys(("diversity_conditions", "diversity_seeds"), 2)
         least |= dict.fromkeys(("condition_seed", "probe_seed", "probe_lr", "latency_warmup", "num_samples"), 0)
         for name, value in vars(self).items():
-            if name != "protocol" and value < least.get(name, 1):
+            if name not in ("protocol", "probes") and value < least.get(name, 1):
                 raise UserError(f"eval.{name} is too small: got {value}; use at least {least.get(name, 1)}")
 
 

@@ -117,14 +117,19 @@ class LogMel(Rows):
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """A byte-level BPE tokenizer and a small umT5-class encoder."""
+    """A byte-level BPE tokenizer and a small umT5-class encoder.
 
+    `path`: a folder whose text/ has a trained one, which the data stage takes over; without it it is trained on the clips' texts.
+    """
+
+    path: Path | None = None
     vocab_size: int = 384
     max_tokens: int = 16
     dim: int = 64
     num_layers: int = 2
     num_heads: int = 4
     fitted: ClassVar[bool] = True
+    takes_over: ClassVar[bool] = True
 
     def load(self, folder: Path) -> "TextEncoder":
         """The frozen encoder in `folder`/text, as `TextEncoder.save` wrote it; UserError where it cannot be read."""

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.data.procedural import duplex, speech
+from distill.data.procedural.face import IDENTITY, render
 from distill.data.procedural.speech import Speech
 from distill.data.source import Clips
 from teachers.config import fraction
 from teachers.errors import UserError
 
-PIXELS_AT_ONCE = 64 * 15 * 32 * 32
+PIXELS_AT_ONCE = 2**18
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
-IDENTITY = 14  # parameters of one face: colours, shape, framing, ambient light
 
 _EXPRESSION_PHRASES = (
     ("with a calm face", "looking neutral", "with a plain expression", "keeping a straight face"),
@@ -44,7 +44,8 @@ class WorldConfig:
     """Size of the embedded world, `resolution` high and `width` (null: as much) wide. `fps` is a fraction such as "25/2";
     `num_frames` counts pixel frames of a clip. `num_train`: training clips; null is all clips of a folder, 256 of a world that has
     no end. They are decoded and encoded `shard_clips` at a time, a file each. `speakers` 2: the avatar and another person, in
-    turns. `steered`: its head follows a direction signal."""
+    turns. `steered`: its head follows a direction signal. `variety`: how far people, framing and walls differ, 1 as far as they
+    can."""
 
     resolution: int = 32
     width: int | None = None
@@ -54,6 +55,7 @@ class WorldConfig:
     shard_clips: int = 256
     speakers: int = 1
     steered: bool = False
+    variety: float = 1.0
 
     def __post_init__(self):
         try:
@@ -79,7 +81,7 @@ class SceneParameters:
     """What conditions determine: identity [N, IDENTITY] in [0, 1], speech, text, class indices [N] of expression and gesture; in a
     conversation the other's speech and who speaks [N, K] (`duplex.draw_turns`); pose rows [N, T, P] where the head is steered."""
 
-    identity: Float[Tensor, "n 14"]
+    identity: Float[Tensor, "n 28"]
     speech: Speech
     text: list[str]
     expression: Int[Tensor, " n"]
@@ -110,7 +112,7 @@ def draw_conditions(config: WorldConfig, num: int, rng: torch.Generator) -> Scen
         text.append(f"{person} {face} talks and {move}" if order % 2 else f"{person} {move} while talking, {face}")
     samples = config.num_frames * samples_per_frame(config)
     voice = speech.synthesise(num, samples, rng)
-    identity = torch.rand(num, IDENTITY, generator=rng)
+    identity = 0.5 + config.variety * (torch.rand(num, IDENTITY, generator=rng) - 0.5)
     other = turn = pose = None
     if config.speakers == 2:
         other, turn = speech.synthesise(num, samples, rng), duplex.draw_turns(num, voice.opening.shape[1], rng)
@@ -187,97 +189,6 @@ def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generato
     }
 
 
-def _mix(a, b, weight: Tensor) -> Tensor:
-    """Colours a to b [3] by weight [N] -> [N, 3, 1, 1, 1]."""
-    a, b = torch.tensor(a), torch.tensor(b)
-    return (a + (b - a) * weight.unsqueeze(-1)).view(-1, 3, 1, 1, 1)
-
-
-def _ellipse(u: Tensor, v: Tensor, cx, cy, rx, ry, soft: float) -> Tensor:
-    """Anti-aliased coverage of an ellipse; `soft` is half a pixel in the units of u, v."""
-    x, y = (u - cx) / rx, (v - cy) / ry
-    radius = torch.sqrt(x**2 + y**2 + 1e-6)
-    slope = torch.sqrt((x / rx) ** 2 + (y / ry) ** 2 + 1e-6) / radius  # |grad|: distance to the edge to first order
-    return ((1.0 - radius) / slope / (2 * soft) + 0.5).clamp(0, 1)
-
-
-def _paint(image: Tensor, cover: Tensor, colour: Tensor) -> Tensor:
-    return image + (colour - image) * cover.unsqueeze(1)
-
-
-def _palette(identity: Tensor) -> dict[str, Tensor]:
-    p = identity.unbind(dim=1)
-    return {
-        "skin": _mix((0.42, 0.27, 0.19), (0.96, 0.80, 0.68), p[0]),
-        "hair": _mix((0.10, 0.07, 0.05), (0.80, 0.58, 0.25), p[1]),
-        "lips": _mix((0.75, 0.20, 0.25), (0.60, 0.28, 0.25), p[2]),
-        "wall_high": _mix((0.40, 0.55, 0.72), (0.62, 0.50, 0.66), p[3]),
-        "wall_low": _mix((0.24, 0.34, 0.36), (0.40, 0.34, 0.30), p[4]),
-        "shirt": _mix((0.20, 0.32, 0.62), (0.66, 0.28, 0.30), p[5]),
-        "iris": _mix((0.20, 0.12, 0.05), (0.20, 0.45, 0.65), p[6]),
-    }
-
-
-def _draw_head(image, u, v, shape, colour, state, soft):
-    """Hair, face, eyes, brows and mouth in head coordinates (chin at v = 0.75)."""
-    wide, hair, apart = shape
-    image = _paint(image, _ellipse(u, v, 0.0, -0.18, wide + 0.13, 0.74 + hair, soft), colour["hair"])
-    image = _paint(image, _ellipse(u, v, 0.0, 0.05, wide, 0.74, soft), colour["skin"])
-    smile, frown, surprised = state["smile"], state["frown"], state["surprised"]
-    white, dark = torch.ones(1, 3, 1, 1, 1), torch.full((1, 3, 1, 1, 1), 0.08)
-    lid = (1.0 - state["blink"]).clamp(min=0.05)
-    for side in (-1.0, 1.0):
-        ex, ey = side * apart, -0.12
-        lash = _ellipse(u, v, ex, ey + 0.03, 0.16, 0.045, soft) * (state["blink"] * 1.5 - 0.5).clamp(0, 1)
-        image = _paint(image, lash, colour["skin"] * 0.35)
-        eye = _ellipse(u, v, ex, ey, 0.155, 0.12 * lid * (1 + 0.25 * surprised), soft) * (2 * lid - 0.1).clamp(0, 1)
-        image = _paint(image, eye, white)
-        image = _paint(image, eye * _ellipse(u, v, ex + 0.07 * state["gaze"], ey, 0.085, 0.10, soft), colour["iris"])
-        slope = side * (0.30 * frown - 0.15 * smile)
-        brow_v = v + 0.32 + 0.11 * surprised - slope * (u - ex)
-        image = _paint(image, _ellipse(u, brow_v, ex, 0.0, 0.19, 0.045, soft), colour["hair"] * 0.6)
-    image = _paint(image, _ellipse(u, v, 0.0, 0.14, 0.055, 0.09, soft) * 0.5, colour["skin"] * 0.7)
-    opening, width = state["mouth_open"], state["mouth_width"]
-    half = 0.19 + 0.17 * width + 0.03 * smile
-    bend = 0.9 * smile - 0.9 * frown
-    mouth_v = v - 0.44 + bend * (u**2 - 0.05)
-    inner = 0.012 + 0.21 * opening
-    image = _paint(image, _ellipse(u, mouth_v, 0.0, 0.0, half, inner + 0.055, soft), colour["lips"])
-    hole = _ellipse(u, mouth_v, 0.0, 0.0, half * 0.84, inner, soft)
-    image = _paint(image, hole, dark * torch.tensor([2.2, 0.8, 0.8]).view(1, 3, 1, 1, 1))
-    teeth = hole * ((-0.35 * inner - mouth_v) / (2 * soft) + 0.5).clamp(0, 1)
-    return _paint(image, teeth, white * 0.93)
-
-
-def render(
-    config: WorldConfig, p: Float[Tensor, "n 14"], state: dict[str, Float[Tensor, "n t"]]
-) -> UInt8[Tensor, "n 3 t h w"]:
-    """Draw the frames, uint8 [N, 3, T, H, W], of identities p [N, IDENTITY]; labels are [N, T]."""
-    height, width = config.size
-    size = min(height, width)  # -1..1 is the square in the middle
-    gu, gv = (((torch.arange(side) + 0.5) * 2 - side) / size for side in (width, height))
-    gu, gv = gu.view(1, 1, 1, -1), gv.view(1, 1, -1, 1)
-    state = {k: v[:, :, None, None] for k, v in state.items()}
-    shape_of = lambda i, low, high: (p[:, i] * (high - low) + low).view(-1, 1, 1, 1)  # noqa: E731
-    zoom, off_x, off_y = shape_of(7, 0.96, 1.02), shape_of(8, -0.03, 0.03), shape_of(9, -0.01, 0.04)
-    shape = (shape_of(10, 0.57, 0.62), shape_of(11, 0.03, 0.09), shape_of(12, 0.25, 0.27))
-    frames = state["blink"].shape[1]
-    colour = _palette(p)
-    soft = 1.0 / size
-    image = colour["wall_high"] + (colour["wall_low"] - colour["wall_high"]) * ((gv + 1) / 2).unsqueeze(1)
-    image = image.expand(-1, 3, frames, height, width)
-    hx, hy, angle = 0.10 * state["head_x"], 0.10 * state["head_y"], 0.16 * state["tilt"]
-    u0, v0 = (gu - off_x) / zoom, (gv - off_y) / zoom
-    image = _paint(image, _ellipse(u0 - 0.3 * hx, v0, 0.0, 1.25, 0.95, 0.48, soft), colour["shirt"])
-    image = _paint(image, _ellipse(u0 - 0.6 * hx, v0, 0.0, 0.80, 0.22, 0.28, soft), colour["skin"] * 0.82)
-    pu, pv = u0 - hx, v0 - hy - 0.5  # turn about the neck
-    u, v = torch.cos(angle) * pu + torch.sin(angle) * pv, torch.cos(angle) * pv - torch.sin(angle) * pu + 0.5
-    image = _draw_head(image, u, v, shape, colour, state, soft)
-    ambient = shape_of(13, 0.90, 1.04).unsqueeze(1)
-    lit = ambient * (1.0 + 0.30 * state["light"].unsqueeze(1) * gu.unsqueeze(1).clamp(-0.8, 0.8))
-    return (image * lit).clamp(0, 1).mul(255).round().to(torch.uint8)
-
-
 def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator, chosen: range | None = None) -> Clips:
     """Render `scene`, or the `chosen` rows of it, with nuisance drawn from `rng`."""
     batch = max(1, PIXELS_AT_ONCE // (config.num_frames * config.size[0] * config.size[1]))
@@ -285,7 +196,7 @@ def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator
     chosen, video = range(len(scene.gesture)) if chosen is None else chosen, []
     for start in range(chosen.start, chosen.stop, batch):
         rows = torch.arange(start, min(start + batch, chosen.stop))
-        video.append(render(config, scene.identity[rows], {k: v[rows] for k, v in state.items()}))
+        video.append(render(config.size, scene.identity[rows], {k: v[rows] for k, v in state.items()}))
     labels = dict(state, expression=scene.expression, gesture=scene.gesture, identity=scene.identity)
     audio, talk = scene.speech.audio, {}
     if scene.other is not None and scene.turn is not None:

@@ -20,6 +20,8 @@ class DataConfig(ClipsConfig):
         super().__post_init__()
         if self.world.speakers not in (1, 2):
             raise UserError(f"data.world.speakers: got {self.world.speakers}; 1, or 2 who take turns")
+        if not 0.0 <= self.world.variety <= 1.0:
+            raise UserError(f"data.world.variety: got {self.world.variety}; give a number from 0 to 1")
 
     def open(self) -> "World":
         """The procedural world."""

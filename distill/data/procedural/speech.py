@@ -2,7 +2,8 @@
 
 Source-filter synthesis, vectorised over clips: a pulse train or noise source, shaped frame by frame in the STFT domain by vowel
 formants. Loudness is drawn independently of the mouth opening, and loud non-speech noise is mixed in, so that loudness alone
-does not determine the mouth: a network has to use the formants.
+does not determine the mouth: a network has to use the formants. Mouth shapes are co-articulated: a closure shuts the lips within
+whatever vowels stand around it, short vowels open less, and lips are rounded or spread before the vowel sounds that needs it.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ VOWELS = {
     "u": ((300, 870, 2240), (0.20, 0.05)),
 }
 REST = (0.0, 0.5)
+ANTICIPATION = 5  # ticks of 10 ms by which the width of the lips is ahead of the sound
 MAX_SYLLABLES_PER_SECOND = 6.0
 
 
@@ -139,4 +141,6 @@ def synthesise(num: int, num_samples: int, rng: torch.Generator) -> Speech:
     target = torch.where(syllables["voiced"].unsqueeze(-1), mouth, rest)
     fricative = torch.tensor([0.12, 0.75])
     target = torch.where(syllables["fricative"].unsqueeze(-1), fricative, target)
-    return Speech(audio=audio.clamp(-1, 1), opening=smooth(target[..., 0], 9), width=smooth(target[..., 1], 9))
+    closed = smooth(syllables["closure"].float(), 5)
+    ahead = torch.cat([target[:, ANTICIPATION:, 1], target[:, -1:, 1].expand(-1, ANTICIPATION)], dim=1)
+    return Speech(audio=audio.clamp(-1, 1), opening=smooth(target[..., 0], 11) * (1 - closed), width=smooth(ahead, 17))

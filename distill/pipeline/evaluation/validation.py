@@ -19,8 +19,22 @@ from teachers.flow import keyed_generator
 
 
 def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
-    """The extractors stage: train the embedded probes on training clips and show that they rank known cases right. The clips are
-    shared out over the ranks; rank 0 trains and measures, on its device."""
+    """The extractors stage: train the embedded probes on training clips, or take over those of `eval.probes`, and show that they
+    rank known cases right. The clips are shared out over the ranks; rank 0 trains and measures, on its device."""
+    config, engine = artifacts.recipe.eval, artifacts.engine
+    if config.probes is None:
+        _train_probes(artifacts, folder)
+    elif engine.is_main:
+        Probes.load(config.probes).save(folder)
+    engine.barrier()
+    test = clip_sets.draw(artifacts, folder, "admit", config.admit_clips)
+    reference = clip_sets.draw(artifacts, folder, "reference", config.num_reference, encode=False)
+    found = engine.from_main(_admit(artifacts, Probes.load(folder), test, reference) if engine.is_main else None)
+    clip_sets.discard(artifacts, folder)
+    return found
+
+
+def _train_probes(artifacts: Artifacts, folder: Path) -> None:
     config, engine = artifacts.recipe.eval, artifacts.engine
     clips = clip_sets.draw(artifacts, folder, "probes", artifacts.source.num_train, seed=config.probe_seed)
     if engine.is_main:
@@ -37,11 +51,6 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
             probe_training.fit(clips.clips.video, clips.clips.labels, rows, config, rng, progress, clips.decoded).save(
                 folder
             )
-    test = clip_sets.draw(artifacts, folder, "admit", config.admit_clips)
-    reference = clip_sets.draw(artifacts, folder, "reference", config.num_reference, encode=False)
-    found = engine.from_main(_admit(artifacts, Probes.load(folder), test, reference) if engine.is_main else None)
-    clip_sets.discard(artifacts, folder)
-    return found
 
 
 def _admit(artifacts: Artifacts, probes: Probes, test: ClipSet, reference: ClipSet) -> dict:

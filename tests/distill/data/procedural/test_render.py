@@ -76,7 +76,7 @@ def test_labels_are_in_the_picture():
 
     def drawn(name: str, value: float):
         state = dict(rest, **{name: torch.tensor([[rest[name][0, 0], value]]).expand(6, 2)})
-        frames = render.render(WORLD, asked.identity, state).float()
+        frames = render.render(WORLD.size, asked.identity, state).float()
         return (frames[:, :, 1] - frames[:, :, 0]).mean(1)
 
     for name in FRAME_LABELS:
@@ -86,6 +86,34 @@ def test_labels_are_in_the_picture():
     assert lid[:, :18].sum() > 5 * lid[:, 18:].sum()
     light = drawn("light", 1.0)
     assert light[:, :, 16:].mean() > 1 > -1 > light[:, :, :16].mean()
+
+
+def test_people_differ_as_much_as_asked():
+    spread = []
+    for variety in (0.0, 0.5, 1.0):
+        asked = render.draw_conditions(replace(WORLD, variety=variety), 64, rng(1))
+        assert 0 <= asked.identity.min() <= asked.identity.max() <= 1
+        still = {name: torch.zeros(64, 1) for name in FRAME_LABELS}
+        spread.append(float(render.render(WORLD.size, asked.identity, still).float().std(dim=0).mean()))
+    assert spread[0] == 0 < spread[1] < 0.8 * spread[2]
+    with pytest.raises(UserError, match=r"data\.world\.variety: got 2\.0; give a number from 0 to 1"):
+        replace(CONFIG, world=replace(WORLD, variety=2.0))
+
+
+def test_lips_close_at_a_closure_and_round_ahead_of_the_vowel():
+    """The width of the lips is found best from sound that is still to come; in a closure the mouth is shut."""
+    said = speech.synthesise(200, 25 * 1280, rng(3))
+    syllables = speech._syllables(200, said.opening.shape[1], rng(3))
+    assert float(said.opening[speech.smooth(syllables["closure"].float(), 5) > 0.99].max()) < 0.05
+    table = torch.tensor([mouth[1] for _, mouth in speech.VOWELS.values()])
+    vowel = torch.where(syllables["voiced"], table[syllables["vowel"]], speech.REST[1])
+    found = {
+        lag: torch.corrcoef(
+            torch.stack([said.width[:, 20:-20], vowel[:, 20 + lag : vowel.shape[1] - 20 + lag]]).flatten(1)
+        )[0, 1]
+        for lag in (-5, 0, 5, 10)
+    }
+    assert max(found, key=lambda lag: float(found[lag])) == 5
 
 
 def test_loudness_alone_does_not_tell_the_mouth():

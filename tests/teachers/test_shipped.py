@@ -1,0 +1,53 @@
+"""Shipped weights: found by `shipped:`, checked by sha256, named alike on every machine, small, and what a recipe takes."""
+
+import json
+import shutil
+
+import pytest
+
+from distill.recipe import load_recipe, spec_of
+from teachers import shipped
+from teachers.codecs.convolutional import ConvCodecConfig
+from teachers.config import convert, to_plain
+from teachers.errors import UserError
+
+MIB = 2**20
+WORLD = shipped.HERE / "world"
+
+
+def test_a_path_is_found_and_named_alike_everywhere():
+    found = shipped.resolve("shipped:world/codec.safetensors")
+    assert found.is_file()
+    assert shipped.name_of(found) == "shipped:world/codec.safetensors"
+    config = convert(ConvCodecConfig, {"path": "shipped:world"})
+    assert to_plain(config)["path"] == "shipped:world"
+    assert str(shipped.resolve("a/b")) == shipped.name_of(shipped.resolve("a/b")) == "a/b"
+
+
+@pytest.mark.parametrize("name", ["shipped:", "shipped:moon", "shipped:world/../../files.py", "shipped:/etc"])
+def test_what_is_not_shipped_is_named(name):
+    with pytest.raises(UserError, match=r"no shipped weights: .*there are shipped:world"):
+        shipped.resolve(name)
+
+
+def test_every_file_is_listed_and_a_flipped_bit_is_named(tmp_path):
+    files = {file.relative_to(WORLD).as_posix() for file in WORLD.rglob("*") if file.is_file()}
+    assert files - set(json.loads((WORLD / shipped.SUMS).read_text())) == {shipped.SUMS, "README.md"}
+    assert sum(file.stat().st_size for file in WORLD.rglob("*") if file.is_file()) < 25 * MIB
+    copy = tmp_path / "world"
+    shutil.copytree(WORLD, copy)
+    shipped.verify(copy)
+    shipped.verify.cache_clear()
+    content = bytearray((copy / "codec.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "codec.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged installation: .*codec\.safetensors is not what was shipped"):
+        shipped.verify(copy)
+
+
+def test_a_student_of_shipped_parts_holds_them_itself():
+    recipe = load_recipe("world_teacher", ["data=faces"])
+    spec = spec_of(recipe)
+    assert recipe.data.codec.path == WORLD
+    assert spec.codec.path is None
+    assert spec.text.path is None
