@@ -147,7 +147,7 @@ def test_sinusoids_of_the_time_are_in_fp64(time):
 
 
 def test_the_reference_shares_no_code_with_the_networks():
-    tree = ast.parse((Path(__file__).parents[1] / "support" / "reference_wan.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(__file__).with_name("reference_wan.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {
         name

@@ -66,7 +66,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "teachers/encoders/test_wav2vec.py::test_the_stack_is_the_library_s_where_nothing_is_resampled",
         "teachers/encoders/test_wav2vec.py::test_the_audio_pack_of_a_clip_equals_the_equations",
         "teachers/encoders/test_wav2vec.py::test_the_reference_frame_may_have_a_row_of_zeros",
-        "teachers/encoders/test_wav2vec.py::test_a_published_folder_loads_frozen_in_fp32",
+        "teachers/encoders/test_wav2vec_folder.py::test_a_published_folder_loads_frozen_in_fp32",
         "students/serving/test_session.py::test_an_impulse_lands_on_its_frame_at_any_time",
     )),
     (14, "4 F - 3 rows of (4 F - 4) / fps seconds: audio stretched in time", (
