@@ -36,6 +36,7 @@ def _cascade() -> Any:
         return None
     import cv2
 
+    cv2.setNumThreads(0)  # its pool does not survive a fork, and workers share the cores already
     made = getattr(cv2, "CascadeClassifier", None)
     found = made(cv2.data.haarcascades + CASCADE) if made is not None else None
     return None if found is None or found.empty() else found
