@@ -38,6 +38,7 @@ from teachers.errors import UserError
 
 log = logging.getLogger(__name__)
 QUEUE = 64  # messages on their way to a page
+INBOX = 8  # messages of a page that wait until the one before is done
 MAX_MISTAKES = 20
 SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
 OPEN_SECONDS = 60.0  # and one that never opens a stream
@@ -245,14 +246,35 @@ class Server:
             else:
                 await page.send_text(json.dumps(message))
 
+    @staticmethod
+    async def _read(page: WebSocket, inbox: asyncio.Queue) -> None:
+        """Put every message into the inbox as it comes: a connection that is not read answers no pings and is cut off."""
+        message = {}
+        while message.get("type") != "websocket.disconnect":
+            try:
+                message = await page.receive()
+            except (RuntimeError, OSError):
+                message = {"type": "websocket.disconnect"}
+            await inbox.put(message)
+
     async def _receive(self, page: WebSocket, viewer: Viewer, put: Any) -> None:
-        """Message after message, each done before the next is read."""
+        """Message after message, each done before the next is begun."""
+        inbox = asyncio.Queue(INBOX)
+        reader = asyncio.create_task(self._read(page, inbox))
+        try:
+            await self._answer(inbox, viewer, put)
+        finally:
+            reader.cancel()
+            with suppress(asyncio.CancelledError):
+                await reader
+
+    async def _answer(self, inbox: asyncio.Queue, viewer: Viewer, put: Any) -> None:
         picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
         mistakes = 0
         while mistakes < MAX_MISTAKES:
             patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
             try:
-                message = await asyncio.wait_for(page.receive(), patience)
+                message = await asyncio.wait_for(inbox.get(), patience)
             except TimeoutError:
                 put({"type": "error", "message": f"no message from this page for {patience:.0f} s: closed"})
                 await asyncio.sleep(0.1)
