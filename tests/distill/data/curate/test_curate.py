@@ -173,7 +173,7 @@ def prepared(tmp_path_factory):
     clips = [Clip(**{**as_dict(clip), "text": texts[clip.id]}) for clip in folder.read(None, videos).clips]
     manifest = Manifest(tuple(clips))
     out = tmp_path_factory.mktemp("prepared") / "out"
-    config = CutConfig(fps=talking.FPS, size=(192, 160), cuts="keep")
+    config = CutConfig(fps=talking.FPS, size=(192, 160), cuts="keep", silent=True)
     prepare(manifest, videos, out, "folder", config, shard_clips=2)
     return videos, out
 
