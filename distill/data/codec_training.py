@@ -14,6 +14,7 @@ from tqdm import tqdm
 from teachers.checkpoints.strict import load_strict
 from teachers.codecs.dc_ae import DCAE, DCAEConfig, load_dc_ae
 from teachers.codecs.linear import to_float
+from teachers.disk.digests import written
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors
 from teachers.flow import keyed_generator
@@ -53,6 +54,7 @@ def fit_codec(
         scores[stage] = measure(codec.to(device), held_out)
     atomic_write(folder / "codec.json", json.dumps(scores, indent=1) + "\n")
     files[-1].rename(folder / "codec.safetensors")
+    written(folder / "codec.safetensors")
     for file in files[:-1]:
         file.unlink()
     return scores

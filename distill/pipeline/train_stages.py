@@ -26,8 +26,9 @@ from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
-from distill.training.loop import BEST, Trainer, train
-from teachers.files import load_tensors, save_tensors
+from distill.training.loop import Trainer, train
+from teachers.checkpoints.strict import check_finite
+from teachers.files import save_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher, networks_in
 
@@ -146,8 +147,9 @@ def _save_averaged(trainer: Trainer, folder: Path) -> None:
     state = trainer.averaged()
     if trainer.engine.is_main:
         if trainer.best is not None:
-            state = load_tensors(folder / BEST)
+            state = trainer.load_best()
         named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
+        check_finite(named, folder, "train it again with a lower learning rate")
         save_tensors(folder / "model.safetensors", named)
 
 

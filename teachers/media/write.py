@@ -173,6 +173,7 @@ class VideoWriter:
         self._video.width, self._video.height, self._video.pix_fmt = width, height, "yuv420p"
         context = self._video.codec_context
         context.time_base = 1 / self.fps
+        context.thread_count = 1  # with more of them x264's bytes differ from call to call
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         if self._has_sound:

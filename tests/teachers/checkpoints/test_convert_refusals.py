@@ -100,6 +100,24 @@ def test_a_missing_or_unexpected_key_is_named_as_the_source_names_it(tmp_path):
     refused(r"has head\.modulation under two names", tmp_path / "twice")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "model-00001-of-99999999999.safetensors",
+            r"missing shard: model-00002-of-99999999999\.safetensors, .* which the number",
+        ),
+        (f"model-00001-of-{'9' * 200}.safetensors", "missing shard: model-00002-of-9"),
+        ("model-00001-of-many.safetensors", "not a shard's name: "),
+        ("model-00001-of-00000.safetensors", "not a shard's name: "),
+    ],
+)
+def test_a_number_of_shards_that_cannot_be_is_refused_at_once(tmp_path, name, told):
+    save_file({"x": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(UserError, match=told):
+        find(tmp_path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     put_wan(tmp_path / "wan")
     convert(tmp_path / "wan", tmp_path / "shards", "wan", shard_bytes=2**20)
