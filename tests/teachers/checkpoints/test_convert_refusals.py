@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distill.commands.convert import add_arguments, run
 from teachers import files
 from teachers.checkpoints import weights
 from teachers.checkpoints.convert import plan
+from teachers.checkpoints.weights import find
 from teachers.errors import UserError
 from tests.support.checkpoints import (
     ALPHA,

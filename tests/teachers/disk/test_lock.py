@@ -28,7 +28,7 @@ def hold(folder, seconds):
 def contend(folder, begin):
     """Take the lock as soon as `begin` is there; what happened goes to a file of our own."""
     while not begin.exists():
-        pass
+        time.sleep(0.0005)
     try:
         lock = FolderLock.of(folder, "wait for it")
     except UserError as error:
@@ -61,20 +61,20 @@ def test_the_second_is_told_who_holds_it_and_a_killed_holder_holds_nothing(tmp_p
 
 
 def test_of_those_that_start_at_once_one_works_and_each_other_names_it(tmp_path):
-    """Five processes, ten times, over what the one before has left."""
+    """Four processes, three times, over what those before have left."""
     folder = tmp_path / "run"
     folder.mkdir()
-    for turn in range(10):
+    for turn in range(3):
         place = tmp_path / str(turn)
         place.mkdir()
-        processes = [start(contend, folder, place / "begin") for _ in range(5)]
+        processes = [start(contend, folder, place / "begin") for _ in range(4)]
         (place / "begin").touch()
         for process in processes:
             process.join(20)
         found = {int(file.stem): file.read_text() for file in place.glob("*.txt")}
         holders = [pid for pid, words in found.items() if words == "held"]
         told = [words for words in found.values() if words != "held"]
-        assert len(found) == 5
+        assert len(found) == 4
         assert holders
         assert all(any(f"by process {pid} on " in words for pid in holders) for words in told), found
 
