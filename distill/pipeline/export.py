@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.pretrained import digest
+from distill.training.checkpoint import on_main
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
 from teachers.disk.digests import faults
@@ -19,8 +20,9 @@ EDITED = ("spec.json ", "README.md ")
 
 def export(artifacts: Artifacts, folder: Path) -> dict:
     """Write folder/student from the weights of `distill`; self-contained, or as an adapter over its base."""
-    recipe, spec = artifacts.recipe, artifacts.spec
-    if artifacts.engine.is_main:
+    recipe, spec, target = artifacts.recipe, artifacts.spec, folder / "student"
+
+    def write() -> None:
         best = (artifacts.folder.finished("distill") or {}).get("metrics", {})
         card = (
             f"# Student of {recipe.name}\n\nA causal {len(spec.sigmas)}-step audio-driven avatar student, distilled "
@@ -29,9 +31,10 @@ def export(artifacts: Artifacts, folder: Path) -> dict:
             "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
         )
         student = artifacts.bundle(artifacts.student("distill"))
-        remove_folder(folder / "student")
-        checkpoint.save_student(folder / "student", student, card, _adapter(artifacts))
-    artifacts.engine.barrier()
+        remove_folder(target)
+        checkpoint.save_student(target, student, card, _adapter(artifacts))
+
+    on_main(artifacts.engine, target, write)
     return {
         "nfe_per_chunk": spec.nfe_per_chunk,
         "parameters": sum(p.numel() for p in artifacts.student("distill").parameters()),

@@ -99,21 +99,19 @@ def _write(target: Path, metadata: Mapping[str, Any], tensors: Iterator[tuple[st
         atomic_write(partial / MANIFEST, sealed({"format": FORMAT, **metadata, "files": files}))
 
 
-class Reader:
-    """A checkpoint's metadata, and its tensors one by one; UserError where it is damaged. With `verify` every file is compared with
-    its digest first: for one rank."""
+def _metadata(path: Path) -> dict[str, Any]:
+    metadata = read_sealed(path / MANIFEST, HINT.removeprefix("; "))
+    if metadata is None or metadata["format"] != FORMAT:
+        raise UserError(f"no checkpoint of format {FORMAT}: {path}{HINT}")
+    return metadata
 
-    def __init__(self, path: Path, verify: bool = False):
-        self.path = path
+
+class Reader:
+    """A checkpoint's metadata, and its tensors one by one; UserError where it is damaged."""
+
+    def __init__(self, path: Path):
+        self.path, self.metadata, self.files = path, _metadata(path), {}
         try:
-            metadata = read_sealed(path / MANIFEST, HINT.removeprefix("; "))
-            assert metadata is not None
-            self.metadata: dict[str, Any] = metadata
-            if self.metadata["format"] != FORMAT:
-                raise UserError(f"checkpoint format {self.metadata['format']}: {path}; this version reads {FORMAT}")
-            for name, words in faults(path, self.metadata["files"]) if verify else ():
-                raise UserError(f"damaged checkpoint: {path / name} {words}{HINT}")
-            self.files = {}
             for name in self.metadata["files"]:
                 with safe_open(path / name, framework="pt") as file:
                     self.files |= dict.fromkeys(file.keys(), name)
@@ -132,3 +130,9 @@ class Reader:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of `stream`, read, as a dict."""
         return {name: whole(rows) for name, rows in self.stream(prefix)}
+
+
+def verify(path: Path) -> None:
+    """UserError for the first file of a checkpoint that differs from its digest; for one rank."""
+    for name, words in faults(path, _metadata(path)["files"]):
+        raise UserError(f"damaged checkpoint: {path / name} {words}{HINT}")

@@ -112,7 +112,8 @@ class Trainer:
         found = checkpoint.saved(self.folder)
         if not found:
             return False
-        reader = checkpoint.Reader(found[-1], verify=self.engine.is_main)
+        checkpoint.on_main(self.engine, found[-1], lambda: checkpoint.verify(found[-1]))
+        reader = checkpoint.Reader(found[-1])
         facts, together = reader.metadata, self.config.batch_size * self.engine.world_size
         if facts["rows"] % together:
             raise UserError(

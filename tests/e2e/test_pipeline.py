@@ -130,7 +130,7 @@ def test_every_flipped_bit_is_named(finished, tmp_path, capfd):
     def read(file: Path) -> None:
         top, stage, name = (*file.relative_to(folder).parts, "", "")[:3]
         if name.startswith("checkpoint-"):
-            checkpoint.Reader(file.parent, verify=True)
+            checkpoint.verify(file.parent)
         elif top == "stages":
             pipeline.stage(stage)
         elif top == "student":
