@@ -39,6 +39,7 @@ from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
 from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
 from teachers.config import convert, nearest
+from teachers.disk.lock import LOCK
 from teachers.disk.read import read_yaml
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, replacing
@@ -199,7 +200,7 @@ def curate(
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
-    if not (out / "curate.json").is_file() and any(out.iterdir()):
+    if not (out / "curate.json").is_file() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
     with exclusive(out, "curate"):
         request = {"data": source, "thresholds": limits}

@@ -257,7 +257,7 @@ def test_a_signal_leaves_nothing_half_written(inputs, loud, number):
 
 
 def test_equal_films_are_equal_files(inputs, loud):
-    """x264 with several threads differs now and then."""
+    """x264 with its macroblock tree differs now and then, with several threads above all."""
     t, y, x, colour = torch.meshgrid(*map(torch.arange, (15, 32, 32, 3)), indexing="ij")
     waves = torch.sin(0.3 * x + 0.2 * y * (colour + 1) + 0.5 * t + 0.02 * t * y)
     frames = (128 + 100 * waves).round().byte()
