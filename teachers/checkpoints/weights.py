@@ -123,7 +123,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-    total = re.fullmatch(r".+-\d{5}-of-(\d{5})\.safetensors", found[0].name)
+    total = re.fullmatch(r".+-\d{5}-of-((?!00000)\d{5})\.safetensors", found[0].name)
     if total is None:
         raise UserError(f"no shard of weights: {found[0]}; their names end in -00001-of-00002.safetensors")
     files = [folder / f"{stem}-{i + 1:05d}-of-{total[1]}.safetensors" for i in range(int(total[1]))]
