@@ -4,9 +4,13 @@ import argparse
 import importlib
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from teachers.errors import UserError
 from teachers.resolve import nearest
@@ -35,11 +39,14 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted."""
+    """Run one command: 0 done, 1 something is missing (doctor), 2 a user's mistake in one line, 130 interrupted. SIGTERM and SIGHUP
+    raise SystemExit (128 + the signal), so that nothing half-written stays; but for `run`, of whose ranks none may wait for another
+    then, and which cleans up at its next start."""
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = parse(words)
-        return arguments.command(arguments) or 0
+        with nullcontext() if arguments.verb == "run" else _ending():
+            return arguments.command(arguments) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"{'' if rank == '0' else f'[rank {rank}] '}distill: {error}", file=sys.stderr)
@@ -50,16 +57,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP unwind the main thread; one that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command line (without the program's name), `command` being what runs them. Raises UserError."""
     words = list(argv)
+    if wrong := [word for word in words if word.encode("utf-8", "ignore").decode() != word]:
+        raise UserError(f"not UTF-8: {wrong[0]!r} on the command line; rename that file, or write the text in UTF-8")
     if words[:1] == ["run"]:  # some launchers add their rank
         words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
         if many := [
             word for word in words if word in ("-m", "--multirun")
         ]:  # argparse wants options before positionals
             words = ["run", "-m", *(word for word in words[1:] if word not in many)]
-    return _parser(words).parse_args(words)
+    arguments = _parser(words).parse_args(words)
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):  # a shell writes ~ out at the beginning of a word alone
+            setattr(arguments, name, Path(os.path.expanduser(value)))
+    return arguments
 
 
 class Parser(argparse.ArgumentParser):

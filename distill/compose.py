@@ -3,24 +3,26 @@
 import json
 import re
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.basecontainer import BaseContainer
 
 import distill
 from teachers.config import Locate, nearest
+from teachers.disk.read import read_text, read_yaml
 from teachers.errors import UserError
 from teachers.files import flatten
 
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
+SECRET = "a recipe does not read the environment"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
@@ -39,12 +41,17 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     for override in parsed:
         _check_group(override, groups)
     texts = [_force(override, groups) for override in parsed]
+    _check_files(path, overrides)
     try:
         values, choices = _compose(path, texts)
         if wanted := list(_conditional(values)):
             values, choices = _compose(path, [*wanted, *texts])
             list(_conditional(values))
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever Hydra may raise at a recipe that is none
+        if named := re.search(rf"{SECRET}: \S+", str(error)):
+            raise UserError(f"{named[0]} in {path}; give the value itself, as KEY=VALUE") from error
         if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; fix the recipe or the overrides") from error
@@ -56,15 +63,40 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     return values, locate
 
 
+def _check_files(path: Path, overrides: Sequence[str]) -> None:
+    """UserError for a recipe, or an option of a group that it or the command line names, that cannot be read, or is far larger than
+    it looks. Those that are shipped are known to be whole."""
+    read_yaml(path)
+    words = set(re.findall(r"\w+", " ".join([read_text(path), *overrides])))
+    for file in path.parent.glob("*/*.yaml"):
+        if file.parent.name in words and file.parent.parent != RECIPES:
+            read_yaml(file)
+
+
 def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hydra's composition as plain data, and which option each group has."""
-    search = f"hydra.searchpath=['file://{RECIPES}']"
-    with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
+    search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
+    with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)
-    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    values = OmegaConf.to_container(own, resolve=True)
+        own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        values = OmegaConf.to_container(own, resolve=True)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices)
+
+
+@contextmanager
+def _no_environment() -> Iterator[None]:
+    """Inside, ${oc.env:NAME} is an error: its value would be written to recipe.yaml and to reports, which people pass on."""
+
+    def refuse(name: str, *_: Any) -> NoReturn:
+        raise ValueError(f"{SECRET}: ${{oc.env:{name}}}")
+
+    before = BaseContainer._resolvers["oc.env"]
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers["oc.env"] = before
 
 
 def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -101,11 +133,26 @@ def find_recipe(word: Path | str) -> Path:
     return shipped
 
 
+def quoted(text: str) -> str:
+    """A string for the grammar of overrides, where a backslash is written twice before a quote alone."""
+    return "'" + re.sub(r"(\\+)(?='|\Z)", r"\1\1", text).replace("'", "\\'") + "'"
+
+
 def _parse(text: str) -> Override:
+    """An override; a value that is beyond Hydra's grammar (a path with = or an umlaut, say) is taken as it is written."""
+    parser, (key, _, value) = OverridesParser.create(), text.partition("=")
+    if not text.isascii() and not text.encode("utf-8", "ignore").decode() == text:
+        raise UserError(f"not UTF-8: {text!r} on the command line; write key=value in UTF-8")
     try:
-        override = OverridesParser.create().parse_overrides([text])[0]
+        override = parser.parse_overrides([text])[0]
     except HydraException as error:
-        raise UserError(f"not an override: '{text}' on the command line; write key=value") from error
+        is_list = value.startswith("[") and value.endswith("]")
+        items = [quoted(item.strip()) for item in value[1:-1].split(",")] if is_list else []
+        plain = f"{key}=[{','.join(items)}]" if is_list else f"{key}={quoted(value)}"
+        try:
+            override = parser.parse_overrides([plain if value else text])[0]
+        except HydraException:
+            raise UserError(f"not an override: '{text}' on the command line; write key=value") from error
     if override.key_or_group.split(".")[0].split("/")[0] == "hydra":
         raise UserError(f"'{text}' would have no effect: command line; remove hydra's own settings")
     if override.is_sweep_override():
@@ -143,11 +190,6 @@ def _first_lines(error: Exception) -> str:
     return " ".join(text.split())[:300].rstrip(".;: ")
 
 
-def _read(file: Path) -> Any:
-    """A YAML file by libyaml, where PyYAML was built with it."""
-    return yaml.load(file.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any]) -> Locate:
     """Key -> "command line", the group file or the recipe that says it; the recipe where nobody does."""
     files = [("", path)]
@@ -156,7 +198,7 @@ def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any])
         for root in (path.parent, RECIPES):
             file = root / name / f"{option}.yaml"
             if not name.startswith("hydra") and option and file.is_file():
-                text = file.read_text(encoding="utf-8")
+                text = read_text(file)
                 files.append(("" if "@package _global_" in text else package or name.replace("/", "."), file))
                 break
 
@@ -169,7 +211,7 @@ def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any])
         for prefix, file in reversed(files):
             if key.startswith(prefix) and (below := key[len(prefix) :].strip(".")):
                 if file not in contents:
-                    contents[file] = _read(file)
+                    contents[file] = read_yaml(file)
                 if _holds(contents[file], below):
                     return str(file)
         return str(path)

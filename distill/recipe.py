@@ -1,5 +1,6 @@
 """A run as frozen configs: `Recipe` and the config of every stage, read strictly from YAML."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -29,7 +30,8 @@ NO_RESULT = (
     *(f"engine.{name}" for name in EngineConfig.__dataclass_fields__ if name != "precision"),
 )
 """Fields that change no result: where, how fast, in how much memory and how closely watched a run is. They are in no fingerprint
-and may change from one start of a run to the next. Every other field belongs to a stage (`distill.pipeline.stages`)."""
+and may change from one start of a run to the next. `threads` and the number of processes do change the last bits, for sums are then
+taken in another order. Every other field belongs to a stage (`distill.pipeline.stages`)."""
 METHODS = Registry(
     kind="method",
     group="methods",
@@ -256,6 +258,8 @@ class Recipe:
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe file `path` with Hydra overrides (`key=value`, `group=option`) as a Recipe; raises UserError."""
     values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
+    for key in ("run_dir", "reuse"):
+        values[key] = _at_home(values.get(key))
     return convert(Recipe, values, locate=locate, folder=Path(path).resolve().parent)
 
 
@@ -304,10 +308,17 @@ def spec_of(recipe: "Recipe") -> Spec:
     )
 
 
+def _at_home(value: Any) -> Any:
+    """A path, or several, with ~ written out."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
 def _anywhere(part: Any) -> Any:
     """The config with its path absolute, so that an exported student finds it from every folder; without one where the student's
     folder holds the weights."""
     path = getattr(part, "path", None)
     if path is not None and getattr(part, "takes_over", False):
         return replace(part, path=None)
-    return part if path is None else replace(part, path=path.expanduser().resolve())
+    return part if path is None else replace(part, path=path.resolve())

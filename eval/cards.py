@@ -36,6 +36,7 @@ import eval.metrics
 from eval.metric import Column, Metric
 from eval.networks.weights import REGISTRY
 from teachers.config import convert, to_plain
+from teachers.disk.read import read_yaml
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.resolve import Registry, nearest, resolve
@@ -206,21 +207,11 @@ def load_card(name: str) -> Card:
     asks for what a metric does not do.
     """
     if name.endswith((".yaml", ".yml")):
-        where, folder = name, Path(name).resolve().parent
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"protocol card cannot be read ({error}): {name}; check the path") from error
-    elif name in names():
-        where, folder = f"protocols/{name}.yaml", None
-        text = (resources.files("eval") / where).read_text(encoding="utf-8")
-    else:
-        raise UserError(f"unknown protocol '{name}': --protocol; {nearest(name, names())}, or the path of a card.yaml")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"protocol card is no YAML: {where}; {' '.join(str(error).split())[:200]}") from error
-    return from_plain(values, folder, where)
+        return from_plain(read_yaml(Path(name), "give a protocol card"), Path(name).resolve().parent, name)
+    if name in names():
+        where = f"protocols/{name}.yaml"
+        return from_plain(yaml.safe_load((resources.files("eval") / where).read_text(encoding="utf-8")), None, where)
+    raise UserError(f"unknown protocol '{name}': --protocol; {nearest(name, names())}, or the path of a card.yaml")
 
 
 def from_plain(values: Any, folder: Path | None = None, where: str = "card") -> Card:

@@ -49,7 +49,7 @@ def read_scores(path: Path, clips: Sequence[str], ours: Collection[str]) -> Adap
         sides = {"generated": given["generated"]} | ({} if given.get("real") is None else {"real": given["real"]})
         if not all(isinstance(side, dict) for side in sides.values()):
             raise ValueError("generated and real must map clips to numbers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"scores of another program cannot be read ({error}): {path}; see eval/external.py") from error
     if metric in ours:
         raise UserError(f"'{metric}' is a metric of distill eval: {path}; give it another name")

@@ -71,7 +71,7 @@ def remembered() -> dict[str, dict[str, Any]]:
             for row in rows
             if set(row["sha256"]) <= known
         }
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

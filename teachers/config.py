@@ -1,6 +1,7 @@
 """Plain data <-> frozen dataclasses, strictly: an unknown, missing or mistyped key is a UserError that names it."""
 
 import dataclasses
+import os
 import re
 import sys
 import types
@@ -182,7 +183,7 @@ def _scalar(kind: type, value: Any) -> tuple[bool, Any]:
         except OverflowError:
             return False, None
     if kind is Path and isinstance(value, str):
-        return True, shipped.resolve(value)
+        return True, shipped.resolve(os.path.expanduser(value))
     return type(value) is kind, value
 
 

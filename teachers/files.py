@@ -14,8 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from teachers.disk import digests
 from teachers.errors import UserError
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+MODE = 0o666 & ~_UMASK
+"""Of the files that are written: safetensors makes files that nobody else may read."""
 FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 
@@ -70,7 +75,9 @@ def replacing(path: Path, num_bytes: int = 0) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(MODE)
         os.replace(temporary, path)
+        digests.written(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -100,8 +107,12 @@ def staged(target: Path, num_bytes: int = 0) -> Iterator[Path]:
     temporary = _sibling(target)
     try:
         yield temporary
+        for file in [temporary] if temporary.is_file() else temporary.rglob("*"):
+            if file.stat().st_mode & 0o777 == 0o600:
+                file.chmod(MODE)
         temporary.rename(target)
         sync_folder(target.parent)
+        digests.written(target)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {target}: {str(error).splitlines()[0]}; choose another place") from error
     finally:
@@ -128,7 +139,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
     with replacing(path, num_bytes) as temporary:
         save_file(owned, temporary, metadata=dict(facts) if facts else None)
-        temporary.chmod(0o644)  # safetensors makes files that nobody else may read
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -158,6 +168,18 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def check_path(path: Path) -> None:
+    """UserError for a path that no file can have, such as a name that is too long, or that may not be looked at."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"not a path: {str(path)[:300]} ({getattr(error, 'strerror', None) or error}); choose another"
+        ) from error
+
+
 def make_folder(path: Path) -> None:
     """mkdir -p; UserError where a folder cannot be made."""
     try:
@@ -176,11 +198,12 @@ def flatten(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def read_json_or_none(path: Path) -> dict[str, Any] | None:
-    """A JSON file's content; None where there is no file, or a torn one that a killed start left."""
+    """A JSON file's mapping; None where there is no file, or one that holds none, as a killed start may leave it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    return values if isinstance(values, dict) else None
 
 
 def remove_folder(folder: Path) -> None:

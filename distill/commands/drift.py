@@ -23,6 +23,7 @@ from students.serving.session import Session
 from students.weights.checkpoint import Bundle, load_student
 from teachers.codecs.linear import to_float
 from teachers.config import convert
+from teachers.disk.read import read_yaml_mapping
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -125,14 +126,11 @@ def _stream(bundle: Bundle, portrait: Tensor, text: str, args, index: int, bar: 
 
 def data_config(folder: Path):
     """The data config of a run's recipe."""
-    import yaml
-
     from distill.data.procedural.source import DataConfig
 
-    try:
-        values = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"no run: {folder} has no recipe.yaml; give the folder of a finished run") from error
+    values = read_yaml_mapping(folder / "recipe.yaml", "give the folder of a finished run")
+    if not isinstance(values.get("data"), dict):
+        raise UserError(f"damaged recipe: {folder / 'recipe.yaml'} has no data; give the folder of a finished run")
     if values["data"].get("name", "avatars") != "avatars":
         raise UserError(
             f"drift is measured on the procedural world: {folder} was trained on other clips; give another run"

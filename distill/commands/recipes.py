@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 from distill.compose import RECIPES, find_recipe
+from teachers.disk.read import read_text
 from teachers.errors import UserError
 
 WIDTH = 120
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(file: Path) -> str:
     """The first sentence of a recipe's header comment, which begins in its second line; at most WIDTH characters."""
-    lines = file.read_text(encoding="utf-8").splitlines()[1:]
+    lines = read_text(file).splitlines()[1:]
     end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     text = " ".join(line.lstrip("# ") for line in lines[:end])
     sentence = re.match(r".*?\.(?=\s|$)", text)
@@ -71,7 +72,7 @@ def _shown(args: argparse.Namespace) -> str:
     if not args.full:
         if args.overrides:
             raise UserError(f"'{args.overrides[0]}' would have no effect: recipes show; add --full")
-        return _existing(args.name).read_text(encoding="utf-8")
+        return read_text(_existing(args.name))
     from distill.recipe import load_recipe  # seconds of imports, which a list does not need
     from teachers.config import dump
 

@@ -18,6 +18,7 @@ from teachers.checkpoints.strict import load_strict
 from teachers.codecs.convolutional import ConvCodec, ConvCodecConfig
 from teachers.codecs.dc_ae import DCAE, DCAEConfig, load_dc_ae
 from teachers.codecs.linear import to_float
+from teachers.disk.digests import written
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors
 from teachers.flow import keyed_generator
@@ -86,6 +87,7 @@ def fit_codec(
         scores[name] = measure(codec, held_out)
     atomic_write(folder / "codec.json", json.dumps(scores, indent=1) + "\n")
     files[-1].rename(folder / "codec.safetensors")
+    written(folder / "codec.safetensors")
     for file in files:
         file.unlink(missing_ok=True)
         file.with_suffix(".state").unlink(missing_ok=True)

@@ -15,17 +15,17 @@ from distill.data.codec_training import TrainableConfig, fit_codec, psnr, shards
 from distill.data.config import ClipsConfig
 from distill.data.procedural import duplex, render
 from distill.data.source import Clips, ClipSource
-from distill.data.stored import TEXTS_A_FILE, Stored, Texts, check_written, files_of, opener, packed_texts
+from distill.data.stored import TEXTS_A_FILE, Stored, Texts, files_of, opener, packed_texts
 from distill.methods import Batch
 from distill.training.engine import Engine
 from students.weights.coverage import FILE, Coverage
-from teachers.checkpoints.weights import read_json
 from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
 from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
+from teachers.disk.read import read_json
 from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
-from teachers.files import atomic_write, load_tensors, read_facts, read_json_or_none, save_tensors
+from teachers.files import atomic_write, load_tensors, read_facts, remove_folder, save_tensors, staged
 from teachers.flow import keyed_generator
 from teachers.registry import AudioEncoder, Codec, Text
 
@@ -176,10 +176,11 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
             learned = range(1, min(shards_for(config.codec), source.num_shards))
             videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
             fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
-        if isinstance(config.text, TextConfig) and not (folder / "text" / "done").is_file():
+        if isinstance(config.text, TextConfig) and not (folder / "text" / "config.json").is_file():
             rng = keyed_generator(seed, "text")
-            fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(folder / "text")
-            (folder / "text" / "done").touch()
+            remove_folder(folder / "text")  # a part of it, without what was damaged
+            with staged(folder / "text") as temporary:
+                fit_text(config.text, first.text, source.meanings(first), config.text_steps, rng).save(temporary)
     engine.barrier()
     encoders = load_encoders(config, folder, device=engine.device)
 
@@ -222,8 +223,9 @@ def _take_over(config: ClipsConfig, folder: Path) -> None:
         read = codec.load(codec.path, *config.world.size)
         save_tensors(folder / "codec.safetensors", read.state_dict())
     if isinstance(text, TextConfig) and text.path is not None:
-        text.load(text.path).save(folder / "text")
-        (folder / "text" / "done").touch()
+        remove_folder(folder / "text")
+        with staged(folder / "text") as temporary:
+            text.load(text.path).save(temporary)
 
 
 def write_shards(
@@ -247,7 +249,9 @@ def write_shards(
         if source.config.mirror:
             x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
             rows = {name: _with_mirrored(name, value) for name, value in rows.items()}
-        save_tensors(files[i], {"x0": x0.half(), **rows}, {"clips": json.dumps([mark, clips.text])})
+        rows = {"x0": x0.half(), **rows}
+        _check_finite(rows, source, i)
+        save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
     engine.barrier()
     said = engine.from_main([_text_of(file, mark) for file in files] if engine.is_main else None)
     texts = list(dict.fromkeys(text for own in said for text in own))
@@ -267,6 +271,19 @@ def write_shards(
         atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
     engine.barrier()
     return (1 + source.config.mirror) * source.num_train
+
+
+def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) -> None:
+    """UserError that names the first clip of a shard with a number that is not finite, and what made it."""
+    for name, value in rows.items():
+        good = value.flatten(1).isfinite().all(dim=1)
+        if not bool(good.all()):
+            made = "the codec" if name == "x0" else "the audio encoder" if name in SOUND else "the data source"
+            clip = int((~good).nonzero()[0])
+            raise UserError(
+                f"the data are not finite: {name} of clip {clip} of shard {shard}, which {made} made of {source.description}; "
+                f"remove that clip, or check {made}"
+            )
 
 
 def _with_mirrored(name: str, value: Tensor) -> Tensor:
@@ -314,14 +331,13 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
     """What `write_shards` wrote; it stays on disk, and only the manifest and one shard are read now. UserError for one that
     encoders of another `mark` made, one of whose files is lost, or that holds a condition which is not declared."""
     manifest = folder / MANIFEST
-    facts = read_json_or_none(manifest)
-    if facts is None:
+    facts = read_json(manifest)
+    if not facts:
         raise UserError(f"training set without a list of its files: {manifest}; delete {folder} and run again")
     _check_mark(manifest, facts["encoders"], mark)
     copies, said = facts["copies"], facts["text"]
-    files, opened = files_of(folder, "shard", len(said)), opener()
+    files, opened = files_of(folder, "shard", len(said)), opener(folder)
     text_files = files_of(folder, "text", -(-facts["texts"] // TEXTS_A_FILE))
-    check_written([*files, *text_files])
     rows = [copies * len(own) for own in said]
     whole = {name: Stored(files, rows, name, opened) for name in opened(files[0])}
     x0 = whole.pop("x0")

@@ -53,7 +53,7 @@ def read_sample(stored: Indexed, first: int, num_frames: int) -> Sample:
     try:
         facts = json.loads(members["json"])
         fps, samples = fraction(facts["fps"]), facts["samples"]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"metadata cannot be read ({error!r}): {stored}; {shards.HINT}") from error
     found: list[Tensor] = []
     with _decoding("video", stored):

@@ -181,7 +181,7 @@ class Folder(ClipSource):
             )
         try:
             fps = fraction(json.loads((path / "prepare.json").read_text(encoding="utf-8"))["fps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"prepare.json is damaged ({error!r}): {path}; prepare the clips again") from error
         if fps != self.fps:
             raise UserError(

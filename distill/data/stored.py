@@ -1,8 +1,8 @@
 """Rows of tensors in many files, which are opened when a batch asks for them: a start reads one manifest, whatever the number of
 files, and no more than OPEN_FILES of them are mapped at once (a Linux process may hold 65,530 maps)."""
 
-import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,35 +10,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from teachers.disk.digests import Written, faults, read_sealed
 from teachers.errors import UserError
 from teachers.files import load_tensors
 
 OPEN_FILES = 64
+BIG_BYTES = 2**32
+"""A stage with more shards than this is not read through at a start: each shard is verified where it is first read."""
 TEXTS_A_FILE = 512
 
 Opened = Callable[[Path], dict[str, Tensor]]
 
 
-def opener() -> Opened:
-    """`load_tensors`, which keeps the last OPEN_FILES files mapped."""
-    return lru_cache(maxsize=OPEN_FILES)(load_tensors)
+def opener(folder: Path | None = None) -> Opened:
+    """`load_tensors`, which keeps the last OPEN_FILES files mapped. Of a big stage's `folder` each shard is compared with the
+    stage's record first, once a process; UserError where it is damaged."""
+    record = folder and read_sealed(folder / "fingerprint.json", "delete it and run again")
+    unread = unread_shards(record["files"]) if record else {}
+
+    def load(file: Path) -> dict[str, Tensor]:
+        if folder is not None and file.name in unread:
+            for name, words in faults(folder, {file.name: unread.pop(file.name)}):
+                raise UserError(
+                    f"damaged stage: {folder}: {name} {words}; put it back, or delete it and fingerprint.json there and run again: "
+                    "what is missing is made again"
+                )
+        return load_tensors(file)
+
+    return lru_cache(maxsize=OPEN_FILES)(load)
+
+
+def unread_shards(files: Mapping[str, Written]) -> dict[str, Written]:
+    """Those of a stage's recorded files that are not read when it is found done: its shards, where they have over BIG_BYTES."""
+    shards = {name: file for name, file in files.items() if re.fullmatch(r"(shard|text)-\d+\.safetensors", name)}
+    return shards if sum(size for size, _ in shards.values()) > BIG_BYTES else {}
 
 
 def files_of(folder: Path, what: str, num: int) -> list[Path]:
     """The names of a stage's `num` tensor files."""
     return [folder / f"{what}-{i:05d}.safetensors" for i in range(num)]
-
-
-def check_written(files: Sequence[Path]) -> None:
-    """UserError that names the first of a stage's files that is not there. The folder is listed once; a file is looked for itself
-    only where a listing, which may be seconds old on a network disk, does not show it."""
-    shown = {entry.name for entry in os.scandir(files[0].parent)} if files[0].parent.is_dir() else set()
-    for file in files:
-        if file.name not in shown and not file.is_file():
-            raise UserError(
-                f"lost file: {file} was written by its stage and is not there; put it back, or delete "
-                f"{file.parent / 'fingerprint.json'} and run again: what is missing is made again"
-            )
 
 
 class Stored:

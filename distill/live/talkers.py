@@ -56,7 +56,7 @@ def load_talker(name: str) -> Talker:
     folder = Path(name)
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f"no talker: {name} is none of {', '.join(BUILT_IN)} and no folder with a config.json; download the model there"
         ) from error

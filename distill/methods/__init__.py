@@ -39,6 +39,11 @@ class Batch:
         x0, states = (None if value is None else change(value) for value in (self.x0, self.states))
         return Batch(self.conditions.map(change), x0, states)
 
+    def not_finite(self) -> list[str]:
+        """The parts that hold a number that is not finite."""
+        parts = {"x0": self.x0, "states": self.states, **(self.conditions.features if self.conditions else {})}
+        return [name for name, x in parts.items() if isinstance(x, Tensor) and not bool(x.isfinite().all())]
+
 
 @dataclass(frozen=True)
 class Needs:

@@ -2,19 +2,27 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.pretrained import digest
+from distill.training.checkpoint import on_main
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
-from teachers.files import load_tensors, staged
+from teachers.disk.digests import faults
+from teachers.files import load_tensors, remove_folder, staged
+
+EDITED = ("spec.json ", "README.md ")
 
 
 def export(artifacts: Artifacts, folder: Path) -> dict:
     """Write folder/student from the weights of `distill`; self-contained, or as an adapter over its base."""
-    recipe, spec = artifacts.recipe, artifacts.spec
-    if artifacts.engine.is_main:
+    recipe, spec, target = artifacts.recipe, artifacts.spec, folder / "student"
+
+    def write() -> None:
         best = (artifacts.folder.finished("distill") or {}).get("metrics", {})
         card = (
             f"# Student of {recipe.name}\n\nA causal {len(spec.sigmas)}-step audio-driven avatar student, distilled "
@@ -23,8 +31,10 @@ def export(artifacts: Artifacts, folder: Path) -> dict:
             "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
         )
         student = artifacts.bundle(artifacts.student("distill"))
-        checkpoint.save_student(folder / "student", student, card, _adapter(artifacts))
-    artifacts.engine.barrier()
+        remove_folder(target)
+        checkpoint.save_student(target, student, card, _adapter(artifacts))
+
+    on_main(artifacts.engine, target, write)
     return {
         "nfe_per_chunk": spec.nfe_per_chunk,
         "parameters": sum(p.numel() for p in artifacts.student("distill").parameters()),
@@ -39,16 +49,25 @@ def _adapter(artifacts: Artifacts) -> tuple[Adapter, Base] | None:
     config, file = artifacts.config(recipe.init_checkpoint), run.stage_dir(recipe.init_checkpoint) / "model.safetensors"
     path, wan = (file, None) if config.is_trained else (config.path, config.wan)
     assert path is not None
-    path, wan = path.expanduser().resolve(), wan and wan.expanduser().resolve()
+    path, wan = path.resolve(), wan and wan.resolve()
     base = Base(path=path, wan=wan, widen=config.widen, ours=config.is_trained, digest=digest(path, wan))
     return recipe.lora.adapter(load_tensors(run.stage_dir("distill") / "model.safetensors")), base
 
 
 def publish(artifacts: Artifacts) -> None:
-    """Copy the exported student to the top of the run folder."""
-    target = artifacts.folder.path / "student"
-    if artifacts.engine.is_main and not (target / "spec.json").is_file():
-        shutil.rmtree(target, ignore_errors=True)
-        with staged(target) as partial:
-            shutil.copytree(artifacts.folder.stage_dir("export") / "student", partial)
+    """Copy the exported student to the top of the run folder, unless it is there as it was exported; spec.json and the card may
+    have been edited since."""
+    target, source = artifacts.folder.path / "student", artifacts.folder.stage_dir("export") / "student"
+    if artifacts.engine.is_main:
+        done = artifacts.folder.finished("export")
+        assert done is not None
+        files = {name.removeprefix("student/"): written for name, written in done["files"].items()}
+        wrong = [f"{name} {words}" for name, words in faults(target, files)] if target.is_dir() else []
+        edited = all(name.startswith(EDITED) and not name.endswith("not there") for name in wrong)
+        for words in wrong:
+            tqdm.write(f"distill: {target / words}{'' if edited else ': copied again'}", file=sys.stderr)
+        if not target.is_dir() or not edited:
+            remove_folder(target)
+            with staged(target) as partial:
+                shutil.copytree(source, partial)
     artifacts.engine.barrier()

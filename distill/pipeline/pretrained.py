@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
+from distill.pipeline import record
 from distill.recipe import Recipe, TeacherStage, spec_of
 from students.spec import Spec
 from students.weights.adapter import HINT, digest
 from teachers.checkpoints.convert import fill_network
-from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
+from teachers.checkpoints.strict import check_finite, check_shapes, load_strict, shapes_of
 from teachers.checkpoints.weights import copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import load_tensors
@@ -65,6 +66,7 @@ def fill_strict(net: Any, file: Path) -> None:
     for name, value in own.items():
         if not value.is_meta:
             copy_rows(value, tensors[name].read)
+            check_finite({name: value}, file, "get the weights again")
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> Teacher:
@@ -75,6 +77,7 @@ def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> Teacher:
     file = Path(recipe.run_dir) / "stages" / "teacher" / "model.safetensors"
     if not file.is_file():
         raise UserError(f"no teacher yet: {file}; run the recipe first, or give its run_dir=")
+    record.require(file.parent)
     net = recipe.teacher.network.new(spec.dims)
     load_strict(net, load_tensors(file), file, HINT)
     return Teacher(AvatarTeacher(net.to(device)))

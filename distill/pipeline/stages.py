@@ -54,18 +54,21 @@ PROBES = (
 )
 ADAPTERS = tuple(f"lora.{name}" for name in LoraRoles.__dataclass_fields__ if name != "export")
 REPORT = tuple(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name != "batch_size")
+REPORTS = ("report.*", "samples/*.mp4")
 PACKAGES = ("teachers", "students", "eval", "distill")
 
 
 @dataclass(frozen=True)
 class Stage:
     """`fields`: the dotted recipe fields that `run` reads, without those that an input reads; `inputs`: the stages whose outputs
-    it reads; run(artifacts, folder) returns its metrics, and resumes from what it left in `folder` itself."""
+    it reads; run(artifacts, folder) returns its metrics, and resumes from what it left in `folder` itself. `beside`: patterns of
+    what it makes at the top of the run."""
 
     name: str
     fields: tuple[str, ...]
     inputs: tuple[str, ...]
     run: Callable[[Artifacts, Path], dict]
+    beside: tuple[str, ...] = ()
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -90,7 +93,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         _slot(recipe, "init"),
         _slot(recipe, "distill"),
         Stage("export", ("name", "lora.export"), ("distill",), export),
-        Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate),
+        Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate, REPORTS),
     ]
     return tuple(table)
 
@@ -180,24 +183,33 @@ class Pipeline:
         self.stages = {stage.name: stage for stage in stages(recipe)}
         check(recipe, spec, engine)
         folder = RunFolder.open(recipe, engine)
-        if recipe.tiny and engine.is_main:
-            write_weights(recipe, spec)
-        engine.barrier()
-        tracker = metrics_log.open_tracker(recipe, folder.path) if engine.is_main else None
-        log = MetricsLog(folder.path / "metrics.jsonl", engine.is_main, tracker)
-        self.artifacts = Artifacts(recipe, engine, spec, source, folder, log)
+        try:
+            if recipe.tiny and engine.is_main:
+                write_weights(recipe, spec)
+            engine.barrier()
+            tracker = metrics_log.open_tracker(recipe, folder.path) if engine.is_main else None
+            log = MetricsLog(folder.path / "metrics.jsonl", engine.is_main, tracker)
+            self.artifacts = Artifacts(recipe, engine, spec, source, folder, log)
+        except BaseException:
+            folder.close()
+            raise
 
     def stage(self, name: str) -> dict:
         """Run the stage `name` unless it is done; returns its metrics."""
         stage, artifacts = self.stages[name], self.artifacts
         config = facts(stage, artifacts.recipe, artifacts.source.digests)
-        return artifacts.folder.stage(name, config, stage.inputs, partial(stage.run, artifacts))
+        return artifacts.folder.stage(name, config, stage.inputs, partial(stage.run, artifacts), stage.beside)
 
     def run(self) -> None:
         """Run every stage that is not done, and publish the student."""
         for name in self.stages:
             self.stage(name)
         publish(self.artifacts)
+
+    def close(self) -> None:
+        """End the log and the lock of the run folder."""
+        self.artifacts.log.close()
+        self.artifacts.folder.close()
 
 
 def run(recipe: Recipe) -> Path:
@@ -211,7 +223,7 @@ def run(recipe: Recipe) -> Path:
                 tqdm.write(f"distill: {engine.description}", file=sys.stderr)
             pipeline.run()
         finally:
-            pipeline.artifacts.log.close()
+            pipeline.close()
         return pipeline.artifacts.folder.path
     finally:
         engine.close()

@@ -25,9 +25,10 @@ from distill.pipeline.evaluation.health import HealthCheck, readiness
 from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
-from distill.training import lora
-from distill.training.loop import BEST, Trainer, train
-from teachers.files import load_tensors, save_tensors
+from distill.training import checkpoint, lora
+from distill.training.loop import Trainer, train
+from teachers.checkpoints.strict import check_finite
+from teachers.files import save_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher, networks_in
 
@@ -143,12 +144,16 @@ def run_training(
 
 
 def _save_averaged(trainer: Trainer, folder: Path) -> None:
-    state = trainer.averaged()
-    if trainer.engine.is_main:
-        if trainer.best is not None:
-            state = load_tensors(folder / BEST)
-        named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
-        save_tensors(folder / "model.safetensors", named)
+    """model.safetensors, by rank 0; UserError on every rank for weights that are not finite or cannot be written."""
+    state, path = trainer.averaged(), folder / "model.safetensors"
+
+    def write() -> None:
+        chosen = state if trainer.best is None else trainer.load_best()
+        named = {lora.stored_name(k.removeprefix("net.")): v for k, v in chosen.items()}
+        check_finite(named, folder, "train it again with a lower learning rate")
+        save_tensors(path, named)
+
+    checkpoint.on_main(trainer.engine, path, write)
 
 
 def check_health(artifacts: Artifacts, slot: str, folder: Path) -> dict[str, Any]:

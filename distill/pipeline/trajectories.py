@@ -4,14 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.latents import TrainSet
-from distill.data.stored import Stored, check_written, files_of, opener
+from distill.data.stored import Stored, files_of, opener
 from distill.methods import Batch
 from distill.methods.forcing import Forced
 from distill.pipeline.artifacts import Artifacts
@@ -84,8 +84,10 @@ def make(
         if scales is not None:
             extra = {"guidance": scales.draw(num, rng)}
             guidance = EmbeddedGuidance(extra["guidance"].to(engine.device), config.guidance.batched)
-        states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance)
-        save_tensors(files[i], {"states": states.half(), "rows": rows, **extra})
+        states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance).half()
+        if not bool(states.isfinite().all()):
+            _refuse(batch, states, rows, facts["sigmas"])
+        save_tensors(files[i], {"states": states, "rows": rows, **extra})
     engine.barrier()
     if engine.is_main:
         facts |= {"rows": [], **({} if scales is None else {"scales": []})}
@@ -97,6 +99,19 @@ def make(
     engine.barrier()
     passes = config.guidance.passes if scales is None else EmbeddedGuidance.passes
     return {"pairs": config.num_pairs, "nfe": config.num_steps * passes}
+
+
+def _refuse(batch: Batch, states: Tensor, rows: Tensor, sigmas: Sequence[float]) -> NoReturn:
+    """UserError that says what made states [B, K+1, ..] of clips `rows` that are not finite."""
+    if bad := batch.not_finite():
+        raise UserError(
+            f"the data are not finite: {bad[0]} of one of the clips {rows.tolist()}; check the data that its stage has left"
+        )
+    row, state = (~states.flatten(2).isfinite().all(dim=2)).nonzero()[0].tolist()
+    raise UserError(
+        f"the teacher's solution is not finite: clip {int(rows[row])} at sigma {sigmas[state]:.3g}; check its weights, "
+        "trajectories.guidance and the teacher's precision"
+    )
 
 
 def made_by(artifacts: Artifacts) -> str:
@@ -142,7 +157,6 @@ def load(folder: Path, sigmas: Sequence[float], teacher_hash: str) -> Trajectori
         raise UserError(f"trajectories: {folder} comes from another teacher ({facts['teacher'][:12]}); make them again")
     rows, scales = facts["rows"], facts.get("scales")
     files = files_of(folder, "shard", len(rows))
-    check_written(files)
-    states = Stored(files, list(map(len, rows)), "states", opener())
+    states = Stored(files, list(map(len, rows)), "states", opener(folder))
     guidance = None if scales is None else torch.tensor([scale for own in scales for scale in own])
     return Trajectories(states, torch.tensor([row for own in rows for row in own]), tuple(facts["sigmas"]), guidance)

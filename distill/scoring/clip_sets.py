@@ -35,6 +35,7 @@ from distill.data.prepare.framing import crop_box
 from eval.cards import Card, ClipRule
 from eval.metric import Clip as ScoredClip
 from teachers.config import fraction
+from teachers.disk.read import read_text
 from teachers.errors import UserError
 from teachers.files import canonical_json, save_tensors
 from teachers.media.container import opened, upright, video_stream
@@ -207,7 +208,7 @@ def _text(path: Path) -> str:
     if path.suffix != TENSORS:
         return ""
     beside = path.with_suffix(".txt")
-    return facts_of(path).get("text", "") or (beside.read_text(encoding="utf-8").strip() if beside.is_file() else "")
+    return facts_of(path).get("text", "") or (read_text(beside).strip() if beside.is_file() else "")
 
 
 @lru_cache(maxsize=4096)
@@ -247,7 +248,7 @@ def _boxes(path: Path) -> dict[str, tuple[float, float, float, float] | None]:
         return {}
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"face boxes cannot be read ({error}): {path}; give JSON of clip -> [l, t, r, b]") from error
     if not isinstance(given, dict):
         raise UserError(f"face boxes are no mapping: {path}; give JSON of clip -> [left, top, right, bottom]")

@@ -304,6 +304,6 @@ def read_report(path: Path) -> dict[str, Any]:
             raise ValueError("other keys")
     except FileNotFoundError as error:
         raise UserError(f"no scores: {path}; distill eval --out writes them") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"no scores of distill eval: {path} ({error}); score again") from error
     return report

@@ -1,10 +1,10 @@
-"""Checkpoints that any engine reads: a folder of full tensors (safetensors, streamed) and manifest.json.
+"""Checkpoints that any engine reads: a folder of full tensors (safetensors, streamed) and manifest.json with their digests.
 
 `checkpoint-<step>` is renamed into place when everything is on the disk, so what has that name is complete. Rank 0 alone writes,
 with one file's tensors in memory at a time.
 """
 
-import json
+import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,17 +15,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.training.role import Rows, whole
+from teachers.disk.digests import faults, read_sealed, recording, sealed
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, remove_folder, save_tensors, staged
 
 FORMAT = 1
+MANIFEST = "manifest.json"
+HINT = "; delete its folder, and the run resumes from the checkpoint before"
 FILE_BYTES = 2**31
 """Size at which a file is closed."""
 
 
 def saved(folder: Path) -> list[Path]:
     """The checkpoints in a stage's folder, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if (path / "manifest.json").is_file())
+    return sorted(path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
 
 
 def save(
@@ -83,49 +86,40 @@ def _write(target: Path, metadata: Mapping[str, Any], tensors: Iterator[tuple[st
     make_folder(target.parent)
     with staged(target) as partial:
         partial.mkdir()
-        files: dict[str, int] = {}
         pending: dict[str, Tensor] = {}
-        held = 0
+        number, held = itertools.count(), 0
+        with recording(partial) as recorder:
+            for key, tensor in tensors:
+                pending[key] = tensor.detach().to("cpu", copy=True)
+                held += pending[key].nbytes
+                if held >= FILE_BYTES:
+                    save_tensors(partial / f"tensors-{next(number):05d}.safetensors", pending)
+                    pending.clear()
+                    held = 0
+            if pending:
+                save_tensors(partial / f"tensors-{next(number):05d}.safetensors", pending)
+            files = recorder.wait()
+        atomic_write(partial / MANIFEST, sealed({"format": FORMAT, **metadata, "files": files}))
 
-        def close() -> None:
-            name = f"tensors-{len(files):05d}.safetensors"
-            save_tensors(partial / name, pending)
-            files[name] = (partial / name).stat().st_size
-            pending.clear()
 
-        for key, tensor in tensors:
-            pending[key] = tensor.detach().to("cpu", copy=True)
-            held += pending[key].nbytes
-            if held >= FILE_BYTES:
-                close()
-                held = 0
-        if pending:
-            close()
-        atomic_write(
-            partial / "manifest.json", json.dumps({"format": FORMAT, **metadata, "files": files}, indent=1) + "\n"
-        )
+def _metadata(path: Path) -> dict[str, Any]:
+    metadata = read_sealed(path / MANIFEST, HINT.removeprefix("; "))
+    if metadata is None or metadata["format"] != FORMAT:
+        raise UserError(f"no checkpoint of format {FORMAT}: {path}{HINT}")
+    return metadata
 
 
 class Reader:
     """A checkpoint's metadata, and its tensors one by one; UserError where it is damaged."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.metadata, self.files = path, _metadata(path), {}
         try:
-            self.metadata: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            if self.metadata["format"] != FORMAT:
-                raise UserError(f"checkpoint format {self.metadata['format']}: {path}; this version reads {FORMAT}")
-            self.files = {}
             for name in self.metadata["files"]:
                 with safe_open(path / name, framework="pt") as file:
                     self.files |= dict.fromkeys(file.keys(), name)
-        except (OSError, KeyError, json.JSONDecodeError, SafetensorError) as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> UserError:
-        return UserError(
-            f"damaged checkpoint: {self.path} ({error}); delete it, and the run resumes from the one before"
-        )
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"damaged checkpoint: {self.path} ({error}){HINT}") from error
 
     def stream(self, prefix: str) -> Iterator[tuple[str, Rows]]:
         """The tensors whose names begin with `prefix`, named without it, one at a time; what is not read stays on the disk."""
@@ -139,3 +133,9 @@ class Reader:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """The tensors of `stream`, read, as a dict."""
         return {name: whole(rows) for name, rows in self.stream(prefix)}
+
+
+def verify(path: Path) -> None:
+    """UserError for the first file of a checkpoint that differs from its digest; for one rank."""
+    for name, words in faults(path, _metadata(path)["files"]):
+        raise UserError(f"damaged checkpoint: {path / name} {words}{HINT}")

@@ -17,6 +17,15 @@ class OptimizerConfig:
     final: float = 0.0
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup", "final"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"train.optimizers: {name}={getattr(self, name)}; it must be 0 or more")
+        if not self.clip > 0:
+            raise UserError(f"train.optimizers: clip={self.clip}; it must be above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"train.optimizers: betas={list(self.betas)}; each must lie in 0..1, 1 excluded")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -38,6 +47,17 @@ class TrainConfig:
     validate_every: int = 0
     skip_nonfinite: int = 0
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "log_every", "num_steps"):
+            least = 0 if name in ("log_every", "num_steps") else 1
+            if getattr(self, name) < least:
+                raise UserError(f"train.{name}: got {getattr(self, name)}; it must be at least {least}")
+        for name in ("checkpoint_every", "checkpoint_minutes", "validate_every", "skip_nonfinite"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"train.{name}: got {getattr(self, name)}; it must be 0 or more")
+        if not 0 <= self.ema_decay <= 1:
+            raise UserError(f"train.ema_decay: got {self.ema_decay}; it must lie in 0..1")
 
     def micro_steps(self, world_size: int) -> int:
         """Batches that each of `world_size` processes adds up for one update; UserError where they do not divide."""

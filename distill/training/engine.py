@@ -19,6 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from distill.training.role import DistributedRole, Kind, MakeOptimizer
+from distill.training.signals import end_with_parent
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -67,6 +68,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, threads: int | None = None):
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            end_with_parent(os.getppid())
         self.config = config
         self.requested = requested_processes(os.environ)
         self.kind: Kind = check_launcher(os.environ, config)

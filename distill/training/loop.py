@@ -8,7 +8,6 @@ import functools
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,8 +24,11 @@ from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
 from distill.training.metrics_log import MetricsLog
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, trained
+from distill.training.signals import terminations
+from teachers.checkpoints.strict import is_finite
+from teachers.disk.digests import Recorder, recording, sha256
 from teachers.errors import UserError
-from teachers.files import save_tensors
+from teachers.files import load_tensors, save_tensors
 
 BEST = "best.safetensors"
 """The averaged weights of the best validation, in the stage's folder."""
@@ -80,6 +82,7 @@ class Trainer:
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
         self.best: dict[str, float] | None = None
+        self._best: Recorder | str = ""  # digest of the file BEST, or what works it out; rank 0 knows it
         self.step = 0
 
     def save(self) -> None:
@@ -90,6 +93,7 @@ class Trainer:
             "roles_done": self.roles_done,
             "skipped": self.skipped,
             "best": self.best,
+            "best_digest": self._best_digest(),
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
@@ -108,6 +112,7 @@ class Trainer:
         found = checkpoint.saved(self.folder)
         if not found:
             return False
+        checkpoint.on_main(self.engine, found[-1], lambda: checkpoint.verify(found[-1]))
         reader = checkpoint.Reader(found[-1])
         facts, together = reader.metadata, self.config.batch_size * self.engine.world_size
         if facts["rows"] % together:
@@ -116,7 +121,7 @@ class Trainer:
                 f"{self.config.batch_size} never reach; use another number of processes"
             )
         self.step, self.position = facts["step"], facts["rows"] // together
-        self.updates, self.best = facts["updates"], facts["best"]
+        self.updates, self.best, self._best = facts["updates"], facts["best"], facts["best_digest"]
         self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
@@ -142,7 +147,22 @@ class Trainer:
     def save_best(self) -> None:
         """best.safetensors: what `averaged` returns; every rank calls it."""
         state, path = self.averaged(), self.folder / BEST
-        checkpoint.on_main(self.engine, path, lambda: save_tensors(path, state))
+
+        def write() -> None:
+            with recording(self.folder) as self._best:
+                save_tensors(path, state)
+
+        checkpoint.on_main(self.engine, path, write)
+
+    def _best_digest(self) -> str:
+        return self._best if isinstance(self._best, str) else self._best.wait()[BEST][1]
+
+    def load_best(self) -> dict[str, Tensor]:
+        """What `save_best` wrote last, on rank 0; UserError where the file is lost or another."""
+        path = self.folder / BEST
+        if not path.is_file() or sha256(path) != self._best_digest():
+            raise UserError(f"damaged weights: {path} is not what was written; delete {self.folder} and run again")
+        return load_tensors(path)
 
     def advance(
         self,
@@ -207,7 +227,7 @@ class Trainer:
         self._require_grad(*self.roles)
         if not torch.isfinite(norm):
             if self.skipped == self.config.skip_nonfinite:
-                self._diverged(role, self.reduced(metrics))
+                self._diverged(role, self.reduced(metrics), method, [batches(p) for p in range(first, self.position)])
             self.skipped += 1
             return {f"{role}/skipped": torch.tensor(float(self.skipped))}
         self.updates[role] += 1
@@ -227,13 +247,24 @@ class Trainer:
         self.engine.all_reduce_mean([values])
         return dict(zip(metrics, values.tolist(), strict=True))
 
-    def _diverged(self, role: str, values: Mapping[str, float]) -> None:
+    def _diverged(self, role: str, values: Mapping[str, float], method: Method, batches: Sequence[Batch]) -> NoReturn:
         wrong = [name.removeprefix(f"{role}/") for name, value in values.items() if not math.isfinite(value)]
         what = f"{wrong[0]} and gradient of {role} are" if wrong else f"gradient of {role} is"
         skipped = f" after {self.skipped} skipped updates" if self.skipped else ""
-        raise UserError(
-            f"training diverged: {what} not finite at step {self.step}{skipped}; lower train.optimizers.{role}.lr"
-        )
+        where = f"{what} not finite at step {self.step}{skipped}"
+        if bad := next((name for batch in batches for name in batch.not_finite()), None):
+            raise UserError(
+                f"the data are not finite: {bad} of a clip, so that {where}; check the data that its stage has left"
+            )
+        given = {
+            name: net for name, net in vars(method).items() if isinstance(net, nn.Module) and name not in self.roles
+        }
+        for name, net in given.items():
+            if bad := next((key for key, x in net.state_dict().items() if not is_finite(x)), None):
+                raise UserError(
+                    f"the weights of {name} are not finite: {bad}, so that {where}; check where they come from"
+                )
+        raise UserError(f"training diverged: {where}; lower train.optimizers.{role}.lr")
 
     @contextmanager
     def showing_average(self) -> Iterator[None]:
@@ -286,8 +317,9 @@ def train(
     """Run `method` to config.num_steps, from the newest checkpoint if there is one. The average is in trainer.ema.
 
     validate() sees the averaged weights loaded into the averaged role and returns numbers with a "score" (lower is better);
-    the best weights stay in folder/best.safetensors. Where alarm(those numbers) gives a reason to stop, UserError says it, the best
-    and the last checkpoint being older. On SIGTERM or SIGUSR1 the micro-step is finished and the training saved, then SystemExit
+    the best weights stay in folder/best.safetensors; a score that is not finite is none. Where alarm(those numbers) gives a reason
+    to stop, UserError says it, the best and the last checkpoint being older. On SIGTERM or SIGUSR1 the micro-step is finished and
+    the training saved, then SystemExit
     (128 + the signal) is raised.
     """
     config, engine = trainer.config, trainer.engine
@@ -336,25 +368,6 @@ def _stop(trainer: Trainer, stage: str, received: Sequence[int]) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-@contextmanager
-def terminations() -> Iterator[list[int]]:
-    """A list to which SIGTERM and SIGUSR1 (what Slurm sends before the time is up) add themselves instead of killing the process
-    (in the main thread, where Python handles signals)."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _validate(
     trainer: Trainer,
     validate: Callable[[], dict[str, float]],
@@ -376,6 +389,6 @@ def _validate(
         if trainer.best:
             kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {trainer.folder / BEST}"
         raise UserError(f"{stage} collapsed at step {trainer.step}: {reason}; {kept}; health.stop=false goes on")
-    if trainer.best is None or values["score"] < trainer.best["score"]:
+    if math.isfinite(values["score"]) and (trainer.best is None or values["score"] < trainer.best["score"]):
         trainer.best = {**values, "step": trainer.step}
         trainer.save_best()

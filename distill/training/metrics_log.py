@@ -15,6 +15,7 @@ from typing import Any, Literal
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from teachers.config import to_plain
+from teachers.disk.read import read_json
 from teachers.errors import UserError
 from teachers.files import atomic_write, flatten
 
@@ -40,11 +41,11 @@ class Tracker:
     def log(self, stage: str, step: int, values: Mapping[str, float], number: int) -> None:
         """Row `number` (1, 2, ...) of a stage, as `stage/role/quantity` at its step, unless it was sent before."""
         count_file = self.path / "stages" / stage / "tracked.json"
-        if count_file.is_file() and number <= json.loads(count_file.read_text()):
+        if number <= read_json(count_file, "delete it: its rows are sent again").get("sent", 0):
             return
         tracker = self._started()
         count_file.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(count_file, json.dumps(number))
+        atomic_write(count_file, json.dumps({"sent": number}))
         row = {f"{stage}/{name}": value for name, value in values.items()}
         if tracker.name == "wandb":  # its own step never goes back, ours begins anew with each stage
             if stage not in self.axes:
@@ -63,12 +64,12 @@ class Tracker:
     def _started(self) -> Any:
         if self.tracker is None:
             file = self.path / "tracker.json"
-            is_new = not file.is_file()
-            if is_new:
+            name = read_json(file, "delete it: the run gets another name").get("name")
+            if name is None:
                 atomic_write(file, json.dumps({"name": f"{self.path.name}-{uuid.uuid4().hex[:8]}"}))
-            self.tracker = self.make(json.loads(file.read_text())["name"])
+            self.tracker = self.make(read_json(file)["name"])
             self.tracker.start()
-            if is_new:
+            if name is None:
                 self.tracker.store_init_configuration(dict(self.settings))
         return self.tracker
 
@@ -108,7 +109,7 @@ class MetricsLog:
         """Drop the lines of `stage` with a step >= `step` (and a torn last line): they will be logged again."""
         if not self.is_main or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self._lines()
         kept = [
             line for line in lines if (row := _parse_line(line)) and not (row["stage"] == stage and row["step"] >= step)
         ]
@@ -134,12 +135,17 @@ class MetricsLog:
         """All rows, or those of one stage, in the order they were logged."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [row for line in lines if (row := _parse_line(line)) and stage in (None, row["stage"])]
+        return [row for line in self._lines() if (row := _parse_line(line)) and stage in (None, row["stage"])]
+
+    def _lines(self) -> list[str]:
+        return self.path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
+    """A row; None for a torn or damaged one."""
     try:
-        return json.loads(line) if line.endswith("\n") else None
-    except json.JSONDecodeError:
+        row = json.loads(line) if line.endswith("\n") else None
+    except (ValueError, RecursionError):
         return None
+    whole = isinstance(row, dict) and isinstance(row.get("stage"), str) and isinstance(row.get("step"), int)
+    return row if whole else None

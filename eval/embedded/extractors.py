@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval.metrics.sync import correlation
 from teachers.checkpoints.strict import load_strict
+from teachers.disk.read import read_json
 from teachers.errors import UserError
+from teachers.files import atomic_write, load_tensors, save_tensors
 
 DIM = 64  # width of both feature spaces
 GRID = 4  # cells a side of the change map that the clip probe sees
@@ -217,27 +218,27 @@ class Probes:
     def save(self, folder: Path) -> None:
         """Write probes.safetensors and probes.json into `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.state_dict(), folder / "probes.safetensors")
-        (folder / "probes.json").write_text(json.dumps({**self._meta(), "sha256": self.sha256}, indent=1) + "\n")
+        save_tensors(folder / "probes.safetensors", self.state_dict())
+        atomic_write(folder / "probes.json", json.dumps({**self._meta(), "sha256": self.sha256}, indent=1) + "\n")
 
     @staticmethod
     def load(folder: Path) -> "Probes":
         """Read what `save` wrote; raises UserError if a file is missing or does not match its recorded hash."""
         try:
-            meta = json.loads((folder / "probes.json").read_text())
-            state = load_file(folder / "probes.safetensors")
+            meta = read_json(folder / "probes.json")
+            state = load_tensors(folder / "probes.safetensors")
             names, sizes = tuple(meta["names"]), meta["frame"]
             frame = FrameProbe(sizes[0], sizes[1], sizes[2])
             clip, audio_probe = ClipProbe(meta["clip"][2], meta["clip"][0]), AudioProbe(meta["audio"])
             for key, network in {"frame": frame, "clip": clip, "audio_probe": audio_probe}.items():
                 load_strict(network, _under(state, key), f"probe {key}", "fit them again")
-        except (OSError, KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the probes cannot be read: {folder}: {error}; delete the folder and evaluate again"
-            ) from error
+        except UserError:
+            raise
+        except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
+            raise UserError(f"the probes cannot be read: {folder}: {error}; delete it and run again") from error
         probes = Probes(frame, clip, audio_probe, names, _under(state, "scale"))
-        if probes.sha256 != meta["sha256"]:
-            raise UserError(f"the probes do not match their hash: {folder}; delete the folder and evaluate again")
+        if probes.sha256 != meta.get("sha256"):
+            raise UserError(f"the probes do not match their hash: {folder}; delete it and run again")
         return probes
 
 

@@ -91,7 +91,14 @@ def load_session(bundle: Bundle, path: Path) -> Session:
     student's."""
     path = Path(path)
     facts, tensors = _read(path)
-    if facts["student"] != bundle.fingerprint:
+    try:
+        return _loaded(bundle, path, facts, tensors)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"damaged session: {path} ({type(error).__name__} {error}); save it again") from error
+
+
+def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor]) -> Session:
+    if facts.get("student") != bundle.fingerprint:
         raise UserError(f"another student's session: {path}; load it with the student that it was saved from")
     spec, device = bundle.spec, next(bundle.student.parameters()).device
     session = Session(
@@ -171,7 +178,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     except FileNotFoundError as error:
         raise UserError(f"no session: {path}; give the file that save wrote") from error
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"damaged session: {path} ({error}); save it again") from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"not a session of format {FORMAT}: {path}; give the file that save wrote")

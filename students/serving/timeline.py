@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import yaml
 from torch import Tensor
 
 from students.serving.session import Chunk, Session, Starved
 from students.spec import Spec
 from teachers.config import convert, nearest
+from teachers.disk.read import read_yaml
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.registry import Registry
@@ -112,11 +112,7 @@ class Script:
 
 def read_script(file: Path) -> Script:
     """The script of a YAML file, read strictly; UserError that names file and key."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"timeline cannot be read ({reason}): {file}; give a YAML file") from error
+    values = read_yaml(file, "give a YAML file of a timeline")
     if not isinstance(values, dict):
         raise UserError(f"timeline: {file} holds no mapping; write 'timeline:' and a list of {{at: SECONDS, do: TEXT}}")
     given = convert(Script, values, locate=lambda _: str(file), folder=file.parent.resolve())

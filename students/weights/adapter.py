@@ -23,7 +23,7 @@ from teachers.checkpoints.strict import check_shapes, load_strict, shapes_of
 from teachers.checkpoints.weights import read_tensors
 from teachers.config import nearest
 from teachers.errors import UserError
-from teachers.files import save_tensors
+from teachers.files import atomic_write, save_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -149,7 +149,7 @@ def write_adapter(folder: Path, adapter: Adapter, base: Base, net: Any, header: 
     )
     values = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     save_tensors(folder / WEIGHTS, {f"{PREFIX}{name}": tensor for name, tensor in adapter.tensors.items()}, header)
-    (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    atomic_write(folder / CONFIG, json.dumps(values, indent=1) + "\n")
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -162,7 +162,7 @@ def read_adapter(folder: Path) -> Adapter:
         full = tuple(values.get("modules_to_save") or ())
     except FileNotFoundError as error:
         raise UserError(f"no adapter: {folder} lacks {CONFIG} or {WEIGHTS}; export the student again") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"damaged adapter: {folder} ({error}); export the student again") from error
     odd = [name for name, value in PLAIN.items() if values.get(name, value) != value]
     odd += [name for name in ("rank_pattern", "alpha_pattern") if values.get(name)]

@@ -5,6 +5,10 @@ In the place of model.safetensors there may be an adapter in peft's layout; spec
 
 import hashlib
 import json
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +22,14 @@ from students.spec import Spec, check_sizes
 from students.student import Student
 from students.weights.adapter import HINT, WEIGHTS, Adapter, Base, fill, load_over_base, write_adapter
 from students.weights.coverage import FILE, Coverage, load_coverage
-from teachers.checkpoints.strict import misfits, refuse, shapes_of
-from teachers.checkpoints.weights import read_json, shapes
+from teachers.checkpoints.strict import check_finite, misfits, refuse, shapes_of
+from teachers.checkpoints.weights import shapes
 from teachers.config import convert, to_plain
+from teachers.disk.digests import SUMS, THREADS, read_sums, recording, sha256, write_sums
+from teachers.disk.read import read_json
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
-from teachers.files import save_tensors
+from teachers.files import atomic_write, remove_folder, save_tensors, staged
 from teachers.registry import AudioEncoder, Codec, Text
 
 FIXED = (
@@ -44,6 +50,7 @@ the length of a chunk and the noise of what it reads of the past may not."""
 KEY = "trained"
 HASHED_BYTES = 2**26
 """Of a weight, which are brought to the host at once for a digest."""
+SPEC = "spec.json"
 
 
 @dataclass(frozen=True)
@@ -96,34 +103,81 @@ def make_student(spec: Spec) -> Student:
 
 
 def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, Base] | None = None) -> None:
-    """Write the folder; spec.json comes last, so a folder without it is unfinished.
+    """Write the folder; spec.json comes last, so a folder without it is unfinished. UserError for weights that are not finite.
 
     Codec and text encoder that were given, not fitted, stay where their path says; so does the base, where an adapter over it is
     written for the bundle's weights.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     net, spec = bundle.student.net, to_plain(bundle.spec)
-    if over is None:
-        save_tensors(folder / "model.safetensors", net.state_dict(), _header(bundle.spec))
-    else:
-        write_adapter(folder, *over, net, _header(bundle.spec))
-        spec["base"] = to_plain(over[1])
-    if bundle.spec.codec.fitted:
-        save_tensors(folder / "codec.safetensors", bundle.codec.state_dict())
-    if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
-        bundle.text.save(folder / "text")
-    if bundle.coverage is not None:
-        bundle.coverage.save(folder / FILE)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / "spec.json").write_text(json.dumps(spec, indent=1) + "\n", encoding="utf-8")
+    check_finite(net.state_dict(), "the student", "train it again with a lower learning rate")
+    folder.mkdir(parents=True, exist_ok=True)
+    with recording(folder) as recorder:
+        if over is None:
+            save_tensors(folder / "model.safetensors", net.state_dict(), _header(bundle.spec))
+        else:
+            write_adapter(folder, *over, net, _header(bundle.spec))
+            spec["base"] = to_plain(over[1])
+        if bundle.spec.codec.fitted:
+            save_tensors(folder / "codec.safetensors", bundle.codec.state_dict())
+        if isinstance(bundle.text, TextEncoder) and bundle.spec.text.fitted:
+            remove_folder(folder / "text")
+            with staged(folder / "text") as temporary:
+                bundle.text.save(temporary)
+        if bundle.coverage is not None:
+            bundle.coverage.save(folder / FILE)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        atomic_write(folder / SPEC, json.dumps(spec, indent=1) + "\n")
+        write_sums(folder, recorder.wait())
 
 
 def load_student(folder: Path) -> Bundle:
-    """Read a student folder strictly; UserError for a missing file, a damaged one, or a tensor that does not fit the spec."""
+    """Read a student folder strictly; UserError for a missing file, one that is not what was written, or a tensor that does not fit
+    the spec or is not finite. A spec.json that was edited is warned of. Files are compared with their list by threads, which adds
+    nothing to reading a model from a disk of 1 GB a second."""
     folder = Path(folder)
-    values = read_json(folder / "spec.json")
+    values = read_json(folder / SPEC)
     if not values:
         raise UserError(f"no student: {folder} has no spec.json; give the student/ folder of a finished run")
+    with _verified(folder):
+        return _load(folder, values)
+
+
+@contextmanager
+def _verified(folder: Path) -> Iterator[None]:
+    """Inside, threads compare the files of a student with its list; UserError for one that differs, at the end or in the place of a
+    reader's error that does not name it."""
+    listed = read_sums(folder / SUMS)
+    spec = listed.pop(SPEC, None)
+    if spec is not None and sha256(folder / SPEC) != spec:
+        warnings.warn(f"{folder / SPEC} is not as it was written: edited, or damaged", stacklevel=4)
+    failed: Exception | None = None
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = {name: pool.submit(_digest, folder / name) for name in listed}
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        wrong = [name for name, digest in found.items() if digest.result() != listed[name]]
+        if failed is not None:
+            wrong = [name for name in wrong if (folder / name).is_file()]  # of a lost one the reader says what it is
+        if isinstance(failed, UserError) and any(name in str(failed) for name in wrong):
+            raise failed  # it says more of that file
+        if wrong:
+            raise UserError(
+                f"damaged student: {folder / wrong[0]} is not what was written; copy the folder again, or export it again"
+            ) from failed
+        if failed is not None:
+            raise failed
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sha256(file)
+    except OSError:
+        return ""
+
+
+def _load(folder: Path, values: dict[str, Any]) -> Bundle:
     base = values.pop("base", None)
     if base is not None:
         base = convert(Base, base, "base", lambda _: str(folder / "spec.json"))
@@ -165,7 +219,7 @@ def _check_sampler(spec: Spec, weights: Path) -> None:
     try:
         with safe_open(weights, "pt") as file:
             trained = json.loads((file.metadata() or {}).get(KEY, "{}"))
-    except (OSError, SafetensorError, json.JSONDecodeError):
+    except (OSError, SafetensorError, ValueError, RecursionError):
         return
     for name, value in json.loads(json.dumps(_fixed(spec))).items():
         if name in trained and trained[name] != value:

@@ -88,12 +88,8 @@ class Conversion:
             weights.write_safetensors(temporary, named, shard_bytes, tick)
             if self.adapter:
                 self.adapter.write(temporary / weights.ADAPTER)
-            config = temporary / "config.json"
-            config.write_text(
-                json.dumps(layouts.make_config(self.architecture, self.to), indent=2) + "\n", encoding="utf-8"
-            )
-            for file in temporary.iterdir():  # safetensors writes files that only their owner may read
-                file.chmod(config.stat().st_mode)
+            config = json.dumps(layouts.make_config(self.architecture, self.to), indent=2) + "\n"
+            (temporary / "config.json").write_text(config, encoding="utf-8")
 
 
 def check_target(target: Path, to: str) -> None:
@@ -282,7 +278,7 @@ def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = No
     """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
 
     One tensor at a time is in memory beside the network, whose dtypes stay; of a network in shards each rank reads its own rows
-    alone. UserError that lists mismatches.
+    alone. UserError that lists mismatches, and for numbers that are not finite.
     """
     conversion = plan(source, "ours", base=base, widen=widen)
     own = dict(net.named_parameters())
@@ -292,3 +288,4 @@ def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = No
         for name, parameter in own.items():
             if not parameter.is_meta:  # of a meta network only shapes are checked
                 weights.copy_rows(parameter, conversion.tensors[name].read)
+                check_finite({name: parameter}, source, "get the weights again")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from teachers.errors import UserError
 
@@ -55,10 +56,26 @@ def check_shapes(given: Shapes, wanted: Shapes, where: Any, hint: str, *, named:
     refuse(misfits(given, wanted, named=named), where, hint)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite; in one pass, without a copy where the type allows."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()
+    return all(bool(end.isfinite()) for end in wide.aminmax())
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: Any, hint: str) -> None:
+    """UserError that names the tensors with numbers that are not finite."""
+    if wrong := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise UserError(f"weights are not finite: {where}: {listed(wrong, 3)}; {hint}")
+
+
 def load_strict(
     module: nn.Module, tensors: Mapping[str, Tensor], where: Any, hint: str, *, assign: bool = False, optional: str = ""
 ) -> None:
-    """Load a whole state dict into a module; UserError that lists what is missing, unexpected or of another shape.
+    """Load a whole state dict into a module; UserError that lists what is missing, unexpected, of another shape or not finite.
 
     Values are copied into the module's own tensors, whose types and device stay; with `assign` the given tensors take their
     place (for a module on the meta device, or to keep the file's types). Names that match the regular expression `optional` may
@@ -66,4 +83,5 @@ def load_strict(
     """
     own = module.state_dict()
     refuse(misfits(shapes_of(tensors), shapes_of(own), optional=optional), where, hint)
+    check_finite(tensors, where, hint)
     module.load_state_dict({name: tensors.get(name, value) for name, value in own.items()}, assign=assign)

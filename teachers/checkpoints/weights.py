@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from teachers.checkpoints.strict import listed
+from teachers.disk.read import read_json
 from teachers.errors import UserError
 from teachers.files import refuse_other_kind
 
@@ -41,6 +42,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 DEPTH = 2
 """Entries within entries that are looked for in a torch archive: FastGen's {"model": {"net": ...}}."""
+MOST_NAMED = 3
 Tick = Callable[[int], Any]
 
 
@@ -95,24 +97,14 @@ def find(path: Path) -> list[Path]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping; {} where there is no file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        refuse_other_kind(path)
-        raise UserError(f"damaged file: {path} ({error}); copy it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"damaged file: {path} holds no mapping; copy it again")
-    return values
-
-
 def weight_map(index: Path) -> dict[str, str]:
     """Tensor -> its file's name, of the index of a model in shards."""
     names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(n, str) and Path(n).name == n for n in names.values())
+    ):
         raise UserError(f"damaged file: {index} has no weight_map of plain file names; copy it again")
     return names
 
@@ -131,7 +123,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def _shards(folder: Path, stem: str) -> list[Path]:
     found = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-    total = re.fullmatch(r".+-\d{5}-of-(\d{5})\.safetensors", found[0].name)
+    total = re.fullmatch(r".+-\d{5}-of-((?!00000)\d{5})\.safetensors", found[0].name)
     if total is None:
         raise UserError(f"no shard of weights: {found[0]}; their names end in -00001-of-00002.safetensors")
     files = [folder / f"{stem}-{i + 1:05d}-of-{total[1]}.safetensors" for i in range(int(total[1]))]
@@ -141,7 +133,7 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 
 def _all_there(files: list[Path], witness: str) -> None:
     if missing := [file for file in files if not file.is_file()]:
-        names = listed((file.name for file in missing), 3)
+        names = listed((file.name for file in missing), MOST_NAMED)
         raise UserError(f"missing shard: {names} in {missing[0].parent}, which {witness} asks for; copy it there too")
 
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from teachers.checkpoints.strict import load_strict
-from teachers.checkpoints.weights import read_json, read_tensors
+from teachers.checkpoints.weights import read_tensors
 from teachers.codecs.linear import HINT, DecoderState, StreamedCodec
 from teachers.codecs.wan_vae import check_latents, check_video
+from teachers.disk.read import read_json
 from teachers.errors import UserError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

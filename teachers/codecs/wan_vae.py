@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
-from teachers.checkpoints.weights import read_json, read_tensors
+from teachers.checkpoints.weights import read_tensors
 from teachers.codecs.linear import CodecConfig, DecoderState, StreamedCodec
+from teachers.disk.read import read_json
 from teachers.errors import UserError
 from teachers.registry import Geometry
 

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from teachers.checkpoints.local_model import load_pretrained
+from teachers.checkpoints.strict import check_finite
 from teachers.errors import UserError
 from teachers.files import save_tensors
 
@@ -132,16 +134,22 @@ class TextConfig:
     takes_over: ClassVar[bool] = True
 
     def load(self, folder: Path) -> "TextEncoder":
-        """The frozen encoder in `folder`/text, as `TextEncoder.save` wrote it; UserError where it cannot be read."""
+        """The frozen encoder in `folder`/text, as `TextEncoder.save` wrote it, read strictly from safetensors; UserError where it
+        cannot be read, or its size is not this one's."""
         from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-        path = folder / "text"
+        path, hint = folder / "text", "export the student again"
+        model = load_pretrained(UMT5EncoderModel, path, "the whole folder: export the student again", torch.float32)
+        if model.config.d_model != self.dim:
+            raise UserError(
+                f"text encoder of another size: {path} has dim {model.config.d_model}, not {self.dim}; {hint}"
+            )
+        check_finite(model.state_dict(), path, hint)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-            model = UMT5EncoderModel.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"damaged student: {path} cannot be read; export it again") from error
-        return TextEncoder(tokenizer, model.eval().requires_grad_(False), self.max_tokens)
+        except Exception as error:  # whatever a reader of a damaged file may raise
+            raise UserError(f"unreadable tokenizer: {path} ({type(error).__name__}: {error}); {hint}") from error
+        return TextEncoder(tokenizer, model, self.max_tokens)
 
 
 class TextEncoder(nn.Module):

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teachers.checkpoints.local_model import load_pretrained, model_files, require
-from teachers.checkpoints.weights import read_json
+from teachers.disk.read import read_json
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 

@@ -23,6 +23,8 @@ from teachers.media.streams import Resampler
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
 LAYOUTS = {1: "mono", 2: "stereo"}
+X264 = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
+"""Without its macroblock tree: that of x264's assembler gives other bytes for equal frames from call to call."""
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 
@@ -169,10 +171,11 @@ class VideoWriter:
         return np.pad(pixels.numpy(), ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
     def _add_streams(self, height: int, width: int) -> None:
-        self._video = self._container.add_stream("libx264", rate=self.fps, options={"crf": "18", "preset": "veryfast"})
+        self._video = self._container.add_stream("libx264", rate=self.fps, options=X264)
         self._video.width, self._video.height, self._video.pix_fmt = width, height, "yuv420p"
         context = self._video.codec_context
         context.time_base = 1 / self.fps
+        context.thread_count = 1  # the bytes must not depend on the machine
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         if self._has_sound:

@@ -1,6 +1,7 @@
 """Recipes are read strictly, and every shipped one loads under every preset."""
 
 import sys
+import time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -170,6 +171,76 @@ def test_a_wrong_override_is_one_line(own, overrides, words):
         compose_values(own, overrides, FIELDS)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "~/a",
+        "runs/ä",
+        "runs/中文",
+        "runs/a[1]",
+        "a=b",
+        "[x]/y",
+        "{a}",
+        "a(1)",
+        "a'b",
+        'a"b',
+        "a#b",
+        "a&b;c!d",
+        "a\\b=c",
+        "é [2] = '",
+    ],
+)
+def test_a_path_of_any_name_is_taken_as_it_is_written(own, value):
+    values, _ = compose_values(own, [f"run_dir={value}", f"reuse=[{value},b=c]"], FIELDS)
+    assert values["run_dir"] == value
+    assert values["reuse"] == [value, "b=c"]
+
+
+def test_home_is_written_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(
+        RECIPES / "dmd_avatar.yaml",
+        ["run_dir=~/run", "reuse=[~/a,b]", "teacher.path=~/weights", "teacher.wan=~no-such-user/x"],
+    )
+    assert recipe.run_dir == f"{tmp_path}/run"
+    assert recipe.reuse == (f"{tmp_path}/a", "b")
+    assert recipe.teacher.path == tmp_path / "weights"
+    assert str(recipe.teacher.wan) == "~no-such-user/x"
+
+
+@pytest.mark.parametrize("name", ["ü.yaml", "a=b.yaml", "x[1].yaml", "mein rezept.yaml", "a'b.yaml"])
+def test_a_recipe_of_any_name_in_a_folder_of_any_name(tmp_path, name):
+    folder = tmp_path / "ö [1] =x"
+    folder.mkdir()
+    (folder / name).write_text((RECIPES / "dmd_avatar.yaml").read_text())
+    assert load_recipe(folder / name, ["preset=smoke"]).name == "dmd_avatar"
+
+
+@pytest.mark.parametrize("text", ["${oc.env:PASSWORD}", "x-${oc.env:PASSWORD,none}", "${${threads}:PASSWORD}"])
+def test_a_recipe_does_not_read_the_environment(own, monkeypatch, text):
+    """Its values are written to recipe.yaml and to the report, which people pass on."""
+    monkeypatch.setenv("PASSWORD", "very secret")
+    with pytest.raises(
+        UserError, match=r"a recipe does not read the environment: \$\{oc\.env:PASSWORD\} in "
+    ) as caught:
+        compose_values(own, [f"name={text}", "threads=oc.env"], FIELDS)
+    assert "very secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["recipe", "group"])
+def test_anchors_that_grow_are_refused_at_once(own, place):
+    lines = ["x: &a0 [1,1,1,1,1,1,1,1,1]", *(f"x{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]
+    file = own if place == "recipe" else own.parent / "student" / "mine.yaml"
+    file.write_text(file.read_text() + "\n".join(lines) + "\n")
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=rf"^too large: {file} has over 100000 values with its anchors written out"):
+        compose_values(own, [], FIELDS)
+    assert time.perf_counter() - began < 2
+    file.write_text("a: &a [*a]\n")
+    with pytest.raises(UserError, match="an anchor that holds itself"):
+        compose_values(own, [], FIELDS)
 
 
 @pytest.mark.parametrize("text", ["seed: [1\n", "seed: 1\nseed: 2\n", "- 1\n", "defaults:\n  - engine: nowhere\n"])

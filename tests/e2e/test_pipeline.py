@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import random
+import re
+import shutil
 import time
+import warnings
 import wave
 from pathlib import Path
 
@@ -12,10 +16,15 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.compose import RECIPES
+from distill.pipeline import record
+from distill.pipeline.stages import Pipeline
+from distill.recipe import load_recipe
 from distill.training import checkpoint
+from distill.training.engine import Engine
 from students.serving.session import Session
 from students.weights.checkpoint import load_student
 from teachers import media
+from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.support import processes
 from tests.support.processes import run_ranks
@@ -104,6 +113,77 @@ def test_a_finished_run_recomputes_nothing(finished):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.cpu_seconds < 10, "on an idle machine about as long by the clock"
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
+
+
+def test_every_flipped_bit_is_named(finished, tmp_path, capfd):
+    """100 of 100, in every kind of file that a run leaves, by the start, the resume or the load that reads it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
+    pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
+    for name in STAGES:
+        pipeline.stage(name)
+
+    def read(file: Path) -> None:
+        top, stage, name = (*file.relative_to(folder).parts, "", "")[:3]
+        if name.startswith("checkpoint-"):
+            checkpoint.verify(file.parent)
+        elif top == "stages":
+            pipeline.stage(stage)
+        elif top == "student":
+            load_student(folder / "student")
+        else:  # a start makes it again
+            raise UserError(
+                str(record.fault(folder / "stages" / "evaluate", record.read(folder / "stages" / "evaluate")))
+            )
+
+    unread = ("started.json", "README.md", "metrics.jsonl", "recipe.yaml", ".lock")
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.name not in unread and "SHA256SUMS." not in file.name:
+            kinds.setdefault(re.sub(r"\d+", "N", f"{file.parent.name}/{file.name}"), []).append(file)
+    assert len(kinds) > 40
+    rng, missed = random.Random(0), []
+    for number in range(100):
+        file = rng.choice(kinds[sorted(kinds)[number % len(kinds)]])
+        data = file.read_bytes()
+        place = rng.choice([i for i in (rng.randrange(len(data)) for _ in range(20)) if not chr(data[i]).isspace()])
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :])
+        said = ""
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                read(file)
+            except UserError as error:
+                said = str(error)
+        said += "".join(str(one.message) for one in warned)
+        if file.name not in said and not (file.name == "SHA256SUMS" and "is not what was written" in said):
+            missed.append((str(file.relative_to(folder)), place, said))
+        file.write_bytes(data)
+    pipeline.close()
+    assert not missed
+
+
+def test_a_broken_student_is_copied_again(finished, tmp_path, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    weights = folder / "student" / "model.safetensors"
+    good = weights.read_bytes()
+    for spoil in (
+        lambda: weights.write_bytes(good[:-1] + b"x"),
+        weights.unlink,
+        lambda: shutil.rmtree(folder / "student"),
+    ):
+        spoil()
+        assert main(["run", str(RECIPE), "preset=smoke", "threads=1", f"run_dir={folder}"]) == 0
+        assert weights.read_bytes() == good
+    said = capfd.readouterr().err
+    assert "model.safetensors is not what was written: copied again" in said
+    spec = folder / "student" / "spec.json"
+    spec.write_text(spec.read_text().replace('"window": ', '"window":  '))
+    assert main(["run", str(RECIPE), "preset=smoke", "threads=1", f"run_dir={folder}"]) == 0
+    assert '"window":  ' in spec.read_text(), "what the user edited stays"
+    assert "spec.json has" in capfd.readouterr().err
 
 
 def test_another_seed_in_the_same_folder_is_refused(finished):

@@ -201,7 +201,7 @@ def test_a_missing_key_a_missing_file_and_an_unknown_name_are_one_line(tmp_path)
             load_card(name)
         assert "\n" not in str(caught.value)
     (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="no YAML"):
+    with pytest.raises(UserError, match="not YAML"):
         load_card(str(tmp_path / "bad.yaml"))
 
 

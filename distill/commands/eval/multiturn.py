@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from students.weights.checkpoint import Bundle
 from teachers import media
 from teachers.codecs.linear import to_uint8
 from teachers.config import convert
+from teachers.disk.read import read_yaml
 from teachers.errors import UserError
 from teachers.files import atomic_write
 
@@ -115,12 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read_scripts(path: Path) -> list[Script]:
     """The conversations of a YAML file; UserError for a missing or wrong one."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(
-            f"no conversations: {path} ({type(error).__name__}); give a YAML list of name and turns"
-        ) from error
+    values = read_yaml(path, "give a YAML list of conversations, each with name and turns")
     scripts = convert(tuple[Script, ...], values, "conversations", lambda _: str(path))
     if not scripts or not all(script.turns for script in scripts):
         raise UserError(f"no turns in {path}; give each conversation at least one")

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from distill.commands import devices
 from distill.commands.sample.inputs import Steering, check, portrait, read_pose, tell
 from distill.data import latents
+from distill.pipeline import record
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
 from distill.recipe import load_recipe, spec_of
@@ -49,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     image = portrait(media.decode_image(args.image), spec, args)
     teacher = load_teacher(recipe, device)
     reference = recipe.teacher.network.reference
-    encoders = latents.load_encoders(recipe.data, Path(recipe.run_dir) / "stages" / "data", reference, device)
+    folder = Path(recipe.run_dir) / "stages" / "data"
+    if (folder / record.FILE).is_file():  # given encoders need no stage
+        record.require(folder)
+    encoders = latents.load_encoders(recipe.data, folder, reference, device)
     num_frames = recipe.data.world.num_frames
     voices = _voices(sound, other, spec.speakers)
     if args.other is not None:

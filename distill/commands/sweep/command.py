@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,15 +33,18 @@ from tqdm import tqdm
 
 from distill import __version__
 from distill.commands.sweep.table import Row, read_row, write_tables
-from distill.compose import RECIPES, find_recipe
+from distill.compose import RECIPES, find_recipe, quoted
+from distill.pipeline import record
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
 from distill.training.engine import requested_processes
-from distill.training.loop import terminations
+from distill.training.signals import end_with_parent, terminations
 from teachers.config import convert, nearest
+from teachers.disk.lock import LOCK, FolderLock
+from teachers.disk.read import read_yaml
 from teachers.errors import UserError
-from teachers.files import atomic_write, make_folder
+from teachers.files import atomic_write, make_folder, read_json_or_none
 
 OWN_WORDS = ("sweep", "sweep_dir", "launcher")
 LOGS = "logs"
@@ -85,8 +89,11 @@ def run(recipe: Path, words: Sequence[str]) -> int:
             f"{processes}' for jobs of several processes"
         )
     sweep = plan(recipe, words)
-    _open(sweep)
-    return _run_all(sweep)
+    lock = _open(sweep)
+    try:
+        return _run_all(sweep)
+    finally:
+        lock.release()
 
 
 def plan(recipe: Path, words: Sequence[str]) -> Sweep:
@@ -121,10 +128,7 @@ def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]
     if file is None:
         known = [other.stem for place in places for other in place.parent.glob("*.yaml")]
         raise UserError(f"no sweep file: {places[0]}; {nearest(name, known)}")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"not YAML: {file} ({' '.join(str(error).split())}); fix it") from error
+    content = read_yaml(file)
     if not isinstance(content, dict) or not content.get("jobs"):
         raise UserError(
             f"not a sweep: {file}; it is 'jobs: {{NAME: [KEY=VALUE, ...]}}' and 'overrides: [KEY=VALUE, ...]'"
@@ -192,7 +196,7 @@ def _digest(words: Sequence[str]) -> str:
 def _load(recipe: Path, job: Job, run_dir: Path) -> Recipe:
     """A job's recipe, read strictly, with what would stop it before its first stage; UserError that names the job."""
     try:
-        found = load_recipe(recipe, [*job.common, *job.own, f"run_dir={_quoted(run_dir)}"])
+        found = load_recipe(recipe, [*job.common, *job.own, f"run_dir={quoted(str(run_dir))}"])
         spec_of(found)
         metrics_log.check(found.tracker)
     except UserError as error:
@@ -200,19 +204,18 @@ def _load(recipe: Path, job: Job, run_dir: Path) -> Recipe:
     return found
 
 
-def _quoted(path: Path) -> str:
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _open(sweep: Sweep) -> None:
-    """Make or reopen the sweep's folder."""
+def _open(sweep: Sweep) -> FolderLock:
+    """Make or reopen the sweep's folder; UserError where another process is at work in it."""
     folder = sweep.folder
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / SWEEP).is_file():
+    others = [file for file in folder.iterdir() if file.name != LOCK] if folder.is_dir() else []
+    if others and not (folder / SWEEP).is_file():
         raise UserError(f"not a sweep's folder: {folder} holds something else; choose another sweep_dir=")
     make_folder(folder / LOGS)
+    lock = FolderLock.of(folder, "wait for it, end it, or choose another sweep_dir=")
     jobs = {job.name: list(job.own) for job in sweep.jobs}
     content = {"recipe": str(sweep.recipe), "overrides": list(sweep.jobs[0].common), "jobs": jobs}
     atomic_write(folder / SWEEP, yaml.safe_dump(content, sort_keys=False, width=120))
+    return lock
 
 
 def _run_all(sweep: Sweep) -> int:
@@ -241,8 +244,8 @@ def _run_all(sweep: Sweep) -> int:
 def is_finished(run: Path) -> bool:
     """Whether a run folder has its last stage, made by this version, its report and its student."""
     try:
-        last = json.loads((run / "stages" / "evaluate" / "fingerprint.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        last = record.read(run / "stages" / "evaluate") or {}
+    except UserError:
         return False
     left = [run / "report.json", run / "student" / "spec.json"]
     return last.get("version") == __version__ and all(file.is_file() for file in left)
@@ -252,7 +255,7 @@ def command(sweep: Sweep, job: Job) -> list[str]:
     """The command line of a job; a launcher is given the recipe, which is a program (distill/hook)."""
     given = sweep.recipes[job.name].reuse
     reuse = [str(sweep.folder), *((given,) if isinstance(given, str) else given or ())]
-    places = [f"run_dir={_quoted(sweep.folder / job.name)}", f"reuse=[{','.join(_quoted(Path(p)) for p in reuse)}]"]
+    places = [f"run_dir={quoted(str(sweep.folder / job.name))}", f"reuse=[{','.join(quoted(p) for p in reuse)}]"]
     start = sweep.launcher or (sys.executable, "-m", "distill", "run")
     own = [word for word in job.common if word.partition("=")[0].lstrip("+") != "reuse"]
     return [*start, str(sweep.recipe), *own, *job.own, *places]
@@ -289,11 +292,17 @@ def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
 
 
 def _start(words: Sequence[str], output: BinaryIO) -> subprocess.Popen:
-    """A process of its own, without what a launcher of the sweep left in the environment; UserError where there is no program."""
+    """A process of its own that ends with this one, without what a launcher of the sweep left in the environment; UserError where
+    there is no program."""
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHED and not k.startswith("TORCHELASTIC_")}
     try:
         return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=partial(end_with_parent, os.getpid()),  # noqa: PLW1509, it makes system calls alone
         )
     except OSError as error:
         raise UserError(f"cannot start {words[0]}: {error.strerror}; give another launcher=") from error
@@ -304,16 +313,13 @@ def _files(sweep: Sweep, job: Job) -> tuple[Path, Path]:
 
 
 def _state(sweep: Sweep, job: Job) -> dict[str, Any]:
-    try:
-        return json.loads(_files(sweep, job)[1].read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
+    return read_json_or_none(_files(sweep, job)[1]) or {}
 
 
 def _seconds(sweep: Sweep, job: Job) -> float:
     """What a job took until now; one whose sweep was killed counts until it last wrote."""
     log, state = _files(sweep, job)[0], _state(sweep, job)
-    lost = log.stat().st_mtime - state["began"] if state.get("status") == "running" and log.is_file() else 0.0
+    lost = log.stat().st_mtime - state.get("began", 0.0) if state.get("status") == "running" and log.is_file() else 0.0
     return state.get("seconds", 0.0) + max(0.0, lost)
 
 
@@ -321,7 +327,7 @@ def _refuse_alive(sweep: Sweep, job: Job) -> None:
     """UserError where a killed sweep's job still runs: two would write to one folder."""
     state = _state(sweep, job)
     pid = state.get("process")
-    if state.get("status") == "running" and pid and _created(pid) == state["created"]:
+    if state.get("status") == "running" and pid and _created(pid) == state.get("created"):
         raise UserError(f"job '{job.name}' still runs: process {pid}; wait for it or end it")
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from eval.report.figures import dot_svg, number, plain
 from eval.report.tables import grid
+from teachers.disk.read import read_json
 from teachers.files import atomic_write
 
 METRICS = ("fid", "fvd", "sync", "motion")
@@ -43,12 +43,25 @@ def read_row(
     run: Path, name: str, overrides: tuple[str, ...], seconds: float | None, status: str, error: str | None
 ) -> Row:
     """A job's row; the scores of one that is done."""
-    student = {}
+    student, scores = {}, {}
     if status == "done":
-        student = json.loads((run / "report.json").read_text(encoding="utf-8"))["systems"]["student"]
-    scores = {metric: student["metrics"][metric] for metric in METRICS if metric in student.get("metrics", {})}
+        report = read_json(run / "report.json", "delete it and run the sweep again")
+        try:
+            student = report["systems"]["student"]
+            scores = {metric: _score(student["metrics"][metric]) for metric in METRICS if metric in student["metrics"]}
+            dict(student.get("not_admitted", {}))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            status, error, student = "damaged", f"{run / 'report.json'} is no report", {}
     withheld = tuple(metric for metric in METRICS if metric in student.get("not_admitted", {}))
     return Row(name, overrides, scores, withheld, seconds, status, None if status == "done" else error)
+
+
+def _score(score: dict) -> dict:
+    """A report's score; KeyError without a mean, TypeError where its numbers are none."""
+    for value in (score["mean"], score.get("error")):
+        if not isinstance(value, int | float | None) or isinstance(value, bool):
+            raise TypeError(f"{value!r} is no number")
+    return dict(score)
 
 
 def write_tables(folder: Path, rows: Sequence[Row]) -> None:

@@ -39,6 +39,8 @@ from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
 from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
 from teachers.config import convert, nearest
+from teachers.disk.lock import LOCK
+from teachers.disk.read import read_yaml
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, replacing
 from teachers.media.crop import CROPS
@@ -164,13 +166,10 @@ def run(args: argparse.Namespace) -> int:
 def read_thresholds(path: Path | None) -> Thresholds:
     """The ranges in a YAML file, the package's own without one; UserError with the key for an unknown or mistyped one."""
     name = path or "distill/data/curate/curate.yaml"
-    try:
-        source = path or resources.files("distill.data.curate") / "curate.yaml"
-        values = yaml.safe_load(source.read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"thresholds cannot be read ({error}): {name}; check the path") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"thresholds are no YAML: {name}; write `score: {{at_least: 0.5}}` in each line") from error
+    if path is None:
+        values = yaml.safe_load((resources.files("distill.data.curate") / "curate.yaml").read_text("utf-8"))
+    else:
+        values = read_yaml(path, "write `score: {at_least: 0.5}` in each line") or {}
     if not isinstance(values, dict):
         raise UserError(f"thresholds must be a mapping: {name}; write `score: {{at_least: 0.5}}` in each line")
     for key in values:
@@ -201,7 +200,7 @@ def curate(
     """
     make_folder(out)
     limits = {name: asdict(value) for name, value in thresholds.items()}
-    if not (out / "curate.json").is_file() and any(out.iterdir()):
+    if not (out / "curate.json").is_file() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"not a folder of curated data: {out} contains something else; choose another --out")
     with exclusive(out, "curate"):
         request = {"data": source, "thresholds": limits}

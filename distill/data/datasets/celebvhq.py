@@ -116,7 +116,7 @@ def _load(path: Path) -> tuple[dict[str, Any], dict[str, list[str]], list[Refuse
         names = {kind: list(mapping[f"{kind}_mapping"]) for kind in ("appearance", "action")}
     except OSError as error:
         raise UserError(f"annotation file cannot be read ({error.strerror}): {path}; put {FILE_NAME} there") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"not CelebV-HQ's {FILE_NAME} ({type(error).__name__} {error}): {path}; download it again"
         ) from error

@@ -237,7 +237,7 @@ def _rows(path: Path, refused: list[Clip | Refused]) -> Iterator[dict[str, Any]]
         pairs = _csv_rows(path, refused)
     for number, values in pairs:
         where = f"{path.name}:{number}"
-        if not isinstance(values, dict) or not isinstance(values.get("file_name"), str):
+        if not isinstance(values, dict) or not isinstance(name := values.get("file_name"), str) or not name:
             refused.append(Refused(where, path.name, "a row must have a file_name"))
             continue
         for name in values.keys() - {"file_name", *COLUMNS}:
@@ -268,7 +268,7 @@ def _csv_rows(path: Path, refused: list[Clip | Refused]) -> Iterator[tuple[int, 
 def _json_list(path: Path) -> list[Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"metadata cannot be read ({error}): {path}; save it as UTF-8 json") from error
     if not isinstance(values, list):
         raise UserError(f"metadata must be a list of rows: {path}; see metadata.jsonl for one row a line")
@@ -278,5 +278,5 @@ def _json_list(path: Path) -> list[Any]:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

@@ -147,7 +147,7 @@ class Manifest:
             raise UserError(
                 f"manifest cannot be read ({error.strerror or error}): {error.filename or path}; check the path"
             ) from error
-        except (pa.ArrowException, ValueError, TypeError) as error:
+        except (pa.ArrowException, ValueError, TypeError, RecursionError) as error:
             raise UserError(
                 f"manifest is damaged ({error}): {path}; make it again with `distill data prepare`"
             ) from error

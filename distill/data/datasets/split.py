@@ -18,6 +18,7 @@ from distill.data.datasets import avspeech, celebvhq, folder, hdtf
 from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip, Manifest, Refused, check_id, clip_or_refusal, gather
 from teachers.config import convert
+from teachers.disk.read import read_yaml
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder
 
@@ -59,12 +60,7 @@ class ClipList:
     @classmethod
     def load(cls, path: Path) -> "ClipList":
         """The list in `path`; UserError, with the key, for an unknown or mistyped one."""
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"test list cannot be read ({error.strerror}): {path}; check the path") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"test list is no YAML: {path}; write it again with `distill data split`") from error
+        fields = read_yaml(Path(path), "write it again with `distill data split`")
         return convert(cls, fields, locate=lambda _: str(path))
 
 

@@ -172,7 +172,7 @@ def check_sample(members: dict[str, bytes], decode: bool = True) -> tuple[list[s
         has_sound = metadata["sample_rate"] is not None
         if fps <= 0 or not isinstance(metadata["id"], str):
             raise ValueError("fps or id")
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, TypeError, ZeroDivisionError, RecursionError) as error:
         return [f"its metadata cannot be read ({error!r})"], None
     expected = {"json", "mp4"} | ({"flac"} if has_sound else set())
     if members.keys() != expected:

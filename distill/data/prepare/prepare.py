@@ -33,6 +33,7 @@ from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
 from teachers.config import fraction
+from teachers.disk.lock import LOCK
 from teachers.errors import UserError
 from teachers.files import atomic_write, canonical_json, make_folder, read_json_or_none
 from teachers.media import face
@@ -350,7 +351,7 @@ def _check_request(out: Path, request: dict[str, Any]) -> None:
     path, request = out / "prepare.json", json.loads(json.dumps(request))
     before = read_json_or_none(path)
     if before is None:
-        if any(out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise UserError(f"not a folder of prepared data: {out} contains something else; choose another --out")
         atomic_write(path, json.dumps(request, sort_keys=True, indent=1) + "\n")
     elif before != request:

@@ -131,7 +131,7 @@ def read_index(shard: Path) -> list[Indexed]:
             )
             for row in json.loads(path.read_text(encoding="utf-8"))["samples"]
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise UserError(f"index of a shard cannot be read ({error!r}): {path}; {HINT}") from error
 
 

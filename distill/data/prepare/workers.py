@@ -3,7 +3,6 @@
 A worker's crash is survived, and no process stays behind."""
 
 import argparse
-import fcntl
 import multiprocessing
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TypeVar
 import av.logging
 import torch
 
+from teachers.disk.lock import FolderLock
 from teachers.errors import UserError
 
 PRELOADED = ["distill.data.prepare.cutting"]  # its imports are done once
@@ -51,20 +51,18 @@ def size_of(text: str) -> tuple[int, int]:
 
 @contextmanager
 def exclusive(out: Path, command: str) -> Iterator[None]:
-    """Only one process of `command` writes into a folder, and removes partial files of a killed one; UserError for the second."""
-    folder = os.open(out, os.O_RDONLY)
+    """Only one process of `command` writes into a folder, and removes partial files of a killed one; UserError for the second,
+    which names the first."""
+    lock = FolderLock.of(out, f"wait for that {command} or choose another --out")
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for pattern in PARTIAL:
             for file in out.glob(pattern):
                 file.unlink(missing_ok=True)
         yield
-    except BlockingIOError as error:
-        raise UserError(f"another {command} is writing here: {out}; wait for it or choose another --out") from error
     except PermissionError as error:
         raise UserError(f"folder cannot be written ({error.strerror}): {out}; choose another --out") from error
     finally:
-        os.close(folder)
+        lock.release()
 
 
 def shared_out(

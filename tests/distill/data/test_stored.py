@@ -107,13 +107,32 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path):
         assert torch.equal(batch.conditions.audio, given.audio.repeat(2, 1, 1, 1))
         assert torch.allclose(batch.conditions.text, given.text.repeat(2, 1, 1), atol=1e-5)
         row += 2 * n
-    lost = folder / "text-00000.safetensors"
-    lost.unlink()
-    with pytest.raises(UserError, match=f"lost file: {lost} was written"):
-        latents.load_train_set(folder, encoders.mark)
     plain = replace(DATA, mirror=False).open()
     assert latents.prepare(plain.config, plain, 0, other, Ranks())["clips"] == 10
     assert len(latents.load_train_set(other, latents.fitted_fingerprint(other))) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("x0", "x0 of clip 1 of shard 0, which the codec made of"), ("audio", "audio encoder")]
+)
+def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, told):
+    latents.prepare(DATA, DATA.open(), 0, tmp_path, Ranks())
+    encoders = latents.load_encoders(DATA, tmp_path)
+    real = encoders.of_clips
+
+    class Broken:
+        mark, precision = encoders.mark, encoders.precision
+
+        def of_clips(self, clips, with_text=True):
+            x0, conditions = real(clips, with_text=with_text)
+            (x0 if name == "x0" else conditions.audio)[1].fill_(float("nan"))
+            return x0, conditions
+
+    (tmp_path / "other").mkdir()
+    source = replace(DATA, mirror=False).open()
+    with pytest.raises(UserError, match=rf"^the data are not finite: [^\n]*{told}[^\n]*$"):
+        latents.write_shards(source, tmp_path / "other", Ranks(), Broken(), lambda numbers: source.train(0, numbers))
+    assert not list((tmp_path / "other").iterdir())
 
 
 class Sizes:

@@ -2,16 +2,20 @@
 
 import errno
 import json
+import multiprocessing
 import os
+import time
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 
+from distill.data.stored import opener
+from distill.pipeline import record
 from distill.pipeline.run_folder import RunFolder
 from distill.training.metrics_log import MetricsLog
 from teachers.errors import UserError
-from teachers.files import atomic_write, load_tensors, save_tensors
+from teachers.files import atomic_write, load_tensors, replacing, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +66,9 @@ def test_a_done_stage_is_skipped_and_its_metrics_returned(toy):
     assert RunFolder.open(toy).stage("data", {"n": 1}, (), body) == {"steps": 3}
     assert body.made == [0, 1, 2]
     done = json.loads((run.stage_dir("data") / "fingerprint.json").read_text())
-    assert set(done) == {"fingerprint", "inputs", "config", "seconds", "metrics", "version", "revision"}
+    kept = {"fingerprint", "inputs", "config", "seconds", "metrics", "version", "revision", "files", "digest"}
+    assert set(done) == kept
+    assert list(done["files"]) == ["0.txt", "1.txt", "2.txt"]
     assert done["config"] == {"n": 1}
 
 
@@ -71,8 +77,8 @@ def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(
     with pytest.raises(Killed):
         run.stage("data", {"n": 1}, (), Body(dies_after=2))
     started = run.stage_dir("data") / "started.json"
-    state = json.loads(started.read_text())
-    started.write_text(json.dumps({**state, "began": state["began"] - 100}))
+    state = record.read_started(started.parent)
+    started.write_text(record.sealed({**state, "began": state["began"] - 100}))
     body = Body()
     run.stage("data", {"n": 1}, (), body)
     assert body.made == [2]
@@ -82,7 +88,7 @@ def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(
 class Main:
     """Rank 0, whose words are kept."""
 
-    is_main = True
+    is_main, rank = True, 0
 
     def __init__(self):
         self.said = []
@@ -97,7 +103,7 @@ class Main:
 class Other(Main):
     """A rank that hears them."""
 
-    is_main = False
+    is_main, rank = False, 1
 
     def from_main(self, value):
         return self.said.pop(0)
@@ -107,6 +113,7 @@ def test_what_is_done_is_rank_0_s_to_say(toy, tmp_path):
     """A rank whose network disk shows none of the files that rank 0 wrote."""
     main, other, body = Main(), Other(), Body()
     first = RunFolder.open(toy, main)
+    main.said.clear()
     for name, inputs in (("data", ()), ("teacher", ("data",)), ("data", ())):
         first.stage(name, {"n": 1}, inputs, Body())
     other.said, blind = main.said, RunFolder(tmp_path / "shows_nothing", (), other)
@@ -115,6 +122,152 @@ def test_what_is_done_is_rank_0_s_to_say(toy, tmp_path):
         assert blind.finished(name) == first.finished(name)
     assert other.said == []
     assert body.made == [0, 1, 2], "of two stages that are not done, one body's files are the other's"
+
+
+def flip(path, bit=3):
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "lost"])
+def test_a_damaged_file_of_a_done_stage_is_named_and_made_again_when_asked(toy, how):
+    run = RunFolder.open(toy)
+    run.stage("data", {"n": 1}, (), Body())
+    file, words = (
+        run.stage_dir("data") / "1.txt",
+        {"flipped": "is not what was written", "cut": "has 0 bytes, 1 were written"},
+    )
+    if how == "flipped":
+        flip(file)
+    elif how == "cut":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+    with pytest.raises(UserError) as caught:
+        RunFolder.open(toy).stage("data", {"n": 1}, (), Body())
+    assert f"{file.parent}: 1.txt {words.get(how, 'was written and is not there')}; put it back, or delete" in str(
+        caught.value
+    )
+    assert "\n" not in str(caught.value)
+    file.unlink(missing_ok=True)
+    (file.parent / "fingerprint.json").unlink()
+    body = Body()
+    assert RunFolder.open(toy).stage("data", {"n": 1}, (), body) == {"steps": 3}
+    assert body.made == [1], "what was whole was made again, or what was damaged was not"
+
+
+def test_leftovers_of_a_killed_stage_that_are_damaged_are_made_again(toy, capfd):
+    run = RunFolder.open(toy)
+    with pytest.raises(Killed):
+        run.stage("data", {"n": 1}, (), Body(dies_after=2))
+    flip(run.stage_dir("data") / "0.txt")
+    (run.stage_dir("data") / "2.txt").write_text("x")  # in no list: the kill came between
+    body = Body()
+    run.stage("data", {"n": 1}, (), body)
+    assert body.made == [0, 2]
+    assert "data: the leftover 0.txt is not what was written: it is made again" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["fingerprint.json", "started.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"fingerprint": 1}'])
+def test_a_damaged_record_is_one_line_and_deletes_nothing(toy, name, content):
+    run = RunFolder.open(toy)
+    run.stage("data", {"n": 1}, (), Body())
+    if name == "started.json":
+        (run.stage_dir("data") / "fingerprint.json").unlink()
+    (run.stage_dir("data") / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^damaged file: .*{name} is not what was written; [^\n]*$"):
+        run.stage("data", {"n": 1}, (), Body())
+    assert (run.stage_dir("data") / "2.txt").exists()
+
+
+def test_a_damaged_stage_is_not_reused(toy, tmp_path, capfd):
+    first = RunFolder.open(toy)
+    first.stage("data", {"n": 1}, (), Body())
+    flip(first.stage_dir("data") / "0.txt")
+    body = Body()
+    second = RunFolder.open(replace(toy, run_dir=str(tmp_path / "second"), reuse=toy.run_dir))
+    second.stage("data", {"n": 1}, (), body)
+    assert body.made == [0, 1, 2]
+    assert "0.txt is not what was written: not taken" in capfd.readouterr().err
+
+
+def test_what_a_stage_leaves_at_the_top_is_made_again_when_it_is_gone(toy, capfd):
+    run = RunFolder.open(toy)
+
+    def body(folder):
+        atomic_write(folder / "clip", "x")
+        atomic_write(run.path / "report.json", "x")
+        return {}
+
+    for spoil in (None, (run.path / "report.json").unlink, lambda: flip(run.path / "report.json")):
+        if spoil is not None:
+            spoil()
+        run.stage("evaluate", {}, (), body, ("report.*",))
+        assert (run.path / "report.json").read_text() == "x"
+    said = capfd.readouterr().err
+    assert "evaluate: report.json was written and is not there: it is made again" in said
+    assert "evaluate: report.json is not what was written: it is made again" in said
+
+
+def test_shards_of_a_big_stage_are_verified_where_they_are_read(toy, monkeypatch):
+    monkeypatch.setattr("distill.data.stored.BIG_BYTES", 100)
+    run = RunFolder.open(toy)
+
+    def body(folder):
+        for i in range(3):
+            save_tensors(folder / f"shard-{i:05d}.safetensors", {"x": torch.full((100,), float(i))})
+        return {}
+
+    run.stage("data", {}, (), body)
+    folder = run.stage_dir("data")
+    flip(folder / "shard-00001.safetensors")
+    run.stage("data", {}, (), body)
+    opened = opener(folder)
+    assert opened(folder / "shard-00000.safetensors")["x"][0] == 0
+    with pytest.raises(
+        UserError, match=r"damaged stage: .*: shard-00001.safetensors is not what was written; put it back"
+    ):
+        opened(folder / "shard-00001.safetensors")
+    (folder / "shard-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"shard-00002.safetensors was written and is not there"):
+        run.stage("data", {}, (), body)
+
+
+def _work(toy, ready):
+    def body(folder):
+        with replacing(folder / "shard") as temporary:
+            temporary.write_text("half")
+            ready.touch()
+            time.sleep(60)
+        return {}
+
+    RunFolder.open(toy).stage("data", {}, (), body)
+
+
+def test_a_second_start_says_who_works_and_touches_nothing(toy, tmp_path):
+    ready = tmp_path / "ready"
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(toy, ready))
+    process.start()
+    while not ready.is_file():
+        time.sleep(0.01)
+    folder = tmp_path / "runs" / "toy"
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(
+        UserError, match=rf"^in use: {folder} by process {process.pid} on .*; wait for it, end it, or choose"
+    ):
+        RunFolder.open(toy)
+    assert sorted(folder.rglob("*")) == before, "temporaries of the one at work were deleted"
+    process.kill()
+    process.join()
+    RunFolder.open(toy).close()
+    assert not [path for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name == ".lock"]
+
+
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path):
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(UserError, match=r"^not a path: [^\n]*; choose another$"):
+            RunFolder.open(Toy(run_dir=str(tmp_path / name)))
 
 
 def test_leftovers_of_another_fingerprint_are_deleted(toy):
@@ -207,10 +360,13 @@ def test_recipe_yaml_says_versions_and_revision(toy):
 
 
 class Follower:
-    is_main = False
+    is_main, rank = False, 1
 
     def barrier(self):
         pass
+
+    def from_main(self, value):
+        return None
 
 
 def test_only_the_main_rank_writes(toy, tmp_path):

@@ -113,12 +113,22 @@ def test_other_sigmas_and_another_teacher_are_refused_at_load(tmp_path):
     assert facts["sigmas"] == pytest.approx([*SIGMAS, 0.0])
 
 
-def test_a_lost_shard_is_named(tmp_path):
-    write(tmp_path)
-    lost = tmp_path / "shard-00001.safetensors"
-    lost.unlink()
-    with pytest.raises(UserError, match=rf"^lost file: {lost} was written by its stage and is not there; [^\n]*$"):
-        load(tmp_path, SIGMAS, "abc")
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        ("data", r"^the data are not finite: audio of one of the clips \[[\d, ]+\]; check the data"),
+        ("weights", r"^the teacher's solution is not finite: clip \d+ at sigma [\d.]+; check its weights"),
+    ],
+)
+def test_states_that_are_not_finite_are_never_stored_and_say_whose_they_are(tmp_path, spoil, told):
+    teacher, pool = a_teacher(), a_train_set()
+    if spoil == "data":
+        pool.features["audio"][:, 1] = float("nan")
+    else:
+        next(iter(teacher.parameters())).data[0] = float("nan")
+    with pytest.raises(UserError, match=told):
+        make(lambda _: teacher, "abc", pool, CONFIG, SIGMAS, seed=0, folder=tmp_path, engine=Ranks())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lost_shard_is_made_again_bit_for_bit(tmp_path):

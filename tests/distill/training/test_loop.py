@@ -201,6 +201,59 @@ def test_a_number_that_is_not_finite_stops_and_names_the_step(tmp_path, bad):
     assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000002"]
 
 
+class Frozen(Regression):
+    """Trains against a frozen network, as distillation does against its teacher."""
+
+    def __init__(self, roles, teacher):
+        super().__init__(roles)
+        self.teacher = teacher
+
+    def loss(self, role, batch, rng, shared) -> Loss:
+        x = DATA[:4] if batch.x0 is None else batch.x0
+        value = (self.roles[role](x) - self.teacher(x)).square().mean()
+        return Loss(value, {"loss": value.detach()})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (
+            "data",
+            r"^the data are not finite: x0 of a clip, so that loss and gradient of a are not finite at step 0; check",
+        ),
+        ("teacher", r"^the weights of teacher are not finite: weight, so that loss and gradient of a are not finite"),
+        ("rate", r"^training diverged: loss and gradient of a are not finite at step 0; lower"),
+    ],
+)
+def test_what_is_not_finite_is_blamed_on_its_cause(tmp_path, spoil, told):
+    roles, teacher, data = nets(), nn.Linear(3, 2), DATA[:4].clone()
+    with torch.no_grad():
+        if spoil == "data":
+            data[2, 1] = float("nan")
+        (teacher if spoil == "teacher" else roles["a"] if spoil == "rate" else nn.Linear(1, 1)).weight.fill_(
+            float("inf")
+        )
+    trainer = Trainer(Ranks(), config(), roles, "a", tmp_path)
+    with pytest.raises(UserError, match=told):
+        trainer.update("a", Frozen(roles, teacher), lambda _: Batch(conditions=None, x0=data), 0, 10)
+
+
+def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
+    scores = iter([float("nan"), 3.0, float("inf"), 2.0, float("nan")])
+    trainer = run(tmp_path / "a", validate=lambda: {"score": next(scores)}, validate_every=1, num_steps=5)
+    assert trainer.best == {"score": 2.0, "step": 4}
+    trainer.load_best()
+    best = tmp_path / "a" / "best.safetensors"
+    best.write_bytes(best.read_bytes()[:-1] + b"x")
+    again = Trainer(Ranks(), config(num_steps=5), nets(), "a", tmp_path / "a")
+    again.load()
+    with pytest.raises(UserError, match=rf"^damaged weights: {best} is not what was written; delete"):
+        again.load_best()
+    trainer = run(tmp_path / "b", validate=lambda: {"score": float("nan")}, validate_every=1)
+    assert trainer.best is None
+    assert not (tmp_path / "b" / "best.safetensors").exists()
+
+
 def test_a_few_updates_that_are_not_finite_are_skipped_and_counted(tmp_path):
     """The first update of step 3 is at position 7: skipped, as if step 3 had one update of `a` fewer."""
 

@@ -152,7 +152,7 @@ def test_save_and_load_round_trip(probes: Probes, held_out: Blobs, tmp_path):
 
 
 def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no tensor file"):
         Probes.load(tmp_path / "nowhere")
     probes.save(tmp_path)
     meta = json.loads((tmp_path / "probes.json").read_text())
@@ -160,7 +160,7 @@ def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
     with pytest.raises(UserError, match="do not match their hash"):
         Probes.load(tmp_path)
     (tmp_path / "probes.json").write_text(json.dumps({**meta, "audio": meta["audio"] + 1}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="weights do not fit: probe audio_probe"):
         Probes.load(tmp_path)
 
 

@@ -257,7 +257,7 @@ def test_a_script_is_read(script):
     [
         ("- a", "holds no mapping"),
         ("", "holds no mapping"),
-        ("a: [", "cannot be read"),
+        ("a: [", "not YAML"),
         ({"timeline": []}, "either timeline"),
         (
             {"timeline": [{"at": 0, "do": "idle"}], "planner": {"name": f"{CHAT}:Chat", "folder": "x"}},

@@ -31,7 +31,7 @@ def test_a_round_trip_is_bit_equal(folder):
     assert torch.equal(torch.random.get_rng_state(), state), "loading moved the global generator"
     assert after.spec == before.spec
     assert sorted(p.name for p in folder.iterdir()) == [
-        "README.md", "codec.safetensors", "model.safetensors", "spec.json", "text",
+        "README.md", "SHA256SUMS", "codec.safetensors", "model.safetensors", "spec.json", "text",
     ]  # fmt: skip
     ours, theirs = before.student.net.state_dict(), after.student.net.state_dict()
     assert list(ours) == list(theirs)
@@ -51,7 +51,7 @@ def test_a_round_trip_is_bit_equal(folder):
         ("spec.json", r"has no spec\.json; give the student/ folder"),
         ("model.safetensors", r"no weights: .*model\.safetensors"),
         ("codec.safetensors", r"no weights: .*codec\.safetensors"),
-        ("text/model.safetensors", r"text cannot be read"),
+        ("text/model.safetensors", r"missing model.safetensors: .*text; get the whole folder"),
     ],
 )
 def test_a_missing_file_is_named(folder, name, words):
@@ -76,6 +76,45 @@ def test_weights_of_another_shape_are_named(folder):
     del tensors["proj_out.weight"]
     save_file(tensors, folder / "model.safetensors")
     refused(folder, r"missing proj_out\.weight")
+
+
+def test_the_text_encoder_is_read_strictly_and_never_unpickled(folder):
+    """A tensor that is missing was a random one, and a pickle was read where there were no safetensors."""
+    (folder / "SHA256SUMS").unlink()
+    file = folder / "text" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "SelfAttention" in name)
+    save_file({key: x for key, x in tensors.items() if key != name}, file, {"format": "pt"})
+    refused(folder, rf"weights do not fit: .*text: missing {name}")
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, file, {"format": "pt"})
+    refused(folder, rf"weights are not finite: .*text: {name}")
+    torch.save(tensors, folder / "text" / "pytorch_model.bin")
+    file.unlink()
+    refused(folder, r"missing model\.safetensors: .*text")
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_read(folder, tmp_path):
+    bundle = load_student(folder)
+    tensors = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        bundle.student.net.get_parameter("proj_out.bias")[0] = float("inf")
+    with pytest.raises(UserError, match=r"weights are not finite: the student: proj_out\.bias"):
+        save_student(tmp_path / "other", bundle, "card")
+    assert not (tmp_path / "other").exists()
+    save_file(tensors | {"proj_out.bias": tensors["proj_out.bias"] * float("nan")}, folder / "model.safetensors")
+    refused(folder, r"weights are not finite: .*model\.safetensors: proj_out\.bias")
+
+
+def test_a_flipped_bit_is_named_and_an_edited_spec_is_warned_of(folder):
+    for name in ("model.safetensors", "codec.safetensors", "text/model.safetensors"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        refused(folder, rf"damaged student: .*{name} is not what was written")
+        (folder / name).write_bytes(data)
+    spec = folder / "spec.json"
+    spec.write_text(spec.read_text().replace('"window": 3', '"window": 2'))
+    with pytest.warns(UserWarning, match="spec.json is not as it was written: edited, or damaged"):
+        assert load_student(folder).spec.history.window == 2
 
 
 def test_a_pickle_is_not_executed(folder):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from distill.commands.convert import add_arguments, run
 from teachers import files
 from teachers.checkpoints import weights
 from teachers.checkpoints.convert import plan
+from teachers.checkpoints.weights import find
 from teachers.errors import UserError
 from tests.support.checkpoints import (
     ALPHA,
@@ -98,6 +100,22 @@ def test_a_missing_or_unexpected_key_is_named_as_the_source_names_it(tmp_path):
     refused(r"missing blocks\.1\.norm3\.weight; unexpected blocks\.1\.norm4\.weight", tmp_path / "wan")
     put(tmp_path / "twice", some_weights(TEXT_TO_VIDEO) | {"model.head.modulation": torch.ones(1, 2, 256)})
     refused(r"has head\.modulation under two names", tmp_path / "twice")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model-00001-of-99999999999.safetensors", "no shard of weights: "),
+        (f"model-00001-of-{'9' * 200}.safetensors", "no shard of weights: "),
+        ("model-00001-of-many.safetensors", "no shard of weights: "),
+        ("model-00001-of-00000.safetensors", "no shard of weights: "),
+        ("model-00001-of-99999.safetensors", r"missing shard: model-00002-of-99999\.safetensors, .* which the number"),
+    ],
+)
+def test_a_number_of_shards_that_cannot_be_is_refused_at_once(tmp_path, name, told):
+    save_file({"x": torch.ones(1)}, tmp_path / name)
+    with pytest.raises(UserError, match=told):
+        find(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):

@@ -21,7 +21,7 @@ def test_the_shipped_conversations_are_read_and_wrong_ones_refused(tmp_path):
     for text, told in (
         ("- name: a\n  turns: [x]\n  mood: good\n", "mood"),
         ("- name: a\n  turns: []\n", "no turns"),
-        ("name: [", "no conversations"),
+        ("name: [", "not YAML"),
     ):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(UserError, match=told):

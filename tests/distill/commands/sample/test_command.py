@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import wave
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from distill.cli import main
 from distill.commands.sample import command
 from students.serving.session import Chunk, Session, Starved
 from students.weights.checkpoint import load_student, save_student
@@ -234,6 +236,36 @@ def test_which_track_was_taken_is_said_and_that_there_is_nothing_to_hear(inputs,
     told = capsys.readouterr().err
     assert "audio track 2 of 2 was taken, the default one" in told
     assert "nothing to hear" in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing_half_written(inputs, loud, number):
+    class Ended(LoudSession):
+        def step(self):
+            if self.frames_given:
+                os.kill(os.getpid(), number)
+            return super().step()
+
+    loud(Ended)
+    before = signal.getsignal(number)
+    words = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", *words, "--text", "smiles and nods", "--seed", "7"])
+    assert ended.value.code == 128 + number
+    assert os.listdir(inputs["out"].parent) == []
+    assert signal.getsignal(number) is before
+
+
+def test_equal_films_are_equal_files(inputs, loud):
+    """x264 with its macroblock tree differs now and then, with several threads above all."""
+    t, y, x, colour = torch.meshgrid(*map(torch.arange, (15, 32, 32, 3)), indexing="ij")
+    waves = torch.sin(0.3 * x + 0.2 * y * (colour + 1) + 0.5 * t + 0.02 * t * y)
+    frames = (128 + 100 * waves).round().byte()
+    found = set()
+    for _ in range(10):
+        media.write_video(inputs["out"], frames, FPS, some_sound(16_000), upscale=6, smooth=True)
+        found.add(inputs["out"].read_bytes())
+    assert len(found) == 1
 
 
 def test_size_and_crop(inputs, loud):

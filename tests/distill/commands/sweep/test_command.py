@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ from distill.data.procedural.corruption import CorruptionConfig, corrupt_clips
 from distill.data.source import Clips
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import load_recipe
+from teachers.disk.digests import sealed
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -48,7 +50,7 @@ if deed == "sleep":
 for folder in ("stages/evaluate", "student"):
     (run / folder).mkdir(parents=True)
 (run / "student/spec.json").write_text("")
-(run / "stages/evaluate/fingerprint.json").write_text(json.dumps(dict(version={__version__!r})))
+(run / "stages/evaluate/fingerprint.json").write_text({sealed({"version": __version__})!r})
 scores = dict(fid=dict(mean=int(words["seed"]) + 0.123456789, error=0.5, seeds=[1.0, 2.0]), sync=dict(mean=0.9, error=None))
 student = dict(metrics=scores, not_admitted=dict(fvd=dict(mean=7.0)))
 (run / "report.json").write_text(json.dumps(dict(systems=dict(student=student))))
@@ -269,6 +271,29 @@ def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
     after = json.loads(state.read_text())["seconds"]
     assert after > before["seconds"]
     assert float(table(place)["seed=0"]["seconds"]) == pytest.approx(after, abs=0.06)  # the table rounds
+
+
+def test_a_killed_sweep_takes_its_job_along_and_holds_its_folder_until_then(place):
+    deeds(place, seed_0="sleep")
+    given = words(place, "seed=0,1")
+    plan = command.plan(RECIPE, given)
+    log, state = command._files(plan, plan.jobs[0])
+    sweep = multiprocessing.get_context("fork").Process(target=main, args=(["run", str(RECIPE), "-m", *given],))
+    sweep.start()
+    while not (log.is_file() and "step 7" in log.read_text()):
+        time.sleep(0.02)
+    with pytest.raises(
+        UserError, match=rf"^in use: {plan.folder} by process {sweep.pid} on .*choose another sweep_dir="
+    ):
+        command._open(plan)
+    job = json.loads(state.read_text())["process"]
+    sweep.kill()
+    sweep.join()
+    until = time.monotonic() + 10
+    while command._created(job) is not None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert command._created(job) is None
+    command._open(plan).release()
 
 
 def test_a_killed_sweep_s_seconds_count_until_the_job_last_wrote(place):

@@ -307,7 +307,7 @@ def test_a_range_has_two_ends():
         ("sharpness: 3", "sharpness"),
         ("sharpness: {at_least: 2, at_most: 1}", "empty"),
         ("- sharpness", "mapping"),
-        ("sharpness: {", "no YAML"),
+        ("sharpness: {", "not YAML"),
     ],
 )
 def test_wrong_thresholds_are_refused_in_one_line(text, said, tmp_path):

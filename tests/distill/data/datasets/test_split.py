@@ -184,7 +184,7 @@ def test_a_list_comes_back_and_is_a_line_for_each_window(tmp_path):
     chosen.save(tmp_path / "l.yaml")
     assert ClipList.load(tmp_path / "l.yaml") == chosen
     assert "- {id: -x, offset: 12.5}" in (tmp_path / "l.yaml").read_text().splitlines()
-    for text, words in (("a: [", "no YAML"), ("{}", "missing"), ("nam: x", "name"), ("- 3", "l.yaml")):
+    for text, words in (("a: [", "not YAML"), ("{}", "missing"), ("nam: x", "name"), ("- 3", "l.yaml")):
         (tmp_path / "l.yaml").write_text(text)
         with pytest.raises(UserError, match=words):
             ClipList.load(tmp_path / "l.yaml")
