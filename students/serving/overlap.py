@@ -44,7 +44,9 @@ class Beside:
                 value = second()
                 self.side.synchronize()
             return out, lambda: value
-        second = torch.inference_mode()(second)
+        kind = self.device.type  # autocast is a thread's own, and may have ended when the second runs
+        narrow = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        second = torch.inference_mode()(narrow(second))
         if self.pool is None:
             return first(), second
         future = self.pool.submit(second)
