@@ -239,8 +239,10 @@ class RunFolder:
         is_main, began = self.ranks.is_main, time.perf_counter()
         before = (record.read_started(folder) or {}).get("seconds", 0.0) if is_main else 0.0
         with recording(folder, folder / f"{record.SUMS}.{self.ranks.rank}", record.belongs) as recorder:
-            metrics = body(folder)
-            recorder.wait()
+            try:
+                metrics = body(folder)
+            finally:  # what is in no list is made again
+                recorder.wait()
         self.ranks.barrier()
         done = None
         if is_main:

@@ -147,7 +147,9 @@ class TextConfig:
         check_finite(model.state_dict(), path, hint)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # whatever a reader of a damaged file may raise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # whatever a reader of a damaged file may raise, a panic of tokenizers among it
             raise UserError(f"unreadable tokenizer: {path} ({type(error).__name__}: {error}); {hint}") from error
         return TextEncoder(tokenizer, model, self.max_tokens)
 

@@ -165,7 +165,9 @@ def _tokenizer(folder: Path, model, source: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever a reader of a damaged file may raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a reader of a damaged file may raise, a panic of tokenizers among it
         raise UserError(f"unreadable tokenizer: {folder} ({type(error).__name__}: {error}); get {source}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
