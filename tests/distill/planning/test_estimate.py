@@ -35,8 +35,9 @@ from distill.planning.estimate import (
     suggest_fix,
     trajectory_bytes,
 )
+from distill.planning.job import Job, batch_on, meta_networks
 from distill.planning.live_bytes import LiveBytes, OnMeta
-from distill.planning.trace import Job, forwards, meta_batch, meta_networks, trace
+from distill.planning.trace import forwards, trace
 from distill.recipe import MethodStage, TrajectoriesConfig
 from distill.training.config import OptimizerConfig, TrainConfig
 from distill.training.engine import Engine, EngineConfig
@@ -384,7 +385,7 @@ def test_steps_without_gradient_leave_nothing_behind():
     nets, live = meta_networks(job, "distill"), LiveBytes()
     for net in nets.values():
         live.weigh(net)
-    method, batch = dmd.build(job.stages["distill"].method, nets), meta_batch(job, "distill")
+    method, batch = dmd.build(job.stages["distill"].method, nets), batch_on(job, "distill")
     with OnMeta(), live:
         method.loss("student", batch, torch.Generator(), torch.Generator()).value.backward()
     short = max(size for _, size in trace(job, "distill", "student"))
