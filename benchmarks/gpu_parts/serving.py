@@ -1,10 +1,12 @@
 """A student of published shape, served: eager, compiled, as CUDA graphs, with fp8 weights."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from benchmarks.gpu_parts.skipped import SkippedError
 from distill.commands.bench import SHAPES, Shape, bench, make_scene, random_student
 from students.serving.optimize import DTYPES, Speed
 from teachers.encoders.small import TextConfig
@@ -16,7 +18,6 @@ MODES: dict[str, dict[str, Any]] = {
     "compiled": {"compile": "default"},
     "graphs": {"compile": "reduce-overhead"},
 }
-SHORT = 4  # layers of what is compiled: a graph for each length of the context, and each takes a minute at full depth
 ROUNDS = 3
 
 
@@ -31,6 +32,8 @@ def small(shape: Shape) -> Shape:
 def speed(name: str, mode: str, layers: int | None, device: torch.device, quick: bool) -> dict[str, Any]:
     """What `distill bench --shape NAME` measures, in bf16 on cuda; `layers`: the first so many of them alone, with the encoders and
     codec as they are."""
+    if "quantize" in MODES[mode] and find_spec("torchao") is None:
+        raise SkippedError("torchao is not installed")
     shape = small(SHAPES[name]) if quick else SHAPES[name]
     if layers is not None:
         shape = replace(shape, network=shape.network.shallow(layers))

@@ -57,13 +57,14 @@ class Peak:
 
 
 def losses(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
-    """Planned and measured peak and TFLOP/s of every update of a recipe, and of one step of its solver; one micro-step an update, at
-    the batch of the recipe."""
+    """Planned and measured peak and TFLOP/s of every update of a recipe, and of one step of its solver; one micro-step an update,
+    at the batch of the recipe."""
     recipe = load_recipe(RECIPES / f"{name}.yaml", [*(SMALL if quick else REAL), ONE_EXIT])
     job = shallow(job_of(recipe), LAYERS)
     plan = make_plan(job)
     found: dict[str, Any] = {}
     with closing(Engine(recipe.engine, recipe.threads if device.type == "cuda" else 1)) as engine:
+        device = engine.device
         for stage in dict.fromkeys(update.stage for update in plan.updates):
             updates = [update for update in plan.updates if update.stage == stage]
             peak = Peak(device)
@@ -92,12 +93,10 @@ def planned(plan: Plan, job: Job, update: Update, recipe: Recipe, engine: Engine
     if update.trained:
         flops = plan.costs[update.stage].flops[update.role]
     else:
-        flops = clip_costs(job, update.role, 1, update.stage)[0] * len(_batch(job, update.stage).x0)
+        config = job.trajectories
+        assert config is not None
+        flops = clip_costs(job, update.role, 1, update.stage)[0] * config.batch_size
     return {"planned_gib": size / GIB, "tflop": flops / 1e12}
-
-
-def _batch(job: Job, stage: str) -> Any:
-    return batch_on(job, stage, "meta")
 
 
 def _measure(run: Any, peak: Peak, facts: Mapping[str, float]) -> dict[str, float]:
