@@ -1,6 +1,7 @@
 """Two layers at real width: one update of each loss of a recipe, measured against its plan."""
 
 import functools
+import gc
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -75,6 +76,7 @@ def losses(name: str, device: torch.device, quick: bool) -> dict[str, Any]:
                 for update in updates:
                     found[update.name] = _measure(runs[update.role], peak, planned(plan, job, update, recipe, engine))
                 del runs
+                gc.collect()  # or the next stage would start from what this one still holds
     dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
     sizes, seconds = ((256,), 0.02) if quick else (None, 0.5)
     return {
