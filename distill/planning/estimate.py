@@ -13,18 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from distill.pipeline.evaluation.clip_sets import generated_at_once
+from distill.planning.job import LORA_RANK, Job, inner, meta_networks
 from distill.planning.live_bytes import Points
-from distill.planning.trace import (
-    CHECKPOINTING,
-    LORA,
-    LORA_RANK,
-    Job,
-    StepCosts,
-    inner,
-    meta_networks,
-    step_costs,
-    trace,
-)
+from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, trace
 from distill.recipe import spec_of
 from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES

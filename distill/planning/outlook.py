@@ -15,8 +15,9 @@ from diffusers import AutoencoderKLWan
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
 from distill.pipeline.evaluation.evaluate import COSTS_SECONDS
 from distill.planning.estimate import Plan, rank_bytes
+from distill.planning.job import Job, batch_on
 from distill.planning.live_bytes import LiveBytes
-from distill.planning.trace import Job, clip_costs, meta_batch
+from distill.planning.trace import clip_costs
 from distill.training.checkpoint import FILE_BYTES
 from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
 
@@ -161,7 +162,7 @@ class _Stages:
         steps = job.trajectories.num_steps if job.trajectories else 0
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
-        given = meta_batch(job, "clips").conditions
+        given = batch_on(job, "clips").conditions
         features = given.stored
         self.row = sum(tensor.numel() * 4 for tensor in features.values()) / job.at_once
         if getattr(data.audio, "whole_clip", False) and "audio" in features:

@@ -1,64 +1,24 @@
 """A job's losses on the meta device: what they hold at once, and how often they call each network. No weight is made."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from distill import methods
-from distill.methods import Batch, Needs
 from distill.methods.forcing import Forced
 from distill.methods.rollout import rollout
 from distill.pipeline import generate
-from distill.planning.live_bytes import LiveBytes, OnMeta, Points, checkpointed
-from distill.recipe import TrajectoriesConfig
-from distill.training.lora import TARGETS
-from students.serving.optimize import cast as cast_network
-from students.spec import Spec
-from students.weights.adapter import targeted
+from distill.planning.job import CAUSAL, Job, batch_on, inner, kind_of, make_network, meta_networks
+from distill.planning.live_bytes import LiveBytes, OnMeta, Points
 from teachers import flow
-from teachers.conditions import Conditions, blank_features
 from teachers.errors import UserError
-from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
+from teachers.networks.kind import AvatarTeacher, NetworkKind
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
-LORA_RANK = 128  # OmniAvatar's
-CAUSAL = ("student", "ar_teacher")
 DEPTHS = (3, 6)
 """Blocks of the networks whose memory stands for that of deeper ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A run as far as its needs go. `networks` by role where they differ from the student's, which is in `spec`; `stages` have a
-    `method` and a `train`, in order; `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the
-    modules `full` as a whole; `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles
-    held in bf16; `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together."""
-
-    spec: Spec
-    stages: Mapping[str, Any]
-    precision: Literal["fp32", "bf16"]
-    networks: Mapping[str, NetworkKind] = field(default_factory=dict)
-    trajectories: TrajectoriesConfig | None = None
-    lora: Mapping[str, int] = field(default_factory=dict)
-    targets: tuple[str, ...] = TARGETS
-    full: tuple[str, ...] = ()
-    backbone: frozenset[str] = frozenset()
-    half: frozenset[str] = frozenset()
-    bucket_mib: int = 32
-    checkpointing: bool = False
-    at_once: int = 1
-
-    def needs(self, stage: str) -> Needs:
-        """The roles of a stage; trajectories and clips train nobody."""
-        if stage == "clips":
-            return Needs(trained=())
-        if stage != "trajectories":
-            return methods.needs(self.stages[stage].method)
-        assert self.trajectories is not None
-        forced = any(self.needs(other).batch == "forced" for other in self.stages)
-        return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
 
 
 def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
@@ -126,7 +86,7 @@ def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], floa
     work: list[int] = []
     for quantile in quantiles:
         with OnMeta(shared, quantile) as mode, LiveBytes() as live:
-            made.loss(role, meta_batch(job, stage), rng, shared).value.backward()
+            made.loss(role, batch_on(job, stage), rng, shared).value.backward()
         work.append(live.flops)
         if not mode.draws:
             break
@@ -186,7 +146,7 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
     assert job.trajectories is not None
     net, live = make_network(job, role, stage).eval().requires_grad_(False), LiveBytes()
     live.weigh(net)
-    batch, n = meta_batch(job, stage), job.spec.chunk_frames
+    batch, n = batch_on(job, stage), job.spec.chunk_frames
     assert batch.x0 is not None
     chunk, guidance = batch.x0[:, :, :n], job.trajectories.guidance
     with OnMeta(), torch.no_grad(), live:
@@ -232,7 +192,7 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
     if on_data and alike:  # steps without gradient leave nothing behind: one stands for all of them
         job = replace(job, spec=replace(spec, sigmas=spec.sigmas[:2]))
     nets = meta_networks(job, stage, checkpointing=CHECKPOINTING in switches, lora=LORA in switches)
-    batch, live = meta_batch(job, stage), LiveBytes()
+    batch, live = batch_on(job, stage), LiveBytes()
     for net in nets.values():
         live.weigh(net)
         inner(net).register_forward_pre_hook(live.begin_phase)
@@ -254,85 +214,6 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
         line = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error
     return live
-
-
-def meta_networks(job: Job, stage: str, *, checkpointing: bool = False, lora: bool = False) -> dict[str, Any]:
-    """The roles of a stage without memory, in the type that they compute in; of trained ones what is trained requires gradients.
-
-    `lora`: all trained ones are LoRAs, not only those that the job lists.
-    """
-    needs, nets = job.needs(stage), {}
-    for role in (*needs.trained, *needs.frozen):
-        trained = role in needs.trained
-        net = nets[role] = make_network(job, role, stage, trained and (lora or role in job.lora))
-        net.train(trained)
-        if not trained:
-            net.requires_grad_(False)
-        elif checkpointing:
-            for network in (part for part in networks_in(net) if part.kind.can_checkpoint):
-                network.kind.enable_checkpointing(network, checkpointed)
-    return nets
-
-
-def meta_batch(job: Job, stage: str) -> Batch:
-    """A training batch of a stage without memory, or the noise and conditions of a batch of trajectories, or `clips`, as x0."""
-    spec, kind = job.spec, job.needs(stage).batch if stage in job.stages else "x0"
-    if stage == "clips":
-        size = job.at_once
-    elif stage == "trajectories" and job.trajectories:
-        size = job.trajectories.batch_size
-    else:
-        size = job.stages[stage].train.batch_size
-    frames, stride = spec.horizon_frames, spec.codec.stride
-    with torch.device("meta"):
-        x0 = torch.empty(size, spec.codec.channels, frames, *spec.latent_size[1:])
-        conditions = Conditions(
-            blank_features(spec.network, size, frames),
-            text=torch.empty(size, spec.text.max_tokens, spec.text.dim),
-            audio=torch.empty(size, frames, stride, spec.audio_dim),
-            reference=x0[:, :, :1] if spec.network.reference else None,
-            pose=torch.empty(size, frames, stride, spec.pose_dim) if spec.pose_dim else None,
-        )
-        states = torch.empty(size, len(spec.sigmas) + 1, *x0.shape[1:]) if kind != "x0" else None
-    return Batch(conditions=conditions, x0=None if kind == "trajectories" else x0, states=states)
-
-
-def kind_of(job: Job, role: str, stage: str = "") -> NetworkKind:
-    """The kind of a role's network; that of the stage base has the role teacher in it."""
-    if role in CAUSAL:
-        return job.spec.network
-    name = "base" if stage == "base" else role
-    return job.networks.get(name, job.spec.network)
-
-
-def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> Any:
-    """A role's network on the meta device; as a LoRA what is trained alone requires gradients."""
-    config = kind_of(job, role, stage)
-    with torch.device("meta"):
-        if role == "discriminator":
-            from distill.methods.discriminator import build_discriminator
-
-            score = job.networks.get("fake_score", job.spec.network)
-            return build_discriminator(score, job.stages[stage].method.gan_blocks)
-        net = config.new(job.spec.dims)
-        # what no stage trains with computes in the type that it is held in
-        if role in job.half or (job.precision != "fp32" and stage in job.stages):
-            cast_network(net, torch.bfloat16)
-        if lora:
-            from peft import LoraConfig
-
-            given = role in job.lora
-            rank, targets, full = (job.lora[role], job.targets, job.full) if given else (LORA_RANK, TARGETS, ())
-            targeted(net, targets, full)
-            net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
-            for name in full:
-                net.get_submodule(name).requires_grad_(True)
-    return job.spec.network.student(net, job.spec) if role in CAUSAL else AvatarTeacher(net)
-
-
-def inner(net: Any) -> Any:
-    """The transformer of a role, or the whole where there is none."""
-    return getattr(net, "net", net)
 
 
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:

@@ -13,38 +13,25 @@ from torch import Tensor
 from distill import methods
 from distill.compose import RECIPES
 from distill.data.latents import ConditionEncoders
-from distill.methods import Batch
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.pipeline.generate import student_clips, teacher_clips
-from distill.recipe import Recipe, load_recipe, spec_of
-from students.serving.optimize import cast
-from teachers.conditions import Conditions, blank_features
+from distill.planning.estimate import job_of
+from distill.planning.job import batch_on, networks_on, shallow
+from distill.recipe import load_recipe, spec_of
+from teachers.conditions import Conditions
 from teachers.flow import keyed_generator
-from teachers.networks.kind import AvatarTeacher
 from tests.support.fake_cuda import GIB, fake_cuda
 
 CARD = 79 * GIB
 LIVETALK = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
-SPEC = spec_of(LIVETALK)
-
-
-def network(kind: Any, layers: int, half: bool = False) -> Any:
-    with torch.device("cuda"):
-        net = replace(kind, num_layers=layers).new(SPEC.dims)
-    if half:
-        cast(net, torch.bfloat16)
-    return net
+SPEC, JOB = spec_of(LIVETALK), job_of(LIVETALK)
 
 
 def some(num: int) -> tuple[Tensor, Conditions]:
     """Latents and conditions of clips of the recipe's size."""
-    frames, stride = SPEC.horizon_frames, SPEC.codec.stride
-    with torch.device("cuda"):
-        x0 = torch.empty(num, SPEC.codec.channels, frames, *SPEC.latent_size[1:])
-        audio = torch.empty(num, frames, stride, SPEC.audio_dim)
-        text = torch.empty(num, SPEC.text.max_tokens, SPEC.text.dim)
-        features = blank_features(SPEC.network, num, frames)
-    return x0, Conditions(features, text=text, audio=audio, reference=x0[:, :, :1])
+    batch = batch_on(replace(JOB, at_once=num), "clips", "cuda")
+    assert batch.x0 is not None
+    return batch.x0, batch.conditions
 
 
 class OnDisk:
@@ -90,7 +77,7 @@ def test_a_validation_generates_as_many_clips_at_once_as_fit():
 
     def peak(layers: int) -> float:
         with fake_cuda() as gpu, torch.inference_mode():
-            student = SPEC.network.student(network(SPEC.network, layers), SPEC)
+            student = networks_on(shallow(JOB, layers), "init", "cuda")["student"].eval()
             gpu.weigh(student)
             size = (OnDisk.num_rows, SPEC.codec.channels, SPEC.chunk_frames, *SPEC.latent_size[1:])
             with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -103,9 +90,11 @@ def test_a_validation_generates_as_many_clips_at_once_as_fit():
 
 
 def test_a_solution_of_the_teacher_fits_beside_nothing():
+    solved = replace(JOB, trajectories=replace(LIVETALK.trajectories, role="teacher"))
+
     def peak(layers: int) -> float:
         with fake_cuda() as gpu, torch.inference_mode():
-            net = AvatarTeacher(network(LIVETALK.teacher.network, layers, half=True)).eval()
+            net = networks_on(shallow(solved, layers), "trajectories", "cuda")["teacher"]
             gpu.weigh(net)
             x0, conditions = some(1)
             teacher_clips(net, conditions, x0, (1.0, 0.5), LIVETALK.trajectories.guidance, 1)
@@ -121,7 +110,8 @@ def test_a_loss_waits_for_nothing_and_fits(slot, role):
 
     def peak(layers: int) -> float:
         with fake_cuda() as gpu:
-            roles = roles_of(LIVETALK, slot, layers)
+            job = shallow(JOB, layers)
+            roles = networks_on(job, slot, "cuda")
             method: Any = methods.build(getattr(LIVETALK, slot).method, roles, (*SPEC.sigmas, 0.0))
             if slot == "distill":
                 method._exits = lambda start, count, shared: [len(SPEC.sigmas) - 1] * count
@@ -129,26 +119,12 @@ def test_a_loss_waits_for_nothing_and_fits(slot, role):
                 net.requires_grad_(name == role)
                 gpu.weigh(net)
             weights = gpu.live
-            x0, conditions = some(1)
-            states = torch.empty(1, len(SPEC.sigmas) + 1, *x0.shape[1:], device="cuda")
+            batch = batch_on(job, slot, "cuda")
             rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
             with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = method.loss(role, Batch(conditions=conditions, x0=x0, states=states), rng, shared)
+                loss = method.loss(role, batch, rng, shared)
             assert loss.value.dtype == torch.float32
         assert not gpu.waits
         return gpu.peak - weights
 
     assert at_depth(peak, SPEC.network.num_layers) < 0.6 * CARD
-
-
-def roles_of(recipe: Recipe, slot: str, layers: int) -> dict[str, Any]:
-    student = SPEC.network.student(network(SPEC.network, layers), SPEC).train()
-    roles = {"student": student}
-    if slot == "distill":
-        assert recipe.base is not None
-        roles["fake_score"] = AvatarTeacher(network(recipe.base.network, layers)).train()
-        roles["teacher"] = AvatarTeacher(network(recipe.teacher.network, layers, half=True)).eval()
-    for name in ("student", "fake_score"):
-        if name in roles:
-            roles[name].net.kind.enable_checkpointing(roles[name].net)
-    return roles

@@ -25,7 +25,8 @@ from distill.planning.estimate import (
     suggest_fix,
     trajectory_bytes,
 )
-from distill.planning.trace import Job, forwards, meta_networks
+from distill.planning.job import Job, meta_networks
+from distill.planning.trace import forwards
 from distill.recipe import MethodStage, TrajectoriesConfig
 from distill.training.config import OptimizerConfig, TrainConfig
 from students.history import History

@@ -15,7 +15,8 @@ from distill.planning.estimate import (
     make_plan,
     rank_bytes,
 )
-from distill.planning.trace import Job, trace
+from distill.planning.job import Job
+from distill.planning.trace import trace
 from distill.training.engine import Engine, EngineConfig
 from distill.training.loop import Trainer
 from distill.training.role import COUNT, MOMENTS, WEIGHT, Kind

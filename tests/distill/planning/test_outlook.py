@@ -13,6 +13,7 @@ from distill.commands.plan import Shipped
 from distill.compose import RECIPES
 from distill.planning import trace as tracing
 from distill.planning.estimate import GIB, job_of, make_plan
+from distill.planning.job import Job
 from distill.planning.outlook import (
     FP32_SLOWER,
     CodecCosts,
@@ -24,7 +25,7 @@ from distill.planning.outlook import (
     outlook,
     warnings,
 )
-from distill.planning.trace import DEPTHS, Job, clip_costs, step_costs
+from distill.planning.trace import DEPTHS, clip_costs, step_costs
 from distill.recipe import load_recipe
 from teachers.errors import UserError
 from tests.distill.planning.test_estimate import a_job, a_plan

@@ -11,8 +11,9 @@ from distill.planning.estimate import (
     make_plan,
     rank_bytes,
 )
+from distill.planning.job import batch_on, meta_networks
 from distill.planning.live_bytes import LiveBytes, OnMeta
-from distill.planning.trace import meta_batch, meta_networks, trace
+from distill.planning.trace import trace
 from distill.recipe import TrajectoriesConfig
 from students.history import History
 from students.spec import student_sigmas
@@ -88,7 +89,7 @@ def test_steps_without_gradient_leave_nothing_behind():
     nets, live = meta_networks(job, "distill"), LiveBytes()
     for net in nets.values():
         live.weigh(net)
-    method, batch = dmd.build(job.stages["distill"].method, nets), meta_batch(job, "distill")
+    method, batch = dmd.build(job.stages["distill"].method, nets), batch_on(job, "distill")
     with OnMeta(), live:
         method.loss("student", batch, torch.Generator(), torch.Generator()).value.backward()
     short = max(size for _, size in trace(job, "distill", "student"))

@@ -1,0 +1,5 @@
+"""What a part raises that cannot run here."""
+
+
+class SkippedError(Exception):
+    """Why."""
