@@ -23,6 +23,7 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
         "distill.commands.eval.command",
         "scores of generated clips against real ones under a protocol card; compare, benchmark",
     ),
+    "report": ("distill.commands.report", "finished runs beside each other: compare RUN RUN"),
     "plan": (
         "distill.commands.plan",
         "parameters, memory a GPU, disk and forwards of a recipe, before any weight is read",

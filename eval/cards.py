@@ -22,7 +22,7 @@ import hashlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -269,14 +269,17 @@ def label_of(card: Mapping[str, Any]) -> str:
     return f"{card['name']} {card['sha256'][:12]}"
 
 
-def first_difference(card: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The first key, in the order of the cards, in which two plain cards differ, with both values; None where none decides."""
+def first_difference(card: Mapping[str, Any], other: Mapping[str, Any], ignored: Sequence[str] = ()) -> str | None:
+    """The first key, in the order of the cards, in which two plain cards differ, with both values; None where none decides. What
+    begins with one of the `ignored` dotted keys may differ."""
     if card.get("sha256") == other.get("sha256"):
         return None
     one, two = _flat(card), _flat(other)
     for key in (*one, *(key for key in two if key not in one)):
-        if one.get(key) != two.get(key):
+        if one.get(key) != two.get(key) and not key.startswith(tuple(ignored)):
             return f"{key} is {one.get(key)} here and {two.get(key)} there"
+    if ignored:
+        return None
     return "sha256 differs, so one of the two was changed by hand"
 
 

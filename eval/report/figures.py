@@ -1,4 +1,4 @@
-"""Inline figures of the report: SVG curves and dot plots (coloured by the page's CSS), PNG contact sheets."""
+"""Inline figures of the report: SVG curves and dot plots (coloured by the page's CSS), contact sheets."""
 
 import base64
 import io
@@ -145,23 +145,21 @@ def plain(name: str) -> str:
     return " ".join(words.get(word, word) for word in name.split("_"))
 
 
-def sheet_png(rows: Sequence[Tensor], num_frames: int = 8, least_size: int = 96) -> str:
-    """Contact sheet as a data URI: a row a clip (uint8 [3, T, H, W]), the same frames, enlarged by repetition."""
+def sheet_image(rows: Sequence[Tensor], num_frames: int = 8) -> str:
+    """Contact sheet as a data URI, lossless WebP: a row a clip (uint8 [3, T, H, W]), the same frames, pixel for pixel."""
     frames = min(clip.shape[1] for clip in rows)
     times = torch.linspace(0, frames - 1, min(num_frames, frames)).round().long()
-    factor = max(1, -(-least_size // min(rows[0].shape[2:])))
-    gap = 2
-    height, width = (side * factor for side in rows[0].shape[2:])
+    gap = 1
+    height, width = rows[0].shape[2:]
     sheet = torch.zeros(len(rows) * (height + gap) - gap, len(times) * (width + gap) - gap, 4, dtype=torch.uint8)
     for r, clip in enumerate(rows):
-        large = clip[:, times].repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        for c in range(len(times)):
+        for c, time in enumerate(times.tolist()):
             cell = sheet[r * (height + gap) :, c * (width + gap) :][:height, :width]
-            cell[..., :3] = large[:, c].permute(1, 2, 0)
+            cell[..., :3] = clip[:, time].permute(1, 2, 0)
             cell[..., 3] = 255
     buffer = io.BytesIO()
-    Image.fromarray(sheet.numpy(), "RGBA").save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    Image.fromarray(sheet.numpy(), "RGBA").save(buffer, "WEBP", lossless=True)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def contact_sheets(
@@ -172,7 +170,7 @@ def contact_sheets(
         {
             "title": title,
             "names": [name for name, _ in rows],
-            "image": sheet_png([clip for _, clip in rows], num_frames),
+            "image": sheet_image([clip for _, clip in rows], num_frames),
         }
         for title, rows in sheets
     ]

@@ -1,10 +1,9 @@
 """The report of a run: report.json for programs, report.md and one self-contained report.html for people."""
 
-import base64
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from eval.cards import label_of
 from eval.metric import Column
+from eval.report.conclusion import conclusion, is_withheld
 from eval.report.figures import contact_sheets, curve_svg, dot_svg, number, plain
 from eval.report.page import Page, write_page
 from eval.report.tables import Row, Table, table, tables
+from eval.report.videos import relative, side_by_side
 
 CEILINGS = ("floor", "codec")  # real clips, and the same through the codec: what no system can be expected to beat
 SYSTEMS = ("teacher", "teacher_few_step", "ar_teacher", "zero_shot", "init", "student")
-EMBED_LIMIT = 12_000_000  # bytes of samples that are put into the page; above it the page links to the files
 NOTE = (
     "Mean over noise seeds ± half the range over seeds; then the jackknife standard error over clips. The floor is real clips "
     "against other real clips, the codec row the same clips encoded and decoded: no system can be expected to do better."
@@ -75,7 +75,7 @@ def write_report(
     report: Mapping,
     curves: Mapping[str, Mapping[str, Sequence[tuple[float | int, float | int]]]],
     sheets: Mapping[str, Sequence[Tensor] | Tensor],
-    samples: Mapping[str, Path],
+    videos: Mapping[str, Mapping[str, Path]],
     out_dir: Path,
     captions: Sequence[str] = (),
     sheet_frames: int = 8,
@@ -84,15 +84,22 @@ def write_report(
 
     `report` follows design section 6; its metrics are `{mean, spread, error, seeds}`, its `columns` those of the card. Scores that
     were not admitted leave `metrics` for `not_admitted` and are never printed. curves: title -> series -> [(step, value)].
-    sheets: system -> K clips uint8 [3, T, H, W], the same K conditions in the same order, `captions` their texts. samples: label
-    -> mp4 file; embedded while they are small, else linked relative to the page.
+    sheets: system -> K clips uint8 [3, T, H, W], the same K conditions in the same order, `captions` their texts. videos:
+    condition -> system -> mp4 file, embedded while they are small, else linked; report.json has their paths from `out_dir`.
     """
     clean = _finite(_withhold(report))
+    if videos:
+        clean["videos"] = {
+            name: {system: relative(file, out_dir) for system, file in group.items()} for name, group in videos.items()
+        }
     lines = clean.get("targets") or {name: target(value) for name, value in clean.get("ratios", {}).items()}
     checks = [_check(name, line) for name, line in lines.items()]
     protocol = clean.get("protocol") or {}
     page = Page(
         **_head(clean),
+        conclusion=conclusion({**clean, "targets": lines}),
+        videos=side_by_side({name: {plain(x): file for x, file in group.items()} for name, group in videos.items()}, out_dir),
+        fps=fps_of(protocol),
         label=protocol.get("note", ""),
         checks=checks,
         note=NOTE + (f" {HEALTH_NOTE}" if clean.get("health") else ""),
@@ -101,7 +108,6 @@ def write_report(
         plots=_plots(clean),
         curves=[_curve(title, series) for title, series in curves.items() if any(series.values())],
         sheets=_sheets(sheets, captions, sheet_frames),
-        samples=_samples(samples, out_dir),
         cases=_cases(clean),
         stages=_stages(clean.get("stages", {})),
         choices=protocol.get("choices", []),
@@ -138,11 +144,9 @@ def _withhold(report: Mapping) -> dict:
 
     systems = {name: split(system) for name, system in report.get("systems", {}).items()}
     ceilings = {name: split(_as_system(report[name])) for name in CEILINGS if report.get(name)}
-    refused = {name for system in systems.values() for name in system.get("not_admitted", {})}
 
     def unchecked(name: str, line: Mapping) -> Mapping:
-        stands_on = any(f"_{metric}_" in f"_{name}_" for metric in refused)
-        return {**line, "passed": None, "not_admitted": True} if stands_on else line
+        return {**line, "passed": None, "not_admitted": True} if is_withheld(name, systems) else line
 
     targets = {name: unchecked(name, line) for name, line in report.get("targets", {}).items()}
     return {**report, "targets": targets, "systems": systems, **ceilings}
@@ -162,10 +166,15 @@ def _head(report: Mapping) -> dict[str, Any]:
     }
 
 
+def fps_of(protocol: Mapping) -> float:
+    """Frames a second of a run's clips, from its card."""
+    return float(Fraction(str(((protocol.get("run") or {}).get("geometry") or {}).get("fps", 25))))
+
+
 def _details(report: Mapping) -> dict[str, str]:
     protocol = report.get("protocol") or {}
     card = f"Card {label_of(protocol)}" if protocol else "Card"
-    versions = {"versions": report.get("versions", {}), "device": report.get("device", {})}
+    versions = {key: report.get(key, {}) for key in ("revision", "versions", "device")}
     texts = {card: protocol, "Recipe": report.get("recipe", {}), "Versions and device": versions}
     return {title: json.dumps(value, indent=1) for title, value in texts.items()}
 
@@ -230,18 +239,6 @@ def _sheets(sheets: Mapping[str, Sequence[Tensor] | Tensor], captions: Sequence[
     titles = [captions[i] if i < len(captions) else f"condition {i + 1}" for i in range(count)]
     rows = [[(plain(name), clips[i]) for name, clips in sheets.items()] for i in range(count)]
     return contact_sheets(list(zip(titles, rows, strict=True)), num_frames)
-
-
-def _samples(samples: Mapping[str, Path], out_dir: Path) -> list[dict]:
-    embedded = sum(path.stat().st_size for path in samples.values()) <= EMBED_LIMIT
-    shown = []
-    for name, path in samples.items():
-        if embedded:
-            source = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-        else:
-            source = Path(os.path.relpath(path, out_dir)).as_posix()
-        shown.append({"name": name, "source": source})
-    return shown
 
 
 def _cases(report: Mapping) -> list[dict]:

@@ -76,11 +76,12 @@ def _row(row: Row, names: Sequence[str]) -> dict[str, Any]:
         "kind": row.kind,
         "card": row.card.partition(" = ")[0],
         "n": "" if row.n is None else str(row.n),
-        "cells": [_cell(row.scores.get(name), name in row.withheld, row.kind == "theirs") for name in names],
+        "cells": [cell(row.scores.get(name), name in row.withheld, row.kind == "theirs") for name in names],
     }
 
 
-def _cell(score: Any, refused: bool, as_printed: bool) -> dict[str, Any]:
+def cell(score: Any, refused: bool = False, as_printed: bool = False) -> dict[str, Any]:
+    """A cell of `Table`: of a number, of {mean, error, spread, seeds}, or of nothing."""
     if refused or score is None:
         return {"value": "", "spread": "", "error": "", "refused": refused}
     if not isinstance(score, Mapping):

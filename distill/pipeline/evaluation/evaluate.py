@@ -23,7 +23,7 @@ from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.health import seam_frames
 from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
-from distill.pipeline.run_folder import versions
+from distill.pipeline.run_folder import revision, versions
 from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
@@ -78,11 +78,11 @@ def _report(
     costs = measure_costs(artifacts, students, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     report = assemble(artifacts, systems, floor, card, evaluation.left_out)
-    samples = write_samples(artifacts, test)
+    videos = write_samples(artifacts, test)
     curves = read_curves(artifacts.log.rows())
     shown = {name: video[: config.sheet_conditions] for name, video in sheets.items()}
     captions = named(test.clips.text)[: config.sheet_conditions]
-    write_report(report, curves, shown, samples, artifacts.folder.path, captions, config.sheet_frames)
+    write_report(report, curves, shown, videos, artifacts.folder.path, captions, config.sheet_frames)
 
     def finite(value: float) -> float | None:
         return value if math.isfinite(value) else None
@@ -259,6 +259,7 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, card: Card, refus
     return {
         "recipe": recipe.name,
         "seed": recipe.seed,
+        "revision": revision(),
         "versions": versions(),
         "device": {
             "kind": str(artifacts.engine.device),
@@ -310,12 +311,12 @@ def targets(systems: dict, expect: Mapping[str, Bounds], left_out: Collection[st
     return out
 
 
-def write_samples(artifacts: Artifacts, test: ClipSet) -> dict[str, Path]:
-    """Playable samples with sound, label -> file: real, teacher, init and student on the same conditions."""
+def write_samples(artifacts: Artifacts, test: ClipSet) -> dict[str, dict[str, Path]]:
+    """Playable samples with sound, condition -> system -> file: real, teacher, init and student on the same conditions."""
     folder = artifacts.folder.path / "samples"
     folder.mkdir(exist_ok=True)
     stage = artifacts.folder.stage_dir("evaluate")
-    samples = {}
+    samples: dict[str, dict[str, Path]] = {}
     for i in range(min(artifacts.recipe.eval.num_samples, len(test.clips.text))):
         for name in ("real", "teacher", "init", "student"):
             if name == "real":
@@ -332,7 +333,7 @@ def write_samples(artifacts: Artifacts, test: ClipSet) -> dict[str, Path]:
                 upscale=max(1, 192 // video.shape[-2]),
                 smooth=True,
             )
-            samples[f"{name}: {named(test.clips.text)[i]}"] = path
+            samples.setdefault(named(test.clips.text)[i], {})[name] = path
     return samples
 
 
