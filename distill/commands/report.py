@@ -32,13 +32,13 @@ def run(args: argparse.Namespace) -> int:
     make_folder(args.out.parent)
     atomic_write(args.out, render(comparison_page(runs, args.out.parent)))
     sys.stdout.write(comparison_text(runs))
-    print(f"distill: the page is {args.out}", file=sys.stderr)
+    sys.stderr.write(f"distill: the page is {args.out}\n")
     return 0
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The finished runs of these folders, named by folder, or by path where two folders have one name. UserError for fewer than two,
-    for a folder that is given twice and for one without a report."""
+    """The finished runs of these folders, named by folder, or by path where two folders have one name. UserError for fewer than
+    two, for a folder that is given twice and for one without a report."""
     times = Counter(folder.resolve() for folder in folders)
     if len(folders) < 2:
         raise UserError("one run is no comparison: distill report compare RUN RUN [RUN ..]")
@@ -57,7 +57,9 @@ def _read(folder: Path, name: str) -> Run:
         raise UserError(f"no finished run: {folder} has no readable report.json; give the run_dir of a run that ended")
     missing = {"systems", "columns", "protocol", "floor", "stages"} - report.keys()
     if missing or "student" not in report["systems"]:
-        raise UserError(f"no report of a run: {folder / 'report.json'} lacks {min(missing, default='a student')}; run again")
+        raise UserError(
+            f"no report of a run: {folder / 'report.json'} lacks {min(missing, default='a student')}; run again"
+        )
     try:
         recipe = flatten(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -1,27 +1,24 @@
 """The student as a checkpoint folder: weights, spec, model card; and its copy at the top of the run."""
 
-import json
 import shutil
 from pathlib import Path
 
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.pretrained import digest
+from distill.pipeline.run_folder import revision
+from distill.recipe import METHODS
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
+from students.weights.card import model_card
 from teachers.files import load_tensors, staged
+from teachers.resolve import name_of
 
 
 def export(artifacts: Artifacts, folder: Path) -> dict:
     """Write folder/student from the weights of `distill`; self-contained, or as an adapter over its base."""
-    recipe, spec = artifacts.recipe, artifacts.spec
+    spec = artifacts.spec
     if artifacts.engine.is_main:
-        best = (artifacts.folder.finished("distill") or {}).get("metrics", {})
-        card = (
-            f"# Student of {recipe.name}\n\nA causal {len(spec.sigmas)}-step audio-driven avatar student, distilled "
-            f"by avatar-distill. Data: {spec.width}x{spec.height} {artifacts.source.description}.\n\n"
-            f"```json\n{json.dumps({'distill': best}, indent=1)}\n```\n\n"
-            "    distill sample --student . --image PORTRAIT.png --audio SPEECH.wav --text 'smiles and nods' --out out.mp4\n"
-        )
+        card = _card(artifacts)
         student = artifacts.bundle(artifacts.student("distill"))
         checkpoint.save_student(folder / "student", student, card, _adapter(artifacts))
     artifacts.engine.barrier()
@@ -29,6 +26,30 @@ def export(artifacts: Artifacts, folder: Path) -> dict:
         "nfe_per_chunk": spec.nfe_per_chunk,
         "parameters": sum(p.numel() for p in artifacts.student("distill").parameters()),
     }
+
+
+def _card(artifacts: Artifacts) -> str:
+    """The student's model card: what the stage `distill` recorded of it, in words."""
+    recipe, teacher = artifacts.recipe, artifacts.recipe.teacher
+    done = (artifacts.folder.finished("distill") or {}).get("metrics", {})
+    given = Path(teacher.wan or teacher.path or "trained by the recipe")
+    methods = [name_of(METHODS, method, digests=True) for method in (recipe.init.method, recipe.distill.method)]
+    facts = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "teacher": given.name if given.is_absolute() else str(given),
+        "method": ", then ".join(methods),
+        "steps of distillation": done.get("steps", recipe.distill.train.num_steps),
+        "parameters": f"{done['parameters']:,}" if "parameters" in done else "",
+        "revision": revision(),
+    }
+    return model_card(
+        artifacts.spec,
+        title=f"Student of {recipe.name}",
+        data=artifacts.source.description,
+        facts={name: value for name, value in facts.items() if value != ""},
+        scores=done.get("best"),
+    )
 
 
 def _adapter(artifacts: Artifacts) -> tuple[Adapter, Base] | None:

@@ -51,7 +51,9 @@ def _targets(lines: Mapping[str, Mapping[str, Any]]) -> str:
         named = missed[:MOST_NAMED] + ([f"{len(missed) - MOST_NAMED} more"] if len(missed) > MOST_NAMED else [])
         parts.append(f"{len(judged) - len(missed)} of {len(judged)} targets are met, missed: {_listed(named)}")
     if open_lines:
-        parts.append(f"{open_lines} more could not be judged" if judged else f"{open_lines} targets could not be judged")
+        parts.append(
+            f"{open_lines} more could not be judged" if judged else f"{open_lines} targets could not be judged"
+        )
     return "; ".join(parts)
 
 

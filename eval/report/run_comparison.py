@@ -80,7 +80,9 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 def _measured_on(run: Run) -> dict[str, Any]:
     """What costs depend on besides the recipe's networks and schedule."""
-    facts = {key: value for key, value in made_with(run).items() if key.startswith("device.") or key == "versions.torch"}
+    facts = {
+        key: value for key, value in made_with(run).items() if key.startswith("device.") or key == "versions.torch"
+    }
     return {**facts, "engine.precision": run.recipe.get("engine.precision")}
 
 
@@ -121,7 +123,9 @@ def _scores(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         scored = any(name in run.student["metrics"] or name in run.student.get("not_admitted", {}) for run in runs)
         if shown.table is not None and scored:
             label = f"{shown.label} ({shown.words})" if shown.words else shown.label
-            cells = (cell(run.student["metrics"].get(name), name in run.student.get("not_admitted", {})) for run in runs)
+            cells = (
+                cell(run.student["metrics"].get(name), name in run.student.get("not_admitted", {})) for run in runs
+            )
             yield _line(label, list(cells))
 
 

@@ -98,7 +98,9 @@ def write_report(
     page = Page(
         **_head(clean),
         conclusion=conclusion({**clean, "targets": lines}),
-        videos=side_by_side({name: {plain(x): file for x, file in group.items()} for name, group in videos.items()}, out_dir),
+        videos=side_by_side(
+            {name: {plain(x): file for x, file in group.items()} for name, group in videos.items()}, out_dir
+        ),
         fps=fps_of(protocol),
         label=protocol.get("note", ""),
         checks=checks,

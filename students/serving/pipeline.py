@@ -14,6 +14,7 @@ from torch import Tensor
 
 from students.serving.optimize import DTYPES, cast, usable
 from students.serving.session import Session
+from students.weights.card import model_card
 from students.weights.checkpoint import Bundle, load_student, save_student
 from students.weights.coverage import Coverage
 from teachers.encoders.small import SAMPLE_RATE
@@ -89,7 +90,7 @@ class AvatarPipeline(DiffusionPipeline):
         """Write the student's folder, as `distill run` exports it."""
         if unknown:
             raise UserError(f"save_pretrained takes a folder alone: got {', '.join(unknown)}")
-        save_student(Path(folder), self.bundle, "# avatar-distill student\n\nSaved by AvatarPipeline.\n")
+        save_student(Path(folder), self.bundle, model_card(self.bundle.spec))
 
     @torch.no_grad()
     def __call__(

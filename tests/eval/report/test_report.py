@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import re
 from fractions import Fraction
@@ -5,9 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
-from eval.report.figures import curve_svg, dot_svg, number, sheet_png, ticks
+from eval.report.conclusion import conclusion, is_withheld
+from eval.report.figures import curve_svg, dot_svg, number, sheet_image, ticks
 from eval.report.run_report import target, write_report
 
 
@@ -66,7 +70,7 @@ class Page(HTMLParser):
         self.open, self.sources, self.rows = [], [], []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "br", "link", "circle", "line", "polyline"):
+        if tag not in ("meta", "img", "br", "link", "input", "circle", "line", "polyline"):
             self.open.append(tag)
         self.sources += [value for key, value in attrs if key in ("src", "href")]
         if tag == "tr":
@@ -98,20 +102,20 @@ def test_report_is_one_page_and_one_document(tmp_path):
     sample.parent.mkdir()
     sample.write_bytes(b"not a real film")
     sheets = {"teacher": clips(2), "student": clips(2)}
-    path = write_report(
-        small_report() | {"notes": ["One person."]},
-        CURVES,
-        sheets,
-        {"student & sound": sample},
-        tmp_path,
-        ["a <b>nod</b>"],
-    )
+    videos = {"a <i>smile</i>": {"real": sample, "student": sample}, "nods": {"student": sample}}
+    path = write_report(small_report() | {"notes": ["One person."]}, CURVES, sheets, videos, tmp_path, ["a <b>nod</b>"])
     text, page = read_page(path)
     assert "embedded extractors; not comparable with published FID" in text
     assert all(source.startswith("data:") for source in page.sources)
+    heads = " / ".join(re.findall(r"<h2>(.*?)</h2>", text))
+    assert heads.startswith(
+        "Videos / Targets / Scores / Training curves / Contact sheets / Admission of the metrics / "
+    )
     assert "http" not in re.sub(r"data:[^\"]*", "", text)
-    assert text.count("data:image/png") == 2
-    assert text.count("<video controls") == 1
+    assert text.count("data:image/webp") == 2
+    assert [group.count("<video controls") for group in text.split('<div class="group">')[1:]] == [2, 1]
+    assert 'data-fps="12.5"' in text
+    assert "a &lt;i&gt;smile&lt;/i&gt;" in text
     assert "tiny &lt;recipe&gt;" in text
     assert "a &lt;b&gt;nod&lt;/b&gt;" in text
     assert "1 of 2 targets are met" in text
@@ -121,6 +125,7 @@ def test_report_is_one_page_and_one_document(tmp_path):
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["systems"]["student"]["cost"]["fps"] is None
     assert document["systems"]["student"]["metrics"]["fid"]["seeds"] == pytest.approx([0.99, 1.0, 1.01])
+    assert document["videos"]["nods"] == {"student": "samples/student.mp4"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md", "samples"]
 
 
@@ -156,11 +161,11 @@ def test_an_almost_empty_report_still_renders(tmp_path):
 
 
 def test_large_samples_are_linked_relative_to_the_page(tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.report.run_report.EMBED_LIMIT", 3)
+    monkeypatch.setattr("eval.report.videos.EMBED_LIMIT", 3)
     sample = tmp_path / "samples" / "a.mp4"
     sample.parent.mkdir()
     sample.write_bytes(b"12345")
-    _, page = read_page(write_report({}, {}, {}, {"a": sample}, tmp_path))
+    _, page = read_page(write_report({}, {}, {}, {"nods": {"a": sample}}, tmp_path))
     assert page.sources == ["samples/a.mp4"]
 
 
@@ -196,14 +201,36 @@ def test_figures_survive_odd_values():
     assert dot_svg([("a", {"mean": None})]) == ""
 
 
-def test_sheet_enlarges_without_smoothing():
-    import base64
-    import io
-
-    from PIL import Image
-
+def test_sheet_keeps_every_pixel():
     rows = clips(2)
-    image = Image.open(io.BytesIO(base64.b64decode(sheet_png(rows, 8).split(",")[1])))
-    assert image.size == (8 * 96 + 7 * 2, 2 * 96 + 2)
-    pixel = image.getpixel((98 + 3 * 5, 98 + 3 * 7))
-    assert pixel[:3] == tuple(rows[1][:, 2, 7, 5].tolist())
+    image = Image.open(io.BytesIO(base64.b64decode(sheet_image(rows, 8).split(",")[1])))
+    assert image.size == (8 * 32 + 7, 2 * 32 + 1)
+    assert image.getpixel((33 + 5, 33 + 7))[:3] == tuple(rows[1][:, 2, 7, 5].tolist())
+
+
+def said(ratios: dict, targets: dict, withheld: tuple[str, ...] = ()) -> str:
+    student = {"metrics": {"fid": 1, "motion_energy": 1}, "not_admitted": dict.fromkeys(withheld, 1)}
+    return conclusion({"ratios": ratios, "targets": targets, "systems": {"student": student}})
+
+
+def test_the_conclusion_is_one_sentence_of_what_was_measured_and_admitted():
+    ratios = {"fid_student_over_teacher": 1.02, "sync_student_over_teacher": -3.1, "motion_student_over_teacher": 0.98}
+    speeds = {"batch_cost_teacher_over_student": 18.2, "ttff_teacher_over_student": None}
+    good, bad = target(1.02, at_most=1.1), target(2.0, at_most=1.1)
+    assert said(ratios | speeds, {"fid_student_over_teacher": good}) == (
+        "Against its teacher the student has 1.02 times the FID and 0.980 times the motion and generates 18.2 times as fast in a "
+        "batch; all 1 targets are met."
+    )
+    unjudged = {**bad, "passed": None, "not_admitted": True}
+    text = said(ratios, {"fid_student": bad, "cost_student": good, "motion_student": unjudged}, ("motion",))
+    assert text == (
+        "Against its teacher the student has 1.02 times the FID; 1 of 2 targets are met, missed: FID student; "
+        "1 more could not be judged."
+    )
+    assert said({}, {}) == ""
+
+
+def test_a_metric_whose_name_begins_like_a_refused_one_is_judged():
+    systems = {"student": {"metrics": {"motion_energy": 1}, "not_admitted": {"motion": 1, "sync": 1}}}
+    names = ("motion_energy_student", "motion_student", "sync_student_over_teacher", "cost_student")
+    assert [is_withheld(name, systems) for name in names] == [False, True, True, False]
