@@ -46,7 +46,7 @@ def _targets(lines: Mapping[str, Mapping[str, Any]]) -> str:
     missed = [plain(name) for name, passed in judged.items() if not passed]
     parts = []
     if judged and not missed:
-        parts.append(f"all {len(judged)} targets are met")
+        parts.append(f"all {len(judged)} targets are met" if len(judged) > 1 else "its one target is met")
     elif judged:
         named = missed[:MOST_NAMED] + ([f"{len(missed) - MOST_NAMED} more"] if len(missed) > MOST_NAMED else [])
         parts.append(f"{len(judged) - len(missed)} of {len(judged)} targets are met, missed: {_listed(named)}")

@@ -219,7 +219,7 @@ def test_the_conclusion_is_one_sentence_of_what_was_measured_and_admitted():
     good, bad = target(1.02, at_most=1.1), target(2.0, at_most=1.1)
     assert said(ratios | speeds, {"fid_student_over_teacher": good}) == (
         "Against its teacher the student has 1.02 times the FID and 0.980 times the motion and generates 18.2 times as fast in a "
-        "batch; all 1 targets are met."
+        "batch; its one target is met."
     )
     unjudged = {**bad, "passed": None, "not_admitted": True}
     text = said(ratios, {"fid_student": bad, "cost_student": good, "motion_student": unjudged}, ("motion",))
