@@ -46,11 +46,12 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def add(self, path: Path) -> None:
-        """A file that is whole now."""
+        """A file that is whole now; one in a folder that is being staged is told again under its own name."""
         if not path.is_relative_to(self.folder):
             return
-        name = path.relative_to(self.folder).as_posix()
-        if self.wanted(name):
+        inside = path.relative_to(self.folder)
+        staging = any(part.startswith(".") and part.endswith(".tmp") for part in inside.parts)
+        if not staging and self.wanted(name := inside.as_posix()):
             self._waiting.put((name, path.open("rb")))  # opened here: it may be replaced before its turn
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True)

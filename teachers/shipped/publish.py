@@ -1,6 +1,6 @@
-"""Make the shipped weights of the embedded world from a finished run of recipes/world_teacher.yaml.
+"""Make the shipped weights of the embedded world from a run of recipes/world_teacher.yaml, of the stages that are done.
 
-python -m teachers.shipped.publish runs/world_teacher
+    python -m teachers.shipped.publish runs/world_teacher
 """
 
 import json
@@ -19,24 +19,28 @@ TEXT = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.
 
 
 def publish(run: Path, folder: Path) -> None:
-    """Copy codec, text encoder, extractors and teacher of a run into `folder`, networks as fp16, and list every file's sha256."""
+    """Copy codec, text encoder, extractors and teacher of a run into `folder`, codec and teacher as fp16, and list every file's
+    sha256. Of a stage that is not done nothing is copied."""
     stages = run / "stages"
     for name in ("text", "teacher"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for source, name in (("data/codec", "codec"), ("teacher/model", "teacher/model")):
-        tensors = load_tensors(stages / f"{source}.safetensors")
-        save_tensors(folder / f"{name}.safetensors", {key: value.to(torch.float16) for key, value in tensors.items()})
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    known = recipe["teacher"]["network"] | {"stride": recipe["data"]["codec"]["stride"]}
-    config = {name: known[name] for name in CONFIG}
-    (folder / "teacher" / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for name in TEXT:
-        shutil.copyfile(stages / "data" / "text" / name, folder / "text" / name)
-    for name in ("probes.safetensors", "probes.json"):
-        shutil.copyfile(stages / "extractors" / name, folder / name)
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in (".safetensors", ".json"))
+        if (file := stages / f"{source}.safetensors").is_file():
+            tensors = {key: value.to(torch.float16) for key, value in load_tensors(file).items()}
+            save_tensors(folder / f"{name}.safetensors", tensors)
+    if (folder / "teacher" / "model.safetensors").is_file():
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+        known = recipe["teacher"]["network"] | {"stride": recipe["data"]["codec"]["stride"]}
+        config = json.dumps({name: known[name] for name in CONFIG}, indent=1)
+        (folder / "teacher" / "config.json").write_text(config + "\n", encoding="utf-8")
+    copied = [(stages / "data" / "text" / name, folder / "text" / name) for name in TEXT]
+    copied += [(stages / "extractors" / name, folder / name) for name in ("probes.safetensors", "probes.json")]
+    for source, target in copied:
+        if source.is_file():
+            shutil.copyfile(source, target)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json"))
     sums = {file.relative_to(folder).as_posix(): sha256(file) for file in files if file.name != SUMS}
-    (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    (folder / SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
