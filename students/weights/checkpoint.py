@@ -132,8 +132,8 @@ def save_student(folder: Path, bundle: Bundle, card: str, over: tuple[Adapter, B
 
 def load_student(folder: Path) -> Bundle:
     """Read a student folder strictly; UserError for a missing file, one that is not what was written, or a tensor that does not fit
-    the spec or is not finite. A spec.json that was edited is warned of. Files are compared with their list by threads, which adds
-    nothing to reading a model from a disk of 1 GB a second."""
+    the spec or is not finite. A spec.json that was edited is warned of. Files are compared with their list by threads, beside
+    which a disk is slow."""
     folder = Path(folder)
     values = read_json(folder / SPEC)
     if not values:

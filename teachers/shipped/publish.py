@@ -1,6 +1,6 @@
 """Make the shipped weights of the embedded world from a run of recipes/world_teacher.yaml, of the stages that are done.
 
-    python -m teachers.shipped.publish runs/world_teacher
+python -m teachers.shipped.publish runs/world_teacher
 """
 
 import json
