@@ -3,7 +3,7 @@ while it runs, lists of what each rank has written, so that a killed stage goes 
 
 When a stage is found done, the size and the content of each of its files are verified, by several threads (1.7 GB a second of CPU
 were measured: 56 GB, 14B parameters in fp32, are half a minute of CPU, or as long as the disk takes). Of a stage with more than
-`BIG_BYTES` of shards these are verified where they are first read, once a process (`distill.data.stored`), behind the training step.
+`BIG_BYTES` of shards these are verified where they are first read, once a process (`distill.data.stored`), behind the training.
 """
 
 from collections.abc import Collection, Mapping
