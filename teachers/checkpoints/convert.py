@@ -20,7 +20,7 @@ from torch import Tensor
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
 from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name
-from teachers.checkpoints.strict import listed
+from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
 from teachers.files import staged

@@ -94,7 +94,7 @@ def test_one_masked_pass_equals_the_stream(history, told):
             x = randn(2, *clean.shape[1:2], stop - start, *clean.shape[3:], seed=front).double()
             state = context(student, clean, given, front)
             streamed, _ = student.denoise_diagonal(state, None, x, levels, given.frames(start, stop))
-            sigma = torch.tensor(levels).double().expand(2, -1)
+            sigma = torch.tensor(levels, dtype=torch.float64).expand(2, -1)
             masked = student.denoise_diagonal_train(x, sigma, given.frames(0, stop), clean[:, :, :start])
             assert masked.std() > 0.1
             assert (masked - streamed).abs().max() < 1e-9, (front, done)

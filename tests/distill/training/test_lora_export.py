@@ -14,6 +14,7 @@ from distill.training.lora import LoraRoles, adapt, trained
 from students.networks.causal_wan import CausalWan
 from students.weights.adapter import Base, digest, fold, read_adapter
 from students.weights.checkpoint import Bundle, load_student, save_student
+from teachers.disk.digests import SUMS
 from teachers.errors import UserError
 from teachers.files import save_tensors
 from tests.distill.training.test_lora import CONFIG, SMALL, stir
@@ -74,6 +75,7 @@ def test_merged_and_adapter_exports_are_the_trained_student(tmp_path):
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert names == {
         "README.md",
+        SUMS,
         "adapter_config.json",
         "adapter_model.safetensors",
         "codec.safetensors",
@@ -138,6 +140,7 @@ def test_an_adapter_without_its_base_is_refused_by_name(tmp_path):
 )
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path, change, words):
     exported(tmp_path)
+    (tmp_path / "adapter" / SUMS).unlink()  # without a list of its files a folder is not compared with it
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     refused(tmp_path / "adapter", words)
@@ -145,6 +148,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path, change, words):
 
 def test_a_damaged_adapter_is_refused(tmp_path):
     exported(tmp_path)
+    (tmp_path / "adapter" / SUMS).unlink()
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])

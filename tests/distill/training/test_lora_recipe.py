@@ -65,7 +65,7 @@ def stage_configs(folder: Path, *overrides: str) -> dict[str, dict]:
             RECIPES / "dmd_avatar.yaml", [f"run_dir={folder / str(len(os.listdir(folder)))}", *overrides]
         )
         pipeline: Any = Pipeline(recipe, engine)
-        pipeline.artifacts.folder.stage = lambda name, config, inputs, body: found.update({name: config})
+        pipeline.artifacts.folder.stage = lambda name, config, *_: found.update({name: config})
         for name in pipeline.stages:
             pipeline.stage(name)
     finally:

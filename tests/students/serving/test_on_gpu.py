@@ -10,7 +10,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from students.history import History
 from students.networks.windowed import WindowedConfig
 from students.schedule import Schedule
-from students.serving import inputs, overlap
+from students.serving import inputs, overlap, session
 from students.serving.optimize import Speed, prepare
 from students.serving.pipeline import AvatarPipeline
 from students.serving.session import Session
@@ -40,6 +40,7 @@ def gpu(monkeypatch):
     """Its tensors have no values, so that input is not looked at."""
     monkeypatch.setattr(inputs, "checked_sound", lambda spec, audio, other, rate: audio)
     monkeypatch.setattr(inputs, "check_pose", lambda spec, pose: None)
+    monkeypatch.setattr(session, "check_reference", lambda spec, reference: None)
     wan_vae._row.cache_clear()
     with fake_cuda() as gpu:
         yield gpu

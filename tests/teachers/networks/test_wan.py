@@ -157,7 +157,7 @@ def test_audio_enters_where_the_published_rule_says():
 
 
 def test_positions_past_the_table_are_refused():
-    with pytest.raises(ValueError, match="1030 latent frames attend at once, the table has 1024"):
+    with pytest.raises(ValueError, match="latent frame 1030: the network has positions for 1024 that attend at once"):
         make_net().rope_table(1020, 10, 2, 2)
 
 

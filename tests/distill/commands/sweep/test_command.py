@@ -94,7 +94,7 @@ def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
         "seed=2,distill.train.num_steps=16",
     ]
     assert [(r.seed, r.distill.train.num_steps) for r in found.recipes.values()] == [(1, 8), (1, 16), (2, 8), (2, 16)]
-    assert all(r.init.train.num_steps == 8 for r in found.recipes.values()), "preset=smoke is every job's"
+    assert all(r.init.train.num_steps == 4 for r in found.recipes.values()), "preset=smoke is every job's"
     assert found.folder == Path("runs/dmd_avatar_sweep")
     assert (
         found.recipes["seed=1,distill.train.num_steps=8"].run_dir

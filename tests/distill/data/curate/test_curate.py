@@ -340,9 +340,9 @@ def test_wrong_places_and_faces_are_refused_and_nothing_is_written(prepared, tmp
         read_faces(tmp_path / "wrong.csv")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["file"]
     out.mkdir()
-    held = os.open(out, os.O_RDONLY)
+    held = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another curate"):
+    with pytest.raises(UserError, match="in use: "):
         curate.run(words(data, "--out", out))
     os.close(held)
 

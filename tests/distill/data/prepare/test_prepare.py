@@ -264,9 +264,9 @@ def test_another_request_or_another_folder_is_refused(reference, manifest, video
 
 
 def test_only_one_prepares_at_a_time(manifest, videos, tmp_path):
-    held = os.open(tmp_path, os.O_RDONLY)
+    held = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(held, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another prepare"):
+    with pytest.raises(UserError, match="in use: "):
         prepare(manifest, videos, tmp_path, "folder", CONFIG)
     os.close(held)
 
