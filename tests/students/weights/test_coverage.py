@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 
 def drawn(num: int, seed: int) -> torch.Tensor:
     """First frames uint8 [N, 3, 32, 32] of the procedural world."""
-    config, rng = render.WorldConfig(resolution=SIZE, width=SIZE, num_frames=1), torch.Generator().manual_seed(seed)
+    config, rng = render.WorldConfig(resolution=SIZE, num_frames=1, variety=0.4), torch.Generator().manual_seed(seed)
     return render.make_clips(config, render.draw_conditions(config, num, rng), rng).video[:, :, 0]
 
 
