@@ -204,7 +204,7 @@ def test_a_picture_that_is_none_is_refused_in_words(page, tmp_path):
     wrong = tmp_path / "face.png"
     wrong.write_bytes(b"PK\x03\x04 not a picture")
     page.set_input_files("#picture", wrong)
-    until(page, "document.getElementById('notice').textContent.includes('picture cannot be read')", 20)
+    until(page, "document.getElementById('notice').textContent.includes('image cannot be read')", 20)
     huge = tmp_path / "huge.png"
     huge.write_bytes(b"\x89PNG" + bytes(9 * 2**20))
     page.set_input_files("#picture", huge)
