@@ -203,8 +203,16 @@ def _check_fits(spec: Spec, weights: Path) -> None:
     """UserError where the network of the spec is not that of the weights, before any memory is taken for it."""
     given = shapes(weights)
     check_sizes(spec.network, "network.", len(given))
-    with torch.device("meta"):
-        wanted = shapes_of(make_student(spec).net.state_dict())
+    try:
+        with torch.device("meta"):
+            wanted = shapes_of(make_student(spec).net.state_dict())
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"no network has these sizes ({reason}): {weights.parent / SPEC}; get the student again"
+        ) from error
     refuse(misfits(given, wanted), weights, HINT)
 
 

@@ -140,7 +140,7 @@ def read_sums(path: Path, strict: bool = True) -> dict[str, str]:
         return {}
     found = {}
     for line in path.read_bytes().decode("utf-8", "replace").splitlines():
-        match = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
+        match = re.fullmatch(r"([0-9a-f]{64})  ([^\x00-\x1f]+)", line)
         if match and not Path(match[2]).is_absolute() and ".." not in Path(match[2]).parts:
             found[match[2]] = match[1]
         elif strict:

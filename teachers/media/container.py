@@ -125,7 +125,10 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
 
 
 def upright(frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
-    """Pixels of `frame` [h, w, channels], turned and mirrored as its file asks for (`orientation`)."""
+    """Pixels of `frame` [h, w, channels], turned and mirrored as its file asks for (`orientation`). UserError for a damaged one."""
     turns, mirrored = orientation(frame)
-    pixels = frame.to_ndarray(format=pixel_format)
+    try:
+        pixels = frame.to_ndarray(format=pixel_format)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"a frame of the video cannot be converted ({error}); give a whole file") from error
     return np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))

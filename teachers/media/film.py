@@ -47,6 +47,8 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
             stream = video_stream(container)
             if stream is None:
                 raise UserError(f"no video track: {path}; give a video such as an mp4")
+            if stream.codec_context is None:
+                raise UserError(f"video in a format that is not known: {path}; convert it to an mp4")
             check_size(stream.height, stream.width, str(path))
             ratio = stream.sample_aspect_ratio  # of the container, else of the codec
             if ratio and ratio != 1:

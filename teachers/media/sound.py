@@ -212,6 +212,8 @@ class _Track:
         stream, self.name = audio_stream(container)
         if stream is None:
             raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a video with sound")
+        if stream.codec_context is None:
+            raise UserError(f"sound in a format that is not known: {path}; convert it to a wav")
         names = channel_names(stream.codec_context.layout)
         if not names:
             raise UserError(f"audio track without channels: {path}; record or export it again")
