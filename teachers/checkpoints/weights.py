@@ -201,7 +201,7 @@ class _Archive:
 
 def load_archive(path: Path) -> Any:
     """What torch.save wrote, its tensors mapped; UserError for anything but tensors in plain containers."""
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         refuse_other_kind(path)
         raise UserError(
             f"damaged weights: {path} is no whole archive of torch.save; copy the file again, or, if it is an old or a bare "
@@ -219,6 +219,13 @@ def load_archive(path: Path) -> Any:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"damaged weights: {path} cannot be read ({reason}); copy the file again") from error
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # parts on several disks
+        return False
 
 
 def _refuse_bomb(path: Path) -> None:
