@@ -151,7 +151,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return command.run(arguments.recipe, arguments.overrides)
     from distill.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)  # first: a mistake in it is told at once
+    recipe = load_recipe(
+        arguments.recipe, arguments.overrides
+    )  # first: a mistake in it is reported before the pipeline is imported
     from distill.pipeline.stages import run
 
     run(recipe)

@@ -298,7 +298,7 @@ class Server:
         if kind == protocol.IMAGE:
             size = (viewer.spec.height, viewer.spec.width)
             sent, note = await asyncio.to_thread(self.decoders.run, uploads.decode_picture, content, size, self.crop)
-            if self.strict:  # else the page is told when it opens a stream with it
+            if self.strict:  # else a note is sent when the page opens a stream with it
                 await self._check_coverage(sent, "", put)
             picture[:] = [(sent, note)]
             put({"type": "portrait"})

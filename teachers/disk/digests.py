@@ -46,7 +46,7 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def add(self, path: Path) -> None:
-        """A file that is whole now; one in a folder that is being staged is told again under its own name."""
+        """A file that is whole now; one in a folder that is being staged is recorded when that has its name."""
         if not path.is_relative_to(self.folder):
             return
         inside = path.relative_to(self.folder)

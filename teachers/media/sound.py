@@ -132,7 +132,7 @@ class Stretch:
 
     @property
     def silent(self) -> bool:
-        """Whether there is nothing to hear throughout."""
+        """Whether it is silent throughout."""
         return self.cancelled or float(self.samples.abs().max()) < SILENT
 
 

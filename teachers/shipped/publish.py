@@ -22,11 +22,10 @@ def publish(run: Path, folder: Path) -> None:
     """Copy codec, text encoder, extractors and teacher of a run into `folder`, codec and teacher as fp16, and list every file's
     sha256. Of a stage that is not done nothing is copied."""
     stages = run / "stages"
-    for name in ("text", "teacher"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
     for source, name in (("data/codec", "codec"), ("teacher/model", "teacher/model")):
         if (file := stages / f"{source}.safetensors").is_file():
             tensors = {key: value.to(torch.float16) for key, value in load_tensors(file).items()}
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_tensors(folder / f"{name}.safetensors", tensors)
     if (folder / "teacher" / "model.safetensors").is_file():
         recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
@@ -37,6 +36,7 @@ def publish(run: Path, folder: Path) -> None:
     copied += [(stages / "extractors" / name, folder / name) for name in ("probes.safetensors", "probes.json")]
     for source, target in copied:
         if source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json"))
     sums = {file.relative_to(folder).as_posix(): sha256(file) for file in files if file.name != SUMS}

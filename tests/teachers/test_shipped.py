@@ -4,12 +4,15 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from distill.recipe import load_recipe, spec_of
 from teachers import shipped
 from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
+from teachers.files import load_tensors, save_tensors
+from teachers.shipped.publish import publish
 
 MIB = 2**20
 WORLD = shipped.HERE / "world"
@@ -43,6 +46,20 @@ def test_every_file_is_listed_and_a_flipped_bit_is_named(tmp_path):
     (copy / "codec.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"damaged installation: .*codec\.safetensors is not what was shipped"):
         shipped.verify(copy)
+
+
+def test_a_run_is_published_in_half_precision_and_without_what_it_has_not(tmp_path):
+    data = tmp_path / "run" / "stages" / "data"
+    (data / "text").mkdir(parents=True)
+    save_tensors(data / "codec.safetensors", {"weight": torch.tensor([1.0, 1 / 3])})
+    (data / "text" / "config.json").write_text("{}")
+    publish(tmp_path / "run", tmp_path / "out")
+    shipped.verify(tmp_path / "out")
+    assert torch.equal(
+        load_tensors(tmp_path / "out" / "codec.safetensors")["weight"], torch.tensor([1.0, 1 / 3]).half()
+    )
+    assert set(json.loads((tmp_path / "out" / shipped.SUMS).read_text())) == {"codec.safetensors", "text/config.json"}
+    assert not (tmp_path / "out" / "teacher").exists()
 
 
 def test_a_student_of_shipped_parts_holds_them_itself():

@@ -191,5 +191,5 @@ def _from_video(clip: Clip, path: Path, framing: Framing) -> Content:
     until = probe(path)[1] if clip.end is None else clip.end
     count = round((until - clip.start) * SAMPLE_RATE)
     sound = read_sound(path, round(start * SAMPLE_RATE), count) if count > 0 else None
-    heard = None if sound is None else sound.samples.numpy()
-    return Content(frames(), Fraction(first.rate), heard, scale, lambda: watch.metadata["face_cut"])
+    samples = None if sound is None else sound.samples.numpy()
+    return Content(frames(), Fraction(first.rate), samples, scale, lambda: watch.metadata["face_cut"])
