@@ -102,7 +102,8 @@ class _Reader:
             try:
                 return self.read(part, value, key)
             except UserError:
-                continue
+                if isinstance(value, str) and value.startswith(shipped.PREFIX):
+                    raise  # it says which there are
         raise self.wrong(kind, value, key)
 
     def read_dataclass(self, kind: Any, value: Any, key: str) -> Any:

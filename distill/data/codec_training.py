@@ -1,10 +1,11 @@
 """Training of a codec on the clips, in stages: MIDAS' three for DC-AE (2508.19320: images, the temporal modules alone, all of it on
-short windows), one for the convolutional codec."""
+short windows); of the convolutional codec, then of its decoder alone."""
 
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,9 @@ def fit_codec(
             video = torch.cat(list(clips)) if video is None else video
             if number:
                 _load(codec, files[number - 1])
-            _train(codec, _stages(codec)[number], video, seed, file.with_suffix(".state"))
-            if number == len(names) - 1:
+            stage = _stages(codec)[number]
+            _train(codec, stage, video, seed, file.with_suffix(".state"))
+            if number == len(names) - 1 and names != ["decoder"]:  # which leaves the latents as they are
                 _normalise(codec, video)
             save_tensors(file, codec.state_dict())
         _load(codec, file)
@@ -99,9 +101,9 @@ def _load(codec: torch.nn.Module, file: Path) -> None:
 
 
 def _start(config: TrainableConfig, seed: int) -> Any:
-    """The published image codec of `config.path`, or an untrained one."""
-    if isinstance(config, DCAEConfig) and config.path is not None:
-        return load_dc_ae(config)
+    """What `config.path` holds (DC-AE: the published image codec), or an untrained one."""
+    if config.path is not None:
+        return load_dc_ae(config) if isinstance(config, DCAEConfig) else config.load(config.path, 0, 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_generator(seed, "codec").initial_seed())
         return (DCAE(config) if isinstance(config, DCAEConfig) else ConvCodec(config)).eval()
@@ -113,15 +115,21 @@ def _stages(codec: DCAE | ConvCodec) -> list[Stage]:
         fit = codec.config.train
         assert fit is not None
 
-        def reconstruct(clip: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        def reconstruct(clip: Tensor, rng: torch.Generator, encode: bool = True) -> tuple[Tensor, Tensor]:
             with torch.autocast(clip.device.type, torch.bfloat16, enabled=fit.precision == "bf16"):
-                raw = codec.encode_raw(clip)
+                with torch.set_grad_enabled(encode):
+                    raw = codec.encode_raw(clip)
                 noise = torch.randn(raw.shape, generator=rng).to(raw.device)
                 output = codec.decode_raw(raw + fit.noise * noise)[:, :, codec.config.stride - 1 :].float()
             return multiscale(output, clip) + LATENT_PENALTY * raw.float().square().mean(), output
 
         size = (fit.batch, 1 + codec.config.stride * (fit.window - 1))
-        return [Stage("reconstruction", fit.num_steps, fit.lr, size, list(codec.parameters()), reconstruct)]
+        decoder = [*codec.decoder.parameters(), *codec.frame_decoder.parameters()]
+        both = [
+            Stage("reconstruction", fit.num_steps, fit.lr, size, list(codec.parameters()), reconstruct),
+            Stage("decoder", fit.decoder_steps, fit.lr, size, decoder, partial(reconstruct, encode=False)),
+        ]
+        return [stage for stage in both if stage.steps]
 
     def images(clip: Tensor, _: torch.Generator) -> tuple[Tensor, Tensor]:
         output = codec.network(clip[:, :, 0]).sample.unsqueeze(2)

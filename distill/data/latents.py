@@ -219,7 +219,7 @@ def cover(source: ClipSource, seed: int, first: Clips, texts: Iterable[str], enc
 def _take_over(config: ClipsConfig, folder: Path) -> None:
     """Copy the codec and the text encoder that are given by a path and lie in the student's folder. UserError where they do not."""
     codec, text = config.codec, config.text
-    if isinstance(codec, ConvCodecConfig) and codec.path is not None:
+    if isinstance(codec, ConvCodecConfig) and codec.path is not None and codec.train is None:
         read = codec.load(codec.path, *config.world.size)
         save_tensors(folder / "codec.safetensors", read.state_dict())
     if isinstance(text, TextConfig) and text.path is not None:

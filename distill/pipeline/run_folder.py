@@ -148,10 +148,10 @@ class RunFolder:
         """The metrics of stage `name`: stored ones if it is done with this fingerprint, else those that `body` returns.
 
         `body(stage_dir)` resumes from what it left in `stage_dir` itself; leftovers of another fingerprint are deleted
-        before. Files that it makes at the top of the run match one of `beside`. fingerprint.json is written last. Its seconds
-        add up over resumes, a killed start counting until the last file that it wrote. Every rank calls this; what is done is rank
-        0's to say, for on a network disk others may for a while not see what it has written. UserError for a damaged file of a done
-        stage.
+        before. Files that it makes at the top of the run match one of `beside`. fingerprint.json is written last;
+        checkpoints are deleted then. Its seconds add up over resumes, a killed start counting until the last file that it wrote.
+        Every rank calls this; what is done is rank 0's to say, for on a network disk others may for a while not see what it has
+        written. UserError for a damaged file of a done stage.
         """
         folder, ranks = self.stage_dir(name), self.ranks
         self._done.pop(name, None)
@@ -259,6 +259,8 @@ class RunFolder:
             done |= {"version": __version__, "revision": revision(), "files": files}
             atomic_write(folder / record.FILE, record.sealed(done))
             done = record.read(folder)
+            for left in folder.glob("checkpoint-*"):  # which only an unfinished stage goes on from
+                remove_folder(left)
         return self.ranks.from_main(done)
 
 

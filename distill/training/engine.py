@@ -109,7 +109,9 @@ class Engine:
         """What runs, for people: processes, engine, device, precision and threads of each."""
         count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         threads = f"{torch.get_num_threads()} threads each"
-        return f"{count}, {self.kind}, {self.device.type}, {self.config.precision}, {threads}"
+        slow = self.config.precision == "bf16" and self.device.type == "cpu" and not multiplies_bf16()
+        hint = " (slow on this CPU: engine.precision=fp32 is faster)" if slow else ""
+        return f"{count}, {self.kind}, {self.device.type}, {self.config.precision}{hint}, {threads}"
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -230,6 +232,11 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
     if kind == "ddp" and config.offload:
         raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
     return kind
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has fast products of bf16 matrices (AVX-512 or better, by oneDNN)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:

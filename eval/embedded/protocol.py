@@ -18,7 +18,8 @@ class EvalConfig:
 
     `num_conditions` fresh held-out conditions are generated `num_seeds` times and compared with `num_reference` other real
     clips. Diversity takes `diversity_seeds` noises for each of `diversity_conditions`. `probes`: a folder of extractors that were
-    trained before, so that numbers of several runs compare; without it they are trained in `probe_steps`.
+    trained before, so that numbers of several runs compare; without it they are trained in `probe_steps` on at most `probe_clips`
+    training clips.
     """
 
     num_conditions: int = 144
@@ -30,6 +31,7 @@ class EvalConfig:
     batch_size: int = 48
     probe_steps: int = 500
     probe_batch: int = 96
+    probe_clips: int = 2048
     probe_lr: float = 5e-3
     probe_seed: int = 7
     admit_clips: int = 144

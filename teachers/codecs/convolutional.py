@@ -27,9 +27,14 @@ UNSHUFFLE = 4  # pixels a side that become channels before the first convolution
 @dataclass(frozen=True, kw_only=True)
 class ConvTrainConfig:
     """Training on the clips: AdamW steps of `batch` windows of `window` latents, learning rate, deviation of the noise that latents
-    get before they are decoded, precision of the convolutions. `shards`: training shards that it is trained on."""
+    get before they are decoded, precision of the convolutions. `shards`: training shards that it is trained on.
+
+    `decoder_steps` more train the decoder alone, so that latents, and teachers of them, stay what they are. With `path` training
+    begins from the weights there, and `num_steps` may be 0.
+    """
 
     num_steps: int
+    decoder_steps: int = 0
     batch: int = 8
     window: int = 4
     lr: float = 1.0e-3
@@ -38,10 +43,13 @@ class ConvTrainConfig:
     shards: int = 8
 
     def __post_init__(self):
-        if min(self.num_steps, self.batch, self.window - 1, self.shards) < 1 or not self.lr > 0 or not self.noise >= 0:
+        steps = (self.num_steps, self.decoder_steps)
+        fine = min(steps) >= 0 and sum(steps) > 0 and min(self.batch, self.window - 1, self.shards) > 0
+        if not fine or not self.lr > 0 or not self.noise >= 0:
             raise UserError(
-                f"codec.train: got num_steps={self.num_steps}, batch={self.batch}, window={self.window}, lr={self.lr}, "
-                f"noise={self.noise}, shards={self.shards}; noise from 0, window from 2, the others above 0"
+                f"codec.train: got num_steps={self.num_steps}, decoder_steps={self.decoder_steps}, batch={self.batch}, "
+                f"window={self.window}, lr={self.lr}, noise={self.noise}, shards={self.shards}; noise and steps from 0, window "
+                f"from 2, the others and one of the steps above 0"
             )
 
 
@@ -51,8 +59,8 @@ class ConvCodecConfig:
     from fine to coarse, each half the resolution of the one before, with `blocks` residual blocks. All but the last work on each
     pixel frame alone, with the same weights; the last on a group of `stride` frames.
 
-    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one it is trained on the clips. The
-    weights lie in the student's folder either way.
+    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one, or with `train` beside it, it is
+    trained on the clips. The weights lie in the student's folder either way.
     """
 
     path: Path | None = None
@@ -75,6 +83,8 @@ class ConvCodecConfig:
             raise UserError(
                 f"codec: got stride={self.stride}, channels={self.channels}, widths={list(self.widths)}; from 1"
             )
+        if self.path is None and self.train is not None and self.train.num_steps == 0:
+            raise UserError("codec.train: num_steps=0 trains no encoder; give codec.path=FOLDER to begin from, or steps")
 
     def load(self, folder: Path, height: int, width: int) -> "ConvCodec":
         """The frozen codec of `folder`/codec.safetensors, for frames of any size. UserError."""

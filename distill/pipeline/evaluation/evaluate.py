@@ -35,7 +35,7 @@ from students.weights.checkpoint import Bundle
 from teachers import flow, media
 from teachers.codecs.linear import to_float
 from teachers.conditions import Conditions
-from teachers.files import load_tensors, save_tensors
+from teachers.files import load_tensors, remove_folder, save_tensors
 
 SAME_NOISE = "teacher_same_noise"
 COSTS_SECONDS = 240.0  # for timing systems on rank 0, while the others wait
@@ -56,6 +56,8 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
     generate_all(artifacts, students, folder, sets)
     found = _report(artifacts, students, folder, test, reference, spread) if artifacts.engine.is_main else {}
     clip_sets.discard(artifacts, folder)
+    if artifacts.engine.is_main:
+        remove_folder(folder / "clips")
     return found
 
 

@@ -36,7 +36,8 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
 
 def _train_probes(artifacts: Artifacts, folder: Path) -> None:
     config, engine = artifacts.recipe.eval, artifacts.engine
-    clips = clip_sets.draw(artifacts, folder, "probes", artifacts.source.num_train, seed=config.probe_seed)
+    count = min(config.probe_clips, artifacts.source.num_train)
+    clips = clip_sets.draw(artifacts, folder, "probes", count, seed=config.probe_seed)
     if engine.is_main:
         rows = clip_sets.log_mel(artifacts, clips.clips)
         total = 3 * config.probe_steps

@@ -72,6 +72,26 @@ def test_a_done_stage_is_skipped_and_its_metrics_returned(toy):
     assert done["config"] == {"n": 1}
 
 
+def test_checkpoints_are_deleted_once_their_stage_is_done(toy):
+    """Of a 14B student they are terabytes, and nothing goes on from them."""
+
+    def body(folder):
+        (folder / "checkpoint-00000002").mkdir(exist_ok=True)
+        atomic_write(folder / "checkpoint-00000002" / "manifest.json", "{}")
+        atomic_write(folder / "model.txt", "x")
+        return {}
+
+    run = RunFolder.open(toy)
+    run.stage("init", {}, (), body)
+    left = sorted(file.name for file in run.stage_dir("init").iterdir())
+    assert "model.txt" in left
+    assert not [name for name in left if name.startswith("checkpoint")]
+    run.close()
+    again = RunFolder.open(toy)
+    again.stage("init", {}, (), pytest.fail)
+    again.close()
+
+
 def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(toy):
     run = RunFolder.open(toy)
     with pytest.raises(Killed):

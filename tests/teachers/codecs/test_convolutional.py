@@ -107,6 +107,24 @@ def test_more_steps_reconstruct_better(tmp_path):
     assert found[1] > found[0] + 3
 
 
+def test_the_decoder_is_trained_on_over_latents_that_stay(tmp_path):
+    """As for Stable Diffusion's ft-MSE decoders: teachers of the codec's latents go on with the better decoder."""
+    train = replace(TRAIN, num_steps=20)
+    for name, config in (("a", replace(SMALL, train=train)), ("one run", replace(SMALL, train=replace(train, decoder_steps=40)))):
+        (tmp_path / name).mkdir()
+        fit_codec(config, [squares()], squares(), 0, tmp_path / name, CPU)
+    further = ConvCodecConfig(**SIZES, path=tmp_path / "a", train=replace(TRAIN, num_steps=0, decoder_steps=40))
+    (tmp_path / "b").mkdir()
+    scores = fit_codec(further, [squares().flip(0)[:2]], squares(), 0, tmp_path / "b", CPU)
+    assert list(scores) == ["decoder"]
+    video = randn(1, 3, 9, 16, 24, seed=4).clamp(-1, 1)
+    one, two, three = (SMALL.load(tmp_path / name, 16, 24) for name in ("a", "b", "one run"))
+    assert torch.equal(one.encode(video), two.encode(video)), "the latents, and their scale, are those of the given codec"
+    assert torch.equal(one.encode(video), three.encode(video))
+    for better in (two, three):
+        assert measure(better, squares())["psnr_db"] > measure(one, squares())["psnr_db"] + 0.5
+
+
 def test_the_data_stage_trains_it_or_takes_it_over(tmp_path):
     world = WorldConfig(resolution=16, num_frames=9, num_train=8, shard_clips=4)
     parts = {"world": world, "audio": AudioConfig(), "text_steps": 1}
@@ -131,6 +149,8 @@ def test_mistakes_are_named(tmp_path):
         ConvCodecConfig(**SIZES | {"patch": 16})
     with pytest.raises(UserError, match=r"codec\.train: got num_steps=0"):
         ConvTrainConfig(num_steps=0)
+    with pytest.raises(UserError, match=r"codec\.train: num_steps=0 trains no encoder; give codec\.path=FOLDER"):
+        ConvCodecConfig(**SIZES, train=ConvTrainConfig(num_steps=0, decoder_steps=2))
     with pytest.raises(UserError, match=r"conv has no weights; give path=FOLDER, or train\.num_steps"):
         shards_for(ConvCodecConfig(**SIZES))
     with pytest.raises(UserError, match=r"codec\.safetensors"):
