@@ -100,13 +100,15 @@ def _no_environment() -> Iterator[None]:
 
 
 def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Take out every key that ends with "?": of a preset, for the recipes that have that part. Yields an override for each value
-    below those whose part is there; they come before those of the command line."""
+    """Take out every key with a "?": of a preset, PART? for the recipes that have that part, PART?FIELD for those whose part has
+    that field. Yields an override for each value below those whose part is there; they come before those of the command line."""
     for name, value in list(values.items()):
-        if str(name).endswith("?"):
+        part, asked, needed = str(name).partition("?")
+        if asked:
             del values[name]
-            if values.get(name[:-1]) is not None:
-                for key, item in flatten(value, f"{prefix}{name[:-1]}").items():
+            own = values.get(part)
+            if own is not None and (not needed or own.get(needed) is not None):
+                for key, item in flatten(value, f"{prefix}{part}").items():
                     yield f"++{key}={json.dumps(item)}"
         elif isinstance(value, dict):
             yield from _conditional(value, f"{prefix}{name}.")
@@ -221,7 +223,8 @@ def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any])
 
 def _holds(node: Any, key: str) -> bool:
     for part in re.split(r"\.|\[", key):
-        if not isinstance(node, dict) or not {part, f"{part}?"} & node.keys():
+        found = [name for name in node if str(name).partition("?")[0] == part] if isinstance(node, dict) else []
+        if not found:
             return False
-        node = node.get(part, node.get(f"{part}?"))
+        node = node[found[0]]
     return True

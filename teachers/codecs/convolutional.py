@@ -59,8 +59,8 @@ class ConvCodecConfig:
     from fine to coarse, each half the resolution of the one before, with `blocks` residual blocks. All but the last work on each
     pixel frame alone, with the same weights; the last on a group of `stride` frames.
 
-    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one, or with `train` beside it, it is
-    trained on the clips. The weights lie in the student's folder either way.
+    `path`: a folder with a trained codec.safetensors, which the data stage takes over; without one, or with `train` beside it, the
+    codec is trained on the clips. The weights lie in the student's folder either way.
     """
 
     path: Path | None = None
@@ -84,7 +84,9 @@ class ConvCodecConfig:
                 f"codec: got stride={self.stride}, channels={self.channels}, widths={list(self.widths)}; from 1"
             )
         if self.path is None and self.train is not None and self.train.num_steps == 0:
-            raise UserError("codec.train: num_steps=0 trains no encoder; give codec.path=FOLDER to begin from, or steps")
+            raise UserError(
+                "codec.train: num_steps=0 trains no encoder; give codec.path=FOLDER to begin from, or steps"
+            )
 
     def load(self, folder: Path, height: int, width: int) -> "ConvCodec":
         """The frozen codec of `folder`/codec.safetensors, for frames of any size. UserError."""

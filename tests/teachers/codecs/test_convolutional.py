@@ -110,7 +110,10 @@ def test_more_steps_reconstruct_better(tmp_path):
 def test_the_decoder_is_trained_on_over_latents_that_stay(tmp_path):
     """As for Stable Diffusion's ft-MSE decoders: teachers of the codec's latents go on with the better decoder."""
     train = replace(TRAIN, num_steps=20)
-    for name, config in (("a", replace(SMALL, train=train)), ("one run", replace(SMALL, train=replace(train, decoder_steps=40)))):
+    for name, config in (
+        ("a", replace(SMALL, train=train)),
+        ("one run", replace(SMALL, train=replace(train, decoder_steps=40))),
+    ):
         (tmp_path / name).mkdir()
         fit_codec(config, [squares()], squares(), 0, tmp_path / name, CPU)
     further = ConvCodecConfig(**SIZES, path=tmp_path / "a", train=replace(TRAIN, num_steps=0, decoder_steps=40))
@@ -119,7 +122,9 @@ def test_the_decoder_is_trained_on_over_latents_that_stay(tmp_path):
     assert list(scores) == ["decoder"]
     video = randn(1, 3, 9, 16, 24, seed=4).clamp(-1, 1)
     one, two, three = (SMALL.load(tmp_path / name, 16, 24) for name in ("a", "b", "one run"))
-    assert torch.equal(one.encode(video), two.encode(video)), "the latents, and their scale, are those of the given codec"
+    assert torch.equal(one.encode(video), two.encode(video)), (
+        "the latents, and their scale, are those of the given codec"
+    )
     assert torch.equal(one.encode(video), three.encode(video))
     for better in (two, three):
         assert measure(better, squares())["psnr_db"] > measure(one, squares())["psnr_db"] + 0.5
