@@ -51,7 +51,7 @@ def test_only_what_continues_says_so(words, resumes, monkeypatch, capsys):
     ("words", "found"),
     [
         (["--for", "livetalk"], (Fraction(16), (512, 512))),
-        (["--for", "dmd_avatar", "--fps", "25"], (Fraction(25), (32, 32))),
+        (["--for", "scratch_avatar", "--fps", "25"], (Fraction(25), (32, 32))),
         ([], (None, None)),
     ],
 )

@@ -66,14 +66,14 @@ def test_a_name_that_the_rule_does_not_read_is_refused(name):
     with pytest.raises(UserError, match=rf"^expect\.{name}: not QUANTITY_SYSTEM"):
         check({name: Bounds(at_most=1.0)})
     with pytest.raises(UserError, match=rf"expect\.{name}"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", [f"expect.{name}={{at_most: 1.0}}"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", [f"expect.{name}={{at_most: 1.0}}"])
 
 
 def test_recipes_hold_their_own():
-    own = load_recipe(RECIPES / "dmd_avatar.yaml").expect
+    own = load_recipe(RECIPES / "scratch_avatar.yaml").expect
     assert len(own) == 16
     assert own["fid_student_over_teacher"] == Bounds(at_most=1.1)
-    assert load_recipe(RECIPES / "dmd_avatar.yaml", ["expect={}"]).expect == own, "an override adds"
+    assert load_recipe(RECIPES / "scratch_avatar.yaml", ["expect={}"]).expect == own, "an override adds"
     assert load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=x"]).expect == {}
     with pytest.raises(UserError, match="expect: an entry without bounds"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["expect.fid_student={}"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["expect.fid_student={}"])

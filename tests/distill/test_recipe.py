@@ -201,7 +201,7 @@ def test_a_path_of_any_name_is_taken_as_it_is_written(own, value):
 def test_home_is_written_out(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     recipe = load_recipe(
-        RECIPES / "dmd_avatar.yaml",
+        RECIPES / "scratch_avatar.yaml",
         ["run_dir=~/run", "reuse=[~/a,b]", "teacher.path=~/weights", "teacher.wan=~no-such-user/x"],
     )
     assert recipe.run_dir == f"{tmp_path}/run"
@@ -214,8 +214,8 @@ def test_home_is_written_out(tmp_path, monkeypatch):
 def test_a_recipe_of_any_name_in_a_folder_of_any_name(tmp_path, name):
     folder = tmp_path / "ö [1] =x"
     folder.mkdir()
-    (folder / name).write_text((RECIPES / "dmd_avatar.yaml").read_text())
-    assert load_recipe(folder / name, ["preset=smoke"]).name == "dmd_avatar"
+    (folder / name).write_text((RECIPES / "scratch_avatar.yaml").read_text())
+    assert load_recipe(folder / name, ["preset=smoke"]).name == "scratch_avatar"
 
 
 @pytest.mark.parametrize("text", ["${oc.env:PASSWORD}", "x-${oc.env:PASSWORD,none}", "${${threads}:PASSWORD}"])
@@ -262,7 +262,7 @@ PRESETS = sorted(file.stem for file in (RECIPES / "preset").glob("*.yaml"))
 
 def switches(file):
     """The ways in which a shipped recipe is run: the embedded one by preset, those of real teachers by size."""
-    if "preset:" in file.read_text() or "- dmd_avatar" in file.read_text():
+    if "preset:" in file.read_text() or "- scratch_avatar" in file.read_text():
         return [[f"preset={preset}"] for preset in PRESETS]
     return [["teacher.path=/models/teacher"], ["size=tiny"]]
 
@@ -294,7 +294,7 @@ def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
 )
 def test_a_mistyped_override_of_the_shipped_recipe_is_one_line(override, words):
     with pytest.raises(UserError) as caught:
-        load_recipe(RECIPES / "dmd_avatar.yaml", [override])
+        load_recipe(RECIPES / "scratch_avatar.yaml", [override])
     assert words in str(caught.value)
 
 
@@ -302,7 +302,7 @@ def test_a_recipe_of_a_real_teacher_says_what_it_wants():
     with pytest.raises(UserError, match=r"missing value of 'teacher\.path': .*give it as teacher\.path=VALUE"):
         load_recipe(RECIPES / "livetalk.yaml")
     with pytest.raises(UserError, match=r"no weights of the teacher: give teacher\.path=FOLDER"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["~teacher.method"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["~teacher.method"])
 
 
 def test_a_preset_sets_only_what_a_recipe_has():
@@ -316,10 +316,10 @@ def test_a_preset_sets_only_what_a_recipe_has():
     assert own.ar_teacher is not None
     assert (own.ar_teacher.train.num_steps, own.ar_teacher.train.log_every) == (3, 2)
     with pytest.raises(UserError, match=r"unknown key 'data\.codec\.fit'"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", "data.codec.fit.steps=[1, 1, 1]"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["preset=smoke", "data.codec.fit.steps=[1, 1, 1]"])
 
 
-SMOKE = ("dmd_avatar", "midas_avatar", "midas_dc_ae")
+SMOKE = ("scratch_avatar", "midas_avatar", "midas_dc_ae")
 
 
 def test_a_preset_of_ones_own_reaches_into_parts_that_are_there(tmp_path):
@@ -327,10 +327,18 @@ def test_a_preset_of_ones_own_reaches_into_parts_that_are_there(tmp_path):
     (tmp_path / "preset" / "mine.yaml").write_text(
         "# @package _global_\ndistill:\n  method:\n    gan?: 0.5\n    warmup?: 7\nlora?: {rank: 3}\n"
     )
-    (tmp_path / "own.yaml").write_text("defaults:\n  - dmd_avatar\n  - _self_\nname: own\n")
+    (tmp_path / "own.yaml").write_text("defaults:\n  - scratch_avatar\n  - _self_\nname: own\n")
     recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine"])
     assert (recipe.distill.method.gan, recipe.distill.method.warmup, recipe.lora) == (0.0, 7, None)
     recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine", "method@distill=dmd_gan", "lora={rank: 9}"])
     assert recipe.distill.method.gan == 0.5
     assert recipe.lora is not None
     assert recipe.lora.rank == 9
+
+
+def test_a_preset_tells_a_trained_teacher_from_a_given_one():
+    trained, given = (
+        load_recipe(RECIPES / f"{name}_avatar.yaml", ["preset=smoke"]).teacher for name in ("scratch", "dmd")
+    )
+    assert (trained.network.num_layers, trained.train.num_steps) == (2, 6)
+    assert (given.network.num_layers, given.train) == (4, None)

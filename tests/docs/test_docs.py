@@ -27,7 +27,6 @@ NEEDS = ("weights", "data", "minutes", "browser", "network")
 SMOKE = (
     "preset=smoke",
     "threads=1",
-    "teacher.train.num_steps=4",
     "init.train.num_steps=2",
     "distill.train.num_steps=2",
     "trajectories.num_pairs=8",

@@ -68,7 +68,7 @@ def yaml_of(text: str, read: Callable[[Path], Any], name: str = "a.yaml"):
 
 
 def a_run_s_recipe(folder: Path):
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", ["preset=smoke"])
     from teachers.config import dump
 
     (folder / "recipe.yaml").write_text(dump(recipe))
@@ -215,7 +215,7 @@ CELEBVHQ = {
 SCORES = {"metric": "m", "made_by": "x", "generated": {"a": 1.0}}
 EVAL = {"format": 2, "name": "a", "card": {}, "n": 1, "clips": [], "rows": {}, "columns": {}}
 READ: dict[str, Callable[[Path], tuple[list[Path], Reader]]] = {
-    "recipe": yaml_of((RECIPES / "dmd_avatar.yaml").read_text(), lambda path: load_recipe(path, ["preset=smoke"])),
+    "recipe": yaml_of((RECIPES / "scratch_avatar.yaml").read_text(), lambda path: load_recipe(path, ["preset=smoke"])),
     "a run's recipe": a_run_s_recipe,
     "sweep": yaml_of(
         "jobs: {a: [seed=1], b: [seed=2]}\noverrides: [threads=1]", lambda path: read_sweep(path, str(path))

@@ -29,7 +29,7 @@ from teachers.files import load_tensors
 from tests.support import processes
 from tests.support.processes import run_ranks
 
-RECIPE = RECIPES / "dmd_avatar.yaml"
+RECIPE = RECIPES / "scratch_avatar.yaml"
 SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
 STAGES = ("data", "extractors", "teacher", "trajectories", "init", "distill", "export", "evaluate")
 

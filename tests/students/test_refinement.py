@@ -97,7 +97,7 @@ def test_refinement_is_off_the_path_to_the_screen():
         ("flowact_full", ["+teacher.network.guidance=true"], r"teacher\.network\.guidance: a student alone"),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
         ("flowact_full", ["+distill.start=ar_teacher"], "unknown key 'distill.start'"),
-        ("dmd_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
+        ("scratch_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
         ("flowact_full", ["student.guidance.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
     ],
 )

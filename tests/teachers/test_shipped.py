@@ -6,7 +6,9 @@ import shutil
 import pytest
 import torch
 
+from distill.pipeline.pretrained import load_given
 from distill.recipe import load_recipe, spec_of
+from eval.embedded.extractors import Probes
 from teachers import shipped
 from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.config import convert, to_plain
@@ -68,3 +70,18 @@ def test_a_student_of_shipped_parts_holds_them_itself():
     assert recipe.data.codec.path == WORLD
     assert spec.codec.path is None
     assert spec.text.path is None
+
+
+def test_the_default_recipe_starts_from_the_shipped_teacher_and_extractors():
+    recipe = load_recipe("dmd_avatar", [])
+    assert not recipe.teacher.is_trained
+    teacher = load_given(recipe.teacher, spec_of(recipe), torch.device("cpu"))
+    assert all(bool(value.isfinite().all()) for value in teacher.state_dict().values())
+    assert shipped.name_of(recipe.teacher.path) == "shipped:world/teacher"
+    probes = Probes.load(recipe.eval.probes)
+    assert probes.sha256 == json.loads((WORLD / "probes.json").read_text())["sha256"]
+
+
+def test_a_mistyped_name_in_a_recipe_says_what_there_is():
+    with pytest.raises(UserError, match=r"no shipped weights: shipped:wurld; there are shipped:world"):
+        load_recipe("dmd_avatar", ["teacher.path=shipped:wurld"])

@@ -1,4 +1,4 @@
-"""data=folder: procedural clips written as films with sound, prepared, and dmd_avatar through to its report."""
+"""data=folder: procedural clips written as films with sound, prepared, and scratch_avatar through to its report."""
 
 import json
 import shutil
@@ -80,7 +80,7 @@ def data(films, tmp_path_factory):
 
 @lru_cache(maxsize=1)
 def shipped() -> FolderConfig:
-    given = load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, "data.path=nowhere"]).data
+    given = load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, "data.path=nowhere"]).data
     assert isinstance(given, FolderConfig)
     return given
 
@@ -96,7 +96,7 @@ def opened(path, /, **changes) -> Any:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("folder_run") / "run"
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, f"data.path={data}", f"run_dir={run_dir}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={data}", f"run_dir={run_dir}"])
     run(recipe)
     return recipe, run_dir
 
@@ -249,7 +249,7 @@ def test_a_spoiled_shard_ends_the_data_stage_in_one_line(data, tmp_path):
     shard.write_bytes(content)
     words = [f"data.path={folder}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=rf"^shard differs from its checksum: {shard};[^\n]*$"):
-        run(load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, *words]))
+        run(load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, *words]))
 
 
 def test_clips_that_do_not_fit_are_refused_with_the_command(data, films, tmp_path):
@@ -284,7 +284,7 @@ def test_clips_that_do_not_fit_are_refused_with_the_command(data, films, tmp_pat
 def test_nothing_is_written_before_the_clips_fit(films, tmp_path):
     words = ["data=folder", f"data.path={films}", f"run_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"^[^\n]*run distill data prepare folder[^\n]*$"):
-        run(load_recipe(RECIPES / "dmd_avatar.yaml", words))
+        run(load_recipe(RECIPES / "scratch_avatar.yaml", words))
     assert not (tmp_path / "run").exists()
 
 
@@ -340,16 +340,16 @@ def test_clips_without_sound_are_counted_not_used(films, tmp_path):
 
 
 def test_the_source_is_named_and_the_default_is_not(data):
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, f"data.path={data}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={data}"])
     again = load_recipe(
-        RECIPES / "dmd_avatar.yaml",
+        RECIPES / "scratch_avatar.yaml",
         [*SHORT, "data=avatars", "data.name=folder", f"data.path={data}", "data.held_out=0.5"],
     )
     assert type(recipe.data) is type(again.data) is FolderConfig
     with pytest.raises(UserError, match=r"missing value of 'data.path'"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["data=folder"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["data=folder"])
     with pytest.raises(UserError, match=r"unknown data source 'folders'.*data\.name.*did you mean 'folder'"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["data.name=folders"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["data.name=folders"])
 
 
 MUTE = ("person_02", "person_09")
@@ -374,7 +374,7 @@ def curated(films, tmp_path_factory):
 
 
 def recipe_of(shards, *words):
-    return load_recipe(RECIPES / "dmd_avatar.yaml", [*SHORT, f"data.path={shards}", *words])
+    return load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={shards}", *words])
 
 
 def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):

@@ -21,14 +21,14 @@ from teachers.errors import UserError
 from tests.distill.pipeline.evaluation.test_health import SMALL
 
 CASES = {
-    "plain": ("dmd_avatar", ()),
+    "plain": ("scratch_avatar", ()),
     "corrupted": (
-        "dmd_avatar",
+        "scratch_avatar",
         ("corruption={blur: 0.1, exposure: 1.0, shift: 0.1, static_text: true}", "lora={rank: 2, alpha: 2}"),
     ),
     "base": ("livetalk", ("teacher.path=nowhere", "size=tiny")),
     "causal": ("midas_avatar", ()),
-    "no trajectories": ("dmd_avatar", ("method@init=forcing",)),
+    "no trajectories": ("scratch_avatar", ("method@init=forcing",)),
 }
 
 
@@ -218,7 +218,7 @@ def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
     equal run once."""
     small = (*SMALL, "eval.num_seeds=1", "eval.latency_runs=1", "eval.latency_warmup=0", "eval.num_samples=1")
     reuse = [f"reuse={other}" for other in runs.iterdir()][:1]
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", (*small, f"run_dir={runs / name}", *reuse, *OTHERS[name]))
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", (*small, f"run_dir={runs / name}", *reuse, *OTHERS[name]))
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
     declared: dict[str, set[str]] = {}
     for stage_name, stage in pipeline.stages.items():
@@ -260,7 +260,7 @@ def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
     ],
 )
 def test_a_slot_refuses_a_method_that_it_cannot_serve(tmp_path, method, message):
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
     recipe = replace(recipe, distill=replace(recipe.distill, method=method))
     engine = Engine(recipe.engine)
     with pytest.raises(UserError, match=message) as caught:

@@ -199,7 +199,7 @@ def run_plan(*words) -> int:
     return command.run(parser.parse_args([str(word) for word in words]))
 
 
-@pytest.mark.parametrize("name", ["dmd_avatar", "flowact_avatar", "midas_avatar", "midas_duplex"])
+@pytest.mark.parametrize("name", ["scratch_avatar", "flowact_avatar", "midas_avatar", "midas_duplex"])
 def test_every_stage_has_its_numbers(name, tmp_path, capsys):
     words = ("preset=smoke", "--gpus", "1,2", "--dollars-per-gpu-hour", "3", "--json", tmp_path / "plan.json")
     assert run_plan(RECIPES / f"{name}.yaml", *words) == 0
@@ -232,13 +232,13 @@ def test_every_stage_has_its_numbers(name, tmp_path, capsys):
 )
 def test_a_wrong_rate_is_one_line(words, line):
     with pytest.raises(UserError) as error:
-        run_plan(RECIPES / "dmd_avatar.yaml", *words)
+        run_plan(RECIPES / "scratch_avatar.yaml", *words)
     assert line in str(error.value)
 
 
 def test_batches_that_do_not_divide_are_said(tmp_path, capsys):
     words = ("init.train.global_batch=8", "init.train.batch_size=8", "--gpus", "3", "--json", tmp_path / "plan.json")
-    assert run_plan(RECIPES / "dmd_avatar.yaml", "preset=smoke", *words) == 0
+    assert run_plan(RECIPES / "scratch_avatar.yaml", "preset=smoke", *words) == 0
     assert "no multiple of" in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["overrides"] == {"3": None}
 

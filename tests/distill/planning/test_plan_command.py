@@ -23,7 +23,7 @@ def run_plan(*words) -> int:
     return command.run(parser.parse_args([str(word) for word in words]))
 
 
-SMOKE = (RECIPES / "dmd_avatar.yaml", "preset=smoke")
+SMOKE = (RECIPES / "scratch_avatar.yaml", "preset=smoke")
 
 
 def test_the_embedded_recipe(tmp_path, capsys):

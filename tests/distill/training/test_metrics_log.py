@@ -131,7 +131,7 @@ def test_a_killed_and_resumed_training_is_tracked_as_one_never_killed(tmp_path, 
 
 def test_a_stage_that_is_made_anew_is_tracked_anew(tmp_path):
     """What was given before is counted in the stage's folder, which goes with another fingerprint."""
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", f"run_dir={tmp_path / 'run'}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", ["preset=smoke", f"run_dir={tmp_path / 'run'}"])
     seen: list = []
     for steps in (1, 1, 2):
 
@@ -207,7 +207,7 @@ def classes(monkeypatch, seen: list) -> None:
 def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
     seen: list = []
     classes(monkeypatch, seen)
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", [f"tracker={kind}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"tracker={kind}"])
     metrics_log.check(recipe.tracker)
     tracker = metrics_log.open_tracker(recipe, tmp_path)
     assert tracker is not None
@@ -216,8 +216,8 @@ def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
     assert name.startswith(f"{tmp_path.name}-")
     told = {
         "tensorboard": ("tensorboard", {"logging_dir": tmp_path}),
-        "wandb": ("dmd_avatar", {"id": name, "name": name, "resume": "allow", "dir": str(tmp_path)}),
-        "trackio": ("dmd_avatar", {"name": name, "resume": "allow"}),
+        "wandb": ("scratch_avatar", {"id": name, "name": name, "resume": "allow", "dir": str(tmp_path)}),
+        "trackio": ("scratch_avatar", {"name": name, "resume": "allow"}),
     }
     assert seen[0] == ("made", *told[kind])
     settings = next(row[1] for row in seen if row[0] == "settings")
@@ -228,23 +228,23 @@ def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
 
 
 def test_no_tracker_is_the_default():
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml")
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml")
     assert recipe.tracker == "none"
     assert metrics_log.open_tracker(recipe, Path("nowhere")) is None
     with pytest.raises(UserError, match="one of 'none', 'tensorboard', 'wandb', 'trackio'"):
-        load_recipe(RECIPES / "dmd_avatar.yaml", ["tracker=tensorbord"])
+        load_recipe(RECIPES / "scratch_avatar.yaml", ["tracker=tensorbord"])
 
 
 def test_a_tracker_that_is_not_installed_is_one_line_before_any_work(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(metrics_log, "get_available_trackers", lambda: ["tensorboard"])
     run_dir = tmp_path / "run"
-    assert main(["run", str(RECIPES / "dmd_avatar.yaml"), "tracker=wandb", f"run_dir={run_dir}"]) == 2
+    assert main(["run", str(RECIPES / "scratch_avatar.yaml"), "tracker=wandb", f"run_dir={run_dir}"]) == 2
     said = capsys.readouterr().err
     assert said == "distill: tracker=wandb is not installed: recipe; pip install wandb, or remove tracker=\n"
     assert not run_dir.exists()
 
 
 def test_another_tracker_is_the_same_run(tmp_path):
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
     RunFolder.open(recipe)
-    RunFolder.open(load_recipe(RECIPES / "dmd_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
+    RunFolder.open(load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))

@@ -123,7 +123,7 @@ def test_world_clips_of_a_run(tmp_path, capsys):
     from distill.data.procedural.source import held_out
     from distill.recipe import load_recipe
 
-    recipe = load_recipe(Path("recipes/dmd_avatar.yaml"), ["preset=smoke"])
+    recipe = load_recipe(Path("recipes/scratch_avatar.yaml"), ["preset=smoke"])
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.yaml").write_text(yaml.safe_dump(to_plain(recipe)))

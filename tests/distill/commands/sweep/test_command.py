@@ -29,7 +29,7 @@ from teachers.disk.digests import sealed
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
-RECIPE = RECIPES / "dmd_avatar.yaml"
+RECIPE = RECIPES / "scratch_avatar.yaml"
 JOB = f"""\
 import json, os, pathlib, signal, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[2:])
@@ -95,10 +95,10 @@ def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
     ]
     assert [(r.seed, r.distill.train.num_steps) for r in found.recipes.values()] == [(1, 8), (1, 16), (2, 8), (2, 16)]
     assert all(r.init.train.num_steps == 4 for r in found.recipes.values()), "preset=smoke is every job's"
-    assert found.folder == Path("runs/dmd_avatar_sweep")
+    assert found.folder == Path("runs/scratch_avatar_sweep")
     assert (
         found.recipes["seed=1,distill.train.num_steps=8"].run_dir
-        == "runs/dmd_avatar_sweep/seed=1,distill.train.num_steps=8"
+        == "runs/scratch_avatar_sweep/seed=1,distill.train.num_steps=8"
     )
 
 
@@ -116,7 +116,7 @@ def test_a_sweep_file_names_its_jobs(tmp_path):
     found = command.plan(RECIPE, [f"sweep={file}", "seed=0,1"])
     assert [job.name for job in found.jobs] == ["short,seed=0", "short,seed=1", "plain,seed=0", "plain,seed=1"]
     assert [r.distill.train.num_steps for r in found.recipes.values()] == [2, 2, 4, 4]
-    assert found.folder == Path("runs/dmd_avatar_own")
+    assert found.folder == Path("runs/scratch_avatar_own")
 
 
 def test_the_ablation_undoes_the_default_step_by_step():

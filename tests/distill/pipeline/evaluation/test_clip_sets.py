@@ -22,7 +22,7 @@ NUM = 7
 
 @pytest.fixture(scope="module")
 def artifacts() -> Any:
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", ["preset=smoke", "run_dir=unused"])
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", ["preset=smoke", "run_dir=unused"])
     spec = spec_of(recipe)
     audio = recipe.data.audio.load(spec.samples_per_frame)
     source = recipe.data.open()

@@ -167,7 +167,7 @@ SMALL = (
 
 
 def pipeline(folder, *overrides: str) -> Pipeline:
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", (*SMALL, f"run_dir={folder}", *overrides))
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", (*SMALL, f"run_dir={folder}", *overrides))
     return Pipeline(recipe, Engine(recipe.engine, recipe.threads))
 
 
@@ -289,9 +289,9 @@ def test_a_collapse_with_the_best_score_is_not_the_best(tmp_path, at, kept):
 
 def test_presets_that_learn_nothing_never_stop():
     for recipe, words, stops in (
-        ("dmd_avatar", (), True),
+        ("scratch_avatar", (), True),
         ("livetalk", ("teacher.path=x",), True),
-        ("dmd_avatar", ("preset=smoke",), False),
+        ("scratch_avatar", ("preset=smoke",), False),
         ("livetalk", ("size=tiny",), False),
     ):
         assert load_recipe(RECIPES / f"{recipe}.yaml", words).health.stop is stops
