@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from students.history import History
-from teachers.networks.kind import KeyValue
+from teachers.networks.kind import KeyValue, PastParts
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class CachedChunk:
     values: tuple[Tensor, ...]
 
 
-ContextKV = tuple[tuple[KeyValue, ...], ...]
+ContextKV = Sequence[tuple[KeyValue, ...]]
 """Of each pass and block, rotated keys and values [B, N, M, d] of all that is seen."""
 RotateKeys = Callable[[Tensor, int], Tensor]
 """Keys of a chunk and its place in time (History.place) -> rotated keys."""
@@ -35,6 +36,36 @@ def concatenate(cached: Sequence[CachedChunk], chunk: int, history: History, rot
         values = torch.cat([cached[i].values[step] for i in order], dim=2)
         context_kv.append(tuple(zip(keys, values, strict=True)))
     return tuple(context_kv)
+
+
+class LazyContext(Sequence[tuple[KeyValue, ...]]):
+    """A context that is made when a step first asks for it. By then nobody holds the one before it, and of the two, the largest
+    tensors of a rollout, there is never more than one."""
+
+    def __init__(self, make: Callable[[], ContextKV], passes: int):
+        self._make, self._passes = make, passes
+
+    @cached_property
+    def _made(self) -> ContextKV:
+        return self._make()
+
+    def __len__(self) -> int:
+        return self._passes
+
+    def __getitem__(self, index):
+        return self._made[index]
+
+
+def unrotated(
+    cached: Sequence[CachedChunk], chunk: int, history: History, table: Callable[[int], Tensor], step: int
+) -> list[PastParts]:
+    """Of each block what `concatenate` makes the context of: `cached` itself and the table of each chunk's place, so that a block
+    which is computed again in the backward pass keeps no copy of its own."""
+    order = sorted(range(len(cached)), key=lambda i: history.slot(cached[i].chunk, chunk))
+    keys, values = ([getattr(cached[i], name)[step] for i in order] for name in ("keys", "values"))
+    tables = tuple(table(history.place(cached[i].chunk, i)) for i in order)
+    layers = range(len(keys[0]))
+    return [(tuple(key[i] for key in keys), tuple(value[i] for value in values), tables) for i in layers]
 
 
 class InplaceKVCache:

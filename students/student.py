@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, concatenate
+from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, LazyContext, concatenate
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
@@ -159,11 +160,16 @@ class Student(nn.Module):
     def resume(self, state: State, cached: Sequence[CachedChunk], chunk: int) -> State:
         """The state before chunk number `chunk` with those of `cached` that it sees, made ready."""
         see = self.spec.history.visible(chunk)
-        cached, context_kv = tuple(entry for entry in cached if entry.chunk in see), ()
+        cached = tuple(entry for entry in cached if entry.chunk in see)
+        context_kv: ContextKV = ()
         if cached and state.kv_cache is not None:
             state.kv_cache.context_kv(cached, chunk, self.rotate_keys)
         elif cached:
-            context_kv = concatenate(cached, chunk, self.spec.history, self.rotate_keys)
+            make = partial(concatenate, cached, chunk, self.spec.history, self.rotate_keys)
+            with_gradient = any(
+                key.requires_grad for entry in cached for key in entry.keys
+            )  # a step without has none to give
+            context_kv = make() if with_gradient else LazyContext(make, len(cached[0].keys))
         return replace(state, chunk=chunk, cached=cached, context_kv=context_kv)
 
     def restore(self, state: State, cached: Sequence[CachedChunk], seen: Sequence[Finished], chunk: int) -> State:

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.kv_cache import CachedChunk
+from students.kv_cache import CachedChunk, unrotated
 from students.schedule import DiagonalStep
 from students.spec import Spec
 from students.student import CacheKind, Finished, ReadAhead, State, Student, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.kind import KeyValue, to_x0
+from teachers.networks.kind import KeyValue, PastParts, to_x0
 from teachers.networks.wan import AvatarTransformer, Span
 from teachers.networks.wan_block import rotate
 
@@ -128,7 +128,7 @@ class CausalWan(Student):
             text,
             audio,
             spans=_spans(segments, n, absolute=self.spec.history.positions == "absolute"),
-            past=None if state is None else self.past(state, step),
+            past=None if state is None else self._past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
             pose=given.pose,
             remember=keep,
@@ -137,6 +137,16 @@ class CausalWan(Student):
         x, _ = composed[-1]
         out = out[:, :, out.shape[2] - x.shape[2] :]
         return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
+
+    def _past(self, state: State, step: int) -> Sequence[KeyValue | PastParts] | None:
+        """The context of a step; in parts where blocks are computed again in the backward pass, which would keep it until then."""
+        if not (state.cached and self.net.gradient_checkpointing and torch.is_grad_enabled()):
+            return self.past(state, step)
+        n, grid = self.spec.chunk_frames, self.spec.token_grid
+        which = step if len(state.cached[0].keys) > 1 else 0
+        return unrotated(
+            state.cached, state.chunk, self.spec.history, lambda at: self.net.rope_table(at * n, n, *grid), which
+        )
 
     def _chunk(
         self,

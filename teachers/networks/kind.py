@@ -19,6 +19,8 @@ from teachers.resolve import Registry, in_users_file, label, missing
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one block, [B, n, M, d] with M heads of width d."""
+PastParts = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
+"""A context in parts: un-rotated keys, values, and the table that rotates the keys, of each chunk in the order of attention."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.kind import Dims, KeyValue, NetworkKind, write_reference
+from teachers.networks.kind import Dims, KeyValue, NetworkKind, PastParts, write_reference
 from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -276,7 +276,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[Tensor] | None = None,
         spans: Sequence[Span] | None = None,
-        past: Sequence[KeyValue] | None = None,
+        past: Sequence[KeyValue | PastParts] | None = None,
         past_frames: int = 0,
         pose: Tensor | None = None,
         image: Tensor | None = None,

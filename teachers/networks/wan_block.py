@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from teachers.networks.kind import KeyValue
+from teachers.networks.kind import KeyValue, PastParts
 
 
 class AudioPack(nn.Module):
@@ -58,6 +58,15 @@ def keys_values(x: Tensor, to_key: Any, norm: Any, to_value: Any, heads: int) ->
     return norm(key).type_as(key).unflatten(2, (heads, -1)), to_value(x).unflatten(2, (heads, -1))
 
 
+def joined(past: KeyValue | PastParts) -> KeyValue:
+    """Rotated keys and values behind which a block attends: as they are, or joined from a context in parts."""
+    if len(past) == 2:
+        return past
+    keys, values, tables = past
+    parts = [rotate(key, table) for key, table in zip(keys, tables, strict=True)]
+    return torch.cat(parts, dim=1), torch.cat(values, dim=1)
+
+
 class AvatarBlock(WanTransformerBlock):
     """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
 
@@ -67,9 +76,9 @@ class AvatarBlock(WanTransformerBlock):
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
     def forward(self, x, text, temb, spans, rotary, past, image=None):
-        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
-        one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], whose attention
-        is added to the text's.
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added; one (query
+        tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D], whose
+        attention is added to the text's.
 
         Returns the new x and this input's un-rotated keys and values.
         """
@@ -90,6 +99,7 @@ class AvatarBlock(WanTransformerBlock):
         split = (attention.heads, -1)
         query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
+        past = None if past is None else joined(past)
         seen = []
         for (tokens, context), rope_table in zip(spans, rotary, strict=True):
             if context:
