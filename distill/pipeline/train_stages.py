@@ -27,6 +27,7 @@ from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import checkpoint, lora
 from distill.training.loop import Trainer, train
+from students.serving.optimize import compile_blocks, set_attention
 from teachers.checkpoints.strict import check_finite
 from teachers.files import save_tensors
 from teachers.flow import keyed_generator
@@ -74,6 +75,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
 
     if slot != "distill":
         metrics = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid)
+        roles.clear()
         return metrics | {"health": check_health(artifacts, slot, folder)}
     check = Validation(artifacts, roles["student"], folder)
     check_and_alarm = (check, check.collapse)
@@ -117,6 +119,7 @@ def run_training(
     if engine.config.checkpointing:
         for network in (net for role in roles.values() for net in networks_in(role)):
             network.kind.enable_checkpointing(network)
+    _make_fast(artifacts, roles)
     average = next(iter(roles))
     parameters = sum(p.numel() for p in roles[average].parameters())
     trainer = Trainer(engine, settings, roles, average, folder)
@@ -128,6 +131,7 @@ def run_training(
 
     with artifacts.training(frozen), closing(Positions(make)) as made:
         held = {name: artifacts.frozen(name) for name in frozen}
+        _make_fast(artifacts, held)
         method = methods.build(config.method, {**roles, **held}, grid)
 
         def batches(position: int) -> Batch:
@@ -141,6 +145,13 @@ def run_training(
         **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if artifacts.recipe.lora else {}),
         **({"best": trainer.best} if trainer.best else {}),
     }
+
+
+def _make_fast(artifacts: Artifacts, roles: Mapping[str, Any]) -> None:
+    """The engine's attention backend and compiled blocks in every network of these roles."""
+    for network in (net for role in roles.values() for net in networks_in(role)):
+        set_attention(network, artifacts.engine.config.attention)
+        compile_blocks(network, artifacts.engine.config.compile, artifacts.spec)
 
 
 def _save_averaged(trainer: Trainer, folder: Path) -> None:
@@ -161,13 +172,15 @@ def check_health(artifacts: Artifacts, slot: str, folder: Path) -> dict[str, Any
     printed."""
     artifacts.engine.barrier()  # its weights are on the disk
     check = HealthCheck(artifacts)
-    own = check.student(artifacts.student(slot).eval())
+    with artifacts.codec_alone():
+        own = check.student(artifacts.finished_student(slot))
     found: dict[str, Any] = {"num_conditions": check.num, slot: own}
     if not any("health/noise" in row for row in artifacts.log.rows(slot)):
         steps = getattr(artifacts.recipe, slot).train.num_steps
         artifacts.log.write(slot, steps, {f"health/{name}": value for name, value in own.items()})
     if slot == "init":
-        found["teacher"] = check.teacher(folder)
+        with artifacts.codec_alone():
+            found["teacher"] = check.teacher(folder)
         found["readiness"] = readiness(own, found["teacher"], artifacts.recipe.health.ready)
         if artifacts.engine.is_main:
             tqdm.write(f"distill: init: {found['readiness']}", file=sys.stderr)

@@ -18,8 +18,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from distill.training.role import DistributedRole, Kind, MakeOptimizer
+from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
 from distill.training.signals import end_with_parent
+from students.serving.optimize import Compile
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -27,23 +28,30 @@ from teachers.flow import keyed_generator
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
-    reductions stay fp32); a reduction moves `bucket_mib` at once. `offload` keeps what is sharded in the host's memory. The
-    last `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward
-    pass in place of keeping what is inside it. A rank that waits for another longer than `timeout_minutes` ends the run.
+    reductions stay fp32); a reduction moves `bucket_mib` at once. The last `keep_checkpoints` of a stage are kept. With
+    `checkpointing` trained networks compute each block again in the backward pass in place of keeping what is inside it. A rank
+    that waits for another longer than `timeout_minutes` ends the run.
+
+    `offload`: roles that wait in the host's memory. Of the teacher each block comes to the device when it computes, the next one on
+    its way; of trained roles (not with ddp) it is the shards of weights, gradients and moments. `attention`, a backend of
+    diffusers' dispatcher, and `compile`, a mode of torch.compile for each block, are those of what trains, as the commands' own.
 
     fsdp2 alone: `shard_ranks` share one copy of each network's shards and the groups of them are replicas (HSDP: the ranks of a
-    node, say); null: all ranks share one. With `gather_once` a trained network's weights stay gathered until the micro-step's end,
-    so that a rollout of many calls moves them once, for the memory of one whole copy in `precision`."""
+    node, say); null, or with no more ranks than that: all ranks share one. With `gather_once` a trained network's weights stay
+    gathered until the micro-step's end, so that a rollout of many calls moves them once, for the memory of one whole copy in
+    `precision`."""
 
     kind: Kind | None = None
     precision: Literal["fp32", "bf16"]
     bucket_mib: int = 32
-    offload: bool = False
+    offload: tuple[RoleName, ...] = ()
     keep_checkpoints: int = 2
     checkpointing: bool = False
     timeout_minutes: int = 60
     shard_ranks: int | None = None
     gather_once: bool = False
+    attention: str = "native"
+    compile: Compile = "none"
 
     def __post_init__(self):
         for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes"):
@@ -54,10 +62,7 @@ class EngineConfig:
         for name in ("shard_ranks", "gather_once"):
             if getattr(self, name) and self.kind not in (None, "fsdp2"):
                 raise UserError(f"engine.{name}: {self.kind} has no such option; remove it, or use engine=fsdp2")
-        if self.offload and self.kind == "ddp":
-            raise UserError(
-                "engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3"
-            )
+        check_offload(self.kind or "fsdp2", self.offload)
 
 
 class Engine:
@@ -77,7 +82,7 @@ class Engine:
         if "WORLD_SIZE" not in os.environ:
             check_world_size(self.requested, 1, on_cpu)
         timeout = timedelta(minutes=config.timeout_minutes)
-        if self.requested > 1 and config.offload and not on_cpu:
+        if self.requested > 1 and set(config.offload) - {"teacher"} and not on_cpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # shards in the host's memory are reduced there
             dist.init_process_group("cuda:nccl,cpu:gloo", timeout=timeout)
@@ -92,7 +97,7 @@ class Engine:
             raise UserError(
                 f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
             )
-        if config.shard_ranks and self.world_size % config.shard_ranks:
+        if config.shard_ranks and self.world_size % min(config.shard_ranks, self.world_size):
             raise UserError(
                 f"engine.shard_ranks: {self.world_size} processes are no multiple of {config.shard_ranks}; change one"
             )
@@ -167,11 +172,11 @@ class Engine:
         if self.kind == "fsdp2":
             from distill.training import fsdp
 
-            fsdp.shard(self, net)
+            fsdp.shard(self, net, offload="teacher" in self.config.offload)
         else:
             from distill.training import zero
 
-            zero.partition(self, net)
+            zero.partition(self, net, "teacher" in self.config.offload)
         return net
 
     def generator(
@@ -220,7 +225,7 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
         raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; remove one")
     offload = _offload_flag(environ)
     if offload and not config.offload:
-        raise UserError(f"{offload} would have no effect: launcher; set engine.offload=true")
+        raise UserError(f"{offload} would have no effect: launcher; set engine.offload=[student,fake_score]")
     steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
         raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; use train.accumulation")
@@ -229,14 +234,23 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
         fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
         raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
     kind = kind or config.kind or "ddp"
-    if kind == "ddp" and config.offload:
-        raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")
+    check_offload(kind, config.offload)
     return kind
 
 
 def multiplies_bf16() -> bool:
     """Whether this CPU has fast products of bf16 matrices (AVX-512 or better, by oneDNN)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def check_offload(kind: Kind, roles: Sequence[RoleName]) -> None:
+    """UserError where an engine cannot keep what a role trains in the host's memory."""
+    trained = [name for name in roles if name != "teacher"]
+    if trained and kind == "ddp":
+        raise UserError(
+            f"engine.offload: ddp keeps a trained {trained[0]} on the device; name teacher alone, or use engine=fsdp2, zero1, "
+            "zero2 or zero3"
+        )
 
 
 def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
@@ -309,9 +323,10 @@ def _buckets(tensors: Sequence[Tensor], num_bytes: int) -> list[list[Tensor]]:
 
 
 def make_role(
-    engine, kind: Kind, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int
+    engine, kind: Kind, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int, offload: bool = False
 ) -> DistributedRole:
-    """`net` as a trained role of an engine of this kind. Sharding changes `net` in place."""
+    """`net` as a trained role of an engine of this kind; with `offload` its parts are in the host's memory. Sharding changes `net`
+    in place."""
     if kind == "ddp":
         from distill.training.ddp import DDPRole
 
@@ -319,7 +334,7 @@ def make_role(
     if kind == "fsdp2":
         from distill.training.fsdp import FSDP2Role
 
-        return FSDP2Role(engine, net, make, clip, accumulation)
+        return FSDP2Role(engine, net, make, clip, accumulation, offload)
     from distill.training.zero import ZeRORole
 
-    return ZeRORole(engine, int(kind[-1]), net, make, clip, accumulation)
+    return ZeRORole(engine, int(kind[-1]), net, make, clip, accumulation, offload)

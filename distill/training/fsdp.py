@@ -24,24 +24,30 @@ READS = ("read_text", "read_time", "read_audio", "read", "look")
 
 def mesh_of(engine) -> DeviceMesh:
     """All ranks in a row; with `engine.shard_ranks` the replicas by the ranks that share one's shards."""
-    together = engine.config.shard_ranks or engine.world_size
+    together = min(engine.config.shard_ranks or engine.world_size, engine.world_size)
     if together == engine.world_size:
         return init_device_mesh(engine.device.type, (together,), mesh_dim_names=("shard",))
     shape = (engine.world_size // together, together)
     return init_device_mesh(engine.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(engine, net: nn.Module, keep: bool = False, fill: Callable[[nn.Module], None] | None = None) -> FSDPModule:
+def shard(
+    engine,
+    net: nn.Module,
+    keep: bool = False,
+    fill: Callable[[nn.Module], None] | None = None,
+    offload: bool = False,
+) -> FSDPModule:
     """Shard `net` in place over the ranks, block by block, and return its root: the transformer in it, else `net` itself.
 
-    The blocks are the modules that the transformer's `_no_split_modules` names. With `keep` they stay gathered once they are, until
-    `reshard`. A network on the meta device gets its shards on ours, and fill(net) writes the values, so that no rank holds it
-    whole. One that is in shards already stays as it is.
+    The blocks are the modules that the transformer's `_no_split_modules` names. With `keep` they stay gathered once they are,
+    until `reshard`; with `offload` the shards are in the host's memory. A network on the meta device gets its shards on ours, and
+    fill(net) writes the values, so that no rank holds it whole. One that is in shards already stays as it is.
     """
     if isinstance(_parts(net)[0], FSDPModule):
         return cast(FSDPModule, _parts(net)[0])
     mesh = mesh_of(engine)
-    offload = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if engine.config.offload else OffloadPolicy()
+    where = CPUOffloadPolicy(pin_memory=engine.device.type == "cuda") if offload else OffloadPolicy()
     bf16 = torch.bfloat16 if engine.config.precision == "bf16" else None
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views that are never written to
     root, blocks = _parts(net)
@@ -52,13 +58,14 @@ def shard(engine, net: nn.Module, keep: bool = False, fill: Callable[[nn.Module]
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": policy,
-            "offload_policy": offload,
+            "offload_policy": where,
             "ignored_params": owned,
         }
         fully_shard(module, reshard_after_forward=False if keep else None, **options)
+        cast(FSDPModule, module).set_reshard_after_backward(not keep, recurse=False)
         _gather_for_reads(module, keep)
     if fill is not None:
-        _allocate(net, engine)
+        _allocate(net, engine, offload)
         fill(net)
     for p in (p for block in blocks for p in block.parameters(recurse=False) if not isinstance(p, DTensor)):
         p.data = p.data.to(engine.device)
@@ -68,10 +75,10 @@ def shard(engine, net: nn.Module, keep: bool = False, fill: Callable[[nn.Module]
     return cast(FSDPModule, root)
 
 
-def _allocate(net: nn.Module, engine) -> None:
+def _allocate(net: nn.Module, engine, offload: bool) -> None:
     """Memory for parameters on the meta device; buffers, which are not on it, keep their values."""
     buffers = [(module, name, x) for module in net.modules() for name, x in module._buffers.items() if x is not None]
-    net.to_empty(device="cpu" if engine.config.offload else engine.device)
+    net.to_empty(device="cpu" if offload else engine.device)
     for module, name, x in buffers:
         module._buffers[name] = x.to(engine.device)
 
@@ -122,9 +129,11 @@ def _parts(net: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
 class FSDP2Role:
     """`DistributedRole` in FSDP2 shards."""
 
-    def __init__(self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
+    def __init__(
+        self, engine, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int, offload: bool = False
+    ):
         self.engine, self.clip, self.accumulation = engine, clip, accumulation
-        self.root = shard(engine, net, keep=engine.config.gather_once)
+        self.root = shard(engine, net, keep=engine.config.gather_once, offload=offload)
         reshard(self.root)  # a validation before training may have left it gathered
         self.params = trained(net)
         self.optimizer = make([{"params": group} for group in self._groups(self.params.values()) if group])
@@ -140,7 +149,7 @@ class FSDP2Role:
             return compute()
 
     def backward(self, value: Tensor, last: bool) -> None:
-        self.root.set_requires_gradient_sync(last)
+        self.root.set_requires_all_reduce(last)  # over replicas; whole gradients are kept by nobody
         (value / self.accumulation).backward()
 
     def step(self, rate: float) -> Tensor:

@@ -71,9 +71,9 @@ class Trainer:
         self.kind, self.keep = engine.kind, engine.config.keep_checkpoints
         self.accumulation = config.micro_steps(engine.world_size)
         self.held = {
-            name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation)
+            name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation, wait)
             for name, net in roles.items()
-            for o in [config.optimizers[name]]
+            for o, wait in [(config.optimizers[name], name in engine.config.offload)]
         }
         self.trained = {name: trained(net) for name, net in roles.items()}
         self.updates = dict.fromkeys(roles, 0)

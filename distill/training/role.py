@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Kind = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+RoleName = Literal["teacher", "student", "fake_score"]
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 """An optimizer of these parameters, or of these groups of them."""
 WEIGHT, MOMENTS, COUNT = "weight", ("exp_avg", "exp_avg_sq"), "step"

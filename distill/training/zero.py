@@ -44,11 +44,14 @@ class FlatSlice:
 class ZeRORole:
     """`DistributedRole` in ZeRO's partitions."""
 
-    def __init__(self, engine, stage: int, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int):
+    def __init__(
+        self, engine, stage: int, net: nn.Module, make: MakeOptimizer, clip: float, accumulation: int, offload: bool
+    ):
         self.engine, self.stage, self.accumulation = engine, stage, accumulation
         net.to(engine.device)
         self.params = trained(net)
-        config = settings(engine, stage) | {"gradient_clipping": clip, "gradient_accumulation_steps": accumulation}
+        config = settings(engine, stage, offload)
+        config |= {"gradient_clipping": clip, "gradient_accumulation_steps": accumulation}
         optimizer = make(list(self.params.values()))
         self.deepspeed = initialize(engine, model=ZeROModule(net), optimizer=optimizer, config=config)
         self.zero: Any = self.deepspeed.optimizer
@@ -143,7 +146,7 @@ class ZeRORole:
                 flat[piece.offset : piece.offset + piece.count].copy_(part)
 
 
-def settings(engine, stage: int) -> dict[str, Any]:
+def settings(engine, stage: int, offload: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of one role, without what its optimizer adds."""
     elements = engine.config.bucket_mib * 2**20 // 4
     zero: dict[str, Any] = {
@@ -154,7 +157,7 @@ def settings(engine, stage: int) -> dict[str, Any]:
         "stage3_param_persistence_threshold": PERSISTENT,
         "memory_efficient_linear": False,  # it replaces torch's linear for the whole process
     }
-    if engine.config.offload:
+    if offload:
         pinned = {"device": "cpu", "pin_memory": engine.device.type == "cuda"}
         zero |= {"offload_optimizer": pinned} | ({"offload_param": pinned} if stage == 3 else {})
     config: dict[str, Any] = {
@@ -197,7 +200,7 @@ def _replicate_tables(deepspeed_engine: Any) -> None:
         persistent[0].all_gather(persistent)
 
 
-def partition(engine, net: nn.Module) -> None:
+def partition(engine, net: nn.Module, offload: bool) -> None:
     """Partition a frozen network in place, as ZeRO-3 does with a trained one; its forward gathers what it needs."""
     net.to(engine.device)
-    initialize(engine, model=net, config=settings(engine, 3))
+    initialize(engine, model=net, config=settings(engine, 3, offload))

@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from students.spec import Spec
 from teachers.errors import UserError
 
 if TYPE_CHECKING:
     from students.weights.checkpoint import Bundle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+Compile = Literal["none", "default", "reduce-overhead", "max-autotune"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class Speed:
     trained in is exact; everything else changes the frames a little."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    compile: Literal["none", "default", "reduce-overhead", "max-autotune"] = "none"
+    compile: Compile = "none"
     attention: str = "native"
     quantize: Literal["none", "int8", "fp8"] = "none"
 
@@ -43,23 +47,46 @@ def prepare(bundle: "Bundle", device: torch.device | str, speed: Speed) -> "Bund
         bundle.to(device)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{device}: no room for the student ({str(error).splitlines()[0]}); try another") from error
-    try:
-        if speed.attention != "native":
-            net.kind.set_attention(net, speed.attention)
-    except (ValueError, ImportError, RuntimeError) as error:
-        line = str(error).splitlines()[0]
-        raise UserError(f"attention backend '{speed.attention}': {line}; native always works") from error
+    set_attention(net, speed.attention)
     if speed.quantize != "none":
         _ = bundle.fingerprint  # kept: it is of plain weights
         _quantise(net, speed.quantize)
-    if speed.compile != "none" and bundle.spec.history.positions == "absolute":
-        raise UserError("compile: positions: absolute would make another graph for every chunk; use compile=none")
     if speed.compile != "none":
-        # One graph for each length of the context until it is full; past the limit the step would silently run uncompiled.
-        capacity = bundle.spec.history.capacity or 16
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * capacity + 8)
+        _allow_graphs(bundle.spec, 2)
         net.compile(mode=speed.compile, dynamic=False)
     return bundle
+
+
+def set_attention(net: Any, backend: str) -> None:
+    """Choose the attention backend of a network; UserError for one that is unknown, not installed or not for this machine."""
+    try:
+        if backend != "native":
+            net.kind.set_attention(net, backend)
+    except (ValueError, ImportError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise UserError(f"attention backend '{backend}': {line}; native always works") from error
+
+
+def compile_blocks(net: Any, mode: Compile, spec: Spec) -> None:
+    """Compile each block's forward, for training: blocks share their graphs, and the hooks of an engine stay outside of them.
+    UserError for a network without blocks."""
+    if mode == "none":
+        return
+    _allow_graphs(spec, 8)  # with gradient and without, computed again, with conditions read ahead or not
+    blocks = getattr(net, "blocks", None)
+    if not isinstance(blocks, torch.nn.ModuleList):
+        raise UserError(f"compile: {type(net).__name__} has no blocks; use compile=none")
+    for block in blocks:
+        block.forward = torch.compile(block.forward, mode=mode, dynamic=False)
+
+
+def _allow_graphs(spec: Spec, kinds: int) -> None:
+    """One graph for each length of the context until it is full, and each of so many `kinds` of call; past the limit the step would
+    silently run uncompiled."""
+    if spec.history.positions == "absolute":
+        raise UserError("compile: positions: absolute would make another graph for every chunk; use compile=none")
+    limit = kinds * (spec.history.capacity or 16) + 8
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 
 def cast(net: Any, dtype: torch.dtype) -> None:

@@ -152,6 +152,7 @@ def fake_cuda() -> Iterator[FakeGPU]:
         mock.patch("torch.cuda.synchronize", side_effect=lambda *_: stream.synchronize()),
         mock.patch("torch.cuda.stream", nullcontext),
         mock.patch("torch.cuda.device", nullcontext),
+        mock.patch.object(Tensor, "record_stream", return_value=None),
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),

@@ -112,7 +112,10 @@ def zero(stage: str) -> dict[str, str]:
     [
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm would have no effect"),
         ({"ACCELERATE_USE_FSDP": "true"}, "use --fsdp_version 2"),
-        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "--fsdp_offload_params true .* set engine.offload=true"),
+        (
+            FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"},
+            "--fsdp_offload_params true .* set engine.offload=\\[student,fake_score\\]",
+        ),
         (zero("3") | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"}, "--offload_param_device cpu"),
         (zero("2") | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "--deepspeed_config_file ds.json"),
         (zero("2") | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "use train.accumulation"),
@@ -146,8 +149,11 @@ def test_recipe_and_launcher_agree_on_the_engine(environ, kind, runs):
 def test_recipe_and_launcher_at_odds_are_refused():
     with pytest.raises(UserError, match="--use_fsdp asks for fsdp2, but engine=zero2"):
         check_launcher(FSDP2, EngineConfig(kind="zero2", precision="fp32"))
-    with pytest.raises(UserError, match=r"engine\.offload: ddp keeps"):
-        check_launcher({}, EngineConfig(precision="fp32", offload=True))
+    with pytest.raises(
+        UserError, match=r"engine\.offload: ddp keeps a trained student on the device; name teacher alone"
+    ):
+        check_launcher({}, EngineConfig(precision="fp32", offload=("teacher", "student")))
+    assert check_launcher({}, EngineConfig(precision="fp32", offload=("teacher",))) == "ddp"
     check_launcher(zero("2") | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}, CONFIG)
 
 
@@ -158,7 +164,9 @@ def test_accelerate_itself_does_not_see_the_flags():
     assert environ == {**FSDP2, "RANK": "0"}
 
 
-@pytest.mark.parametrize("change", [{"bucket_mib": 0}, {"keep_checkpoints": 0}, {"kind": "ddp", "offload": True}])
+@pytest.mark.parametrize(
+    "change", [{"bucket_mib": 0}, {"keep_checkpoints": 0}, {"kind": "ddp", "offload": ("student",)}]
+)
 def test_a_setting_that_cannot_be_is_refused(change):
     with pytest.raises(UserError, match=r"^engine\."):
         EngineConfig(**({"precision": "fp32"} | change))

@@ -198,7 +198,7 @@ def worker(folder: Path) -> None:
             block.unshard()
             facts["gathered"] = str(block.ffn.net[2].weight.dtype)
     for kind in OFFLOADED:
-        engine = Engine(EngineConfig(kind=kind, precision="fp32", offload=True))
+        engine = Engine(EngineConfig(kind=kind, precision="fp32", offload=("student", "fake_score")))
         run(engine, folder / f"{kind}-offload", steps=1, batch_size=2)
     engine = Engine(EngineConfig(kind="fsdp2", precision="fp32", gather_once=True))
     facts["gathers"] += [gathers(run(engine, folder / KEEPING, steps=STEPS, batch_size=2))]
