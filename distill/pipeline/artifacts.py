@@ -16,7 +16,10 @@ from distill.recipe import Recipe, TeacherStage
 from distill.training import lora
 from distill.training.engine import Engine
 from distill.training.metrics_log import MetricsLog
+from distill.training.offload import stream
 from eval.embedded.extractors import Probes
+from students.serving.optimize import DTYPES
+from students.serving.optimize import cast as cast_network
 from students.spec import Spec
 from students.student import Student
 from students.weights import checkpoint
@@ -24,6 +27,7 @@ from students.weights.adapter import HINT, fold
 from students.weights.checkpoint import Bundle
 from students.weights.coverage import FILE, load_coverage
 from teachers.checkpoints.strict import load_strict
+from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher
@@ -80,23 +84,25 @@ class Artifacts:
         """Whether the networks of a training stage are made in shards, and whole nowhere."""
         return self.engine.kind == "fsdp2" and not self.recipe.has_custom_network and self.spec.guidance is None
 
-    def in_shards(self, stage: str, frozen: bool) -> Any:
-        """The network of a finished stage in the engine's shards, of which each rank reads its rows."""
+    def in_shards(self, stage: str, role: str) -> Any:
+        """The network of a finished stage, to be a role, in the engine's shards, of which each rank reads its rows."""
         from distill.training import fsdp
 
+        frozen, offload = role in ("teacher", "ar_teacher"), role in self.engine.config.offload
         given = stage in ("teacher", "base") and not self.config(stage).is_trained
         config = self.config(stage if stage == "teacher" else self.recipe.init_checkpoint)
         file = self.folder.stage_dir(stage) / "model.safetensors"
         fill = partial(fill_given, stage=config) if given else partial(fill_strict, file=file)
-        net = outline(config, self.spec, frozen=given and frozen)
-        fsdp.shard(self.engine, net, keep=not frozen and self.engine.config.gather_once, fill=fill)
+        net = outline(config, self.spec, frozen=given and frozen).requires_grad_(not frozen)
+        fsdp.shard(self.engine, net, keep=not frozen and self.engine.config.gather_once, fill=fill, offload=offload)
         return net
 
-    def network(self, stage: str, frozen: bool = True) -> Any:
-        """The network of a finished stage, on our device: given weights, or what was trained here, an adapter folded."""
+    def network(self, stage: str, frozen: bool = True, device: torch.device | None = None) -> Any:
+        """The network of a finished stage, on our device or this: given weights, or what was trained here, an adapter folded."""
+        device = device or self.engine.device
         recipe, file = self.recipe, self.folder.stage_dir(stage) / "model.safetensors"
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
-            return load_given(self.config(stage), self.spec, self.engine.device, frozen)
+            return load_given(self.config(stage), self.spec, device, frozen)
         if recipe.lora is not None and stage not in ("teacher", "base"):
             net = self.network(recipe.init_checkpoint, frozen=False)
             fold(net, recipe.lora.adapter(load_tensors(file)), file)
@@ -105,7 +111,7 @@ class Artifacts:
         if self.spec.guidance is not None and stage in ("init", "distill"):
             net.add_guidance()
         load_strict(net, load_tensors(file), file, HINT)
-        return net.to(self.engine.device)
+        return net.to(device)
 
     @cached_property
     def backbone(self) -> Any:
@@ -126,7 +132,12 @@ class Artifacts:
         """The teacher, frozen; with LoRA roles the backbone itself, where that is the same network."""
         base, own = self.recipe.base, self.recipe.teacher
         shared = self.recipe.lora is not None and (base is None or (base == own and not own.is_trained))
-        return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
+        if "teacher" not in self.engine.config.offload:
+            return AvatarTeacher(self.backbone if shared else self.network("teacher")).eval().requires_grad_(False)
+        if shared:
+            raise UserError("engine.offload: LoRA roles are made of the teacher's own weights; remove teacher from it")
+        net = self.network("teacher", device=torch.device("cpu")).eval().requires_grad_(False)
+        return AvatarTeacher(stream(net, self.engine.device))
 
     @cached_property
     def base_solver(self) -> AvatarTeacher:
@@ -137,25 +148,37 @@ class Artifacts:
     def frozen(self, role: str) -> Any:
         """What a stage trains against: the teacher or ar_teacher, in shards where the engine shards weights."""
         if not self.shards:
+            if role == "teacher" and self.engine.kind in ("fsdp2", "zero3"):  # never one that is streamed
+                self.__dict__[role] = AvatarTeacher(self.network(role)).eval().requires_grad_(False)
             made = self.engine.freeze(getattr(self, role))
             if made is not self.__dict__[role]:  # a copy in partitions
                 del self.__dict__[role]
             return made
-        net = self.in_shards(role, frozen=True)
+        net = self.in_shards(role, role)
         made = AvatarTeacher(net) if role == "teacher" else self.spec.network.student(net, self.spec)
         return made.eval().requires_grad_(False)
 
     def release(self, frozen: Sequence[str]) -> None:
-        """Let go of the whole networks that earlier stages have left, but for those that this one trains against."""
-        for name in {"teacher", "base_solver", "ar_teacher"} - set(() if self.shards else frozen):
+        """Let go of the whole networks that earlier stages have left, but for those that this one trains against, and for the
+        backbone that is one of them."""
+        held = set(() if self.shards else frozen) | ({"backbone"} if frozen else set())
+        for name in {"teacher", "base_solver", "ar_teacher", "backbone"} - held:
             self.__dict__.pop(name, None)
 
     @contextmanager
     def training(self, frozen: Sequence[str]) -> Iterator[None]:
-        """Inside, of the whole networks only those that are trained against are held, and of the encoders only the codec. They are
-        loaded again when another stage asks for them."""
+        """Inside, of the whole networks only those that are trained against are held, and of the encoders only the codec."""
         self.release(frozen)
+        with self.codec_alone():
+            yield
+
+    @contextmanager
+    def codec_alone(self) -> Iterator[None]:
+        """Inside, the encoders of text and audio are not held; they are loaded again when they are next asked for."""
         encoders: Any = self.encoders
+        if encoders.text is None:
+            yield
+            return
         self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None)
         del encoders
         try:
@@ -168,7 +191,7 @@ class Artifacts:
         if self.recipe.lora is not None:
             return AvatarTeacher(self.adapted("fake_score", self.recipe.init_checkpoint))
         if self.shards:
-            net = self.in_shards(self.recipe.init_checkpoint, frozen=False)
+            net = self.in_shards(self.recipe.init_checkpoint, "fake_score")
             return AvatarTeacher(net).train().requires_grad_(True)
         net = self.network(self.recipe.init_checkpoint, frozen=False).train().requires_grad_(True)
         if self.spec.guidance is not None:
@@ -193,11 +216,18 @@ class Artifacts:
         self.spec.network.start(student.net)
         return student
 
+    def finished_student(self, stage: str) -> Student:
+        """A student that only generates, as it will be served: its matrices in the engine's precision."""
+        student = self.student(stage).eval().requires_grad_(False)
+        if self.engine.config.precision != "fp32":
+            cast_network(student.net, DTYPES[self.engine.config.precision])
+        return student
+
     def trainee(self, stage: str) -> Student:
         """The student of `stage` to be trained on: whole, in shards, or as an adapter over the backbone."""
         if self.recipe.lora is None:
             if self.shards:
-                return self.spec.network.student(self.in_shards(stage, frozen=False), self.spec)
+                return self.spec.network.student(self.in_shards(stage, "student"), self.spec)
             return self.student(stage)
         return self.spec.network.student(self.adapted("student", stage), self.spec)
 

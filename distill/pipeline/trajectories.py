@@ -131,10 +131,17 @@ def solve(artifacts: Artifacts, folder: Path) -> dict:
             return Forced(artifacts.ar_teacher, batch.x0)
         return artifacts.teacher if recipe.solver_stage == "teacher" else artifacts.base_solver
 
+    pool = artifacts.student_train_set
+    with artifacts.codec_alone():
+        return _make(artifacts, solver, pool, folder)
+
+
+def _make(artifacts: Artifacts, solver: Callable[[Batch], Any], pool: TrainSet, folder: Path) -> dict:
+    recipe = artifacts.recipe
     return make(
         solver,
         made_by(artifacts),
-        artifacts.student_train_set,
+        pool,
         recipe.trajectories,
         artifacts.spec.sigmas,
         seed=recipe.seed,

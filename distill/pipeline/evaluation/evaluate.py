@@ -6,14 +6,15 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from distill.data.prepare.workers import one_thread
@@ -24,6 +25,7 @@ from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.health import seam_frames
 from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
 from distill.pipeline.run_folder import revision, versions
+from distill.training.offload import is_streamed
 from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
@@ -52,9 +54,9 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
         spread = draw_spread(artifacts, folder)
         rows = torch.arange(config.diversity_conditions).repeat_interleave(config.diversity_seeds)
         sets["diversity"] = (spread[0].conditions.select(rows), 1)
-    students = load_students(artifacts)
-    generate_all(artifacts, students, folder, sets)
-    found = _report(artifacts, students, folder, test, reference, spread) if artifacts.engine.is_main else {}
+    with artifacts.codec_alone():
+        generate_all(artifacts, LastStudent(artifacts), folder, sets)
+    found = _report(artifacts, folder, test, reference, spread) if artifacts.engine.is_main else {}
     clip_sets.discard(artifacts, folder)
     if artifacts.engine.is_main:
         remove_folder(folder / "clips")
@@ -63,7 +65,6 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
 
 def _report(
     artifacts: Artifacts,
-    students: Mapping[str, Student],
     folder: Path,
     test: ClipSet,
     reference: ClipSet,
@@ -77,7 +78,7 @@ def _report(
     seams = seam_frames(artifacts.spec)
     evaluation = Evaluation(card, artifacts.probes, real, test.decoded, reference.clips.video, seams, world)
     scores, floor, sheets = score_systems(artifacts, folder, test, evaluation)
-    costs = measure_costs(artifacts, students, test)
+    costs = measure_costs(artifacts, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     report = assemble(artifacts, systems, floor, card, evaluation.left_out)
     videos = write_samples(artifacts, test)
@@ -93,10 +94,41 @@ def _report(
     return {"scores": flat, "ratios": {name: finite(value) for name, value in report["ratios"].items()}}
 
 
-def load_students(artifacts: Artifacts) -> dict[str, Student]:
-    """The students of the report: zero-shot, after initialisation, after distillation."""
-    stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
-    return {name: artifacts.student(stage).eval() for name, stage in stages.items()}
+class LastStudent(Mapping[str, Student]):
+    """The students of the report: zero-shot, after initialisation, after distillation. No more than the one that was last asked for
+    is held."""
+
+    def __init__(self, artifacts: Artifacts):
+        self.artifacts, self.last = artifacts, ("", cast(Student, None))
+        self.stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
+
+    def __getitem__(self, name: str) -> Student:
+        if self.last[0] != name:
+            self.last = ("", cast(Student, None))
+            self.last = (name, self.artifacts.finished_student(self.stages[name]))
+        return self.last[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stages  # without loading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+
+@contextmanager
+def resident(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, the network is on the device, outside it waits in the host's memory; one that is streamed stays as it is."""
+    moves = device.type != "cpu" and not is_streamed(net)
+    if moves:
+        net.to(device)
+    try:
+        yield
+    finally:
+        if moves:
+            net.to("cpu")
 
 
 def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
@@ -119,13 +151,13 @@ def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -
         noise = stream_noise(spec, conditions.num_rows, *keys)
         return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch, rows)
 
-    def student(conditions: Rows, rows: Tensor | None, *keys: Any, net: Student) -> Tensor:
-        return student_clips(net, conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
+    def student(conditions: Rows, rows: Tensor | None, *keys: Any, name: str) -> Tensor:
+        return student_clips(students[name], conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
 
     found = (
         {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
         | ({"ar_teacher": own_teacher} if recipe.has_custom_network else {})
-        | {name: partial(student, net=net) for name, net in students.items()}
+        | {name: partial(student, name=name) for name in students}
     )
     return {name: in_precision(artifacts, generate) for name, generate in found.items()}
 
@@ -168,8 +200,9 @@ def draw_spread(artifacts: Artifacts, folder: Path) -> list[ClipSet]:
     return [clip_sets.draw(artifacts, folder, "diversity", num, motion=motion) for motion in motions]
 
 
-def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: ClipSet) -> dict[str, dict]:
-    """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput).
+def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
+    """Side by side in this process: one clip alone (TTFF, seconds per video second) and a batch (throughput). A GPU holds one
+    network at a time, the others wait in the host's memory.
 
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
     so that what else the machine does hits all of them.
@@ -181,21 +214,28 @@ def measure_costs(artifacts: Artifacts, students: Mapping[str, Student], test: C
     passes = settings.guidance.passes
     nfe = {"teacher": settings.num_steps * passes, "teacher_few_step": len(spec.sigmas) * passes}
     nfe |= {"ar_teacher": (settings.num_steps + 1) * passes}  # the plans included
+    artifacts.release(())
+    students = {name: student.cpu() for name, student in LastStudent(artifacts).items()}
     nfe |= dict.fromkeys(students, spec.nfe_per_chunk)
     alone: dict[str, Callable[[], list[float]]] = {}
     together = {}
     for name, generate in systems(artifacts, students, batch).items():
+        net = students.get(name) or (artifacts.ar_teacher if name == "ar_teacher" else artifacts.teacher)
+        on_device = partial(resident, net, artifacts.engine.device)
 
         def clips(conditions: Conditions, generate: Generate = generate) -> None:
             artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
 
         if name in students:
-            bundle = artifacts.bundle(students[name].requires_grad_(False))
-            alone[name] = in_precision(artifacts, partial(stream_marks, bundle, test))
-            together[name] = median_seconds(partial(clips, many), 1, min(5, config.latency_runs)) if batch > 1 else 0.0
+            measure = in_precision(artifacts, partial(stream_marks, artifacts.bundle(net), test))
+            repeats = (1, min(5, config.latency_runs))
         elif name != SAME_NOISE:
-            alone[name] = lambda clips=clips: [clocked(partial(clips, one)).seconds]
-            together[name] = median_seconds(partial(clips, many)) if batch > 1 else 0.0
+            measure, repeats = (lambda clips=clips: [clocked(partial(clips, one)).seconds]), ()
+        else:
+            continue
+        alone[name] = on_device()(measure)
+        with on_device():
+            together[name] = median_seconds(partial(clips, many), *repeats) if batch > 1 else 0.0
     with one_thread():
         marks = timed(alone, config.latency_warmup, config.latency_runs, COSTS_SECONDS)
     for name in alone if batch == 1 else ():
@@ -369,7 +409,7 @@ def generate_all(
         clip_sets.generated_at_once(artifacts.recipe, artifacts.spec),
     )
     jobs = [
-        (generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
+        (system, generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
         for system, generate in systems(artifacts, students, batch).items()
         for name, (conditions, seeds) in sets.items()
         for seed in range(seeds)
@@ -378,7 +418,11 @@ def generate_all(
     ]
     (folder / "clips").mkdir(exist_ok=True)
     mine = jobs[engine.rank :: engine.world_size]
-    for generate, conditions, rows, keys, file in tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0):
+    bar, last = tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0), ""
+    for system, generate, conditions, rows, keys, file in bar:
+        if system in students and system != last:
+            artifacts.release(())
+        last = system
         if not file.is_file():
             video = artifacts.encoders.decode(generate(conditions, rows, config.condition_seed, *keys))
             shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0

@@ -80,9 +80,10 @@ class Validation:
             real = clip_sets.as_metrics_take(artifacts, self.test.clips)
             card = load_card(config.protocol)
             self.evaluation = Evaluation(card, artifacts.probes, real, self.test.decoded, other.clips.video)
-        self.start = self._measure()
         self.check = HealthCheck(artifacts)
-        self.teacher = self.check.teacher(folder)
+        with artifacts.codec_alone():
+            self.start = self._measure()
+            self.teacher = self.check.teacher(folder)
 
     def _measure(self) -> dict[str, float]:
         """Every rank generates its share of the clips."""

@@ -1,10 +1,12 @@
 """What the report draws: the systems, and the gap between a student and its teacher on one noise."""
 
 import json
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 from distill.pipeline.evaluation import evaluate
 from distill.recipe import TrajectoriesConfig
@@ -62,3 +64,26 @@ def test_a_gap_is_a_score_that_needs_no_extractor(tmp_path):
     assert list(student["metrics"]) == ["gap"]
     assert list(student["not_admitted"]) == ["fid"]
     assert "another draw" in (tmp_path / "report.html").read_text()
+
+
+def test_one_student_is_held_while_clips_are_generated():
+    """Asking whether a name is a student's loads none; asking for another lets go of the one before."""
+    loaded = []
+
+    class Finished:
+        recipe = SimpleNamespace(zero_shot_stage="base")
+
+        def finished_student(self, stage: str) -> nn.Module:
+            loaded.append(stage)
+            return nn.Linear(1, 1)
+
+    artifacts: Any = Finished()
+    students = evaluate.LastStudent(artifacts)
+    assert [name in students for name in ("student", "teacher")] == [True, False]
+    assert not loaded
+    first = weakref.ref(students["zero_shot"])
+    assert students["zero_shot"] is first()
+    assert students["student"] is not None
+    assert first() is None
+    assert loaded == ["base", "distill"]
+    assert list(students) == ["zero_shot", "init", "student"]
