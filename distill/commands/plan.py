@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from distill.planning.outlook import Rates, StageOutlook
     from distill.recipe import Recipe
 
-FIXES = (("checkpointing",), ("offload",), ("checkpointing", "offload"))
-"""Switches of an engine that save memory, in the order in which they are tried."""
 WORDS = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
@@ -82,12 +81,20 @@ class Shipped:
 
     @property
     def words(self) -> str:
-        return " + ".join((WORDS[self.engine], *self.switches))
+        return " + ".join((WORDS[self.engine], *in_words(self.switches)))
+
+
+def in_words(switches: Sequence[str]) -> list[str]:
+    """Switches as people read them: the roles that wait in the host's memory together."""
+    away = [word.removeprefix("offload ") for word in switches if word.startswith("offload ")]
+    others = [word for word in switches if not word.startswith("offload ")]
+    return others + ([f"offload of {', '.join(away)}"] if away else [])
 
 
 def _engine_of(recipe: "Recipe") -> tuple[str, tuple[str, ...]]:
     given = recipe.engine
-    return given.kind or "ddp", tuple(name for name in ("checkpointing", "offload") if getattr(given, name))
+    switches = ("checkpointing",) if given.checkpointing else ()
+    return given.kind or "ddp", (*switches, *(f"offload {role}" for role in given.offload))
 
 
 def as_text(
@@ -124,6 +131,9 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
     rates, price = shipped.rates, shipped.rates.dollars
     heads = ["update", "clips", "beside", "peak", "FLOP", "hours", *(["dollars"] if price else [])]
     title = f"{count} GPU{'s' if count > 1 else ''}, {shipped.words}"
+    if len(title) > 35:
+        yield title
+        title = ""
     yield f"{title:<36}" + "".join(f"{head:>10}" for head in heads)
     try:
         micro_steps = {update.stage: update.micro_steps(count) for update in plan.updates}
@@ -146,10 +156,11 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
         label = f"{stage.name}, {many} micro-steps" if many > 1 else stage.name
         yield f"{label:<36}" + "".join(f"{cell:>10}" for cell in cells)
     cost = f", {total * count * price:,.0f} dollars" if price else ""
-    yield f"together {total:.1f} hours, {total * count:.0f} GPU hours{cost}; sizes in GiB a rank"
+    yield f"together {total:.1f} hours, {total * count:.0f} GPU hours{cost}; sizes in GiB a GPU"
+    yield "peak: the larger of a training step or a solver's (update) and of making or encoding clips, with what lies beside"
     if beside:
         yield f"beside: {', '.join(f'{name} {_gib(size)}' for name, size in beside.items())}"
-    hosts = max(host_bytes(stage, count) for stage in shipped.stages)
+    hosts = max(host_bytes(plan, stage, shipped.engine, count, shipped.switches) for stage in shipped.stages)
     yield f"host memory of a machine {_gib(hosts)} GiB for networks and clips, besides the processes"
     lines = overrides(plan, shipped, count, gib)
     if lines == []:
@@ -159,7 +170,7 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
         stage.name: _peak(plan, stage, shipped.engine, count, shipped.switches) / 2**30 for stage in shipped.stages
     }
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
-    fix = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {' '.join(lines)}"
+    fix = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {shlex.join(lines)}"
     yield f"does not fit into {gib:g} GiB as shipped: {over}; {fix}"
 
 
@@ -171,10 +182,9 @@ def _peak(plan: "Plan", stage: "StageOutlook", engine: str, count: int, switches
 
 def overrides(plan: "Plan", shipped: Shipped, count: int, gib: float) -> list[str] | None:
     """The overrides with which every stage fits into `gib` GiB a rank, none as shipped; None where nothing helps."""
-    from distill.planning.estimate import is_possible
+    from distill.planning.estimate import LORA, OFFLOAD, is_possible, memory_saving_options
 
     have = shipped.switches
-    ladder = dict.fromkeys(tuple(dict.fromkeys((*have, *more))) for more in ((), *FIXES))
     for update in plan.updates:
         try:
             update.micro_steps(count)
@@ -183,12 +193,18 @@ def overrides(plan: "Plan", shipped: Shipped, count: int, gib: float) -> list[st
     for engine in dict.fromkeys((shipped.engine, "fsdp2", "zero3")):
         if not is_possible(plan, engine):
             continue
-        for switches in ladder:
-            if engine == "ddp" and "offload" in switches:
+        for switches in memory_saving_options(plan, engine, have):
+            if LORA in switches:
                 continue
+            away = [word for word in switches if word in OFFLOAD]
             if all(_peak(plan, stage, engine, count, switches) <= gib * 2**30 for stage in shipped.stages):
                 kind = [] if engine == shipped.engine else [f"engine.kind={engine}"]
-                return kind + [f"engine.{name}=true" for name in switches if name not in have]
+                if kind and engine != "fsdp2":  # which alone has them
+                    kind += ["engine.shard_ranks=null"] * bool(plan.shard_ranks)
+                    kind += ["engine.gather_once=false"] * plan.gather_once
+                more = [f"engine.{name}=true" for name in switches if name not in (*have, *away)]
+                roles = ",".join(word.removeprefix("offload ") for word in away)
+                return kind + more + ([f"engine.offload=[{roles}]"] if set(away) - set(have) else [])
     return None
 
 
@@ -258,7 +274,7 @@ def _stage_json(plan: "Plan", stage: "StageOutlook", shipped: Shipped, count: in
     }
     return {
         "memory_bytes": found,
-        "host_bytes": round(host_bytes(stage, count)),
+        "host_bytes": round(host_bytes(plan, stage, shipped.engine, count, shipped.switches)),
         "disk_bytes": round(stage.disk),
         "checkpoint_bytes": round(stage.checkpoints),
         "flops": stage.flops,
@@ -348,14 +364,15 @@ def _verdict(plan: "Plan", engine: str, count: int, gib: float, have: tuple[str,
     if not is_possible(plan, engine):
         return "shards weights, which LoRA roles share: use ddp, zero1 or zero2"
     found = suggest_fix(plan, engine, count, gib * 2**30, have)
-    own = f" with {' + '.join(have)}, which the recipe has" if have else ""
+    own = f" with {' + '.join(in_words(have))}, which the recipe has" if have else ""
     if found == have:
         return f"fits into {gib:g} GiB{own}"
     peaks = {update.name: rank_bytes(plan, update, engine, count, have)["peak"] / 2**30 for update in plan.updates}
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
     fix = "take more GPUs, smaller batches or networks"
     if found is not None:
-        fix = f"fits with {' + '.join(switch for switch in found if switch not in have)}{' too' if have else ''}"
+        more = in_words([switch for switch in found if switch not in have])
+        fix = f"fits with {' + '.join(more)}{' too' if have else ''}"
     return f"does not fit into {gib:g} GiB{own}: {over}; {fix}"
 
 

@@ -31,10 +31,19 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
-OFFLOAD = "offload"
-SWITCHES = (CHECKPOINTING, OFFLOAD, LORA)
+OFFLOAD_TEACHER, OFFLOAD = "offload teacher", ("offload teacher", "offload student", "offload fake_score")
+"""Switches of single roles: `engine.offload`."""
 MAX_LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
-MEMORY_SAVING_OPTIONS = ((), (CHECKPOINTING,), (OFFLOAD,), (CHECKPOINTING, OFFLOAD), (CHECKPOINTING, LORA), SWITCHES)
+MEMORY_SAVING_OPTIONS = (
+    (),
+    (CHECKPOINTING,),
+    (OFFLOAD_TEACHER,),
+    (CHECKPOINTING, OFFLOAD_TEACHER),
+    OFFLOAD,
+    (CHECKPOINTING, *OFFLOAD),
+    (CHECKPOINTING, LORA),
+    (CHECKPOINTING, LORA, *OFFLOAD),
+)
 """What `suggest_fix` tries, in this order."""
 
 
@@ -61,7 +70,7 @@ class Update:
 
     def points_with(self, switches: Sequence[str]) -> Points:
         """Nothing but weights differs for a role that is not trained."""
-        kept = tuple(word for word in switches if word != OFFLOAD)
+        kept = tuple(word for word in switches if word not in OFFLOAD)
         return self.points[kept if self.trained else ()]
 
     def activations(self, *switches: str) -> int:
@@ -73,7 +82,7 @@ class Update:
 class Plan:
     """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` as the job specifies), and
     `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
-    frozen weights. costs, by stage; bytes of context, by stage, and of trajectories."""
+    frozen weights. `shard_ranks`, `gather_once`: the engine's. costs, by stage; bytes of context, by stage, and of trajectories."""
 
     precision: Literal["fp32", "bf16"]
     bucket_mib: int
@@ -88,6 +97,8 @@ class Plan:
     context: Mapping[str, int] = field(default_factory=dict)
     trajectories: int = 0
     trajectory_forwards: int = 0
+    shard_ranks: int | None = None
+    gather_once: bool = False
     costs: Mapping[str, StepCosts] = field(default_factory=dict)
 
     @property
@@ -123,6 +134,8 @@ def make_plan(job: Job) -> Plan:
         adapted=frozenset(job.lora),
         backbone=job.backbone,
         half=job.half,
+        shard_ranks=job.shard_ranks,
+        gather_once=job.gather_once,
         updates=tuple(update for stage in names for update in _updates(job, stage)),
         context={stage: context_bytes(job, stage) for stage in on_policy},
         trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
@@ -177,20 +190,19 @@ def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Se
     """Bytes on one of `ranks` GPUs during an update, by part ("student weights", ...), and their "peak".
 
     As the roles of `distill.training` hold them: weights, gradients, moments and averages are fp32, whole (ddp) or in parts of
-    1/ranks. Of zero1 these are moments, averages and a second copy of the weights, the masters; of zero2 gradients too; of zero3
-    and fsdp2 all, frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast copies, what fsdp2 gathers, and
-    weights of `plan.half`. `switches`, of MEMORY_SAVING_OPTIONS: checkpointing of blocks; offload to the host of what is in
-    parts; lora for all trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum.
-    UserError where the batch does not divide. Codec, encoders, probes and what an allocator wastes are not in it.
+    1/ranks (fsdp2: of 1/shard_ranks). Of zero1 these are moments, averages and a second copy of the weights, the masters; of
+    zero2 gradients too; of zero3 and fsdp2 all, frozen networks included (Rajbhandari et al. 1910.02054). bf16 is what autocast
+    copies, what fsdp2 gathers, and weights of `plan.half`. `switches`, of MEMORY_SAVING_OPTIONS: checkpointing of blocks; offload
+    to the host of what a trained role has in parts, and of a frozen one, of which two blocks remain where it is whole; lora for
+    all trained roles. Activations may be gone when all gradients are there, so the peak can be less than the sum. UserError where
+    the batch does not divide. Codec, encoders, probes and what an allocator wastes are not in it.
     """
     parts, learned = _resident(plan, update, engine, ranks, switches)
     resident = sum(parts.values())
-    zero, offload = engine.startswith("zero"), OFFLOAD in switches and engine != "ddp"
+    zero, offload = engine.startswith("zero"), is_away(update.role, switches) and engine != "ddp"
     count, micro_steps = learned.get(update.role, 0), update.micro_steps(ranks)
-    each = {"ddp": 4.0, "zero1": 4.0}.get(engine, 4 / ranks)
-    if engine == "fsdp2" and micro_steps > 1:
-        each = 4.0  # until the last micro-step nothing is reduced
-    elif engine in ("zero3", "fsdp2") and offload:
+    each = {"ddp": 4.0, "zero1": 4.0}.get(engine, 4 / num_parts(plan, engine, ranks))
+    if engine in ("zero3", "fsdp2") and offload:
         each = 0.0
     points, most = update.points_with(switches), update.activations(*switches)
     if micro_steps > 1:  # the gradients wait for the next one
@@ -208,23 +220,23 @@ def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Se
 def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Sequence[str]) -> tuple[dict, dict]:
     """What is there all the time by part, but for the gradients of the role; and the trained elements by role."""
     size, mixed = DTYPES[plan.precision].itemsize, plan.precision != "fp32"
-    whole = engine == "ddp"
-    sharded = engine in ("zero3", "fsdp2") and bool(
-        update.trained
-    )  # ranks solve trajectories apart, with whole networks
-    offload = 0.0 if OFFLOAD in switches and not whole else 1.0
-    part = offload if whole else offload / ranks
-    keep = part if sharded else 1.0
+    whole, num = engine == "ddp", num_parts(plan, engine, ranks)
+    sharded = engine in ("zero3", "fsdp2") and bool(update.trained)  # ranks solve trajectories apart, with whole ones
     parts: dict[str, float] = {}
     adapters = {role for role in update.trained if role in plan.adapted or LORA in switches}
     learned = {role: (plan.lora if role in adapters else plan.parameters)[role] for role in update.trained}
     shared = plan.backbone & {*adapters, *update.frozen} if plan.backbone & (plan.adapted | adapters) else frozenset()
     if shared:
-        parts["backbone weights"] = keep * size * plan.parameters[max(shared)]
+        parts["backbone weights"] = (1 / num if sharded else 1.0) * size * plan.parameters[max(shared)]
     for role in (*update.trained, *update.frozen):
         count, learns = plan.parameters[role], learned.get(role, 0)
         frozen = 0 if learns == count or role in shared else count
         held = size if role in adapters else 2 if role in plan.half else 4
+        away = is_away(role, switches)
+        part = (0.0 if away and not whole else 1.0) / num
+        keep = part if sharded else 1.0
+        if not learns and away and not sharded and frozen:
+            frozen = plan.blocks[role] + plan.outside[role]
         parts[f"{role} weights"] = keep * (frozen * held + 4 * learns)
         if not learns:
             continue
@@ -239,8 +251,32 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
         copied = learned if update.role in adapters else plan.parameters
         parts["bf16 copies"] = size * float(copied[update.role])
     if sharded:
-        parts["gathered"] = max(_gathered(plan, role, engine) for role in (*update.trained, *update.frozen))
+        once = update.trained if plan.gather_once and engine == "fsdp2" else ()
+        others = [role for role in (*update.trained, *update.frozen) if role not in once]
+        parts["gathered"] = size * float(sum(plan.parameters[role] for role in once))
+        parts["gathered"] += max((_gathered(plan, role, engine) for role in others), default=0.0)
     return parts, learned
+
+
+def num_parts(plan: Plan, engine: str, ranks: int) -> int:
+    """Parts that an engine cuts a trained role into."""
+    if engine == "ddp":
+        return 1
+    return min(ranks, plan.shard_ranks or ranks) if engine == "fsdp2" else ranks
+
+
+def is_away(role: str, switches: Sequence[str]) -> bool:
+    """Whether a role waits in the host's memory."""
+    return f"offload {role}" in switches
+
+
+def offloaded_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Sequence[str]) -> float:
+    """Bytes in the host's memory of a rank for the roles that wait there."""
+    with_them, _ = _resident(plan, update, engine, ranks, switches)
+    without, learned = _resident(plan, update, engine, ranks, tuple(word for word in switches if word not in OFFLOAD))
+    each = 4 / num_parts(plan, engine, ranks) if engine != "ddp" else 0.0
+    gradients = max((count * each for role, count in learned.items() if is_away(role, switches)), default=0.0)
+    return sum(without.values()) - sum(with_them.values()) + gradients
 
 
 def _gathered(plan: Plan, role: str, engine: str) -> float:
@@ -261,14 +297,23 @@ def suggest_fix(
 ) -> tuple[str, ...] | None:
     """`have`, and the first of MEMORY_SAVING_OPTIONS with which everything fits into `limit` bytes a rank; None where nothing
     helps."""
-    ladder = dict.fromkeys(
-        tuple(dict.fromkeys((*have, *switches)))
-        for switches in MEMORY_SAVING_OPTIONS
-        if LORA not in switches or engine in LORA_ENGINES
-    )
     if not is_possible(plan, engine):
         return None
+    ladder = memory_saving_options(plan, engine, have)
     return next((switches for switches in ladder if peak_bytes(plan, engine, ranks, switches) <= limit), None)
+
+
+def memory_saving_options(plan: Plan, engine: str, have: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """`have` and each of MEMORY_SAVING_OPTIONS that an engine has: ddp keeps what it trains on the device, and LoRA roles share
+    the teacher's weights."""
+    found: dict[tuple[str, ...], None] = {}
+    for switches in MEMORY_SAVING_OPTIONS:
+        away = [word for word in switches if word in OFFLOAD and (word == OFFLOAD_TEACHER or engine != "ddp")]
+        if (LORA in switches and engine not in LORA_ENGINES) or (away and plan.adapted):
+            continue
+        kept = [word for word in switches if word not in OFFLOAD]
+        found[tuple(dict.fromkeys((*have, *kept, *away)))] = None
+    return list(found)
 
 
 def is_possible(plan: Plan, engine: str) -> bool:
@@ -298,6 +343,8 @@ def job_of(recipe: "Recipe") -> Job:
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
         bucket_mib=recipe.engine.bucket_mib,
+        shard_ranks=recipe.engine.shard_ranks,
+        gather_once=recipe.engine.gather_once,
         backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
         **adapters,
     )

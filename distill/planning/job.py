@@ -40,6 +40,8 @@ class Job:
     backbone: frozenset[str] = frozenset()
     half: frozenset[str] = frozenset()
     bucket_mib: int = 32
+    shard_ranks: int | None = None
+    gather_once: bool = False
     checkpointing: bool = False
     at_once: int = 1
 
@@ -147,8 +149,9 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
             score = job.networks.get("fake_score", job.spec.network)
             return build_discriminator(score, job.stages[stage].method.gan_blocks)
         net = config.new(job.spec.dims)
-        # what no stage trains with computes in the type that it is held in
-        if role in job.half or (job.precision != "fp32" and stage in job.stages):
+        # a solver computes in the type that it is held in
+        narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
+        if role in job.half or (job.precision != "fp32" and narrow):
             cast_network(net, torch.bfloat16)
         if lora:
             from peft import LoraConfig

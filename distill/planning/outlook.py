@@ -6,7 +6,7 @@ audio encoders, probes and scoring, the drawing of clips, transfers, and ranks t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -14,11 +14,12 @@ from diffusers import AutoencoderKLWan
 
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
 from distill.pipeline.evaluation.evaluate import COSTS_SECONDS
-from distill.planning.estimate import Plan, rank_bytes
+from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
 from distill.planning.live_bytes import LiveBytes
 from distill.planning.trace import clip_costs
 from distill.training.checkpoint import FILE_BYTES
+from students.serving.optimize import DTYPES
 from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class Part:
 @dataclass(frozen=True, kw_only=True)
 class StageOutlook:
     """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
-    `rank_bytes` counts; `clips`: of clips that are generated in it, or encoded; `whole`: of whole networks that these are generated
-    with, where no training runs; `host`: of a rank, and of rank 0."""
+    `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training holds; `made`: by role, of the
+    whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of rank 0."""
 
     name: str
     parts: tuple[Part, ...]
@@ -83,7 +84,7 @@ class StageOutlook:
     checkpoints: float = 0
     beside: Mapping[str, float]
     clips: float = 0
-    whole: float = 0
+    made: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     host: tuple[float, float] = (0, 0)
 
     @property
@@ -100,7 +101,12 @@ def memory(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: S
     found = [rank_bytes(plan, u, engine, ranks, switches) for u in plan.updates if u.stage == stage.name]
     update = max((parts["peak"] for parts in found), default=0.0)
     held = max((_at_rest(parts) for parts in found), default=0.0)
-    made = stage.clips + (stage.whole or held) if stage.clips else 0.0
+    clips = [stage.clips + held if stage.clips else 0.0]
+    for role, (weights, size) in stage.made.items():
+        if role == "teacher" and is_away(role, switches):
+            weights *= (plan.blocks[role] + plan.outside[role]) / plan.parameters[role]
+        clips.append(weights + size)
+    made = max(clips)
     return {**stage.beside, "update": update, "clips": made, "peak": max(update, made) + sum(stage.beside.values())}
 
 
@@ -108,9 +114,11 @@ def _at_rest(parts: Mapping[str, float]) -> float:
     return sum(size for name, size in parts.items() if name not in ("gradients", "activations", "peak"))
 
 
-def host_bytes(stage: StageOutlook, ranks: int) -> float:
+def host_bytes(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:
     """Of a machine with up to eight of the ranks; without the processes themselves and what the system keeps of files."""
-    return stage.host[0] * min(ranks, NODE) + stage.host[1]
+    waits = [offloaded_bytes(plan, u, engine, ranks, switches) for u in plan.updates if u.stage == stage.name]
+    waits += [weights for role, (weights, _) in stage.made.items() if role == "teacher" and is_away(role, switches)]
+    return (stage.host[0] + max(waits, default=0.0)) * min(ranks, NODE) + stage.host[1]
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,9 @@ class _Stages:
         yield self._evaluate()
 
     def _stage(self, name: str, parts: Sequence[Part], **facts) -> StageOutlook:
-        trains = name in self.job.stages
-        held = self.codec_bytes if trains else self.encoders  # what training does not need is let go
-        return StageOutlook(name=name, parts=tuple(parts), beside={"codec" if trains else "encoders": held}, **facts)
+        alone = name in self.job.stages or name == "trajectories"  # what these do not need is let go
+        held = self.codec_bytes if alone else self.encoders
+        return StageOutlook(name=name, parts=tuple(parts), beside={"codec" if alone else "encoders": held}, **facts)
 
     def _solver(self) -> str:
         return next((update.role for update in self.plan.updates if update.stage == "trajectories"), "")
@@ -237,11 +245,11 @@ class _Stages:
         panel, teacher = self.variants * num, self.teacher_clip + codec.decode
         if name != "distill":
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
-            whole, clips = self._students(1), max(self.student_bytes, codec.decode_bytes)
+            made = {"student": self._made("student")}
             if name == "init":
                 steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel))
-                whole, clips = whole + self._held("teacher"), max(clips, self.teacher_bytes)
-            return self._stage(name, steps, clips=clips, whole=whole, **facts)
+                made["teacher"] = self._made("teacher")
+            return self._stage(name, steps, made=made, **facts)
         times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
         held_out = 2 * recipe.eval.num_conditions
         steps += [
@@ -256,6 +264,14 @@ class _Stages:
     def _students(self, count: int) -> float:
         return 4 * count * self.plan.parameters.get("student", 0)
 
+    def _made(self, role: str, clips: int = 1) -> tuple[float, float]:
+        """Bytes of a whole network that generates, and of what it generates; a student is read in fp32."""
+        decoding, plan = self.codec.decode_bytes, self.plan
+        if role == "teacher":
+            return self._held("teacher"), max(clips * self.teacher_bytes, decoding)
+        weights = plan.parameters.get("student", 0) * DTYPES[plan.precision].itemsize
+        return weights, max(clips * self.student_bytes, decoding, self._students(1) - weights)
+
     def _evaluate(self) -> StageOutlook:
         """Three students; the teacher on its grid, on the student's few steps, and once from the student's noise; costs of them."""
         job, config, codec, solver = self.job, self.recipe.eval, self.codec, self.job.trajectories
@@ -267,35 +283,27 @@ class _Stages:
         fitting = int(COSTS_SECONDS * Rates().flops("bf16") / each_round)
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
         together = self.timed * job.at_once if job.at_once > 1 else 0
-        whole, parts = (
-            self._students(3) + self._held("teacher"),
-            [
-                self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
-                self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
-                Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
-                self._part("costs of the teacher", (timed + together) * twice * self.teacher_clip, "teacher", 1),
-                self._part(
-                    "costs of students",
-                    3 * (2 * timed + 5 * together) * self.student_clip,
-                    "student",
-                    1,
-                    self.plan.precision,
-                ),
-            ],
-        )
+        streams = 3 * (2 * timed + 5 * together) * self.student_clip
+        parts = [
+            self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
+            self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
+            Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
+            self._part("costs of the teacher", (timed + together) * twice * self.teacher_clip, "teacher", 1),
+            self._part("costs of students", streams, "student", 1, self.plan.precision),
+        ]
+        made = {role: self._made(role, self.timed) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
             parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))
-            whole += self._students(1)
+        waiting = self._held("teacher") + 3 * made["student"][0]  # on rank 0, which times them in turn
         frames, sides = 1 + (job.spec.horizon_frames - 1) * job.spec.codec.stride, (job.spec.height, job.spec.width)
         video = 3 * frames * math.prod(sides) * min(1.0, SCORED_SIDE / max(sides)) ** 2
         return self._stage(
             "evaluate",
             parts,
             disk=(5 * each + test) * video,
-            clips=max(self.timed * self.teacher_bytes, self.timed * self.student_bytes, codec.decode_bytes),
-            whole=whole,
-            host=(self._students(1), (6 * each + 2 * test + config.num_reference) * video),
+            made=made,
+            host=(self._students(1), (6 * each + 2 * test + config.num_reference) * video + waiting),
         )
 
 

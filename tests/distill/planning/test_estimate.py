@@ -14,11 +14,13 @@ from distill.pipeline import trajectories
 from distill.planning.estimate import (
     ENGINES,
     GIB,
+    OFFLOAD,
     Plan,
     Update,
     context_bytes,
     make_plan,
     num_parameters,
+    offloaded_bytes,
     peak_bytes,
     rank_bytes,
     split_blocks,
@@ -217,13 +219,36 @@ def test_every_part_of_every_engine(engine, expected, peak):
 def test_offload_takes_what_is_in_parts_to_the_host():
     plan = a_plan()
     for engine in ENGINES:
-        parts = rank_bytes(plan, plan.updates[0], engine, 4, ("offload",))
+        parts = rank_bytes(plan, plan.updates[0], engine, 4, OFFLOAD)
         plain = rank_bytes(plan, plan.updates[0], engine, 4)
         for name in ("student average", "student moments", "student masters"):
             assert parts.get(name, 0) == (plain.get(name, 0) if engine == "ddp" else 0)
         kept = 0 if engine in ("zero3", "fsdp2") else 1
-        for name in ("student weights", "teacher weights", "gradients"):
+        for name in ("student weights", "gradients"):
             assert parts[name] == kept * plain[name], (engine, name)
+        streamed = 4 * (plan.blocks["teacher"] + plan.outside["teacher"])  # two blocks, and what is outside of them
+        assert 0 < streamed < plain["teacher weights"] or not kept
+        assert parts["teacher weights"] == kept * streamed
+        alone = rank_bytes(plan, plan.updates[0], engine, 4, ("offload teacher",))
+        assert {**alone, "teacher weights": 0, "peak": 0} == {**plain, "teacher weights": 0, "peak": 0}
+        assert alone["teacher weights"] == parts["teacher weights"]
+        waits = offloaded_bytes(plan, plan.updates[0], engine, 4, ("offload teacher",))
+        assert waits == plain["teacher weights"] - alone["teacher weights"]
+    waits = offloaded_bytes(plan, plan.updates[0], "fsdp2", 4, OFFLOAD)
+    assert waits == (8000 * 4 + 1000 * (2 * 4 + 2 * 8 + 4 + 4)) / 4
+
+
+def test_ranks_that_share_shards_hold_more_than_all_together():
+    plan = replace(a_plan(), shard_ranks=2)
+    parts = {ranks: rank_bytes(plan, plan.updates[0], "fsdp2", ranks) for ranks in (1, 2, 8)}
+    assert [found["student moments"] for found in parts.values()] == [8000, 4000, 4000]
+    assert parts[8] == parts[2]
+
+
+def test_what_is_gathered_once_is_held_whole():
+    plan = a_plan(precision="bf16")
+    whole = rank_bytes(replace(plan, gather_once=True), plan.updates[0], "fsdp2", 4)
+    assert whole["gathered"] == 2 * 2 * 1000 + 2 * plan.blocks["teacher"] + 4 * plan.outside["teacher"]
 
 
 def test_half_precision_copies_gathers_and_holds_the_teacher():
@@ -236,8 +261,8 @@ def test_half_precision_copies_gathers_and_holds_the_teacher():
 
 
 def test_activations_and_gradients_meet_only_as_they_do():
-    """Held (0, 9000), then (100, 5000), then (1000, 10): 4 bytes a gradient element; accumulation holds all of both, and FSDP2's
-    then whole."""
+    """Held (0, 9000), then (100, 5000), then (1000, 10): 4 bytes a gradient element; accumulation holds all of both, of FSDP2
+    in shards."""
     points = ((0, 9000), (100, 5000), (1000, 10))
     peaks = [rank_bytes(plan, plan.updates[0], "ddp", 1)["peak"] for plan in (a_plan(), a_plan(points))]
     assert peaks == [32000 + 8000 + 16000 + 4000 + rest for rest in (4000, 9000)]
@@ -246,7 +271,7 @@ def test_activations_and_gradients_meet_only_as_they_do():
     once, twice = (
         rank_bytes(plan, plan.updates[0], "fsdp2", 4)["gradients"] for plan in (a_plan(), a_plan(accumulation=2))
     )
-    assert (once, twice) == (1000, 4000)
+    assert (once, twice) == (1000, 1000)
 
 
 def test_a_global_batch_sets_the_micro_steps():
@@ -266,11 +291,15 @@ def test_switches_and_the_first_remedy():
     assert peak_bytes(plan, "ddp", 1, ("checkpointing", "lora")) / GIB == pytest.approx(40 + 0.01 * 32, rel=1e-3)
     assert suggest_fix(plan, "ddp", 1, 100 * GIB) == ()
     assert suggest_fix(plan, "ddp", 1, 64 * GIB) == ("checkpointing",)
-    assert suggest_fix(plan, "ddp", 1, 41 * GIB) == ("checkpointing", "lora")
-    assert suggest_fix(plan, "ddp", 1, 40 * GIB) is None
-    assert peak_bytes(plan, "zero2", 8, ("offload",)) / GIB == 40 + 40
+    assert suggest_fix(plan, "ddp", 1, 63 * GIB) == ("checkpointing", "offload teacher")
+    assert peak_bytes(plan, "ddp", 1, ("checkpointing", "offload teacher")) / GIB == pytest.approx(64 - 27.6)
+    assert suggest_fix(plan, "ddp", 1, 36 * GIB) == ("checkpointing", "lora", "offload teacher")
+    assert suggest_fix(replace(plan, adapted=frozenset({"student"})), "ddp", 1, 20 * GIB) is None
+    assert suggest_fix(plan, "ddp", 1, 4 * GIB) is None
+    assert peak_bytes(plan, "zero2", 8, ("offload student", "offload fake_score")) / GIB == 40 + 40
     assert suggest_fix(plan, "zero2", 8, 44.5 * GIB) == ("checkpointing",)  # 40 + 0.5 + 2 + 1, and two of gradients
-    assert suggest_fix(plan, "zero2", 8, 44 * GIB) == ("checkpointing", "offload")
+    assert suggest_fix(plan, "zero2", 8, 44 * GIB) == ("checkpointing", "offload teacher")
+    assert suggest_fix(plan, "zero2", 8, 13 * GIB) == ("checkpointing", *OFFLOAD)
 
 
 def livetalk() -> Job:

@@ -158,16 +158,23 @@ def test_what_is_alive_beside_counts():
     assert ddp["peak"] == ddp["update"] + 100
     large = replace(stage, clips=1e9)
     assert memory(plan, large, "ddp", 4)["clips"] == 1e9 + 32_000 + 8000 + 16_000 + 4000
-    assert memory(plan, replace(large, whole=5.0), "ddp", 4)["clips"] == 1e9 + 5
-    assert [host_bytes(replace(stage, host=(10, 1)), ranks) for ranks in (1, 8, 64)] == [11, 81, 81]
+    alone = replace(stage, clips=0, made={"student": (4000, 2e9), "teacher": (32_000, 1e9)})
+    assert memory(plan, alone, "ddp", 4)["clips"] == 2e9 + 4000
+    apart = replace(alone, made={"teacher": (32_000, 1e9)})
+    assert memory(plan, apart, "ddp", 4, ("offload teacher",))["clips"] == 1e9 + 4 * 1100
+    assert [host_bytes(plan, replace(stage, host=(10, 1)), "ddp", ranks) for ranks in (1, 8, 64)] == [11, 81, 81]
+    waits = host_bytes(plan, replace(apart, host=(10, 1)), "ddp", 64, ("offload teacher",))
+    assert waits == 8 * (10 + 32_000) + 1
 
 
 def test_overrides_are_the_fewest_that_make_it_fit():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
     shipped = Shipped((a_stage(beside={"encoders": GIB}),), RATES, "ddp", ())
     ask = {limit: command.overrides(plan, shipped, 1, limit) for limit in (101, 100, 65, 64, 4)}
-    saved, moved = ["engine.checkpointing=true"], ["engine.kind=fsdp2", "engine.offload=true"]
-    assert ask == {101: [], 100: saved, 65: saved, 64: moved, 4: None}
+    saved, streamed = ["engine.checkpointing=true"], ["engine.checkpointing=true", "engine.offload=[teacher]"]
+    assert ask == {101: [], 100: saved, 65: saved, 64: streamed, 4: None}
+    away = ["engine.kind=fsdp2", "engine.checkpointing=true", "engine.offload=[teacher,student,fake_score]"]
+    assert command.overrides(plan, shipped, 1, 6) == away
     sharded = command.overrides(plan, shipped, 64, 20)
     assert sharded == ["engine.kind=fsdp2", "engine.checkpointing=true"]
     text = command.as_text(plan, "name", [1], [], 4, shipped)

@@ -59,13 +59,17 @@ def test_what_does_not_fit_is_named_with_what_mends_it():
         (64, "fits into 64 GiB with checkpointing, which the recipe has"),
         (
             41,
-            "does not fit into 41 GiB with checkpointing, which the recipe has: distill.student 64.0; fits with lora too",
+            "does not fit into 41 GiB with checkpointing, which the recipe has: distill.student 64.0; "
+            "fits with offload of teacher too",
         ),
     ):
         assert list(command._table(plan, 1, ["ddp"], gib, ("checkpointing",)))[-1] == f"DDP     {words}"
     lines = command.as_text(plan, "name", [64], ["ddp", "fsdp2"], 5.0).splitlines()
     assert lines[-2].endswith("; take more GPUs, smaller batches or networks")
-    assert lines[-1] == "FSDP2   does not fit into 5 GiB: distill.student 45.3; fits with checkpointing + offload"
+    assert (
+        lines[-1]
+        == "FSDP2   does not fit into 5 GiB: distill.student 45.3; fits with checkpointing + offload of teacher"
+    )
 
 
 @pytest.mark.parametrize(
