@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,16 @@ NETWORKS = Registry(
 """The kinds of network that a student can be, the first without a name."""
 
 
+Step = Literal["renoise", "ode"]
+"""How x0 gets to the next sigma: with fresh noise (Self Forcing), or along the ODE from where it came (Euler; LiveAvatar)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`: as in `Spec`."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`, `step`: as in
+    `Spec`."""
 
     chunk_frames: int
     num_steps: int
@@ -51,6 +56,7 @@ class StudentConfig:
     first_sigmas: tuple[float, ...] = ()
     first_chunks: int = 1
     times: tuple[float, ...] = ()
+    step: Step = "renoise"
 
     def __post_init__(self):
         levels = (*self.first_sigmas, 0.0)
@@ -83,6 +89,7 @@ class Spec:
     speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
     guidance: GuidanceRange | None = None  # the guidance scales that are embedded
+    step: Step = "renoise"
     times: tuple[float, ...] = ()
     """What the network is conditioned on in the place of 1000 sigma, a number for each of `sigmas`: weights that were trained at
     rounded times (LiveTalk's: 1000, 936, 832, 624) while noise and x0 have the sigmas themselves."""

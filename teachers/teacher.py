@@ -30,14 +30,21 @@ class Teacher:
         return next(self.denoiser.parameters()).device
 
     def states(
-        self, conditions: Conditions, noise: Tensor, *, num_steps: int, shift: float, guidance: Guidance
+        self,
+        conditions: Conditions,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        shift: float,
+        guidance: Guidance,
+        grid: flow.Grid = "even",
     ) -> Iterator[Tensor]:
         """The num_steps + 1 states [B, C, F, h, w] of the Euler solution, `noise` first, x0 last."""
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return guided(self.denoiser.denoise, x, sigma, conditions, guidance)
 
-        return flow.solve(denoise, noise, flow.sigma_grid(num_steps, shift))
+        return flow.solve(denoise, noise, flow.sigma_grid(num_steps, shift, grid))
 
     @torch.inference_mode()
     def sample(
@@ -48,13 +55,15 @@ class Teacher:
         num_steps: int = 50,
         shift: float = 5.0,
         guidance: Guidance | None = None,
+        grid: flow.Grid = "even",
     ) -> Tensor:
         """Clean latents x0 [B, C, F, h, w] of whole clips from standard normal `noise` [B, C, F, h, w], by Euler's method on the
         shifted grid sigma' = shift sigma / (1 + (shift - 1) sigma) of `num_steps` steps (the defaults are Wan 2.1's).
 
-        `guidance` None is off. A codec's `decode` makes pixels of x0.
+        `guidance` None is off; `grid`: another one (`flow.sigma_grid`). A codec's `decode` makes pixels of x0.
         """
-        states = self.states(conditions, noise, num_steps=num_steps, shift=shift, guidance=guidance or Guidance())
+        given = {"num_steps": num_steps, "shift": shift, "grid": grid}
+        states = self.states(conditions, noise, guidance=guidance or Guidance(), **given)
         return deque(states, maxlen=1).pop()
 
 

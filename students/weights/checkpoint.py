@@ -43,6 +43,7 @@ FIXED = (
     "history_noise",
     "guidance",
     "times",
+    "step",
 )
 """Dotted names of a Spec: what training fixed about a student's sampler, kept in the header of its weights; a spec that differs is
 refused. Sinks, window and memory are not among it: they may be changed without training (LiveTalk's sinks are). Steps, their order,
