@@ -18,7 +18,7 @@ from distill.training.engine import EngineConfig
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig
-from students.spec import Spec, StudentConfig, student_sigmas
+from students.spec import Spec, StudentConfig, check_image, student_sigmas
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
 from teachers.flow import Grid, sigma_grid
@@ -287,7 +287,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
-    codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
+    codec, audio, text, image = (_anywhere(part) for part in (data.codec, data.audio, data.text, data.image))
+    check_image(recipe.teacher.network, image)
     network = origin = (recipe.base or recipe.teacher).network
     if student.network is not None:
         network = student.network.over(origin) if student.network.over_teacher else student.network
@@ -320,6 +321,7 @@ def spec_of(recipe: "Recipe") -> Spec:
         codec=codec,
         audio=audio,
         text=text,
+        image=image,
         pose_dim=data.world.pose_dim,
         speakers=data.world.speakers,
     )

@@ -13,13 +13,14 @@ from torch import Tensor
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
+from teachers.conditions import OF_IMAGE, taken
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
 from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
-from teachers.resolve import Registry
+from teachers.resolve import Registry, label
 
 NETWORKS = Registry(
     kind="student network",
@@ -81,6 +82,7 @@ class Spec:
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
     audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
     text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
+    image: Any = field(default=None, metadata={"kinds": registry.IMAGE_ENCODERS})  # of the reference image
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
     schedule: Schedule = field(default_factory=Schedule)
@@ -100,6 +102,7 @@ class Spec:
                 f"student.times: got {list(self.times)}; give one for each of the {len(self.sigmas)} denoising steps, going down "
                 "from at most 1000, and no first_sigmas"
             )
+        check_image(self.network, self.image)
         if self.speakers not in (1, 2):
             raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
@@ -151,7 +154,13 @@ class Spec:
             audio_dim=self.audio_dim,
             pose_dim=self.pose_dim,
             speakers=self.speakers,
+            image_dim=0 if self.image is None else self.image.dim,
         )
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a stream begins with a reference image: as its frame 0, or as features of it."""
+        return self.network.reference or any(name in OF_IMAGE for name in taken(self.network))
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -197,6 +206,18 @@ class Spec:
             return 0 if k == 0 else 1 + stride * (k * n - 1)
 
         return start(chunk), start(chunk + 1)
+
+
+def check_image(network: Any, image: Any) -> None:
+    """UserError where a network takes features of the reference image that the image encoder does not give."""
+    given = () if image is None else image.gives
+    lacking = [name for name in taken(network) if name in OF_IMAGE and name not in given]
+    if lacking:
+        raise UserError(
+            f"data.image: {label(network)} takes {', '.join(lacking)} of the reference image, "
+            f"{'which this image encoder does not give' if given else 'and there is no image encoder'}; give data.image.name one "
+            f"of {', '.join(registry.IMAGE_ENCODERS)}"
+        )
 
 
 LARGEST = {

@@ -26,7 +26,8 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
     if folder.exists():
         return
     stages = [stage for stage in (recipe.teacher, recipe.base) if stage is not None]
-    parts = [recipe.data.codec, recipe.data.audio, recipe.data.text]
+    data = recipe.data
+    parts = [part for part in (data.codec, data.audio, data.text, data.image) if part is not None]
     paths = [path for part in (*stages, *parts) for path in (getattr(part, "path", None),) if path is not None]
     for path in (*paths, *(stage.wan for stage in stages if stage.wan)):
         if not path.resolve().is_relative_to(folder):

@@ -38,17 +38,22 @@ class Starved:
 class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
-    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is
-    bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
+    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`); `of_image`:
+    those of the reference image, with a batch axis, the last frame held where they run with the frames. Memory is bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
     """
 
     def __init__(
-        self, spec: Spec, encoder: AudioEncoder, drop: tuple[str, ...] = (), given: Mapping[str, Tensor] | None = None
+        self,
+        spec: Spec,
+        encoder: AudioEncoder,
+        drop: tuple[str, ...] = (),
+        given: Mapping[str, Tensor] | None = None,
+        of_image: Mapping[str, Tensor] | None = None,
     ):
         for name in drop:
             known(name)
         self.spec, self.encoder, self.drop = spec, encoder, drop
-        self.given = given_features(spec, given or {})
+        self.given = Conditions(given_features(spec, given or {}).features, **(of_image or {}))
         self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())
         self.pose = Stream((spec.pose_dim,))
         self.resampler: Resampler | None = None

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
     blank = blank_features(recipe.teacher.network, 1, spec.horizon_frames)  # nothing else is given here
     given = encoders.codec.encode(image[None, :, None].to(device)).float().cpu()
-    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
+    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank, image[None]).to(device)
     x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.teacher.sampler
     if settings is None:
         solved = recipe.trajectories
