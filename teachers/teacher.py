@@ -15,7 +15,6 @@ from teachers.checkpoints.convert import fill_network, plan
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance, guided
 from teachers.networks.kind import AvatarTeacher
-from teachers.networks.wan import AvatarTransformer
 
 
 class Teacher:
@@ -78,7 +77,7 @@ def load_teacher(
     """The teacher whose weights `path` holds: a file or folder in any layout of `distill convert` (Wan 2.1, diffusers, OmniAvatar's
     LoRA, Self Forcing, ours), its size read from the tensors.
 
-    `base`: the Wan weights that a LoRA at `path` was trained over. `widen`: consent to new input channels, from zero, for the
+    `base`: the Wan weights that a LoRA at `path` was trained over, or that what is at `path` replaces a part of. `widen`: consent to new input channels, from zero, for the
     reference and its mask. `dtype` of the weights, but for norms, time embedding and modulation, which are fp32. UserError that
     lists what is missing, unexpected or of another shape.
     """
@@ -86,7 +85,7 @@ def load_teacher(
     architecture = plan(path, "ours", base=base, widen=widen).architecture
     config: Any = layouts.make_config(architecture, "ours")
     with init_empty_weights():
-        net: Any = AvatarTransformer.from_config(config)
+        net: Any = layouts.network_class(architecture).from_config(config)
     allocate(net, dtype, torch.device(device))
     fill_network(net, path, base=base, widen=widen)
     return Teacher(AvatarTeacher(net.to(device)))

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -52,27 +52,10 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
 
 
 def _architecture(stage: TeacherStage, spec: Spec) -> Architecture:
-    n, dims = cast(Any, stage.network), vars(spec.dims)
-    channels, audio = dims["latent_channels"], dims["audio_dim"]
-    rule = tuple(range(2, n.num_layers // 2 + 1))
-    places = rule if n.audio_blocks is None else n.audio_blocks
-    return Architecture(
-        width=n.num_heads * n.head_dim,
-        in_channels=2 * channels + 1 if n.reference else channels,
-        out_channels=channels,
-        patch=(1, n.patch, n.patch),
-        num_layers=n.num_layers,
-        ffn_dim=n.ffn_dim,
-        text_dim=dims["text_dim"],
-        freq_dim=n.freq_dim,
-        packed=n.audio_hidden if audio else 0,
-        num_audio=len(places) if audio else 0,
-        audio_in=dims["stride"] * audio,
-        head_dim=n.head_dim,
-        stride=dims["stride"],
-        audio_blocks=n.audio_blocks,
-        prediction=n.prediction,
-    )
+    with torch.device("meta"):
+        net = stage.network.new(spec.dims)
+    shapes, where = {name: tuple(p.shape) for name, p in net.named_parameters()}, label(stage.network)
+    return layouts.with_config(layouts.infer(shapes, where), {**vars(stage.network), "stride": spec.dims.stride}, where)
 
 
 def _random(shape: tuple[int, ...], name: str) -> Tensor:

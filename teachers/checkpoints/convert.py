@@ -24,7 +24,6 @@ from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
 from teachers.files import staged
-from teachers.networks.wan import AvatarTransformer
 
 ENTRIES = ("generator_ema", "generator", "model", "state_dict", "")
 """The entries of a torch archive in order of preference: Self-Forcing samples with its averaged weights."""
@@ -113,7 +112,8 @@ def plan(
 ) -> Conversion:
     """The conversion of `source` to the layout `to` (one of layouts.LAYOUTS); reads names and shapes alone.
 
-    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (the default) or keep
+    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over, or of which those of `source` replace and add a part, by name
+    (InfiniteTalk's adapter). `lora`: "fold" it into the weights (the default) or keep
     it as a peft "adapter" (ours alone). `widen`: consent to 2 C + 1 input channels where the weights have C; the new ones start
     at zero. `entry`: of a torch archive (default: the first of ENTRIES). `leave_out`: patterns such as "_cls_pred_branch.*" of
     tensors that are not taken, a GAN critic's heads for one. Raises UserError.
@@ -133,7 +133,7 @@ def plan(
         tensors, config = base_checkpoint.tensors | tensors, base_checkpoint.config
         checkpoint = replace(checkpoint, path=f"{checkpoint.path} over {base_checkpoint.path}")
     elif base is not None:
-        raise UserError(f"--base has no effect: {checkpoint.path} is no LoRA over other weights; remove it")
+        checkpoint, tensors, config = _over(checkpoint, read_checkpoint(Path(base)))
     if lora and not checkpoint.pairs:
         raise UserError(f"--lora has no effect: {checkpoint.path} has no LoRA; remove it")
     if lora == "adapter" and to != "ours":
@@ -150,6 +150,16 @@ def plan(
     layouts.check_representable(architecture, to, checkpoint.path)
     ordered = {name: tensors[name] for name in layouts.tensors(architecture)}
     return Conversion(checkpoint, to, architecture, ordered, adapter if lora == "adapter" else None)
+
+
+def _over(checkpoint: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, dict[str, Lazy], dict[str, Any]]:
+    """Weights that are a part of a network over the whole of another one; UserError where nothing of that is needed."""
+    if base.pairs or not base.tensors.keys() - checkpoint.tensors.keys():
+        raise UserError(
+            f"--base has no effect: {checkpoint.path} is no LoRA and no part over other weights, it has all of theirs; remove it"
+        )
+    named = replace(checkpoint, path=f"{checkpoint.path} over {base.path}", layout=base.layout)
+    return named, base.tensors | checkpoint.tensors, base.config
 
 
 def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[str] = ()) -> Checkpoint:
@@ -274,7 +284,7 @@ def _widened(
     return replace(architecture, in_channels=widened), wide
 
 
-def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
+def fill_network(net: Any, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
     """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
 
     One tensor at a time is in memory beside the network, whose dtypes stay; of a network in shards each rank reads its own rows

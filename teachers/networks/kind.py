@@ -42,6 +42,9 @@ class NetworkKind:
     prediction  velocity (eps - x0), or reference (x0 as a difference to the reference latent)
     reference   whether frame 0 of a clip is given, not drawn; patch: a token is patch x patch cells of the latent grid
     first_frames  how many first latent frames of a stream are read unlike all others (a shorter audio window): 0 for none
+    rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
+                in teachers.checkpoints.layouts, the first of which tells the kind
+    audio_row   of such rows: the symbol of an audio state's size, and how many states a row of the audio encoder has
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
     causal      "module:Class" (net, spec) of its causal student; empty: none, `student.network.name: windowed` wraps it
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
@@ -52,6 +55,8 @@ class NetworkKind:
     """
 
     takes: ClassVar[tuple[str, ...]] = ("text", "audio", "pose")
+    rows: ClassVar[str] = ""
+    audio_row: ClassVar[tuple[str, int]] = ("A", 0)
     layouts: ClassVar[tuple[str, ...]] = ()
     causal: ClassVar[str] = ""
     over_teacher: ClassVar[bool] = False
@@ -194,7 +199,10 @@ class NetworkKind:
 NETWORKS = Registry(
     kind="network",
     group="networks",
-    entries={"wan": "teachers.networks.wan:NetworkConfig"},
+    entries={
+        "wan": "teachers.networks.wan:NetworkConfig",
+        "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
+    },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",
 )

@@ -62,6 +62,11 @@ class WanKind(NetworkKind):
         if self.head_dim % 2 or self.head_dim < 6:
             raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
 
+    @classmethod
+    def module_class(cls) -> "type[AvatarTransformer]":
+        """The class of the module that `build` makes."""
+        return AvatarTransformer
+
     def shallow(self, blocks: int = 1) -> "WanKind":
         return self if blocks >= self.num_layers else replace(self, num_layers=blocks)
 
