@@ -162,17 +162,18 @@ class Wav2Vec(nn.Module):
     ) -> Float[Tensor, "*batch {num_frames} features"]:
         """audio [.., S] at 16 kHz of a whole clip -> rows [.., num_frames, A], equal to OmniAvatar's (its scripts/inference.py).
 
-        The sound is normalised over the clip, then truncated (OmniAvatar's) or padded with silence to its length, never stretched;
-        every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
+        The sound is normalised over the clip, then truncated (with a rate of its own it is not) or padded with silence to its length,
+        never stretched; every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
         reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
         times.
         """
         frames = num_frames - prefix
         count, length = frames * self.per_frame, frames * self.samples_per_frame
-        part = 0 if self.config.states == "published" else self.samples_per_frame - 1  # of a frame that others keep
-        waves = self._level(self._waves(audio))[:, : length + part]
-        if self.native:
-            length = (count - 1) * self.hop + self.reach
+        waves = self._level(self._waves(audio))
+        if self.native:  # all of the sound, and silence where the last row's state lies beyond it
+            length = (frames - 1) * self.samples_per_frame + self.reach
+        else:  # all but OmniAvatar keep what is left of a frame
+            waves = waves[:, : length + (0 if self.config.states == "published" else self.samples_per_frame - 1)]
         features = self.model.feature_extractor(nn.functional.pad(waves, (0, max(0, length - waves.shape[1]))))
         if not self.native:
             features = nn.functional.interpolate(features, size=count, mode="linear", align_corners=True)
@@ -190,6 +191,8 @@ class Wav2Vec(nn.Module):
         if not self.config.whole_clip:
             return None
         total, frames = num_frames, -(-audio.shape[-1] // self.samples_per_frame)
+        if self.native:
+            return self.whole(audio, num_frames)
         if self.config.states != "published":
             total = max(num_frames, audio.shape[-1] // self.samples_per_frame)
         elif frames > num_frames:

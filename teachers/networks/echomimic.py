@@ -14,8 +14,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from teachers.errors import UserError
 from teachers.networks.image_to_video import ImageToVideoKind
-from teachers.networks.kind import KeyValue
+from teachers.networks.kind import Dims, KeyValue
 from teachers.networks.wan import AvatarTransformer, WanKind
 from teachers.networks.wan_block import AvatarBlock, keys_values
 
@@ -41,6 +42,14 @@ class EchoMimicConfig(ImageToVideoKind):
     @classmethod
     def module_class(cls) -> type[AvatarTransformer]:
         return EchoMimicTransformer
+
+    def build(self, dims: Dims) -> Any:
+        if 2 * dims.stride != A_FRAME or dims.audio_dim % ROW or not dims.audio_dim:
+            raise UserError(
+                f"network: EchoMimicV3 reads {ROW} states a row and {A_FRAME // 2} pixel frames a latent frame: got rows of "
+                f"{dims.audio_dim} numbers and codec.stride={dims.stride}; give data.audio states: last, rate: 50, window: [5, 5]"
+            )
+        return super().build(dims)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

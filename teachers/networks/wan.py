@@ -414,7 +414,8 @@ def initialise(net: Any) -> Any:
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.zeros_(net.proj_out.weight)
     if net.guidance_embedder is not None:
         nn.init.zeros_(net.guidance_embedder.weight)

@@ -116,8 +116,8 @@ class AvatarBlock(WanTransformerBlock):
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
 
     def before(self, x: Tensor, heard: Any) -> Tensor:
-        """x [B, N, D] before the block: `heard` [B, F, 1, D] is added to every token of a frame."""
-        if heard is None:
+        """x [B, N, D] before the block: a tensor `heard` [B, F, 1, D] is added to every token of a frame."""
+        if not isinstance(heard, Tensor):
             return x
         return (x.unflatten(1, (heard.shape[1], -1)) + heard).flatten(1, 2)
 

@@ -50,12 +50,14 @@ def test_the_last_state_at_its_own_rate():
 
 @pytest.mark.parametrize("stable", [False, True])
 def test_every_state_once(stable):
-    """Of a model with stable layer norm (XLS-R, xlsr-53) the states are raw, the last is normalised: the library's own list."""
+    """Of a model with stable layer norm (XLS-R, xlsr-53) the states are raw, and the last is normalised."""
     config = Wav2VecConfig(lookback_frames=6, lookahead_frames=3, states="all", rate=50)
     changes = {"do_stable_layer_norm": stable, "feat_extract_norm": "layer" if stable else "group", "conv_bias": stable}
     encoder, sound = an_encoder(config, **changes), some_sound(SOUND)
     rows = encoder.of_clip(sound[None], FRAMES)[0]
-    states = torch.cat(library(sound, **changes).hidden_states, dim=-1)[0]
+    out = library(sound, **changes)
+    states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state], dim=-1)[0]
+    assert len(out.hidden_states) == LAYERS + 1
     assert encoder.dim == (LAYERS + 1) * WIDTH
     assert (rows - states[: 2 * FRAMES : 2]).abs().max() < 1e-5
 
