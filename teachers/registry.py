@@ -39,7 +39,11 @@ AUDIO_ENCODERS = Registry(
 TEXT_ENCODERS = Registry(
     kind="text encoder",
     group="text_encoders",
-    entries={"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"},
+    entries={
+        "bpe": "teachers.encoders.small:TextConfig",
+        "umt5": "teachers.encoders.umt5:UMT5Config",
+        "none": "teachers.encoders.small:NoTextConfig",
+    },
     methods={"load": "def load(self, folder: Path) -> Text"},
 )
 

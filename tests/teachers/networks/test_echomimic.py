@@ -1,15 +1,24 @@
 """EchoMimicV3 preview: its forward equals the equations, faults in them are seen, its sound's window, size and weights."""
 
 import json
+import wave
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from distill.cli import main
+from distill.compose import RECIPES
+from distill.data import latents
+from distill.pipeline.tiny import write_weights
+from distill.recipe import load_recipe, spec_of
 from students.history import History
-from students.weights.checkpoint import make_student
+from students.serving.session import Session
+from students.serving.snapshot import load_session, save_session
+from students.weights.checkpoint import Bundle, make_student
 from teachers.checkpoints import layouts
 from teachers.checkpoints.convert import plan
 from teachers.codecs.linear import CodecConfig
@@ -21,7 +30,7 @@ from teachers.networks import echomimic
 from teachers.networks.echomimic import EchoMimicConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
-from tests.support.tiny import make_spec, randn, randomise
+from tests.support.tiny import make_spec, randn, randomise, some_sound
 from tests.teachers.reference_echomimic import FAULTS, EchoMimic
 
 FRAMES, CHANNELS, SIDE, STATE, TEXT, IMAGE, HEADS = 4, 3, 4, 10, 12, 14, 2
@@ -275,3 +284,63 @@ def test_every_matrix_of_cross_attention_takes_a_lora():
     net, targets = a_net(), CONFIG.lora_targets
     found = {name.partition("attn2.")[2] for name, module in net.named_modules() if name.endswith(targets) and "attn2" in name}
     assert found == {"to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "to_k_audio", "to_v_audio"}
+
+
+# ---- from the folders of the recipe, small
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The recipe with random small weights where its paths point, and the words that name it."""
+    words = ["size=tiny", f"run_dir={tmp_path_factory.mktemp('echomimic')}", "teacher.sampler.num_steps=2"]
+    recipe = load_recipe(RECIPES / "echomimic.yaml", words)
+    write_weights(recipe, spec_of(recipe))
+    return recipe, words
+
+
+def test_the_teacher_samples_from_the_folders_of_its_download(tiny, tmp_path, capsys):
+    """A missing part is one line that names it and where to get it."""
+    recipe, words = tiny
+    Image.new("RGB", (40, 40), (90, 60, 30)).save(tmp_path / "face.png")
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((some_sound(16_000) * 20_000).short().numpy().tobytes())
+    sample = ["sample", "--teacher", str(RECIPES / "echomimic.yaml"), *words, "--text", "a person nods"]
+    sample += ["--image", str(tmp_path / "face.png"), "--audio", str(tmp_path / "a.wav"), "--out", str(tmp_path / "t.mp4")]
+    assert main(sample) == 0
+    assert "21 frames, 0.84 s, 2 steps of 3 passes" in capsys.readouterr().out
+    (recipe.data.image.path / "image_encoder").rename(tmp_path / "gone")
+    try:
+        assert main(sample) == 2
+    finally:
+        (tmp_path / "gone").rename(recipe.data.image.path / "image_encoder")
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "missing models_clip" in err
+    assert "get models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth of" in err
+
+
+def test_a_session_streams_with_what_it_made_of_the_portrait(tiny, tmp_path):
+    """CLIP's tokens, the channels beside the noise and the face follow the portrait through a stream and its snapshot."""
+    recipe, _ = tiny
+    spec = spec_of(recipe)
+    own = latents.load_encoders(recipe.data, tmp_path, spec.network.reference)
+    student = randomise(make_student(spec), 5).eval().requires_grad_(False)
+    bundle = Bundle(student, own.codec, own.audio_encoder, own.text, None, own.image)
+    sound, portraits = some_sound(40 * 640), [randn(3, 16, 16, seed=i).clamp(-1, 1) for i in (1, 2)]
+
+    def opened(portrait):
+        session = Session(bundle, portrait, "a person nods", seed=1)
+        session.push(audio=sound)
+        session.close()
+        return session
+
+    session, other = (opened(portrait) for portrait in portraits)
+    first = [session.step() for _ in range(2)]
+    save_session(session, tmp_path / "session.safetensors")
+    assert not torch.equal(first[0].frames, other.step().frames)
+    again = load_session(bundle, tmp_path / "session.safetensors")
+    rest = [chunk.frames for chunk in session.frames()]
+    assert len(rest) >= 2
+    assert all(torch.equal(a, b.frames) for a, b in zip(rest, again.frames(), strict=True))
+    with pytest.raises(UserError, match="reference image is missing: give one"):
+        Session(bundle, None, "a person nods")
