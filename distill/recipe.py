@@ -88,8 +88,8 @@ class TeacherStage:
     """A network, and where its weights come from: `path` (any layout of `distill convert`), or `method` and `train`, by which it
     is trained here (from `path`, if that is given too).
 
-    `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over, or that what is in `path` replaces a part of. `widen`: consent to reference and mask channels
-    that start at zero. `precision` is that of a frozen network's matrices. `sampler`: the published one, for `distill sample
+    `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over, or that what is in `path` replaces a part of.
+    `widen`: consent to reference and mask channels that start at zero. `precision` is that of a frozen network's matrices. `sampler`: the published one, for `distill sample
     --teacher` (null: that of the trajectories).
     """
 

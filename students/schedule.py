@@ -166,9 +166,7 @@ def _next(spec: Any, x0: Tensor, chunk: InFlight, noise: Noise, place: int, sigm
     return InFlight(_lower(spec, chunk.x, x0.detach(), sigmas[chunk.done : done + 1], noise, place, done), done)
 
 
-def _lower(
-    spec: Any, x: Tensor, x0: Tensor, sigmas: Sequence[float], noise: Noise, place: int, number: int
-) -> Tensor:
+def _lower(spec: Any, x: Tensor, x0: Tensor, sigmas: Sequence[float], noise: Noise, place: int, number: int) -> Tensor:
     """x [B, C, n, H, W] at the second of two sigmas, which is step `number`, from what the network made of it at the first."""
     if spec.step == "ode":
         return flow.euler_step(x, x0, *sigmas)

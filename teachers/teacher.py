@@ -77,8 +77,8 @@ def load_teacher(
     """The teacher whose weights `path` holds: a file or folder in any layout of `distill convert` (Wan 2.1, diffusers, OmniAvatar's
     LoRA, Self Forcing, ours), its size read from the tensors.
 
-    `base`: the Wan weights that a LoRA at `path` was trained over, or that what is at `path` replaces a part of. `widen`: consent to new input channels, from zero, for the
-    reference and its mask. `dtype` of the weights, but for norms, time embedding and modulation, which are fp32. UserError that
+    `base`: the Wan weights that a LoRA at `path` was trained over, or that what is at `path` replaces a part of.
+    `widen`: consent to new input channels, from zero, for the reference and its mask. `dtype` of the weights, but for norms, time embedding and modulation, which are fp32. UserError that
     lists what is missing, unexpected or of another shape.
     """
     path, base = Path(path), None if base is None else Path(base)

@@ -39,7 +39,8 @@ class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
     `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`); `of_image`:
-    those of the reference image, with a batch axis, the last frame held where they run with the frames. Memory is bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
+    those of the reference image, with a batch axis, the last frame held where they run with the frames. Memory is
+    bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
     """
 
     def __init__(

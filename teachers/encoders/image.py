@@ -1,6 +1,6 @@
 """What Wan's image-to-video networks take of the reference image: CLIP's tokens, channels beside the noise, where the face is.
 
-CLIP is the vision half of open-clip's xlm-roberta-large ViT-H/14 (Wan 2.1, 2503.20314): 257 tokens x 1280 after 31 of its 32 layers.
+CLIP is the vision half of open-clip's xlm-roberta-large ViT-H/14 (Wan 2.1, 2503.20314): 257 tokens x 1280 after 31 of 32 layers.
 """
 
 from collections.abc import Mapping
@@ -135,7 +135,9 @@ class WanImage(nn.Module):
         return self.model(pixels.to(self.model.dtype)).last_hidden_state
 
 
-def beside(image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int) -> Float[Tensor, "n channels {num_frames} y x"]:
+def beside(
+    image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int
+) -> Float[Tensor, "n channels {num_frames} y x"]:
     """[mask of `stride` channels | latents] of a clip whose frame 0 is the image and whose other frames are mid-grey."""
     stride = codec.config.stride
     video = image.new_zeros(*image.shape[:2], 1 + stride * (num_frames - 1), *image.shape[2:])
@@ -162,14 +164,14 @@ def face_mask(image: Float[Tensor, "3 h w"], height: int, width: int, cell: int)
 
 
 def from_original(tensors: Mapping[str, Tensor], where: Path) -> Any:
-    """The frozen CLIPVisionModel, without its last layer, of weights under Wan's own names, its size inferred from their shapes; the
-    text half is ignored. UserError lists missing names and mismatched shapes."""
+    """The frozen CLIPVisionModel, without its last layer, of weights under Wan's own names, its size inferred from their shapes;
+    the text half is ignored. UserError lists missing names and mismatched shapes."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     hint = f"get {ORIGINAL}"
     own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
     layers = len({name.split(".")[1] for name in own if name.startswith("transformer.")}) - 1
-    needed = {name: () for name in ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight")}
+    needed = dict.fromkeys(("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight"), ())
     check_shapes({name: () for name in needed if name in own}, needed, where, hint)
     width, _, patch, _ = own["patch_embedding.weight"].shape
     shape = CLIPVisionConfig(

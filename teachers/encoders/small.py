@@ -162,7 +162,7 @@ class NoTextConfig:
     dim: ClassVar[int] = 0
     fitted: ClassVar[bool] = False
 
-    def load(self, folder: Path) -> "NoText":  # noqa: ARG002
+    def load(self, folder: Path) -> "NoText":
         """The text encoder, which has no weights."""
         return NoText()
 
@@ -170,7 +170,7 @@ class NoTextConfig:
 class NoText(nn.Module):
     """Texts -> features [B, 1, 0]."""
 
-    def count(self, text: str) -> int:  # noqa: ARG002
+    def count(self, text: str) -> int:
         """None of a text is read."""
         return 0
 

@@ -60,7 +60,9 @@ class Wav2VecConfig:
 
     def __post_init__(self):
         if len(self.window) != 2 or min(self.window) < 0:
-            raise UserError(f"wav2vec2 window: got {list(self.window)}; give two counts, before and after a row, from 0")
+            raise UserError(
+                f"wav2vec2 window: got {list(self.window)}; give two counts, before and after a row, from 0"
+            )
         if self.grid_frames < 1 or self.lookback_frames < 0 or self.lookahead_frames < 0:
             raise UserError(
                 f"wav2vec2 windows: got lookback_frames={self.lookback_frames}, lookahead_frames={self.lookahead_frames}, "
@@ -136,7 +138,9 @@ class Wav2Vec(nn.Module):
                 f"{self.per_frame} each; raise it"
             )
         self.period = self.hop // math.gcd(self.hop, samples_per_frame)
-        clips = [(t, (t * self.samples_per_row - reach) // self.hop) for t in range(1, self.period * self.per_frame + 1)]
+        clips = [
+            (t, (t * self.samples_per_row - reach) // self.hop) for t in range(1, self.period * self.per_frame + 1)
+        ]
         drifts = [features - (t - 1) * self.samples_per_row / self.hop for t, features in clips]
         self.offset = sum(drifts) / (2 * len(drifts))
         self.lookback = (config.lookback_frames + self.period - 1) * samples_per_frame
@@ -162,9 +166,9 @@ class Wav2Vec(nn.Module):
     ) -> Float[Tensor, "*batch {num_frames} features"]:
         """audio [.., S] at 16 kHz of a whole clip -> rows [.., num_frames, A], equal to OmniAvatar's (its scripts/inference.py).
 
-        The sound is normalised over the clip, then truncated (with a rate of its own it is not) or padded with silence to its length,
-        never stretched; every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
-        reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
+        The sound is normalised over the clip, then truncated (at wav2vec2's own rate it is not) or padded with silence to its
+        length, never stretched; every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound
+        is that many frames late: 1 for the reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
         times.
         """
         frames = num_frames - prefix

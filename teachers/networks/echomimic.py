@@ -2,9 +2,9 @@
 
     o(attention(q, text) + attention(q, image) + mask attention(q, audio of the frame))        one query for all three
 
-Latent frame i reads the 17 states 8 i - 11 .. 8 i + 5 of wav2vec2 at 50 a second, two a pixel frame: 4 states, 80 ms, beyond its last
-pixel frame. States outside the clip are tokens of zeros, which take part in the softmax (the published windows are padded and not
-masked). The mask is the face, the same for all frames. Sizes: A = 11 E numbers a row, of states 2 p - 5 .. 2 p + 5 of pixel frame p.
+Latent frame i reads the 17 states 8 i - 11 .. 8 i + 5 of wav2vec2 at 50 a second, two a pixel frame: 4 states, 80 ms, beyond its
+last pixel frame. States outside the clip are tokens of zeros, which take part in the softmax (the published windows are padded and
+not masked). The mask is the face, the same for all frames. A = 11 E numbers a row, the states 2 p - 5 .. 2 p + 5 of pixel frame p.
 """
 
 from collections.abc import Sequence

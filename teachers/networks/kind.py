@@ -98,7 +98,7 @@ class NetworkKind:
         inputs: Tensor,
         sigma: Tensor,
         conditions: Conditions,
-        numbers: Sequence[int] | None = None,  # noqa: ARG002
+        numbers: Sequence[int] | None = None,
     ) -> Tensor:
         """The module's raw output [B, C, F, H, W] of composed inputs at sigma [B]. `numbers` of the frames in their stream, cut at
         `first_frames`; None: a whole clip, which begins and ends."""

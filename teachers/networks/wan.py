@@ -179,7 +179,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         freq_dim: int = 256,
         patch: int = 2,
         audio_hidden: int = 32,
-        audio_blocks: tuple[int, ...] | None = None,
+        audio_blocks: tuple[int, ...] | None = None,  # noqa: ARG002  # read from the config
         prediction: Literal["velocity", "reference"] = "velocity",
         reference: bool = True,
         pose_dim: int = 0,

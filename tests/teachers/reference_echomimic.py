@@ -1,7 +1,7 @@
 """EchoMimicV3 preview's forward once more, in plain PyTorch, from a state dict under the published names.
 
-Wan2.1's transformer (2503.20314) with image-to-video input, CLIP tokens and the sound inside cross-attention (2507.03905). It shares
-no code with the network that it judges. `fault`: one of FAULTS is put in, which a comparison has to see.
+Wan2.1's transformer (2503.20314) with image-to-video input, CLIP tokens and the sound inside cross-attention (2507.03905). It
+shares no code with the network that it judges. `fault`: one of FAULTS is put in, which a comparison has to see.
 """
 
 import math
@@ -10,7 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.teachers.reference_wan import attend, gelu_tanh, layer_norm, linear, rms_norm, rope_angles, silu, sinusoids, turn
+from tests.teachers.reference_wan import (
+    attend,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    rms_norm,
+    rope_angles,
+    silu,
+    sinusoids,
+    turn,
+)
 
 FAULTS = (
     "window one state early",
@@ -43,7 +53,15 @@ class EchoMimic:
     eps: float = 1e-6
 
     def __call__(
-        self, x: Tensor, known: Tensor, latents: Tensor, sigma: Tensor, text: Tensor, image: Tensor, states: Tensor, face: Tensor
+        self,
+        x: Tensor,
+        known: Tensor,
+        latents: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        image: Tensor,
+        states: Tensor,
+        face: Tensor,
     ) -> Tensor:
         """x and latents of the image [B, C, F, H, W], known [B, 4, F, H, W], sigma [B], text [B, L, T], image [B, K, V], states of
         the sound [B, 8 F - 6, E] (8 F + more where the clip does not end), face [B, S] -> velocity [B, C, F, H, W]."""
@@ -88,7 +106,7 @@ class EchoMimic:
         tokens, real = [], []
         for i in range(frames):
             first = 8 * i - 11 - early
-            at = [t for t in range(first, first + 17)]
+            at = list(range(first, first + 17))
             if self.fault == "window one state short":
                 at = at[:-1]
             window = []
@@ -108,7 +126,9 @@ class EchoMimic:
         w, name = self.weights, f"blocks.{i}"
         shift, scale, gate, shift2, scale2, gate2 = (w[f"{name}.modulation"] + modulation).unsqueeze(2).unbind(1)
         x = layer_norm(h, self.eps) * (1 + scale) + shift
-        query, key = (rms_norm(w, f"{name}.self_attn.norm_{p}", linear(w, f"{name}.self_attn.{p}", x), self.eps) for p in "qk")
+        query, key = (
+            rms_norm(w, f"{name}.self_attn.norm_{p}", linear(w, f"{name}.self_attn.{p}", x), self.eps) for p in "qk"
+        )
         value = self._heads(linear(w, f"{name}.self_attn.v", x))
         attended = attend(turn(self._heads(query), angles), turn(self._heads(key), angles), value)
         h = h + gate * linear(w, f"{name}.self_attn.o", attended)

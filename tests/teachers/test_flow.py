@@ -59,7 +59,9 @@ def test_the_grid_of_diffusers_scheduler():
     assert flow.sigma_grid(25, 5.0, "twice") == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
-@pytest.mark.parametrize(("steps", "kind", "message"), [(1, "closed", "at least 2"), (0, "even", "at least 1"), (4, "odd", "choose")])
+@pytest.mark.parametrize(
+    ("steps", "kind", "message"), [(1, "closed", "at least 2"), (0, "even", "at least 1"), (4, "odd", "choose")]
+)
 def test_a_grid_that_cannot_be(steps, kind, message):
     with pytest.raises(UserError, match=message):
         flow.sigma_grid(steps, 5.0, kind)

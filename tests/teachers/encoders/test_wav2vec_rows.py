@@ -11,7 +11,7 @@ from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
 from tests.support.tiny import some_sound
 from tests.teachers.encoders import reference_audio as reference
-from tests.teachers.encoders.test_wav2vec import HEADS, LAYERS, N, WIDTH, a_model, an_encoder, published
+from tests.teachers.encoders.test_wav2vec import HEADS, LAYERS, WIDTH, N, a_model, an_encoder, published
 
 FRAMES = 13
 SOUND = (FRAMES + 3) * N

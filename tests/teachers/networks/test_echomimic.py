@@ -203,7 +203,7 @@ def test_a_chunk_sees_nothing_of_later_ones():
 
 
 def test_the_published_size():
-    """1,707,215,168 parameters, as the published code prints; 93 tensors more than Wan2.1-Fun-1.3B-InP, which it loads them over."""
+    """1,707,215,168 parameters, as the published code prints; 93 tensors more than its base, Wan2.1-Fun-1.3B-InP."""
     with torch.device("meta"):
         net = TEACHER.new(PUBLISHED)
     assert sum(p.numel() for p in net.parameters()) == 1_707_215_168
@@ -282,7 +282,11 @@ def test_sizes_that_cannot_be_are_one_line():
 
 def test_every_matrix_of_cross_attention_takes_a_lora():
     net, targets = a_net(), CONFIG.lora_targets
-    found = {name.partition("attn2.")[2] for name, module in net.named_modules() if name.endswith(targets) and "attn2" in name}
+    found = {
+        name.partition("attn2.")[2]
+        for name, module in net.named_modules()
+        if name.endswith(targets) and "attn2" in name
+    }
     assert found == {"to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "to_k_audio", "to_v_audio"}
 
 
@@ -306,7 +310,14 @@ def test_the_teacher_samples_from_the_folders_of_its_download(tiny, tmp_path, ca
         file.setparams((1, 2, 16_000, 0, "NONE", ""))
         file.writeframes((some_sound(16_000) * 20_000).short().numpy().tobytes())
     sample = ["sample", "--teacher", str(RECIPES / "echomimic.yaml"), *words, "--text", "a person nods"]
-    sample += ["--image", str(tmp_path / "face.png"), "--audio", str(tmp_path / "a.wav"), "--out", str(tmp_path / "t.mp4")]
+    sample += [
+        "--image",
+        str(tmp_path / "face.png"),
+        "--audio",
+        str(tmp_path / "a.wav"),
+        "--out",
+        str(tmp_path / "t.mp4"),
+    ]
     assert main(sample) == 0
     assert "21 frames, 0.84 s, 2 steps of 3 passes" in capsys.readouterr().out
     (recipe.data.image.path / "image_encoder").rename(tmp_path / "gone")
