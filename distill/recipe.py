@@ -89,8 +89,8 @@ class TeacherStage:
     is trained here (from `path`, if that is given too).
 
     `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over, or that what is in `path` replaces a part of.
-    `widen`: consent to reference and mask channels that start at zero. `precision` is that of a frozen network's matrices. `sampler`: the published one, for `distill sample
-    --teacher` (null: that of the trajectories).
+    `widen`: consent to reference and mask channels that start at zero. `precision` is that of a frozen network's matrices.
+    `sampler`: the published one, for `distill sample --teacher` (null: that of the trajectories).
     """
 
     network: NetworkKind = field(metadata={"kinds": NETWORKS})

@@ -78,8 +78,8 @@ def load_teacher(
     LoRA, Self Forcing, ours), its size read from the tensors.
 
     `base`: the Wan weights that a LoRA at `path` was trained over, or that what is at `path` replaces a part of.
-    `widen`: consent to new input channels, from zero, for the reference and its mask. `dtype` of the weights, but for norms, time embedding and modulation, which are fp32. UserError that
-    lists what is missing, unexpected or of another shape.
+    `widen`: consent to new input channels, from zero, for the reference and its mask. `dtype` of the weights, but for norms,
+    time embedding and modulation, which are fp32. UserError that lists what is missing, unexpected or of another shape.
     """
     path, base = Path(path), None if base is None else Path(base)
     architecture = plan(path, "ours", base=base, widen=widen).architecture

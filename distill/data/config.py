@@ -15,8 +15,9 @@ from teachers.resolve import missing
 class ClipsConfig:
     """`world`: size, frame rate, length and number of the clips; and their encoders: pixels to latents, sound and text to
     features; `image`: the reference image, for networks that take more of it than its latent. `text_steps`: training steps of a
-    fitted text encoder. `negative`: the prompt that replaces a dropped text (null: zeros). `precision`: that of stored features of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5).
-    `mirror`: the mirror image of every clip is trained on too. A source's own config inherits from it and opens the source."""
+    fitted text encoder. `negative`: the prompt that replaces a dropped text (null: zeros). `precision`: that of stored features
+    of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5). `mirror`: the mirror image of every clip is
+    trained on too. A source's own config inherits from it and opens the source."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})

@@ -168,8 +168,8 @@ class Wav2Vec(nn.Module):
 
         The sound is normalised over the clip, then truncated (at wav2vec2's own rate it is not) or padded with silence to its
         length, never stretched; every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound
-        is that many frames late: 1 for the reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
-        times.
+        is that many frames late: 1 for the reference frame in OmniAvatar's inference, 0 in LiveTalk's training.
+        `conditions.pack_rows` then puts row 0 in front three times.
         """
         frames = num_frames - prefix
         count, length = frames * self.per_frame, frames * self.samples_per_frame
