@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 MANIFEST = "manifest.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SOUND = ("audio", "clip_audio")
+HALF = ("beside", "anchors")  # made of latents and stored like them
 TEXTS_AT_ONCE = 16
 COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the training set's
 PIXELS_AT_ONCE = 2**25
@@ -303,7 +304,7 @@ def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) ->
 
 def _precision(name: str, precision: torch.dtype, value: Tensor) -> torch.dtype:
     """The type that a condition is stored in: that of the latents for what is made of them, `precision` for features."""
-    if name in ("beside", "anchors"):
+    if name in HALF:
         return torch.float16
     return precision if name in (*SOUND, "image") else value.dtype
 
