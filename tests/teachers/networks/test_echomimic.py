@@ -256,10 +256,12 @@ def test_the_converter_is_bit_equal_both_ways(tmp_path):
 
 
 def test_weights_that_are_a_part_of_others_go_over_them(tmp_path):
-    """An adapter of the audio path alone, merged by name over the image-to-video base, is the whole."""
+    """An adapter of the audio path and another output bias, merged by name over the image-to-video base, is the whole."""
     path, tensors = weights(tmp_path)
     own = {name: value for name, value in tensors.items() if "audio" in name}
-    for name, part in {"base": {k: v for k, v in tensors.items() if k not in own}, "part": own}.items():
+    plain = {k: v + 1 if k == "head.head.bias" else v for k, v in tensors.items() if k not in own}
+    own["head.head.bias"] = tensors["head.head.bias"]
+    for name, part in {"base": plain, "part": own}.items():
         (tmp_path / name).mkdir()
         save_file(part, tmp_path / name / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     plan(tmp_path / "part", "wan", base=tmp_path / "base").write(tmp_path / "whole")
