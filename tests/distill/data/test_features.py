@@ -76,7 +76,9 @@ def test_features_of_the_image_are_stored_and_made_anew_for_its_mirror_image(tmp
     stored = load_file(latents.files_of(tmp_path, "shard", source.num_shards)[0])
     kept = (torch.bfloat16, torch.float16, torch.float32)
     assert tuple(stored[name].dtype for name in HalvesConfig.gives) == kept
-    given = latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path)).batch(torch.tensor([1, 5])).conditions
+    given = (
+        latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path)).batch(torch.tensor([1, 5])).conditions
+    )
     clip = next(iter(source.train(0, [0]))).rows(range(1, 2))
     own = Halves()(to_float(clip.video[:, :, 0]), None, FRAMES)
     for name, value in own.items():
