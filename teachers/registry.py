@@ -50,7 +50,10 @@ TEXT_ENCODERS = Registry(
 IMAGE_ENCODERS = Registry(
     kind="image encoder",
     group="image_encoders",
-    entries={"wan": "teachers.encoders.image:WanImageConfig"},
+    entries={
+        "wan": "teachers.encoders.image:WanImageConfig",
+        "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
+    },
     methods={"load": "def load(self) -> ImageEncoder"},
 )
 

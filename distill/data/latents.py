@@ -105,7 +105,7 @@ class ConditionEncoders:
         packed = pack_rows(rows.float().cpu(), stride)
         of_image = {} if image is None else self.of_image(image, packed.shape[1])
         return Conditions(
-            {**(features or {}), **of_image},
+            {**of_image, **(features or {})},
             text=None if text is None else self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
@@ -135,7 +135,7 @@ class ConditionEncoders:
 
 def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int, frames: int) -> None:
     for name, value in features.items():
-        if name in BUILT_IN:
+        if name in BUILT_IN and name != "regions":
             raise UserError(f"Clips.features: {name} is made by the encoders; declare a name of your own")
         counts, axis = {"clips": (value.shape[0], num)}, known(name).axis
         if name in given.timed and axis is not None:
@@ -262,6 +262,7 @@ def write_shards(
         if source.config.mirror:
             x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
             again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), x0.shape[2])
+            again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
             rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
         rows = {name: value.to(_precision(name, precision, value)) for name, value in rows.items()}
         rows = {"x0": x0.half(), **rows}

@@ -1,6 +1,7 @@
 """`size=tiny`: small random weights in the published layouts, so that a whole recipe runs through its real loading code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
-    """Wan's own layout; with `wan` a text-to-video base there, and OmniAvatar's LoRA over it in `path`."""
+    """Wan's own layout; with `wan` a base there, and in `path` what was trained over it: the kind's own tensors, or OmniAvatar's
+    LoRA over text-to-video weights."""
     assert stage.path is not None
     if "wan" not in stage.network.layouts:
         tensors = {k: v.contiguous() for k, v in stage.network.new(spec.dims).state_dict().items()}
@@ -77,9 +79,11 @@ def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
     if stage.wan is None:
         _save(place(stage.path), tensors, layouts.make_config(whole, "wan"))
         return
-    plain = Architecture(
-        **{**vars(whole), "in_channels": whole.out_channels, "packed": 0, "num_audio": 0, "audio_in": 0}
-    )
+    if own := {name: tensors.pop(name) for name in layouts.apart(whole.kind, tensors)}:
+        save_file(own, place(stage.path) / f"{whole.kind}.safetensors")
+        _save(place(stage.wan), tensors, layouts.make_config(whole, "wan"))
+        return
+    plain = replace(whole, in_channels=whole.out_channels, packed=0, num_audio=0, audio_in=0)
     base = {name: _random(shape, name) for name, shape in layouts.tensors(plain, "wan").items()}
     _save(place(stage.wan), base, layouts.make_config(plain, "wan"))
     lora: dict[str, Tensor] = {}

@@ -54,7 +54,7 @@ class SessionInputs:
         for name in drop:
             known(name)
         self.spec, self.encoder, self.drop = spec, encoder, drop
-        self.given = Conditions(given_features(spec, given or {}).features, **(of_image or {}))
+        self.given = Conditions(of_image, **given_features(spec, given or {}).features)
         self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())
         self.pose = Stream((spec.pose_dim,))
         self.resampler: Resampler | None = None
@@ -258,19 +258,21 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
 
 def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
     """The features from outside this package of one stream: given ones, without a batch axis, and zeros for the others that the
-    network takes. UserError for one that the session makes itself, that is not declared, or not of its declared size."""
+    network takes; `regions` in the place of the image encoder's. UserError for one that the session makes itself, that is not
+    declared, or not of its declared size."""
     blank = blank_features(spec.network, 1, 1)
     for name, value in given.items():
         feature = known(name)
-        if name in BUILT_IN:
+        if name in BUILT_IN and (name != "regions" or spec.image is None):
             raise UserError(f"conditions: {name} is not given there; push it, set it, or give it by its own argument")
         if not isinstance(value, Tensor) or not torch.isfinite(value).all():
             raise UserError(f"conditions: {name} must be a tensor of finite numbers; read it again")
         size, axis = tuple(value.shape), feature.axis
         own = size if axis is None else (*size[: axis - 1], *size[axis:])
-        if feature.size is not None and own != feature.size:
+        declared = (spec.speakers, *spec.latent_size[1:]) if name == "regions" else feature.size
+        if declared is not None and own != declared:
             raise UserError(
-                f"conditions: {name} {size} does not fit its declared size {feature.size} on the clock {feature.clock}"
+                f"conditions: {name} {size} does not fit its declared size {declared} on the clock {feature.clock}"
             )
     return Conditions(blank, **{name: value[None].float() for name, value in given.items()})
 

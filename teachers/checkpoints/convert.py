@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name
+from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled
 from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
@@ -37,6 +37,7 @@ class Checkpoint:
     layout: str
     tensors: dict[str, Lazy]
     pairs: Pairs
+    differences: dict[str, Lazy]  # of whole tensors, which a LoRA adds beside its pairs
     config: dict[str, Any]
     ignored: tuple[str, ...]  # what else is in the file and was ignored
 
@@ -84,6 +85,9 @@ class Conversion:
                 weights.write_archive(temporary, "generator", named, shard_bytes, tick)
                 return
             temporary.mkdir()
+            kind = self.architecture.kind
+            if wan and (own := layouts.apart(kind, named)):
+                weights.write_file(temporary / f"{kind}.safetensors", {name: named.pop(name) for name in own}, tick)
             weights.write_safetensors(temporary, named, shard_bytes, tick)
             if self.adapter:
                 self.adapter.write(temporary / weights.ADAPTER)
@@ -143,9 +147,14 @@ def plan(
     architecture = _architecture(checkpoint, config)
     adapter = None
     if checkpoint.pairs:
-        adapter = complete_lora(checkpoint.pairs, tensors, checkpoint.config, checkpoint.names, checkpoint.path)
+        own = (checkpoint.pairs, checkpoint.differences)
+        adapter = complete_lora(*own, tensors, checkpoint.config, checkpoint.names, checkpoint.path)
     if adapter and lora != "adapter":
         tensors = {name: adapter.fold(name, tensor) for name, tensor in tensors.items()}
+    elif adapter and checkpoint.differences:
+        raise UserError(
+            f"--lora adapter holds pairs alone, {checkpoint.path} also has differences of whole tensors; fold it"
+        )
     architecture, tensors = _widened(architecture, tensors, checkpoint, widen)
     layouts.check_representable(architecture, to, checkpoint.path)
     ordered = {name: tensors[name] for name in layouts.tensors(architecture)}
@@ -166,8 +175,11 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
     """Names and shapes of a checkpoint in any of the layouts, recognised from its keys; UserError for anything else."""
     files = weights.find(path)
     is_archive = files[0].suffix != ".safetensors"
-    stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
     folder = files[0].parent
+    if path.is_dir():  # an adapter beside the weights that it was trained over
+        apart = [folder / f"{name}.safetensors" for name, kind in layouts.KINDS.items() if kind.apart]
+        files += [file for file in apart if file.is_file() and file not in files]
+    stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
     config = weights.read_json(folder / "config.json") or _student_config(folder)
     if files[0].stem.startswith("adapter_model"):
         config |= adapter_config(folder, files[0])
@@ -189,19 +201,24 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
     pairs: Pairs = {}
+    differences: dict[str, Lazy] = {}
     for name, tensor in named.items():
         lora = split_name(name)
         name, side = lora or (name, "")
         name = layouts.rename(name, layouts.TO_OURS) if layout == "wan" else name
-        if lora:
+        if side == "difference":
+            differences[name] = tensor
+        elif lora:
             pairs.setdefault(name, {})[side] = tensor
         else:
             tensors[name] = tensor
+    if "lora_rank" not in config:
+        unscaled(pairs, stored)
     if layout == "wan" and is_archive and any(name.startswith("model.") for name in stored):
         layout = "self-forcing"
     elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
         layout = "diffusers"
-    return Checkpoint(path, layout, tensors, pairs, config, tuple(ignored))
+    return Checkpoint(path, layout, tensors, pairs, differences, config, tuple(ignored))
 
 
 def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[str]]:

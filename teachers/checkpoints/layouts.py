@@ -14,6 +14,7 @@ from math import prod
 from typing import Any
 
 from teachers.checkpoints.strict import check_shapes, listed
+from teachers.conditions import taken
 from teachers.errors import UserError
 from teachers.networks.kind import NETWORKS
 from teachers.resolve import resolve
@@ -133,6 +134,7 @@ class Architecture:
     max_positions: int = 1024
     kind: str = "wan"
     beyond: tuple[tuple[str, int], ...] = ()  # sizes of the symbols that the kind's own rows bring
+    own: tuple[tuple[str, Any], ...] = ()  # keys of our config.json that the kind brings
 
 
 REPRESENTABLE = {
@@ -269,6 +271,13 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
             f"weights do not fit: {where}: config.json states {config['num_layers']} layers, the weights have {result.num_layers}; "
             "is a file missing?"
         )
+    if "image" in taken(KINDS[result.kind]) and not result.image_dim:
+        raise UserError(
+            f"weights do not fit: {where}: {result.kind} goes with Wan's image-to-video weights, these have no image path; "
+            "give those of Wan2.1-I2V"
+        )
+    own = KINDS[result.kind].own_config(dict(result.beyond), result.stride, config)
+    result = replace(result, own=tuple(own.items()))
     needed = len(rule if result.audio_blocks is None else result.audio_blocks)
     if result.audio_in and result.num_audio != needed:
         raise UserError(
@@ -301,6 +310,15 @@ def check_representable(architecture: Architecture, layout: str, where: Any) -> 
         raise UserError(f"layout {layout} cannot represent {', '.join(lost)}: {where}; choose another --to")
 
 
+def apart(kind: str, names: Collection[str]) -> list[str]:
+    """Those of the names, Wan's or ours, that a kind of network is published with apart from Wan's: its adapter; else none."""
+    if not KINDS[kind].apart:
+        return []
+    rows = {re.escape(name).replace(r"\{\}", r"\d+") for row in BEYOND[kind] for name in row[:2]}
+    own = re.compile("|".join(sorted(rows)))
+    return [name for name in names if own.fullmatch(name)]
+
+
 def network_class(architecture: Architecture) -> Any:
     """The class of the module of an architecture."""
     return KINDS[architecture.kind].module_class()
@@ -321,7 +339,7 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
             "audio_blocks": None if a.audio_blocks is None else list(a.audio_blocks),
             **({"pose_dim": a.pose_in // a.stride} if a.pose_in else {}),
             **({"image_dim": a.image_dim} if a.image_dim else {}),
-            "prediction": a.prediction, "max_positions": a.max_positions,
+            "prediction": a.prediction, "max_positions": a.max_positions, **dict(a.own),
         }  # fmt: skip
     if layout == "diffusers":
         return {

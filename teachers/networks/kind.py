@@ -6,7 +6,7 @@ B = batch, C = channels, F = latent frames.
 """
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,8 +44,10 @@ class NetworkKind:
     first_frames  how many first latent frames of a stream are read unlike all others (a shorter audio window): 0 for none
     rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
                 in teachers.checkpoints.layouts, the first of which tells the kind
+    apart       whether what it has beyond Wan is published in a file of its own, NAME.safetensors over Wan's weights
     audio_row   of such rows: the symbol of an audio state's size, and how many states a row of the audio encoder has
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
+    source      where its published weights are to be had, for messages
     causal      "module:Class" (net, spec) of its causal student; empty: none, `student.network.name: windowed` wraps it
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
     context_pass  whether a student's `commit` runs the network once
@@ -56,8 +58,10 @@ class NetworkKind:
 
     takes: ClassVar[tuple[str, ...]] = ("text", "audio", "pose")
     rows: ClassVar[str] = ""
+    apart: ClassVar[bool] = False
     audio_row: ClassVar[tuple[str, int]] = ("A", 0)
     layouts: ClassVar[tuple[str, ...]] = ()
+    source: ClassVar[str] = ""
     causal: ClassVar[str] = ""
     over_teacher: ClassVar[bool] = False
     context_pass: ClassVar[bool] = True
@@ -68,6 +72,12 @@ class NetworkKind:
     reference: bool = True
     patch: int = 1
     guidance: bool = False
+
+    @staticmethod
+    def own_config(sizes: Mapping[str, int], stride: int, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
+        """Keys of our config.json that the module takes beside Wan's: by the sizes of `rows`, or, where they do not determine them,
+        those of another config.json."""
+        return {}
 
     @missing
     def build(self, dims: Dims) -> nn.Module:
@@ -202,6 +212,7 @@ NETWORKS = Registry(
     entries={
         "wan": "teachers.networks.wan:NetworkConfig",
         "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
+        "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
     },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",

@@ -4,6 +4,7 @@ B = batch, F = latent frames, N = tokens, L = text tokens, D = width, M = heads,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class AvatarBlock(WanTransformerBlock):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
         one (query tokens, key token slices) and rotary per span; past rotated keys and values; image [B, K, D], or its keys and
         values from `look`; `heard`: what the network's `read_audio` gives this block (None: nothing), for `before`,
-        `attend_conditions` and `after_conditions`, which another kind of block overrides.
+        `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides.
 
         Returns the new x and this input's un-rotated keys and values.
         """
@@ -92,7 +93,7 @@ class AvatarBlock(WanTransformerBlock):
         split = (attention.heads, -1)
         query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
-        seen = []
+        seen, places = [], []
         for (tokens, context), rope_table in zip(spans, rotary, strict=True):
             if context:
                 parts = (*context, tokens)
@@ -104,13 +105,14 @@ class AvatarBlock(WanTransformerBlock):
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             seen.append(self.attend(q, k, v))
+            places.append(self.locate(q, k, heard))
         attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
         x = gated(x, attended, gate)
 
         attention = self.attn2
         conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
         x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, heard))
-        x = self.after_conditions(x, heard)
+        x = self.after_conditions(x, heard, places)
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
@@ -128,8 +130,11 @@ class AvatarBlock(WanTransformerBlock):
             return attended
         return attended + self.attend(query, *(image if isinstance(image, tuple) else self.look(image)))
 
-    def after_conditions(self, x: Tensor, heard: Any) -> Tensor:  # noqa: ARG002
-        """x [B, N, D] between cross-attention and the MLP."""
+    def locate(self, query: Tensor, key: Tensor, heard: Any) -> Any:
+        """What `after_conditions` wants to know of a span's rotated queries and keys [B, n, M, d] of self-attention; nothing."""
+
+    def after_conditions(self, x: Tensor, heard: Any, places: Sequence[Any]) -> Tensor:  # noqa: ARG002
+        """x [B, N, D] between cross-attention and the MLP; `places` of `locate`, one a span."""
         return x
 
     def attend_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

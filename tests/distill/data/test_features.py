@@ -89,6 +89,18 @@ def test_features_of_the_image_are_stored_and_made_anew_for_its_mirror_image(tmp
     assert (own["image"][0, 0, 0] - own["image"][0, 0, 1]).abs() > 0.01, "the halves differ"
 
 
+def test_who_is_where_is_flipped_and_may_be_the_source_s_own(tmp_path):
+    """Regions of two speakers: of a clip's mirror image they are mirrored, for nothing in the image says who is who."""
+    regions = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    source = MoodySource(lambda given: {"regions": regions.expand(len(given["mood"]), -1, -1, -1)})
+    with declared(*MOOD):
+        latents.prepare(DATA, source, 0, tmp_path, Ranks())
+        given = latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path))
+        own, mirrored = given.batch(torch.tensor([1, 5])).conditions.regions
+    assert torch.equal(own, regions)
+    assert torch.equal(mirrored, regions.flip(-1))
+
+
 def test_a_source_s_own_features_are_trained_on(tmp_path):
     """Through the shards into a batch, images of a mirrored clip mirrored."""
     with declared(*MOOD):
