@@ -156,7 +156,7 @@ class Artifacts:
         loaded again when another stage asks for them."""
         self.release(frozen)
         encoders: Any = self.encoders
-        self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None)
+        self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None, image=None)
         del encoders
         try:
             yield
@@ -209,4 +209,5 @@ class Artifacts:
     def bundle(self, student: Student) -> Bundle:
         """A student with this run's encoders, ready for a session."""
         coverage = load_coverage(self.folder.stage_dir("data") / FILE)
-        return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text, coverage)
+        own = self.encoders
+        return Bundle(student.eval(), own.codec, own.audio_encoder, own.text, coverage, own.image)
