@@ -18,15 +18,16 @@ from distill.training.engine import EngineConfig
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig
-from students.spec import Spec, StudentConfig, student_sigmas
+from students.spec import Spec, StudentConfig, check_image, student_sigmas
 from teachers.config import convert, to_plain
 from teachers.errors import UserError
+from teachers.flow import Grid, sigma_grid
 from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
 from teachers.resolve import Registry
 
 NO_RESULT = (
-    *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size"),
+    *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size", "teacher.sampler", "base.sampler"),
     *(f"engine.{name}" for name in EngineConfig.__dataclass_fields__ if name != "precision"),
 )
 """Fields that change no result: where, how fast, in how much memory and how closely watched a run is. They are in no fingerprint
@@ -70,12 +71,26 @@ class InitStage(MethodStage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """A teacher's published sampler: `num_steps` Euler steps on a `grid` (teachers.flow.sigma_grid) with this guidance."""
+
+    num_steps: int
+    shift: float
+    grid: Grid = "even"
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self):
+        sigma_grid(self.num_steps, self.shift, self.grid)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherStage:
     """A network, and where its weights come from: `path` (any layout of `distill convert`), or `method` and `train`, by which it
     is trained here (from `path`, if that is given too).
 
-    `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over. `widen`: consent to reference and mask channels
-    that start at zero. `precision` is that of a frozen network's matrices.
+    `wan`: the Wan weights that a LoRA in `path` (OmniAvatar) was trained over, or that what is in `path` replaces a part of.
+    `widen`: consent to reference and mask channels that start at zero. `precision` is that of a frozen network's matrices.
+    `sampler`: the published one, for `distill sample --teacher` (null: that of the trajectories).
     """
 
     network: NetworkKind = field(metadata={"kinds": NETWORKS})
@@ -85,6 +100,7 @@ class TeacherStage:
     precision: Literal["fp32", "bf16"] = "fp32"
     method: Any = field(default=None, metadata={"kinds": METHODS})
     train: TrainConfig | None = None
+    sampler: SamplerConfig | None = None
 
     def __post_init__(self):
         if self.path is None and (self.method is None or self.train is None):
@@ -271,7 +287,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def spec_of(recipe: "Recipe") -> Spec:
     """The student's spec as the recipe says it; UserError where its parts do not fit."""
     data, student = recipe.data, recipe.student
-    codec, audio, text = (_anywhere(part) for part in (data.codec, data.audio, data.text))
+    codec, audio, text, image = (_anywhere(part) for part in (data.codec, data.audio, data.text, data.image))
+    check_image(recipe.teacher.network, image)
     network = origin = (recipe.base or recipe.teacher).network
     if student.network is not None:
         network = student.network.over(origin) if student.network.over_teacher else student.network
@@ -298,11 +315,13 @@ def spec_of(recipe: "Recipe") -> Spec:
         first_sigmas=student.first_sigmas,
         first_chunks=student.first_chunks if student.first_sigmas else 0,
         times=student.times,
+        step=student.step,
         network=network,
         guidance=student.guidance,
         codec=codec,
         audio=audio,
         text=text,
+        image=image,
         pose_dim=data.world.pose_dim,
         speakers=data.world.speakers,
     )

@@ -84,7 +84,8 @@ def advance(
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer
     at the end of a clip); noise(0, i) [B, C, n, H, W] is that of its step i, noise(k, i) of the k-th behind it. x0 is re-noised to
-    the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing). `plan` is made where none is given.
+    the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing), or where the spec's `step` is ode, moved
+    there along the ODE (LiveAvatar). `plan` is made where none is given.
     With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does;
     `keep`: what is given of that step has its gradient (Student.with_context_gradient).
     """
@@ -102,7 +103,7 @@ def advance(
             x0, made = student.denoise(state, own if leaving else ahead, x, sigmas[i], conditions, i, **kept)
         steps.append(made)
         if i < last:
-            x = flow.add_noise(x0, noise(0, i + 1), sigmas[i + 1])
+            x = _lower(student.spec, x, x0, sigmas[i : i + 2], noise, 0, i + 1)
     return x0, steps
 
 
@@ -135,7 +136,7 @@ def step_diagonal(
             if entry is not None:
                 state, entered = student.settle(state, entry), entry
             moved = zip(x0.split(n, dim=2), flight, strict=True)
-            flight = [_next(x, chunk, noise, i, sigmas) for i, (x, chunk) in enumerate(moved)]
+            flight = [_next(student.spec, x, chunk, noise, i, sigmas) for i, (x, chunk) in enumerate(moved)]
     return flight[0].x, DiagonalStep(tuple(flight[1:]), entered)
 
 
@@ -158,8 +159,15 @@ def refine_context(
     return student.denoise(state, plan, x, history.refine_level, conditions)[0]
 
 
-def _next(x0: Tensor, chunk: InFlight, noise: Noise, place: int, sigmas: Sequence[float]) -> InFlight:
+def _next(spec: Any, x0: Tensor, chunk: InFlight, noise: Noise, place: int, sigmas: Sequence[float]) -> InFlight:
     done = chunk.done + 1
     if done == len(sigmas):
         return InFlight(x0, done)
-    return InFlight(flow.add_noise(x0.detach(), noise(place, done), sigmas[done]), done)
+    return InFlight(_lower(spec, chunk.x, x0.detach(), sigmas[chunk.done : done + 1], noise, place, done), done)
+
+
+def _lower(spec: Any, x: Tensor, x0: Tensor, sigmas: Sequence[float], noise: Noise, place: int, number: int) -> Tensor:
+    """x [B, C, n, H, W] at the second of two sigmas, which is step `number`, from what the network made of it at the first."""
+    if spec.step == "ode":
+        return flow.euler_step(x, x0, *sigmas)
+    return flow.add_noise(x0, noise(place, number), sigmas[1])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,14 @@ from torch import Tensor
 from students.history import History, HistoryNoise
 from students.schedule import Schedule
 from teachers import flow, registry
+from teachers.conditions import OF_IMAGE, taken
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
 from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
-from teachers.resolve import Registry
+from teachers.resolve import Registry, label
 
 NETWORKS = Registry(
     kind="student network",
@@ -35,11 +36,16 @@ NETWORKS = Registry(
 """The kinds of network that a student can be, the first without a name."""
 
 
+Step = Literal["renoise", "ode"]
+"""How x0 gets to the next sigma: with fresh noise (Self Forcing), or along the ODE from where it came (Euler; LiveAvatar)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
-    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`: as in `Spec`."""
+    guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`, `step`: as in
+    `Spec`."""
 
     chunk_frames: int
     num_steps: int
@@ -51,6 +57,7 @@ class StudentConfig:
     first_sigmas: tuple[float, ...] = ()
     first_chunks: int = 1
     times: tuple[float, ...] = ()
+    step: Step = "renoise"
 
     def __post_init__(self):
         levels = (*self.first_sigmas, 0.0)
@@ -75,6 +82,7 @@ class Spec:
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
     audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
     text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
+    image: Any = field(default=None, metadata={"kinds": registry.IMAGE_ENCODERS})  # of the reference image
     first_sigmas: tuple[float, ...] = ()  # of the first chunks, where they take other steps
     first_chunks: int = 0
     schedule: Schedule = field(default_factory=Schedule)
@@ -83,6 +91,7 @@ class Spec:
     speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
     guidance: GuidanceRange | None = None  # the guidance scales that are embedded
+    step: Step = "renoise"
     times: tuple[float, ...] = ()
     """What the network is conditioned on in the place of 1000 sigma, a number for each of `sigmas`: weights that were trained at
     rounded times (LiveTalk's: 1000, 936, 832, 624) while noise and x0 have the sigmas themselves."""
@@ -93,6 +102,7 @@ class Spec:
                 f"student.times: got {list(self.times)}; give one for each of the {len(self.sigmas)} denoising steps, going down "
                 "from at most 1000, and no first_sigmas"
             )
+        check_image(self.network, self.image)
         if self.speakers not in (1, 2):
             raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
         if self.horizon_frames % self.chunk_frames:
@@ -144,7 +154,13 @@ class Spec:
             audio_dim=self.audio_dim,
             pose_dim=self.pose_dim,
             speakers=self.speakers,
+            image_dim=0 if self.image is None else self.image.dim,
         )
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a stream begins with a reference image: as its frame 0, or as features of it."""
+        return self.network.reference or any(name in OF_IMAGE for name in taken(self.network))
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -190,6 +206,18 @@ class Spec:
             return 0 if k == 0 else 1 + stride * (k * n - 1)
 
         return start(chunk), start(chunk + 1)
+
+
+def check_image(network: Any, image: Any) -> None:
+    """UserError where a network takes features of the reference image that the image encoder does not give."""
+    given = () if image is None else image.gives
+    lacking = [name for name in taken(network) if name in OF_IMAGE and name not in given]
+    if lacking:
+        raise UserError(
+            f"data.image: {label(network)} takes {', '.join(lacking)} of the reference image, "
+            f"{'which this image encoder does not give' if given else 'and there is no image encoder'}; give data.image.name one "
+            f"of {', '.join(registry.IMAGE_ENCODERS)}"
+        )
 
 
 LARGEST = {

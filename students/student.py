@@ -30,11 +30,12 @@ class Finished:
 @dataclass(frozen=True)
 class ReadAhead:
     """Conditions as the network's blocks take them, read once without gradient: cross-attention keys and values of the `text` of
-    each block, embeddings of sigmas (`times`) and of a chunk's `audio`. What is missing is read in the step."""
+    each block and of the `image`, embeddings of sigmas (`times`), and a chunk's `audio`. What is missing is read in the step."""
 
     text: tuple[KeyValue, ...] | None = None
     times: Mapping[float, Any] = field(default_factory=dict)  # of the spec's sigmas and the history's level
-    audio: tuple[Tensor, ...] | None = None
+    audio: tuple[Any, ...] | None = None
+    image: tuple[KeyValue, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -257,10 +257,20 @@ for _feature in (
     # [B, C, 1, H, W], the latent of the reference image, frame 0 of the clip; not given: plain text-to-video
     Feature(name="reference", clock="stream", stored=False),
     Feature(name="guidance", clock="stream", stored=False),  # [B], the scale of a network with an embedding of it
+    # What an image encoder makes of the one reference image (teachers.registry.ImageEncoder)
+    Feature(name="image", clock="stream"),  # tokens [B, K, V], CLIP's
+    Feature(
+        name="beside", clock="grid"
+    ),  # [B, C', F, H, W], channels beside the noise: Wan's mask and latents of the image
+    Feature(name="anchors", clock="anchor"),  # [B, C, R, H, W], clean latents that are tokens of their own
+    # [B, P, H, W] on the latent grid, where each of P speakers is, 0 to 1
+    Feature(name="regions", clock="stream", mirror=lambda value: value.flip(-1)),
 ):
     declare(_feature)
 
 
+OF_IMAGE = ("image", "beside", "anchors", "regions")
+"""The features that an image encoder can make; of a clip's mirror image they are made anew."""
 BUILT_IN = frozenset(FEATURES)
 """The features whose values and sizes the encoders, the clip itself or a sampler give."""
 

@@ -7,7 +7,7 @@ Sigmas are numbers in [0, 1], 1 = noise; they are computed, never looked up. Dif
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,9 @@ Level = Float[Tensor, " batch"] | Float[Tensor, "batch #frames"]  # sigma of eac
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x, sigma [B]) -> x0, of the shape of x
 
 Sigma = TypeVar("Sigma", Tensor, float)
+Grid = Literal["even", "closed", "twice", "unipc"]
+CLOSED = 0.001
+"""The last sigma of a `closed` grid before the shift, that of the last of 1000 training steps."""
 
 
 def shift_sigma(s: Sigma, shift: float) -> Sigma:
@@ -27,9 +30,30 @@ def shift_sigma(s: Sigma, shift: float) -> Sigma:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def sigma_grid(num_steps: int, shift: float) -> tuple[float, ...]:
-    """num_steps + 1 sigmas from 1 down to 0, both included, at even times before the shift."""
-    return tuple(shift_sigma(1.0 - i / num_steps, shift) for i in range(num_steps + 1))
+def sigma_grid(num_steps: int, shift: float, kind: Grid = "even") -> tuple[float, ...]:
+    """num_steps + 1 sigmas, going down to 0; sh(s) = shift s / (1 + (shift - 1) s), N = num_steps.
+
+        even    sh(1 - j/N)                 ours; OmniAvatar, FantasyTalking; with N 4 and shift 5 the students FlashHead, FlashTalk
+        closed  sh(1 - 0.999 j/(N-1))       MultiTalk, InfiniteTalk, FlashHead; with shift 12 LongCat; the last step is nearly empty
+        twice   sh of an even grid of N points from 1 to sh(0.001)   diffusers' Euler scheduler with a static shift: EchoMimicV3,
+                                            StableAvatar, LiveAvatar
+        unipc   sh(0.999 (1 - j/N))         Wan's UniPC, Wan2.2-S2V, EchoMimicV3 Flash; its first sigma is below 1
+
+    Any sigma is legal for a network, so the others than `even` are for comparison with a published sampler. UserError for no step
+    at all, or for one step of a kind whose steps begin and end at different sigmas.
+    """
+    if kind not in get_args(Grid):
+        raise UserError(f"sampler grid: got {kind!r}; choose {', '.join(get_args(Grid))}")
+    least = 2 if kind in ("closed", "twice") else 1
+    if num_steps < least:
+        raise UserError(f"sampler steps: got {num_steps}; the grid {kind!r} has at least {least}")
+    last = {"closed": CLOSED, "twice": shift_sigma(CLOSED, shift)}.get(kind)
+    first = 1 - CLOSED if kind == "unipc" else 1.0
+    if last is None:
+        levels = [first * (1.0 - j / num_steps) for j in range(num_steps)]
+    else:
+        levels = [1.0 - (1.0 - last) * j / (num_steps - 1) for j in range(num_steps)]
+    return (*(shift_sigma(level, shift) for level in levels), 0.0)
 
 
 def on_grid(sigmas: Sequence[float], grid: Sequence[float], tolerance: float = 1e-9) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The kinds of codec, audio encoder and text encoder that a spec or recipe can name: `{name: wan_vae, path: ...}`, the first
+"""The kinds of codec, audio, text and image encoder that a spec or recipe can name: `{name: wan_vae, path: ...}`, the first
 without a name; `my_file:Thing` is a class of the user's own file (teachers.resolve).
 
 An entry is `module:Config`: a frozen dataclass that knows how to load what it describes.
@@ -39,8 +39,22 @@ AUDIO_ENCODERS = Registry(
 TEXT_ENCODERS = Registry(
     kind="text encoder",
     group="text_encoders",
-    entries={"bpe": "teachers.encoders.small:TextConfig", "umt5": "teachers.encoders.umt5:UMT5Config"},
+    entries={
+        "bpe": "teachers.encoders.small:TextConfig",
+        "umt5": "teachers.encoders.umt5:UMT5Config",
+        "none": "teachers.encoders.small:NoTextConfig",
+    },
     methods={"load": "def load(self, folder: Path) -> Text"},
+)
+
+IMAGE_ENCODERS = Registry(
+    kind="image encoder",
+    group="image_encoders",
+    entries={
+        "wan": "teachers.encoders.image:WanImageConfig",
+        "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
+    },
+    methods={"load": "def load(self) -> ImageEncoder"},
 )
 
 
@@ -99,6 +113,25 @@ class AudioEncoderKind(Protocol):
 
     def dim(self, samples_per_frame: int) -> int: ...
     def load(self, samples_per_frame: int) -> AudioEncoder: ...
+
+
+class ImageEncoder(Module, Protocol):
+    """The reference image [N, 3, H, W] in [-1, 1] -> its features by name, over `num_frames` latent frames where they run with
+    them; `codec` is that of the latents."""
+
+    def __call__(self, image: Tensor, codec: Codec, num_frames: int) -> dict[str, Tensor]: ...
+
+
+class ImageEncoderKind(Protocol):
+    """Config of an image encoder: `gives`, names among teachers.conditions.OF_IMAGE; their `sizes` without a batch for latents of a
+    codec; `dim`: numbers of an image token, 0 without."""
+
+    @property
+    def dim(self) -> int: ...
+    @property
+    def gives(self) -> tuple[str, ...]: ...
+    def sizes(self, stride: int, channels: int, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]: ...
+    def load(self) -> ImageEncoder: ...
 
 
 class Text(Module, Protocol):

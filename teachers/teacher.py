@@ -15,7 +15,6 @@ from teachers.checkpoints.convert import fill_network, plan
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance, guided
 from teachers.networks.kind import AvatarTeacher
-from teachers.networks.wan import AvatarTransformer
 
 
 class Teacher:
@@ -30,14 +29,21 @@ class Teacher:
         return next(self.denoiser.parameters()).device
 
     def states(
-        self, conditions: Conditions, noise: Tensor, *, num_steps: int, shift: float, guidance: Guidance
+        self,
+        conditions: Conditions,
+        noise: Tensor,
+        *,
+        num_steps: int,
+        shift: float,
+        guidance: Guidance,
+        grid: flow.Grid = "even",
     ) -> Iterator[Tensor]:
         """The num_steps + 1 states [B, C, F, h, w] of the Euler solution, `noise` first, x0 last."""
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return guided(self.denoiser.denoise, x, sigma, conditions, guidance)
 
-        return flow.solve(denoise, noise, flow.sigma_grid(num_steps, shift))
+        return flow.solve(denoise, noise, flow.sigma_grid(num_steps, shift, grid))
 
     @torch.inference_mode()
     def sample(
@@ -48,13 +54,15 @@ class Teacher:
         num_steps: int = 50,
         shift: float = 5.0,
         guidance: Guidance | None = None,
+        grid: flow.Grid = "even",
     ) -> Tensor:
         """Clean latents x0 [B, C, F, h, w] of whole clips from standard normal `noise` [B, C, F, h, w], by Euler's method on the
         shifted grid sigma' = shift sigma / (1 + (shift - 1) sigma) of `num_steps` steps (the defaults are Wan 2.1's).
 
-        `guidance` None is off. A codec's `decode` makes pixels of x0.
+        `guidance` None is off; `grid`: another one (`flow.sigma_grid`). A codec's `decode` makes pixels of x0.
         """
-        states = self.states(conditions, noise, num_steps=num_steps, shift=shift, guidance=guidance or Guidance())
+        given = {"num_steps": num_steps, "shift": shift, "grid": grid}
+        states = self.states(conditions, noise, guidance=guidance or Guidance(), **given)
         return deque(states, maxlen=1).pop()
 
 
@@ -69,15 +77,15 @@ def load_teacher(
     """The teacher whose weights `path` holds: a file or folder in any layout of `distill convert` (Wan 2.1, diffusers, OmniAvatar's
     LoRA, Self Forcing, ours), its size read from the tensors.
 
-    `base`: the Wan weights that a LoRA at `path` was trained over. `widen`: consent to new input channels, from zero, for the
-    reference and its mask. `dtype` of the weights, but for norms, time embedding and modulation, which are fp32. UserError that
-    lists what is missing, unexpected or of another shape.
+    `base`: the Wan weights that a LoRA at `path` was trained over, or that what is at `path` replaces a part of.
+    `widen`: consent to new input channels, from zero, for the reference and its mask. `dtype` of the weights, but for norms,
+    time embedding and modulation, which are fp32. UserError that lists what is missing, unexpected or of another shape.
     """
     path, base = Path(path), None if base is None else Path(base)
     architecture = plan(path, "ours", base=base, widen=widen).architecture
     config: Any = layouts.make_config(architecture, "ours")
     with init_empty_weights():
-        net: Any = AvatarTransformer.from_config(config)
+        net: Any = layouts.network_class(architecture).from_config(config)
     allocate(net, dtype, torch.device(device))
     fill_network(net, path, base=base, widen=widen)
     return Teacher(AvatarTeacher(net.to(device)))

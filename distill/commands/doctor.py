@@ -116,11 +116,12 @@ def _golden() -> bool:
 def _teacher_parts() -> Iterator[tuple[str, str]]:
     """What a published teacher needs beside its own weights, and where it comes from; a path is given where it is used."""
     from teachers.codecs import dc_ae, taehv, wan_vae
-    from teachers.encoders import umt5, wav2vec
+    from teachers.encoders import image, umt5, wav2vec
 
     for use, source in {
         "audio encoder of OmniAvatar": wav2vec.SOURCE,
         "text encoder of Wan": f"{umt5.DIFFUSERS}; or {umt5.ORIGINAL}",
+        "image encoder of Wan": f"{image.ORIGINAL}; or {image.DIFFUSERS}",
         "codec of Wan": wan_vae.WHERE,
         "tiny decoder": taehv.WHERE,
         "codec of MIDAS": dc_ae.WHERE,

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = devices.load(args.student, args)
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width), args.crop)
     engine = Engine(bundle, talker, args.viewers, args.lead)
-    engine.warm_up(portraits[0] if bundle.spec.network.reference else None)
+    engine.warm_up(portraits[0] if bundle.spec.takes_image else None)
     app = build_app(engine, portraits, args.host, args.crop, args.strict)
     server = uvicorn.Server(settings(app, args.host, args.port))
     host, port = bound.getsockname()[:2]

@@ -1,7 +1,7 @@
 """The `data` part of a recipe that every source shares: the shape of its clips and how they are coded."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from distill.data.procedural.render import WorldConfig
 from distill.data.source import ClipSource
@@ -14,14 +14,16 @@ from teachers.resolve import missing
 @dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
     """`world`: size, frame rate, length and number of the clips; and their encoders: pixels to latents, sound and text to
-    features. `text_steps`: training steps of a fitted text encoder. `negative`: the prompt that replaces a dropped text (null:
-    zeros). `precision`: that of stored features of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5).
-    `mirror`: the mirror image of every clip is trained on too. A source's own config inherits from it and opens the source."""
+    features; `image`: the reference image, for networks that take more of it than its latent. `text_steps`: training steps of a
+    fitted text encoder. `negative`: the prompt that replaces a dropped text (null: zeros). `precision`: that of stored features
+    of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5). `mirror`: the mirror image of every clip is
+    trained on too. A source's own config inherits from it and opens the source."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
     audio: AudioEncoderKind = field(metadata={"kinds": registry.AUDIO_ENCODERS})
     text: TextEncoderKind = field(metadata={"kinds": registry.TEXT_ENCODERS})
+    image: Any = field(default=None, metadata={"kinds": registry.IMAGE_ENCODERS})
     text_steps: int = 200
     negative: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -21,18 +21,19 @@ from distill.training.engine import Engine
 from students.weights.coverage import FILE, Coverage
 from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float, to_uint8
-from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
+from teachers.conditions import BUILT_IN, OF_IMAGE, Conditions, known, pack_rows, side_by_side
 from teachers.disk.read import read_json
 from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, read_facts, remove_folder, save_tensors, staged
 from teachers.flow import keyed_generator
-from teachers.registry import AudioEncoder, Codec, Text
+from teachers.registry import AudioEncoder, Codec, ImageEncoder, Text
 
 CPU = torch.device("cpu")
 MANIFEST = "manifest.json"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SOUND = ("audio", "clip_audio")
+HALF = ("beside", "anchors")  # made of latents and stored like them
 TEXTS_AT_ONCE = 16
 COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the training set's
 PIXELS_AT_ONCE = 2**25
@@ -61,6 +62,15 @@ class ConditionEncoders:
     device: torch.device = CPU
     mark: str = ""
     precision: torch.dtype = torch.float32
+    image: ImageEncoder | None = None
+
+    @torch.no_grad()
+    def of_image(self, image: Tensor, num_frames: int) -> dict[str, Tensor]:
+        """The features of reference images [N, 3, H, W] in [-1, 1] for clips of so many latent frames; {} without an encoder."""
+        if self.image is None:
+            return {}
+        parts = [self.image(part.to(self.device), self.codec, num_frames) for part in image.split(1)]
+        return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
@@ -84,16 +94,18 @@ class ConditionEncoders:
         num_frames: int,
         pose: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
+        image: Tensor | None = None,
     ) -> Conditions:
         """audio [N, S] or [N, 2, S]; text, None for conditions without; reference latents [N, C, 1, h, w]; num_frames pixel frames;
-        pose rows [N, T, P]; `features` as `Clips` has them."""
+        pose rows [N, T, P]; `features` as `Clips` has them; reference images [N, 3, H, W] in [-1, 1], for an image encoder."""
         audio, stride = audio.to(self.device), self.codec.config.stride
         rows, whole = self.audio_encoder(audio, 0, num_frames), self.audio_encoder.of_clip(audio, num_frames)
         if audio.ndim == 3:
             rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
         packed = pack_rows(rows.float().cpu(), stride)
+        of_image = {} if image is None else self.of_image(image, packed.shape[1])
         return Conditions(
-            features,
+            {**of_image, **(features or {})},
             text=None if text is None else self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
@@ -117,12 +129,13 @@ class ConditionEncoders:
         x0 = self.encode(clips.video)
         _check_features(clips.features, Conditions(clips.features), len(x0), x0.shape[2])
         frames, text = clips.video.shape[2], clips.text if with_text else None
-        return x0, self.conditions(clips.audio, text, x0[:, :, :1], frames, clips.pose, clips.features)
+        image = to_float(clips.video[:, :, 0])
+        return x0, self.conditions(clips.audio, text, x0[:, :, :1], frames, clips.pose, clips.features, image)
 
 
 def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int, frames: int) -> None:
     for name, value in features.items():
-        if name in BUILT_IN:
+        if name in BUILT_IN and name != "regions":
             raise UserError(f"Clips.features: {name} is made by the encoders; declare a name of your own")
         counts, axis = {"clips": (value.shape[0], num)}, known(name).axis
         if name in given.timed and axis is not None:
@@ -156,7 +169,7 @@ class TrainSet:
 
 
 def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.dtype == torch.bfloat16 else value
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
 def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, engine: Engine) -> dict:
@@ -245,10 +258,13 @@ def write_shards(
     bar = tqdm(missing, folder.name, len(mine), initial=len(mine) - len(missing), disable=not engine.is_main)
     for i, clips in zip(bar, clips_of(missing), strict=True):
         x0, conditions = encoders.of_clips(clips, with_text=False)
-        rows = {name: value.to(precision) if name in SOUND else value for name, value in conditions.stored.items()}
+        rows = conditions.stored
         if source.config.mirror:
             x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
-            rows = {name: _with_mirrored(name, value) for name, value in rows.items()}
+            again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), x0.shape[2])
+            again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
+            rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
+        rows = {name: value.to(_precision(name, precision, value)) for name, value in rows.items()}
         rows = {"x0": x0.half(), **rows}
         _check_finite(rows, source, i)
         save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
@@ -279,6 +295,7 @@ def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) ->
         good = value.flatten(1).isfinite().all(dim=1)
         if not bool(good.all()):
             made = "the codec" if name == "x0" else "the audio encoder" if name in SOUND else "the data source"
+            made = "the image encoder" if name in OF_IMAGE else made
             clip = int((~good).nonzero()[0])
             raise UserError(
                 f"the data are not finite: {name} of clip {clip} of shard {shard}, which {made} made of {source.description}; "
@@ -286,9 +303,18 @@ def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) ->
             )
 
 
-def _with_mirrored(name: str, value: Tensor) -> Tensor:
-    """A condition of clips and of their mirror images [2 N, ..], or [N, ..] where it is the same."""
+def _precision(name: str, precision: torch.dtype, value: Tensor) -> torch.dtype:
+    """The type that a condition is stored in: that of the latents for what is made of them, `precision` for features."""
+    if name in HALF:
+        return torch.float16
+    return precision if name in (*SOUND, "image") else value.dtype
+
+
+def _with_mirrored(name: str, value: Tensor, again: Tensor | None) -> Tensor:
+    """A condition of clips and of their mirror images [2 N, ..], made `again` where it is of the image, or [N, ..] where it is the
+    same."""
     mirrored = duplex.mirrored(value) if name == "pose" else known(name).mirrored(value)
+    mirrored = mirrored if again is None else again
     return value if torch.equal(value, mirrored) else torch.cat([value, mirrored])
 
 
@@ -312,10 +338,11 @@ def load_encoders(
     """Codec, audio encoder and text encoder of a finished data stage, on `device`."""
     codec = config.codec.load(folder, *config.world.size)
     audio_encoder, text = config.audio.load(render.samples_per_frame(config.world)), config.text.load(folder)
-    for part in (codec, audio_encoder, text):
+    image = None if config.image is None else config.image.load()
+    for part in (codec, audio_encoder, text, *([] if image is None else [image])):
         part.to(device)
     mark, precision = fitted_fingerprint(folder), PRECISIONS[config.precision]
-    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, mark, precision)
+    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, mark, precision, image)
 
 
 def fitted_fingerprint(folder: Path) -> str:

@@ -176,10 +176,10 @@ class Artifacts:
     def codec_alone(self) -> Iterator[None]:
         """Inside, the encoders of text and audio are not held; they are loaded again when they are next asked for."""
         encoders: Any = self.encoders
-        if encoders.text is None:
+        if encoders.text is None and encoders.image is None:
             yield
             return
-        self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None)
+        self.__dict__["encoders"] = replace(encoders, audio_encoder=None, text=None, image=None)
         del encoders
         try:
             yield
@@ -239,4 +239,5 @@ class Artifacts:
     def bundle(self, student: Student) -> Bundle:
         """A student with this run's encoders, ready for a session."""
         coverage = load_coverage(self.folder.stage_dir("data") / FILE)
-        return Bundle(student.eval(), self.encoders.codec, self.encoders.audio_encoder, self.encoders.text, coverage)
+        own = self.encoders
+        return Bundle(student.eval(), own.codec, own.audio_encoder, own.text, coverage, own.image)

@@ -47,7 +47,12 @@ def fill_given(net: Any, stage: TeacherStage) -> None:
     names. Of a network in shards each rank reads its rows; one on the meta device is only checked."""
     assert stage.path is not None
     if stage.network.layouts:
-        fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
+        try:
+            fill_network(net, stage.path, base=stage.wan, widen=stage.widen)
+        except UserError as error:
+            if not stage.network.source or not str(error).startswith("no weights"):
+                raise
+            raise UserError(f"{error}; get {stage.network.source}") from error
         return
     if stage.wan is not None or stage.widen:
         raise UserError(f"teacher.wan, widen: {label(stage.network)} has no published layout; remove them")

@@ -30,7 +30,7 @@ from distill.pipeline.pretrained import digest
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.tiny import write_weights
 from distill.pipeline.train_stages import FROZEN, TRAINED, train_base, train_student, train_teacher
-from distill.recipe import Recipe, spec_of
+from distill.recipe import Recipe, TeacherStage, spec_of
 from distill.training import lora, metrics_log
 from distill.training.engine import Engine
 from distill.training.lora import LoraRoles
@@ -78,10 +78,10 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         Stage(
             "extractors", (*PROBES, "eval.protocol", "eval.condition_seed", "eval.num_reference"), ("data",), fit_probes
         ),
-        Stage("teacher", ("teacher", *TRAINING), ("data",), train_teacher),
+        Stage("teacher", (*_given("teacher"), *TRAINING), ("data",), train_teacher),
     ]
     if recipe.base is not None:
-        table.append(Stage("base", ("base", *TRAINING), ("data",), train_base))
+        table.append(Stage("base", (*_given("base"), *TRAINING), ("data",), train_base))
     if recipe.ar_teacher is not None:
         table.append(_slot(recipe, "ar_teacher"))
     if recipe.corruption is not None:
@@ -96,6 +96,11 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate, REPORTS),
     ]
     return tuple(table)
+
+
+def _given(role: str) -> tuple[str, ...]:
+    """The fields of a teacher that its weights depend on."""
+    return tuple(f"{role}.{name}" for name in TeacherStage.__dataclass_fields__ if name != "sampler")
 
 
 def _slot(recipe: Recipe, slot: str) -> Stage:

@@ -1,8 +1,9 @@
 """`size=tiny`: small random weights in the published layouts, so that a whole recipe runs through its real loading code."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +27,8 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
     if folder.exists():
         return
     stages = [stage for stage in (recipe.teacher, recipe.base) if stage is not None]
-    parts = [recipe.data.codec, recipe.data.audio, recipe.data.text]
+    data = recipe.data
+    parts = [part for part in (data.codec, data.audio, data.text, data.image) if part is not None]
     paths = [path for part in (*stages, *parts) for path in (getattr(part, "path", None),) if path is not None]
     for path in (*paths, *(stage.wan for stage in stages if stage.wan)):
         if not path.resolve().is_relative_to(folder):
@@ -51,27 +53,10 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
 
 
 def _architecture(stage: TeacherStage, spec: Spec) -> Architecture:
-    n, dims = cast(Any, stage.network), vars(spec.dims)
-    channels, audio = dims["latent_channels"], dims["audio_dim"]
-    rule = tuple(range(2, n.num_layers // 2 + 1))
-    places = rule if n.audio_blocks is None else n.audio_blocks
-    return Architecture(
-        width=n.num_heads * n.head_dim,
-        in_channels=2 * channels + 1 if n.reference else channels,
-        out_channels=channels,
-        patch=(1, n.patch, n.patch),
-        num_layers=n.num_layers,
-        ffn_dim=n.ffn_dim,
-        text_dim=dims["text_dim"],
-        freq_dim=n.freq_dim,
-        packed=n.audio_hidden if audio else 0,
-        num_audio=len(places) if audio else 0,
-        audio_in=dims["stride"] * audio,
-        head_dim=n.head_dim,
-        stride=dims["stride"],
-        audio_blocks=n.audio_blocks,
-        prediction=n.prediction,
-    )
+    with torch.device("meta"):
+        net = stage.network.new(spec.dims)
+    shapes, where = {name: tuple(p.shape) for name, p in net.named_parameters()}, label(stage.network)
+    return layouts.with_config(layouts.infer(shapes, where), {**vars(stage.network), "stride": spec.dims.stride}, where)
 
 
 def _random(shape: tuple[int, ...], name: str) -> Tensor:
@@ -82,7 +67,8 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
-    """Wan's own layout; with `wan` a text-to-video base there, and OmniAvatar's LoRA over it in `path`."""
+    """Wan's own layout; with `wan` a base there, and in `path` what was trained over it: the kind's own tensors, or OmniAvatar's
+    LoRA over text-to-video weights."""
     assert stage.path is not None
     if "wan" not in stage.network.layouts:
         tensors = {k: v.contiguous() for k, v in stage.network.new(spec.dims).state_dict().items()}
@@ -93,9 +79,11 @@ def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
     if stage.wan is None:
         _save(place(stage.path), tensors, layouts.make_config(whole, "wan"))
         return
-    plain = Architecture(
-        **{**vars(whole), "in_channels": whole.out_channels, "packed": 0, "num_audio": 0, "audio_in": 0}
-    )
+    if own := {name: tensors.pop(name) for name in layouts.apart(whole.kind, tensors)}:
+        save_file(own, place(stage.path) / f"{whole.kind}.safetensors")
+        _save(place(stage.wan), tensors, layouts.make_config(whole, "wan"))
+        return
+    plain = replace(whole, in_channels=whole.out_channels, packed=0, num_audio=0, audio_in=0)
     base = {name: _random(shape, name) for name, shape in layouts.tensors(plain, "wan").items()}
     _save(place(stage.wan), base, layouts.make_config(plain, "wan"))
     lora: dict[str, Tensor] = {}

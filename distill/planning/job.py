@@ -117,11 +117,13 @@ def batch_on(job: Job, stage: str, device: torch.device | str = "meta") -> Batch
         size = job.trajectories.batch_size
     else:
         size = job.stages[stage].train.batch_size
-    frames, stride = spec.horizon_frames, spec.codec.stride
+    frames, stride, (channels, height, width) = spec.horizon_frames, spec.codec.stride, spec.latent_size
+    of_image = {} if spec.image is None else spec.image.sizes(stride, channels, frames, height, width)
     with torch.device(device):
-        x0 = torch.randn(size, spec.codec.channels, frames, *spec.latent_size[1:])
+        x0 = torch.randn(size, channels, frames, height, width)
         conditions = Conditions(
             blank_features(spec.network, size, frames),
+            **{name: torch.randn(size, *shape) for name, shape in of_image.items()},
             text=torch.randn(size, spec.text.max_tokens, spec.text.dim),
             audio=torch.randn(size, frames, stride, spec.audio_dim),
             reference=x0[:, :, :1] if spec.network.reference else None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from diffusers import AutoencoderKLWan
 
+from distill.data import latents
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
 from distill.pipeline.evaluation.evaluate import COSTS_SECONDS
 from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
@@ -33,7 +34,8 @@ MANY_PARAMETERS = 10**9
 NODE = 8  # GPUs of a machine
 SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many latent frames; convolutions follow the pixels
 ENCODERS = {"WanVAEConfig": 4 * 126_892_531, "UMT5Config": 2 * 5_680_910_336, "Wav2VecConfig": 4 * 94_371_712}
-"""Bytes on the device: Wan2.1's VAE in fp32, umT5-xxl's encoder in bf16, wav2vec2-base in fp32."""
+ENCODERS["WanImageConfig"] = 4 * 611_086_080
+"""Bytes on the device: Wan2.1's VAE in fp32, umT5-xxl's encoder in bf16, wav2vec2-base and CLIP ViT-H/14 in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ class _Stages:
         self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job, recipe)
         data, spec = recipe.data, job.spec
         self.num_train = data.world.num_train or 0
-        parts = () if recipe.tiny else (data.codec, data.audio, data.text)
+        parts = () if recipe.tiny else (data.codec, data.audio, data.text, data.image)
         self.codec_bytes = 0 if recipe.tiny else ENCODERS.get(type(data.codec).__name__, 0)
         self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)
         self.timed = 1 if job.at_once == 1 else 2  # batches of clips that are timed together
@@ -172,7 +174,8 @@ class _Stages:
         self.student_clip, self.student_bytes = clip_costs(job, "student")
         given = batch_on(job, "clips").conditions
         features = given.stored
-        self.row = sum(tensor.numel() * 4 for tensor in features.values()) / job.at_once
+        sizes = {name: 2 if name in latents.HALF else 4 for name in features}
+        self.row = sum(tensor.numel() * sizes[name] for name, tensor in features.items()) / job.at_once
         if getattr(data.audio, "whole_clip", False) and "audio" in features:
             self.row += features["audio"].numel() * 4 / job.at_once
         self.x0 = 2 * math.prod(spec.latent_size) * spec.horizon_frames
@@ -181,7 +184,8 @@ class _Stages:
     def all(self) -> Iterator[StageOutlook]:
         recipe, num, codec = self.recipe, self.num_train, self.codec
         shards = -(-num // recipe.data.world.shard_clips)
-        encode = Part(name="encoding", flops=2 * num * codec.encode, precision="fp32", jobs=shards)
+        videos = 2 if recipe.data.image is None else 4  # and the portrait's own, with their mirror images
+        encode = Part(name="encoding", flops=videos * num * codec.encode, precision="fp32", jobs=shards)
         yield self._stage("data", [encode], disk=2 * num * (self.row + self.x0), clips=codec.encode_bytes)
         drawn = num + recipe.eval.admit_clips
         both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)

@@ -65,7 +65,7 @@ def generate_clip(task: GenerateJob, entry: Entry, card: Card) -> Path:
     seconds = real.video.shape[1] / real.fps
     sound = F.pad(real.sound, (0, max(0, round(seconds * SAMPLE_RATE) - len(real.sound))))
     seed = keyed_generator(task.seed, "eval", entry.clip.id).initial_seed()
-    session = Session(bundle, still if spec.network.reference else None, text, seed, drop=("pose",))
+    session = Session(bundle, still if spec.takes_image else None, text, seed, drop=("pose",))
     session.push(audio=sound)
     session.close()
     frames = torch.cat([chunk.frames for chunk in session.frames()])

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
 from teachers.checkpoints.weights import own_rows
 
-READS = ("read_text", "read_time", "read_audio", "read", "look")
+READS = ("read_text", "read_time", "read_audio", "read_image", "read", "look")
 """What the networks compute of their conditions outside their forward, where fully_shard's hooks do not see it."""
 
 

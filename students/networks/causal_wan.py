@@ -87,8 +87,16 @@ class CausalWan(Student):
             return None
         if self.spec.schedule.depth > 1:  # chunks enter and leave between forwards, and their audio with them
             return state.read
+        first, image = state.chunk * self.spec.chunk_frames, self._image(conditions)
+        frames = 0 if conditions.audio is None else conditions.audio.shape[1]
+        numbers = self.net.kind.numbered(range(first, first + frames))
         with torch.no_grad():
-            return replace(state.read, audio=self.net.read_audio(conditions.audio))
+            audio = self.net.read_audio(conditions.audio, numbers, conditions.regions)
+        return replace(state.read, audio=audio, image=None if image is None else self.net.read_image(image))
+
+    def _image(self, conditions: Conditions) -> Tensor | None:
+        """The image features, for a network that reads them."""
+        return conditions.image if self.net.image_dim else None
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time (History.place)."""
@@ -131,8 +139,11 @@ class CausalWan(Student):
             past=None if state is None else self._past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
             pose=given.pose,
+            image=self._image(last.conditions) if read.image is None else read.image,
             remember=keep,
             guidance=self.scale(last.conditions),
+            numbers=self.net.kind.numbered(_numbers(segments, n)),
+            regions=last.conditions.regions,
         )
         x, _ = composed[-1]
         out = out[:, :, out.shape[2] - x.shape[2] :]
@@ -285,10 +296,14 @@ class CausalWan(Student):
         return Segment(clean, own, conditions, conditions.known, sees)
 
 
+def _numbers(segments: Sequence[Segment], n: int) -> list[int]:
+    """Of the latent frames of all segments, in their stream."""
+    return [part.first * n + i for part in segments for i in range(part.x.shape[2])]
+
+
 def _spans(segments: Sequence[Segment], n: int, absolute: bool) -> list[Span]:
     """Which frames see which, over the segments side by side; with `absolute` positions, those of the stream."""
-    spans, start = [], 0
-    numbers = [part.first * n + i for part in segments for i in range(part.x.shape[2])]
+    spans, start, numbers = [], 0, _numbers(segments, n)
     for part in segments:
         size = part.x.shape[2] // len(part.sees)
         for seen in part.sees:

@@ -72,6 +72,7 @@ class Window:
     latents: Tensor | None
     conditions: Conditions
     known: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None  # of all its frames in the stream, as the network's kind wants them
 
 
 class Windowed(Student):
@@ -103,7 +104,10 @@ class Windowed(Student):
         now = given.timed
         if (scale := self.scale(conditions)) is not None:
             now["guidance"] = scale
-        return Window(latents, Conditions(conditions.features, **now), known)
+        n, chunks = self.spec.chunk_frames, (*(part.chunk for part in past), chunk)
+        numbers = self.net.kind.numbered(k * n + i for k in chunks for i in range(n))
+        # what a bidirectional network takes of a whole clip no stream has
+        return Window(latents, Conditions(conditions.features, **now | {"clip_audio": None}), known, numbers)
 
     def denoise(
         self, state: State, plan: Window | None, x: Tensor, sigma: Tensor | float, conditions: Conditions, step: int = 0
@@ -122,7 +126,8 @@ class Windowed(Student):
             if past is not None:
                 own = level.new_full((len(sigma), past.shape[2]), self.spec.history.level)
                 level = torch.cat([own if past_sigma is None else past_sigma, level], dim=1)
-        return self.net.kind.denoise(self.net, x, level, window.conditions, window.known)[:, :, -frames:]
+        given = (window.conditions, window.known, window.numbers)
+        return self.net.kind.denoise(self.net, x, level, *given)[:, :, -frames:]
 
     @torch.no_grad()
     def commit(self, state: State, x0: Tensor, conditions: Conditions, steps: Any = (), plan: Any = None) -> State:

@@ -30,8 +30,8 @@ def whole(name: str, value: Any, least: int, most: int = LARGEST_SEED) -> int:
 
 def check_reference(spec: Spec, reference: Any) -> None:
     """UserError unless it is the picture [3, H, W] in [-1, 1] that this student begins with, or None for one without."""
-    if spec.network.reference != (reference is not None):
-        wanted = "is missing: give one" if spec.network.reference else "is given, the student draws from text alone"
+    if spec.takes_image != (reference is not None):
+        wanted = "is missing: give one" if spec.takes_image else "is given, the student draws from text alone"
         raise UserError(f"reference image {wanted}")
     if reference is None:
         return

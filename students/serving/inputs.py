@@ -38,17 +38,23 @@ class Starved:
 class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
-    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`). Memory is
+    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`); `of_image`:
+    those of the reference image, with a batch axis, the last frame held where they run with the frames. Memory is
     bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
     """
 
     def __init__(
-        self, spec: Spec, encoder: AudioEncoder, drop: tuple[str, ...] = (), given: Mapping[str, Tensor] | None = None
+        self,
+        spec: Spec,
+        encoder: AudioEncoder,
+        drop: tuple[str, ...] = (),
+        given: Mapping[str, Tensor] | None = None,
+        of_image: Mapping[str, Tensor] | None = None,
     ):
         for name in drop:
             known(name)
         self.spec, self.encoder, self.drop = spec, encoder, drop
-        self.given = given_features(spec, given or {})
+        self.given = Conditions(of_image, **given_features(spec, given or {}).features)
         self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())
         self.pose = Stream((spec.pose_dim,))
         self.resampler: Resampler | None = None
@@ -252,19 +258,21 @@ def check_pose(spec: Spec, pose: Tensor) -> None:
 
 def given_features(spec: Spec, given: Mapping[str, Tensor]) -> Conditions:
     """The features from outside this package of one stream: given ones, without a batch axis, and zeros for the others that the
-    network takes. UserError for one that the session makes itself, that is not declared, or not of its declared size."""
+    network takes; `regions` in the place of the image encoder's. UserError for one that the session makes itself, that is not
+    declared, or not of its declared size."""
     blank = blank_features(spec.network, 1, 1)
     for name, value in given.items():
         feature = known(name)
-        if name in BUILT_IN:
+        if name in BUILT_IN and (name != "regions" or spec.image is None):
             raise UserError(f"conditions: {name} is not given there; push it, set it, or give it by its own argument")
         if not isinstance(value, Tensor) or not torch.isfinite(value).all():
             raise UserError(f"conditions: {name} must be a tensor of finite numbers; read it again")
         size, axis = tuple(value.shape), feature.axis
         own = size if axis is None else (*size[: axis - 1], *size[axis:])
-        if feature.size is not None and own != feature.size:
+        declared = (spec.speakers, *spec.latent_size[1:]) if name == "regions" else feature.size
+        if declared is not None and own != declared:
             raise UserError(
-                f"conditions: {name} {size} does not fit its declared size {feature.size} on the clock {feature.clock}"
+                f"conditions: {name} {size} does not fit its declared size {declared} on the clock {feature.clock}"
             )
     return Conditions(blank, **{name: value[None].float() for name, value in given.items()})
 

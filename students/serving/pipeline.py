@@ -35,14 +35,15 @@ class AvatarPipelineOutput(BaseOutput):
 class AvatarPipeline(DiffusionPipeline):
     """A session over whole files in diffusers' form; to stream, open a Session on `pipe.bundle`."""
 
-    def __init__(self, student, codec, audio_encoder, text, coverage: Coverage | None = None):
+    def __init__(self, student, codec, audio_encoder, text, coverage: Coverage | None = None, image_encoder=None):
         super().__init__()
-        self.register_modules(student=student, codec=codec, audio_encoder=audio_encoder, text=text)
+        parts = {"audio_encoder": audio_encoder, "text": text, "image_encoder": image_encoder}
+        self.register_modules(student=student, codec=codec, **parts)
         self.coverage = coverage
 
     @property
     def bundle(self) -> Bundle:
-        return Bundle(self.student, self.codec, self.audio_encoder, self.text, self.coverage)
+        return Bundle(self.student, self.codec, self.audio_encoder, self.text, self.coverage, self.image_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +65,7 @@ class AvatarPipeline(DiffusionPipeline):
             raise UserError(f"from_pretrained: got {', '.join(unknown)}; it takes folder, torch_dtype and device_map")
         device = usable(None if device_map == "balanced" else device_map or "cpu")
         bundle = load_student(Path(folder))
-        parts = bundle.student, bundle.codec, bundle.audio_encoder, bundle.text, bundle.coverage
+        parts = bundle.student, bundle.codec, bundle.audio_encoder, bundle.text, bundle.coverage, bundle.image_encoder
         return cls(*parts).to(device, torch_dtype)
 
     def to(

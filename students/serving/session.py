@@ -135,14 +135,16 @@ class Session:
         self.device = next(bundle.student.parameters()).device
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
-        self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions)
         self.events: tuple[Event, ...] = ()
         self.viewed = 0
         self.committing = None  # waits for the state that belongs to `point`
         with torch.inference_mode():
-            self.reference = None
+            self.reference, made = None, {}
             if reference is not None:
-                self.reference = bundle.codec.encode(reference[None, :, None].float().to(self.device))
+                image = reference[None].float().to(self.device)
+                self.reference = bundle.codec.encode(image.unsqueeze(2)) if spec.network.reference else None
+                made = bundle.of_image(image)
+            self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions, made)
             features = self._read(text)
             self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))

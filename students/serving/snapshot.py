@@ -103,7 +103,7 @@ def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor])
     spec, device = bundle.spec, next(bundle.student.parameters()).device
     session = Session(
         bundle,
-        torch.zeros(3, spec.height, spec.width) if spec.network.reference else None,
+        torch.zeros(3, spec.height, spec.width) if spec.takes_image else None,
         facts["text"],
         facts["seed"],
         lead=facts["lead"],

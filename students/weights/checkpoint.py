@@ -30,7 +30,7 @@ from teachers.disk.read import read_json
 from teachers.encoders.small import TextEncoder
 from teachers.errors import UserError
 from teachers.files import atomic_write, remove_folder, save_tensors, staged
-from teachers.registry import AudioEncoder, Codec, Text
+from teachers.registry import AudioEncoder, Codec, ImageEncoder, Text
 
 FIXED = (
     "chunk_frames",
@@ -43,6 +43,7 @@ FIXED = (
     "history_noise",
     "guidance",
     "times",
+    "step",
 )
 """Dotted names of a Spec: what training fixed about a student's sampler, kept in the header of its weights; a spec that differs is
 refused. Sinks, window and memory are not among it: they may be changed without training (LiveTalk's sinks are). Steps, their order,
@@ -63,6 +64,7 @@ class Bundle:
     audio_encoder: AudioEncoder
     text: Text
     coverage: Coverage | None = None
+    image_encoder: ImageEncoder | None = None
 
     @property
     def spec(self) -> Spec:
@@ -70,9 +72,14 @@ class Bundle:
 
     def to(self, device: torch.device | str) -> "Bundle":
         """The same parts, moved."""
-        for part in (self.student, self.codec, self.audio_encoder, self.text):
-            part.to(device)
+        for part in (self.student, self.codec, self.audio_encoder, self.text, self.image_encoder):
+            if part is not None:
+                part.to(device)
         return self
+
+    def of_image(self, image: Tensor) -> dict[str, Tensor]:
+        """The features of a reference image [N, 3, H, W] in [-1, 1], over the length of a training clip where they run with it."""
+        return {} if self.image_encoder is None else self.image_encoder(image, self.codec, self.spec.horizon_frames)
 
     def unlike(self, reference: Tensor | None, *texts: str) -> list[str]:
         """Why a picture [3, H, W] in [-1, 1] and texts are outside what the student was trained on, a line each; [] where they are
@@ -89,6 +96,7 @@ class Bundle:
         """Which student this is: a digest of the spec and of every weight of the network, the codec and the encoders."""
         digest = hashlib.sha256(json.dumps(to_plain(self.spec, digests=True), sort_keys=True).encode())
         parts = {"net": self.student.net, "codec": self.codec, "audio": self.audio_encoder, "text": self.text}
+        parts |= {} if self.image_encoder is None else {"image": self.image_encoder}
         for part, module in parts.items():
             for name, weight in module.state_dict().items():
                 digest.update(f"{part}.{name} {tuple(weight.shape)} {weight.dtype}".encode())
@@ -196,7 +204,9 @@ def _load(folder: Path, values: dict[str, Any]) -> Bundle:
         load_over_base(student.net, folder, base)
     codec = spec.codec.load(folder, spec.height, spec.width)
     text, audio_encoder = spec.text.load(folder), spec.audio.load(spec.samples_per_frame)
-    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text, load_coverage(folder / FILE))
+    image_encoder = None if spec.image is None else spec.image.load()
+    coverage = load_coverage(folder / FILE)
+    return Bundle(student.eval().requires_grad_(False), codec, audio_encoder, text, coverage, image_encoder)
 
 
 def _check_fits(spec: Spec, weights: Path) -> None:

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name
+from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled
 from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
 from teachers.files import staged
-from teachers.networks.wan import AvatarTransformer
 
 ENTRIES = ("generator_ema", "generator", "model", "state_dict", "")
 """The entries of a torch archive in order of preference: Self-Forcing samples with its averaged weights."""
@@ -38,6 +37,7 @@ class Checkpoint:
     layout: str
     tensors: dict[str, Lazy]
     pairs: Pairs
+    differences: dict[str, Lazy]  # of whole tensors, which a LoRA adds beside its pairs
     config: dict[str, Any]
     ignored: tuple[str, ...]  # what else is in the file and was ignored
 
@@ -85,6 +85,9 @@ class Conversion:
                 weights.write_archive(temporary, "generator", named, shard_bytes, tick)
                 return
             temporary.mkdir()
+            kind = self.architecture.kind
+            if wan and (own := layouts.apart(kind, named)):
+                weights.write_file(temporary / f"{kind}.safetensors", {name: named.pop(name) for name in own}, tick)
             weights.write_safetensors(temporary, named, shard_bytes, tick)
             if self.adapter:
                 self.adapter.write(temporary / weights.ADAPTER)
@@ -113,7 +116,8 @@ def plan(
 ) -> Conversion:
     """The conversion of `source` to the layout `to` (one of layouts.LAYOUTS); reads names and shapes alone.
 
-    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over. `lora`: "fold" it into the weights (the default) or keep
+    `base`: the Wan weights that a LoRA (OmniAvatar) was trained over, or of which those of `source` replace and add a part, by name
+    (InfiniteTalk's adapter). `lora`: "fold" it into the weights (the default) or keep
     it as a peft "adapter" (ours alone). `widen`: consent to 2 C + 1 input channels where the weights have C; the new ones start
     at zero. `entry`: of a torch archive (default: the first of ENTRIES). `leave_out`: patterns such as "_cls_pred_branch.*" of
     tensors that are not taken, a GAN critic's heads for one. Raises UserError.
@@ -133,7 +137,7 @@ def plan(
         tensors, config = base_checkpoint.tensors | tensors, base_checkpoint.config
         checkpoint = replace(checkpoint, path=f"{checkpoint.path} over {base_checkpoint.path}")
     elif base is not None:
-        raise UserError(f"--base has no effect: {checkpoint.path} is no LoRA over other weights; remove it")
+        checkpoint, tensors, config = _over(checkpoint, read_checkpoint(Path(base)))
     if lora and not checkpoint.pairs:
         raise UserError(f"--lora has no effect: {checkpoint.path} has no LoRA; remove it")
     if lora == "adapter" and to != "ours":
@@ -143,21 +147,39 @@ def plan(
     architecture = _architecture(checkpoint, config)
     adapter = None
     if checkpoint.pairs:
-        adapter = complete_lora(checkpoint.pairs, tensors, checkpoint.config, checkpoint.names, checkpoint.path)
+        own = (checkpoint.pairs, checkpoint.differences)
+        adapter = complete_lora(*own, tensors, checkpoint.config, checkpoint.names, checkpoint.path)
     if adapter and lora != "adapter":
         tensors = {name: adapter.fold(name, tensor) for name, tensor in tensors.items()}
+    elif adapter and checkpoint.differences:
+        raise UserError(
+            f"--lora adapter holds pairs alone, {checkpoint.path} also has differences of whole tensors; fold it"
+        )
     architecture, tensors = _widened(architecture, tensors, checkpoint, widen)
     layouts.check_representable(architecture, to, checkpoint.path)
     ordered = {name: tensors[name] for name in layouts.tensors(architecture)}
     return Conversion(checkpoint, to, architecture, ordered, adapter if lora == "adapter" else None)
 
 
+def _over(checkpoint: Checkpoint, base: Checkpoint) -> tuple[Checkpoint, dict[str, Lazy], dict[str, Any]]:
+    """Weights that are a part of a network over the whole of another one; UserError where nothing of that is needed."""
+    if base.pairs or not base.tensors.keys() - checkpoint.tensors.keys():
+        raise UserError(
+            f"--base has no effect: {checkpoint.path} is no LoRA and no part over other weights, it has all of theirs; remove it"
+        )
+    named = replace(checkpoint, path=f"{checkpoint.path} over {base.path}", layout=base.layout)
+    return named, base.tensors | checkpoint.tensors, base.config
+
+
 def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[str] = ()) -> Checkpoint:
     """Names and shapes of a checkpoint in any of the layouts, recognised from its keys; UserError for anything else."""
     files = weights.find(path)
     is_archive = files[0].suffix != ".safetensors"
-    stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
     folder = files[0].parent
+    if path.is_dir():  # an adapter beside the weights that it was trained over
+        apart = [folder / f"{name}.safetensors" for name, kind in layouts.KINDS.items() if kind.apart]
+        files += [file for file in apart if file.is_file() and file not in files]
+    stored, ignored = _of_archive(files[0], entry) if is_archive else _of_files(files, entry)
     config = weights.read_json(folder / "config.json") or _student_config(folder)
     if files[0].stem.startswith("adapter_model"):
         config |= adapter_config(folder, files[0])
@@ -179,19 +201,24 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
     pairs: Pairs = {}
+    differences: dict[str, Lazy] = {}
     for name, tensor in named.items():
         lora = split_name(name)
         name, side = lora or (name, "")
         name = layouts.rename(name, layouts.TO_OURS) if layout == "wan" else name
-        if lora:
+        if side == "difference":
+            differences[name] = tensor
+        elif lora:
             pairs.setdefault(name, {})[side] = tensor
         else:
             tensors[name] = tensor
+    if "lora_rank" not in config:
+        unscaled(pairs, stored)
     if layout == "wan" and is_archive and any(name.startswith("model.") for name in stored):
         layout = "self-forcing"
     elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
         layout = "diffusers"
-    return Checkpoint(path, layout, tensors, pairs, config, tuple(ignored))
+    return Checkpoint(path, layout, tensors, pairs, differences, config, tuple(ignored))
 
 
 def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
@@ -274,7 +301,7 @@ def _widened(
     return replace(architecture, in_channels=widened), wide
 
 
-def fill_network(net: AvatarTransformer, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
+def fill_network(net: Any, source: Path, *, base: Path | None = None, widen: bool = False) -> None:
     """Put the weights of `source`, in any layout and a LoRA folded, into a network of known size; options as in `plan`.
 
     One tensor at a time is in memory beside the network, whose dtypes stay; of a network in shards each rank reads its own rows

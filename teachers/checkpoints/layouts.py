@@ -14,7 +14,10 @@ from math import prod
 from typing import Any
 
 from teachers.checkpoints.strict import check_shapes, listed
+from teachers.conditions import taken
 from teachers.errors import UserError
+from teachers.networks.kind import NETWORKS
+from teachers.resolve import resolve
 
 LAYOUTS = ("ours", "wan", "diffusers", "self-forcing")
 Shape = tuple[int, ...]
@@ -79,7 +82,11 @@ POSE = _rows("""
     pose_proj.norm_out.* | pose_proj.norm_out.* | H
     pose_cond_proj.*     | pose_cond_proj.*     | D H
 """)
-ROWS = (*WAN, *IMAGE, *AUDIO, *POSE)
+KINDS: dict[str, Any] = {name: resolve(NETWORKS, name) for name in NETWORKS.ours}
+"""The kinds of network by name; those with `rows` have more than Wan."""
+BEYOND = {name: _rows(kind.rows) for name, kind in KINDS.items() if kind.rows}
+SYMBOLS = {size for _, _, dims in (*WAN, *IMAGE, *AUDIO, *POSE) for size in dims}
+ROWS = (*WAN, *IMAGE, *AUDIO, *POSE, *chain.from_iterable(BEYOND.values()))
 TO_OURS = {wan: ours for wan, ours, _ in ROWS}
 TO_WAN = {ours: wan for wan, ours, _ in ROWS}
 
@@ -91,7 +98,7 @@ _WRAPPED = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_modul
 _KOHYA = re.compile(r"lora_unet_+blocks_(\d+)_(\w+)\.(.+)")
 _MODULES = {
     module.replace(".", "_"): module
-    for row in (*WAN, *IMAGE)
+    for row in (*WAN, *IMAGE, *chain.from_iterable(BEYOND.values()))
     for name in row[:2]
     if (module := name.removeprefix("blocks.{}.").removesuffix(".weight")) != name
 }
@@ -125,12 +132,15 @@ class Architecture:
     prediction: str = "velocity"
     eps: float = 1e-6
     max_positions: int = 1024
+    kind: str = "wan"
+    beyond: tuple[tuple[str, int], ...] = ()  # sizes of the symbols that the kind's own rows bring
+    own: tuple[tuple[str, Any], ...] = ()  # keys of our config.json that the kind brings
 
 
 REPRESENTABLE = {
     "ours": {"audio_in", "pose_in", "image_dim", "head_dim", "stride", "audio_blocks"}
-    | {"prediction", "eps", "max_positions"},
-    "wan": {"audio_in", "image_dim", "head_dim", "eps"},
+    | {"prediction", "eps", "max_positions", "kind"},
+    "wan": {"audio_in", "image_dim", "head_dim", "eps", "kind"},
     "diffusers": {"image_dim", "head_dim", "eps", "max_positions"},
     "self-forcing": {"audio_in", "image_dim"},
 }
@@ -163,6 +173,8 @@ def naming(names: Collection[str], where: Any) -> str:
         )
         if any(re.match(key, name) for name in names)
     ]
+    if not matches and any(rows[0][0].format(0) in names for rows in BEYOND.values()):
+        matches = ["wan"]  # a part of the weights, over others
     if len(matches) != 1:
         raise UserError(
             f"layout of another model: {where} has {listed(names, 3) or 'nothing'}, where Wan has blocks.0.self_attn.q.weight "
@@ -176,8 +188,9 @@ def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
     a = architecture
     sizes = {"D": a.width, "6D": 6 * a.width, "I": a.in_channels, "O": a.out_channels * prod(a.patch), "T": a.text_dim,
              "Q": a.freq_dim, "F": a.ffn_dim, "V": a.image_dim, "A": a.audio_in, "P": a.pose_in, "H": a.packed,
-             **dict(zip("pqr", a.patch, strict=True))}  # fmt: skip
-    groups = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in))
+             **dict(zip("pqr", a.patch, strict=True)), **dict(a.beyond)}  # fmt: skip
+    own = BEYOND.get(a.kind, ())
+    groups = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in), (own, True))
     for wan, ours, dims in chain.from_iterable(rows for rows, exists in groups if exists):
         shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
         count = a.num_layers if wan.startswith("blocks.") else a.num_audio if "{}" in wan else 1
@@ -198,25 +211,30 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
     Raises UserError where a tensor that determines a size is missing.
     """
     sizes: dict[str, int] = {}
-    for _, ours, dims in ROWS:
+    kind = next((name for name, rows in BEYOND.items() if rows[0][1].format(0) in shapes), "wan")
+    own = BEYOND.get(kind, ())
+    for _, ours, dims in (*WAN, *IMAGE, *AUDIO, *POSE, *own):
         shape = shapes.get(ours.format(0), ())
         if len(shape) == len(dims):
             for symbol, size in zip(dims, shape, strict=True):
                 sizes.setdefault(symbol, size)
     needed = [ours.format(0) for _, ours, dims in WAN if not {d for d in dims if d[-1].isalpha()} <= {*sizes, "6D"}]
     if needed:
-        raise UserError(f"weights do not fit: {where}: missing {listed(needed)}; is the download complete?")
+        part = "; give the weights that these replace a part of as --base" if kind != "wan" else ""
+        raise UserError(f"weights do not fit: {where}: missing {listed(needed)}; is the download complete?{part}")
 
     def count(stem: str) -> int:
         matches = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
         return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
     patch = (sizes["p"], sizes["q"], sizes["r"])
+    symbols = {symbol for _, _, dims in own for symbol in dims if not symbol.isdecimal()}
+    beyond = tuple((symbol, sizes[symbol]) for symbol in sorted(symbols - set(SYMBOLS)) if symbol in sizes)
     return Architecture(
         width=sizes["D"], in_channels=sizes["I"], out_channels=sizes["O"] // prod(patch), patch=patch,
         num_layers=count("blocks"), ffn_dim=sizes["F"], text_dim=sizes["T"], freq_dim=sizes["Q"], packed=sizes.get("H", 0),
         num_audio=count("audio_cond_projs"), image_dim=sizes.get("V", 0), audio_in=sizes.get("A", 0),
-        pose_in=sizes.get("P", 0),
+        pose_in=sizes.get("P", 0), kind=kind, beyond=beyond,
     )  # fmt: skip
 
 
@@ -253,6 +271,13 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
             f"weights do not fit: {where}: config.json states {config['num_layers']} layers, the weights have {result.num_layers}; "
             "is a file missing?"
         )
+    if "image" in taken(KINDS[result.kind]) and not result.image_dim:
+        raise UserError(
+            f"weights do not fit: {where}: {result.kind} goes with Wan's image-to-video weights, these have no image path; "
+            "give those of Wan2.1-I2V"
+        )
+    own = KINDS[result.kind].own_config(dict(result.beyond), result.stride, config)
+    result = replace(result, own=tuple(own.items()))
     needed = len(rule if result.audio_blocks is None else result.audio_blocks)
     if result.audio_in and result.num_audio != needed:
         raise UserError(
@@ -285,20 +310,36 @@ def check_representable(architecture: Architecture, layout: str, where: Any) -> 
         raise UserError(f"layout {layout} cannot represent {', '.join(lost)}: {where}; choose another --to")
 
 
+def apart(kind: str, names: Collection[str]) -> list[str]:
+    """Those of the names, Wan's or ours, that a kind of network is published with apart from Wan's: its adapter; else none."""
+    if not KINDS[kind].apart:
+        return []
+    rows = {re.escape(name).replace(r"\{\}", r"\d+") for row in BEYOND[kind] for name in row[:2]}
+    own = re.compile("|".join(sorted(rows)))
+    return [name for name in names if own.fullmatch(name)]
+
+
+def network_class(architecture: Architecture) -> Any:
+    """The class of the module of an architecture."""
+    return KINDS[architecture.kind].module_class()
+
+
 def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | None:
     """The config.json of a layout; None where it has none (self-forcing)."""
     a = architecture
     num_heads = a.width // a.head_dim
     shared = {name: getattr(a, name) for name in ("num_layers", "ffn_dim", "freq_dim", "text_dim", "eps")}
     if layout == "ours":
+        symbol, states = KINDS[a.kind].audio_row
+        audio_dim = states * dict(a.beyond).get(symbol, 0) if states else a.audio_in // a.stride
         return {
-            "_class_name": "AvatarTransformer", **shared, "num_heads": num_heads, "head_dim": a.head_dim,
+            "_class_name": network_class(a).__name__, **shared, "num_heads": num_heads, "head_dim": a.head_dim,
             "latent_channels": a.out_channels, "reference": a.in_channels != a.out_channels, "patch": a.patch[1],
-            "stride": a.stride, "audio_dim": a.audio_in // a.stride, "audio_hidden": a.packed or 32,
+            "stride": a.stride, "audio_dim": audio_dim, "audio_hidden": a.packed or 32,
             "audio_blocks": None if a.audio_blocks is None else list(a.audio_blocks),
             **({"pose_dim": a.pose_in // a.stride} if a.pose_in else {}),
             **({"image_dim": a.image_dim} if a.image_dim else {}),
-            "prediction": a.prediction, "max_positions": a.max_positions,
+            "prediction": a.prediction, "max_positions": a.max_positions, **dict(a.own),
         }  # fmt: skip
     if layout == "diffusers":
         return {

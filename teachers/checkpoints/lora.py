@@ -1,13 +1,15 @@
 """LoRA over published weights: W + alpha / rank * B A (2106.09685, section 4.1), in the layouts that are found.
 
 OmniAvatar and peft write `lora_A`, `lora_B` and state rank and alpha in a config; ComfyUI's and kohya's trainers write
-`lora_down`, `lora_up` and each module's own `alpha` beside them.
+`lora_down`, `lora_up` and each module's own `alpha` beside them. Few-step LoRAs (lightx2v, FusionX) have `diffusion_model.` names
+of the second kind without alpha, which is a scale of 1, and the differences of whole tensors: `diff` of a weight, `diff_b` of a
+bias, `diff_m` of a modulation.
 """
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,41 @@ Pairs = dict[str, dict[str, Lazy]]
 SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _PAIR = re.compile(r"(.+)\.lora_(A|B|down|up)\.(?:\w+\.)?weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
+_DIFFERENCE = re.compile(r"(.+)\.(diff|diff_b|diff_m)")
+_TENSORS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
+_UNSCALED = re.compile(r"diffusion_model\..+\.lora_(down|up)\.weight")
 UNREAD = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
 """Settings of peft's adapter_config.json that change what an adapter means."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """The weight that a LoRA's tensor changes, and which side of it the tensor is: A, B or alpha; None for another tensor."""
+    """The tensor that a LoRA's tensor changes, and how: it is side A, B or alpha of a pair, or a difference; None for another."""
     if pair := _PAIR.fullmatch(name):
         return f"{pair[1]}.weight", SIDES[pair[2]]
+    if whole := _DIFFERENCE.fullmatch(name):
+        return f"{whole[1]}.{_TENSORS[whole[2]]}", "difference"
     alpha = _ALPHA.fullmatch(name)
     return (f"{alpha[1]}.weight", "alpha") if alpha else None
 
 
+def unscaled(pairs: Pairs, stored: Collection[str]) -> None:
+    """Give the pairs of a few-step LoRA, which state no alpha, their own rank as alpha; other pairs stay as they are."""
+    if not any("alpha" in pair for pair in pairs.values()) and any(map(_UNSCALED.fullmatch, stored)):
+        for pair in pairs.values():
+            if "A" in pair and pair["A"].shape:
+                rank = torch.tensor(float(pair["A"].shape[0]))
+                pair["alpha"] = Lazy((), rank.dtype, lambda _=ALL, rank=rank: rank)
+
+
 @dataclass(frozen=True)
 class Lora:
-    """A complete LoRA, by the names of the weights that it changes. `rank` and `alpha` are of the pairs without an alpha."""
+    """A complete LoRA, by the names of the weights that it changes. `rank` and `alpha` are of the pairs without an alpha;
+    `differences` are added to whole tensors."""
 
     rank: int
     alpha: float
     pairs: Pairs
+    differences: Mapping[str, Lazy] = field(default_factory=dict)
 
     def scale(self, name: str) -> float:
         """alpha / rank of one pair."""
@@ -53,16 +71,21 @@ class Lora:
 
     def fold(self, name: str, weight: Lazy) -> Lazy:
         """The changed weight, summed in fp32 or better, in its own type; an fp8 one in bf16, as fp8 would round the LoRA away."""
-        if name not in self.pairs:
+        difference = self.differences.get(name)
+        if name not in self.pairs and difference is None:
             return weight
         is_fp8 = weight.dtype.itemsize == 1
         wide = torch.float32 if is_fp8 else torch.promote_types(weight.dtype, torch.float32)
-        kept, scale = torch.bfloat16 if is_fp8 else weight.dtype, self.scale(name)
+        kept = torch.bfloat16 if is_fp8 else weight.dtype
 
         def read(rows: slice = ALL) -> Tensor:
             total = weight.read(rows).to(wide, copy=True)
-            down, up = (self.pairs[name][side].read(part).to(wide) for side, part in (("A", ALL), ("B", rows)))
-            return total.addmm_(up, down, alpha=scale).to(kept)
+            if difference is not None:
+                total += difference.read(rows).to(wide)
+            if name in self.pairs:
+                down, up = (self.pairs[name][side].read(part).to(wide) for side, part in (("A", ALL), ("B", rows)))
+                total.addmm_(up, down, alpha=self.scale(name))
+            return total.to(kept)
 
         return replace(weight, dtype=kept, read=read)
 
@@ -108,9 +131,15 @@ def adapter_config(folder: Path, file: Path) -> dict[str, Any]:
 
 
 def complete_lora(
-    pairs: Pairs, tensors: Mapping[str, Lazy], config: Mapping[str, Any], names: Mapping[str, str], path: Any
+    pairs: Pairs,
+    differences: Mapping[str, Lazy],
+    tensors: Mapping[str, Lazy],
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    path: Any,
 ) -> Lora:
-    """The LoRA over complete weights `tensors`; UserError unless every pair is whole, fits its weight, and has a rank and an alpha.
+    """The LoRA over complete weights `tensors`; UserError unless every pair is whole, fits its weight, and has a rank and an alpha,
+    and every difference fits its tensor.
 
     Pairs that all bring their own alpha may be of any rank and of any modules; others have one rank, the config's, on every module
     that the config (by default OmniAvatar) targets.
@@ -145,8 +174,11 @@ def complete_lora(
             this = down.shape[0] if own and down is not None and down.shape else rank
             expected |= {label(name, "A"): (this, columns), label(name, "B"): (rows, this)}
     shapes = {label(n, side): t.shape for n, pair in pairs.items() for side, t in pair.items() if side != "alpha"}
+    whole = {name: tensors[name].shape for name in differences if name in tensors}
+    shapes |= {f"{layouts.rename(name, names)} (difference)": one.shape for name, one in differences.items()}
+    expected |= {f"{layouts.rename(name, names)} (difference)": shape for name, shape in whole.items()}
     layouts.check(shapes, expected, {}, path)
-    return Lora(rank, alpha, pairs)
+    return Lora(rank, alpha, pairs, differences)
 
 
 def _targets(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> list[str]:

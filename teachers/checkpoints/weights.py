@@ -90,6 +90,8 @@ def find(path: Path) -> list[Path]:
         if any(folder.glob(f"{stem}-*-of-*.safetensors")):
             return _shards(folder, stem)
     found = [folder / name for name in PICKLES if (folder / name).is_file()]
+    if not found:
+        found = list(folder.glob("*.safetensors"))  # an adapter or a LoRA under a name of its own
     if len(found) != 1:
         raise UserError(
             f"no weights: {folder} holds not one of {STEM}.safetensors, model.safetensors, pytorch_model.pt; name the file"
@@ -320,15 +322,20 @@ def write_safetensors(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(groups):
         file = f"{STEM}.safetensors" if len(groups) == 1 else f"{STEM}-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        shard = {}
-        for name in names:
-            shard[name] = tensors[name].read().contiguous()
-            tick(tensors[name].num_bytes)
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        write_file(folder / file, {name: tensors[name] for name in names}, tick)
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(t.num_bytes for t in tensors.values())}, "weight_map": weight_map}
         (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def write_file(path: Path, tensors: Mapping[str, Lazy], tick: Tick = lambda _: None) -> None:
+    """One safetensors file; `tick` is called with the bytes of each tensor."""
+    held = {}
+    for name, tensor in tensors.items():
+        held[name] = tensor.read().contiguous()
+        tick(tensor.num_bytes)
+    save_file(held, path, metadata={"format": "pt"})
 
 
 def write_archive(

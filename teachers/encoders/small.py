@@ -154,6 +154,30 @@ class TextConfig:
         return TextEncoder(tokenizer, model, self.max_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoTextConfig:
+    """No text condition: one token of no numbers, for networks that take none (SoulX-FlashHead)."""
+
+    max_tokens: ClassVar[int] = 1
+    dim: ClassVar[int] = 0
+    fitted: ClassVar[bool] = False
+
+    def load(self, folder: Path) -> "NoText":
+        """The text encoder, which has no weights."""
+        return NoText()
+
+
+class NoText(nn.Module):
+    """Texts -> features [B, 1, 0]."""
+
+    def count(self, text: str) -> int:
+        """None of a text is read."""
+        return 0
+
+    def forward(self, text: list[str]) -> Float[Tensor, "b 1 0"]:
+        return torch.zeros(len(text), 1, 0)
+
+
 class TextEncoder(nn.Module):
     """Tokenizer + UMT5 encoder; features [B, L, D] with padding zeroed after encoding, as Wan does."""
 

@@ -1,11 +1,12 @@
-"""wav2vec2, OmniAvatar's audio encoder: a whole clip as published, or a stream in bounded windows.
+"""wav2vec2, the audio encoder of OmniAvatar and others: a whole clip as published, or a stream in bounded windows.
 
-T = pixel frames, n = samples of one, D = wav2vec2's width, A = D * (layers + 2): the last state and every state before it.
+T = pixel frames, n = samples of one, D = wav2vec2's width, A = the numbers of a row, OmniAvatar's D * (layers + 2).
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,15 @@ class Wav2VecConfig:
     stride frames is one latent frame and a cell of stride * chunk_frames is one chunk; larger cells are fewer windows a second.
     The default look-back is the receptive field of wav2vec2's positional convolution.
 
+    `states`: which states of the transformer a row has: published (OmniAvatar), the last and then every one, the embedding first;
+    layers (MultiTalk, InfiniteTalk), what every layer gives; last (EchoMimicV3, StableAvatar, FantasyTalking); all, every one once.
+    `rate`: states a second. null: those of the video, to which the features are interpolated before the transformer; 50:
+    wav2vec2's own, and nothing is interpolated; others are multiples of the video's. `window`: a row is the states of its frame's
+    first instant with so many before and after it side by side, at the ends of the sound the first and the last one. The look-ahead
+    has to hold what a window needs. A louder sound gives the same rows: it is brought to unit variance, where the weights' own
+    preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `source`: where the weights are to be
+    had, for messages.
+
     With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
     `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk's training; the causal student on the windows.
     """
@@ -43,8 +53,16 @@ class Wav2VecConfig:
     grid_start: int = -3
     whole_clip: bool = True
     prefix_frames: int = 0
+    states: Literal["published", "layers", "last", "all"] = "published"
+    rate: int | None = None
+    window: tuple[int, int] = (0, 0)
+    source: str = SOURCE
 
     def __post_init__(self):
+        if len(self.window) != 2 or min(self.window) < 0:
+            raise UserError(
+                f"wav2vec2 window: got {list(self.window)}; give two counts, before and after a row, from 0"
+            )
         if self.grid_frames < 1 or self.lookback_frames < 0 or self.lookahead_frames < 0:
             raise UserError(
                 f"wav2vec2 windows: got lookback_frames={self.lookback_frames}, lookahead_frames={self.lookahead_frames}, "
@@ -58,7 +76,7 @@ class Wav2VecConfig:
     def load(self, samples_per_frame: int) -> "Wav2Vec":
         """The frozen audio encoder. UserError lists what is missing or of another shape."""
         if self.path is None:
-            raise UserError(f"wav2vec2: no path; give the folder of {SOURCE}")
+            raise UserError(f"wav2vec2: no path; give the folder of {self.source}")
         audio_encoder = Wav2Vec.load(self.path, self, samples_per_frame)
         if audio_encoder.dim != self.features:
             raise UserError(
@@ -70,7 +88,8 @@ class Wav2VecConfig:
         """A small network with random weights in the layout that `load` reads, for recipes with size=tiny."""
         from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
-        width = self.features // 4  # two layers: their states, the input's, and the last again
+        states = {"published": 4, "layers": 2, "last": 1, "all": 3}[self.states]  # of two layers and their input
+        width = self.features // (states * (1 + sum(self.window)))
         shape = Wav2Vec2Config(
             hidden_size=width,
             num_hidden_layers=2,
@@ -98,10 +117,6 @@ class Wav2Vec(nn.Module):
     def __init__(self, model, config: Wav2VecConfig, samples_per_frame: int, normalise: bool = True):
         super().__init__()
         shape = model.config
-        if shape.do_stable_layer_norm:
-            raise UserError(
-                "wav2vec2: do_stable_layer_norm is of a larger model than OmniAvatar's; use wav2vec2-base-960h"
-            )
         reach, self.hop = 1, math.prod(shape.conv_stride)
         for kernel, stride in zip(shape.conv_kernel[::-1], shape.conv_stride[::-1], strict=True):
             reach = (reach - 1) * stride + kernel
@@ -111,11 +126,23 @@ class Wav2Vec(nn.Module):
                 f"take at most {SAMPLE_RATE // reach} frames a second"
             )
         self.model, self.config, self.samples_per_frame, self.normalise = model, config, samples_per_frame, normalise
-        self.dim = shape.hidden_size * (shape.num_hidden_layers + 2)
+        layers = shape.num_hidden_layers
+        kept = {"published": layers + 2, "layers": layers, "last": 1, "all": layers + 1}[config.states]
+        self.dim = shape.hidden_size * kept * (1 + sum(config.window))
+        self.per_frame, self.samples_per_row = _rows_a_frame(config, samples_per_frame)
+        self.native, self.reach = self.samples_per_row == self.hop, reach
+        needed = config.window[1] + (1 if self.native else 0)  # the last state of a window's sound is not there
+        if needed > config.lookahead_frames * self.per_frame:
+            raise UserError(
+                f"wav2vec2 window: {config.window[1]} states after a row are beyond lookahead_frames={config.lookahead_frames} of "
+                f"{self.per_frame} each; raise it"
+            )
         self.period = self.hop // math.gcd(self.hop, samples_per_frame)
-        clips = [(t, (t * samples_per_frame - reach) // self.hop) for t in range(1, self.period + 1)]
-        drifts = [features - (t - 1) * samples_per_frame / self.hop for t, features in clips]
-        self.offset = sum(drifts) / (2 * self.period)
+        clips = [
+            (t, (t * self.samples_per_row - reach) // self.hop) for t in range(1, self.period * self.per_frame + 1)
+        ]
+        drifts = [features - (t - 1) * self.samples_per_row / self.hop for t, features in clips]
+        self.offset = sum(drifts) / (2 * len(drifts))
         self.lookback = (config.lookback_frames + self.period - 1) * samples_per_frame
         self.lookahead = config.lookahead_frames * samples_per_frame
         self._places: dict[tuple, tuple[Tensor, Tensor]] = {}  # of rows among features
@@ -125,12 +152,12 @@ class Wav2Vec(nn.Module):
         """From a local Hugging Face folder, frozen, in fp32 as published. UserError lists what is missing or of another shape."""
         from transformers import Wav2Vec2Model
 
-        require(folder, ["preprocessor_config.json", *model_files(folder)], SOURCE)
-        model = load_pretrained(Wav2Vec2Model, folder, SOURCE, torch.float32, UNUSED)
+        require(folder, ["preprocessor_config.json", *model_files(folder)], config.source)
+        model = load_pretrained(Wav2Vec2Model, folder, config.source, torch.float32, UNUSED)
         preprocessor = read_json(folder / "preprocessor_config.json")
         if (rate := preprocessor.get("sampling_rate")) != SAMPLE_RATE:
             raise UserError(
-                f"sampling_rate is {rate}, not {SAMPLE_RATE}: {folder / 'preprocessor_config.json'}; get {SOURCE}"
+                f"sampling_rate is {rate}, not {SAMPLE_RATE}: {folder / 'preprocessor_config.json'}; get {config.source}"
             )
         return cls(model, config, samples_per_frame, preprocessor.get("do_normalize", True))
 
@@ -139,17 +166,22 @@ class Wav2Vec(nn.Module):
     ) -> Float[Tensor, "*batch {num_frames} features"]:
         """audio [.., S] at 16 kHz of a whole clip -> rows [.., num_frames, A], equal to OmniAvatar's (its scripts/inference.py).
 
-        The sound is normalised over the clip, then truncated or padded with silence to its length, never stretched; every row
-        depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound is that many frames late: 1 for the
-        reference frame in OmniAvatar's inference, 0 in LiveTalk's training. `conditions.pack_rows` then puts row 0 in front three
-        times.
+        The sound is normalised over the clip, then truncated (at wav2vec2's own rate it is not) or padded with silence to its
+        length, never stretched; every row depends on all of it and on num_frames. `prefix` rows of zeros come first and the sound
+        is that many frames late: 1 for the reference frame in OmniAvatar's inference, 0 in LiveTalk's training.
+        `conditions.pack_rows` then puts row 0 in front three times.
         """
-        length = (num_frames - prefix) * self.samples_per_frame
-        waves = self._level(self._waves(audio))[:, :length]
-        features = self.model.feature_extractor(nn.functional.pad(waves, (0, length - waves.shape[1])))
-        rows = self._states(
-            nn.functional.interpolate(features, size=num_frames - prefix, mode="linear", align_corners=True)
-        )
+        frames = num_frames - prefix
+        count, length = frames * self.per_frame, frames * self.samples_per_frame
+        waves = self._level(self._waves(audio))
+        if self.native:  # all of the sound, and silence where the last row's state lies beyond it
+            length = (frames - 1) * self.samples_per_frame + self.reach
+        else:  # all but OmniAvatar keep what is left of a frame
+            waves = waves[:, : length + (0 if self.config.states == "published" else self.samples_per_frame - 1)]
+        features = self.model.feature_extractor(nn.functional.pad(waves, (0, max(0, length - waves.shape[1]))))
+        if not self.native:
+            features = nn.functional.interpolate(features, size=count, mode="linear", align_corners=True)
+        rows = self._windows(self._states(features), 0, frames)
         return nn.functional.pad(rows, (0, 0, prefix, 0)).reshape(*audio.shape[:-1], num_frames, self.dim)
 
     def of_clip(
@@ -157,13 +189,17 @@ class Wav2Vec(nn.Module):
     ) -> Float[Tensor, "*batch {num_frames} features"] | None:
         """Rows [.., num_frames, A] for bidirectional networks; None where they equal a stream's.
 
-        Audio that is longer than the clip is encoded whole, and the first rows are taken: OmniAvatar's first window, whose sound is
-        padded with silence to the end of its last window, each OVERLAP frames into the one before.
+        Audio that is longer than the clip is encoded whole, and the first rows are taken. OmniAvatar's (states: published) is its
+        first window, whose sound is padded with silence to the end of its last window, each OVERLAP frames into the one before.
         """
         if not self.config.whole_clip:
             return None
         total, frames = num_frames, -(-audio.shape[-1] // self.samples_per_frame)
-        if frames > num_frames:
+        if self.native:
+            return self.whole(audio, num_frames)
+        if self.config.states != "published":
+            total = max(num_frames, audio.shape[-1] // self.samples_per_frame)
+        elif frames > num_frames:
             step = max(1, num_frames - OVERLAP)
             total += -(-(frames + self.config.prefix_frames - num_frames) // step) * step
         return self.whole(audio, total, self.config.prefix_frames)[..., :num_frames, :]
@@ -207,8 +243,10 @@ class Wav2Vec(nn.Module):
             begin -= begin % self.period
             at = (begin - first) * n + self.lookback
             features = self.model.feature_extractor(self._level(waves[:, at : at + (stop - begin) * n].clone()))
-            states = self._states(self._at_frames(features, stop - begin))
-            cells.append(states[:, max(cell, 0) - begin : cell + config.grid_frames - begin])
+            if not self.native:
+                features = self._at_frames(features, (stop - begin) * self.per_frame)
+            states = self._states(features)
+            cells.append(self._windows(states, max(cell, 0) - begin, cell + config.grid_frames - begin))
         return torch.cat(cells, dim=1).reshape(*window.shape[:-1], last - first, self.dim)
 
     def _cell(self, frame: int) -> int:
@@ -227,24 +265,48 @@ class Wav2Vec(nn.Module):
         return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-7).sqrt()
 
     def _at_frames(self, features: Tensor, num_rows: int) -> Tensor:
-        """[B, C, L] on the 20 ms grid -> [B, C, num_rows], linear, a row every n / hop features."""
+        """[B, C, L] on the 20 ms grid -> [B, C, num_rows], linear, a row every samples_per_row / hop features."""
         last, device, dtype = features.shape[-1] - 1, features.device, features.dtype
         key = (num_rows, last, device, dtype)
         if key not in self._places:  # kept on the device: a copy to it would stall a stream at each cell
             with torch.inference_mode(False):
-                place = torch.arange(num_rows, dtype=torch.float64) * self.samples_per_frame / self.hop + self.offset
+                place = torch.arange(num_rows, dtype=torch.float64) * self.samples_per_row / self.hop + self.offset
                 left = place.clamp(0, last).long()
                 self._places[key] = left.to(device), (place - left).clamp(0, 1).to(device, dtype)
         left, share = self._places[key]
         return torch.lerp(features[..., left], features[..., (left + 1).clamp(max=last)], share)
 
     def _states(self, features: Tensor) -> Tensor:
-        """Features [B, C, T] at the video rate -> every state of the transformer [B, T, A]."""
+        """Features [B, C, R] -> the states of the transformer [B, R, D x those that are kept]."""
         x, _ = self.model.feature_projection(features.transpose(1, 2))
-        encoder = self.model.encoder
-        x = encoder.layer_norm(x + encoder.pos_conv_embed(x))
-        states = [x]
+        encoder, stable = self.model.encoder, self.model.config.do_stable_layer_norm
+        x = x + encoder.pos_conv_embed(x)
+        states = [x if stable else encoder.layer_norm(x)]
         for layer in encoder.layers:
-            x = layer(x)
-            states.append(x)
-        return torch.cat([x, *states], dim=-1)
+            states.append(layer(states[-1]))
+        if stable:  # pre-norm blocks: states are raw, but for the last
+            states[-1] = encoder.layer_norm(states[-1])
+        kept = {"published": [states[-1], *states], "layers": states[1:], "last": states[-1:], "all": states}
+        return torch.cat(kept[self.config.states], dim=-1)
+
+    def _windows(self, states: Tensor, first: int, last: int) -> Tensor:
+        """States [B, R, D'] that begin with frame 0 -> rows [B, last - first, A] of these frames, each with its neighbours."""
+        before, after = self.config.window
+        if self.per_frame == 1 and not before and not after:
+            return states[:, first:last]
+        centres = torch.arange(first, last, device=states.device) * self.per_frame
+        around = torch.arange(-before, after + 1, device=states.device)
+        at = (centres[:, None] + around).clamp(0, states.shape[1] - 1)
+        return states[:, at].flatten(2)
+
+
+def _rows_a_frame(config: Wav2VecConfig, samples_per_frame: int) -> tuple[int, int]:
+    """States a pixel frame, and samples a state; UserError for a rate that is no multiple of the video's."""
+    if config.rate is None:
+        return 1, samples_per_frame
+    samples = SAMPLE_RATE / config.rate
+    if samples != int(samples) or samples_per_frame % int(samples):
+        raise UserError(
+            f"wav2vec2 rate: got {config.rate} states a second for {SAMPLE_RATE / samples_per_frame:g} frames; give a multiple"
+        )
+    return samples_per_frame // int(samples), int(samples)

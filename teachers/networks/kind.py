@@ -6,14 +6,14 @@ B = batch, C = channels, F = latent frames.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from teachers import flow
-from teachers.conditions import BUILT_IN, Conditions
+from teachers.conditions import BUILT_IN, OF_IMAGE, Conditions
 from teachers.errors import UserError
 from teachers.resolve import Registry, in_users_file, label, missing
 
@@ -26,7 +26,7 @@ PastParts = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 @dataclass(frozen=True, kw_only=True)
 class Dims:
     """The sizes that codec, encoders and data decide: channels of a latent, pixel frames of one (`stride`), widths of a text
-    token, of an audio row (all speakers side by side) and of a pose row (0: there is none)."""
+    token, of an audio row (all speakers side by side), of a pose row and of an image token (0: there is none)."""
 
     latent_channels: int
     stride: int
@@ -34,6 +34,7 @@ class Dims:
     audio_dim: int
     pose_dim: int = 0
     speakers: int = 1
+    image_dim: int = 0
 
 
 class NetworkKind:
@@ -41,8 +42,14 @@ class NetworkKind:
 
     takes       names of the conditions that it reads
     prediction  velocity (eps - x0), or reference (x0 as a difference to the reference latent)
-    reference   whether frame 0 of a clip is given; patch: a token is patch x patch cells of the latent grid
+    reference   whether frame 0 of a clip is given, not drawn; patch: a token is patch x patch cells of the latent grid
+    first_frames  how many first latent frames of a stream are read unlike all others (a shorter audio window): 0 for none
+    rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
+                in teachers.checkpoints.layouts, the first of which tells the kind
+    apart       whether what it has beyond Wan is published in a file of its own, NAME.safetensors over Wan's weights
+    audio_row   of such rows: the symbol of an audio state's size, and how many states a row of the audio encoder has
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
+    source      where its published weights are to be had, for messages
     causal      "module:Class" (net, spec) of its causal student; empty: none, `student.network.name: windowed` wraps it
     over_teacher  a student kind that is made around the teacher's network and starts from its weights
     context_pass  whether a student's `commit` runs the network once
@@ -52,16 +59,27 @@ class NetworkKind:
     """
 
     takes: ClassVar[tuple[str, ...]] = ("text", "audio", "pose")
+    rows: ClassVar[str] = ""
+    apart: ClassVar[bool] = False
+    audio_row: ClassVar[tuple[str, int]] = ("A", 0)
     layouts: ClassVar[tuple[str, ...]] = ()
+    source: ClassVar[str] = ""
     causal: ClassVar[str] = ""
     over_teacher: ClassVar[bool] = False
     context_pass: ClassVar[bool] = True
     frame_sigma: ClassVar[bool] = False
     can_checkpoint: ClassVar[bool] = False
+    first_frames: ClassVar[int] = 0
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
     guidance: bool = False
+
+    @staticmethod
+    def own_config(sizes: Mapping[str, int], stride: int, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
+        """Keys of our config.json that the module takes beside Wan's: by the sizes of `rows`, or, where they do not determine them,
+        those of another config.json."""
+        return {}
 
     @missing
     def build(self, dims: Dims) -> nn.Module:
@@ -86,27 +104,49 @@ class NetworkKind:
         x = write_reference(x, conditions, known)
         return x, x
 
-    def run(self, net: Any, inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """The module's raw output [B, C, F, H, W] of composed inputs at sigma [B]."""
+    def run(
+        self,
+        net: Any,
+        inputs: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        numbers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The module's raw output [B, C, F, H, W] of composed inputs at sigma [B]. `numbers` of the frames in their stream, cut at
+        `first_frames`; None: a whole clip, which begins and ends."""
         return net(inputs, sigma, conditions)
 
-    def denoise(self, net: Any, x: Tensor, sigma: Tensor, conditions: Conditions, known: Sequence[int]) -> Tensor:
-        """x [B, C, F, H, W] at sigma, [B] or where the module takes it [B, F] -> x0 in fp32, the known frames as given. UserError
-        for an output of another shape, a condition that is not given, and for what fails in a user's file."""
+    def denoise(
+        self,
+        net: Any,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        known: Sequence[int],
+        numbers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """x [B, C, F, H, W] at sigma, [B] or where the module takes it [B, F] -> x0 in fp32, the known frames as given; `numbers`
+        as `run` has them. UserError for an output of another shape, a condition that is not given, and for what fails in a user's
+        file."""
         for name in self.takes:
-            if name not in BUILT_IN and name not in conditions.features:
-                raise UserError(
-                    f"condition '{name}': {label(self)} takes it, but it is not given; put it into the data's Clips.features"
-                )
+            if name in conditions.features or (name in BUILT_IN and name not in OF_IMAGE):
+                continue
+            fix = "give data.image an encoder of it" if name in OF_IMAGE else "put it into the data's Clips.features"
+            raise UserError(f"condition '{name}': {label(self)} takes it, but it is not given; {fix}")
         x, inputs = self.compose(x, conditions, known)
         with in_users_file(self):
-            out = self.run(net, inputs, sigma, conditions)
+            out = self.run(net, inputs, sigma, conditions, numbers)
         if out.shape != x.shape:
             raise UserError(
                 f"{label(self)}: wrong shape: its output is {list(out.shape)}, the latents are {list(x.shape)} "
                 "[batch, channels, frames, height, width]; both must be equal"
             )
         return to_x0(out, x, sigma, conditions, self.prediction, known)
+
+    def numbered(self, numbers: Iterable[int]) -> tuple[int, ...] | None:
+        """Numbers of latent frames in their stream, cut at `first_frames`, so that a compiled step meets few of them; None for a
+        kind that reads all frames alike."""
+        return tuple(min(number, self.first_frames) for number in numbers) if self.first_frames else None
 
     def student(self, net: Any, spec: Any) -> Any:
         """The causal student of this network; UserError where the kind has none."""
@@ -171,7 +211,11 @@ class NetworkKind:
 NETWORKS = Registry(
     kind="network",
     group="networks",
-    entries={"wan": "teachers.networks.wan:NetworkConfig"},
+    entries={
+        "wan": "teachers.networks.wan:NetworkConfig",
+        "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
+        "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
+    },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",
 )

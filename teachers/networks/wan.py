@@ -8,7 +8,7 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -31,14 +31,9 @@ Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig(NetworkKind):
-    """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
+class WanKind(NetworkKind):
+    """What every network of Wan's shape shares: its sizes, and the names of its parts."""
 
-    `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: a guidance scale is embedded.
-    """
-
-    layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
     causal: ClassVar = "students.networks.causal_wan:CausalWan"
     frame_sigma: ClassVar = True
     can_checkpoint: ClassVar = True
@@ -49,40 +44,31 @@ class NetworkConfig(NetworkKind):
     ffn_dim: int = 8960
     freq_dim: int = 256
     patch: int = 2
-    audio_hidden: int = 32
-    audio_blocks: tuple[int, ...] | None = None
-    prediction: Literal["velocity", "reference"] = "velocity"
-    reference: bool = True
-    guidance: bool = False
 
-    def build(self, dims: Dims) -> "AvatarTransformer":
-        sizes = {k: v for k, v in vars(dims).items() if k != "speakers"}
-        return build_network(self, **sizes)
-
-    def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:
-        return with_reference(x, conditions, known)
-
-    def run(self, net: "AvatarTransformer", inputs: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def run(
+        self,
+        net: "AvatarTransformer",
+        inputs: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        numbers: Sequence[int] | None = None,
+    ) -> Tensor:
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
-        given = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance}
+        given = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance, "numbers": numbers}
+        given |= {"image": conditions.image if net.image_dim else None, "regions": conditions.regions}
         return net(inputs, sigma, conditions.text, audio, **given)[0]
 
     def check(self) -> None:
         if self.head_dim % 2 or self.head_dim < 6:
             raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
 
-    def shallow(self, blocks: int = 1) -> "NetworkConfig":
-        if blocks >= self.num_layers:
-            return self
-        return replace(self, num_layers=blocks, audio_blocks=self.audio_at)
+    @classmethod
+    def module_class(cls) -> "type[AvatarTransformer]":
+        """The class of the module that `build` makes."""
+        return AvatarTransformer
 
-    @property
-    def audio_at(self) -> tuple[int, ...]:
-        """The blocks that audio is added before."""
-        return tuple(range(2, self.num_layers // 2 + 1)) if self.audio_blocks is None else tuple(self.audio_blocks)
-
-    def with_guidance(self) -> "NetworkConfig":
-        return replace(self, guidance=True)
+    def shallow(self, blocks: int = 1) -> "WanKind":
+        return self if blocks >= self.num_layers else replace(self, num_layers=blocks)
 
     def enable_checkpointing(self, net: "AvatarTransformer", *function: Callable) -> None:
         net.enable_gradient_checkpointing(*function)
@@ -114,6 +100,41 @@ class NetworkConfig(NetworkKind):
         return (net._rope_cache,)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(WanKind):
+    """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
+
+    `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: a guidance scale is embedded.
+    """
+
+    layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
+
+    audio_hidden: int = 32
+    audio_blocks: tuple[int, ...] | None = None
+    prediction: Literal["velocity", "reference"] = "velocity"
+    reference: bool = True
+    guidance: bool = False
+
+    def build(self, dims: Dims) -> "AvatarTransformer":
+        sizes = {k: v for k, v in vars(dims).items() if k not in ("speakers", "image_dim")}
+        return build_network(self, **sizes)
+
+    def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return with_reference(x, conditions, known)
+
+    def shallow(self, blocks: int = 1) -> "NetworkConfig":
+        return self if blocks >= self.num_layers else replace(self, num_layers=blocks, audio_blocks=self.audio_at)
+
+    @property
+    def audio_at(self) -> tuple[int, ...]:
+        """The blocks that audio is added before."""
+        return tuple(range(2, self.num_layers // 2 + 1)) if self.audio_blocks is None else tuple(self.audio_blocks)
+
+    def with_guidance(self) -> "NetworkConfig":
+        return replace(self, guidance=True)
+
+
 @dataclass(frozen=True)
 class Span:
     """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
@@ -137,6 +158,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `guidance`: a guidance scale is embedded beside the time, sinusoids and a layer that starts at zero (2210.03142, sec. 3.1).
     """
 
+    block_class: type[AvatarBlock] = AvatarBlock
     _supports_gradient_checkpointing = True
     _no_split_modules = ["AvatarBlock"]  # noqa: RUF012
     _keep_in_fp32_modules = [  # noqa: RUF012
@@ -157,7 +179,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         freq_dim: int = 256,
         patch: int = 2,
         audio_hidden: int = 32,
-        audio_blocks: tuple[int, ...] | None = None,
+        audio_blocks: tuple[int, ...] | None = None,  # noqa: ARG002  # read from the config
         prediction: Literal["velocity", "reference"] = "velocity",
         reference: bool = True,
         pose_dim: int = 0,
@@ -176,7 +198,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
         self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
         self.blocks = nn.ModuleList(
-            AvatarBlock(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
+            self.block_class(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
             for _ in range(num_layers)
         )
         self.norm_out = FP32LayerNorm(width, eps, elementwise_affine=False)
@@ -184,15 +206,13 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
         self.audio_at: tuple[int, ...] = ()
         if audio_dim:
-            self.audio_at = NetworkConfig(num_layers=num_layers, audio_blocks=audio_blocks).audio_at
-            self.audio_proj = AudioPack(stride * audio_dim, audio_hidden)
-            self.audio_cond_projs = nn.ModuleList(nn.Linear(audio_hidden, width) for _ in self.audio_at)
+            self.add_audio(audio_dim)
         if pose_dim:
             self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
         self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
         self.gradient_checkpointing = False
-        self.kind = NetworkConfig(**{f.name: self.config[f.name] for f in fields(NetworkConfig)})
+        self.kind = self.make_kind()
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
@@ -202,6 +222,18 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def compute_dtype(self) -> torch.dtype:
         """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
         return self.patch_embedding.weight.dtype
+
+    def make_kind(self) -> "WanKind":
+        """The kind that this network was made by, from its config."""
+        return NetworkConfig(**{f.name: self.config[f.name] for f in fields(NetworkConfig)})
+
+    def add_audio(self, audio_dim: int) -> None:
+        """Make the modules that read audio rows of so many numbers, and name in `audio_at` the blocks that take what they read."""
+        config = self.config
+        self.audio_at = NetworkConfig(num_layers=config.num_layers, audio_blocks=config.audio_blocks).audio_at
+        self.audio_proj = AudioPack(config.stride * audio_dim, config.audio_hidden)
+        width = config.num_heads * config.head_dim
+        self.audio_cond_projs = nn.ModuleList(nn.Linear(config.audio_hidden, width) for _ in self.audio_at)
 
     def add_guidance(self) -> None:
         """Add the guidance embedding; its layer is zero, so that at first it changes nothing."""
@@ -261,9 +293,21 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         embedded = self.condition_embedder.text_embedder(text.to(self.compute_dtype))
         return tuple(cast(AvatarBlock, block).read(embedded) for block in self.blocks)
 
-    def read_audio(self, audio: Tensor) -> tuple[Tensor, ...]:
-        """What audio [B, F, stride, A] adds to the tokens of a frame before each block of `audio_at`, [B, F, 1, D], to be given
-        to `forward` in place of the audio."""
+    @torch.no_grad()
+    def read_image(self, image: Tensor) -> tuple[KeyValue, ...]:
+        """Each block's keys and values of image features [B, K, image_dim], to be given to `forward` in their place."""
+        embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(self.compute_dtype))
+        return tuple(cast(AvatarBlock, block).look(embedded) for block in self.blocks)
+
+    def read_audio(
+        self,
+        audio: Tensor,
+        numbers: Sequence[int] | None = None,  # noqa: ARG002
+        regions: Tensor | None = None,  # noqa: ARG002
+    ) -> tuple[Any, ...]:
+        """What each block of `audio_at` takes of audio [B, F, stride, A], to be given to `forward` in its place; here what is
+        added to the tokens of a frame before the block, [B, F, 1, D]. `numbers`: of the frames in their stream, no larger than the
+        kind's `first_frames` (None: those of a whole clip, which begins and ends); regions [B, P, H, W]."""
         if not self.audio_at:
             return ()
         packed = self.audio_proj(audio.to(self.compute_dtype))
@@ -274,18 +318,21 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x: Tensor,
         sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
-        audio: Tensor | Sequence[Tensor] | None = None,
+        audio: Tensor | Sequence[Any] | None = None,
         spans: Sequence[Span] | None = None,
         past: Sequence[KeyValue | PastParts] | None = None,
         past_frames: int = 0,
         pose: Tensor | None = None,
-        image: Tensor | None = None,
+        image: Tensor | Sequence[KeyValue] | None = None,
         remember: bool = True,
         guidance: Tensor | None = None,
+        numbers: Sequence[int] | None = None,
+        regions: Tensor | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
-        [B, F, stride, A] or `read_audio` of it; pose [B, F, stride, P] where there is pose_dim, image [B, K, image_dim]
-        where there is image_dim; guidance [B] where there is an embedding of it (a network without one does not read it).
+        [B, F, stride, A] or `read_audio` of it, with numbers and regions; pose [B, F, stride, P] where there is pose_dim, image
+        [B, K, image_dim] or `read_image` of it where there is image_dim; guidance [B] where there is an embedding of it (a network
+        without one does not read it).
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
         an image that is missing or not taken.
@@ -319,15 +366,15 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         time, temb = sigma
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text.to(dtype))] * len(self.blocks)
-        if image is not None:
-            image = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
-        added = self.read_audio(audio) if isinstance(audio, Tensor) else audio
+        if isinstance(image, Tensor):
+            embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
+            image = [embedded] * len(self.blocks)
+        given = self.read_audio(audio, numbers, regions) if isinstance(audio, Tensor) else audio
+        heard = dict(zip(self.audio_at, given or (), strict=True))
         cache = []
         for i, block in enumerate(self.blocks):
-            if i in self.audio_at:
-                assert added is not None
-                x = (x.unflatten(1, (frames, tokens)) + added[self.audio_at.index(i)]).flatten(1, 2)
-            inputs = (x, text[i], temb[i], layout, rotary, past[i] if past is not None else None, image)
+            seen = past[i] if past is not None else None, image[i] if image is not None else None
+            inputs = (x, text[i], temb[i], layout, rotary, *seen, heard.get(i))
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
                 x, kv = checkpoint(block, *inputs)
@@ -359,11 +406,16 @@ def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,
 def build_network(config: NetworkConfig, **dims: int) -> AvatarTransformer:
     """A freshly initialised AvatarTransformer (Wan's initialisation; output and gates start at zero). dims: latent_channels,
     stride, text_dim, audio_dim and, where it is steered, pose_dim; image_dim for image-to-video."""
-    net = AvatarTransformer(**dims, **vars(config))
+    return initialise(AvatarTransformer(**dims, **vars(config)))
+
+
+def initialise(net: Any) -> Any:
+    """Wan's initialisation; the output, and what embeds a guidance scale, start at zero."""
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     nn.init.zeros_(net.proj_out.weight)
     if net.guidance_embedder is not None:
         nn.init.zeros_(net.guidance_embedder.weight)

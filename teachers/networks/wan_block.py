@@ -4,6 +4,7 @@ B = batch, F = latent frames, N = tokens, L = text tokens, D = width, M = heads,
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,13 +76,15 @@ class AvatarBlock(WanTransformerBlock):
         backend = getattr(self.attn1.processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
-    def forward(self, x, text, temb, spans, rotary, past, image=None):
-        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added; one (query
-        tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D], whose
-        attention is added to the text's.
+    def forward(self, x, text, temb, spans, rotary, past, image=None, heard=None):
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
+        one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D],
+        or its keys and values from `look`; `heard`: what the network's `read_audio` gives this block (None: nothing), for `before`,
+        `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides.
 
         Returns the new x and this input's un-rotated keys and values.
         """
+        x = self.before(x, heard)
         frames = temb.shape[1]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
 
@@ -100,7 +103,7 @@ class AvatarBlock(WanTransformerBlock):
         query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
         past = None if past is None else joined(past)
-        seen = []
+        seen, places = [], []
         for (tokens, context), rope_table in zip(spans, rotary, strict=True):
             if context:
                 parts = (*context, tokens)
@@ -112,18 +115,44 @@ class AvatarBlock(WanTransformerBlock):
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             seen.append(self.attend(q, k, v))
+            places.append(self.locate(q, k, heard))
         attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
         x = gated(x, attended, gate)
 
         attention = self.attn2
-        query = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
-        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
-        if image is not None:
-            attended = attended + self.attend(query, *self.look(image))
-        x = x + attention.to_out[0](attended)
+        conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
+        x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, heard))
+        x = self.after_conditions(x, heard, places)
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
+
+    def before(self, x: Tensor, heard: Any) -> Tensor:
+        """x [B, N, D] before the block: a tensor `heard` [B, F, 1, D] is added to every token of a frame."""
+        if not isinstance(heard, Tensor):
+            return x
+        return (x.unflatten(1, (heard.shape[1], -1)) + heard).flatten(1, 2)
+
+    def attend_conditions(self, query: Tensor, text: Any, image: Any, heard: Any) -> Tensor:  # noqa: ARG002
+        """Cross-attention of query [B, N, M, d] to the text, and to the image where there is one, summed [B, N, D]."""
+        attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
+        if image is None:
+            return attended
+        return attended + self.attend(query, *(image if isinstance(image, tuple) else self.look(image)))
+
+    def locate(self, query: Tensor, key: Tensor, heard: Any) -> Any:
+        """What `after_conditions` wants to know of a span's rotated queries and keys [B, n, M, d] of self-attention; nothing."""
+
+    def after_conditions(self, x: Tensor, heard: Any, places: Sequence[Any]) -> Tensor:  # noqa: ARG002
+        """x [B, N, D] between cross-attention and the MLP; `places` of `locate`, one a span."""
+        return x
+
+    def attend_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of every frame's tokens, query [B, F S, M, d], to what belongs to that frame alone, key and value
+        [B, F, K, M, d] -> [B, F S, M d]."""
+        batch, frames = key.shape[:2]
+        query = query.unflatten(1, (frames, -1)).flatten(0, 1)
+        return self.attend(query, key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
 
     def read(self, text: Tensor) -> KeyValue:
         """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""

@@ -9,7 +9,7 @@ from distill.methods import Batch
 from distill.methods.ode_init import Config, ODEInit, build
 from distill.methods.rollout import context, draw_noise, rollout
 from students.history import History
-from students.schedule import Schedule
+from students.schedule import Schedule, advance
 from students.serving.session import Session
 from teachers import flow
 from teachers.errors import UserError
@@ -88,6 +88,25 @@ def _call(student, state, x, sigma, given):
     past, seen = student.past(state, 0), len(state.cached) * N
     out, _ = student.net(inputs, sigma, given.text, given.audio, past=past, past_frames=seen)
     return to_x0(out, x, sigma, given, student.net.prediction, known)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_steps_along_the_ode_are_euler_s(depth):
+    """Without fresh noise: x + (next - sigma) (x - x0) / sigma, so noise of later steps is never read."""
+    student = a_student(HISTORIES[0], schedule=Schedule(depth=depth), step="ode").eval()
+    given, first = some_conditions(1, N), some_latents(1, N, seed=5)
+    sigmas = student.spec.sigmas
+
+    def noise(place, step):
+        return first if step == 0 else torch.full_like(first, float("nan"))
+
+    with torch.no_grad():
+        x0, _ = advance(student, student.open(given.text), given, noise, sigmas)
+        state, x = student.open(given.text), first
+        for sigma, lower in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            level = torch.full((1, N), sigma)
+            x = x + (lower - sigma) * (x - _call(student, state, x, level, given)) / sigma
+    assert (x0 - x).abs().max() < 1e-5
 
 
 def test_one_forward_a_chunk_and_three_to_the_first_frame():

@@ -1,7 +1,10 @@
 """The noise process: conversions invert, grids compose, the Euler solver has order 1."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
@@ -28,6 +31,40 @@ def test_the_grid_runs_from_one_to_zero():
     assert grid == pytest.approx((1.0, 15 / 16, 5 / 6, 5 / 8, 0.0))  # the published 1000 937.5 833.3 625 of four steps
     assert grid[0] == 1.0
     assert grid[-1] == 0.0
+
+
+def test_published_sampler_grids():
+    """Values of the published schedulers: LiveAvatar's four sigmas and 25 diffusers steps (FlowMatchEulerDiscreteScheduler), Wan's
+    UniPC below 1, MultiTalk's last step at sh(0.001), the few-step students' fixed steps."""
+    assert flow.sigma_grid(4, 3.0, "twice") == pytest.approx((1.0, 0.85769, 0.60215, 0.00893, 0.0), abs=5e-6)
+    assert flow.sigma_grid(4, 5.0) == pytest.approx((1.0, 0.9375, 5 / 6, 0.625, 0.0))
+    closed = flow.sigma_grid(40, 7.0, "closed")
+    assert closed[0] == 1.0
+    assert closed[39] == pytest.approx(0.007 / 1.006)
+    assert closed[13] == pytest.approx(7 * (1 - 0.333) / (1 + 6 * (1 - 0.333)))
+    assert len(closed) == 41
+    assert closed[-1] == 0.0
+    unipc = flow.sigma_grid(40, 3.0, "unipc")
+    assert unipc[0] == pytest.approx(3 * 0.999 / (1 + 2 * 0.999))
+    assert unipc[20] == pytest.approx(3 * 0.4995 / (1 + 2 * 0.4995))
+    for kind in ("even", "closed", "twice", "unipc"):
+        grid = flow.sigma_grid(25, 5.0, kind)
+        assert all(a > b for a, b in pairwise(grid))
+        assert len(grid) == 26
+
+
+def test_the_grid_of_diffusers_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
+    scheduler.set_timesteps(25)
+    assert flow.sigma_grid(25, 5.0, "twice") == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind", "message"), [(1, "closed", "at least 2"), (0, "even", "at least 1"), (4, "odd", "choose")]
+)
+def test_a_grid_that_cannot_be(steps, kind, message):
+    with pytest.raises(UserError, match=message):
+        flow.sigma_grid(steps, 5.0, kind)
 
 
 def test_a_coarser_grid_lies_on_a_finer_one():

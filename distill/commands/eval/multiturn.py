@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     dino = _dino()
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
     engine = Engine(bundle, talker, 1, args.lead)
-    engine.warm_up(portraits[0] if bundle.spec.network.reference else None)
+    engine.warm_up(portraits[0] if bundle.spec.takes_image else None)
     with running(engine, portraits) as address, tqdm(total=sum(len(s.turns) for s in scripts), unit="turn") as bar:
         played = [converse(address, script, portraits, bar) for script in scripts]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from distill.data import latents
 from distill.pipeline import record
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
-from distill.recipe import load_recipe, spec_of
+from distill.recipe import SamplerConfig, load_recipe, spec_of
 from students.serving.optimize import Speed
 from teachers import media
 from teachers.codecs.linear import to_float
@@ -63,12 +63,20 @@ def run(args: argparse.Namespace) -> int:
         pose = torch.zeros(1, num_frames, spec.pose_dim)  # dropped
     blank = blank_features(recipe.teacher.network, 1, spec.horizon_frames)  # nothing else is given here
     given = encoders.codec.encode(image[None, :, None].to(device)).float().cpu()
-    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank).to(device)
-    x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.trajectories
+    conditions = encoders.conditions(voices, [args.text], given, num_frames, pose, blank, image[None]).to(device)
+    x, settings = clip_noise(spec, 1, args.seed).to(device), recipe.teacher.sampler
+    if settings is None:
+        solved = recipe.trajectories
+        settings = SamplerConfig(num_steps=solved.num_steps, shift=solved.shift, guidance=solved.guidance)
     began = time.perf_counter()
     with torch.inference_mode():
         states = teacher.states(
-            conditions, x, num_steps=settings.num_steps, shift=settings.shift, guidance=settings.guidance
+            conditions,
+            x,
+            num_steps=settings.num_steps,
+            shift=settings.shift,
+            guidance=settings.guidance,
+            grid=settings.grid,
         )
         (last,) = deque(tqdm(states, total=settings.num_steps + 1, desc="teacher", file=sys.stderr), maxlen=1)
         frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()

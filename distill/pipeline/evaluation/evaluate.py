@@ -250,7 +250,7 @@ def stream_marks(bundle: Bundle, test: ClipSet) -> list[float]:
     """
     marks: list[float] = []
     for _ in range(2):
-        portrait = to_float(test.samples[0, :, 0]) if bundle.spec.network.reference else None
+        portrait = to_float(test.samples[0, :, 0]) if bundle.spec.takes_image else None
         outside = {name: value[0] for name, value in test.conditions.index(slice(0, 1)).outside.items()}
         session = Session(bundle, portrait, test.clips.text[0], conditions=outside)
         session.push(audio=test.clips.voice[0])

@@ -1,9 +1,10 @@
 """Conditions that the package does not know go from the data source into shards, batches, training and its guidance drop."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distill.data import latents
 from distill.data.procedural.render import WorldConfig
@@ -11,7 +12,7 @@ from distill.data.procedural.source import DataConfig
 from distill.methods import Batch, check_drop, dmd, drop_conditions, flow_matching, forcing
 from distill.methods.rollout import of_length
 from distill.pipeline.generate import solve_states
-from teachers.codecs.linear import CodecConfig
+from teachers.codecs.linear import CodecConfig, to_float
 from teachers.conditions import FEATURES, Feature
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
@@ -48,6 +49,56 @@ class MoodyTeacher(AvatarTeacher):
         x0 = super().forward(x, sigma, conditions)
         mood = conditions.mood.mean(dim=1).view(-1, 1, 1, 1, 1) + conditions.idol.mean()
         return x0 + mood + conditions.mood_track.mean(dim=2)[:, None, :, None, None] + conditions.scenery.mean()
+
+
+class Halves(torch.nn.Module):
+    """An image encoder: brightness of the left and the right half, as tokens, beside the noise, and as a region."""
+
+    def forward(self, image, codec, num_frames):
+        half = image.shape[-1] // 2
+        sides = torch.stack([image[..., :half].mean(dim=(1, 2, 3)), image[..., half:].mean(dim=(1, 2, 3))], dim=1)
+        grid = sides[:, None, None, None].expand(-1, 1, num_frames, 2, -1)
+        return {"image": sides.unsqueeze(1), "beside": grid, "regions": grid[:, :, 0]}
+
+
+@dataclass(frozen=True)
+class HalvesConfig:
+    gives = ("image", "beside", "regions")
+
+    def load(self) -> Halves:
+        return Halves()
+
+
+def test_features_of_the_image_are_stored_and_made_anew_for_its_mirror_image(tmp_path):
+    data = replace(DATA, image=HalvesConfig(), precision="bf16")
+    source = data.open()
+    latents.prepare(data, source, 0, tmp_path, Ranks())
+    stored = load_file(latents.files_of(tmp_path, "shard", source.num_shards)[0])
+    kept = (torch.bfloat16, torch.float16, torch.float32)
+    assert tuple(stored[name].dtype for name in HalvesConfig.gives) == kept
+    given = (
+        latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path)).batch(torch.tensor([1, 5])).conditions
+    )
+    clip = next(iter(source.train(0, [0]))).rows(range(1, 2))
+    own = Halves()(to_float(clip.video[:, :, 0]), None, FRAMES)
+    for name, value in own.items():
+        found, mirrored = getattr(given, name)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, value[0], atol=4e-3)
+        assert torch.allclose(mirrored, value[0].flip(-1), atol=4e-3)
+    assert (own["image"][0, 0, 0] - own["image"][0, 0, 1]).abs() > 0.01, "the halves differ"
+
+
+def test_who_is_where_is_flipped_and_may_be_the_source_s_own(tmp_path):
+    """Regions of two speakers: of a clip's mirror image they are mirrored, for nothing in the image says who is who."""
+    regions = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    source = MoodySource(lambda given: {"regions": regions.expand(len(given["mood"]), -1, -1, -1)})
+    with declared(*MOOD):
+        latents.prepare(DATA, source, 0, tmp_path, Ranks())
+        given = latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path))
+        own, mirrored = given.batch(torch.tensor([1, 5])).conditions.regions
+    assert torch.equal(own, regions)
+    assert torch.equal(mirrored, regions.flip(-1))
 
 
 def test_a_source_s_own_features_are_trained_on(tmp_path):

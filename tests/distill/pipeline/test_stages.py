@@ -13,7 +13,7 @@ import pytest
 from distill.compose import RECIPES
 from distill.methods import flow_matching, ode_init
 from distill.pipeline.stages import Pipeline, facts, field_value, stages
-from distill.recipe import NO_RESULT, Recipe, load_recipe
+from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe
 from distill.training.engine import Engine, EngineConfig
 from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
@@ -48,7 +48,8 @@ def parts_of(kind: Any, declared: set[str], prefix: str = "") -> list[str]:
     for field in dataclasses.fields(kind):
         name = f"{prefix}{field.name}"
         if any(key.startswith(f"{name}.") for key in declared):
-            part = {"eval": EvalConfig, "engine": EngineConfig, "lora": LoraRoles}.get(name, field.type)
+            parts = {"eval": EvalConfig, "engine": EngineConfig, "lora": LoraRoles, "base": TeacherStage}
+            part = parts.get(name, field.type)
             found += parts_of(part, declared - {name}, f"{name}.") if dataclasses.is_dataclass(part) else [name]
         else:
             found.append(name)

@@ -165,3 +165,14 @@ def test_what_it_cannot_be_is_one_line():
         UserError, match=r"Plain has no causal student of its own; give student\.network\.name=windowed"
     ):
         make_student(replace(make_spec(), network=Plain()))
+
+
+def test_what_only_a_whole_clip_has_is_not_read():
+    """Sound as a bidirectional network takes it, of the whole clip, is no stream's: the student trains on what it is served."""
+    student = randomise(make_student(make_spec(network=WindowedConfig(network=make_spec().network))), 1).eval()
+    given, x, sigma = some_conditions(2, 4), some_latents(2, 4), torch.full((2, 2), 0.5)
+    other = replace(given, clip_audio=given.audio + 1.0)
+    with torch.no_grad():
+        assert torch.equal(student.denoise_clip(x, sigma, other), student.denoise_clip(x, sigma, given))
+        louder = replace(given, audio=given.audio + 1.0)
+        assert not torch.equal(student.denoise_clip(x, sigma, louder), student.denoise_clip(x, sigma, given))

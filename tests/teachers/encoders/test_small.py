@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from teachers.encoders.small import AudioConfig, LogMel, save_model
+from distill.data.stored import packed_texts
+from teachers.encoders.small import AudioConfig, LogMel, NoTextConfig, save_model
 from tests.support.tiny import TEXT, TOKENS, make_spec, some_sound, text_encoder
 
 N = 1280
@@ -82,3 +83,13 @@ def test_a_saved_encoder_has_the_files_of_save_pretrained(tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_no_text_is_one_token_of_no_numbers(tmp_path):
+    """As stored and given to a batch; whatever is said, nothing is read."""
+    encoder = NoTextConfig().load(tmp_path)
+    features = encoder(["a person nods", ""])
+    assert features.shape == (2, NoTextConfig.max_tokens, NoTextConfig.dim) == (2, 1, 0)
+    assert encoder.count("a person nods") == 0
+    assert not encoder.state_dict()
+    assert packed_texts(list(features), torch.float32)["ends"].tolist() == [0, 0]

@@ -304,8 +304,6 @@ def test_windows_and_frame_rates_that_cannot_be():
         UserError, match=r"a frame of 320 samples is shorter than wav2vec2's 400; take at most 40 frames"
     ):
         an_encoder(samples_per_frame=320)
-    with pytest.raises(UserError, match=r"do_stable_layer_norm"):
-        an_encoder(do_stable_layer_norm=True)
 
 
 def test_a_clip_for_bidirectional_networks_is_the_published_whole_clip():

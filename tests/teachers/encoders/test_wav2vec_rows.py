@@ -1,0 +1,104 @@
+"""Which states a row of wav2vec2 has, at which rate, and with which neighbours: MultiTalk's, EchoMimicV3's, Wan2.2-S2V's."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from transformers import Wav2Vec2FeatureExtractor
+
+from teachers.encoders.wav2vec import Wav2VecConfig
+from teachers.errors import UserError
+from tests.support.tiny import some_sound
+from tests.teachers.encoders import reference_audio as reference
+from tests.teachers.encoders.test_wav2vec import HEADS, LAYERS, WIDTH, N, a_model, an_encoder, published
+
+FRAMES = 13
+SOUND = (FRAMES + 3) * N
+MULTITALK = Wav2VecConfig(lookback_frames=6, lookahead_frames=3, states="layers", window=(2, 2))
+ECHOMIMIC = Wav2VecConfig(lookback_frames=6, lookahead_frames=4, states="last", rate=50, window=(5, 5))
+KINDS = pytest.mark.parametrize("config", [MULTITALK, ECHOMIMIC], ids=["MultiTalk", "EchoMimicV3"])
+
+
+def library(sound: torch.Tensor, **changes):
+    """What transformers' own model makes of the whole sound at 50 states a second."""
+    values = Wav2Vec2FeatureExtractor()(sound.numpy(), sampling_rate=16000, return_tensors="pt").input_values
+    return a_model(**changes).wav2vec2(values, output_hidden_states=True)
+
+
+def test_every_layer_of_five_frames_side_by_side():
+    """MultiTalk: no embedding and no second last state, in the order row, layer, channel; the first and last row go on."""
+    encoder, sound = an_encoder(MULTITALK), some_sound(SOUND)
+    rows = encoder.of_clip(sound[None], FRAMES)[0]
+    assert rows.shape == (FRAMES, 5 * LAYERS * WIDTH)
+    states = reference.audio_rows(published(a_model()), sound[None], SOUND // N, N, HEADS)[0][:, 2 * WIDTH :]
+    for frame in range(FRAMES):
+        near = [states[min(max(frame + k, 0), SOUND // N - 1)] for k in range(-2, 3)]
+        assert (rows[frame] - torch.cat(near)).abs().max() < 1e-5
+
+
+def test_the_last_state_at_its_own_rate():
+    """EchoMimicV3: nothing is interpolated, a frame begins with state 2 k and has five before and after it."""
+    encoder, sound = an_encoder(ECHOMIMIC), some_sound(SOUND)
+    rows = encoder.of_clip(sound[None], FRAMES)[0]
+    states = library(sound).last_hidden_state[0]
+    assert rows.shape == (FRAMES, 11 * WIDTH)
+    for frame in range(FRAMES):
+        near = [states[max(2 * frame + k, 0)] for k in range(-5, 6)]
+        assert (rows[frame] - torch.cat(near)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stable", [False, True])
+def test_every_state_once(stable):
+    """Of a model with stable layer norm (XLS-R, xlsr-53) the states are raw, and the last is normalised."""
+    config = Wav2VecConfig(lookback_frames=6, lookahead_frames=3, states="all", rate=50)
+    changes = {"do_stable_layer_norm": stable, "feat_extract_norm": "layer" if stable else "group", "conv_bias": stable}
+    encoder, sound = an_encoder(config, **changes), some_sound(SOUND)
+    rows = encoder.of_clip(sound[None], FRAMES)[0]
+    out = library(sound, **changes)
+    states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state], dim=-1)[0]
+    assert len(out.hidden_states) == LAYERS + 1
+    assert encoder.dim == (LAYERS + 1) * WIDTH
+    assert (rows - states[: 2 * FRAMES : 2]).abs().max() < 1e-5
+
+
+@KINDS
+def test_a_stream_is_the_same_however_it_is_cut(config):
+    encoder, sound = an_encoder(config), some_sound(30 * N + 77)
+    together = encoder(sound)
+    for cuts in ([0, 1, 14, 31], [0, 9, 21, 31]):
+        assert torch.equal(torch.cat([encoder(sound, a, b) for a, b in pairwise(cuts)]), together)
+
+
+@KINDS
+def test_a_stream_s_rows_hear_their_look_ahead_and_no_further(config):
+    encoder, sound = an_encoder(config), some_sound(40 * N)
+    rows = encoder(sound, 17, 21)
+    later = sound.clone()
+    later[21 * N + encoder.lookahead :] += 0.5
+    assert torch.equal(encoder(later, 17, 21), rows)
+    later[21 * N + encoder.lookahead - 1] += 0.5
+    assert not torch.equal(encoder(later, 17, 21), rows)
+
+
+@KINDS
+def test_neighbours_in_a_stream_are_the_rows_beside(config):
+    """A cell's window of the stream: shifted by a state, two rows of one cell have the same neighbours."""
+    encoder, sound = an_encoder(config), some_sound(30 * N)
+    step, (before, after) = encoder.per_frame, config.window
+    rows = encoder(sound, 17, 21).unflatten(1, (before + after + 1, -1))
+    assert torch.equal(rows[0, step:], rows[1, :-step])
+    assert not torch.equal(rows[0, 0], rows[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": (0, 20)}, r"20 states after a row are beyond lookahead_frames=4 of 2 each; raise it"),
+        ({"window": (-1, 0)}, r"wav2vec2 window: got \[-1, 0\]"),
+        ({"rate": 30}, r"wav2vec2 rate: got 30 states a second for 25 frames; give a multiple"),
+    ],
+)
+def test_rows_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message):
+        an_encoder(replace(ECHOMIMIC, **change))
