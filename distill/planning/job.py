@@ -44,7 +44,7 @@ class Job:
     at_once: int = 1
 
     def needs(self, stage: str) -> Needs:
-        """The roles of a stage; trajectories and clips train nobody."""
+        """The roles of a stage; trajectories and clips train none."""
         if stage == "clips":
             return Needs(trained=())
         if stage != "trajectories":

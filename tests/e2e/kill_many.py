@@ -1,4 +1,4 @@
-"""SIGKILL a smoke run at random moments, resume it until it ends, and compare it with one that nobody disturbed.
+"""SIGKILL a smoke run at random moments, resume it until it ends, and compare it with one that was not disturbed.
 
     python -m tests.e2e.kill_many --dir DIR [--kills 50] [--seed 0] [--aimed 0.4] [OVERRIDE ...]
 
@@ -124,7 +124,7 @@ def main() -> int:
         if not found:
             shutil.rmtree(folder)
     print(f"{kills.total()} kills over {runs} runs, {torn} at least with a file half-written: {dict(kills)}")
-    print("verdict: " + ("every run ended bit-equal to the undisturbed one" if not wrong else f"DIFFERENT: {wrong}"))
+    print("result: " + ("every run ended bit-equal to the undisturbed one" if not wrong else f"DIFFERENT: {wrong}"))
     return 1 if wrong else 0
 
 

@@ -30,7 +30,7 @@ def test_rows_are_dropped_one_by_one():
     assert torch.equal(dropped.text[1:], given.text[1:])
 
 
-def test_what_bidirectional_networks_hear_goes_with_the_audio():
+def test_what_bidirectional_networks_see_goes_with_the_audio():
     given = some_conditions(batch=3)
     given = replace(given, clip_audio=given.audio + 1)
     assert not given.drop("audio").clip_audio.any()

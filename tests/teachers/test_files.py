@@ -41,8 +41,8 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
-    for num_bytes, told in ((5, "a needs 5 bytes, "), (0, "a, ")):
-        with pytest.raises(UserError, match=f"the disk is full: .*{told}.* are free"):
+    for num_bytes, message in ((5, "a needs 5 bytes, "), (0, "a, ")):
+        with pytest.raises(UserError, match=f"the disk is full: .*{message}.* are free"):
             half_written(replacing(tmp_path / "a", num_bytes), OSError(errno.ENOSPC, "No space left on device"))
     assert list(tmp_path.iterdir()) == []
 
@@ -69,8 +69,8 @@ def test_a_staged_folder_or_file_appears_whole_or_not_at_all(tmp_path, kind):
 
 def test_a_staged_target_is_refused_where_it_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
-    for target, told in ((tmp_path / "there", "output exists"), (tmp_path / "no" / "a", "output folder not found")):
-        with pytest.raises(UserError, match=told), staged(target):
+    for target, message in ((tmp_path / "there", "output exists"), (tmp_path / "no" / "a", "output folder not found")):
+        with pytest.raises(UserError, match=message), staged(target):
             pass
     with (
         pytest.raises(UserError, match=r"cannot write .*a: \[Errno 28\] .*choose another place"),

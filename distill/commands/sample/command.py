@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     for reader in (own, other):
         if reader is not None:
-            inputs.tell(reader)
+            inputs.report_track(reader)
     sys.stdout.write(
         f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
         f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"

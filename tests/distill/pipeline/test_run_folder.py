@@ -121,7 +121,7 @@ class Main:
 
 
 class Other(Main):
-    """A rank that hears them."""
+    """A rank that receives them."""
 
     is_main, rank = False, 1
 
@@ -150,7 +150,7 @@ def flip(path, bit=3):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "lost"])
-def test_a_damaged_file_of_a_done_stage_is_named_and_made_again_when_asked(toy, how):
+def test_a_damaged_file_of_a_done_stage_is_named_and_made_again_on_request(toy, how):
     run = RunFolder.open(toy)
     run.stage("data", {"n": 1}, (), Body())
     file, words = (
@@ -220,9 +220,9 @@ def test_what_a_stage_leaves_at_the_top_is_made_again_when_it_is_gone(toy, capfd
         atomic_write(run.path / "report.json", "x")
         return {}
 
-    for spoil in (None, (run.path / "report.json").unlink, lambda: flip(run.path / "report.json")):
-        if spoil is not None:
-            spoil()
+    for corrupt in (None, (run.path / "report.json").unlink, lambda: flip(run.path / "report.json")):
+        if corrupt is not None:
+            corrupt()
         run.stage("evaluate", {}, (), body, ("report.*",))
         assert (run.path / "report.json").read_text() == "x"
     said = capfd.readouterr().err
@@ -417,7 +417,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_tensors_come_back_bit_equal_and_damage_is_told(tmp_path):
+def test_tensors_come_back_bit_equal_and_damage_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "b": torch.arange(5).half()[::2]}
     save_tensors(path, tensors, {"sigmas": "1,0.5"})

@@ -125,7 +125,7 @@ def test_a_killed_and_resumed_training_is_tracked_as_one_never_killed(tmp_path, 
     made = [row for row in seen if row[0] == "made"]
     assert len(made) == 2
     assert made[0] == made[1], "the same run at the tracker"
-    assert [row for row in seen if row[0] == "settings"] == [("settings", {"seed": 3})], "told once"
+    assert [row for row in seen if row[0] == "settings"] == [("settings", {"seed": 3})], "passed once"
     assert seen[-1] == ("finish",)
 
 
@@ -204,7 +204,7 @@ def classes(monkeypatch, seen: list) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
-def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
+def test_a_recipe_s_tracker_gets_where_and_what(monkeypatch, tmp_path, kind):
     seen: list = []
     classes(monkeypatch, seen)
     recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"tracker={kind}"])
@@ -214,12 +214,12 @@ def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
     tracker.log("dmd", 4, {"student/loss": 0.5}, number=1)
     name = json.loads((tmp_path / "tracker.json").read_text())["name"]
     assert name.startswith(f"{tmp_path.name}-")
-    told = {
+    expected = {
         "tensorboard": ("tensorboard", {"logging_dir": tmp_path}),
         "wandb": ("scratch_avatar", {"id": name, "name": name, "resume": "allow", "dir": str(tmp_path)}),
         "trackio": ("scratch_avatar", {"name": name, "resume": "allow"}),
     }
-    assert seen[0] == ("made", *told[kind])
+    assert seen[0] == ("made", *expected[kind])
     settings = next(row[1] for row in seen if row[0] == "settings")
     assert settings["distill.train.num_steps"] == 64
     assert settings["reuse"] == "null"

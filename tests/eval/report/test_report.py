@@ -147,7 +147,7 @@ def test_a_metric_that_was_not_admitted_is_no_score_anywhere(tmp_path):
     assert document["systems"]["student"]["not_admitted"]["sync"]["mean"] == pytest.approx(0.77123)
 
 
-def test_a_target_on_a_metric_that_was_not_admitted_is_not_judged(tmp_path):
+def test_a_target_on_a_metric_that_was_not_admitted_is_not_evaluated(tmp_path):
     text, page = read_page(write_report(small_report(motion=False, fid=False), {}, {}, {}, tmp_path))
     assert ["FID student over teacher", "not admitted", "at most 1.1", ""] in page.rows
     assert "0 of 1 targets are met" in text  # the other stands on motion, which no system was scored on here
@@ -225,12 +225,12 @@ def test_the_conclusion_is_one_sentence_of_what_was_measured_and_admitted():
     text = said(ratios, {"fid_student": bad, "cost_student": good, "motion_student": unjudged}, ("motion",))
     assert text == (
         "Against its teacher the student has 1.02 times the FID; 1 of 2 targets are met, missed: FID student; "
-        "1 more could not be judged."
+        "1 more could not be evaluated."
     )
     assert said({}, {}) == ""
 
 
-def test_a_metric_whose_name_begins_like_a_refused_one_is_judged():
+def test_a_metric_whose_name_begins_like_a_refused_one_is_evaluated():
     systems = {"student": {"metrics": {"motion_energy": 1}, "not_admitted": {"motion": 1, "sync": 1}}}
     names = ("motion_energy_student", "motion_student", "sync_student_over_teacher", "cost_student")
     assert [is_withheld(name, systems) for name in names] == [False, True, True, False]
