@@ -201,6 +201,22 @@ def test_figures_survive_odd_values():
     assert dot_svg([("a", {"mean": None})]) == ""
 
 
+def labels(svg: str, anchor: str) -> list[str]:
+    return re.findall(rf'<text class="tick"[^>]*text-anchor="{anchor}">([^<]*)</text>', svg)
+
+
+def test_a_curve_of_few_steps_has_whole_steps_and_room_for_long_labels():
+    svg = curve_svg({"a": [(2, 0.297980), (4, 0.297990)]})
+    assert labels(svg, "middle") == ["2", "3", "4"]
+    longest = max(map(len, labels(svg, "end")))
+    assert longest > 7
+    assert all(float(x) > 6 * longest for x in re.findall(r'<text class="tick" x="([\d.]+)"[^>]*text-anchor="end"', svg))
+
+
+def test_a_run_keeps_its_name_in_plots():
+    assert ">dmd_avatar</text>" in dot_svg([("dmd_avatar", {"mean": 1.0})])
+
+
 def test_sheet_keeps_every_pixel():
     rows = clips(2)
     image = Image.open(io.BytesIO(base64.b64decode(sheet_image(rows, 8).split(",")[1])))
