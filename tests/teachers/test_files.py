@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 
 import pytest
 import torch
@@ -92,3 +93,39 @@ def test_folders_are_copied_and_removed(tmp_path):
     remove_folder(tmp_path / "a")
     assert load_tensors(tmp_path / "new" / "b" / "deep" / "x.safetensors")["x"].tolist() == [1, 1]
     assert [item.name for item in tmp_path.iterdir()] == ["new"]
+
+
+def test_writers_on_a_full_disk_leave_nothing(tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "shard.safetensors"
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(UserError, match=r"the disk is full: .*shard.safetensors needs 4000 bytes, \d+ bytes are free"):
+        save_tensors(path, {"x": torch.zeros(1000)})
+    with pytest.raises(UserError, match="needs 3 bytes"):
+        atomic_write(path, b"abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    atomic_write(path, "old")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write(path, "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+    assert path.read_text() == "old"
+
+
+def test_tensors_come_back_bit_equal_and_damage_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    tensors = {"a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "b": torch.arange(5).half()[::2]}
+    save_tensors(path, tensors, {"sigmas": "1,0.5"})
+    back = load_tensors(path)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="damaged tensor file"):
+        load_tensors(path)
+    with pytest.raises(UserError, match="no tensor file"):
+        load_tensors(tmp_path / "y.safetensors")

@@ -135,7 +135,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     assert load_student(run_dir / "student").spec.height == 32
 
 
-def test_the_pool_is_the_clips_through_the_senses(finished, data):
+def test_the_training_set_is_the_clips_through_the_encoders(finished, data):
     """Latents and features on disk are those of the training clips, each with its mirror image, once."""
     recipe, run_dir = finished
     source, folder = opened(data), run_dir / "stages" / "data"

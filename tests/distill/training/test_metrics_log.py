@@ -248,3 +248,21 @@ def test_another_tracker_is_the_same_run(tmp_path):
     recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
     RunFolder.open(recipe)
     RunFolder.open(load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
+
+
+RunFolder.open(load_recipe(RECIPES / "dmd_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
+
+
+def test_the_metrics_log_forgets_what_a_killed_run_logged_ahead(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("teacher", 9, {"loss": 0.5})
+    for step in range(4):
+        log.write("dmd", step, {"loss": float(step)})
+    with log.path.open("a") as file:
+        file.write('{"stage": "dmd", "st')
+    log.resume("dmd", 2)
+    assert [(row["stage"], row["step"]) for row in log.rows()] == [("teacher", 9), ("dmd", 0), ("dmd", 1)]
+    log.write("dmd", 2, {"loss": 2.0})
+    assert log.rows("dmd")[-1] == {"stage": "dmd", "step": 2, "loss": 2.0}
+    MetricsLog(tmp_path / "none.jsonl", is_main=False).write("dmd", 0, {"loss": 1.0})
+    assert not (tmp_path / "none.jsonl").exists()

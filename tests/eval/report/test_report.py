@@ -210,7 +210,9 @@ def test_a_curve_of_few_steps_has_whole_steps_and_room_for_long_labels():
     assert labels(svg, "middle") == ["2", "3", "4"]
     longest = max(map(len, labels(svg, "end")))
     assert longest > 7
-    assert all(float(x) > 6 * longest for x in re.findall(r'<text class="tick" x="([\d.]+)"[^>]*text-anchor="end"', svg))
+    assert all(
+        float(x) > 6 * longest for x in re.findall(r'<text class="tick" x="([\d.]+)"[^>]*text-anchor="end"', svg)
+    )
 
 
 def test_a_run_keeps_its_name_in_plots():
