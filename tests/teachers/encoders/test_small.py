@@ -72,10 +72,11 @@ def test_text_features_have_silent_padding():
     assert torch.isfinite(encoder(["\N{GRINNING FACE} zażółć " + "x" * 500])).all()
 
 
-def test_a_saved_encoder_is_the_same(tmp_path):
+def test_a_saved_encoder_is_the_same(tmp_path, capfd):
     encoder = text_encoder()
     encoder.save(tmp_path / "text")
     again = make_spec().text.load(tmp_path)
+    assert "Loading weights" not in capfd.readouterr().err
     assert torch.equal(again(["a person nods"]), encoder(["a person nods"]))
     assert not any(p.requires_grad for p in again.parameters())
 
