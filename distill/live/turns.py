@@ -151,7 +151,7 @@ class Endpointer:
             return ["begin"]
         if self._quiet < self.end_windows and len(self._kept) * self.window < self.longest:
             return []
-        said = torch.cat(list(self._kept))
+        speech = torch.cat(list(self._kept))
         self._kept.clear()
         self.speaking, self._loud = False, 0
-        return [said[: len(said) - (self._quiet - 5) * self.window] if self._quiet > 5 else said]
+        return [speech[: len(speech) - (self._quiet - 5) * self.window] if self._quiet > 5 else speech]
