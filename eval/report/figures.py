@@ -26,11 +26,13 @@ def ticks(low: float | int, high: float | int, num: int = 5) -> list[float]:
 
 
 def number(value: float | int | None, significant: int = 3) -> str:
-    """`significant` digits at most, a dash for nothing."""
+    """`significant` digits, all of a whole number, a dash for nothing."""
     if value is None or value != value:
         return "-"
     if value == 0:
         return "0"
+    if isinstance(value, int):
+        return f"{value:,}"
     size = abs(value)
     if size >= 1e5 or size < 1e-4:
         return f"{value:.1e}"

@@ -177,7 +177,7 @@ def test_targets_say_whether_they_are_met():
 
 
 def test_numbers_are_short():
-    assert [number(x) for x in (0, 1.23456, 0.0123456, 123.4, None, float("nan"), -2.5)] == [
+    assert [number(x) for x in (0, 1.23456, 0.0123456, 123.4, None, float("nan"), -2.5, 4, 117984, -0.0)] == [
         "0",
         "1.23",
         "0.0123",
@@ -185,6 +185,9 @@ def test_numbers_are_short():
         "-",
         "-",
         "-2.50",
+        "4",
+        "117,984",
+        "0",
     ]
 
 
