@@ -191,3 +191,10 @@ def test_a_planner_has_zeros_of_what_a_network_takes(mood):
         pytest.raises(UserError, match="'smell': its Feature has no size"),
     ):
         blank_features(SimpleNamespace(takes=("smell",)), 2, 6)
+
+
+@pytest.mark.parametrize(("clock", "flipped"), [("stream", False), ("latent", False), ("grid", True), ("anchor", True)])
+def test_images_are_flipped_in_a_clip_s_mirror_image(clock, flipped):
+    value = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
+    mirrored = Feature(name="sight", clock=clock).mirrored(value)
+    assert torch.equal(mirrored, value.flip(-1) if flipped else value)
