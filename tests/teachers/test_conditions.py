@@ -198,3 +198,12 @@ def test_images_are_flipped_in_a_clip_s_mirror_image(clock, flipped):
     value = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
     mirrored = Feature(name="sight", clock=clock).mirrored(value)
     assert torch.equal(mirrored, value.flip(-1) if flipped else value)
+
+
+def test_the_row_before_lends_a_feature_and_its_followers():
+    rows = torch.arange(3.0)
+    given = Conditions(audio=rows.view(3, 1, 1, 1), clip_audio=10 * rows.view(3, 1, 1, 1), text=rows.view(3, 1, 1))
+    rolled = given.roll_rows("audio")
+    assert rolled.audio.flatten().tolist() == [2, 0, 1]
+    assert rolled.clip_audio.flatten().tolist() == [20, 0, 10]
+    assert torch.equal(rolled.text, given.text)
