@@ -299,6 +299,14 @@ def test_leftovers_of_another_fingerprint_are_deleted(toy):
     assert body.made == [0, 1, 2], "a finished stage with another fingerprint was reused"
 
 
+def test_a_fingerprint_has_the_version(toy, monkeypatch):
+    run = RunFolder.open(toy)
+    before = run.fingerprint("data", {"n": 1}, ())
+    assert run.fingerprint("data", {"n": 1}, ()) == before
+    monkeypatch.setattr("distill.pipeline.run_folder.__version__", "another")
+    assert run.fingerprint("data", {"n": 1}, ()) != before
+
+
 def test_a_stage_is_redone_when_its_input_was(toy):
     run = RunFolder.open(toy)
     for n in (1, 2):
