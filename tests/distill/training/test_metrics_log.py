@@ -250,9 +250,6 @@ def test_another_tracker_is_the_same_run(tmp_path):
     RunFolder.open(load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
 
 
-RunFolder.open(load_recipe(RECIPES / "dmd_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
-
-
 def test_the_metrics_log_forgets_what_a_killed_run_logged_ahead(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write("teacher", 9, {"loss": 0.5})
