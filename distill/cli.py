@@ -7,10 +7,11 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from teachers.errors import UserError
 from teachers.resolve import nearest
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise SystemExit (128 + the signal), so that nothing half-written stays; but for `run`, of whose ranks none may wait for another
     then, and which cleans up at its next start."""
     words = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:
+        warnings.showwarning = show_warning
     try:
         arguments = parse(words)
         with nullcontext() if arguments.verb == "run" else _ending():
@@ -56,6 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumes = any(tuple(words[: len(verb)]) == verb for verb in RESUMED)
         print(f"distill: interrupted{'; the same command continues' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
+
+
+def show_warning(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+    """A warning of ours as one line, without file and source line; any other as Python shows it."""
+    home = Path(__file__).resolve().parents[1]
+    ours = [home / name for name in ("distill", "eval", "students", "teachers")]
+    if category is UserWarning and any(Path(filename).resolve().is_relative_to(folder) for folder in ours):
+        print(f"distill: warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, rest[0]), end="", file=sys.stderr)
 
 
 @contextmanager

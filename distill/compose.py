@@ -193,7 +193,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def _locator(path: Path, overrides: Sequence[Override], choices: dict[str, Any]) -> Locate:
-    """Key -> "command line", the group file or the recipe that says it; the recipe where nobody does."""
+    """Key -> "command line", the group file or the recipe that says it; the recipe where none does."""
     files = [("", path)]
     for group, option in choices.items():
         name, _, package = str(group).partition("@")

@@ -57,7 +57,7 @@ def run() -> list[Golden]:
         try:
             (weights_folder() / FILE).write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         except OSError:
-            return results  # weights may lie where nobody writes; then no report shows it
+            return results  # weights may lie in a folder that is read only; then no report shows it
     return results
 
 

@@ -79,7 +79,7 @@ def advance(
     plan=None,
     grad: bool = False,
     keep: bool = False,
-):
+) -> tuple[Tensor, Any]:
     """The state's chunk finished: its x0 [B, C, n, H, W] (of the exit step), and what `commit` needs of the steps.
 
     `conditions` are those of the chunk's frames and, with a diagonal schedule, of the chunks that are in flight behind it (fewer

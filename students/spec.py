@@ -240,7 +240,7 @@ def check_sizes(part: Any, key: str = "", layers: int = LARGEST["layers"]) -> No
         ):
             shown = len(value) if isinstance(value, tuple) else value
             raise UserError(f"{name}: got {shown}, at most {most} can be; fix spec.json, or get the student again")
-        if own.name in ("height", "width") and value < 1:
+        if own.name in ("height", "width") and isinstance(value, int) and value < 1:
             raise UserError(f"{name}: got {value}, at least 1 is needed; fix spec.json, or get the student again")
 
 

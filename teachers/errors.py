@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake of the user, in one line "what: where; how to mend"; the command line prints it and exits with 2."""
+    """A mistake of the user, in one line "what: where; how to fix"; the command line prints it and exits with 2."""
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))

@@ -20,7 +20,7 @@ from teachers.errors import UserError
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 MODE = 0o666 & ~_UMASK
-"""Of the files that are written: safetensors makes files that nobody else may read."""
+"""Of the files that are written: safetensors makes files that no other user may read."""
 FULL_DISK = ("No space left", "PytorchStreamWriter failed")
 """How safetensors and torch.save say it."""
 
@@ -51,7 +51,7 @@ def refuse_other_kind(path: Path) -> None:
 
 
 def _sibling(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else writes to: `.NAME.HEX.tmp`."""
+    """A hidden name beside `path` that no other process writes to: `.NAME.HEX.tmp`."""
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.tmp")
 
 

@@ -39,9 +39,9 @@ def choose(args: argparse.Namespace, what: str = "student") -> tuple[torch.devic
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     speed = Speed(dtype=dtype, compile=args.compile, attention=args.attention, quantize=args.quantize)
     if what:
-        asked = "".join(f", {k} {v}" for k, v in vars(speed).items() if k == "dtype" or v != getattr(Speed, k))
-        asked = asked if what == "student" else ""
-        sys.stderr.write(f"{what} on {device} ({device_name(device)}){asked}\n")
+        options = "".join(f", {k} {v}" for k, v in vars(speed).items() if k == "dtype" or v != getattr(Speed, k))
+        options = options if what == "student" else ""
+        sys.stderr.write(f"{what} on {device} ({device_name(device)}){options}\n")
     return device, speed
 
 

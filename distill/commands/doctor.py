@@ -58,8 +58,8 @@ def _software() -> Iterator[tuple[str, str]]:
 
 def _machine() -> Iterator[tuple[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    asked = os.environ.get("OMP_NUM_THREADS", "not set")
-    yield "ok", f"{cores} cores, torch uses {torch.get_num_threads()} threads, OMP_NUM_THREADS {asked}"
+    omp = os.environ.get("OMP_NUM_THREADS", "not set")
+    yield "ok", f"{cores} cores, torch uses {torch.get_num_threads()} threads, OMP_NUM_THREADS {omp}"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)

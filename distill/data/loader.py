@@ -33,7 +33,7 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """What is seen and done in the clip, "" where nobody said."""
+        """What is seen and done in the clip, "" where it has no text."""
         return str(self.facts.get("text") or "")
 
 

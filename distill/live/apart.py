@@ -152,7 +152,8 @@ def child_main(descriptor: int, memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # only Linux says how much there is, and holds the limit
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-        resource.setrlimit(resource.RLIMIT_AS, 2 * (pages * resource.getpagesize() + memory,))
+        limit = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as stream:
         stream.write(b"+")
         stream.flush()

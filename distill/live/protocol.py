@@ -104,10 +104,10 @@ def parse(text: str) -> Any:
         raise UserError(f"message needs a type; known: {', '.join(MESSAGES)}")
     kind = values.pop("type")
     message = convert(MESSAGES[kind], values, kind, lambda _: "message")
-    said = getattr(message, "text", "")
-    if len(said) > MAX_TEXT or "\x00" in said or any("\ud800" <= letter <= "\udfff" for letter in said):
+    words = getattr(message, "text", "")
+    if len(words) > MAX_TEXT or "\x00" in words or any("\ud800" <= letter <= "\udfff" for letter in words):
         raise UserError(
-            f"text of {len(said)} characters; {MAX_TEXT} are allowed, no zero bytes and no halves of characters"
+            f"text of {len(words)} characters; {MAX_TEXT} are allowed, no zero bytes and no halves of characters"
         )
     if isinstance(message, Open) and not 0 <= message.seed < 2**63:
         raise UserError("seed must lie in 0..2**63-1; choose another")

@@ -133,7 +133,7 @@ class Omni:
     """A local Qwen-Omni model: thinker writes the answer, talker speaks it. transformers gives the sound of a whole answer at once,
     so its latency is that of the answer; a streaming vocoder would come in as another `turn`.
 
-    `history`: a conversation's turns so far, which every answer is made from; sounds are kept for the last `refine_context` turns.
+    `history`: a conversation's turns so far, which every answer is made from; the last `max_turns` are kept.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Omni:
     options: dict[str, Any] = field(
         default_factory=lambda: {"thinker_max_new_tokens": 128, "talker_max_new_tokens": 1024}
     )
-    refine_context: int = 8
+    max_turns: int = 8
     history: list[dict] = field(default_factory=list)
 
     @classmethod
@@ -161,16 +161,16 @@ class Omni:
             part = {"type": "text", "text": utterance}
         else:
             part = {"type": "audio", "audio": utterance.numpy()}
-        said = [*self.history, {"role": "user", "content": [part]}]
-        prompt = self.processor.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        sounds = [p["audio"] for message in said for p in message["content"] if p["type"] == "audio"]
+        messages = [*self.history, {"role": "user", "content": [part]}]
+        prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        sounds = [p["audio"] for message in messages for p in message["content"] if p["type"] == "audio"]
         inputs = self.processor(text=prompt, audio=sounds or None, return_tensors="pt", padding=True)
         inputs = inputs.to(self.model.device)
         answer, sound = self.model.generate(**inputs, generation_mode="audio", **self.options)
         new = answer[:, inputs["input_ids"].shape[1] :]
         text = self.processor.batch_decode(new, skip_special_tokens=True)[0]
         answered = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-        self.history = [*said, answered][-2 * self.refine_context :]
+        self.history = [*messages, answered][-2 * self.max_turns :]
         yield from _at_16k(sound.flatten(), 24_000)
 
 

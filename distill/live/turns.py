@@ -24,7 +24,7 @@ class Playhead:
     frame: int = 0
     at: float | None = None
 
-    def tell(self, frame: int, now: float) -> None:
+    def update(self, frame: int, now: float) -> None:
         self.frame, self.at = frame, now
 
     def place(self, now: float, drawn: int) -> float:
@@ -97,7 +97,7 @@ class Listening:
         self.slack, self.kept = slack, torch.zeros(0)
 
     def put(self, samples: Tensor) -> None:
-        """Append samples [n] as they come; of what nobody takes the last second is kept."""
+        """Append samples [n] as they come; of what is not taken the last second is kept."""
         self.kept = torch.cat([self.kept, samples])[-SAMPLE_RATE:]
 
     def take(self, count: int) -> Tensor:
@@ -151,7 +151,7 @@ class Endpointer:
             return ["begin"]
         if self._quiet < self.end_windows and len(self._kept) * self.window < self.longest:
             return []
-        said = torch.cat(list(self._kept))
+        speech = torch.cat(list(self._kept))
         self._kept.clear()
         self.speaking, self._loud = False, 0
-        return [said[: len(said) - (self._quiet - 5) * self.window] if self._quiet > 5 else said]
+        return [speech[: len(speech) - (self._quiet - 5) * self.window] if self._quiet > 5 else speech]

@@ -29,5 +29,5 @@ def decode_file(data: bytes) -> Tensor:
         if count > MAX_FILE_SECONDS * reader.rate:
             raise UserError(f"sound file is longer than {MAX_FILE_SECONDS} s; cut it")
     if reader.peak < SILENT:
-        raise UserError(f"sound file has nothing to hear in its audio track {reader.track}; send one with a voice")
+        raise UserError(f"sound file is silent: audio track {reader.track}; send one with a voice")
     return media.resample(torch.cat(parts), reader.rate, SAMPLE_RATE)

@@ -107,7 +107,7 @@ class Viewer:
         """The page has shown all frames before `frame`."""
         if self.session is not None and epoch == self.epoch:
             self.session.played(frame)
-            self.playhead.tell(frame, now)
+            self.playhead.update(frame, now)
             self.waited = False
             if self.turn is not None and self.turn.end is not None and frame >= self.turn.end:
                 self.turn = None
@@ -155,11 +155,11 @@ class Viewer:
         self.stalls += self.playhead.at is not None and ended > dry
         self.ttff = self.ttff or ended - self.opened
         if turn is not None and turn.begun:
-            self._tell(turn, chunk, now, ended)
+            self._send_timing(turn, chunk, now, ended)
         return chunk
 
     def settle(self) -> None:
-        """Commit the last chunk, while nobody waits."""
+        """Commit the last chunk, off the latency path."""
         if self.session is not None:
             self.session.settle()
 
@@ -236,7 +236,7 @@ class Viewer:
             turn.first_frame = self._rewind(now, keep_input=False)
             self.emit({"type": "turn", "turn": turn.number, "frame": turn.first_frame})
 
-    def _tell(self, turn: Turn, chunk: Chunk, now: float, ended: float) -> None:
+    def _send_timing(self, turn: Turn, chunk: Chunk, now: float, ended: float) -> None:
         if not turn.shown and chunk.first_frame >= turn.first_frame and turn.first_piece is not None:
             turn.shown = True
             turn.parts |= {name: chunk.seconds[name] for name in ("wait", "encode", "denoise", "decode")}

@@ -31,10 +31,10 @@ class Discriminator(nn.Module):
         return torch.stack([logit.unflatten(1, (frames, -1))[:, start:].flatten(1) for logit in logits], dim=1)
 
 
-def build_discriminator(network: NetworkKind, blocks: Sequence[int] = ()) -> Discriminator:
-    """For a fake score of this size, on the outputs of `blocks`; none given: of the middle one."""
+def build_discriminator(network: NetworkKind) -> Discriminator:
+    """For a fake score of this size, on the output of its middle block."""
     width = network.feature_width
-    return Discriminator(width, blocks or (network.num_blocks // 2,), max(16, width // 4))
+    return Discriminator(width, (network.num_blocks // 2,), max(16, width // 4))
 
 
 def hidden_tokens(

@@ -51,7 +51,6 @@ class Config:
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
     gan: float = 0.0
-    gan_blocks: tuple[int, ...] = ()
     fake_updates: int = 5
     warmup: int = 20
     exit_step: Literal["random", "last"] = "random"

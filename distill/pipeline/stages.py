@@ -227,6 +227,9 @@ def run(recipe: Recipe) -> Path:
             if engine.is_main:
                 tqdm.write(f"distill: {engine.description}", file=sys.stderr)
             pipeline.run()
+            if engine.is_main:
+                path = pipeline.artifacts.folder.path
+                tqdm.write(f"distill: done: report {path / 'report.html'}, student {path / 'student'}", file=sys.stderr)
         finally:
             pipeline.close()
         return pipeline.artifacts.folder.path

@@ -59,7 +59,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     recipe, spec = artifacts.recipe, artifacts.spec
     config, needs, start = getattr(recipe, slot), recipe.needs(slot), recipe.start_of(slot)
     artifacts.release(needs.frozen)
-    roles = {name: _trained_role(artifacts, name, slot, start) for name in needs.trained}
+    roles = {name: _trained_role(artifacts, name, start) for name in needs.trained}
     if slot == "init" and spec.guidance is not None:
         roles["student"].net.add_guidance()
     data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
@@ -84,19 +84,18 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     return found
 
 
-def _trained_role(artifacts: Artifacts, name: str, slot: str, start: str) -> Any:
+def _trained_role(artifacts: Artifacts, name: str, start: str) -> Any:
     """A role to be trained, with the weights that it starts from."""
     if name == "student":
         return artifacts.trainee(start)
-    return artifacts.fake_score() if name == "fake_score" else _new_discriminator(artifacts, slot)
+    return artifacts.fake_score() if name == "fake_score" else _new_discriminator(artifacts)
 
 
-def _new_discriminator(artifacts: Artifacts, slot: str) -> Discriminator:
+def _new_discriminator(artifacts: Artifacts) -> Discriminator:
     recipe = artifacts.recipe
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_generator(recipe.seed, "discriminator").initial_seed())
-        blocks = getattr(getattr(recipe, slot).method, "gan_blocks", ())
-        return build_discriminator(artifacts.config(recipe.init_checkpoint).network, blocks).to(artifacts.engine.device)
+        return build_discriminator(artifacts.config(recipe.init_checkpoint).network).to(artifacts.engine.device)
 
 
 def run_training(

@@ -46,7 +46,7 @@ class Job:
     at_once: int = 1
 
     def needs(self, stage: str) -> Needs:
-        """The roles of a stage; trajectories and clips train nobody."""
+        """The roles of a stage; trajectories and clips train none."""
         if stage == "clips":
             return Needs(trained=())
         if stage != "trajectories":
@@ -149,7 +149,7 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
             from distill.methods.discriminator import build_discriminator
 
             score = job.networks.get("fake_score", job.spec.network)
-            return build_discriminator(score, job.stages[stage].method.gan_blocks)
+            return build_discriminator(score)
         net = config.new(job.spec.dims)
         # a solver computes in the type that it is held in
         narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)

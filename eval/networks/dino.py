@@ -3,8 +3,6 @@
 The network is transformers', the resize is PIL's.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from eval.networks.weights import check_frames, exact, read, refused
+from teachers.checkpoints.local_model import quiet
 from teachers.checkpoints.strict import describe
 
 DIM = 768
@@ -45,7 +44,7 @@ class Dino:
 
         content = read("dinov2", folder)
         try:
-            with _quiet():
+            with quiet():
                 loaded: Any = Dinov2Model.from_pretrained(
                     None,
                     config=Dinov2Config(**CONFIG),
@@ -85,19 +84,3 @@ def preprocess(frames: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 224 224"]
         crops.append(np.asarray(image.crop((left, top, left + SIDE, top + SIDE))))
     x = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
     return (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither transformers' report of tensors, which is our one line, nor its progress bar."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

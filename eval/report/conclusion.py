@@ -41,18 +41,18 @@ def _against_teacher(report: Mapping[str, Any]) -> str:
 
 
 def _targets(lines: Mapping[str, Mapping[str, Any]]) -> str:
-    judged = {name: line["passed"] for name, line in lines.items() if line["passed"] is not None}
+    evaluated = {name: line["passed"] for name, line in lines.items() if line["passed"] is not None}
     open_lines = sum(bool(line["target"]) and line["passed"] is None for line in lines.values())
-    missed = [plain(name) for name, passed in judged.items() if not passed]
+    missed = [plain(name) for name, passed in evaluated.items() if not passed]
     parts = []
-    if judged and not missed:
-        parts.append(f"all {len(judged)} targets are met" if len(judged) > 1 else "its one target is met")
-    elif judged:
+    if evaluated and not missed:
+        parts.append(f"all {len(evaluated)} targets are met" if len(evaluated) > 1 else "its one target is met")
+    elif evaluated:
         named = missed[:MOST_NAMED] + ([f"{len(missed) - MOST_NAMED} more"] if len(missed) > MOST_NAMED else [])
-        parts.append(f"{len(judged) - len(missed)} of {len(judged)} targets are met, missed: {_listed(named)}")
+        parts.append(f"{len(evaluated) - len(missed)} of {len(evaluated)} targets are met, missed: {_listed(named)}")
     if open_lines:
         parts.append(
-            f"{open_lines} more could not be judged" if judged else f"{open_lines} targets could not be judged"
+            f"{open_lines} more could not be evaluated" if evaluated else f"{open_lines} targets could not be evaluated"
         )
     return "; ".join(parts)
 

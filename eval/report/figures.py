@@ -26,11 +26,13 @@ def ticks(low: float | int, high: float | int, num: int = 5) -> list[float]:
 
 
 def number(value: float | int | None, significant: int = 3) -> str:
-    """`significant` digits at most, a dash for nothing."""
+    """`significant` digits, all of a whole number, a dash for nothing."""
     if value is None or value != value:
         return "-"
     if value == 0:
         return "0"
+    if isinstance(value, int):
+        return f"{value:,}"
     size = abs(value)
     if size >= 1e5 or size < 1e-4:
         return f"{value:.1e}"
@@ -40,7 +42,7 @@ def number(value: float | int | None, significant: int = 3) -> str:
 
 def curve_svg(series: Mapping[str, Sequence[tuple[float | int, float | int]]], log_scale: bool | None = None) -> str:
     """Lines over steps; the y axis is logarithmic if all values are positive and span a factor of 20 (or as asked)."""
-    width, height, left, right, top, bottom = 440, 230, 52, 12, 10, 30
+    width, height, right, top, bottom = 440, 230, 12, 10, 30
     lines = {name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
@@ -53,18 +55,19 @@ def curve_svg(series: Mapping[str, Sequence[tuple[float | int, float | int]]], l
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     low, high = low - margin, high + margin
     x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
+    marks = _log_ticks(low, high) if logarithmic else ticks(low, high)
+    left = max(52.0, 10 + 6.6 * max((len(f"{mark:g}") for mark in marks), default=0))  # 11 px digits
 
     def at(x: float | int, y: float | int) -> tuple[float, float]:
         across = left + (x - x_low) / (x_high - x_low) * (width - left - right)
         return across, top + (high - scale(y)) / (high - low) * (height - top - bottom)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(", ".join(lines))} over steps">']
-    marks = _log_ticks(low, high) if logarithmic else ticks(low, high)
     for mark in marks:
         y = at(x_low, mark)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{mark:g}</text>')
-    for mark in ticks(x_low, x_high):
+    for mark in (mark for mark in ticks(x_low, x_high) if float(mark).is_integer()):  # steps
         x = at(mark, ys[0])[0]
         parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 12}" text-anchor="middle">{mark:,.0f}</text>')
     for index, points in enumerate(lines.values()):
@@ -96,7 +99,7 @@ def _thin(points: Sequence[tuple[float | int, float | int]], most: int) -> Seque
 
 
 def dot_svg(rows: Sequence[tuple[str, Mapping]], target: float | None = None) -> str:
-    """One metric: a row a system with its mean, its seeds as ticks and a bar of +- the error over clips.
+    """One metric: a row a (name as it is shown, score), the mean as a dot, seeds as ticks and a bar of +- the error over clips.
 
     The axis starts at 0 unless values are negative; `target` draws a dashed line.
     """
@@ -123,7 +126,7 @@ def dot_svg(rows: Sequence[tuple[str, Mapping]], target: float | None = None) ->
         y, mean, error = top + pitch * (index + 0.5), score["mean"], score.get("error") or 0.0
         kind = "own" if name == "student" else "other"
         parts.append(
-            f'<text class="name {kind}" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(plain(name))}</text>'
+            f'<text class="name {kind}" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(name)}</text>'
         )
         parts.append(
             f'<line class="bar {kind}" x1="{at(mean - error):.1f}" x2="{at(mean + error):.1f}" y1="{y}" y2="{y}"/>'

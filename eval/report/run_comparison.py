@@ -136,9 +136,11 @@ def _ratios(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             hidden = [is_withheld(name, run.report["systems"]) for run in runs]
             values = (cell(run.report.get("ratios", {}).get(name), no) for run, no in zip(runs, hidden, strict=True))
             yield _line(plain(name), list(values))
-    judged = [[x["passed"] for x in run.report.get("targets", {}).values() if x["passed"] is not None] for run in runs]
-    if any(judged):
-        yield _line("targets met", [_text(f"{sum(passed)} of {len(passed)}" if passed else "") for passed in judged])
+    evaluated = [
+        [x["passed"] for x in run.report.get("targets", {}).values() if x["passed"] is not None] for run in runs
+    ]
+    if any(evaluated):
+        yield _line("targets met", [_text(f"{sum(passed)} of {len(passed)}" if passed else "") for passed in evaluated])
 
 
 def _costs(runs: Sequence[Run]) -> Iterator[dict[str, Any]]:

@@ -227,7 +227,13 @@ def _plots(report: Mapping) -> list[dict]:
         if column["plot"] and column["table"] is not None and len(scores) > 1:
             shown = Column(**column)
             goal = shown.better if isinstance(shown.better, float) else None
-            plots.append({"name": shown.label, "hint": shown.words, "svg": dot_svg(scores, goal)})
+            plots.append(
+                {
+                    "name": shown.label,
+                    "hint": shown.words,
+                    "svg": dot_svg([(plain(name), score) for name, score in scores], goal),
+                }
+            )
     return plots
 
 

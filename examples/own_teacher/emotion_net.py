@@ -1,4 +1,4 @@
-"""A teacher of one's own: a small convolutional video denoiser with a condition that the project has never heard of, emotion."""
+"""A teacher of one's own: a small convolutional video denoiser with a condition that the project does not know, emotion."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -99,7 +99,7 @@ class Session:
     modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
     are true there. `guidance`: the scale that a guidance-distilled student is conditioned on, within its trained range
     (None: the spec's). `conditions`: features from outside this package by name, without a batch axis; those that run with the
-    latent frames for the whole stream, the last frame held; zeros for those that the network takes and nobody gives.
+    latent frames for the whole stream, the last frame held; zeros for those that the network takes and no input gives.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Models of a local folder, by transformers: nothing is downloaded, unpickled or executed from it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,32 +60,43 @@ def model_files(folder: Path) -> list[str]:
     return ["config.json", *shards]
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Neither transformers' report of tensors, which is our one line, nor its progress bar."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
 def load_pretrained(kind, folder: Path, source: str, dtype: torch.dtype, optional: Sequence[str] = ()):
     """The frozen transformers model of class `kind` in a local folder, read strictly from safetensors.
 
     Tensors whose whole name matches a pattern of `optional` may be missing or unexpected. UserError lists missing files, and the
     tensors that are missing, unexpected or of another shape.
     """
-    from transformers.utils import logging
-
     require(folder, model_files(folder), source)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # our one line replaces its report of tensors
     try:
-        model, info = kind.from_pretrained(
-            folder,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with quiet():
+            model, info = kind.from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:  # whatever a reader of configs and tensors may raise at a damaged file
         raise UserError(
             f"unreadable {kind.__name__}: {folder} ({type(error).__name__}: {error}); get {source}"
         ) from error
-    finally:
-        logging.set_verbosity(level)
     allowed = re.compile("|".join(optional))
     missing, unexpected = (
         [name for name in sorted(info[key]) if not allowed.fullmatch(name)]

@@ -12,8 +12,9 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from teachers.errors import UserError
 
@@ -42,7 +43,7 @@ class Recorder:
     def __init__(self, folder: Path, sums: Path | None = None, wanted: Callable[[str], bool] = lambda _: True):
         self.folder, self.sums, self.wanted = folder, sums, wanted
         self.known: dict[str, Written] = {}
-        self._waiting: queue.Queue[tuple[str, BinaryIO]] = queue.Queue()
+        self._waiting: queue.Queue[tuple[str, BufferedReader]] = queue.Queue()
         self._thread: threading.Thread | None = None
 
     def add(self, path: Path) -> None:

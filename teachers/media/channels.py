@@ -2,7 +2,6 @@
 
 import math
 from functools import lru_cache
-from pathlib import Path
 
 import av
 import numpy as np
@@ -36,6 +35,7 @@ class Mixer:
             check_rate(frame.sample_rate, self.where)
             if frame.sample_rate != self.rate:
                 self._resampler = Resampler(frame.sample_rate, self.rate, (self.channels,))
+        assert self._to_float is not None
         parts = [part.to_ndarray().reshape(-1, len(names)) for part in self._to_float.resample(frame)]
         rows = np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
         check_samples(rows, self.where, place)
@@ -89,7 +89,7 @@ def downmix(names: tuple[str, ...]) -> np.ndarray:
     return sides / sides.sum(axis=0) if sides.any() else np.full((len(names), 1), 1 / len(names), np.float32)
 
 
-def check_rate(rate: int, where: Path | str) -> None:
+def check_rate(rate: int, where: object) -> None:
     """UserError unless a sample rate in Hz is one of recorded sound."""
     if rate not in RATES:
         raise UserError(

@@ -111,7 +111,7 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
     The nearest of the eight to its display matrix (FFmpeg's `libavutil/display.h`: a pixel (x, y) comes to (a x + c y, b x + d y)).
     """
     try:
-        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
+        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # pyright: ignore  # its stub knows strings alone
     except ValueError:  # beside data of a kind that PyAV does not know it gives the angle alone
         return round(frame.rotation / 90) % 4, False
     if matrix is None:

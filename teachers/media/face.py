@@ -38,7 +38,7 @@ def _cascade() -> Any:
 
     cv2.setNumThreads(0)  # its pool does not survive a fork, and workers share the cores already
     made = getattr(cv2, "CascadeClassifier", None)
-    found = made(cv2.data.haarcascades + CASCADE) if made is not None else None
+    found = made(cv2.data.haarcascades + CASCADE) if made is not None else None  # pyright: ignore  # its stub has no data
     return None if found is None or found.empty() else found
 
 

@@ -134,13 +134,14 @@ def probe(path: Path) -> tuple[tuple[int, int], float]:
     """
     with closing(read_frames(path)) as source:
         frame = next(source).frame
-    size = (frame.width, frame.height)
     with opened(path, "video file") as container:
         if container.duration:
             seconds = container.duration / av.time_base
         else:
             stream = video_stream(container)
+            assert stream is not None  # its first frame was read above
             base, zero = Fraction(stream.time_base or 1), zero_of(stream)
             packets = ((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
             seconds = float(max((Fraction(pts + length) * base for pts, length in packets), default=zero) - zero)
-    return (size[::-1] if orientation(frame)[0] % 2 else size), seconds
+    turned = orientation(frame)[0] % 2 == 1
+    return ((frame.height, frame.width) if turned else (frame.width, frame.height)), seconds

@@ -280,7 +280,7 @@ class _Track:
 
     def _time(self, frame: av.AudioFrame) -> int | None:
         """The place at which a frame says it lies; None where the file has no times of its own."""
-        if frame.pts is None or not self.timed:
+        if frame.pts is None or frame.time_base is None or not self.timed:
             return None
         time = frame.pts * Fraction(frame.time_base)
         self._zero = time if self._zero is None else self._zero

@@ -1,6 +1,7 @@
 """The command line: what is misspelt is guessed, and only what continues says so."""
 
 import re
+import warnings
 from fractions import Fraction
 
 import pytest
@@ -60,3 +61,18 @@ def test_data_are_prepared_for_a_recipe(words, found, monkeypatch):
     monkeypatch.setattr("distill.data.prepare.prepare.run", lambda args: got.append((args.fps, args.size)) or 0)
     assert cli.main(["data", "prepare", "folder", "--videos", "v", "--out", "o", *words]) == 0
     assert got == [found]
+
+
+def test_a_warning_of_ours_is_one_line_and_another_keeps_its_place(capsys):
+    cli.show_warning("text of 20 tokens", UserWarning, cli.__file__, 3)
+    assert capsys.readouterr().err == "distill: warning: text of 20 tokens\n"
+    for category, file in ((UserWarning, re.__file__), (DeprecationWarning, cli.__file__)):
+        cli.show_warning("old", category, file, 3)
+        assert capsys.readouterr().err.startswith(f"{file}:3: {category.__name__}: old\n")
+
+
+def test_the_console_script_shows_warnings_so(monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr("sys.argv", ["distill", "smaple"])
+    assert cli.main() == cli.USER_ERROR
+    assert warnings.showwarning is cli.show_warning

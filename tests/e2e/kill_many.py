@@ -1,4 +1,4 @@
-"""SIGKILL a smoke run at random moments, resume it until it ends, and compare it with one that nobody disturbed.
+"""SIGKILL a smoke run at random moments, resume it until it ends, and compare it with one that was not disturbed.
 
     python -m tests.e2e.kill_many --dir DIR [--kills 50] [--seed 0] [--aimed 0.4] [OVERRIDE ...]
 
@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from teachers.files import load_tensors
-from tests.e2e.test_pipeline import STAGES, command, results
+from tests.e2e.test_pipeline import STAGES, results, words_of
 
 TEMPORARY = "stages/*/.*.tmp"
+DISTILL = (sys.executable, "-m", "distill")
 
 
 def writing(folder: Path) -> list[str]:
@@ -53,7 +54,9 @@ def strike(
     """Start the run and kill it `limit` seconds after it began to work (early: after the start of the process), or sooner if a
     file is aimed at -> seconds that the process lived, whether it was alive until then."""
     with (folder.parent / "log.txt").open("ab") as log:
-        process = subprocess.Popen(command(folder, *words), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*DISTILL, *words_of(folder, *words)], stdout=log, stderr=log, start_new_session=True
+        )
         began = at_work = time.perf_counter()
         stale, before = set(writing(folder)), touched(folder)
         working = early
@@ -95,7 +98,7 @@ def main() -> int:
     rng, whole = random.Random(asked.seed), asked.dir / "whole"
     asked.dir.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    subprocess.run(command(whole, *words), check=True, capture_output=True)
+    subprocess.run([*DISTILL, *words_of(whole, *words)], check=True, capture_output=True)
     seconds = time.perf_counter() - began
     print(f"undisturbed: {seconds:.0f} s", flush=True)
 
@@ -124,7 +127,7 @@ def main() -> int:
         if not found:
             shutil.rmtree(folder)
     print(f"{kills.total()} kills over {runs} runs, {torn} at least with a file half-written: {dict(kills)}")
-    print("verdict: " + ("every run ended bit-equal to the undisturbed one" if not wrong else f"DIFFERENT: {wrong}"))
+    print("result: " + ("every run ended bit-equal to the undisturbed one" if not wrong else f"DIFFERENT: {wrong}"))
     return 1 if wrong else 0
 
 

@@ -1,6 +1,6 @@
 """A recipe is a program under python, accelerate and torchrun; every other file is left alone.
 
-The children get a `distill.cli` of their own that prints what it was given: the door is tested, not the house.
+The children get a `distill.cli` of their own that prints what it was given: the hook alone is tested.
 """
 
 import os
@@ -151,7 +151,7 @@ def test_other_files_are_left_alone(place, name):
     assert not list((place / "seen").iterdir())
 
 
-def test_the_door_tells_the_real_command_line_s_one_line(place, monkeypatch):
+def test_the_hook_prints_the_real_command_line_s_one_line(place, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     (place / "own.yaml").write_text(HEADER + "sede: 1\n")
     done = start(place, "own.yaml")

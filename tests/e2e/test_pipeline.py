@@ -169,12 +169,12 @@ def test_a_broken_student_is_copied_again(finished, tmp_path, capfd):
     shutil.copytree(finished, folder)
     weights = folder / "student" / "model.safetensors"
     good = weights.read_bytes()
-    for spoil in (
+    for corrupt in (
         lambda: weights.write_bytes(good[:-1] + b"x"),
         weights.unlink,
         lambda: shutil.rmtree(folder / "student"),
     ):
-        spoil()
+        corrupt()
         assert main(["run", str(RECIPE), "preset=smoke", "threads=1", f"run_dir={folder}"]) == 0
         assert weights.read_bytes() == good
     said = capfd.readouterr().err
@@ -243,7 +243,7 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (
             ("method@init=ode_init", "trajectories.role=teacher"),
@@ -257,11 +257,11 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
         (("student.history_noise.buckets=30",), "student.history_noise.buckets: got 30"),
     ],
 )
-def test_what_a_midas_recipe_cannot_be_is_one_line(tmp_path, capsys, words, told):
+def test_what_a_midas_recipe_cannot_be_is_one_line(tmp_path, capsys, words, expected):
     folder = tmp_path / "run"
     assert main(["run", str(RECIPES / "midas_avatar.yaml"), "preset=smoke", f"run_dir={folder}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert told in error[-1]
+    assert expected in error[-1]
     assert not folder.exists()
 
 
@@ -279,7 +279,7 @@ def wav(tmp_path_factory) -> Path:
     return path
 
 
-def test_sample_makes_a_film_as_long_as_its_sound(finished, wav, tmp_path):
+def test_sample_makes_a_video_as_long_as_its_sound(finished, wav, tmp_path):
     from PIL import Image
 
     image = tmp_path / "face.png"

@@ -35,14 +35,14 @@ def test_a_recipe_runs_whole(name, tmp_path, capsys, monkeypatch):
     bundle = load_student(run / "student")
     assert isinstance(bundle.codec, WanVAE)
     assert not list((run / "student").glob("codec*")), "what was given stays where it is"
-    hears = isinstance(bundle.audio_encoder, Wav2Vec)
-    assert hears == (name != "self_forcing")
-    portrait = torch.zeros(3, bundle.spec.height, bundle.spec.width) if hears else None
+    has_audio = isinstance(bundle.audio_encoder, Wav2Vec)
+    assert has_audio == (name != "self_forcing")
+    portrait = torch.zeros(3, bundle.spec.height, bundle.spec.width) if has_audio else None
     session = Session(bundle, portrait, "a person nods", seed=1)
     session.push(audio=0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(1)))
     session.close()
     assert sum(len(chunk.frames) for chunk in session.frames()) >= 16
-    if hears:
+    if has_audio:
         check_sample(name, run, tmp_path, capsys, monkeypatch)
     check_changed_weights(name, run)
     if adapters:

@@ -126,7 +126,7 @@ def test_every_key_that_decides_changes_the_hash_and_is_named(name):
     )
 
 
-def test_equal_cards_do_not_differ_and_the_first_key_is_told():
+def test_equal_cards_do_not_differ_and_the_first_key_is_named():
     strict, livetalk = load_card("strict").plain(), load_card("livetalk").plain()
     assert first_difference(strict, copy.deepcopy(strict)) is None
     assert first_difference(strict, livetalk) == "clips.num is None here and 100 there"
@@ -152,7 +152,7 @@ def test_a_card_survives_another_process():
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "expected"),
     [
         (("metrics", "fid", "antialias"), True, "unknown key 'metrics.fid.antialias'"),
         (("metrics", "fid", "resize"), "lanczos", "one of 'tf1', 'pytorch_fid', 'none'"),
@@ -182,8 +182,8 @@ def test_a_card_survives_another_process():
         (("crop",), 0.5, "'crop'"),
     ],
 )
-def test_a_card_that_asks_for_what_the_code_does_not_do_is_refused(tmp_path, path, value, told):
-    with pytest.raises(UserError, match=told) as caught:
+def test_a_card_that_asks_for_what_the_code_does_not_do_is_refused(tmp_path, path, value, expected):
+    with pytest.raises(UserError, match=expected) as caught:
         load_card(written(tmp_path, put(plain("strict"), path, value)))
     assert "\n" not in str(caught.value)
     assert "card" in str(caught.value)
@@ -192,12 +192,12 @@ def test_a_card_that_asks_for_what_the_code_does_not_do_is_refused(tmp_path, pat
 def test_a_missing_key_a_missing_file_and_an_unknown_name_are_one_line(tmp_path):
     values = plain("strict")
     del values["floor_splits"]
-    for name, told in (
+    for name, expected in (
         (written(tmp_path, values), "floor_splits"),
         (str(tmp_path / "none.yaml"), "cannot be read"),
         ("livetalks", "did you mean 'livetalk'?"),
     ):
-        with pytest.raises(UserError, match=re.escape(told)) as caught:
+        with pytest.raises(UserError, match=re.escape(expected)) as caught:
             load_card(name)
         assert "\n" not in str(caught.value)
     (tmp_path / "bad.yaml").write_text("a: [")

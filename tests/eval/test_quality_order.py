@@ -43,9 +43,9 @@ class LinearTowers:
         seen = torch.cat([self._pixels(clip.transpose(0, 1)) for clip in clips.video])
         self.lips = self._fit(seen, mouth.flatten(0, 1), 1.0)
         num = windows_of(FRAMES, FRAMES * 640)
-        heard = torch.cat([self._sound(mfcc(to_int16(sound)), num) for sound in clips.audio])
+        from_audio = torch.cat([self._sound(mfcc(to_int16(sound)), num) for sound in clips.audio])
         spoken = torch.cat([x.unfold(0, 5, 1)[:num].flatten(1) for x in mouth])
-        self.audio_encoder = self._fit(heard, spoken, 30.0)
+        self.audio_encoder = self._fit(from_audio, spoken, 30.0)
 
     @staticmethod
     def _pixels(faces: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ def measures(video: torch.Tensor) -> dict[str, float]:
     }
 
 
-def told(rows: dict[str, dict[str, float]]) -> str:
+def table_of(rows: dict[str, dict[str, float]]) -> str:
     """The table as markdown."""
     lines = ["| damage | " + " | ".join(COLUMNS) + " |", "|" + "---|" * (len(COLUMNS) + 1)]
     lines += [
@@ -268,7 +268,7 @@ def table(scene: Scene) -> dict[str, dict[str, float]]:
         rows[name] = score(scene, video, scene.audio)
     for name, damage in SOUNDS.items():
         rows[name] = rows["ground truth"] | sync(scene, scene.video, damage(scene.audio))
-    print("\n" + told(rows))
+    print("\n" + table_of(rows))
     return rows
 
 
@@ -291,7 +291,7 @@ def test_measures_stay_where_they_are_not_meant(table):
     assert table["colour drift"]["seam"] == pytest.approx(truth["seam"], rel=0.1)
     late = table["sound 3 frames late"]
     assert late["offset_frames"] == truth["offset_frames"] - 3 == -3
-    assert late["sync_c"] == pytest.approx(truth["sync_c"], rel=0.15), "a constant offset is forgiven by Sync-C"
+    assert late["sync_c"] == pytest.approx(truth["sync_c"], rel=0.15), "Sync-C ignores a constant offset"
 
 
 def test_sync_orders_as_it_must(table):

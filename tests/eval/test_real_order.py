@@ -2,7 +2,7 @@
 
 `AVATAR_DISTILL_REAL=DIR python -m pytest -s -n 0 tests/eval/test_real_order.py` prints the table; DIR holds talk_man_25fps.mp4 and
 talk_woman_25fps.mp4. Features are random, and the two towers of sync are fitted to these very films: they stand for a trained
-network and show that pictures, sound and lags meet, not that a network hears well. The numbers compare with nothing else.
+network and show that pictures, sound and lags meet, not that a network is good. The numbers compare with nothing else.
 """
 
 import os
@@ -32,7 +32,7 @@ from tests.eval.test_quality_order import (
     measures,
     seamed,
     shuffled,
-    told,
+    table_of,
 )
 
 FILMS = Path(os.environ.get("AVATAR_DISTILL_REAL", "-"))
@@ -65,8 +65,8 @@ class Towers:
 
     def __init__(self, clips: torch.Tensor, sound: torch.Tensor, mouth: tuple[int, int, int, int]):
         self.mouth = mouth
-        lips, heard = self._windows(clips, sound)
-        (self.lips, x), (self.audio_encoder, y) = self._components(lips), self._components(heard)
+        lips, audio = self._windows(clips, sound)
+        (self.lips, x), (self.audio_encoder, y) = self._components(lips), self._components(audio)
         left, _, right = torch.linalg.svd(x.mT @ y)
         self.turn = left[:, :2], right.mT[:, :2]
 
@@ -166,7 +166,7 @@ def table(scene: Scene) -> dict[str, dict[str, float]]:
     delayed = {name: late(sound[None])[0] for name, sound in scene.sounds.items()}
     for name, sounds in (("sound 3 frames late", delayed), ("sound of another clip", others)):
         rows[name] = rows["ground truth"] | sync(scene, scene.clips, sounds)
-    print("\n" + told(rows))
+    print("\n" + table_of(rows))
     return rows
 
 

@@ -67,7 +67,7 @@ def test_another_code_is_another_card(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "expected"),
     [
         ("def score(", "def scores(", "missing method score: "),
         ("import torch", "import torhc", ":5: ModuleNotFoundError: No module named 'torhc'"),
@@ -79,11 +79,11 @@ def test_another_code_is_another_card(folder, capsys):
         ("class Border", "class Edge", "no class 'Border' (metrics.border in card.yaml); known: Edge"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_line_that_names_it(folder, capsys, old, new, told):
+def test_a_mistake_in_the_file_is_one_line_that_names_it(folder, capsys, old, new, expected):
     file = folder / "border.py"
     file.write_text(file.read_text().replace(old, new))
     line = refused_in_one_line(capsys, folder / "out", *words())
-    assert told in line
+    assert expected in line
     assert str(file) in line
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_key_is_one_line_that_names_the_card(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "expected"),
     [
         ("real.video[:, :1]", "real.video[:, :2]", "RuntimeError: "),
         (
@@ -109,13 +109,13 @@ def test_an_unknown_key_is_one_line_that_names_the_card(folder, capsys):
         ('Score.over([clip["change"].mean() for clip in features])', '"much"', "must be (mean, error)"),
     ],
 )
-def test_a_mistake_when_it_runs_refuses_it_by_file_and_scores_the_others(folder, old, new, told):
+def test_a_mistake_when_it_runs_refuses_it_by_file_and_scores_the_others(folder, old, new, expected):
     file = folder / "border.py"
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
     report = evaluated(folder / "out", *words())
     assert set(report["refused"]) == {"border"}
-    assert told in report["refused"]["border"]
+    assert expected in report["refused"]["border"]
     assert str(file) in report["refused"]["border"]
     assert {"psnr", "motion_energy"} <= set(report["rows"]["ours"]["metrics"])
     assert torch.tensor(report["rows"]["ours"]["metrics"]["psnr"]["mean"]).isfinite()

@@ -1,4 +1,4 @@
-"""examples/own_planner: what the chat model is shown and told, and what becomes of its answers."""
+"""examples/own_planner: what the chat model gets, and what becomes of its answers."""
 
 import math
 import shutil
@@ -67,7 +67,7 @@ def chat_folder(tmp_path_factory) -> Path:
     return save_image_text(tmp_path_factory.mktemp("chat"))
 
 
-def test_a_model_is_shown_the_portrait_and_told_the_sound(chat, chat_folder, monkeypatch):
+def test_a_model_gets_the_portrait_and_a_description_of_the_sound(chat, chat_folder, monkeypatch):
     """A random LLaVA in the published layout: its words depend on the picture's pixels, and none of them is a behaviour."""
     planner = chat.ChatPlanner(chat_folder, BEHAVIOURS, Fraction(2))
     assert planner.sees

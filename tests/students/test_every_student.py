@@ -18,19 +18,19 @@ from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, rng, some_sound
 
 PER_FRAME = 1280
-TOLD = GuidanceRange()
+SCALES = GuidanceRange()
 STUDENTS = {
     "sequential": (History(sinks=1, window=2), Schedule()),
     "same_level": (History(sinks=1, window=2, commit="same_level"), Schedule()),
     "diagonal": (History(sinks=1, window=1), Schedule(depth=3)),
     "diagonal with memory": (History(sinks=1, window=1, memory=2, memory_every=2), Schedule(depth=3)),
     "refined": (History(sinks=1, window=2, refine_every=2), Schedule()),
-    "flowact, refined and told its guidance": (
+    "flowact, refined, with embedded guidance": (
         History(sinks=1, window=1, memory=2, memory_every=2, refine_every=2),
         Schedule(depth=3),
         {
             "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
-            "guidance": TOLD,
+            "guidance": SCALES,
         },
     ),
     "midas": (History(sinks=1, window=2), Schedule(), {"network": MIDAS, "chunk_frames": 1}),
@@ -125,7 +125,7 @@ def test_two_sessions_never_mix(bundle):
 
 
 def test_the_future_is_not_heard_and_the_margin_is(bundle):
-    """Sound after what a chunk declares to hear cannot change it, to the bit; the sound just before does."""
+    """Sound after the horizon that a chunk declares cannot change it, to the bit; the sound just before does."""
     sound = sound_of(bundle, 6)
     frames = play(opened(bundle), sound)
     drawn = 0 if bundle.spec.chunk_frames > 1 else 1  # a first chunk of one frame is the reference, deaf
@@ -138,14 +138,14 @@ def test_the_future_is_not_heard_and_the_margin_is(bundle):
 
 
 def test_rollout_of_training_equals_the_stream_bitwise(bundle):
-    session, latents, heard = opened(bundle, seed=3), [], []
+    session, latents, received = opened(bundle, seed=3), [], []
     session.push(some_sound(bundle.spec.pixel_frames(6)[0] * PER_FRAME))
     session.close()
     for _ in session.frames():
         latents.append(session.point.seen[-1].x0)
-        heard.append(session.point.seen[-1].conditions)
-    audio = torch.cat([part.audio for part in heard], dim=1)
-    given = Conditions(text=heard[0].text, audio=audio, reference=session.reference)
+        received.append(session.point.seen[-1].conditions)
+    audio = torch.cat([part.audio for part in received], dim=1)
+    given = Conditions(text=received[0].text, audio=audio, reference=session.reference)
     with torch.inference_mode():
         x0 = rollout(bundle.student, given, lambda chunk, step: chunk_noise(bundle.spec, 3, chunk, step))
     assert len(latents) == 6
@@ -203,7 +203,7 @@ def test_dropped_sound_is_not_heard(bundle):
     same, other = some_sound(size, seed=1), some_sound(size, seed=1)
     behind = (
         bundle.spec.schedule.ahead * 4 * PER_FRAME + bundle.audio_encoder.lookahead
-    )  # what chunk 0 itself has heard of it
+    )  # what chunk 0 itself depends on of it
     other[behind:] *= 0.3
     assert torch.equal(barge_in(same), barge_in(other))
 

@@ -1,4 +1,4 @@
-"""FlowAct-R1's training: the fake-causal mask in one pass, generated memory, a told guidance scale, refined memory."""
+"""FlowAct-R1's training: the fake-causal mask in one pass, generated memory, an embedded guidance scale, refined memory."""
 
 from dataclasses import replace
 
@@ -41,10 +41,10 @@ from tests.support.tiny import (
 )
 
 N = 2
-TOLD = GuidanceRange(least=1.0, most=3.0, served=1.5)
-TELLS = {
+SCALES = GuidanceRange(least=1.0, most=3.0, served=1.5)
+EMBEDDED = {
     "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
-    "guidance": TOLD,
+    "guidance": SCALES,
 }
 HISTORIES = [
     History(sinks=1, window=1),
@@ -80,13 +80,13 @@ def recorded(student, name):
 # ---- the mask
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["plain", "told"])
+@pytest.mark.parametrize("embedded", [False, True], ids=["plain", "embedded"])
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
-def test_one_masked_pass_equals_the_stream(history, told):
+def test_one_masked_pass_equals_the_stream(history, embedded):
     """fp64, every forward of a stream of five chunks at the served sigmas, the context made by the stream's own commits."""
-    student, chunks = diagonal(history, **(TELLS if told else {})).double(), 5
+    student, chunks = diagonal(history, **(EMBEDDED if embedded else {})).double(), 5
     given, clean = double(some_conditions(2, chunks * N)), some_latents(2, chunks * N).double()
-    given = replace(given, guidance=torch.tensor([1.0, 2.5]).double()) if told else given
+    given = replace(given, guidance=torch.tensor([1.0, 2.5]).double()) if embedded else given
     with torch.no_grad():
         for front, done in student.spec.schedule.walk(chunks, len(student.spec.sigmas)):
             start, stop = front * N, (front + len(done)) * N
@@ -166,14 +166,14 @@ def test_a_stream_is_trained_between_the_steps_of_its_sampler():
     steps = (*student.spec.sigmas, 0.0)
     for seed in range(60):
         method.loss("student", batch, rng(seed), rng(seed + 100))
-        _, sigma, heard, clean, level = calls[-1]
+        _, sigma, received, clean, level = calls[-1]
         done = tuple(max(i for i in range(3) if steps[i] >= float(s)) for s in sigma[0])
         for row in sigma:
             assert all(steps[i + 1] < float(s) <= steps[i] + 1e-6 for i, s in zip(done, row, strict=True))
         assert torch.equal(clean, batch.x0[:, :, : clean.shape[2]])
         assert level is None
         front = clean.shape[2] // N
-        assert heard.num_frames == (front + len(done)) * N
+        assert received.num_frames == (front + len(done)) * N
         seen.add((front, done))
     assert seen == set(student.spec.schedule.walk(4, 3))
 
@@ -198,19 +198,19 @@ def test_the_loss_of_a_stream_is_that_of_its_flight():
 
 def test_an_embedding_that_starts_at_zero_changes_nothing():
     plain = make_net(prediction="reference")
-    told = make_net(prediction="reference")
-    before = {name: value.clone() for name, value in told.state_dict().items()}
+    embedded = make_net(prediction="reference")
+    before = {name: value.clone() for name, value in embedded.state_dict().items()}
     assert not any("guidance" in name for name in before)
-    told.add_guidance()
-    assert set(told.state_dict()) - set(before) == {"guidance_embedder.weight", "guidance_embedder.bias"}
+    embedded.add_guidance()
+    assert set(embedded.state_dict()) - set(before) == {"guidance_embedder.weight", "guidance_embedder.bias"}
     given, x, sigma = some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
     own = AvatarTeacher(plain).denoise(x, sigma, given)
     scaled = replace(given, guidance=torch.tensor([1.0, 3.0]))
-    assert torch.equal(own, AvatarTeacher(told).denoise(x, sigma, scaled))
+    assert torch.equal(own, AvatarTeacher(embedded).denoise(x, sigma, scaled))
     with pytest.raises(ValueError, match="embeds a guidance scale"):
-        AvatarTeacher(told).denoise(x, sigma, given)
-    randomise(told.guidance_embedder, 3)
-    assert (own - AvatarTeacher(told).denoise(x, sigma, scaled)).abs().mean() > 1e-3
+        AvatarTeacher(embedded).denoise(x, sigma, given)
+    randomise(embedded.guidance_embedder, 3)
+    assert (own - AvatarTeacher(embedded).denoise(x, sigma, scaled)).abs().mean() > 1e-3
     assert torch.equal(own, AvatarTeacher(plain).denoise(x, sigma, scaled)), (
         "a network that knows none does not read it"
     )
@@ -218,7 +218,7 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
 
 def test_a_new_network_that_is_told_starts_as_one_that_is_not():
     given, x, sigma = some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
-    teacher = AvatarTeacher(make_student(make_spec(**TELLS)).net)
+    teacher = AvatarTeacher(make_student(make_spec(**EMBEDDED)).net)
     randomise(teacher.net.blocks)
     randomise(teacher.net.proj_out)
     one, other = (teacher.denoise(x, sigma, replace(given, guidance=torch.full((2,), s))) for s in (1.0, 3.0))
@@ -237,11 +237,11 @@ def test_a_scale_for_each_row_is_that_row_s_guidance():
 def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
     sigmas, teacher, pool = flow.sigma_grid(4, 3.0)[:-1], a_teacher(), a_train_set()
     config = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
-    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), scales=TOLD)
+    make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), scales=SCALES)
     pairs = load(tmp_path, sigmas, "abc")
     assert pairs.guidance.shape == (10,)
-    assert pairs.guidance.min() >= TOLD.least
-    assert pairs.guidance.max() <= TOLD.most
+    assert pairs.guidance.min() >= SCALES.least
+    assert pairs.guidance.max() <= SCALES.most
     assert pairs.guidance.std() > 0.3
     batch = pairs.batch(pool, torch.tensor([7, 2]), "cpu")
     assert torch.equal(batch.conditions.guidance, pairs.guidance[[7, 2]])
@@ -254,7 +254,7 @@ def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
 
 
 def test_init_learns_the_scale_that_its_pairs_had():
-    student = diagonal(**TELLS)
+    student = diagonal(**EMBEDDED)
     calls = recorded(student.net, "read_time")
     scales = torch.tensor([1.0, 2.0, 3.0])
     batch = Batch(replace(some_conditions(3), guidance=scales), states=randn(3, 4, *some_latents(1).shape[1:], seed=5))
@@ -267,7 +267,7 @@ def test_init_learns_the_scale_that_its_pairs_had():
 
 def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
     student, fake, teacher = (
-        diagonal(**TELLS),
+        diagonal(**EMBEDDED),
         a_teacher(2, "reference"),
         a_teacher(1, "reference").requires_grad_(False),
     )
@@ -278,7 +278,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
         calls = [recorded(net, "read_time") for net in (student.net, fake.net)]
         x0, guides = recorded(method, "_scores"), recorded(teacher, "denoise")
         method.loss("student", batch, rng(seed), rng(9)).value.backward()
-        (_, sigma, _, given), scale = x0[0], TOLD.draw(2, rng(seed))
+        (_, sigma, _, given), scale = x0[0], SCALES.draw(2, rng(seed))
         assert all(torch.equal(args[1], scale) for some in calls for args in some)
         assert torch.equal(given.guidance, scale)
         assert len(guides) == 2, "full and without"
@@ -300,7 +300,7 @@ def talk(bundle, chunks=5, **options):
 
 
 def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
-    bundle, counts = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS), []
+    bundle, counts = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **EMBEDDED), []
     bundle.student.net.register_forward_pre_hook(lambda *_: counts.append(1))
     films = {scale: talk(bundle, guidance=scale) for scale in (None, 1.0, 1.5, 3.0)}
     assert len(counts) == 4 * (5 + 2)
@@ -314,7 +314,7 @@ def test_a_session_serves_any_trained_scale_at_one_forward_a_chunk():
 
 
 def test_the_pipeline_takes_diffusers_guidance_scale():
-    bundle, sound = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS), some_sound(11 * 1280)
+    bundle, sound = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **EMBEDDED), some_sound(11 * 1280)
     pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
     pipe.set_progress_bar_config(disable=True)
     session = Session(bundle, a_portrait(), "a person nods", guidance=3.0)
@@ -326,7 +326,7 @@ def test_the_pipeline_takes_diffusers_guidance_scale():
 
 
 def test_a_saved_session_keeps_its_scale(tmp_path):
-    bundle = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS)
+    bundle = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **EMBEDDED)
     session = Session(bundle, a_portrait(), "a person nods", guidance=2.5)
     session.push(some_sound(40 * 1280))
     session.step()
@@ -338,10 +338,10 @@ def test_a_saved_session_keeps_its_scale(tmp_path):
 
 
 def test_the_checkpoint_remembers_the_range(tmp_path):
-    bundle = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **TELLS)
+    bundle = a_bundle(HISTORIES[0], schedule=Schedule(depth=3), **EMBEDDED)
     save_student(tmp_path, bundle, "")
     again = load_student(tmp_path)
-    assert again.spec.guidance == TOLD
+    assert again.spec.guidance == SCALES
     gap = (talk(again, guidance=2.0).int() - talk(bundle, guidance=2.0).int()).abs()
     assert gap.max() <= 1  # small matrix products round by where a tensor lies in memory, on some CPUs
     assert gap.float().mean() < 0.01
@@ -353,5 +353,5 @@ def test_the_checkpoint_remembers_the_range(tmp_path):
 
 def test_the_plain_loop_of_bench_knows_neither_scales_nor_refinement():
     assert can_run(make_spec())
-    assert not can_run(make_spec(**TELLS))
+    assert not can_run(make_spec(**EMBEDDED))
     assert not can_run(make_spec(History(sinks=1, window=2, refine_every=2)))

@@ -80,7 +80,7 @@ def walk(student, given, count, cache):
 
 
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
-def test_the_ring_holds_what_training_concatenates(history):
+def test_the_cache_holds_what_training_concatenates(history):
     """Bit for bit, in order and when earlier states are asked again in any order (rollback)."""
     student, given = a_student(history, prediction="reference"), some_conditions(1, N)
     with torch.no_grad():
@@ -113,8 +113,8 @@ def test_same_level_is_diffusion_forcing_at_one_sigma(window):
     for i in range(chunks):
         part, steps = given.frames(i * N, (i + 1) * N), []
         for step, sigma in enumerate(student.spec.sigmas):
-            out[i, step], told = student.denoise(state, None, inputs[i, step], sigma, part, step)
-            steps.append(told)
+            out[i, step], kv = student.denoise(state, None, inputs[i, step], sigma, part, step)
+            steps.append(kv)
         state = student.commit(state, out[i, 2], part, steps)
     for step, sigma in enumerate(student.spec.sigmas):
         x = torch.cat([inputs[i, step] for i in range(chunks)], dim=2)

@@ -24,7 +24,7 @@ TIMES = (1000.0, 936.0, 832.0, 624.0)  # LiveTalk's, whose sigmas are of 1000, 9
 class Packed(Reference):
     """Audio as conditions hold it, [B, F, stride, A]."""
 
-    def hear(self, rows, frames):
+    def audio_context(self, rows, frames):
         return self.pack(rows.flatten(2))
 
 

@@ -15,7 +15,7 @@ from students.student import State
 from teachers import flow
 from teachers.errors import UserError
 from teachers.guidance import GuidanceRange
-from tests.students.test_flowact import TELLS, N, diagonal, recorded
+from tests.students.test_flowact import EMBEDDED, N, diagonal, recorded
 from tests.support.tiny import (
     Ranks,
     a_bundle,
@@ -41,14 +41,14 @@ def test_what_is_refined_is_remembered_and_not_shown(depth):
     with torch.no_grad():
         shown = rollout(student, given, noise)
         unrefined = rollout(plain, given, noise)
-        for state, x0, part, told, *_ in states:
+        for state, x0, part, diagonal_step, *_ in states:
             j = state.chunk
             own = shown[:, :, j * N : (j + 1) * N]
             if (j + 1) % 2:
                 assert torch.equal(x0, own)
                 continue
             if depth > 1:
-                state = student.settle(state, told.entry) if told.entry else state
+                state = student.settle(state, diagonal_step.entry) if diagonal_step.entry else state
             alone = State(chunk=j, cached=state.cached, context_kv=state.context_kv, read=state.read)
             expected, _ = student.denoise(alone, None, flow.add_noise(own, noise(j, 3), 0.4), 0.4, part)
             assert (x0 - expected).abs().max() < 1e-5
@@ -114,7 +114,7 @@ def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
         (lambda: History(refine_every=-1), r"student\.history\.refine_every"),
         (lambda: History(refine_every=1, refine_level=0.0), r"refine_level: got 1, 0\.0"),
         (lambda: History(refine_every=1, commit="same_level"), r"same_level keeps the steps"),
-        (lambda: a_student(network=TELLS["network"]), r"network\.guidance: the student has no range"),
+        (lambda: a_student(network=EMBEDDED["network"]), r"network\.guidance: the student has no range"),
         (lambda: GuidanceRange(least=2.0, most=1.0), r"student\.guidance: got least=2\.0"),
         (lambda: GuidanceRange(served=5.0), r"least <= served <= most"),
         (lambda: forcing.Config(generated=1.5), r"forcing\.generated"),

@@ -146,7 +146,7 @@ def test_a_rollouts_gradient_reaches_what_steps_without_gradient_read_ahead(dept
         assert torch.allclose(rollout(student, given, noise), x0, atol=1e-5)
 
 
-def test_a_mode_is_said_and_never_read_from_autograd():
+def test_a_mode_is_passed_and_never_read_from_autograd():
     """The cache kind at `open`, what was read ahead in the plan: gradient and inference mode change no number and no kind."""
     student, given, x = a_student(History(sinks=1, window=2)), some_conditions(1, 2), some_latents(1, 2)
     outs = []
@@ -284,9 +284,9 @@ def test_the_sampler_renoises_to_the_next_sigma():
             return torch.full_like(x, len(seen)), step
 
     noise = [randn(1, 4, 2, 4, 4, seed=i) for i in range(3)]
-    out, told = advance(Recorder(), None, some_conditions(1, 2), lambda _, i: noise[i], sigmas)
+    out, entries = advance(Recorder(), None, some_conditions(1, 2), lambda _, i: noise[i], sigmas)
     assert (out == 3).all()
-    assert told == [0, 1, 2]
+    assert entries == [0, 1, 2]
     assert [plan for plan, _, _ in seen] == ["plan"] * 3
     assert [sigma for _, _, sigma in seen] == pytest.approx(sigmas)
     assert torch.equal(seen[0][1], noise[0])

@@ -83,8 +83,8 @@ def convert(source: Path, target: Path, to: str, shard_bytes: int = SHARD_BYTES,
 def load_network(folder: Path, dtype: torch.dtype | None = None) -> AvatarTransformer:
     """The network of a folder of layout ours, with its adapter where there is one, by diffusers alone."""
     net: Any
-    net, told = AvatarTransformer.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
-    assert not any(told.values())
+    net, report = AvatarTransformer.from_pretrained(folder, torch_dtype=dtype, output_loading_info=True)
+    assert not any(report.values())
     if (folder / ADAPTER).is_file():
         net.load_lora_adapter(folder, prefix=None, weight_name=ADAPTER, adapter_name="default")
     return net

@@ -82,14 +82,14 @@ def evaluated(out: Path, *words) -> dict:
 
 
 def refused_in_one_line(capsys, out: Path, *words) -> str:
-    """What is told; the exit is 2 and no report is left."""
+    """The one line of the error; the exit is 2 and no report is left."""
     capsys.readouterr()
     assert main(["eval", "--out", str(out), *map(str, words)]) == 2
-    told = [line for line in capsys.readouterr().err.splitlines() if "distill:" in line]
-    assert len(told) == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if "distill:" in line]
+    assert len(message) == 1
     assert not list(out.glob("eval.*"))
-    assert "Traceback" not in told[0]
-    return told[0]
+    assert "Traceback" not in message[0]
+    return message[0]
 
 
 def a_run(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""An exact Gaussian video teacher: every prediction has a closed form, so what is distilled from it can be judged."""
+"""An exact Gaussian video teacher: every prediction has a closed form, so what is distilled from it can be checked."""
 
 import torch
 from torch import Tensor, nn

@@ -1,6 +1,6 @@
 """OmniAvatar's network once more, in plain PyTorch from the equations: Wan 2.1 (2503.20314) with the audio pack (2506.18866).
 
-It takes a state dict under our names and shares no code with the networks that it judges. Everything is computed in the type
+It takes a state dict under our names and shares no code with the networks that it checks. Everything is computed in the type
 of its inputs. Sizes: B batch, F latent frames, S = h w tokens of a frame, N = F S, D width, M heads, d = D / M.
 """
 
@@ -111,12 +111,12 @@ class Reference:
         modulation = linear(w, f"{embedder}.time_proj", silu(time)).unflatten(-1, (6, -1))
         text = linear(w, f"{embedder}.text_embedder.linear_1", text)
         text = linear(w, f"{embedder}.text_embedder.linear_2", gelu_tanh(text))
-        heard = None if rows is None else self.hear(rows, frames)
+        context = None if rows is None else self.audio_context(rows, frames)
 
         num_layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))
         for i in range(num_layers):
-            if heard is not None and i in self.audio_at:
-                added = linear(w, f"audio_cond_projs.{self.audio_at.index(i)}", heard)  # [B, F, D]
+            if context is not None and i in self.audio_at:
+                added = linear(w, f"audio_cond_projs.{self.audio_at.index(i)}", context)  # [B, F, D]
                 x = x + added.repeat_interleave(h * v, dim=1)
             x = self.block(f"blocks.{i}", x, text, modulation, angles)
 
@@ -125,18 +125,18 @@ class Reference:
         x = x.reshape(batch, frames, h, v, p, p, -1)  # row, column within the patch, channel
         return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
 
-    def hear(self, rows: Tensor, frames: int) -> Tensor:
-        """Audio pack [B, F, hidden]: latent frame i hears the pixel frames stride i - (stride - 1) .. stride i, one behind the
+    def audio_context(self, rows: Tensor, frames: int) -> Tensor:
+        """Audio pack [B, F, hidden]: latent frame i covers the pixel frames stride i - (stride - 1) .. stride i, one behind the
         other in one vector; those before the first are the first."""
-        heard = []
+        context = []
         for i in range(frames):
             covered = [max(self.stride * i - back, 0) for back in range(self.stride - 1, -1, -1)]
-            heard.append(torch.cat([rows[:, row] for row in covered], dim=-1))
-        return self.pack(torch.stack(heard, dim=1))
+            context.append(torch.cat([rows[:, row] for row in covered], dim=-1))
+        return self.pack(torch.stack(context, dim=1))
 
-    def pack(self, heard: Tensor) -> Tensor:
+    def pack(self, context: Tensor) -> Tensor:
         """[B, F, stride A] -> [B, F, hidden], layer-normalised."""
-        packed = layer_norm(linear(self.weights, "audio_proj.proj", heard), 1e-5)
+        packed = layer_norm(linear(self.weights, "audio_proj.proj", context), 1e-5)
         return packed * self.weights["audio_proj.norm_out.weight"] + self.weights["audio_proj.norm_out.bias"]
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def test_rows_are_dropped_one_by_one():
     assert torch.equal(dropped.text[1:], given.text[1:])
 
 
-def test_what_bidirectional_networks_hear_goes_with_the_audio():
+def test_what_bidirectional_networks_see_goes_with_the_audio():
     given = some_conditions(batch=3)
     given = replace(given, clip_audio=given.audio + 1)
     assert not given.drop("audio").clip_audio.any()
@@ -191,3 +191,19 @@ def test_a_planner_has_zeros_of_what_a_network_takes(mood):
         pytest.raises(UserError, match="'smell': its Feature has no size"),
     ):
         blank_features(SimpleNamespace(takes=("smell",)), 2, 6)
+
+
+@pytest.mark.parametrize(("clock", "flipped"), [("stream", False), ("latent", False), ("grid", True), ("anchor", True)])
+def test_images_are_flipped_in_a_clip_s_mirror_image(clock, flipped):
+    value = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
+    mirrored = Feature(name="sight", clock=clock).mirrored(value)
+    assert torch.equal(mirrored, value.flip(-1) if flipped else value)
+
+
+def test_the_row_before_lends_a_feature_and_its_followers():
+    rows = torch.arange(3.0)
+    given = Conditions(audio=rows.view(3, 1, 1, 1), clip_audio=10 * rows.view(3, 1, 1, 1), text=rows.view(3, 1, 1))
+    rolled = given.roll_rows("audio")
+    assert rolled.audio.flatten().tolist() == [2, 0, 1]
+    assert rolled.clip_audio.flatten().tolist() == [20, 0, 10]
+    assert torch.equal(rolled.text, given.text)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distill.pipeline.generate import many_step_clips, stream_noise
-from teachers.guidance import EmbeddedGuidance, Guidance, branch_outputs, guided
+from teachers.errors import UserError
+from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, branch_outputs, guided
 from tests.support.tiny import a_student, a_teacher, randn, some_conditions, some_latents
 
 SIGMA = torch.tensor([0.9, 0.3])
@@ -110,3 +111,11 @@ def test_one_batch_of_branches_equals_one_after_the_other(first):
 def test_outputs_of_other_branches_are_refused():
     with pytest.raises(ValueError, match="got 1 outputs of 3 branches"):
         Guidance(text=2.0, audio=3.0).combine([some_latents()])
+
+
+def test_a_scale_that_was_not_trained_is_refused():
+    trained = GuidanceRange(least=1.0, most=2.0, served=1.25)
+    assert [trained.check(scale) for scale in (1.0, 1.5, 2.0)] == [1.0, 1.5, 2.0]
+    for scale in (0.99, 2.01):
+        with pytest.raises(UserError, match=f"got {scale}; this student was trained from 1.0 to 2.0"):
+            trained.check(scale)

@@ -64,21 +64,21 @@ def test_network_and_teacher_are_the_equations(prediction, levels, monkeypatch):
 
 def step_distance(net, reference, x, sigma, text, rows, image) -> float:
     """Of the network's raw output and of the teacher's x0, with one sigma a clip where it is one."""
-    told = sigma[:, 0] if (sigma == sigma[:, :1]).all() else sigma
+    level = sigma[:, 0] if (sigma == sigma[:, :1]).all() else sigma
     inputs, given = reference.see(x, image), conditions(text, rows, image)
     raw = reference(inputs, sigma, text, rows)
-    out, _ = net(inputs, told, text, given.audio)
+    out, _ = net(inputs, level, text, given.audio)
     if net.prediction == "velocity":
         x0 = inputs[:, :CHANNELS] - sigma[:, None, :, None, None] * raw
     else:
         x0 = image + raw
     x0 = torch.cat([image, x0[:, :, 1:]], dim=2)
-    return max(distance(out, raw), distance(AvatarTeacher(net).denoise(x, told, given), x0))
+    return max(distance(out, raw), distance(AvatarTeacher(net).denoise(x, level, given), x0))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("part", ["sigma", "text", "rows", "image"])
-def test_the_reference_hears_every_part(part):
+def test_the_reference_depends_on_every_part(part):
     """So agreement with it says something of every part."""
     net, (x, text, rows, image) = a_net(), some_inputs()
     reference = Reference(net.state_dict(), 2, (0, 1))

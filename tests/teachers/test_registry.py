@@ -1,4 +1,4 @@
-"""Kinds of codec, ears and text in recipes and specs: read by name, written back, loaded from where their path says."""
+"""Kinds of codec, audio and text encoder in recipes and specs: read by name, written back, loaded from where their path says."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_spec_names_its_kinds_and_reads_back(tmp_path):
     assert convert(Spec, own) == make_spec()
 
 
-def test_an_unknown_kind_is_told_with_the_nearest():
+def test_an_unknown_kind_is_refused_with_the_nearest():
     plain = to_plain(make_spec())
     plain["codec"] = {"name": "wan_vea", "path": "x"}
     with pytest.raises(UserError, match=r"codec\.name.*did you mean 'wan_vae'"):
@@ -46,7 +46,7 @@ def test_an_unknown_kind_is_told_with_the_nearest():
         convert(Spec, plain)
 
 
-def test_nothing_is_heard_without_ears():
+def test_there_is_no_audio_without_an_encoder():
     audio_encoder = NoAudioConfig().load(640)
     assert audio_encoder(torch.zeros(2, 1500)).shape == (2, 3, 0)
     assert (audio_encoder.dim, audio_encoder.lookback, audio_encoder.lookahead) == (0, 0, 0)

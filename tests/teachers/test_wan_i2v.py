@@ -64,7 +64,7 @@ def test_the_image_acts_and_every_layer_of_its_path_learns(pair):
     x, text, image = some_inputs()
     out, _ = ours(x, SIGMA, text, image=image)
     other, _ = ours(x, SIGMA, text, image=image.flip(1))
-    assert torch.allclose(other, out, atol=1e-5), "the order of the image's tokens is known to nobody"
+    assert torch.allclose(other, out, atol=1e-5), "the order of the image's tokens is not defined"
     other, _ = ours(x, SIGMA, text, image=randn(2, 7, IMAGE, seed=3))
     assert (other - out).abs().mean() > 1e-2
     found = []
@@ -84,7 +84,7 @@ def test_the_image_acts_and_every_layer_of_its_path_learns(pair):
     assert all(torch.allclose(found[0][name], grad, atol=1e-6) for name, grad in found[1].items())
 
 
-def test_an_image_that_is_missing_or_not_asked_for_is_refused(pair):
+def test_an_image_that_is_missing_or_not_wanted_is_refused(pair):
     x, text, image = some_inputs()
     with pytest.raises(ValueError, match=r"image features missing: give \[B, K, image_dim\]"):
         pair[1](x, SIGMA, text)

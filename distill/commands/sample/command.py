@@ -130,8 +130,8 @@ def run(args: argparse.Namespace) -> int:
         if script is not None:
             script.check(spec, args.timeline)
         reference = inputs.portrait(pixels, spec, args)
-        said = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
-        inputs.check_coverage(bundle, reference, said, args)
+        texts = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
+        inputs.check_coverage(bundle, reference, texts, args)
         viewer = Viewer(spec.fps) if args.realtime else None
         lead = LEAD_CHUNKS if args.realtime else None
         text = args.text if script is None or not script.begins else script.timeline[0].do
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     for reader in (own, other):
         if reader is not None:
-            inputs.tell(reader)
+            inputs.report_track(reader)
     sys.stdout.write(
         f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
         f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"

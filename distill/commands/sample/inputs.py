@@ -52,14 +52,14 @@ class Duet:
         yield resampler.finish()
 
 
-def tell(reader: media.AudioReader) -> None:
-    """Print which of several sound tracks was taken, and that there was nothing to hear."""
+def report_track(reader: media.AudioReader) -> None:
+    """Print which of several sound tracks was taken, and whether it is silent."""
     several = reader.track not in ("", "1 of 1")
     if several:
         sys.stderr.write(f"distill: sound: audio track {reader.track} was taken, the default one: {reader.path}\n")
     if reader.peak < SILENT:
         hint = "; another track may have the voice, ffmpeg -i IN -map 0:a:N OUT.wav takes it out" if several else ""
-        sys.stderr.write(f"distill: sound: nothing to hear in it: {reader.path}{hint}\n")
+        sys.stderr.write(f"distill: sound: it is silent: {reader.path}{hint}\n")
 
 
 def read_pose(path: Path, dim: int) -> Tensor:

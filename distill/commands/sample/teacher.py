@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
-from distill.commands.sample.inputs import Steering, check, portrait, read_pose, tell
+from distill.commands.sample.inputs import Steering, check, portrait, read_pose, report_track
 from distill.data import latents
 from distill.pipeline import record
 from distill.pipeline.generate import clip_noise
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
     media.write_video(args.out, frames, spec.fps, played.squeeze(1), rate, upscale, smooth=True)
-    tell(own)
+    report_track(own)
     deviation = float(to_float(frames).std())
     sys.stdout.write(
         f"{args.out}: {num_frames} frames, {float(num_frames / spec.fps):.2f} s, {settings.num_steps} steps of "

@@ -272,8 +272,8 @@ def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
             facts = {"began": began, "seconds": before, "process": process.pid, "created": _created(process.pid)}
             atomic_write(state, json.dumps({"status": "running", **facts}))
             while process.poll() is None and not received:
-                said = (_lines(log, start) or ["starting"])[-1].strip()
-                bar.set_postfix_str(f"{job.name}: {said}"[:100], refresh=False)
+                last = (_lines(log, start) or ["starting"])[-1].strip()
+                bar.set_postfix_str(f"{job.name}: {last}"[:100], refresh=False)
                 bar.update(0)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(POLL_SECONDS)
@@ -356,7 +356,7 @@ def _error(log: Path, start: int, code: int) -> str:
     own = [line.removeprefix("distill: ") for line in lines if line.startswith("distill: ")]
     begun = max((i for i, line in enumerate(lines) if line.startswith("Traceback ")), default=None)
     raised = [line for line in lines[begun + 1 :] if not line.startswith(" ")] if begun is not None else []
-    found = (raised[:1] or own[-1:] or lines[-1:] or ["it said nothing"])[0]
+    found = (raised[:1] or own[-1:] or lines[-1:] or ["it printed nothing"])[0]
     return f"{found} (exit {code})"
 
 

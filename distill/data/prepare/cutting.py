@@ -183,9 +183,9 @@ def _sound(path: Path, progress: _Progress, config: CutConfig) -> tuple[Tensor |
         if missing > SHORT * SAMPLE_RATE:
             raise UserError(f"sound {message.format(round(missing / SAMPLE_RATE, 2))}")
     if sound.silent and not config.silent:
-        why = "its two channels cancel each other" if sound.cancelled else "there is nothing to hear"
+        why = ", its two channels cancel each other" if sound.cancelled else ""
         raise UserError(
-            f"sound is silent throughout, {why} (audio track {sound.track}); keep the track or channel that has the voice, "
+            f"sound is silent throughout{why} (audio track {sound.track}); keep the track or channel that has the voice, "
             "ffmpeg -i IN -map 0:v -map 0:a:N OUT; --silent accepts such clips"
         )
     power = sound.samples.double().square().mean().item()

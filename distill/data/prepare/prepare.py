@@ -120,8 +120,10 @@ def run(args: argparse.Namespace) -> int:
     """Prepare and print a summary; 0 when every clip is in a shard, 3 when some were refused. Raises UserError."""
     if args.shard_clips < 1:
         raise UserError(f"--shard-clips must be 1 or more: got {args.shard_clips}")
-    options = {option.name: getattr(args, option.name) for option in fields(CutConfig)}
-    config = CutConfig(**{name: value for name, value in options.items() if value is not None or name != "fps"})
+    options: dict[str, Any] = {option.name: getattr(args, option.name) for option in fields(CutConfig)}
+    if args.fps is None:
+        del options["fps"]
+    config = CutConfig(**options)
     manifest = _read(args)
     if not manifest.clips and not manifest.refused:
         raise UserError(f"no clips: {args.videos} has no videos; put mp4, mov, mkv or webm files there")

@@ -81,9 +81,9 @@ def test_a_device_that_cannot_be_used_is_one_line(device, tmp_path, capsys):
     assert f"distill: device {device} cannot be used" in capsys.readouterr().err
 
 
-def test_a_student_is_loaded_as_asked(tmp_path, capsys):
+def test_a_student_is_loaded_as_requested(tmp_path, capsys):
     save_student(tmp_path / "student", a_bundle(), "card")
     bundle = devices.load(tmp_path / "student", options("--device", "cpu", "--dtype", "bf16"))
     assert bundle.student.net.compute_dtype == torch.bfloat16
-    (told,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("student on cpu ("))
-    assert told.endswith("), dtype bf16")
+    (message,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("student on cpu ("))
+    assert message.endswith("), dtype bf16")

@@ -50,20 +50,20 @@ def test_a_film_that_fades_away_from_its_portrait_drifts():
     wobble = (randn(3, 120, seed=1) * 6).round()
     still = portraits.permute(0, 2, 3, 1)[:, None] + wobble[:, :, None, None, None]
     fade = torch.linspace(0, 60, 120).view(1, 120, 1, 1, 1)
-    heard = torch.stack([wobble, wobble], dim=2)
+    audio = torch.stack([wobble, wobble], dim=2)
     gesture = torch.tensor([0, 0, 1])
     scores = {}
     for name, film in (("still", still), ("fading", still + fade)):
         films = film.clamp(0, 255).to(torch.uint8)
         scores[name] = [
-            window_scores(FakeProbes(), films, portraits, heard, gesture, start, 60, 15) for start in (0, 60)
+            window_scores(FakeProbes(), films, portraits, audio, gesture, start, 60, 15) for start in (0, 60)
         ]
     assert abs(scores["still"][1]["identity"] - scores["still"][0]["identity"]) < 0.01
     assert scores["fading"][1]["identity"] < scores["fading"][0]["identity"] - 0.05
     assert scores["fading"][1]["colour"] > scores["fading"][0]["colour"] + 20 > scores["still"][1]["colour"] + 20
     assert scores["still"][0]["sync"] > 0.99
     with pytest.raises(UserError, match=r"^drift window 90\.\.150: videos have 120 frames; make longer ones$"):
-        window_scores(FakeProbes(), films, portraits, heard, gesture, 90, 60, 15)
+        window_scores(FakeProbes(), films, portraits, audio, gesture, 90, 60, 15)
 
 
 @pytest.mark.parametrize(("options", "table"), [(["--streams", "1"], None), (["--minutes", "0"], None), ([], 1)])

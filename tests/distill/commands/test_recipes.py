@@ -1,4 +1,4 @@
-"""The shipped recipes by name: from any folder, listed, shown, copied, and told apart from files of the same name."""
+"""The shipped recipes by name: from any folder, listed, shown, copied, and distinguished from files of the same name."""
 
 import subprocess
 import sys

@@ -47,7 +47,7 @@ def test_pose_without_the_pose_sense_changes_nothing():
 
 
 def test_there_is_one_stream_of_sound():
-    """Two channels are one sound; a second speaker has no place to go, so that nobody thinks that he is heard."""
+    """Two channels are one sound; a second speaker is refused and not silently ignored."""
     session = Session(a_bundle(), a_portrait(), "a person nods")
     one_line(r"^other: this student takes one speaker", session.push, audio=torch.zeros(100), other=torch.zeros(100))
     one_line(r"^audio must be float samples \[S\] or \[channels, S\]", session.push, audio=torch.zeros(2, 1, 100))

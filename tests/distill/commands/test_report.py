@@ -82,7 +82,7 @@ def other_clips(report):
         (other_clips, "other real clips (the floor's FID is 0.500 and 0.600)"),
     ],
 )
-def test_runs_of_two_scales_are_said_to_be(change, why, tmp_path, capsys):
+def test_runs_of_two_scales_are_named_as_such(change, why, tmp_path, capsys):
     lines = compare(tmp_path, change, capsys)
     assert lines[0] == f"{NOT}{why}; compare each with its own teacher only."
     page = (tmp_path / "out" / "page.html").read_text()

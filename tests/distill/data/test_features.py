@@ -130,7 +130,7 @@ def test_features_that_do_not_fit_the_clips_are_one_line(change, words, tmp_path
     assert "\n" not in str(error.value)
 
 
-def test_training_drops_what_it_is_asked_to():
+def test_training_drops_what_is_configured():
     """In the order of the table, whatever that of the config; nothing is drawn for what is absent or never dropped."""
     with declared(*MOOD):
         given = replace(some_conditions(64, 8), **some_mood(64, 8))

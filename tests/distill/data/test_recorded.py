@@ -135,7 +135,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     assert load_student(run_dir / "student").spec.height == 32
 
 
-def test_the_pool_is_the_clips_through_the_senses(finished, data):
+def test_the_training_set_is_the_clips_through_the_encoders(finished, data):
     """Latents and features on disk are those of the training clips, each with its mirror image, once."""
     recipe, run_dir = finished
     source, folder = opened(data), run_dir / "stages" / "data"
@@ -189,8 +189,8 @@ def test_a_clip_is_its_film(data, clips):
         number, first = int(sample.facts["id"].removeprefix("person_")), sample.first
         shown = clips.video[number][:, first : first + 15].float()
         assert (sample.video.float() - shown).abs().mean() < 6
-        heard = clips.audio[number][first * 1280 : (first + 15) * 1280]
-        assert torch.corrcoef(torch.stack([sample.audio, heard]))[0, 1] > 0.95
+        received = clips.audio[number][first * 1280 : (first + 15) * 1280]
+        assert torch.corrcoef(torch.stack([sample.audio, received]))[0, 1] > 0.95
         assert sample.text == ("" if number == FILMS - 1 else clips.text[number])
 
 
@@ -388,9 +388,9 @@ def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     )
     assert source.facts["unused_samples"] == {"it is not in data.manifest": len(MUTE)}
     assert source.digests != everything.digests
-    heard = [source.draw(0, name, 100).audio for name in ("test", "reference", "probes")]
-    heard += [clips.audio for clips in source.train(0, range(source.num_shards))]
-    assert all(audio.any(dim=1).all() for audio in heard)
+    received = [source.draw(0, name, 100).audio for name in ("test", "reference", "probes")]
+    received += [clips.audio for clips in source.train(0, range(source.num_shards))]
+    assert all(audio.any(dim=1).all() for audio in received)
     one_file = recipe_of(shards, f"data.manifest={out / 'manifest.parquet'}").data.open()
     assert one_file.digests == source.digests
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))

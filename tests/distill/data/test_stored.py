@@ -113,9 +113,9 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("x0", "x0 of clip 1 of shard 0, which the codec made of"), ("audio", "audio encoder")]
+    ("name", "expected"), [("x0", "x0 of clip 1 of shard 0, which the codec made of"), ("audio", "audio encoder")]
 )
-def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, told):
+def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, expected):
     latents.prepare(DATA, DATA.open(), 0, tmp_path, Ranks())
     encoders = latents.load_encoders(DATA, tmp_path)
     real = encoders.of_clips
@@ -130,7 +130,7 @@ def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, told)
 
     (tmp_path / "other").mkdir()
     source = replace(DATA, mirror=False).open()
-    with pytest.raises(UserError, match=rf"^the data are not finite: [^\n]*{told}[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^the data are not finite: [^\n]*{expected}[^\n]*$"):
         latents.write_shards(source, tmp_path / "other", Ranks(), Broken(), lambda numbers: source.train(0, numbers))
     assert not list((tmp_path / "other").iterdir())
 
@@ -154,9 +154,9 @@ class Sizes:
 
     def __call__(self, given, first=0, last=0):
         if isinstance(given, list):
-            told = torch.zeros(len(given), self.data.text.max_tokens, self.data.text.dim, dtype=torch.bfloat16)
-            told[:, :60] = 1
-            return told
+            rows = torch.zeros(len(given), self.data.text.max_tokens, self.data.text.dim, dtype=torch.bfloat16)
+            rows[:, :60] = 1
+            return rows
         return self.rows(first, last)
 
 

@@ -27,8 +27,8 @@ async mouth => {
     process([input]) { if (input[0]) this.port.postMessage([currentTime, Array.from(input[0])]); return true; } });`;
   await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], {type: "text/javascript"})));
   const tape = new AudioWorkletNode(context, "tape", {numberOfOutputs: 0});
-  window.heard = []; window.drawn = [];
-  tape.port.onmessage = event => heard.push(event.data);
+  window.sounds = []; window.drawn = [];
+  tape.port.onmessage = event => sounds.push(event.data);
   player.out.connect(tape);
   const look = () => {
     const shown = player.shown, all = player.pen.getImageData(0, 0, player.canvas.width, player.canvas.height).data;
@@ -61,7 +61,7 @@ if CHROMIUM is None and not REQUIRED:
 def chromium(tmp_path_factory):
     assert CHROMIUM is not None, HOW
     said = tmp_path_factory.mktemp("microphone") / "said.wav"
-    microphone_hears(said)
+    microphone_gets(said)
     with sync_playwright() as driver:
         flags = [*FLAGS, f"--use-file-for-fake-audio-capture={said}"]
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -90,7 +90,7 @@ def page(chromium, served):
     assert faults == []
 
 
-def microphone_hears(file) -> None:
+def microphone_gets(file) -> None:
     """A sentence between two silences; the fake device repeats it."""
     speech = torch.cat([torch.zeros(RATE), *formant_voice("hello mama papa"), torch.zeros(2 * RATE)])
     with wave.open(str(file), "wb") as out:
@@ -123,9 +123,9 @@ def say(page, text: str) -> None:
 
 
 def tapes(page) -> tuple[np.ndarray, float, np.ndarray]:
-    """The sound that came out, the context's time of its first sample, and rows (time heard, frame, mouth, wall, noise)."""
-    heard, drawn = page.evaluate("[heard, drawn]")
-    return np.concatenate([np.array(block) for _, block in heard]), heard[0][0], np.array(drawn)
+    """The sound that came out, the context's time of its first sample, and rows (time played, frame, mouth, wall, noise)."""
+    received, drawn = page.evaluate("[sounds, drawn]")
+    return np.concatenate([np.array(block) for _, block in received]), received[0][0], np.array(drawn)
 
 
 def test_a_typed_sentence_is_seen_and_heard_together(page):
@@ -138,7 +138,7 @@ def test_a_typed_sentence_is_seen_and_heard_together(page):
     assert np.ptp(drawn[:, 2]) > 150, "the mouth does not move"
     assert np.diff(drawn[:, 1]).min() >= 1, "a frame is drawn twice or late"
 
-    def loudness(offset: float) -> np.ndarray:  # of the sound heard while each frame stood
+    def loudness(offset: float) -> np.ndarray:  # of the sound played while each frame stood
         starts = ((drawn[:-1, 0] - began + offset) * RATE).astype(int)
         ok = (starts >= 0) & (starts + 1280 <= len(sound))
         levels = [
@@ -162,7 +162,7 @@ def test_interrupt_makes_it_quiet_and_idle_is_alive(page):
     page.click("#interrupt")
     until(page, "avatar.state === 'listening'", 20)
     page.wait_for_timeout(150)
-    page.evaluate("heard.length = drawn.length = 0")
+    page.evaluate("sounds.length = drawn.length = 0")
     page.wait_for_timeout(1500)
     sound, _, drawn = tapes(page)
     assert np.abs(sound).max() < 0.01, "it still talks"
@@ -213,7 +213,7 @@ def test_a_picture_that_is_none_is_refused_in_words(page, tmp_path):
     until(page, f"avatar.player.shown > {shown}")
 
 
-def test_a_third_viewer_is_told_that_the_maximum_is_reached(chromium, served):
+def test_a_third_viewer_is_refused_since_the_maximum_is_reached(chromium, served):
     address, engine = served
     pages = [chromium.new_page() for _ in range(3)]
     for page in pages[:2]:

@@ -1,4 +1,4 @@
-"""A student of two speakers hears the user's microphone beside its own voice, while it listens and while it talks."""
+"""A student of two speakers is conditioned on the user's microphone beside its own voice, while it listens and while it talks."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class Duplex(Stage):
             super().run(0.01)
 
 
-def test_the_microphone_is_heard_whole_and_in_order():
+def test_the_microphone_arrives_whole_and_in_order():
     stage = Duplex(2)
     stage.open()
     stage.run(3)
@@ -51,7 +51,7 @@ def test_the_microphone_is_heard_whole_and_in_order():
     assert not torch.cat(stage.own).any()
 
 
-def test_while_it_talks_it_hears_both():
+def test_while_it_talks_it_gets_both():
     stage = Duplex(2)
     stage.open()
     speech = 0.5 * randn(64_000, seed=3).clamp(-1, 1)
@@ -60,9 +60,9 @@ def test_while_it_talks_it_hears_both():
     own, other = torch.cat(stage.own), torch.cat(stage.other)
     talking = own.abs() > 0
     assert torch.equal(own[talking], speech[speech.abs() > 0])
-    heard = (other[talking].abs() > 0).float()
-    assert heard[16_000:].mean() > 0.95
-    assert heard[:16_000].mean() < 0.9, "the first second is drawn ahead of what the microphone has heard"
+    received = (other[talking].abs() > 0).float()
+    assert received[16_000:].mean() > 0.95
+    assert received[:16_000].mean() < 0.9, "the first second is drawn ahead of what the microphone has recorded"
     assert stage.late == []
 
 

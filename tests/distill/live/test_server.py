@@ -86,7 +86,7 @@ def test_a_turn_is_answered_in_the_stream_without_a_gap(url):
     client.close()
 
 
-def test_viewers_never_mix_and_the_one_too_many_is_told(url):
+def test_viewers_never_mix_and_the_one_too_many_is_refused(url):
     clients = [Client(url) for _ in range(3)]
     with pytest.raises(UserError, match=r"maximum number of viewers reached \(3\)"):
         Client(url)
@@ -97,7 +97,7 @@ def test_viewers_never_mix_and_the_one_too_many_is_told(url):
     def talk(client, words):
         try:
             client.converse(" ".join(["word"] * words))
-        except Exception as error:  # told to the test below
+        except Exception as error:  # reported to the test below
             faults.append(error)
 
     threads = [threading.Thread(target=talk, args=(client, i + 1)) for i, client in enumerate(clients)]
@@ -249,10 +249,10 @@ def a_mess(rng: random.Random) -> str | bytes:
     return json.dumps(message)
 
 
-def test_noise_on_the_line_ends_nobody_elses_stream(served, url):
+def test_noise_on_the_line_ends_no_other_stream(served, url):
     """FUZZ_SECONDS=300 for the long one; the same seed sends the same messages."""
-    rng, witness = random.Random(int(os.environ.get("FUZZ_SEED", "0"))), Client(url, keep=False)
-    witness.open()
+    rng, bystander = random.Random(int(os.environ.get("FUZZ_SEED", "0"))), Client(url, keep=False)
+    bystander.open()
     end, sent, last = time.monotonic() + FUZZ_SECONDS, 0, -1
     while time.monotonic() < end:
         try:
@@ -260,18 +260,18 @@ def test_noise_on_the_line_ends_nobody_elses_stream(served, url):
                 for _ in range(rng.randrange(1, 60)):
                     socket_.send(a_mess(rng))
                     sent += 1
-                    witness.pump(0.002)
+                    bystander.pump(0.002)
                 if rng.random() < 0.3:
                     socket_.socket.shutdown(socket.SHUT_RDWR)
         except (ConnectionClosed, OSError):
             pass
-        witness.pump(0.02)
+        bystander.pump(0.02)
     assert sent > 20, "the line itself is too slow"
-    last = witness.last
-    witness.until(lambda: witness.last > last, 5)
+    last = bystander.last
+    bystander.until(lambda: bystander.last > last, 5)
     print(f"{sent} messages")
     assert get(served[0], "/metrics")[0] == 200
-    witness.close()
+    bystander.close()
 
 
 def test_metrics_count_what_happened(served, url):
@@ -319,7 +319,7 @@ def test_sigterm_ends_a_talking_server_cleanly(tmp_path):
 def test_a_mistake_is_one_line(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        for words, told in (
+        for words, given in (
             (["--student", "nowhere", "--port", "0"], "no student"),
             (["--student", str(tmp_path), "--port", port], "cannot serve on"),
             (["--student", str(tmp_path), "--port", "70000"], "--port"),
@@ -328,7 +328,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
             assert main(["serve", *words]) == 2
             lines = capsys.readouterr().err.strip().splitlines()
             assert len(lines) == 1
-            assert told in lines[0]
+            assert given in lines[0]
 
 
 def test_without_its_libraries_serve_says_what_to_install(monkeypatch, capsys):

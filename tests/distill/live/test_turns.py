@@ -104,9 +104,9 @@ def test_talkers_are_found_by_name_or_folder_and_anything_else_is_refused(tmp_pa
 
 
 def test_echo_and_voice_give_sound_back():
-    heard = torch.rand(5000)
+    received = torch.rand(5000)
     for talker in (Echo(), Voice("formant")):
-        assert torch.equal(whole(talker.conversation().turn(heard)), heard)
+        assert torch.equal(whole(talker.conversation().turn(received)), received)
     beeps = whole(Echo().turn("two words"))
     assert len(beeps) == 4 * RATE // 5
 
@@ -219,8 +219,8 @@ def test_a_qwen_omni_model_answers_and_remembers():
     assert sound.abs().max() <= 1
     assert torch.isfinite(sound).all()
     whole(conversation.turn("and you?"))
-    told = [(message["role"], message["content"][0]["text"]) for message in letters.said[1]]
-    assert told == [("user", "hello"), ("assistant", "answer"), ("user", "and you?")]
+    given = [(message["role"], message["content"][0]["text"]) for message in letters.said[1]]
+    assert given == [("user", "hello"), ("assistant", "answer"), ("user", "and you?")]
 
 
 def test_a_talker_waits_when_it_is_far_ahead_and_stops_when_it_is_cancelled(monkeypatch):

@@ -49,7 +49,7 @@ def test_no_file_raises_anything_else(data, mark):
             read(mark + data)
 
 
-def test_pictures_are_fitted_and_their_size_is_judged_before_a_pixel_is_read():
+def test_pictures_are_fitted_and_their_size_is_checked_before_a_pixel_is_read():
     picture, note = uploads.decode_picture(png(40, 80), (16, 16))
     assert "the top of the picture is kept" in note
     assert picture.shape == (3, 16, 16)
@@ -77,7 +77,7 @@ def test_a_zip_named_png_and_a_list_of_other_files_are_refused(tmp_path):
 
 
 def test_only_common_kinds_of_sound_reach_the_decoders():
-    """FFmpeg would read this Sun file: lists of other files come in by such doors."""
+    """FFmpeg would read this Sun file: lists of other files are read in this way."""
     sun = b".snd" + b"".join(n.to_bytes(4, "big") for n in (24, 4000, 3, 8000, 1)) + bytes(4000)
     with pytest.raises(UserError, match="cannot be read"):
         uploads.decode_file(sun)
@@ -89,9 +89,9 @@ def test_sound_files_are_resampled_and_bounded():
     assert sound[4000] == pytest.approx(8000 / 32768, abs=0.01)
     with pytest.raises(UserError, match="longer than 120 s"):
         uploads.decode_file(wav(121))
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         uploads.decode_file(wav(1)[:30])
-    assert "/" not in str(told.value)  # no path of the server
+    assert "/" not in str(caught.value)  # no path of the server
 
 
 def crash(data: bytes) -> torch.Tensor:

@@ -18,10 +18,14 @@ class Stage:
     """A viewer whose page plays at once what it gets, on a clock that the test moves."""
 
     def __init__(self, bundle=None, lead=2):
-        self.now, self.told, self.seen, self.heard = 0.0, [], {}, {}
+        self.now, self.messages, self.seen, self.sound_of = 0.0, [], {}, {}
         self.started: list[tuple[Turn, object]] = []
         self.viewer = Viewer(
-            bundle or a_puppet(), lead, self.take, lambda turn, heard: self.started.append((turn, heard)), lambda: 0.05
+            bundle or a_puppet(),
+            lead,
+            self.take,
+            lambda turn, sound: self.started.append((turn, sound)),
+            lambda: 0.05,
         )
         self.origin, self.last, self.epoch, self.late = None, -1, 0, []
 
@@ -38,9 +42,9 @@ class Stage:
             for i, (frame, sound) in enumerate(
                 zip(chunk.frames, np.split(chunk.sound, len(chunk.frames)), strict=True)
             ):
-                self.seen[chunk.first_frame + i], self.heard[chunk.first_frame + i] = frame, sound
+                self.seen[chunk.first_frame + i], self.sound_of[chunk.first_frame + i] = frame, sound
             return
-        self.told.append(message)
+        self.messages.append(message)
         if message["type"] == "opened":
             self.epoch, self.origin, self.last = message["epoch"], None, -1
         if message["type"] == "rewind":
@@ -74,10 +78,10 @@ class Stage:
         return turn
 
     def types(self):
-        return [message["type"] for message in self.told]
+        return [message["type"] for message in self.messages]
 
     def loud(self):
-        return [n for n, sound in sorted(self.heard.items()) if np.abs(sound).max() > 0.05]
+        return [n for n, sound in sorted(self.sound_of.items()) if np.abs(sound).max() > 0.05]
 
 
 def a_tone(seconds: float):
@@ -94,7 +98,7 @@ def test_it_idles_in_bounded_advance_and_waits_for_a_viewer_who_stops():
     assert stage.viewer.session.point.frame - stage.viewer.session.viewed <= 3 * 4
 
 
-def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_sample_is_heard():
+def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_sample_is_played():
     stage = Stage()
     stage.open()
     asked, sound = stage.place(), a_tone(1.0)
@@ -102,8 +106,8 @@ def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_
     stage.run(3)
     first = turn.first_frame
     assert 0 < first - asked <= 0.05 * FPS + 1 + 4  # the margin, and no more than a chunk
-    heard = np.concatenate([stage.heard[n] for n in range(first, first + 13)])
-    assert np.abs(heard[: len(sound)] - sound.numpy()).max() < 1e-4
+    played = np.concatenate([stage.sound_of[n] for n in range(first, first + 13)])
+    assert np.abs(played[: len(sound)] - sound.numpy()).max() < 1e-4
     assert stage.loud() == list(range(first, first + 13))
     bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]
     assert bright == stage.loud()  # the mouth is open in just those frames
@@ -218,10 +222,10 @@ def test_a_voice_in_the_microphone_interrupts_and_its_end_is_a_turn():
         stage.viewer.feed(piece, stage.now)
         stage.run(0.04)
     assert talking.cancelled.is_set()
-    turn, heard = stage.started[-1]
+    turn, recorded = stage.started[-1]
     assert turn is not talking
-    assert 0.8 * 16000 <= len(heard) <= 1.3 * 16000
-    assert torch.equal(heard[heard.abs() > 0.1], said[said.abs() > 0.1])
+    assert 0.8 * 16000 <= len(recorded) <= 1.3 * 16000
+    assert torch.equal(recorded[recorded.abs() > 0.1], said[said.abs() > 0.1])
 
 
 def test_many_turns_keep_sound_and_picture_together_and_memory_bounded():
@@ -231,7 +235,7 @@ def test_many_turns_keep_sound_and_picture_together_and_memory_bounded():
         stage.say(a_tone(0.5))
         stage.run(2.0)
         for n in [n for n in stage.seen if n < stage.last - 60]:
-            del stage.seen[n], stage.heard[n]
+            del stage.seen[n], stage.sound_of[n]
     session = stage.viewer.session
     assert session.inputs.audio.end - session.inputs.audio.start < 20 * PER_FRAME
     bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]

@@ -145,9 +145,9 @@ def sound(batch: int, frames: int) -> Conditions:
     return Conditions(text=torch.zeros(batch, 1, 1), audio=audio, reference=randn(batch, 2, 1, 1, 1))
 
 
-def scorer(told: list, answer=torch.ones_like):
+def scorer(scored: list, answer=torch.ones_like):
     def denoise(x, sigma, conditions):
-        told.append((x, sigma, conditions))
+        scored.append((x, sigma, conditions))
         return answer(x)
 
     return SimpleNamespace(denoise=denoise)
@@ -190,8 +190,8 @@ def test_a_long_rollout_carries_its_loss_on_the_last_window(exit_step):
     sound and take its first frame as given."""
     method, lengths = cell_dmd(exit_step=exit_step, rollout_chunks=9), set()
     for seed in range(8):
-        told: list = []
-        method.teacher = scorer(told)
+        scored: list = []
+        method.teacher = scorer(scored)
         method.student.zero_grad()
         method.loss("student", Batch(conditions=sound(2, CHUNKS)), rng(seed, 5), rng(seed)).value.backward()
         count = CHUNKS + drawn(rng(seed), 9 - CHUNKS + 1)
@@ -201,7 +201,7 @@ def test_a_long_rollout_carries_its_loss_on_the_last_window(exit_step):
         assert method.student.graphs == list(range(start, count)), "a graph that no loss asks for"
         before = [s for chunk, s in method.student.seen if chunk < start]
         assert before == list(method.student.spec.sigmas) * start
-        x, _, conditions = told[0]
+        x, _, conditions = scored[0]
         assert x.shape[2] == CHUNKS
         assert (
             conditions.audio.flatten(1).tolist()
@@ -253,14 +253,14 @@ def test_context_noise_is_put_on_what_is_committed():
 
 @pytest.mark.parametrize(("start", "chunk"), [(0, 0), (0, 3), (2, 2), (2, 3)])
 def test_no_gradient_runs_through_the_context(start, chunk):
-    """Of the real student: a chunk's x0 hears its own noise, at its own exit step alone; its loss reaches every weight."""
+    """Of the real student: a chunk's x0 depends on its own noise, at its own exit step alone; its loss reaches every weight."""
     student, exits = a_student(History(sinks=1, window=None)), [2, 0, 1, 2]
     tables = {(j, i): some_latents(1, 2, seed=10 * j + i).requires_grad_() for j in range(CHUNKS) for i in range(STEPS)}
     x0 = rollout(student, some_conditions(1), lambda j, i: tables[j, i], exits, start=start)
     assert x0.shape[2] == 2 * (CHUNKS - start)
     x0[:, :, 2 * (chunk - start) :][:, :, :2].square().sum().backward()
-    heard = {key for key, table in tables.items() if table.grad is not None and table.grad.any()}
-    assert heard == {(chunk, exits[chunk])}
+    with_gradient = {key for key, table in tables.items() if table.grad is not None and table.grad.any()}
+    assert with_gradient == {(chunk, exits[chunk])}
     assert all(grad is not None and grad.any() for grad in gradients(student))
 
 
@@ -275,19 +275,19 @@ def test_a_window_is_the_end_of_the_whole_rollout():
 
 def test_guidance_within_its_band_only():
     """Clips inside the band are guided, the others are the teacher's full prediction; as many passes for every sigma."""
-    method, told = cell_dmd(exit_step="last", guidance=Guidance(text=3.0, audio=3.0), guidance_band=(0.4, 0.6)), []
-    method.teacher = scorer(told)
+    method, scored = cell_dmd(exit_step="last", guidance=Guidance(text=3.0, audio=3.0), guidance_band=(0.4, 0.6)), []
+    method.teacher = scorer(scored)
     sigma, x = torch.tensor([0.3, 0.5, 0.7]), some_latents(3, 4)
     batch = replace(sound(3, 4), text=torch.ones(3, 1, 1))
 
     def denoise(x, sigma, conditions):
-        told.append(conditions)
+        scored.append(conditions)
         return torch.full_like(x, 1.0 if conditions.text.any() else 0.0)
 
     method.teacher = SimpleNamespace(denoise=denoise)
     real, _ = method._scores(x, sigma, torch.zeros_like(x), batch)
     assert real[:, 0, 1, 0, 0].tolist() == [1.0, 3.0, 1.0]
-    assert len(told) == 2
+    assert len(scored) == 2
 
 
 def test_wrong_options_are_one_line():

@@ -261,15 +261,15 @@ def test_the_tangent_of_a_network_is_the_central_difference(prediction):
 
 
 def test_a_discrete_step_lands_on_the_next_grid_point():
-    """Student at (x_s, s), teacher at the same, then the student without gradient where the Euler step ends, all told the data."""
+    """Student at (x_s, s), teacher at the same, then the student without gradient at the Euler step's end, all given the data."""
     batch = a_train_set(4).batch(torch.arange(4))
     student, teacher = Recorder(torch.ones_like(batch.x0)), Recorder(2 * torch.ones_like(batch.x0))
     method = consistency_of(student, teacher, num_steps=6, guidance=Guidance(text=2.0, audio=2.0))
     loss = method.loss("student", batch, rng(1), rng(2))
-    told, (first, second) = teacher.calls[0], student.calls
+    call, (first, second) = teacher.calls[0], student.calls
     assert len(teacher.calls) == 2, "guidance was not applied"
-    assert torch.equal(told.x, first.x)
-    assert torch.equal(told.sigma, first.sigma)
+    assert torch.equal(call.x, first.x)
+    assert torch.equal(call.sigma, first.sigma)
     assert all(torch.equal(call.clean, batch.x0) for call in (*teacher.calls, *student.calls))
     grid = flow.sigma_grid(6, 3.0)
     index = [[grid.index(pytest.approx(s)) for s in row] for row in first.sigma.tolist()]
@@ -301,14 +301,14 @@ def test_continuous_targets_are_a_step_along_the_tangent():
         patch.setattr(consistency.losses, "regression", spy)
         method.loss("student", batch, rng(1), rng(2))
     x, sigma = inputs[0]
-    told = method.ar_teacher.denoise_clip(x, sigma, batch.conditions, batch.x0)
+    teacher_x0 = method.ar_teacher.denoise_clip(x, sigma, batch.conditions, batch.x0)
     low = (sigma <= 0.3)[:, None, :, None, None].expand_as(x)
-    assert torch.equal(seen["target"][low][:1], told[low][:1])
-    assert torch.allclose(seen["target"][low], told[low])
+    assert torch.equal(seen["target"][low][:1], teacher_x0[low][:1])
+    assert torch.allclose(seen["target"][low], teacher_x0[low])
     student.denoise_clip = keep
     s = sigma[:, None, :, None, None]
     with torch.no_grad():
-        tangent = s * method._tangent(x, (x - told) / s, sigma, batch.conditions, batch.x0) * ~low
+        tangent = s * method._tangent(x, (x - teacher_x0) / s, sigma, batch.conditions, batch.x0) * ~low
     rms = tangent[:, :, 1:].square().flatten(1).mean(1).sqrt().view(-1, 1, 1, 1, 1)
     step = seen["x0_hat"] - seen["target"]
     assert torch.allclose(step[~low], (tangent / (rms + 0.5))[~low], atol=1e-5)

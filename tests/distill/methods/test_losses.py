@@ -83,7 +83,7 @@ def test_frames_that_are_not_given_count():
 
 
 def test_the_gan_losses_are_logarithms():
-    """-log D(real) - log(1 - D(fake)), and -log D(fake) for the one who is judged."""
+    """-log D(real) - log(1 - D(fake)), and -log D(fake) for the generator."""
     real, fake = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 3.0]])
     expected = -(real.sigmoid().log().mean() + (1 - fake.sigmoid()).log().mean())
     assert torch.allclose(losses.discriminator_loss(real, fake), expected)

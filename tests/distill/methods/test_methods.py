@@ -163,8 +163,8 @@ def test_dmd_compares_scores_of_one_noisy_clip():
 
     method.teacher, method.fake_score = recorder("teacher"), recorder("fake_score")
     method.loss("student", batch, rng(1), rng(2))
-    told = [(name, *given) for name, _, _, *given in seen]
-    assert sorted(told) == [
+    listed = [(name, *given) for name, _, _, *given in seen]
+    assert sorted(listed) == [
         ("fake_score", True, True), ("teacher", False, False), ("teacher", True, False), ("teacher", True, True),
     ]  # fmt: skip
     assert all(torch.equal(x, seen[0][1]) and torch.equal(sigma, seen[0][2]) for _, x, sigma, *_ in seen)

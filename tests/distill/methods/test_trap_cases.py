@@ -53,7 +53,7 @@ def inputs_of(module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("arithmetic", ["fp32", "bf16 weights", "autocast"])
-def test_the_network_is_told_the_published_times_unrounded(arithmetic):
+def test_the_network_gets_the_published_times_unrounded(arithmetic):
     """Traps 2, 3 and 11: true times, not indices of a table and not rounded to bf16; the known frame has the time of its chunk."""
     sigmas, given, x = student_sigmas(4, 5.0), some_conditions(), some_latents()
     student, teacher = a_student(sigmas=sigmas), a_teacher()
@@ -61,7 +61,7 @@ def test_the_network_is_told_the_published_times_unrounded(arithmetic):
         cast(student.net, torch.bfloat16)
         cast(teacher.net, torch.bfloat16)
 
-    def told(net, act) -> list[float]:
+    def times_of(net, act) -> list[float]:
         seen = inputs_of(net.condition_embedder.timesteps_proj)
         with torch.autocast("cpu", torch.bfloat16) if arithmetic == "autocast" else nullcontext():
             act()
@@ -71,11 +71,11 @@ def test_the_network_is_told_the_published_times_unrounded(arithmetic):
         rollout(student, given, draw_noise(student, 2, rng(1)))
 
     levels = torch.tensor(sigmas).expand(2, -1)
-    assert told(student.net, stream) == [0.0, *PUBLISHED], "with gradient"
-    assert told(student.net, torch.no_grad()(stream)) == [0.0, *PUBLISHED]
-    assert told(student.net, lambda: student.denoise_clip(x, levels, given)) == PUBLISHED
+    assert times_of(student.net, stream) == [0.0, *PUBLISHED], "with gradient"
+    assert times_of(student.net, torch.no_grad()(stream)) == [0.0, *PUBLISHED]
+    assert times_of(student.net, lambda: student.denoise_clip(x, levels, given)) == PUBLISHED
     solve = flow.sigma_grid(4, 5.0)
-    assert told(teacher.net, lambda: solve_states(teacher, given, x, solve, (4,), Guidance())) == PUBLISHED
+    assert times_of(teacher.net, lambda: solve_states(teacher, given, x, solve, (4,), Guidance())) == PUBLISHED
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def test_the_context_pass_sees_x0_itself_at_time_zero():
     entered, n, num_steps = inputs_of(student.net.patch_embedding), student.spec.chunk_frames, len(student.spec.sigmas)
     x0 = rollout(student, given, draw_noise(student, 2, rng(1)))
     committed = entered[num_steps :: num_steps + 1]
-    assert len(committed) == student.spec.num_chunks - 1, "the last chunk is nobody's context"
+    assert len(committed) == student.spec.num_chunks - 1, "the last chunk is no context"
     for i, inputs in enumerate(committed):
         assert torch.equal(inputs[:, :CHANNELS], x0[:, :, i * n : (i + 1) * n])
     part = given.frames(0, n)
@@ -158,20 +158,20 @@ def test_trajectories_and_dmd_have_one_unconditional_branch():
     """Trap 39: the negative prompt stands in the text's place wherever guidance drops it; audio is dropped with it."""
     negative = randn(2, TOKENS, TEXT, seed=77)
     given, guidance = replace(some_conditions(), negative=negative), Guidance(text=2.0, audio=2.0)
-    heard: list[tuple[bool, bool]] = []
+    branches: list[tuple[bool, bool]] = []
 
     def denoise(x, sigma, conditions):
         texts = [torch.equal(conditions.text, text) for text in (given.text, negative)]
-        heard.append((texts.index(True) == 1, not conditions.audio.any()))
+        branches.append((texts.index(True) == 1, not conditions.audio.any()))
         return 0.5 * x
 
     teacher = SimpleNamespace(denoise=denoise)
     solve_states(teacher, given, some_latents(), flow.sigma_grid(2, 3.0), (2,), guidance)
-    assert heard == [(False, False), (True, True)] * 2
-    heard.clear()
+    assert branches == [(False, False), (True, True)] * 2
+    branches.clear()
     method = dmd.DMD(dmd.Config(guidance=guidance), a_student(), teacher, a_teacher(2))
     method.loss("student", Batch(conditions=given), rng(1), rng(2))
-    assert heard == [(False, False), (True, True)]
+    assert branches == [(False, False), (True, True)]
 
 
 # ---- precision

@@ -1,6 +1,6 @@
 """Forty-two numeric details that a reimplementation of these systems gets wrong, and what holds each of them here.
 
-One row a trap: its number, the trap in a few words, and the tests that fail for who falls into it, or one sentence why nobody can.
+One row a trap: its number, the trap in a few words, and the tests that fail for who falls into it, or why it cannot happen.
 """
 
 import ast
@@ -78,7 +78,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "teachers/test_reference_wan.py::test_audio_is_added_before_the_chosen_blocks_alone",
         "teachers/test_reference_wan.py::test_network_and_teacher_are_the_equations",
     )),
-    (16, "wav2vec hears the whole clip, and a latent frame its own last pixel frame", (
+    (16, "wav2vec sees the whole clip, and a latent frame its own last pixel frame", (
         "teachers/encoders/test_wav2vec.py::test_any_split_gives_the_same_bits",
         "teachers/encoders/test_wav2vec.py::test_rows_hear_their_own_window_and_no_other_sample",
         "students/serving/test_session.py::test_the_future_is_not_heard_and_the_margin_is",

@@ -1,9 +1,7 @@
 """The run folder: done stages are skipped, killed ones go on, foreign ones are refused, files are whole or absent."""
 
-import errno
 import json
 import multiprocessing
-import os
 import time
 from dataclasses import dataclass, field, replace
 
@@ -13,9 +11,8 @@ import torch
 from distill.data.stored import opener
 from distill.pipeline import record
 from distill.pipeline.run_folder import RunFolder
-from distill.training.metrics_log import MetricsLog
 from teachers.errors import UserError
-from teachers.files import atomic_write, load_tensors, replacing, save_tensors
+from teachers.files import atomic_write, replacing, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +118,7 @@ class Main:
 
 
 class Other(Main):
-    """A rank that hears them."""
+    """A rank that receives them."""
 
     is_main, rank = False, 1
 
@@ -150,7 +147,7 @@ def flip(path, bit=3):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "lost"])
-def test_a_damaged_file_of_a_done_stage_is_named_and_made_again_when_asked(toy, how):
+def test_a_damaged_file_of_a_done_stage_is_named_and_made_again_on_request(toy, how):
     run = RunFolder.open(toy)
     run.stage("data", {"n": 1}, (), Body())
     file, words = (
@@ -220,9 +217,9 @@ def test_what_a_stage_leaves_at_the_top_is_made_again_when_it_is_gone(toy, capfd
         atomic_write(run.path / "report.json", "x")
         return {}
 
-    for spoil in (None, (run.path / "report.json").unlink, lambda: flip(run.path / "report.json")):
-        if spoil is not None:
-            spoil()
+    for corrupt in (None, (run.path / "report.json").unlink, lambda: flip(run.path / "report.json")):
+        if corrupt is not None:
+            corrupt()
         run.stage("evaluate", {}, (), body, ("report.*",))
         assert (run.path / "report.json").read_text() == "x"
     said = capfd.readouterr().err
@@ -300,6 +297,14 @@ def test_leftovers_of_another_fingerprint_are_deleted(toy):
     body = Body()
     run.stage("data", {"n": 3}, (), body)
     assert body.made == [0, 1, 2], "a finished stage with another fingerprint was reused"
+
+
+def test_a_fingerprint_has_the_version(toy, monkeypatch):
+    run = RunFolder.open(toy)
+    before = run.fingerprint("data", {"n": 1}, ())
+    assert run.fingerprint("data", {"n": 1}, ()) == before
+    monkeypatch.setattr("distill.pipeline.run_folder.__version__", "another")
+    assert run.fingerprint("data", {"n": 1}, ()) != before
 
 
 def test_a_stage_is_redone_when_its_input_was(toy):
@@ -392,54 +397,3 @@ class Follower:
 def test_only_the_main_rank_writes(toy, tmp_path):
     RunFolder.open(replace(toy, run_dir=str(tmp_path / "follow")), Follower())
     assert not (tmp_path / "follow").exists()
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(source, target):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    path = tmp_path / "shard.safetensors"
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match=r"the disk is full: .*shard.safetensors needs 4000 bytes, \d+ bytes are free"):
-        save_tensors(path, {"x": torch.zeros(1000)})
-    with pytest.raises(UserError, match="needs 3 bytes"):
-        atomic_write(path, b"abc")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    atomic_write(path, "old")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(KeyboardInterrupt()))
-    with pytest.raises(KeyboardInterrupt):
-        atomic_write(path, "new")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
-    assert path.read_text() == "old"
-
-
-def test_tensors_come_back_bit_equal_and_damage_is_told(tmp_path):
-    path = tmp_path / "x.safetensors"
-    tensors = {"a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), "b": torch.arange(5).half()[::2]}
-    save_tensors(path, tensors, {"sigmas": "1,0.5"})
-    back = load_tensors(path)
-    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="damaged tensor file"):
-        load_tensors(path)
-    with pytest.raises(UserError, match="no tensor file"):
-        load_tensors(tmp_path / "y.safetensors")
-
-
-def test_the_metrics_log_forgets_what_a_killed_run_logged_ahead(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.write("teacher", 9, {"loss": 0.5})
-    for step in range(4):
-        log.write("dmd", step, {"loss": float(step)})
-    with log.path.open("a") as file:
-        file.write('{"stage": "dmd", "st')
-    log.resume("dmd", 2)
-    assert [(row["stage"], row["step"]) for row in log.rows()] == [("teacher", 9), ("dmd", 0), ("dmd", 1)]
-    log.write("dmd", 2, {"loss": 2.0})
-    assert log.rows("dmd")[-1] == {"stage": "dmd", "step": 2, "loss": 2.0}
-    MetricsLog(tmp_path / "none.jsonl", is_main=False).write("dmd", 0, {"loss": 1.0})
-    assert not (tmp_path / "none.jsonl").exists()

@@ -121,6 +121,18 @@ def test_inputs_are_stages_before(tmp_path):
             seen.add(stage.name)
 
 
+def test_a_distillation_depends_on_what_scores_it_and_where_both_networks_start():
+    for case, start in (("base", "base"), ("no trajectories", "teacher")):
+        (stage,) = (stage for stage in stages(recipe_of(case)) if stage.name == "distill")
+        assert {"extractors", "init", start} <= set(stage.inputs), case
+
+
+def test_the_digests_of_a_data_source_are_in_the_facts_of_the_data_alone():
+    recipe = recipe_of("no trajectories")
+    found = {stage.name: facts(stage, recipe, {"shards": "abc"}).get("files", {}) for stage in stages(recipe)}
+    assert [name for name, files in found.items() if files.get("data source: shards") == "abc"] == ["data"]
+
+
 def test_every_file_that_a_path_names_is_in_the_facts(tmp_path):
     """Paths are found by walking the config: one changed byte of any of them changes the stages that read it."""
     folder = tmp_path / "models"

@@ -114,19 +114,19 @@ def test_other_sigmas_and_another_teacher_are_refused_at_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("corrupt", "expected"),
     [
         ("data", r"^the data are not finite: audio of one of the clips \[[\d, ]+\]; check the data"),
         ("weights", r"^the teacher's solution is not finite: clip \d+ at sigma [\d.]+; check its weights"),
     ],
 )
-def test_states_that_are_not_finite_are_never_stored_and_say_whose_they_are(tmp_path, spoil, told):
+def test_states_that_are_not_finite_are_never_stored_and_say_whose_they_are(tmp_path, corrupt, expected):
     teacher, pool = a_teacher(), a_train_set()
-    if spoil == "data":
+    if corrupt == "data":
         pool.features["audio"][:, 1] = float("nan")
     else:
         next(iter(teacher.parameters())).data[0] = float("nan")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         make(lambda _: teacher, "abc", pool, CONFIG, SIGMAS, seed=0, folder=tmp_path, engine=Ranks())
     assert not list(tmp_path.iterdir())
 

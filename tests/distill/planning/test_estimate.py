@@ -283,7 +283,7 @@ def test_a_global_batch_sets_the_micro_steps():
     assert "micro-steps an update: distill 2" in text
 
 
-def test_switches_and_the_first_remedy():
+def test_switches_and_the_first_that_fits():
     """Two roles of 1 GiB elements and a teacher of 8: weights 40 GiB, moments 16, an average 4, gradients 4, activations 40."""
     plan = a_plan(((0, 40 * GIB),), count=GIB)
     assert peak_bytes(plan, "ddp", 1) / GIB == 60 + 40

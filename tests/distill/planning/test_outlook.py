@@ -243,7 +243,7 @@ def test_a_wrong_rate_is_one_line(words, line):
     assert line in str(error.value)
 
 
-def test_batches_that_do_not_divide_are_said(tmp_path, capsys):
+def test_batches_that_do_not_divide_are_named(tmp_path, capsys):
     words = ("init.train.global_batch=8", "init.train.batch_size=8", "--gpus", "3", "--json", tmp_path / "plan.json")
     assert run_plan(RECIPES / "scratch_avatar.yaml", "preset=smoke", *words) == 0
     assert "no multiple of" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from tests.support.tiny import make_spec
 
 
 def test_live_bytes_are_those_of_a_known_graph():
-    """tanh keeps its output; what nobody needs is gone; gradients are counted apart from the rest."""
+    """tanh keeps its output; what nothing needs is freed; gradients are counted apart from the rest."""
     net = torch.nn.Linear(10, 10, bias=False, device="meta")
     x = torch.empty(50, 10, device="meta")
     row = 50 * 10 * 4

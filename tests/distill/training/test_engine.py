@@ -90,7 +90,7 @@ def test_buckets_keep_order_size_and_type():
     ("environ", "count"),
     [({}, 1), ({"WORLD_SIZE": "4"}, 4), ({"OMPI_COMM_WORLD_SIZE": "3"}, 3), ({"WORLD_SIZE": ""}, 1)],
 )
-def test_what_the_launcher_was_asked_for(environ, count):
+def test_what_the_launcher_requested(environ, count):
     assert requested_processes(environ) == count
 
 

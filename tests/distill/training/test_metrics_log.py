@@ -125,7 +125,7 @@ def test_a_killed_and_resumed_training_is_tracked_as_one_never_killed(tmp_path, 
     made = [row for row in seen if row[0] == "made"]
     assert len(made) == 2
     assert made[0] == made[1], "the same run at the tracker"
-    assert [row for row in seen if row[0] == "settings"] == [("settings", {"seed": 3})], "told once"
+    assert [row for row in seen if row[0] == "settings"] == [("settings", {"seed": 3})], "passed once"
     assert seen[-1] == ("finish",)
 
 
@@ -204,7 +204,7 @@ def classes(monkeypatch, seen: list) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
-def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
+def test_a_recipe_s_tracker_gets_where_and_what(monkeypatch, tmp_path, kind):
     seen: list = []
     classes(monkeypatch, seen)
     recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"tracker={kind}"])
@@ -214,12 +214,12 @@ def test_a_recipe_s_tracker_is_told_where_and_what(monkeypatch, tmp_path, kind):
     tracker.log("dmd", 4, {"student/loss": 0.5}, number=1)
     name = json.loads((tmp_path / "tracker.json").read_text())["name"]
     assert name.startswith(f"{tmp_path.name}-")
-    told = {
+    expected = {
         "tensorboard": ("tensorboard", {"logging_dir": tmp_path}),
         "wandb": ("scratch_avatar", {"id": name, "name": name, "resume": "allow", "dir": str(tmp_path)}),
         "trackio": ("scratch_avatar", {"name": name, "resume": "allow"}),
     }
-    assert seen[0] == ("made", *told[kind])
+    assert seen[0] == ("made", *expected[kind])
     settings = next(row[1] for row in seen if row[0] == "settings")
     assert settings["distill.train.num_steps"] == 64
     assert settings["reuse"] == "null"
@@ -248,3 +248,18 @@ def test_another_tracker_is_the_same_run(tmp_path):
     recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}"])
     RunFolder.open(recipe)
     RunFolder.open(load_recipe(RECIPES / "scratch_avatar.yaml", [f"run_dir={tmp_path / 'run'}", "tracker=wandb"]))
+
+
+def test_the_metrics_log_forgets_what_a_killed_run_logged_ahead(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("teacher", 9, {"loss": 0.5})
+    for step in range(4):
+        log.write("dmd", step, {"loss": float(step)})
+    with log.path.open("a") as file:
+        file.write('{"stage": "dmd", "st')
+    log.resume("dmd", 2)
+    assert [(row["stage"], row["step"]) for row in log.rows()] == [("teacher", 9), ("dmd", 0), ("dmd", 1)]
+    log.write("dmd", 2, {"loss": 2.0})
+    assert log.rows("dmd")[-1] == {"stage": "dmd", "step": 2, "loss": 2.0}
+    MetricsLog(tmp_path / "none.jsonl", is_main=False).write("dmd", 0, {"loss": 1.0})
+    assert not (tmp_path / "none.jsonl").exists()

@@ -31,8 +31,8 @@ def by_loops(lip: np.ndarray, audio: np.ndarray, max_lag: int) -> np.ndarray:
     for v in range(len(lip)):
         row = []
         for lag in range(-max_lag, max_lag + 1):
-            heard = audio[v + lag] if 0 <= v + lag < len(audio) else np.zeros(lip.shape[1])
-            row.append(math.sqrt(sum((x - y + 1e-6) ** 2 for x, y in zip(lip[v], heard, strict=True))))
+            from_audio = audio[v + lag] if 0 <= v + lag < len(audio) else np.zeros(lip.shape[1])
+            row.append(math.sqrt(sum((x - y + 1e-6) ** 2 for x, y in zip(lip[v], from_audio, strict=True))))
         rows.append(row)
     return np.array(rows)
 
@@ -79,9 +79,9 @@ class Code:
     def features(self, faces, mfcc, num_windows):
         self.num_windows.append(num_windows)
         seen = faces.double().mean((1, 2, 3))
-        heard = mfcc[: len(mfcc) // 4 * 4, 0].reshape(-1, 4).mean(1)
-        seen, heard = ((x - x.mean()) / x.std() for x in (seen, heard))
-        return seen.unfold(0, 5, 1)[:num_windows], heard.unfold(0, 5, 1)[:num_windows]
+        from_audio = mfcc[: len(mfcc) // 4 * 4, 0].reshape(-1, 4).mean(1)
+        seen, from_audio = ((x - x.mean()) / x.std() for x in (seen, from_audio))
+        return seen.unfold(0, 5, 1)[:num_windows], from_audio.unfold(0, 5, 1)[:num_windows]
 
 
 def coded(delay: int = 0, num: int = 80, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,3 +63,8 @@ def test_the_cards_that_have_it_show_it_as_drift():
         card = load_card(name)
         assert {card.columns[column].table for column in METRIC.columns} == {"Drift"}
         assert "alexnet" in card.plain()["weights"]
+
+
+def test_a_window_has_two_frames_and_a_clip_two_windows():
+    clip = Clip(video=torch.zeros(3, 9, 4, 4, dtype=torch.uint8), fps=Fraction(25))
+    assert [clip.window(Fraction(n, 25)) for n in (1, 2, 4, 5)] == [0, 2, 4, 0]

@@ -84,7 +84,7 @@ def test_five_seconds_have_four_rows_a_frame_but_one():
 
 
 def test_gain_moves_only_the_energy_of_voiced_sound():
-    """The scale matters: sound in [-1, 1] is not what SyncNet hears."""
+    """The scale matters: sound in [-1, 1] is not the scale that SyncNet reads."""
     loud, soft = (mfcc(torch.from_numpy(noise(1600)).double() * gain) for gain in (1, 1 / 32768))
     torch.testing.assert_close(loud[:, 0] - soft[:, 0], torch.full((9,), 2 * math.log(32768), dtype=torch.float64))
     torch.testing.assert_close(loud[:, 1:], soft[:, 1:], rtol=1e-6, atol=1e-6)

@@ -20,43 +20,43 @@ def shift(x: torch.Tensor, lag: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("lag", range(-4, 5))
 def test_offset_is_found_and_positive_when_the_picture_lags(lag: int):
-    heard = speech_like(40, 24)
-    result = mouth_sync(shift(heard, lag), heard)
+    from_audio = speech_like(40, 24)
+    result = mouth_sync(shift(from_audio, lag), from_audio)
     assert result["sync_offset_frames"] == lag
     assert result["sync_at_offset"] > 0.8
     assert (result["sync"] > 0.99) == (lag == 0)
 
 
 def test_in_sync_beats_noisy_beats_swapped():
-    heard = speech_like(60, 15)
-    noisy = heard + torch.randn(heard.shape, generator=torch.Generator().manual_seed(1))
-    scores = [mouth_sync(seen, heard)["sync"] for seen in (heard, noisy, heard.roll(1, 0))]
+    from_audio = speech_like(60, 15)
+    noisy = from_audio + torch.randn(from_audio.shape, generator=torch.Generator().manual_seed(1))
+    scores = [mouth_sync(seen, from_audio)["sync"] for seen in (from_audio, noisy, from_audio.roll(1, 0))]
     assert scores[0] > 0.999
     assert scores[0] > scores[1] > 0.6
     assert abs(scores[2]) < 0.15
-    assert mouth_sync(-heard, heard)["sync"] == pytest.approx(-1)
+    assert mouth_sync(-from_audio, from_audio)["sync"] == pytest.approx(-1)
 
 
 def test_frame_0_and_the_level_of_each_clip_do_not_count():
-    heard = speech_like(10, 15)
-    seen = heard * 0.3 + torch.arange(10.0)[:, None, None]
+    from_audio = speech_like(10, 15)
+    seen = from_audio * 0.3 + torch.arange(10.0)[:, None, None]
     seen[:, 0] = 99
-    assert mouth_sync(seen, heard)["sync"] == pytest.approx(1, abs=1e-5)
+    assert mouth_sync(seen, from_audio)["sync"] == pytest.approx(1, abs=1e-5)
 
 
 def test_still_mouths_score_zero_and_do_not_outweigh_moving_ones():
-    heard = speech_like(20, 15)
-    still = torch.zeros_like(heard)
-    assert mouth_sync(still, heard)["sync"] == 0
-    half = torch.cat((heard[:10], still[10:] + 1e-6 * speech_like(10, 15, seed=5)))
-    assert 0.4 < mouth_sync(half, heard)["sync"] < 0.95
+    from_audio = speech_like(20, 15)
+    still = torch.zeros_like(from_audio)
+    assert mouth_sync(still, from_audio)["sync"] == 0
+    half = torch.cat((from_audio[:10], still[10:] + 1e-6 * speech_like(10, 15, seed=5)))
+    assert 0.4 < mouth_sync(half, from_audio)["sync"] < 0.95
 
 
 def test_error_matches_the_scatter_of_repeated_draws():
     def one(seed: int) -> dict:
-        heard = speech_like(30, 15, seed)
-        noise = torch.randn(heard.shape, generator=torch.Generator().manual_seed(1000 + seed))
-        return mouth_sync(heard + 1.5 * noise, heard)
+        from_audio = speech_like(30, 15, seed)
+        noise = torch.randn(from_audio.shape, generator=torch.Generator().manual_seed(1000 + seed))
+        return mouth_sync(from_audio + 1.5 * noise, from_audio)
 
     runs = [one(seed) for seed in range(60)]
     scatter = torch.tensor([run["sync"] for run in runs]).std()

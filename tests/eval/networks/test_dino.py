@@ -138,18 +138,18 @@ def test_batch_size_changes_nothing():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda state: state.pop("encoder.layer.1.attention.attention.key.bias"), r"layer\.1\.attention\S*k\S*\.bias"),
         (lambda state: state.update(extra=torch.zeros(1)), "extra"),
         (lambda state: state.update({"layernorm.weight": torch.zeros(25)}), "layernorm.weight"),
     ],
 )
-def test_tensors_that_do_not_fit_are_refused(tmp_path, monkeypatch, change, told):
+def test_tensors_that_do_not_fit_are_refused(tmp_path, monkeypatch, change, expected):
     state = published(a_model())
     change(state)
     put(tmp_path, monkeypatch, state)
-    with pytest.raises(UserError, match=f"identity with DINOv2 refused: its file does not fit: .*{told}"):
+    with pytest.raises(UserError, match=f"identity with DINOv2 refused: its file does not fit: .*{expected}"):
         Dino.load(tmp_path)
 
 

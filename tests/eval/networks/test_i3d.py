@@ -116,22 +116,22 @@ def test_shrinking_is_not_antialiased():
 
 def test_arguments_reach_the_file_by_name():
     """By position they break under torch >= 2.1 with DataParallel."""
-    heard = []
+    calls = []
 
     class Recorder(nn.Module):
         def forward(self, *args, **kwargs):
-            heard.append((args, kwargs))
+            calls.append((args, kwargs))
             return torch.zeros(len(kwargs["x"]), DIM)
 
     I3D(Recorder()).features(some_videos(1))
     I3D(Recorder()).features(some_videos(1), variant="common_metrics")
-    flags = [{key: value for key, value in kwargs.items() if key != "x"} for _, kwargs in heard]
-    assert [args for args, _ in heard] == [(), ()]
+    flags = [{key: value for key, value in kwargs.items() if key != "x"} for _, kwargs in calls]
+    assert [args for args, _ in calls] == [(), ()]
     assert flags == [
         {"rescale": True, "resize": True, "return_features": True},
         {"rescale": False, "resize": False, "return_features": True},
     ]
-    assert torch.equal(heard[0][1]["x"], some_videos(1).float())
+    assert torch.equal(calls[0][1]["x"], some_videos(1).float())
 
 
 def test_batch_size_changes_nothing(network):
@@ -153,7 +153,7 @@ def test_a_changed_program_is_refused_before_it_is_opened(program, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("videos", "told"),
+    ("videos", "expected"),
     [
         (some_videos(1, frames=9), "at least 10 frames: got 9"),
         (some_videos(1).float(), "uint8 videos"),
@@ -162,8 +162,8 @@ def test_a_changed_program_is_refused_before_it_is_opened(program, tmp_path, mon
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_other_videos_are_refused(network, videos, told):
-    with pytest.raises(UserError, match=told):
+def test_other_videos_are_refused(network, videos, expected):
+    with pytest.raises(UserError, match=expected):
         network.features(videos)
 
 

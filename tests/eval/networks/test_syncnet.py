@@ -121,7 +121,7 @@ def head(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
     return x @ weight.T + bias
 
 
-def hear(state: dict[str, Tensor], window: Tensor) -> Tensor:
+def encode_audio(state: dict[str, Tensor], window: Tensor) -> Tensor:
     """Window [13, 20] -> [1024], layer by layer with the published sizes."""
 
     def layer(place: int, x: Tensor, pad: int = 1) -> Tensor:
@@ -164,7 +164,7 @@ def test_both_towers_equal_the_equations_window_by_window():
     state = network.state_dict()
     blue_first = faces.flip(1).double()
     want_lips = torch.stack([see(state, blue_first[v : v + 5].transpose(0, 1)) for v in range(2)])
-    want_sounds = torch.stack([hear(state, mfcc[4 * v : 4 * v + 20].T) for v in range(2)])
+    want_sounds = torch.stack([encode_audio(state, mfcc[4 * v : 4 * v + 20].T) for v in range(2)])
     for got, want in ((lips, want_lips), (sounds, want_sounds)):
         spread = (want[0] - want[1]).abs().mean()
         assert spread > 0.01 * want.abs().mean()
@@ -307,7 +307,7 @@ def test_outside_the_picture_is_grey():
 
 
 @pytest.mark.parametrize(
-    ("boxes", "told"),
+    ("boxes", "expected"),
     [
         ([30.0, 20.0, 30.0, 60.0], "does not fit a frame of 120 x 90"),
         ([70.0, 20.0, 30.0, 60.0], "does not fit"),
@@ -319,8 +319,8 @@ def test_outside_the_picture_is_grey():
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")
-def test_boxes_that_do_not_fit_are_refused(boxes, told):
-    with pytest.raises(UserError, match=told):
+def test_boxes_that_do_not_fit_are_refused(boxes, expected):
+    with pytest.raises(UserError, match=expected):
         crop_faces(PICTURE, torch.tensor(boxes))
 
 

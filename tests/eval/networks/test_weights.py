@@ -59,10 +59,10 @@ def test_the_hash_in_a_published_name_is_the_hash_of_the_table():
 def test_a_missing_file_is_refused_by_name_with_where_to_get_it(tmp_path, name):
     with pytest.raises(UserError) as caught:
         locate(name, tmp_path)
-    told, entry = str(caught.value), REGISTRY[name]
+    expected, entry = str(caught.value), REGISTRY[name]
     for part in (entry.metric, "refused", str(tmp_path / entry.file), "is not there", entry.sha256, entry.source):
-        assert part in told
-    assert "\n" not in told
+        assert part in expected
+    assert "\n" not in expected
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,11 +74,11 @@ def test_a_changed_sha_is_refused(tmp_path, monkeypatch, get):
         path.write_bytes(wrong)
         with pytest.raises(UserError, match="refused") as caught:
             get("inception", tmp_path)
-        told = str(caught.value)
-        assert f"{path} is another file" in told
-        assert f"{len(wrong)} bytes" in told
-        assert hashlib.sha256(wrong).hexdigest() in told
-        assert REGISTRY["inception"].sha256 in told
+        expected = str(caught.value)
+        assert f"{path} is another file" in expected
+        assert f"{len(wrong)} bytes" in expected
+        assert hashlib.sha256(wrong).hexdigest() in expected
+        assert REGISTRY["inception"].sha256 in expected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -183,7 +183,7 @@ def test_a_state_dict_is_loaded_and_frozen(tmp_path, monkeypatch, zipped):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda state: state.pop("0.bias"), "missing 0.bias"),
         (lambda state: state.update(extra=torch.zeros(1)), "unexpected extra"),
@@ -191,13 +191,13 @@ def test_a_state_dict_is_loaded_and_frozen(tmp_path, monkeypatch, zipped):
         (lambda state: state.pop("1.running_var"), "missing 1.running_var"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_is_refused_whole(tmp_path, monkeypatch, change, told):
+def test_a_state_dict_that_does_not_fit_is_refused_whole(tmp_path, monkeypatch, change, expected):
     network = a_network()
     state = {key: value + 1 for key, value in network.state_dict().items()}
     change(state)
     save(monkeypatch, tmp_path, state)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(UserError, match=f"refused: its file does not fit: {told}; get"):
+    with pytest.raises(UserError, match=f"refused: its file does not fit: {expected}; get"):
         load_network("syncnet", network, tmp_path)
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 

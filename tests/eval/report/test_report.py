@@ -147,7 +147,7 @@ def test_a_metric_that_was_not_admitted_is_no_score_anywhere(tmp_path):
     assert document["systems"]["student"]["not_admitted"]["sync"]["mean"] == pytest.approx(0.77123)
 
 
-def test_a_target_on_a_metric_that_was_not_admitted_is_not_judged(tmp_path):
+def test_a_target_on_a_metric_that_was_not_admitted_is_not_evaluated(tmp_path):
     text, page = read_page(write_report(small_report(motion=False, fid=False), {}, {}, {}, tmp_path))
     assert ["FID student over teacher", "not admitted", "at most 1.1", ""] in page.rows
     assert "0 of 1 targets are met" in text  # the other stands on motion, which no system was scored on here
@@ -177,7 +177,7 @@ def test_targets_say_whether_they_are_met():
 
 
 def test_numbers_are_short():
-    assert [number(x) for x in (0, 1.23456, 0.0123456, 123.4, None, float("nan"), -2.5)] == [
+    assert [number(x) for x in (0, 1.23456, 0.0123456, 123.4, None, float("nan"), -2.5, 4, 117984, -0.0)] == [
         "0",
         "1.23",
         "0.0123",
@@ -185,6 +185,9 @@ def test_numbers_are_short():
         "-",
         "-",
         "-2.50",
+        "4",
+        "117,984",
+        "0",
     ]
 
 
@@ -199,6 +202,24 @@ def test_figures_survive_odd_values():
     assert "polyline" in curve_svg({"a": [(0, -1.0), (1, 2.0)], "b": [(0, 0.0), (1, float("inf"))]})
     assert "nan" not in dot_svg([("a", {"mean": -0.5, "error": None}), ("b", {"mean": 0.0})], target=1.0)
     assert dot_svg([("a", {"mean": None})]) == ""
+
+
+def labels(svg: str, anchor: str) -> list[str]:
+    return re.findall(rf'<text class="tick"[^>]*text-anchor="{anchor}">([^<]*)</text>', svg)
+
+
+def test_a_curve_of_few_steps_has_whole_steps_and_room_for_long_labels():
+    svg = curve_svg({"a": [(2, 0.297980), (4, 0.297990)]})
+    assert labels(svg, "middle") == ["2", "3", "4"]
+    longest = max(map(len, labels(svg, "end")))
+    assert longest > 7
+    assert all(
+        float(x) > 6 * longest for x in re.findall(r'<text class="tick" x="([\d.]+)"[^>]*text-anchor="end"', svg)
+    )
+
+
+def test_a_run_keeps_its_name_in_plots():
+    assert ">dmd_avatar</text>" in dot_svg([("dmd_avatar", {"mean": 1.0})])
 
 
 def test_sheet_keeps_every_pixel():
@@ -225,12 +246,12 @@ def test_the_conclusion_is_one_sentence_of_what_was_measured_and_admitted():
     text = said(ratios, {"fid_student": bad, "cost_student": good, "motion_student": unjudged}, ("motion",))
     assert text == (
         "Against its teacher the student has 1.02 times the FID; 1 of 2 targets are met, missed: FID student; "
-        "1 more could not be judged."
+        "1 more could not be evaluated."
     )
     assert said({}, {}) == ""
 
 
-def test_a_metric_whose_name_begins_like_a_refused_one_is_judged():
+def test_a_metric_whose_name_begins_like_a_refused_one_is_evaluated():
     systems = {"student": {"metrics": {"motion_energy": 1}, "not_admitted": {"motion": 1, "sync": 1}}}
     names = ("motion_energy_student", "motion_student", "sync_student_over_teacher", "cost_student")
     assert [is_withheld(name, systems) for name in names] == [False, True, True, False]

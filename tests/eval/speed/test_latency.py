@@ -107,8 +107,8 @@ def test_the_bare_work_is_the_sessions_own(commit, scene):
     assert len(made) == 7 * count
     assert all(torch.equal(a, b) for a, b in zip(made[5 * count : 6 * count], made[6 * count :], strict=True))
     assert torch.equal(work.decode(), stream(bundle, scene, 6).chunks[5].frames)
-    heard = bundle.audio_encoder(scene.sound[None], *spec.pixel_frames(5))[0]
-    assert torch.allclose(work.encoders(), heard, atol=1e-4)
+    received = bundle.audio_encoder(scene.sound[None], *spec.pixel_frames(5))[0]
+    assert torch.allclose(work.encoders(), received, atol=1e-4)
 
 
 def flops_by_hand(spec, queries: int, keys: int) -> int:
@@ -118,9 +118,9 @@ def flops_by_hand(spec, queries: int, keys: int) -> int:
     width, area = net.num_heads * net.head_dim, net.patch**2
     rows = spec.codec.stride * spec.audio.num_mels * spec.samples_per_frame // spec.audio.hop
     block = queries * width * (6 * width + 2 * net.ffn_dim) + 2 * queries * width * (keys + spec.text.max_tokens)
-    heard = n * rows * net.audio_hidden + n * net.audio_hidden * width * len(net.audio_blocks)
-    doors = queries * width * area * (2 * channels + 1) + queries * width * area * channels
-    return 2 * (4 * (net.num_layers * block + doors) + heard)
+    projected = n * rows * net.audio_hidden + n * net.audio_hidden * width * len(net.audio_blocks)
+    embeddings = queries * width * area * (2 * channels + 1) + queries * width * area * channels
+    return 2 * (4 * (net.num_layers * block + embeddings) + projected)
 
 
 def test_flops_are_those_counted_by_hand(bundle, scene):

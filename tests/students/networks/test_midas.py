@@ -154,7 +154,7 @@ def test_no_text_at_all_is_a_text():
     assert out.isfinite().all()
 
 
-def test_the_head_is_told_the_noise_level():
+def test_the_head_depends_on_the_noise_level():
     student, given, x = a_midas(), some_conditions(), some_latents()
     drawn = [student.denoise_clip(x, torch.full((2, 8), sigma), given, x)[:, :, 1:] for sigma in (0.2, 0.8)]
     assert (drawn[0] - drawn[1]).abs().max() > 0.05
@@ -181,7 +181,7 @@ def test_buckets_of_history_noise():
         NOISE.bucket(torch.tensor([0.5]))
 
 
-def test_a_plan_is_told_how_noisy_the_past_is():
+def test_a_plan_depends_on_how_noisy_the_past_is():
     student, given, x, clean = (
         a_midas(History(sinks=0, window=1)),
         some_conditions(),
@@ -196,7 +196,7 @@ def test_a_plan_is_told_how_noisy_the_past_is():
     assert [bool(a > 0) for a in apart] == [False] * 4 + [True] * 3 + [False], "two layers, two chunks on"
 
 
-def test_teacher_forcing_draws_noise_and_tells_it(monkeypatch):
+def test_teacher_forcing_draws_noise_and_passes_its_level(monkeypatch):
     student, seen = a_midas(), []
     plain = student.denoise_clip
     monkeypatch.setattr(student, "denoise_clip", lambda *given: seen.append(given) or plain(*given))
@@ -256,7 +256,7 @@ def test_a_language_model_from_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"history": History(commit="same_level")}, "student.history"),
         ({"history": History(sinks=1, window=0)}, "a window from 1"),
@@ -265,8 +265,8 @@ def test_a_language_model_from_a_folder(tmp_path):
         ({"history_noise": HistoryNoise(buckets=21)}, "the network has 20 embeddings"),
     ],
 )
-def test_what_it_was_not_made_for_is_refused(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_what_it_was_not_made_for_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
         a_midas(**changes)
 
 

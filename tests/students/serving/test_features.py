@@ -20,9 +20,9 @@ class MoodyStudent(CausalWan):
     """A student that adds its moods to what it draws."""
 
     def denoise(self, state, plan, x, sigma, conditions, step=0):
-        x0, told = super().denoise(state, plan, x, sigma, conditions, step)
+        x0, entry = super().denoise(state, plan, x, sigma, conditions, step)
         mood = conditions.mood.mean() + conditions.idol.mean() + conditions.scenery.mean()
-        return x0 + mood + conditions.mood_track.mean(dim=2)[:, None, :, None, None], told
+        return x0 + mood + conditions.mood_track.mean(dim=2)[:, None, :, None, None], entry
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ WINDOWED = {"network": WindowedConfig(network=make_spec().network)}
 KINDS = {**STUDENTS, "windowed": (History(sinks=1, window=2), Schedule(), WINDOWED)}
 NUM_CHUNKS = 3
 WIDTH, PUBLISHED = 16, CodecConfig(stride=4, patch=8, channels=16)
-EARS = Wav2VecConfig(features=4 * WIDTH, lookback_frames=8, lookahead_frames=2)
+AUDIO = Wav2VecConfig(features=4 * WIDTH, lookback_frames=8, lookahead_frames=2)
 CODECS = {
     "wan_vae": lambda: wan_vae.WanVAE(AutoencoderKLWan(base_dim=4, num_res_blocks=1)),
     "taehv": lambda: TAEHV((16, 8, 8, 8), 8),
@@ -96,8 +96,8 @@ def test_every_kind_of_student_streams_on_a_gpu(gpu, kind):
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
-def test_so_do_published_codecs_and_ears(gpu, codec):
-    spec = make_spec(History(sinks=1, window=2), height=32, width=32, codec=PUBLISHED, audio=EARS)
+def test_so_do_published_codecs_and_audio_encoders(gpu, codec):
+    spec = make_spec(History(sinks=1, window=2), height=32, width=32, codec=PUBLISHED, audio=AUDIO)
     shape = Wav2Vec2Config(
         hidden_size=WIDTH,
         num_hidden_layers=2,
@@ -107,8 +107,8 @@ def test_so_do_published_codecs_and_ears(gpu, codec):
         num_conv_pos_embeddings=16,
         num_conv_pos_embedding_groups=2,
     )
-    ears = Wav2Vec(Wav2Vec2Model(shape).eval().requires_grad_(False), EARS, spec.samples_per_frame)
-    bundle = prepare(around(spec, CODECS[codec](), ears), "cuda", Speed(dtype="bf16"))
+    encoder = Wav2Vec(Wav2Vec2Model(shape).eval().requires_grad_(False), AUDIO, spec.samples_per_frame)
+    bundle = prepare(around(spec, CODECS[codec](), encoder), "cuda", Speed(dtype="bf16"))
     stream(bundle, gpu)  # places among features are read once
     waits_for_frames_alone(stream(bundle, gpu), gpu)
 

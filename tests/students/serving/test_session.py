@@ -112,7 +112,7 @@ def test_what_is_asked_changes_what_is_shown(bundle):
 
 
 def test_the_future_is_not_heard_and_the_margin_is(bundle):
-    """Sound after a chunk's last frame plus the ears' margin cannot change it, to the bit; sound just before can."""
+    """Sound after a chunk's last frame plus the audio encoder's margin cannot change it, to the bit; sound just before can."""
     sound, margin = some_sound(16 * PER_FRAME), bundle.audio_encoder.lookahead
     chunks = play(bundle, sound)
     for index in (0, 1, 2):
@@ -133,20 +133,22 @@ def test_the_future_is_not_heard_and_the_margin_is(bundle):
 @pytest.mark.parametrize("history", HISTORIES, ids=str)
 def test_the_training_rollout_is_the_stream_bit_for_bit(history):
     bundle = a_bundle(history)
-    session, latents, heard = Session(bundle, a_portrait(), "a person nods", seed=3), [], []
+    session, latents, received = Session(bundle, a_portrait(), "a person nods", seed=3), [], []
     sound = some_sound(35 * PER_FRAME + 200)
     session.push(sound)
     frames = []
     for chunk in session.frames():
         latents.append(drawn(session).x0)
-        heard.append(drawn(session).conditions)
+        received.append(drawn(session).conditions)
         frames.append(chunk.frames)
     assert len(latents) == 9
     given = Conditions(
-        text=heard[0].text, reference=heard[0].reference, audio=torch.cat([part.audio for part in heard], dim=1)
+        text=received[0].text,
+        reference=received[0].reference,
+        audio=torch.cat([part.audio for part in received], dim=1),
     )
     whole = pack_rows(bundle.audio_encoder(sound[None], 0, 35), 2)
-    assert torch.allclose(given.audio, whole, atol=1e-4), "a stream hears something else than training"
+    assert torch.allclose(given.audio, whole, atol=1e-4), "a stream is conditioned on other audio than training"
     x0 = rollout(bundle.student, given, lambda chunk, step: chunk_noise(bundle.spec, 3, chunk, step))
     assert torch.equal(x0, torch.cat(latents, dim=2))
     pixels = to_uint8(bundle.codec.decode(x0))[0].permute(1, 2, 3, 0)

@@ -39,11 +39,11 @@ def test_idle_live_goes_on_in_silence_and_speech_follows(bundle):
         session.played(chunk.first_frame + len(chunk.frames))
         chunks.append(chunk)
     assert [chunk.idle for chunk in chunks] == ["live"] * 3 + [""] + ["live"] * 4
-    heard = torch.cat([chunk.audio for chunk in chunks])
-    assert not heard[: 11 * PER_FRAME + bundle.audio_encoder.lookahead].any()
-    assert torch.equal(heard[11 * PER_FRAME + bundle.audio_encoder.lookahead :][: len(sound)], sound)
+    received = torch.cat([chunk.audio for chunk in chunks])
+    assert not received[: 11 * PER_FRAME + bundle.audio_encoder.lookahead].any()
+    assert torch.equal(received[11 * PER_FRAME + bundle.audio_encoder.lookahead :][: len(sound)], sound)
     same = Session(bundle, a_portrait(), "a person nods")
-    same.push(heard)
+    same.push(received)
     assert torch.equal(film(same.frames()), film(chunks)[: 4 * 7 - 1]), "idle life differs from pushed silence"
 
 
@@ -104,24 +104,28 @@ def test_recache_is_a_session_that_had_the_new_text_for_the_window(bundle):
     """Before anything left the window, recaching commits the same latents under the new text: so does a stream by hand."""
     session = Session(bundle, a_portrait(), "a person nods", seed=5)
     session.push(some_sound(19 * PER_FRAME + bundle.audio_encoder.lookahead))
-    latents, heard = [], []
+    latents, received = [], []
     for i in range(5):
         if i == 3:
             session.set(text="someone smiles", how="recache")
         session.step()
         latents.append(drawn(session).x0)
-        heard.append(drawn(session).conditions)
+        received.append(drawn(session).conditions)
     with torch.inference_mode():
         text, student = bundle.text(["someone smiles"]), bundle.student
         state = student.open(text)
-        for x0, conditions in zip(latents[:3], heard[:3], strict=True):
+        for x0, conditions in zip(latents[:3], received[:3], strict=True):
             state = student.commit(state, x0, replace(conditions, text=text))
-        for i in (3, 4):  # the text is told once: chunk 4 follows from the state after chunk 3
+        for i in (3, 4):  # the text is set once: chunk 4 follows from the state after chunk 3
             x0, steps = advance(
-                student, state, heard[i], lambda _, step, i=i: chunk_noise(bundle.spec, 5, i, step), bundle.spec.sigmas
+                student,
+                state,
+                received[i],
+                lambda _, step, i=i: chunk_noise(bundle.spec, 5, i, step),
+                bundle.spec.sigmas,
             )
             assert torch.equal(x0, latents[i])
-            state = student.commit(state, x0, heard[i], steps)
+            state = student.commit(state, x0, received[i], steps)
 
 
 def test_mistakes_are_one_line_and_the_session_goes_on(bundle):

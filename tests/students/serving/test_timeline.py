@@ -95,10 +95,10 @@ def test_a_switch_is_on_its_chunk_and_no_earlier_frame_moves(bundle, how):
 
 def test_any_split_of_the_sound_and_a_save_give_the_same_film(bundle, tmp_path):
     spec, sound = bundle.spec, sound_of(bundle, 7)
-    told = timeline((switch_at(spec, 2), "someone smiles", "recache"), (switch_at(spec, 5), "a person nods", "keep"))
+    script = timeline((switch_at(spec, 2), "someone smiles", "recache"), (switch_at(spec, 5), "a person nods", "keep"))
 
     def directed(session, cuts):
-        frames, director = [], Director(session, told)
+        frames, director = [], Director(session, script)
         for start, stop in zip([0, *cuts], [*cuts, len(sound)], strict=True):
             session.push(sound[start:stop])
             frames += director.frames()
@@ -109,24 +109,24 @@ def test_any_split_of_the_sound_and_a_save_give_the_same_film(bundle, tmp_path):
     assert torch.equal(directed(opened(bundle), torch.arange(500, len(sound), 700).tolist()), whole)
     session = opened(bundle)
     session.push(sound)
-    director = Director(session, told)
+    director = Director(session, script)
     first = [director.step() for _ in range(3)]
     save_session(session, tmp_path / "saved")
-    rest = film(Director(load_session(bundle, tmp_path / "saved"), told).frames())
+    rest = film(Director(load_session(bundle, tmp_path / "saved"), script).frames())
     assert torch.equal(torch.cat([film(first), rest]), whole)
 
 
 def test_chunks_that_were_taken_back_are_told_again(bundle):
     spec, sound = bundle.spec, sound_of(bundle, 7)
-    told = timeline((switch_at(spec, 2), "someone smiles", "keep"))
+    script = timeline((switch_at(spec, 2), "someone smiles", "keep"))
     calm = opened(bundle)
     calm.push(sound)
-    whole = film(Director(calm, told).frames())
+    whole = film(Director(calm, script).frames())
     session = opened(bundle, lead=3)
     session.push(sound)
-    director, frames = Director(session, told), []
+    director, frames = Director(session, script), []
     shown = director.step()
-    while isinstance(director.step(), Chunk):  # the text changes in what nobody sees
+    while isinstance(director.step(), Chunk):  # the text changes in frames that are not shown
         pass
     session.played(len(shown.frames))
     session.interrupt(keep_input=True)
@@ -151,17 +151,17 @@ def test_a_planner_is_asked_on_the_clock_and_hears_the_last_seconds(bundle):
     due = [k for k in range(1, 14) if starts[k] // (spec.fps / 2) > starts[k - 1] // (spec.fps / 2)]
     assert len(due) == math.floor(starts[-1] / spec.fps * 2) >= 2
     assert texts.index("someone smiles") == due[0]
-    for (seconds, heard, shown), k in zip(asked[0], due, strict=True):
+    for (seconds, received, shown), k in zip(asked[0], due, strict=True):
         assert seconds == spec.pixel_frames(k)[1] / spec.fps
         end = starts[k] * PER_FRAME
-        assert torch.equal(heard, sound[max(0, end - 8000) : end])
+        assert torch.equal(received, sound[max(0, end - 8000) : end])
         assert shown is reference
     assert all(torch.equal(a[1], b[1]) for a, b in zip(*asked, strict=True))
 
 
 def test_a_planner_does_not_hear_what_was_taken_back():
     bundle = a_bundle()
-    spec, heard = bundle.spec, []
+    spec, received = bundle.spec, []
     for disturbed in (False, True):
         session, planner = opened(bundle, lead=4), Noted(Fraction(1))
         director = Director(session, planner)
@@ -175,10 +175,10 @@ def test_a_planner_does_not_hear_what_was_taken_back():
         session.push(sound_of(bundle, 9, seed=5))
         while chunk := director.step():
             session.played(chunk.first_frame + len(chunk.frames))
-        heard.append([audio for _, audio, _ in planner.asked])
-    assert len(heard[0]) == len(heard[1]) >= 2
-    assert all(torch.equal(a, b) for a, b in zip(*heard, strict=True))
-    assert spec.pixel_frames(1)[0] * PER_FRAME < len(heard[0][0])
+        received.append([audio for _, audio, _ in planner.asked])
+    assert len(received[0]) == len(received[1]) >= 2
+    assert all(torch.equal(a, b) for a, b in zip(*received, strict=True))
+    assert spec.pixel_frames(1)[0] * PER_FRAME < len(received[0][0])
 
 
 def test_an_answer_to_what_was_taken_back_is_forgotten():
@@ -253,7 +253,7 @@ def test_a_script_is_read(script):
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "expected"),
     [
         ("- a", "holds no mapping"),
         ("", "holds no mapping"),
@@ -279,8 +279,8 @@ def test_a_script_is_read(script):
         ({"planner": {"name": "nowhere:Thing"}}, r"no file of the planner 'nowhere'"),
     ],
 )
-def test_a_wrong_script_is_one_line_that_names_file_and_key(script, values, told):
-    with pytest.raises(UserError, match=rf"^[^\n]*{told}[^\n]*$") as error:
+def test_a_wrong_script_is_one_line_that_names_file_and_key(script, values, expected):
+    with pytest.raises(UserError, match=rf"^[^\n]*{expected}[^\n]*$") as error:
         read_script(script(values))
     assert "script.yaml" in str(error.value)
 

@@ -134,7 +134,7 @@ def test_sample_and_pipeline_warn_and_refuse(narrow, capsys):
 
 
 @pytest.mark.parametrize(("strict", "kind"), [(False, "note"), (True, "error")])
-def test_the_page_is_told_or_refused(narrow, strict, kind):
+def test_the_page_warns_or_refuses(narrow, strict, kind):
     bundle = replace(a_puppet(), codec=tiny.fitted_codec(), coverage=narrow)
     with running(Engine(bundle, Echo(), 2, 2), [tiny.a_portrait()], strict=strict) as address:
         client = Client(f"ws://{address}/live")

@@ -73,8 +73,8 @@ def test_self_forcing_ours_self_forcing_is_bit_equal(tmp_path, architecture):
 def test_an_image_to_video_network_goes_from_wan_to_diffusers_and_back(tmp_path):
     put_wan(tmp_path / "wan", IMAGE)
     convert(tmp_path / "wan", tmp_path / "a", "diffusers")
-    net, told = WanTransformer3DModel.from_pretrained(tmp_path / "a", output_loading_info=True)
-    assert not any(told.values())
+    net, report = WanTransformer3DModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(report.values())
     assert net.config.image_dim == 24
     held = load_file(tmp_path / "a" / STEM) | {"blocks.1.attn2.norm_added_q.weight": torch.ones(256)}
     put(tmp_path / "published", held, json.loads((tmp_path / "a" / "config.json").read_text()))
@@ -90,8 +90,8 @@ def test_the_converted_network_is_diffusers_wan(tmp_path, architecture):
     put_wan(tmp_path / "wan", architecture)
     convert(tmp_path / "wan", tmp_path / "ours", "ours")
     convert(tmp_path / "ours", tmp_path / "diffusers", "diffusers")
-    theirs, told = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers", output_loading_info=True)
-    assert not any(told.values())
+    theirs, report = WanTransformer3DModel.from_pretrained(tmp_path / "diffusers", output_loading_info=True)
+    assert not any(report.values())
     ours = load_network(tmp_path / "ours")
     x, text = randn(2, architecture.in_channels, 3, 4, 6, seed=1), randn(2, 512, 16, seed=2)
     image = randn(2, 7, 24, seed=3) if architecture.image_dim else None

@@ -103,7 +103,7 @@ def test_a_missing_or_unexpected_key_is_named_as_the_source_names_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "expected"),
     [
         ("model-00001-of-99999999999.safetensors", "no shard of weights: "),
         (f"model-00001-of-{'9' * 200}.safetensors", "no shard of weights: "),
@@ -112,9 +112,9 @@ def test_a_missing_or_unexpected_key_is_named_as_the_source_names_it(tmp_path):
         ("model-00001-of-99999.safetensors", r"missing shard: model-00002-of-99999\.safetensors, .* which the number"),
     ],
 )
-def test_a_number_of_shards_that_cannot_be_is_refused_at_once(tmp_path, name, told):
+def test_a_number_of_shards_that_cannot_be_is_refused_at_once(tmp_path, name, expected):
     save_file({"x": torch.ones(1)}, tmp_path / name)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=expected):
         find(tmp_path)
 
 
@@ -126,13 +126,13 @@ def test_a_missing_shard_is_named(tmp_path):
     second.unlink()
     refused(rf"missing shard: {second.name} in .*shards, which {STEM}\.index\.json asks for", tmp_path / "shards")
     index = tmp_path / "shards" / f"{STEM}.index.json"
-    told = index.read_text()
+    content = index.read_text()
     index.unlink()
     refused(rf"missing shard: {second.name} in .*, which the number of shards in .*00001-of-", tmp_path / "shards")
     second.write_bytes(kept)
-    index.write_text(told.replace("00002-of", "00001-of"))
+    index.write_text(content.replace("00002-of", "00001-of"))
     refused(r"index\.json names .*\.weight, which its files do not hold", tmp_path / "shards")
-    index.write_text(told.replace("diffusion_pytorch_model-00002", "../diffusion_pytorch_model-00002"))
+    index.write_text(content.replace("diffusion_pytorch_model-00002", "../diffusion_pytorch_model-00002"))
     refused(r"damaged file: .*index\.json has no weight_map of plain file names", tmp_path / "shards")
 
 

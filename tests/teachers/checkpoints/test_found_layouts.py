@@ -192,7 +192,7 @@ def test_what_lies_in_the_place_of_weights_is_named(tmp_path, head, words, name)
         plan(folder if name in (STEM, "config.json") else folder / name, "ours")
 
 
-def test_what_a_gan_critic_has_besides_is_named_and_left_out_when_asked(tmp_path):
+def test_what_a_gan_critic_has_besides_is_named_and_left_out_on_request(tmp_path):
     heads = {"_cls_pred_branch.0.weight": torch.ones(3), "_register_tokens.tokens": torch.ones(1, 4)}
     critic = some_weights(TEXT_TO_VIDEO, "self-forcing")
     torch.save({"generator": critic, "critic": critic | heads}, tmp_path / "model.pt")

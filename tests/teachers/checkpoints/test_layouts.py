@@ -101,9 +101,9 @@ def test_the_sizes_in_the_recipes_are_the_published_networks(file, name, dims):
         network = build_network(config, latent_channels=16, stride=4, text_dim=4096, **dims)
     assert own(network) == layouts.tensors(architecture, "ours")
     assert sum(p.numel() for p in network.parameters()) == num_parameters
-    told = layouts.make_config(architecture, "ours")
-    assert told is not None
-    assert config == convert(NetworkConfig, {key: told[key] for key in group["network"]})
+    values = layouts.make_config(architecture, "ours")
+    assert values is not None
+    assert config == convert(NetworkConfig, {key: values[key] for key in group["network"]})
 
 
 @pytest.mark.parametrize("name", ["wan 1.3B", "wan 14B", "wan image 14B"])
@@ -131,12 +131,12 @@ def test_shapes_tell_the_architecture(architecture, num_tensors, num_parameters)
         assert layouts.with_config(architecture, config, "here") == architecture
 
 
-def test_what_no_shape_tells_is_read_from_the_config():
-    told = replace(
+def test_what_no_shape_determines_is_read_from_the_config():
+    values = replace(
         AVATAR_1B, num_audio=2, head_dim=64, stride=2, audio_blocks=(0, 7), prediction="reference", eps=1e-5, max_positions=99
     )  # fmt: skip
-    config = layouts.make_config(told, "ours")
-    assert layouts.with_config(replace(AVATAR_1B, num_audio=2), config, "here") == told
+    config = layouts.make_config(values, "ours")
+    assert layouts.with_config(replace(AVATAR_1B, num_audio=2), config, "here") == values
     assert layouts.with_config(AVATAR_1B, {"audio_blocks": [*range(2, 16)]}, "here") == AVATAR_1B
     assert layouts.with_config(WAN_1B, {"dim": 1536, "num_heads": 24}, "here").head_dim == 64
     assert layouts.with_config(WAN_1B, {}, "here").head_dim == 128
@@ -172,7 +172,7 @@ def test_wrappers_leave_no_trace_in_a_name(name, clean):
     assert layouts.bare(name) == clean
 
 
-def test_another_model_is_told_from_wan():
+def test_another_model_is_distinguished_from_wan():
     assert layouts.naming(layouts.tensors(WAN_1B, "wan"), "here") == "wan"
     assert layouts.naming(layouts.tensors(AVATAR_1B, "ours"), "here") == "ours"
     for names in (["transformer_blocks.0.attn1.to_q.weight"], [], ["double_blocks.0.img_attn.qkv.weight", "a"]):

@@ -45,8 +45,8 @@ def test_what_does_not_fit_is_listed_in_one_line_and_nothing_is_loaded(assign):
     before = {name: value.clone() for name, value in net.state_dict().items()}
     del tensors["0.bias"]
     tensors |= {"1.weight": torch.zeros(4), "extra": torch.zeros(1)}
-    told = "weights do not fit: file: missing 0.bias; unexpected extra; 1.weight is [4] where [2] is needed; fix"
-    with pytest.raises(UserError, match=f"^{re.escape(told)}$"):
+    message = "weights do not fit: file: missing 0.bias; unexpected extra; 1.weight is [4] where [2] is needed; fix"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load_strict(net, tensors, "file", "fix", assign=assign)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
@@ -64,6 +64,6 @@ def test_optional_tensors_may_be_missing_but_not_wrong():
 
 def test_long_lists_are_cut_and_names_are_the_files():
     wanted = {f"ours.{i}": (i,) for i in range(9)}
-    told = misfits({}, wanted, named=lambda name: name.replace("ours", "theirs"))
-    assert told == "missing " + ", ".join(f"theirs.{i}" for i in range(6)) + " and 3 more"
+    message = misfits({}, wanted, named=lambda name: name.replace("ours", "theirs"))
+    assert message == "missing " + ", ".join(f"theirs.{i}" for i in range(6)) + " and 3 more"
     check_shapes(wanted, wanted, "file", "fix")

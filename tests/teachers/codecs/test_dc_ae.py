@@ -113,7 +113,7 @@ def test_a_still_picture_stays_still():
     assert torch.allclose(pixels, pixels[:, :, :1].expand_as(pixels), rtol=0, atol=1e-5)
 
 
-def test_attention_tells_when_a_frame_was_by_its_age():
+def test_attention_knows_a_frame_by_its_age():
     attention, x = a_codec().temporal["decoder_attention"], randn(12, 32, 1, 1, seed=4)
 
     def last(frames):
@@ -280,7 +280,7 @@ def test_a_session_streams_saves_goes_back_and_comes_from_disk(tmp_path):
     copy.played(3)
     assert [len(chunk.frames) for chunk in first] == [1, 1, 1]
     assert all(torch.equal(copy.step().frames, frames) for frames in rest)
-    session.interrupt(keep_input=True)  # the three that nobody saw are taken back, the decoder with them
+    session.interrupt(keep_input=True)  # the three that were not seen are taken back, the decoder with them
     assert all(torch.equal(session.step().frames, frames) for frames in rest)
 
 

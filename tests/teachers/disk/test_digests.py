@@ -60,7 +60,7 @@ def test_lists_of_sums_are_read_strictly_but_for_a_torn_line(tmp_path):
     assert read_sums(tmp_path / "none") == {}
 
 
-def test_hashing_waits_for_nobody(tmp_path, monkeypatch):
+def test_hashing_never_blocks(tmp_path, monkeypatch):
     """A writer goes on while a thread hashes what it wrote."""
     real = digests.hashlib.file_digest
     monkeypatch.setattr(digests.hashlib, "file_digest", lambda *words: (time.sleep(0.5), real(*words))[1])

@@ -1,4 +1,4 @@
-"""One process at a time in a folder: the second is told who holds it, whenever it comes; a killed holder holds nothing."""
+"""One process at a time in a folder: the second gets its holder's name, whenever it comes; a killed holder holds nothing."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ def contend(folder, begin):
     (begin.parent / f"{os.getpid()}.txt").write_text(found)
 
 
-def test_the_second_is_told_who_holds_it_and_a_killed_holder_holds_nothing(tmp_path):
+def test_the_second_gets_who_holds_it_and_a_killed_holder_holds_nothing(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / LOCK).write_text('{"process": 999999999, "host": "gone", "since": "then"}')  # of a killed start
@@ -73,10 +73,10 @@ def test_of_those_that_start_at_once_one_works_and_each_other_names_it(tmp_path)
             process.join(20)
         found = {int(file.stem): file.read_text() for file in place.glob("*.txt")}
         holders = [pid for pid, words in found.items() if words == "held"]
-        told = [words for words in found.values() if words != "held"]
+        message = [words for words in found.values() if words != "held"]
         assert len(found) == 4
         assert holders
-        assert all(any(f"by process {pid} on " in words for pid in holders) for words in told), found
+        assert all(any(f"by process {pid} on " in words for pid in holders) for words in message), found
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path, monkeypatch):

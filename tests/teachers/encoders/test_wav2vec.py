@@ -132,9 +132,9 @@ def test_the_audio_pack_of_a_clip_equals_the_equations():
     assert packed.shape == (1, 4, 4, encoder.dim)
     assert all(torch.equal(packed[:, 0, i], packed[:, 0, 3]) for i in range(3))
     with torch.no_grad():
-        heard = audio_pack(packed)
+        context = audio_pack(packed)
         for projection, added in zip(projections, expected, strict=True):
-            assert (projection(heard) - added).abs().max() < 1e-5
+            assert (projection(context) - added).abs().max() < 1e-5
 
 
 def test_the_reference_frame_may_have_a_row_of_zeros():
@@ -175,7 +175,7 @@ CELLS = pytest.mark.parametrize("config", GRIDS, ids=lambda config: f"cells of {
 @RATES
 @CELLS
 def test_any_split_gives_the_same_bits(config, samples_per_frame):
-    """Trap 16: rows hear a bounded window on a fixed grid."""
+    """Trap 16: rows see a bounded window on a fixed grid."""
     encoder, sound = an_encoder(config, samples_per_frame), some_sound(30 * samples_per_frame + 77)
     together = encoder(sound)
     assert together.shape == (31, encoder.dim)
@@ -188,7 +188,7 @@ def test_any_split_gives_the_same_bits(config, samples_per_frame):
 
 @RATES
 @CELLS
-def test_rows_hear_their_own_window_and_no_other_sample(config, samples_per_frame):
+def test_rows_see_their_own_window_and_no_other_sample(config, samples_per_frame):
     encoder, sound = an_encoder(config, samples_per_frame), some_sound(60 * samples_per_frame)
     first = config.grid_start + 2 * config.grid_frames + 12
     last = first + config.grid_frames
@@ -243,7 +243,7 @@ def test_rows_stand_where_those_of_the_whole_clip_stand():
 
 
 def test_a_window_begins_on_the_clip_s_own_grid_of_features():
-    """At 16 fps windows that began at any frame would hear noise as another noise: 1.4, like any other row of the clip."""
+    """At 16 fps windows that began at any frame would encode noise as another noise: 1.4, like any other row of the clip."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Wav2Vec2Model(Wav2Vec2Config(**SMALL)).eval().requires_grad_(False)
@@ -265,10 +265,10 @@ def test_nothing_before_the_sound_and_silence_after_it():
 def test_clips_of_a_batch_do_not_mix():
     encoder = an_encoder()
     sounds = torch.stack([some_sound(13 * N, seed) for seed in range(4)]).unflatten(0, (2, 2))
-    for hear in (encoder, lambda sound: encoder.whole(sound, 13)):
-        together = hear(sounds)
+    for encode in (encoder, lambda sound: encoder.whole(sound, 13)):
+        together = encode(sounds)
         assert together.shape == (2, 2, 13, encoder.dim)
-        assert torch.allclose(together[1, 0], hear(sounds[1, 0]), atol=1e-5)
+        assert torch.allclose(together[1, 0], encode(sounds[1, 0]), atol=1e-5)
 
 
 def test_the_deviation_from_whole_is_tabled_and_falls_with_the_look_ahead():
@@ -307,7 +307,7 @@ def test_windows_and_frame_rates_that_cannot_be():
 
 
 def test_a_clip_for_bidirectional_networks_is_the_published_whole_clip():
-    """Through the data stage's senses: the pool's rows for teacher and fake score are `whole`, with the zero row where asked."""
+    """Through the data stage's encoders: the pool's rows for teacher and fake score are `whole`, with the zero row where asked."""
     sound = randn(2, 9 * N, seed=3)
     for config in (WINDOWS, replace(WINDOWS, prefix_frames=1), replace(WINDOWS, whole_clip=False)):
         audio_encoder = an_encoder(config)

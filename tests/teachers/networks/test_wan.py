@@ -87,7 +87,7 @@ def test_a_given_modality_acts_and_learns_and_a_dropped_one_does_not(name):
     assert (out - dropped)[:, :, 1:].abs().mean() > 1e-3
     other = some_conditions(seed=50)
     other = replace(given, **{name: getattr(other, name)}).drop(name)
-    assert torch.equal(teacher.denoise(x, SIGMA, other), dropped), "what was dropped is still heard"
+    assert torch.equal(teacher.denoise(x, SIGMA, other), dropped), "what was dropped still has an effect"
     first = teacher.net.audio_proj.proj if name == "audio" else teacher.net.condition_embedder.text_embedder.linear_1
     for conditions, reaches in [(given, True), (given.drop(name), False)]:
         teacher.zero_grad()
@@ -100,7 +100,7 @@ def test_a_given_modality_acts_and_learns_and_a_dropped_one_does_not(name):
 
 
 def test_audio_acts_at_its_own_frame_first():
-    """With one block after the audio is added every frame hears it, but its own frame the most."""
+    """With one block after the audio is added every frame depends on it, but its own frame the most."""
     teacher, x, given = a_teacher(), some_latents(1), some_conditions(1)
     louder = given.audio.clone()
     louder[:, 5] += 2.0
@@ -161,7 +161,7 @@ def test_positions_past_the_table_are_refused():
         make_net().rope_table(1020, 10, 2, 2)
 
 
-def test_a_bidirectional_network_hears_the_whole_clip_and_a_causal_one_does_not():
+def test_a_bidirectional_network_sees_the_whole_clip_and_a_causal_one_does_not():
     teacher, student, given = a_teacher(), a_student(), some_conditions()
     other = replace(given, clip_audio=given.audio.roll(1, 0))
     x, sigma = some_latents(), torch.tensor([0.7, 0.4])

@@ -245,9 +245,10 @@ def test_a_clip_that_is_too_long_to_be_held_is_told_in_one_line(prepared, tmp_pa
     height, width = numbered(0).shape[:2]
     monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 29 * 32 * 32)
     words = ("--generated", ours, "--real", real, "--protocol", "strict", "--metrics", "quality")
-    told = refused_in_one_line(capsys, tmp_path / "out", *words)
+    message = refused_in_one_line(capsys, tmp_path / "out", *words)
     assert (
-        "real t: a clip is held as a whole, at most 29 frames of 32 x 32: this one is longer; cut it into clips" in told
+        "real t: a clip is held as a whole, at most 29 frames of 32 x 32: this one is longer; cut it into clips"
+        in message
     )
     film = open_set(tmp_path)["film"]
     monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 20 * height * width)

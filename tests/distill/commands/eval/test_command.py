@@ -166,7 +166,7 @@ def damaged(kind: str, ours: Path, real: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "expected"),
     [
         ("count", "4 generated and 5 real clips; no generated clip for e; clips are matched by name"),
         ("names", "no generated clip for e; no real clip for q"),
@@ -183,15 +183,15 @@ def damaged(kind: str, ours: Path, real: Path) -> None:
         ("empty", "no clips in"),
     ],
 )
-def test_bad_clips_are_told_in_one_line(tmp_path, capsys, kind, told):
+def test_bad_clips_are_told_in_one_line(tmp_path, capsys, kind, expected):
     real, ours = a_set(tmp_path / "real"), a_set(tmp_path / "ours", seed=9)
     damaged(kind, ours, real)
     words = ("--generated", ours, "--real", real, "--protocol", "strict", "--metrics", "quality,psnr")
-    assert told in refused_in_one_line(capsys, tmp_path / "out", *words)
+    assert expected in refused_in_one_line(capsys, tmp_path / "out", *words)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--protocol", "strict"), "--student or --generated is missing"),
         (("--student", "ours", "--protocol", "strict"), "no student: ours has no spec.json"),
@@ -212,12 +212,12 @@ def test_bad_clips_are_told_in_one_line(tmp_path, capsys, kind, told):
         ),
     ],
 )
-def test_bad_options_are_told_in_one_line(tmp_path, capsys, monkeypatch, words, told):
+def test_bad_options_are_told_in_one_line(tmp_path, capsys, monkeypatch, words, expected):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AVATAR_DISTILL_WEIGHTS", str(tmp_path / "weights"))
     a_set(tmp_path / "real")
     a_set(tmp_path / "ours", seed=9)
-    assert told in refused_in_one_line(capsys, Path("out"), "--real", "real", *words)
+    assert expected in refused_in_one_line(capsys, Path("out"), "--real", "real", *words)
 
 
 def test_a_student_needs_sound_and_text(run_folder, tmp_path, capsys):
@@ -225,9 +225,9 @@ def test_a_student_needs_sound_and_text(run_folder, tmp_path, capsys):
     words = ("--student", run_folder / "student", "--real", real, "--protocol", "embedded")
     write_clip(real / "c.safetensors", a_clip(2), FPS, None, "a person nods")
     write_clip(real / "d.safetensors", a_clip(2), FPS, some_sound(19200))
-    told = refused_in_one_line(capsys, tmp_path / "out", *words)
-    assert "2 of 5 clips cannot be generated: c: no sound" in told
-    assert "d: no text" in told
+    expected = refused_in_one_line(capsys, tmp_path / "out", *words)
+    assert "2 of 5 clips cannot be generated: c: no sound" in expected
+    assert "d: no text" in expected
 
 
 def test_a_metric_without_weights_is_refused_and_the_others_are_scored(tmp_path, capsys, monkeypatch):

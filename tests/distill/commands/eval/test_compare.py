@@ -78,22 +78,22 @@ def test_compare_of_distances_uses_the_kept_features(run_folder, tmp_path, capsy
 
 
 def test_compare_refuses_two_cards_other_clips_and_no_report(scored, tmp_path, capsys):
-    def told(one: Path, two: Path) -> str:
+    def refusal(one: Path, two: Path) -> str:
         assert main(["eval", "compare", str(one), str(two)]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         return error
 
-    assert "two protocols cannot be compared: clips.given is 1 here and 2 there" in told(
+    assert "two protocols cannot be compared: clips.given is 1 here and 2 there" in refusal(
         scored / "near-out", scored / "card-out"
     )
     report = report_of(scored / "near-out")
     fewer = {**report, "n": 7, "clips": report["clips"][:7]}
     (tmp_path / "eval.json").write_text(json.dumps(fewer))
-    assert "two sets of clips cannot be compared: 8 and 7 clips, first h" in told(scored / "near-out", tmp_path)
-    assert "no scores" in told(scored / "near-out", tmp_path / "none")
+    assert "two sets of clips cannot be compared: 8 and 7 clips, first h" in refusal(scored / "near-out", tmp_path)
+    assert "no scores" in refusal(scored / "near-out", tmp_path / "none")
     (tmp_path / "eval.json").write_text("{}")
-    assert "no scores of distill eval" in told(scored / "near-out", tmp_path)
+    assert "no scores of distill eval" in refusal(scored / "near-out", tmp_path)
 
 
 # ---- benchmark
@@ -200,14 +200,14 @@ def test_scores_of_another_program_stand_apart(scored, tmp_path, capsys):
     two = {**report, "adapters": {"iqa": "another"}}
     with pytest.raises(UserError, match="'iqa' was made by a program here and by another there"):
         compare.check_same(report, two)
-    for change, told in (
+    for change, message in (
         ({"metric": "fid"}, "'fid' is a metric of distill eval"),
         ({"generated": {"a": 1.0}}, "has 1 clips, 8 are scored; the first that differs: b"),
         ({"made_by": ""}, "cannot be read"),
         ({"generated": {**given["generated"], "a": None}}, "no finite number"),
     ):
         path.write_text(json.dumps(given | change))
-        assert told in refused_in_one_line(capsys, tmp_path / "none", *words)
+        assert message in refused_in_one_line(capsys, tmp_path / "none", *words)
 
 
 def test_golden_names_what_is_missing_and_remembers_what_passed(tmp_path, monkeypatch):

@@ -177,8 +177,8 @@ def test_a_box_off_the_picture_is_refused_by_name_and_a_face_that_is_cut_away_is
     boxes = {name: [12, 6, 24, 18] for name in ("f0", "f1", "f2", "f3")}
     (real / "faces.json").write_text(json.dumps({**boxes, "f1": [100, 6, 112, 18]}))
     report = evaluated(tmp_path / "off", *base, "syncnet_v2")
-    told = "sync refused: f1: face box 100, 6, 112, 18 does not fit a frame of 48 x 24; boxes are left"
-    assert report["refused"]["sync"].startswith(told)
+    message = "sync refused: f1: face box 100, 6, 112, 18 does not fit a frame of 48 x 24; boxes are left"
+    assert report["refused"]["sync"].startswith(message)
     assert "motion_energy" in report["rows"]["ours"]["metrics"]
     card = a_card(tmp_path / "cut.yaml", "syncnet_v2", clips__size=[24, 24], clips__fit="crop")  # columns 12 to 36
     assert "sync refused: f1: face box" in evaluated(tmp_path / "off_and_cut", *base, card)["refused"]["sync"]
@@ -222,7 +222,7 @@ def test_drift_and_seams_reach_the_report(stand_ins, tmp_path):
         seam_jump(measure(torch.stack(videos)), [25, 50])[0], rel=1e-9
     )
     assert ours["metrics"]["seam"]["mean"] > 5
-    assert "seam" not in real["metrics"]  # nobody states where it has chunks
+    assert "seam" not in real["metrics"]  # no report states where it has chunks
     for number, video in enumerate(videos):
         cells = torch.nn.functional.adaptive_avg_pool2d(video.transpose(0, 1).float() / 255, 2).flatten(1)
         truth = open_set(tmp_path / "real")[str(number)]

@@ -18,13 +18,13 @@ from tests.support.tiny import a_bundle
 
 def test_the_shipped_conversations_are_read_and_wrong_ones_refused(tmp_path):
     assert sum(len(script.turns) for script in multiturn.read_scripts(multiturn.DEFAULT)) > 10
-    for text, told in (
+    for text, message in (
         ("- name: a\n  turns: [x]\n  mood: good\n", "mood"),
         ("- name: a\n  turns: []\n", "no turns"),
         ("name: [", "not YAML"),
     ):
         (tmp_path / "c.yaml").write_text(text)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             multiturn.read_scripts(tmp_path / "c.yaml")
 
 

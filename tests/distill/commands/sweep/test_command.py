@@ -104,7 +104,7 @@ def test_jobs_are_the_product_in_hydra_s_syntax_and_order():
 
 def test_names_are_folders():
     assert names("method@init=ode_init,forcing") == ["method@init=ode_init", "method@init=forcing"]
-    assert names("reuse='a b','a/b'")[0].startswith("reuse=_a_b_-"), "equal as folders, told apart by a digest"
+    assert names("reuse='a b','a/b'")[0].startswith("reuse=_a_b_-"), "equal as folders, distinguished by a digest"
     long = [command._folder_name(["some.long.key=1"] * 20 + [f"seed={seed}"]) for seed in (0, 1)]
     assert long[0] != long[1]
     assert max(map(len, long)) <= 120
@@ -144,7 +144,7 @@ def test_the_ablation_undoes_the_default_step_by_step():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         (["seed=0,1", "sede=1"], "job 'seed=0': unknown key 'sede': command line; did you mean 'seed'?"),
         (["seed=0,one"], "job 'seed=one': wrong value of 'seed': 'one'"),
@@ -163,7 +163,7 @@ def test_the_ablation_undoes_the_default_step_by_step():
         (["sweep=NAMES.yaml"], "not a job's name: '../up' in NAMES.yaml"),
     ],
 )
-def test_what_is_wrong_in_any_job_is_told_before_the_first(place, monkeypatch, capsys, given, told):
+def test_what_is_wrong_in_any_job_is_reported_before_the_first(place, monkeypatch, capsys, given, expected):
     monkeypatch.setattr("accelerate.tracking.is_wandb_available", lambda: False)
     monkeypatch.setattr("distill.training.metrics_log.get_available_trackers", lambda: [])
     monkeypatch.chdir(place)
@@ -172,7 +172,7 @@ def test_what_is_wrong_in_any_job_is_told_before_the_first(place, monkeypatch, c
     Path("NAMES.yaml").write_text("jobs: {../up: []}\n")
     assert main(["run", str(RECIPE), "-m", *words(place, *given)]) == 2
     said = capsys.readouterr().err
-    assert told in said
+    assert expected in said
     assert said.count("\n") == 1
     assert not (place / "sweep").exists()
 
@@ -243,7 +243,7 @@ def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
     log, state = command._files(plan, plan.jobs[0])
 
     def meanwhile() -> None:
-        """Once the job works: another start is refused, then this process is told to end."""
+        """Once the job works: another start is refused, then this process gets a signal."""
         while not (log.is_file() and "step 7" in log.read_text()):
             time.sleep(0.02)
         try:
@@ -339,7 +339,7 @@ def test_a_stage_is_looked_for_in_every_run_and_every_job(tmp_path):
         stage("lost", (str(tmp_path / "nowhere"),), made)
 
 
-def test_degraded_clips_are_worse_in_what_was_asked():
+def test_degraded_clips_are_worse_in_what_was_requested():
     config = render.WorldConfig(num_frames=5)
     asked = render.draw_conditions(config, 24, keyed_generator(0, "asked"))
     clips = render.make_clips(config, asked, keyed_generator(0, "motion"))

@@ -14,7 +14,7 @@ from tests.support.films import put_film
 
 
 def put_clips(folder: Path, *names: str) -> Path:
-    """Files of these names whose content nobody looks at."""
+    """Files of these names whose content is never read."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"not looked at")
@@ -44,8 +44,8 @@ def test_every_video_is_a_clip_and_one_of_another_format_is_named(tmp_path):
         ("in__c", "in/c.mkv", "", "in/c.mkv"),
     ]
     assert {(c.dataset, c.start, c.end, c.crop) for c in manifest.clips} == {("folder", 0.0, None, None)}
-    told = "not one of .mp4, .mov, .mkv, .webm; convert it, ffmpeg -i IN OUT.mp4"
-    assert reasons(manifest) == dict.fromkeys(("e.avi", "film.mxf", "film", "take.MPV9"), told)
+    message = "not one of .mp4, .mov, .mkv, .webm; convert it, ffmpeg -i IN OUT.mp4"
+    assert reasons(manifest) == dict.fromkeys(("e.avi", "film.mxf", "film", "take.MPV9"), message)
 
 
 def test_names_that_are_no_ids_get_safe_ones(tmp_path):

@@ -150,8 +150,8 @@ def test_training_rows_have_both_voices_and_mirrored_directions(tmp_path):
     size = DATA.audio.dim(PER_FRAME)
     assert rows.audio.shape == (2, 8, 2, 2 * size)
     for k in (0, 1):
-        heard = encoders.audio_encoder(shown.audio[1, k], 0, 15)
-        assert torch.allclose(rows.audio[0, 1:, :, k * size : (k + 1) * size].flatten(0, 1), heard[1:], atol=1e-5)
+        received = encoders.audio_encoder(shown.audio[1, k], 0, 15)
+        assert torch.allclose(rows.audio[0, 1:, :, k * size : (k + 1) * size].flatten(0, 1), received[1:], atol=1e-5)
     assert torch.equal(rows.pose[0, 1:].flatten(0, 1), shown.pose[1, 1:])
     assert torch.equal(rows.pose[1], rows.pose[0] * torch.tensor([-1.0, 1.0, 1.0]))
 
@@ -181,8 +181,8 @@ def test_every_condition_reaches_the_network_and_a_dropped_one_does_not(bundle):
         return student.denoise_clip(x, sigma, conditions, clean)
 
     leaves = {name: getattr(given, name).clone().requires_grad_() for name in ("audio", "pose")}
-    heard, steered = torch.autograd.grad(drawn(replace(given, **leaves)).square().sum(), list(leaves.values()))
-    for part in (heard[..., :size], heard[..., size:], steered):
+    received, steered = torch.autograd.grad(drawn(replace(given, **leaves)).square().sum(), list(leaves.values()))
+    for part in (received[..., :size], received[..., size:], steered):
         assert part.abs().sum() > 0
     whole = drawn(given)
     for name in ("audio", "pose"):
@@ -256,7 +256,7 @@ def test_a_change_is_seen_from_its_frame_on_and_not_before(bundle, which):
         rows = changed[start:] if which == "pose" else changed[late:]
         rows.copy_(rows.flip(0) * 0.7 + 0.05)
         frames = play(opened(bundle), **(given | {which: changed}))
-        assert torch.equal(frames[:start], whole[:start]), "the past has heard the future"
+        assert torch.equal(frames[:start], whole[:start]), "the past depends on the future"
         assert not torch.equal(frames[start:stop], whole[start:stop]), "it does not take effect at once"
     if which == "pose":  # also that of the last frame alone
         changed = given["pose"].clone()
@@ -267,7 +267,7 @@ def test_a_change_is_seen_from_its_frame_on_and_not_before(bundle, which):
 
 
 def test_saved_in_the_middle_it_goes_on_with_the_same_bits(bundle, tmp_path):
-    """Also in the middle of a resampled stretch, with input that no chunk has heard yet."""
+    """Also in the middle of a resampled stretch, with input that no chunk has used yet."""
     own, other, pose = (torch.cat([part] * 3) for part in inputs(bundle))
     whole = play(opened(bundle), own, other, pose, rate=44100)
     session, cut = opened(bundle), len(own) // 2 + 77
@@ -290,11 +290,11 @@ def test_interrupted_it_forgets_both_voices_and_the_directions(bundle):
     assert session.interrupt(played=back) == back
     new = inputs(bundle, seed=30)
     rest = [part[back * scale :] for part, scale in zip(new, (PER_FRAME, PER_FRAME, 1), strict=True)]
-    told = [
+    joined = [
         torch.cat([old[: back * scale], late])
         for old, late, scale in zip((own, other, pose), rest, (PER_FRAME, PER_FRAME, 1), strict=True)
     ]
-    assert torch.equal(play(session, *rest), play(opened(bundle), *told)[back:])
+    assert torch.equal(play(session, *rest), play(opened(bundle), *joined)[back:])
 
 
 def test_without_a_pose_it_waits_for_one_unless_it_is_dropped(bundle):
@@ -313,10 +313,10 @@ def test_it_lives_on_in_silence_and_its_sound_is_its_own_voice(bundle):
     session.push(audio=own, other=other, pose=pose)
     chunks = [session.step() for _ in range(4)]
     assert [chunk.idle for chunk in chunks] == ["", "", "live", "live"]
-    heard = torch.cat([chunk.audio for chunk in chunks])
-    size = min(len(own), len(heard))
-    assert torch.equal(heard[:size], own[:size])
-    assert not heard[size:].any()
+    received = torch.cat([chunk.audio for chunk in chunks])
+    size = min(len(own), len(received))
+    assert torch.equal(received[:size], own[:size])
+    assert not received[size:].any()
     stop = bundle.spec.pixel_frames(3)[1]
     spelt = [
         torch.nn.functional.pad(part, (0, stop * PER_FRAME + bundle.audio_encoder.lookahead - len(part)))

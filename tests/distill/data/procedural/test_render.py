@@ -88,7 +88,7 @@ def test_labels_are_in_the_picture():
     assert light[:, :, 16:].mean() > 1 > -1 > light[:, :, :16].mean()
 
 
-def test_people_differ_as_much_as_asked():
+def test_people_differ_as_much_as_requested():
     spread = []
     for variety in (0.0, 0.5, 1.0):
         asked = render.draw_conditions(replace(WORLD, variety=variety), 64, rng(1))
@@ -127,7 +127,7 @@ def test_loudness_alone_does_not_tell_the_mouth():
     assert abs(float(within)) < 0.6
 
 
-def test_the_spectrum_tells_the_mouth():
+def test_the_spectrum_determines_the_mouth():
     """A linear map of log bands finds more of the opening than loudness does."""
     said = speech.synthesise(300, 15 * 1280, rng(4))
     spectrum = torch.stft(said.audio, 512, 160, window=torch.hann_window(512), return_complex=True).abs()
