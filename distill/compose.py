@@ -103,15 +103,25 @@ def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """Take out every key with a "?": of a preset, PART? for the recipes that have that part, PART?FIELD for those whose part has
     that field. Yields an override for each value below those whose part is there; they come before those of the command line."""
     for name, value in list(values.items()):
-        part, asked, needed = str(name).partition("?")
-        if asked:
+        if "?" in str(name):
             del values[name]
-            own = values.get(part)
-            if own is not None and (not needed or own.get(needed) is not None):
-                for key, item in flatten(value, f"{prefix}{part}").items():
+            for part, found in _of_parts({name: value}, values).items():
+                for key, item in flatten(found, f"{prefix}{part}").items():
                     yield f"++{key}={json.dumps(item)}"
         elif isinstance(value, dict):
             yield from _conditional(value, f"{prefix}{name}.")
+
+
+def _of_parts(values: dict[str, Any], own: Any) -> dict[str, Any]:
+    """`values` without what is for parts or fields that `own` has not, the others under their plain names."""
+    found = {}
+    for name, value in values.items():
+        part, asked, needed = str(name).partition("?")
+        there = own.get(part) if isinstance(own, dict) else None
+        if asked and (there is None or (needed and there.get(needed) is None)):
+            continue
+        found[part] = _of_parts(value, there) if isinstance(value, dict) else value
+    return found
 
 
 def find_recipe(word: Path | str) -> Path:

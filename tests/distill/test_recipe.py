@@ -325,12 +325,12 @@ SMOKE = ("scratch_avatar", "midas_avatar", "midas_dc_ae")
 def test_a_preset_of_ones_own_reaches_into_parts_that_are_there(tmp_path):
     (tmp_path / "preset").mkdir()
     (tmp_path / "preset" / "mine.yaml").write_text(
-        "# @package _global_\ndistill:\n  method:\n    gan?: 0.5\n    warmup?: 7\nlora?: {rank: 3}\n"
+        "# @package _global_\ndistill:\n  method:\n    gan?: 0.5\n    warmup?: 7\nlora?:\n  rank: 3\n  none?: 1\n  alpha?: 5\n"
     )
     (tmp_path / "own.yaml").write_text("defaults:\n  - scratch_avatar\n  - _self_\nname: own\n")
     recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine"])
     assert (recipe.distill.method.gan, recipe.distill.method.warmup, recipe.lora) == (0.0, 7, None)
-    recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine", "method@distill=dmd_gan", "lora={rank: 9}"])
+    recipe = load_recipe(tmp_path / "own.yaml", ["preset=mine", "method@distill=dmd_gan", "lora={rank: 9, alpha: 2}"])
     assert recipe.distill.method.gan == 0.5
     assert recipe.lora is not None
     assert recipe.lora.rank == 9
