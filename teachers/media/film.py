@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.container import JUMP, opened, orientation, seek, upright, video_stream, zero_of
+from teachers.media.container import (
+    JUMP,
+    LIMITS,
+    MOST_FRAME_PIXELS,
+    opened,
+    orientation,
+    seek,
+    upright,
+    video_stream,
+    zero_of,
+)
 from teachers.media.crop import fit_image
 from teachers.media.picture import check_size
 
@@ -49,14 +59,18 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
                 raise UserError(f"no video track: {path}; give a video such as an mp4")
             if stream.codec_context is None:
                 raise UserError(f"video in a format that is not known: {path}; convert it to an mp4")
-            check_size(stream.height, stream.width, str(path))
+            if not stream.width:
+                raise UserError(
+                    f"frames of no known size, or of more than {MOST_FRAME_PIXELS // 10**6} megapixels: {path}; convert it"
+                )
+            check_size(stream.height, stream.width, str(path), MOST_FRAME_PIXELS)
             ratio = stream.sample_aspect_ratio  # of the container, else of the codec
             if ratio and ratio != 1:
                 raise UserError(
                     f"pixels are not square ({ratio.numerator}:{ratio.denominator}): {path}; convert it, "
                     "ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT"
                 )
-            stream.codec_context.options = {"err_detect": "explode"}
+            stream.codec_context.options = {"err_detect": "explode", **LIMITS}
             stream.codec_context.thread_count = 1
             if seeks and not seek(container, stream, start - SEEK_MARGIN):
                 continue
@@ -91,7 +105,8 @@ def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) 
 
 
 def _check_frame(frame: av.VideoFrame, path: Path) -> None:
-    """UserError unless the frame is one picture in the levels of a standard screen."""
+    """UserError unless the frame is one picture in the levels of a standard screen, and no larger than `MOST_FRAME_PIXELS`."""
+    check_size(frame.height, frame.width, str(path), MOST_FRAME_PIXELS)  # it may be another than the file's header says
     if frame.interlaced_frame:
         raise UserError(f"frames are interlaced: {path}; convert it, ffmpeg -i IN -vf bwdif=mode=send_frame OUT")
     if (transfer := HDR.get(int(frame.color_trc))) is not None:
@@ -118,7 +133,7 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
     frames, rate = [], None
     with closing(read_frames(path)) as source:
         for shown in source:
-            pixels, rate = torch.from_numpy(upright(shown.frame, "rgb24")), shown.rate
+            pixels, rate = torch.from_numpy(upright(shown.frame)), shown.rate
             if size is not None:
                 pixels = ((fit_image(pixels, size) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
             frames.append(pixels)

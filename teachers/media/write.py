@@ -18,6 +18,7 @@ from torch import Tensor
 from teachers.errors import UserError
 from teachers.files import replacing
 from teachers.media.channels import check_samples
+from teachers.media.container import converted
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -136,11 +137,10 @@ class VideoWriter:
         if self._size is None:
             self._size = pixels.shape
             self._add_streams(*array.shape[:2])
-        converted = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-        )
-        converted.pts, converted.time_base = self.num_frames, 1 / self.fps
-        self._mux(self._video.encode, converted)
+        rgb = av.VideoFrame.from_ndarray(array, format="rgb24")
+        shown = converted(rgb, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        shown.pts, shown.time_base = self.num_frames, 1 / self.fps
+        self._mux(self._video.encode, shown)
         self.num_frames += 1
         self._write_audio(int(self.num_frames / self.fps * self._rate))
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.framing import FaceWatch, crop_box, find_face
 from teachers.errors import UserError
-from teachers.media.container import orientation, upright
+from teachers.media.container import converted, orientation, upright
 from teachers.media.film import SourceFrame, read_frames
 from teachers.media.sound import SAMPLE_RATE, read_sound
 from teachers.media.write import BT709, LIMITED_RANGE
@@ -93,7 +93,8 @@ class _Progress:
     shift: Fraction = Fraction(0)  # largest distance between a frame's time and its source frame's
     shortest: Fraction = Fraction(10**6)  # least and greatest distance between two source frames
     longest: Fraction = Fraction(0)
-    thumbnails: list[Tensor] = field(default_factory=list)
+    thumbnail: Tensor | None = None  # of the last frame
+    changes: list[float] = field(default_factory=list)  # from each frame to the next, see `scene_cuts`
     faces: FaceWatch = field(default_factory=FaceWatch)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -115,11 +116,7 @@ def cut(clip: Clip, path: Path, config: CutConfig, target: Path) -> Piece:
     if count is not None and clip.end is not None and (count - progress.num_frames) / config.fps > SHORT:
         raise UserError(f"video ends at {float(progress.end):.2f} s: the clip lasts until {float(end or 0):.2f} s")
     _check_length(progress.num_frames, config)
-    if progress.shift > HOLE:
-        raise UserError(
-            f"no source frame within {float(HOLE)} s of a frame: the nearest is {float(progress.shift):.2f} s away"
-        )
-    cuts, score = scene_cuts(progress.thumbnails)
+    cuts, score = scene_cuts(progress.changes)
     if cuts and config.cuts == "longest":
         first, last = max(pairwise([0, *cuts, progress.num_frames]), key=lambda shot: shot[1] - shot[0])
         shot = [float(progress.origin + number / config.fps) for number in (first, last)]
@@ -215,14 +212,14 @@ def _encode_video(
                     if source_frame.is_corrupt:
                         at = float(progress.origin + progress.num_frames / config.fps)
                         raise UserError(f"damaged frame at {at:.2f} s")
-                    whole = upright(source_frame, "rgb24")
+                    whole = upright(source_frame)
                     if window is None:
                         size = whole.shape[1], whole.shape[0]
                         window = crop_box(clip, size, config.size, config.crop, lambda: find_face(path, start, end))
                     progress.faces.look(whole, window, progress.num_frames / config.fps)
                     pixels = _cropped(whole, window, config, progress)
                 encoder.write(pixels)
-                progress.thumbnails.append(_thumbnail(pixels))
+                _watch_change(pixels, progress)
                 progress.num_frames += 1
                 progress.num_source_frames += fresh
 
@@ -270,6 +267,10 @@ def nearest(
         if number == 0:
             progress.origin = frame.time if abs(frame.time - start) <= SNAP else start
         progress.shift = max(progress.shift, abs(progress.origin + number / fps - frame.time))
+        if progress.shift > HOLE:
+            raise UserError(
+                f"no source frame within {float(HOLE)} s of a frame: the nearest is {float(progress.shift):.2f} s away"
+            )
         progress.num_skipped += passed
         chosen = frame.frame, fresh
         number, fresh, passed = number + 1, False, 0
@@ -306,22 +307,28 @@ def _thumbnail(pixels: Tensor) -> Tensor:
     return small.flatten().half()
 
 
-def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
-    """Numbers of the frames that begin another shot, and the largest mean difference of two neighbours (0 to 255).
+def _watch_change(pixels: Tensor, progress: _Progress) -> None:
+    """Record how far the next frame uint8 [H, W, 3] is from the last one: the mean difference of their thumbnails, 0 to 255."""
+    thumbnail = _thumbnail(pixels)
+    if progress.thumbnail is not None:
+        progress.changes.append((thumbnail.float() - progress.thumbnail.float()).abs().mean().item())
+    progress.thumbnail = thumbnail
+
+
+def scene_cuts(change: list[float]) -> tuple[list[int], float]:
+    """Numbers of the frames that begin another shot, and the largest difference of two neighbours (0 to 255), from each frame's
+    to the next one.
 
     A cut is a difference of at least 15 levels that is 3 times the mean of the 2 differences before and after it: the adaptive
     rule of PySceneDetect, on the RGB of thumbnails. Fades are not detected.
     """
-    if len(thumbnails) < 2:
-        return [], 0.0
-    change = [(b.float() - a.float()).abs().mean().item() for a, b in pairwise(thumbnails)]
     cuts = []
     for number, value in enumerate(change):
         around = change[max(0, number - CUT_NEIGHBOURS) : number] + change[number + 1 : number + 1 + CUT_NEIGHBOURS]
         usual = sum(around) / len(around) if around else 0.0
         if value >= CUT_DIFFERENCE and value >= CUT_RATIO * usual:
             cuts.append(number + 1)
-    return cuts, max(change)
+    return cuts, max(change, default=0.0)
 
 
 class _Encoder(AbstractContextManager):
@@ -336,7 +343,7 @@ class _Encoder(AbstractContextManager):
         stream = self.stream or self._add_stream(*pixels.shape[:2])
         frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
         if self.config.crf != LOSSLESS:
-            frame = frame.reformat(format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            frame = converted(frame, format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.number, 1 / self.config.fps
         self.container.mux(stream.encode(frame))
         self.number += 1
