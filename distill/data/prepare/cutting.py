@@ -243,6 +243,7 @@ def _watch(source: Iterable[SourceFrame], start: Fraction, progress: _Progress) 
         turns, mirrored = orientation(frame.frame)
         progress.metadata |= {
             "source_fps": str(frame.rate),
+            "pixel_aspect": str(frame.pixel_aspect),
             "rotation": 90 * turns if turns < 3 else -90,
             "mirrored": mirrored,
         }
