@@ -138,13 +138,14 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
 
     Raises UserError where it is damaged, too short, longer than can be held, or of another rate, size or codec.
     """
-    rule, why = card.clips, ""
+    rule, why, track = card.clips, "", ""
     if entry.sample is not None:
         if generated and rule.lossless:
             raise UserError("clips in prepared shards are H.264 and not lossless; write tensors, FFV1 or PNG in an mkv")
         _check_length(entry.sample.frames, *entry.sample.size)
         clip = read_sample(entry.sample, 0, entry.sample.frames)
         sound, (video, fps) = clip.audio, _retimed(clip.video, clip.fps, rule)
+        track = str(clip.facts.get("audio_track", ""))
     elif entry.path.suffix == TENSORS:
         video, fps, sound = _tensors(entry.path)
         if sound is not None and (sound.ndim != 1 or not bool(torch.isfinite(sound.float()).all())):
@@ -153,7 +154,8 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
     else:
         video, fps, start = _video(entry, rule, generated and rule.lossless)
         try:
-            sound = _sound(entry, start, round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps))
+            count = round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps)
+            sound, track = _sound(entry, start, count)
         except UserError as error:  # of no account to metrics of the frames alone
             sound, why = None, str(error)
     if rule.frames is not None and video.shape[1] < rule.frames:
@@ -167,6 +169,7 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
         fps=fps,
         sound=sound,
         no_sound=why,
+        track=track,
         box=None if box is None else torch.tensor(box),
         has_box=entry.has_box,
         given=rule.given,
@@ -374,16 +377,16 @@ def _joined(frames: list[np.ndarray], places: Sequence[int]) -> Tensor:
     return video.permute(3, 0, 1, 2)
 
 
-def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
-    """Sound [S] from `start` on; None without any, UserError where it cannot be used."""
+def _sound(entry: Entry, start: Fraction, count: int) -> tuple[Tensor | None, str]:
+    """Sound [S] from `start` on, None without any, and which of a video's tracks it is; UserError where it cannot be used."""
     if entry.sound is not None:
         sound = read_audio(entry.sound)
         first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
-        return sound[first : first + count]
+        return sound[first : first + count], ""
     track = read_sound(entry.path, round(start * SAMPLE_RATE), count)
     if track is not None and track.cancelled:
         raise UserError(f"the two channels of the sound cancel each other: {entry.path.name}; keep one")
-    return None if track is None else track.samples
+    return (None, "") if track is None else (track.samples, track.track)
 
 
 def _check_lossless(path: Path) -> None:

@@ -24,8 +24,9 @@ from teachers.media.streams import Resampler
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
 LAYOUTS = {1: "mono", 2: "stereo"}
-X264 = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
+REPEATS = {"x264-params": "mbtree=0"}
 """Without its macroblock tree: that of x264's assembler gives other bytes for equal frames from call to call."""
+X264 = {"crf": "18", "preset": "veryfast", **REPEATS}
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 

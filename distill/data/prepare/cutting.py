@@ -27,7 +27,7 @@ from teachers.errors import UserError
 from teachers.media.container import converted, orientation, upright
 from teachers.media.film import SourceFrame, read_frames
 from teachers.media.sound import SAMPLE_RATE, read_sound
-from teachers.media.write import BT709, LIMITED_RANGE
+from teachers.media.write import BT709, LIMITED_RANGE, REPEATS
 
 LOSSLESS = 0
 SNAP = Fraction(1, 10)  # seconds from the annotated start within which a source frame becomes the clip's start
@@ -351,7 +351,7 @@ class _Encoder(AbstractContextManager):
 
     def _add_stream(self, height: int, width: int) -> av.VideoStream:
         lossless = self.config.crf == LOSSLESS
-        options = {"preset": "veryfast", **({"qp": "0"} if lossless else {"crf": str(self.config.crf)})}
+        options = {"preset": "veryfast", **({"qp": "0"} if lossless else {"crf": str(self.config.crf)}), **REPEATS}
         codec = "libx264rgb" if lossless else "libx264"
         self.stream = stream = self.container.add_stream(codec, rate=self.config.fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "rgb24" if lossless else "yuv444p"

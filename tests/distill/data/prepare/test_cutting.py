@@ -12,6 +12,7 @@ from distill.data.prepare.cutting import CutConfig, cut, encode_flac
 from distill.data.prepare.framing import crop_box
 from teachers import media
 from teachers.errors import UserError
+from teachers.media import write_video
 from teachers.media import container, film, sound
 from teachers.media.container import upright
 from teachers.media.film import read_frames
@@ -364,3 +365,21 @@ def test_a_picture_is_never_far_from_its_frame(tmp_path):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UserError):
         CutConfig(**wrong)
+
+
+def test_equal_frames_give_equal_bytes(tmp_path):
+    """In one process too: x264's macroblock tree made one film in four another one."""
+    rng = np.random.default_rng(0)
+    frames = [np.clip(numbered(n)[:56, :72].astype(int) + rng.integers(-9, 9, (56, 72, 3)), 0, 255) for n in range(40)]
+    frames = torch.from_numpy(np.stack(frames).astype(np.uint8))
+    pieces, films = set(), set()
+    for number in range(12):
+        held = np.random.bytes(10_000 * number)  # another place in memory
+        with cutting._Encoder(tmp_path / "piece.mp4", CutConfig(fps=Fraction(25))) as encoder:
+            for frame in frames:
+                encoder.write(frame)
+        write_video(tmp_path / "film.mp4", frames, Fraction(25), torch.zeros(25_600))
+        pieces.add((tmp_path / "piece.mp4").read_bytes())
+        films.add((tmp_path / "film.mp4").read_bytes())
+        del held
+    assert (len(pieces), len(films)) == (1, 1)
