@@ -213,7 +213,10 @@ def _networks(probes: Path | None, device: str, batch_size: int) -> Networks:
 
 
 def _look(job: Job, look: Look) -> Found:
-    """Make the features of one clip that are not there yet; its shape and track are kept beside them. UserError for the clip as a whole."""
+    """Make the features of one clip that are not there yet; its shape and track are kept beside them.
+
+    UserError for the clip as a whole.
+    """
     files = {key: _file_name(job, look, key) for key in (FACTS, *job.metrics)}
     missing = [key for key, file in files.items() if not (job.cache / file).is_file()]
     without = _make(job, look, {key: files[key] for key in missing}) if missing else {}

@@ -12,7 +12,6 @@ from distill.data.prepare.cutting import CutConfig, cut, encode_flac
 from distill.data.prepare.framing import crop_box
 from teachers import media
 from teachers.errors import UserError
-from teachers.media import write_video
 from teachers.media import container, film, sound
 from teachers.media.container import upright
 from teachers.media.film import read_frames
@@ -378,7 +377,7 @@ def test_equal_frames_give_equal_bytes(tmp_path):
         with cutting._Encoder(tmp_path / "piece.mp4", CutConfig(fps=Fraction(25))) as encoder:
             for frame in frames:
                 encoder.write(frame)
-        write_video(tmp_path / "film.mp4", frames, Fraction(25), torch.zeros(25_600))
+        media.write_video(tmp_path / "film.mp4", frames, Fraction(25), torch.zeros(25_600))
         pieces.add((tmp_path / "piece.mp4").read_bytes())
         films.add((tmp_path / "film.mp4").read_bytes())
         del held
