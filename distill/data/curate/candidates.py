@@ -153,7 +153,7 @@ def opened(candidate: Candidate) -> Content:
         raise UserError(f"shard contains clip {metadata['id']} where its index has {candidate.clip.id}")
     scale = tuple(Fraction(side, cut) for side, cut in zip(metadata["size"][::-1], metadata["crop"][2:], strict=True))
     sound = shards.sound_of(members["flac"]).numpy() if "flac" in members else None
-    frames = (frame.to_ndarray(format="rgb24") for frame in shards.frames_of(members["mp4"]))
+    frames = (upright(frame) for frame in shards.frames_of(members["mp4"]))
     return Content(frames, fraction(metadata["fps"]), sound, (scale[0], scale[1]), lambda: metadata.get("face_cut"))
 
 

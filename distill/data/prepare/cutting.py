@@ -26,7 +26,7 @@ from distill.data.prepare.framing import FaceWatch, crop_box, find_face
 from teachers.errors import UserError
 from teachers.media.container import converted, orientation, upright
 from teachers.media.film import SourceFrame, read_frames
-from teachers.media.sound import SAMPLE_RATE, read_sound
+from teachers.media.sound import LONGEST, SAMPLE_RATE, read_sound
 from teachers.media.write import BT709, LIMITED_RANGE, REPEATS
 
 LOSSLESS = 0
@@ -36,6 +36,7 @@ ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
 HOLE = Fraction(1, 2)  # largest distance in seconds from a frame to the nearest source frame
 CUT_DIFFERENCE, CUT_RATIO, CUT_NEIGHBOURS = 15.0, 3.0, 2  # the first of 255 levels; see `scene_cuts`
 THUMBNAIL = 32
+AT_ONCE = 2**22  # samples of sound that are held in fp64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +141,15 @@ def cut(clip: Clip, path: Path, config: CutConfig, target: Path) -> Piece:
 
 
 def _check_length(num_frames: int, config: CutConfig) -> None:
+    _check_not_longer(num_frames, config)
     if num_frames < config.min_seconds * config.fps:
         seconds = float(num_frames / config.fps)
         raise UserError(f"too short: {num_frames} frames, {seconds:.2f} s; the minimum is {config.min_seconds} s")
+
+
+def _check_not_longer(num_frames: int, config: CutConfig) -> None:
+    if num_frames > LONGEST * config.fps:
+        raise UserError(f"longer than {LONGEST} s; cut it into clips, or keep its beginning with --max-seconds")
 
 
 def _seconds(value: float) -> Fraction:
@@ -185,7 +192,7 @@ def _sound(path: Path, progress: _Progress, config: CutConfig) -> tuple[Tensor |
             f"sound is silent throughout{why} (audio track {sound.track}); keep the track or channel that has the voice, "
             "ffmpeg -i IN -map 0:v -map 0:a:N OUT; --silent accepts such clips"
         )
-    power = sound.samples.double().square().mean().item()
+    power = math.fsum(part.double().square().sum().item() for part in sound.samples.split(AT_ONCE)) / count
     return sound.samples, {
         "sample_rate": SAMPLE_RATE,
         "samples": count,
@@ -221,6 +228,7 @@ def _encode_video(
                 encoder.write(pixels)
                 _watch_change(pixels, progress)
                 progress.num_frames += 1
+                _check_not_longer(progress.num_frames, config)
                 progress.num_source_frames += fresh
 
         for chosen in nearest(_watch(source, start, progress), start, config.fps, count, progress):
@@ -374,7 +382,8 @@ class _Encoder(AbstractContextManager):
 
 def encode_flac(sound: Tensor) -> bytes:
     """Sound float32 [S] in [-1, 1] at 16 kHz as a 16-bit FLAC file: value v becomes round(32768 v), at most 32767."""
-    values = (sound.double() * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+    parts = sound.split(AT_ONCE)
+    values = torch.cat([(x.double() * 32768).round().clamp(-32768, 32767).to(torch.int16) for x in parts]).numpy()
     output = BytesIO()
     with av.open(output, "w", format="flac", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")

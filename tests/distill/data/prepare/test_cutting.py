@@ -338,6 +338,14 @@ def test_motion_is_no_scene_cut():
     assert cutting.scene_cuts([0.0, 0.0, 0.0, 14.0, 0.0, 0.0, 0.0])[0] == []
 
 
+def test_a_clip_of_hours_is_refused(tmp_path, monkeypatch):
+    path = counting_film(tmp_path / "a.mov", 1.2)
+    monkeypatch.setattr(cutting, "LONGEST", 1)
+    for end in (None, 1.2):
+        with pytest.raises(UserError, match="longer than 1 s; cut it into clips"):
+            cut(clip(end=end), path, LOOSE, tmp_path / "out.mp4")
+
+
 def test_at_most_so_many_seconds(tmp_path):
     path = counting_film(tmp_path / "a.mov", 3.0)
     shorter = replace(LOOSE, max_seconds=1.2)
