@@ -1,5 +1,6 @@
 """Media files: opened as streams of bytes, their tracks chosen, their clocks read, their frames turned upright."""
 
+import errno
 import io
 import math
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
@@ -45,6 +46,23 @@ class Content:
         return self.name
 
 
+class _Seekable:
+    """A stream of bytes whose `seek` gives FFmpeg's error for a place that cannot be, such as damaged files name; PyAV prints a
+    traceback of what it raises."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._stream.seek(offset, whence)
+        except (OSError, ValueError):
+            return -errno.EINVAL
+
+
 @contextmanager
 def opened(path: Path | Content, kind: str, formats: str | None = None) -> Iterator[InputContainer]:
     """The container of `path`; UserError when the file is missing, empty, unreadable or damaged within the block.
@@ -61,13 +79,15 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
             raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
         with (
             io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream,
-            av.open(stream, "r", options=options) as container,
+            av.open(_Seekable(stream), "r", options=options) as container,
         ):
             yield container
     except UserError:
         raise
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except (av.FFmpegError, OSError, ValueError, MemoryError, IndexError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, IndexError):  # PyAV's, of a packet of a track that was not there when it opened the file
+            reason = "a track begins in its middle"
         kinds = "a common format" if formats is None else formats.replace(",", ", ")
         raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of {kinds}") from error
 

@@ -13,6 +13,7 @@ from distill.data.datasets.manifest import Clip
 from distill.data.prepare.cutting import CutConfig, cut
 from teachers import media
 from teachers.errors import UserError
+from teachers.media import container as container_of
 from teachers.media.film import probe, read_frames
 from tests.support.films import frames_of, number_of, numbered
 
@@ -149,3 +150,23 @@ def test_a_video_is_read_from_containers_that_prepare_refuses(tmp_path, name, co
     assert rate == 25
     assert [number_of(frame.numpy()) for frame in frames] == list(range(6))
     assert len(list(read_frames(tmp_path / name))) == 6
+
+
+def test_a_track_that_begins_later_than_the_file_is_probed_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "late.flv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("flv", rate=25, width=80, height=64, pix_fmt="yuv420p")
+        audio = container.add_stream("mp3", rate=44_100, layout="mono", format="fltp")
+        for number in range(100):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+        container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 44_100, 4 * 44_100, Fraction(1, 44_100)
+        container.mux([*audio.encode(frame), *audio.encode(None)])
+    data = bytearray(path.read_bytes())
+    data[4] = 1  # the header says that there is no sound
+    path.write_bytes(data)
+    assert len(media.read_video(path)[0]) == 100
+    monkeypatch.setattr(container_of, "LIMITS", {"analyzeduration": "100000", "probesize": "2000"})
+    with pytest.raises(UserError, match=r"cannot be read \(a track begins in its middle\)"):
+        media.read_video(path)

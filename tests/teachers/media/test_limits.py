@@ -1,6 +1,8 @@
 """What a small file can ask for: memory, threads and time follow from what it really holds, not from what it claims."""
 
+import errno
 import gc
+import io
 import time
 from contextlib import contextmanager
 from fractions import Fraction
@@ -17,7 +19,7 @@ from distill.scoring.clip_sets import open_set, read_clip, write_clip
 from eval.cards import load_card
 from teachers import media
 from teachers.errors import UserError
-from teachers.media import sound, streams
+from teachers.media import container, sound, streams
 from teachers.media.container import MOST_FRAME_PIXELS, upright
 from teachers.media.film import read_frames
 from tests.support.films import numbered, write_film
@@ -133,3 +135,13 @@ def test_filters_of_odd_rates_do_not_pile_up(monkeypatch):
     for rate in (44_101, 22_051):
         media.resample(torch.zeros(rate // 5), rate, 16_000)
         assert 0 < sum(table.nbytes for table in streams._tables._kept.values()) <= 2**20
+
+
+def test_a_place_that_no_file_has_is_an_error_code_and_no_traceback(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    with (tmp_path / "a").open("rb") as file:
+        for stream in (file, io.BytesIO(b"abc")):
+            seekable = container._Seekable(stream)
+            assert seekable.seek(-5) == seekable.seek(0, 131_072) == -errno.EINVAL  # AVERROR(EINVAL)
+            assert seekable.seek(-1, 2) == seekable.tell() == 2
+            assert seekable.read() == b"c"
