@@ -24,9 +24,9 @@ from teachers.files import flatten
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
 SECRET = "a recipe does not read the environment"
-MOST_REFERENCES, MOST_CHARACTERS = 10_000, 2**20
+MOST_REFERENCES, MOST_CHARACTERS = 2_000, 2**20
 """That a recipe's ${KEY} may be followed, those behind each other included, and the length of all that they give."""
-BOMB = f"its ${{KEY}} are over {MOST_REFERENCES}, or give over {MOST_CHARACTERS} characters"
+BOMB = f"over {MOST_REFERENCES} references, or over {MOST_CHARACTERS} characters by them"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
@@ -57,7 +57,7 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
         if named := re.search(rf"{SECRET}: \S+", str(error)):
             raise UserError(f"{named[0]} in {path}; give the value itself, as KEY=VALUE") from error
         if BOMB in str(error):
-            raise UserError(f"too large: {path}, {BOMB}; write the values plainly") from error
+            raise UserError(f"too large: {path} has {BOMB}; write what its ${{KEY}} name plainly") from error
         if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; fix the recipe or the overrides") from error

@@ -242,9 +242,9 @@ def test_a_recipe_does_not_read_the_environment(own, monkeypatch, text):
 def test_references_that_grow_are_refused_at_once(own, lines):
     own.write_text(own.read_text() + "\n".join(lines) + "\n")
     began = time.process_time()
-    with pytest.raises(UserError, match=rf"^too large: {own}, its \$\{{KEY\}} are over 10000"):
+    with pytest.raises(UserError, match=rf"^too large: {own} has over 2000 references"):
         compose_values(own, [], FIELDS)
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 8
     with pytest.raises(UserError, match=r"^too large"):
         compose_values(own, ["name=${a39}"], FIELDS)
 
