@@ -80,8 +80,8 @@ class Real:
         self.trainer = Trainer(engine, part.train, roles, "student", Path(tempfile.gettempdir()))
         for held in self.trainer.held.values():
             for moment in MOMENTS:
-                held.load_full_state(moment, {name: torch.zeros_like(x) for name, x in held.full_state(WEIGHT)})
-            held.load_full_state(COUNT, {name: torch.ones(()) for name, _ in held.full_state(WEIGHT)})
+                held.load_full_state(moment, {name: torch.zeros_like(x) for name, x in held.full(dict(held.named_parameters()))})
+            held.load_full_state(COUNT, {name: torch.ones(()) for name, _ in held.full(dict(held.named_parameters()))})
 
     def update(self, role: str) -> None:
         self.trainer.update(role, self.method, lambda position: self.batch, 0, 10)

@@ -328,7 +328,7 @@ def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
     rows = [json.loads((launched / f"facts-{rank}.json").read_text())["stops"] for rank in range(2)]
     assert [row[0] for row in rows] == [143, 143]
     assert rows[0][1].startswith("the disk is full: ")
-    assert "rank 0 could not write" in rows[1][1]
+    assert "another rank has failed at" in rows[1][1]
     assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000000-01"]
 
 
