@@ -224,9 +224,13 @@ def run(recipe: Recipe) -> Path:
             pipeline.run()
         finally:
             pipeline.close()
-        return pipeline.artifacts.folder.path
-    finally:
-        engine.close()
+    except BaseException as error:
+        if isinstance(error, RuntimeError):  # of a collective, perhaps, because another rank has ended
+            engine.settle()
+        engine.close(failed=not isinstance(error, SystemExit))  # which all ranks raise together
+        raise
+    engine.close()
+    return pipeline.artifacts.folder.path
 
 
 def _check_slot(recipe: Recipe, slot: str) -> None:

@@ -5,6 +5,7 @@ Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; ho
 
 import copy
 import os
+import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from distill.training.role import DistributedRole, Kind, MakeOptimizer
 from distill.training.signals import end_with_parent
+from distill.training.watch import SETTLE_SECONDS, watch
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -96,6 +98,7 @@ class Engine:
             raise UserError(
                 f"engine.shard_ranks: {self.world_size} processes are no multiple of {config.shard_ranks}; change one"
             )
+        self._watch = watch(self) if self.world_size > 1 else None
         self._alone = self.kind != "ddp" and not dist.is_initialized()
         if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
             os.environ["LOCAL_RANK"] = "0"
@@ -185,9 +188,19 @@ class Engine:
         """bf16 autocast, or nothing with precision fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def close(self) -> None:
-        """Leave the process group; the barrier before is what keeps gloo from aborting at exit."""
+    def settle(self) -> None:
+        """After an error that may be the end of another rank: time for what watches the ranks to say so and to end this one."""
+        if self._watch is not None:
+            time.sleep(SETTLE_SECONDS)
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group; the barrier before is what keeps gloo from aborting at exit. Where this rank has `failed`, others
+        may be anywhere: it waits for none, and they notice its end."""
+        if failed and self._watch is not None:
+            return
         self.accelerator.wait_for_everyone()
+        if self._watch is not None:
+            self._watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self._alone:

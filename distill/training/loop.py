@@ -369,7 +369,7 @@ def _finishing(writer: "checkpoint.Writer") -> Iterator[None]:
     """Of one process that fails inside, what was begun is put in its place all the same; several may no longer be able to agree."""
     try:
         yield
-    except Exception:
+    except BaseException:
         if writer.engine.world_size == 1:
             with suppress(UserError):
                 writer.finish()
