@@ -170,7 +170,7 @@ def corrupt(artifacts: Artifacts, folder: Path) -> dict:
         for shard, own in zip(shards, source.train(seed, shards), strict=True):
             yield corrupt_clips(config, own, keyed_generator(seed, "degraded", shard))
 
-    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)}
+    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)[0]}
 
 
 class Pipeline:

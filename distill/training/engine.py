@@ -129,6 +129,13 @@ class Engine:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def in_turns(self, own: Sequence[Any], num: int) -> list[Any]:
+        """All `num` values (what pickles), of which each rank has those of its turns: rank, rank + world_size, ..."""
+        parts: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, own)
+        return [parts[i % self.world_size][i // self.world_size] for i in range(num)]
+
     def share(self, num: int) -> Tensor:
         """The rows of `num` that are this rank's, every rank as many: some twice, where they do not divide. See `all_rows`."""
         return torch.arange(self.rank, -(-num // self.world_size) * self.world_size, self.world_size) % num

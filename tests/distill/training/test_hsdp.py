@@ -40,6 +40,8 @@ def worker(folder: Path) -> None:
         "rows": [weight.shape[0], weight.to_local().shape[0]],
     }
     facts |= born(meshes[2], folder)
+    turns = [f"row {i}" for i in range(meshes[2].rank, 6, 4)]
+    facts["turns"] = meshes[2].in_turns(turns, 6)
     shares = {num: meshes[2].share(num) for num in (3, 6, 8)}
     facts["shares"] = [len(own) for own in shares.values()]
     facts["gathered"] = [meshes[2].all_rows(own.unsqueeze(1), num).flatten().tolist() for num, own in shares.items()]
@@ -117,6 +119,7 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
         assert facts["rows"][1] * 2 == facts["rows"][0]
         assert facts["shares"] == [1, 2, 2], "every rank generates as many clips"
         assert facts["gathered"] == [list(range(num)) for num in (3, 6, 8)], "the rows of all ranks, in their order"
+        assert facts["turns"] == [f"row {i}" for i in range(6)]
         assert facts["apart"] == 0
         assert facts["buffers"]
         assert 0.5 <= facts["read"] < 0.56, "a network is made in shards, of which each rank reads its rows alone"
