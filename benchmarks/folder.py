@@ -96,7 +96,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def measure(folder: Path, clips: int, people: int, steps: int, threads: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(
+    folder: Path, clips: int, people: int, steps: int, threads: int, overrides: Sequence[str]
+) -> dict[str, Any]:
     """The figures; films, shards and the run are left in `folder`."""
     torch.set_num_threads(threads)
     films = make_films(folder / "films", clips, people)

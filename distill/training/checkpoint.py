@@ -28,7 +28,7 @@ MANIFEST, INDEX = "manifest.json", "index.json"
 HINT = "; delete its folder, and the run resumes from the checkpoint before"
 FILE_BYTES = 2**31
 """Size at which a file is closed."""
-OPEN_FILES = 64
+OPEN_FILES = 256
 Place = tuple[int, int, str]
 """Start and count of a piece's elements in its flattened tensor, and the file."""
 

@@ -201,8 +201,8 @@ class Engine:
             time.sleep(SETTLE_SECONDS)
 
     def close(self, failed: bool = False) -> None:
-        """Leave the process group; the barrier before is what keeps gloo from aborting at exit. Where this rank has `failed`, others
-        may be anywhere: it waits for none, and they notice its end."""
+        """Leave the process group; the barrier before is what keeps gloo from aborting at exit. Where this rank has `failed`
+        it waits for none: others may be anywhere, and notice its end."""
         if failed and self._watch is not None:
             return
         self.accelerator.wait_for_everyone()

@@ -147,8 +147,8 @@ _OPENED: list[Watch] = []
 
 
 def watch(engine) -> Watch:
-    """The watch of this process group, opened by the first engine that asks; every rank calls it. Rank 0 listens where the launcher has its rendezvous
-    (MASTER_ADDR), at a free port. A rank that cannot reach it says so and is not watched."""
+    """The watch of this process group, opened by the first engine that asks; every rank calls it. Rank 0 listens at a free port of
+    where the launcher has its rendezvous (MASTER_ADDR). A rank that cannot reach it says so and is not watched."""
     if not _OPENED or _OPENED[0].over:
         _OPENED[:] = [_open(engine)]
     return _OPENED[0]

@@ -1,7 +1,7 @@
 """examples/slurm/distill.sbatch under shell scripts in the place of sbatch, srun and scontrol, and of `distill` itself.
 
-The srun here starts every task of two nodes at once and returns the highest of their exit statuses; a task that a signal ended counts
-as 128 + its number, as in Slurm. The `distill` writes down what it was given; what it does then, each test says.
+The srun here starts every task of two nodes at once and returns the highest of their exit statuses; a task that a signal ended
+counts as 128 + its number, as in Slurm. The `distill` writes down what it was given; what it does then, each test says.
 """
 
 import os
@@ -108,7 +108,9 @@ def test_the_end_of_its_time_puts_it_back_into_the_queue_and_it_continues(tmp_pa
     assert len(job.started) == 8
 
 
-@pytest.mark.parametrize(("ends", "status", "again"), [("kill -USR1 $$", 138, 1), ("exit 143", 143, 1), ("exit 2", 2, 0), ("exit 1", 1, 0)])
+@pytest.mark.parametrize(
+    ("ends", "status", "again"), [("kill -USR1 $$", 138, 1), ("exit 143", 143, 1), ("exit 2", 2, 0), ("exit 1", 1, 0)]
+)
 def test_a_mistake_or_a_killed_rank_is_not_tried_again(tmp_path, ends, status, again):
     """But a signal in a stage that does not train, which ends the process at once, is."""
     job = Job(tmp_path, f"if [ $RANK = 2 ]; then {ends}; fi")

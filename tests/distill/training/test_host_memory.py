@@ -24,7 +24,9 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import make_spec
 
 RANKS, MOST = 4, 1.3
-WIDE = NetworkConfig(num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8, audio_blocks=(1,))
+WIDE = NetworkConfig(
+    num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8, audio_blocks=(1,)
+)
 READ = {"bytes": 0, "most": 0}
 
 

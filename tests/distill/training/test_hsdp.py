@@ -112,7 +112,9 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
     found = [json.loads((launched / f"facts-{rank}.json").read_text()) for rank in range(4)]
     total = sum(x.numel() for x in expected.values())
     for rank, facts in enumerate(found):
-        assert facts["stored"] == pytest.approx((0.5, 0.5, 0, 0)[rank] * total, rel=0.06), "one replica's ranks, their rows"
+        assert facts["stored"] == pytest.approx((0.5, 0.5, 0, 0)[rank] * total, rel=0.06), (
+            "one replica's ranks, their rows"
+        )
         assert facts["resumed"] < 0.3 * total, "a quarter of the rows"
         assert facts["mesh"] == [2, 2]
         assert facts["placements"]

@@ -17,6 +17,7 @@ from distill.training.engine import Engine, EngineConfig
 from teachers.errors import UserError
 from tests.support.processes import start_ranks
 
+
 def worker(folder: Path) -> None:
     scene = (folder / "scene").read_text()
     watch.GRACE_SECONDS = 0.5
@@ -102,7 +103,8 @@ def test_a_stranger_at_the_port_is_sent_away():
 
 
 @pytest.mark.parametrize(
-    ("error", "settled", "failed"), [(UserError("x"), 0, True), (RuntimeError("x"), 1, True), (SystemExit(143), 0, False)]
+    ("error", "settled", "failed"),
+    [(UserError("x"), 0, True), (RuntimeError("x"), 1, True), (SystemExit(143), 0, False)],
 )
 def test_a_run_that_fails_waits_for_no_rank(monkeypatch, error, settled, failed):
     """Its message would come after the others' time-out; but a stop is one that all have agreed on."""
