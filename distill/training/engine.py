@@ -248,6 +248,11 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
     if asked != "no" and asked != config.precision:
         fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
         raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
+    if int(environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "--max-restarts: processes that are started again would find the addresses of those before in the launcher's store: "
+            "launcher; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --rdzv-endpoint HOST:PORT ..."
+        )
     kind = kind or config.kind or "ddp"
     if kind == "ddp" and config.offload:
         raise UserError("engine.offload: ddp keeps everything on the device; use engine=fsdp2 or zero1, zero2, zero3")

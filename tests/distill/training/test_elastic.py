@@ -48,6 +48,7 @@ def worker(folder: Path, killed: int | None) -> None:
 
 def launch(folder: Path, killed: int | None) -> float:
     """Seconds until the agent has done."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     began = time.monotonic()
     options = {"min_nodes": 1, "max_nodes": 1, "nproc_per_node": 2, "start_method": "fork"}
     rendezvous = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": "test"}

@@ -5,6 +5,7 @@
 
 import gc
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import make_spec
 
 RANKS, MOST = 4, 1.3
-WIDE = NetworkConfig(
-    num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8, audio_blocks=(1,)
-)
+WIDE = NetworkConfig(num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8)
+SHALLOW = replace(WIDE, num_layers=4)
 READ = {"bytes": 0, "most": 0}
 
 
@@ -70,17 +70,23 @@ def counted(part: Any) -> Any:
 
 def worker(folder: Path) -> None:
     engine = Engine(EngineConfig(kind="fsdp2", precision="fp32"))
-    stage, spec = TeacherStage(network=WIDE, path=folder / "teacher"), make_spec(network=WIDE)
+    stage = TeacherStage(network=WIDE, path=folder / "teacher")
     weights.safe_open = CountedFile
-    engine.barrier()
+    loaded(engine, replace(stage, network=SHALLOW, path=folder / "shallow"))  # whatever is imported on the way
     gc.collect()
-    before = status("RssAnon")
-    net = outline(stage, spec)
-    fsdp.shard(engine, net, fill=partial(fill_given, stage=stage))
+    before, READ["bytes"], READ["most"] = status("RssAnon"), 0, 0
+    net = loaded(engine, stage)
     facts = {"read": READ["bytes"], "held": max(READ["most"], status("RssAnon")) - before}
     facts["parameters"] = sum(p.numel() for p in net.parameters())
     (folder / f"facts-{engine.rank}.json").write_text(json.dumps(facts))
     engine.close()
+
+
+def loaded(engine: Engine, stage: TeacherStage) -> Any:
+    """The frozen network of a stage, as `Artifacts.in_shards` makes it."""
+    net = outline(stage, make_spec(network=stage.network))
+    fsdp.shard(engine, net, fill=partial(fill_given, stage=stage))
+    return net
 
 
 def test_ranks_of_a_node_read_and_hold_a_file_once(tmp_path):
@@ -88,7 +94,8 @@ def test_ranks_of_a_node_read_and_hold_a_file_once(tmp_path):
         path.mkdir()
         return path
 
-    _network(TeacherStage(network=WIDE, path=tmp_path / "teacher"), make_spec(network=WIDE), place)
+    for network, name in ((WIDE, "teacher"), (SHALLOW, "shallow")):
+        _network(TeacherStage(network=network, path=tmp_path / name), make_spec(network=network), place)
     run_ranks(__file__, tmp_path, RANKS)
     size = sum(file.stat().st_size for file in (tmp_path / "teacher").glob("*.safetensors"))
     facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(RANKS)]
