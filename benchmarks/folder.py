@@ -1,13 +1,13 @@
 """`data=folder` at size: many small clips through preparing, the data stage and the training of the embedded world's teacher.
 
-    python benchmarks/folder.py [--clips 2000] [--people 40] [--steps 300] [--threads 1] [--dir DIR] [--json FILE] [OVERRIDE ...]
+    python benchmarks/folder.py [--clips 2000] [--people 40] [--steps 300] [--threads 1] [--workers 0] [--dir DIR] [--json FILE] [OVERRIDE ...]
 
 Films of the procedural world (32x32, 12.5 fps, one person each) are cut into clips of 15 frames by `distill data prepare`'s own
 function; the stages `data` and `teacher` of recipes/dmd_avatar.yaml then run on all of them. A script, not a test
 (`tests/benchmarks/test_folder.py` runs it small). Reported are
 
 used       clips that are trained on and held out, out of all
-prepare, data    clips a second of preparing, and of the data stage (decoded, encoded, stored)
+prepare, data    clips a second of preparing (by `workers` processes), and of the data stage (decoded, encoded, stored)
 loader     clips a second of the training set alone, batches of rows in their shuffled order
 trainer    clips a second of training, and the share of its time in which it waited for a batch
 resident   MiB of the training process: at its first tenth, and the most in its second half over the most in its first
@@ -105,7 +105,7 @@ def measure(
     world = render.WorldConfig()
     began = time.perf_counter()
     config = CutConfig(fps=Fraction(world.fps), size=world.size)
-    prepare(read(films / "metadata.csv", films), films, folder / "shards", "folder", config, shard_clips=100)
+    prepare(read(films / "metadata.csv", films), films, folder / "shards", "folder", config, 100, workers)
     prepared = time.perf_counter()
     words = [
         "data=folder",
@@ -153,7 +153,7 @@ def loading(pipeline: Pipeline, size: int, seconds: float = 3.0) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("clips", 2000), ("people", 40), ("steps", 300), ("threads", 1)):
+    for name, value in (("clips", 2000), ("people", 40), ("steps", 300), ("threads", 1), ("workers", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dir", type=Path, help="keeps what is made; it must not exist")
     parser.add_argument("--json", type=Path)
@@ -162,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.dir or Path(temporary) / "folder"
         folder.mkdir(parents=True)
-        found = measure(folder, given.clips, given.people, given.steps, given.threads, given.overrides)
+        found = measure(folder, given.clips, given.people, given.steps, given.threads, given.workers, given.overrides)
     for name, value in found.items():
         sys.stdout.write(f"{name:24} {value:.4g}\n" if isinstance(value, float) else f"{name:24} {value}\n")
     if given.json:

@@ -99,7 +99,6 @@ def test_ranks_of_a_node_read_and_hold_a_file_once(tmp_path):
     run_ranks(__file__, tmp_path, RANKS)
     size = sum(file.stat().st_size for file in (tmp_path / "teacher").glob("*.safetensors"))
     facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(RANKS)]
-    print("RATIOS", sum(f["read"] for f in facts) / size, sum(f["held"] for f in facts) / size, size)
     assert size == pytest.approx(4 * facts[0]["parameters"], rel=0.02)
     assert size < sum(own["read"] for own in facts) + 2**16
     assert sum(own["read"] for own in facts) < MOST * size
