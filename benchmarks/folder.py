@@ -1,6 +1,7 @@
 """`data=folder` at size: many small clips through preparing, the data stage and the training of the embedded world's teacher.
 
-    python benchmarks/folder.py [--clips 2000] [--people 40] [--steps 300] [--threads 1] [--workers 0] [--dir DIR] [--json FILE] [OVERRIDE ...]
+    python benchmarks/folder.py [--clips 2000] [--people 40] [--steps 300] [--threads 1] [--workers 0]
+        [--dir DIR] [--json FILE] [OVERRIDE ...]
 
 Films of the procedural world (32x32, 12.5 fps, one person each) are cut into clips of 15 frames by `distill data prepare`'s own
 function; the stages `data` and `teacher` of recipes/dmd_avatar.yaml then run on all of them. A script, not a test
