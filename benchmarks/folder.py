@@ -98,7 +98,7 @@ def resident() -> int:
 
 
 def measure(
-    folder: Path, clips: int, people: int, steps: int, threads: int, overrides: Sequence[str]
+    folder: Path, clips: int, people: int, steps: int, threads: int, workers: int, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """The figures; films, shards and the run are left in `folder`."""
     torch.set_num_threads(threads)

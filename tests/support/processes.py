@@ -101,10 +101,15 @@ def _own() -> None:
     torch.set_num_threads(1)
 
 
-def _call(sender: Any, function: Callable, arguments: tuple) -> None:
-    _own()
+def hand_back() -> None:
+    """From here on this process's allocator hands back what is freed."""
     for option, value in ((-1, 0), (-3, 32 << 10), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
         ctypes.CDLL(None).mallopt(option, value)
+
+
+def _call(sender: Any, function: Callable, arguments: tuple) -> None:
+    _own()
+    hand_back()
     sender.send(function(*arguments))
 
 

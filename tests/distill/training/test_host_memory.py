@@ -21,12 +21,13 @@ from distill.training.engine import Engine, EngineConfig
 from teachers.checkpoints import weights
 from teachers.networks.wan import NetworkConfig
 from tests.distill.planning.test_measured import status
-from tests.support.processes import run_ranks
+from tests.support.processes import hand_back, run_ranks
 from tests.support.tiny import make_spec
 
 RANKS, MOST = 4, 1.3
 WIDE = NetworkConfig(num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8)
-SHALLOW = replace(WIDE, num_layers=4)
+NARROW = replace(WIDE, num_heads=2, head_dim=16, ffn_dim=96)
+"""As deep, with as many modules, names and hooks, but next to no weights."""
 READ = {"bytes": 0, "most": 0}
 
 
@@ -72,7 +73,8 @@ def worker(folder: Path) -> None:
     engine = Engine(EngineConfig(kind="fsdp2", precision="fp32"))
     stage = TeacherStage(network=WIDE, path=folder / "teacher")
     weights.safe_open = CountedFile
-    loaded(engine, replace(stage, network=SHALLOW, path=folder / "shallow"))  # whatever is imported on the way
+    hand_back()
+    loaded(engine, replace(stage, network=NARROW, path=folder / "narrow"))  # what 14B in full has no more of
     gc.collect()
     before, READ["bytes"], READ["most"] = status("RssAnon"), 0, 0
     net = loaded(engine, stage)
@@ -94,7 +96,7 @@ def test_ranks_of_a_node_read_and_hold_a_file_once(tmp_path):
         path.mkdir()
         return path
 
-    for network, name in ((WIDE, "teacher"), (SHALLOW, "shallow")):
+    for network, name in ((WIDE, "teacher"), (NARROW, "narrow")):
         _network(TeacherStage(network=network, path=tmp_path / name), make_spec(network=network), place)
     run_ranks(__file__, tmp_path, RANKS)
     size = sum(file.stat().st_size for file in (tmp_path / "teacher").glob("*.safetensors"))
@@ -102,4 +104,5 @@ def test_ranks_of_a_node_read_and_hold_a_file_once(tmp_path):
     assert size == pytest.approx(4 * facts[0]["parameters"], rel=0.02)
     assert size < sum(own["read"] for own in facts) + 2**16
     assert sum(own["read"] for own in facts) < MOST * size
-    assert sum(own["held"] for own in facts) < MOST * size, "anonymous memory at its peak"
+    held = sum(own["held"] for own in facts)
+    assert 0.9 * size < held < MOST * size, f"anonymous memory at its peak: {held / size:.2f} of the file"
