@@ -27,6 +27,8 @@ GRACE_SECONDS = 10.0
 """In which a rank may end with a message of its own, when another has failed with one."""
 CONNECT_SECONDS = 60.0
 SETTLE_SECONDS = 5.0
+MOST_TEXT = 4096
+"""Characters of a line."""
 LEFT, FAILED = "left", "failed"
 """What a rank sends when it ends together with all others, and when it ends by itself."""
 
@@ -46,7 +48,7 @@ class Peer:
             new = self.link.recv(4096)
         except OSError:
             new = b""
-        *lines, self.text = (self.text + new.decode("utf-8", "replace")).split("\n")
+        *lines, self.text = (self.text + new.decode("utf-8", "replace"))[-MOST_TEXT:].split("\n")
         return lines if new or lines else None
 
     def send(self, line: str) -> None:
