@@ -139,7 +139,7 @@ def run_ranks(script: str, folder: Path, count: int, timeout: float = 400.0) -> 
             if process.exitcode is None:
                 kill(process)
     failed = next((rank for rank, code in enumerate(codes) if code), 0)
-    assert codes == [0] * count, (folder / f"{failed}.log").read_text()[-3000:]
+    assert codes == [0] * count, f"exit statuses {codes}: {(folder / f'{failed}.log').read_text()[-3000:]}"
 
 
 def start_ranks(script: str, folder: Path, count: int) -> list[multiprocessing.process.BaseProcess]:
