@@ -127,7 +127,7 @@ def _main(words: list[str], log: str) -> None:
     sys.exit(code)
 
 
-def run_ranks(script: str, folder: Path, count: int, timeout: float = 400.0) -> None:
+def run_ranks(script: str, folder: Path, count: int, timeout: float = 900.0) -> None:
     """`worker(folder)` of a test file as `count` ranks, each with its log in the folder; all have to end well."""
     ranks = start_ranks(script, folder, count)
     try:
