@@ -20,6 +20,7 @@ from distill.planning.outlook import (
     Part,
     Rates,
     StageOutlook,
+    copied_bytes,
     host_bytes,
     memory,
     outlook,
@@ -160,6 +161,10 @@ def test_what_is_alive_beside_counts():
     assert memory(plan, large, "ddp", 4)["clips"] == 1e9 + 32_000 + 8000 + 16_000 + 4000
     assert memory(plan, replace(large, whole=5.0), "ddp", 4)["clips"] == 1e9 + 5
     assert [host_bytes(replace(stage, host=(10, 1)), ranks) for ranks in (1, 8, 64)] == [11, 81, 81]
+    copied = [
+        [copied_bytes(replace(stage, copied=64), kind, ranks) for ranks in (1, 8, 64)] for kind in ("ddp", "fsdp2")
+    ]
+    assert copied == [[64, 64, 64], [64, 64, 8]], "rank 0's, or what the machine's ranks store"
 
 
 def test_overrides_are_the_fewest_that_make_it_fit():
