@@ -55,7 +55,7 @@ def read(folder: Path) -> list[Film]:
         with closing(read_frames(folder / source)) as shown:
             for picture in shown:
                 rate = picture.rate
-                pixels = torch.from_numpy(upright(picture.frame, "rgb24")).permute(2, 0, 1)[None]
+                pixels = torch.from_numpy(upright(picture.frame)).permute(2, 0, 1)[None]
                 small = F.interpolate(
                     pixels, scale_factor=SIDE / min(pixels.shape[2:]), mode="bilinear", antialias=True
                 )

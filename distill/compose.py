@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.base import Container
 from omegaconf.basecontainer import BaseContainer
 
 import distill
@@ -23,6 +24,9 @@ from teachers.files import flatten
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
 SECRET = "a recipe does not read the environment"
+MOST_REFERENCES, MOST_CHARACTERS = 2_000, 2**20
+"""That a recipe's ${KEY} may be followed, those behind each other included, and the length of all that they give."""
+BOMB = f"over {MOST_REFERENCES} references, or over {MOST_CHARACTERS} characters by them"
 
 
 def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]) -> tuple[dict[str, Any], Locate]:
@@ -52,6 +56,8 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     except Exception as error:  # whatever Hydra may raise at a recipe that is none
         if named := re.search(rf"{SECRET}: \S+", str(error)):
             raise UserError(f"{named[0]} in {path}; give the value itself, as KEY=VALUE") from error
+        if BOMB in str(error):
+            raise UserError(f"too large: {path} has {BOMB}; write what its ${{KEY}} name plainly") from error
         if missing := re.search(r"Missing mandatory value: (\S+)", str(error)):
             raise UserError(f"missing value of '{missing[1]}': {path}; give it as {missing[1]}=VALUE") from error
         raise UserError(f"{_first_lines(error)}: {path}; fix the recipe or the overrides") from error
@@ -76,7 +82,7 @@ def _check_files(path: Path, overrides: Sequence[str]) -> None:
 def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hydra's composition as plain data, and which option each group has."""
     search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
-    with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment():
+    with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment(), _few_references():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         values = OmegaConf.to_container(own, resolve=True)
@@ -97,6 +103,26 @@ def _no_environment() -> Iterator[None]:
         yield
     finally:
         BaseContainer._resolvers["oc.env"] = before
+
+
+@contextmanager
+def _few_references() -> Iterator[None]:
+    """Inside, ${KEY} are followed no more often than a recipe needs: two that name two more each, and so on, never end."""
+    follow, count, length = Container.resolve_parse_tree, 0, 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal count, length
+        found = follow(*args, **options)
+        count, length = count + 1, length + (len(found) if isinstance(found, str) else 0)
+        if count > MOST_REFERENCES or length > MOST_CHARACTERS:
+            raise ValueError(BOMB)
+        return found
+
+    Container.resolve_parse_tree = counted
+    try:
+        yield
+    finally:
+        Container.resolve_parse_tree = follow
 
 
 def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:

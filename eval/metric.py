@@ -36,7 +36,7 @@ class Clip:
     """One clip as the card wants it: video uint8 [3, T, H, W], its rate, mono sound [S] at 16 kHz (None without a track).
 
     box: a face's [4] left, top, right, bottom in pixels, None where none was found; has_box: whether a face was looked for
-    no_sound: why there is no sound, where the file's is broken
+    no_sound: why there is no sound, where the file's is broken; track: which of a file's several it is, such as "2 of 3"
     given: leading frames that are the reference; seams: frames that begin a chunk, where the maker states them
     labels: the targets of its condition, name -> number; condition: clips of one condition differ in their noise
     audio_features: rows [T, A] as the probes take them, where they are known already (else they are made of the sound)
@@ -47,6 +47,7 @@ class Clip:
     fps: Fraction
     sound: Tensor | None = None
     no_sound: str = ""
+    track: str = ""
     box: Tensor | None = None
     has_box: bool = False
     given: int = 0

@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the numbers and return 0. Raises UserError in one line."""
     _check_options(args)
     device, speed = devices.choose(args)
-    sound = None if args.audio is None else media.resample(*media.decode_audio(args.audio), speech.SAMPLE_RATE)
+    sound = None if args.audio is None else media.read_audio(args.audio, speech.SAMPLE_RATE)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
     try:

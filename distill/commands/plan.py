@@ -126,7 +126,7 @@ def _common(shipped: Shipped) -> Iterator[str]:
 
 def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[str]:
     """A row a stage, as shipped; what is alive beside, hosts; and whether it fits, or what makes it."""
-    from distill.planning.outlook import host_bytes, memory
+    from distill.planning.outlook import copied_bytes, host_bytes, memory
 
     rates, price = shipped.rates, shipped.rates.dollars
     heads = ["update", "clips", "beside", "peak", "FLOP", "hours", *(["dollars"] if price else [])]
@@ -161,7 +161,9 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
     if beside:
         yield f"beside: {', '.join(f'{name} {_gib(size)}' for name, size in beside.items())}"
     hosts = max(host_bytes(plan, stage, shipped.engine, count, shipped.switches) for stage in shipped.stages)
+    copied = max(copied_bytes(stage, shipped.engine, count) for stage in shipped.stages)
     yield f"host memory of a machine {_gib(hosts)} GiB for networks and clips, besides the processes"
+    yield f"and {_gib(copied)} GiB for a checkpoint while it is written; without twice as much free, training waits for the disk"
     lines = overrides(plan, shipped, count, gib)
     if lines == []:
         yield f"fits as shipped into {gib:g} GiB"
@@ -257,7 +259,7 @@ def as_json(
 
 def _stage_json(plan: "Plan", stage: "StageOutlook", shipped: Shipped, count: int) -> dict[str, Any]:
     """Everything of one stage on `count` GPUs; memory is null where its batches do not divide."""
-    from distill.planning.outlook import host_bytes, memory
+    from distill.planning.outlook import copied_bytes, host_bytes, memory
 
     hours, price = stage.hours(count, shipped.rates), shipped.rates.dollars
     try:
@@ -277,6 +279,7 @@ def _stage_json(plan: "Plan", stage: "StageOutlook", shipped: Shipped, count: in
         "host_bytes": round(host_bytes(plan, stage, shipped.engine, count, shipped.switches)),
         "disk_bytes": round(stage.disk),
         "checkpoint_bytes": round(stage.checkpoints),
+        "copied_bytes": round(copied_bytes(stage, shipped.engine, count)),
         "flops": stage.flops,
         "hours": hours,
         "dollars": None if price is None else hours * count * price,

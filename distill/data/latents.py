@@ -201,11 +201,8 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
         yield from [first] if 0 in numbers else []
         yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
 
-    clips = write_shards(source, folder, engine, encoders, clips_of)
+    clips, texts = write_shards(source, folder, engine, encoders, clips_of)
     if engine.is_main and not (folder / FILE).is_file():
-        texts = {
-            text for file in files_of(folder, "shard", source.num_shards) for text in _text_of(file, encoders.mark)
-        }
         cover(source, seed, first, texts, encoders).save(folder / FILE)
     original = to_float(first.video[:64])
     decoded = to_float(encoders.decode(encoders.encode(first.video[:64])))
@@ -247,11 +244,11 @@ def write_shards(
     engine: Engine,
     encoders: ConditionEncoders,
     clips_of: Callable[[Sequence[int]], Iterable[Clips]],
-) -> int:
+) -> tuple[int, list[str]]:
     """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and (`data.mirror`)
     their mirror images, which are rows of their own but share what is equal; the features of each distinct text once; the
-    negative prompt; last the manifest, by which all are found. Returns the number of rows. UserError for a shard that other
-    encoders made."""
+    negative prompt; last the manifest, by which all are found. Returns the number of rows and the distinct texts. UserError for a
+    shard that other encoders made."""
     mine, mark, precision = range(engine.rank, source.num_shards, engine.world_size), encoders.mark, encoders.precision
     files = files_of(folder, "shard", source.num_shards)
     missing = [i for i in mine if not files[i].is_file()]
@@ -269,7 +266,7 @@ def write_shards(
         _check_finite(rows, source, i)
         save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
     engine.barrier()
-    said = engine.from_main([_text_of(file, mark) for file in files] if engine.is_main else None)
+    said = engine.in_turns([_text_of(files[i], mark) for i in mine], source.num_shards)
     texts = list(dict.fromkeys(text for own in said for text in own))
     text_files = files_of(folder, "text", -(-len(texts) // TEXTS_A_FILE))
     for i in range(engine.rank, len(text_files), engine.world_size):
@@ -286,7 +283,7 @@ def write_shards(
         facts |= {"tokens": encoders.read(texts[:1]).shape[1], "text": [[number[one] for one in own] for own in said]}
         atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
     engine.barrier()
-    return (1 + source.config.mirror) * source.num_train
+    return (1 + source.config.mirror) * source.num_train, texts
 
 
 def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) -> None:

@@ -59,7 +59,7 @@ def read_sample(stored: Indexed, first: int, num_frames: int) -> Sample:
     with _decoding("video", stored):
         for frame in shards.frames_of(members["mp4"], first / fps):
             if round(Fraction(frame.pts or 0) * Fraction(frame.time_base or 0) * fps) == first + len(found):
-                found.append(torch.from_numpy(upright(frame, "rgb24")).permute(2, 0, 1))
+                found.append(torch.from_numpy(upright(frame)).permute(2, 0, 1))
             if len(found) == num_frames:
                 break
     if len(found) != num_frames:

@@ -175,7 +175,7 @@ def corrupt(artifacts: Artifacts, folder: Path) -> dict:
         for shard, own in zip(shards, source.train(seed, shards), strict=True):
             yield corrupt_clips(config, own, keyed_generator(seed, "degraded", shard))
 
-    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)}
+    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)[0]}
 
 
 class Pipeline:
@@ -232,9 +232,13 @@ def run(recipe: Recipe) -> Path:
                 tqdm.write(f"distill: done: report {path / 'report.html'}, student {path / 'student'}", file=sys.stderr)
         finally:
             pipeline.close()
-        return pipeline.artifacts.folder.path
-    finally:
-        engine.close()
+    except BaseException as error:
+        if isinstance(error, RuntimeError):  # of a collective, perhaps, because another rank has ended
+            engine.settle()
+        engine.close(failed=not isinstance(error, SystemExit))  # which all ranks raise together
+        raise
+    engine.close()
+    return pipeline.artifacts.folder.path
 
 
 def _check_slot(recipe: Recipe, slot: str) -> None:

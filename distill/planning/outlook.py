@@ -19,7 +19,6 @@ from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
 from distill.planning.live_bytes import LiveBytes
 from distill.planning.trace import clip_costs
-from distill.training.checkpoint import FILE_BYTES
 from students.serving.optimize import DTYPES
 from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
 
@@ -78,7 +77,8 @@ class Part:
 class StageOutlook:
     """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
     `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training holds; `made`: by role, of the
-    whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of rank 0."""
+    whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of
+    rank 0; `copied`: of one checkpoint, which ranks hold until it is written."""
 
     name: str
     parts: tuple[Part, ...]
@@ -88,6 +88,7 @@ class StageOutlook:
     clips: float = 0
     made: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     host: tuple[float, float] = (0, 0)
+    copied: float = 0
 
     @property
     def flops(self) -> float:
@@ -114,6 +115,11 @@ def memory(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: S
 
 def _at_rest(parts: Mapping[str, float]) -> float:
     return sum(size for name, size in parts.items() if name not in ("gradients", "activations", "peak"))
+
+
+def copied_bytes(stage: StageOutlook, engine: str, ranks: int) -> float:
+    """Of a machine with up to eight of the ranks: its share of a checkpoint that is being written."""
+    return stage.copied * (1 if engine == "ddp" else min(ranks, NODE) / ranks)
 
 
 def host_bytes(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:
@@ -240,9 +246,9 @@ class _Stages:
             for role, flops in costs.flops.items()
         ]
         trained = [self._learned(role) for role in self.job.needs(name).trained]
-        saved = (recipe.engine.keep_checkpoints + 1) * 4 * (3 * sum(trained) + trained[0])
-        facts: dict = {"checkpoints": saved, "disk": 4 * trained[0] * (2 if name == "distill" else 1)}
-        facts["host"] = (self._students(1), 4 * trained[0] + min(FILE_BYTES, 4 * sum(trained)))
+        copied = 4 * (3 * sum(trained) + trained[0])
+        facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * copied, "copied": copied}
+        facts |= {"disk": 4 * trained[0] * (2 if name == "distill" else 1), "host": (self._students(1), 4 * trained[0])}
         if name in ("teacher", "base"):
             return self._stage(name, steps, **facts)
         clip, num = self.student_clip + codec.decode, recipe.health.num_conditions

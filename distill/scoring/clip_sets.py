@@ -7,14 +7,14 @@ happens, `NAME.wav` or `NAME.flac` is the sound and goes before a video's own tr
 {"NAME": [left, top, right, bottom]} in pixels of the clip before it is scaled, null where no face was found. A dot in a name
 counts as "_".
 
-A clip is held as a whole, at most `MOST_BYTES` of frames: 109 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
+A clip is held as a whole, at most `MOST_BYTES` of frames: 54 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
 one, and FVD's network takes it as floats, so a process needs up to six times that.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
@@ -49,7 +49,7 @@ LOSSLESS = ("ffv1", "png", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "qtrle",
 RGB = ("rgb", "bgr", "gbr", "0rgb", "0bgr", "argb", "abgr")
 ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
 SAME_RATE = Fraction(1, 10_000)  # 30 and 29.97 are two rates
-MOST_BYTES = 2**31
+MOST_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,14 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
 
     Raises UserError where it is damaged, too short, longer than can be held, or of another rate, size or codec.
     """
-    rule, why = card.clips, ""
+    rule, why, track = card.clips, "", ""
     if entry.sample is not None:
         if generated and rule.lossless:
             raise UserError("clips in prepared shards are H.264 and not lossless; write tensors, FFV1 or PNG in an mkv")
         _check_length(entry.sample.frames, *entry.sample.size)
         clip = read_sample(entry.sample, 0, entry.sample.frames)
         sound, (video, fps) = clip.audio, _retimed(clip.video, clip.fps, rule)
+        track = str(clip.facts.get("audio_track", ""))
     elif entry.path.suffix == TENSORS:
         video, fps, sound = _tensors(entry.path)
         if sound is not None and (sound.ndim != 1 or not bool(torch.isfinite(sound.float()).all())):
@@ -153,7 +154,8 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
     else:
         video, fps, start = _video(entry, rule, generated and rule.lossless)
         try:
-            sound = _sound(entry, start, round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps))
+            count = round(min(video.shape[1], rule.frames or video.shape[1]) * SAMPLE_RATE / fps)
+            sound, track = _sound(entry, start, count)
         except UserError as error:  # of no account to metrics of the frames alone
             sound, why = None, str(error)
     if rule.frames is not None and video.shape[1] < rule.frames:
@@ -167,6 +169,7 @@ def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:
         fps=fps,
         sound=sound,
         no_sound=why,
+        track=track,
         box=None if box is None else torch.tensor(box),
         has_box=entry.has_box,
         given=rule.given,
@@ -292,7 +295,10 @@ def _retimed(video: Tensor, fps: Fraction, rule: ClipRule) -> tuple[Tensor, Frac
     if rule.fps is None or abs(fps / rule.fps - 1) < SAME_RATE:
         return video, fps if rule.fps is None else rule.fps
     _refuse_rate(fps, rule.fps, rule)
-    places = [math.floor(number * fps / rule.fps) for number in range(math.floor(video.shape[1] * rule.fps / fps))]
+    count = math.floor(video.shape[1] * rule.fps / fps)
+    count = count if rule.frames is None else min(count, rule.frames)
+    _check_length(count, *video.shape[2:])
+    places = [math.floor(number * fps / rule.fps) for number in range(count)]
     return video[:, places], rule.fps
 
 
@@ -326,7 +332,7 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
             if picture.frame.is_corrupt:
                 raise UserError(f"damaged frame at {float(picture.time):.2f} s")
             if picture.time + picture.duration > start + ROUNDING:
-                pixels = upright(picture.frame, "rgb24")
+                pixels = upright(picture.frame)
                 x, y, w, h = crop_box(clip, (pixels.shape[1], pixels.shape[0]), None) if clip.crop else (0, 0, 0, 0)
                 pixels = pixels[y : y + h, x : x + w] if clip.crop else pixels
                 if frames and frames[0].shape != pixels.shape:
@@ -341,7 +347,7 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
                 break
     if not frames:
         raise UserError(f"no frame from {float(start):.2f} s on")
-    video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)
+    places = range(len(frames))
     own = rate if rate is not None else Fraction(25)
     steady = all(abs(times[i] - times[0] - i / own) <= 2 * ROUNDING for i in range(len(times)))
     if rule.fps is None or (abs(own / rule.fps - 1) < SAME_RATE and steady):
@@ -351,23 +357,36 @@ def _video(entry: Entry, rule: ClipRule, lossless: bool) -> tuple[Tensor, Fracti
     else:
         _refuse_rate(own, rule.fps, rule)
         fps, last = rule.fps, times[-1] + 1 / own - times[0]
-        count = math.floor((last + ROUNDING) * fps)
+        count = math.floor((last + ROUNDING) * fps)  # without end, where times jump
+        count = count if rule.frames is None else min(count, rule.frames)
+        _check_length(count, *frames[0].shape[:2])
         at = torch.tensor([float(time - times[0]) for time in times], dtype=torch.float64)
         shown = torch.arange(count, dtype=torch.float64) / float(fps) + float(ROUNDING)
-        video = video[:, torch.searchsorted(at, shown, right=True) - 1]
-    return video, fps, times[0]
+        places = (torch.searchsorted(at, shown, right=True) - 1).tolist()
+    return _joined(frames, places), fps, times[0]
 
 
-def _sound(entry: Entry, start: Fraction, count: int) -> Tensor | None:
-    """Sound [S] from `start` on; None without any, UserError where it cannot be used."""
+def _joined(frames: list[np.ndarray], places: Sequence[int]) -> Tensor:
+    """The frames [H, W, 3] with these numbers, which never fall, as [3, T, H, W]. It empties `frames`, to hold them once."""
+    video, last = torch.empty(len(places), *frames[0].shape, dtype=torch.uint8), -1
+    frames.reverse()
+    for number, place in enumerate(places):
+        while last < place:
+            frame, last = frames.pop(), last + 1
+        video[number] = torch.from_numpy(frame)
+    return video.permute(3, 0, 1, 2)
+
+
+def _sound(entry: Entry, start: Fraction, count: int) -> tuple[Tensor | None, str]:
+    """Sound [S] from `start` on, None without any, and which of a video's tracks it is; UserError where it cannot be used."""
     if entry.sound is not None:
         sound = read_audio(entry.sound)
         first = round(Fraction(entry.clip.start).limit_denominator(10**6) * SAMPLE_RATE)
-        return sound[first : first + count]
+        return sound[first : first + count], ""
     track = read_sound(entry.path, round(start * SAMPLE_RATE), count)
     if track is not None and track.cancelled:
         raise UserError(f"the two channels of the sound cancel each other: {entry.path.name}; keep one")
-    return None if track is None else track.samples
+    return (None, "") if track is None else (track.samples, track.track)
 
 
 def _check_lossless(path: Path) -> None:

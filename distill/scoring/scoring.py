@@ -32,6 +32,7 @@ from teachers.errors import UserError
 from teachers.files import canonical_json, load_tensors, make_folder, save_tensors
 
 NAMED = 5  # clips that are named in an error
+FACTS = "facts"  # of a clip, kept in a file as features are
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -61,10 +62,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Found:
-    """Where the features of a clip lie, and its shape; or why there are none for one metric."""
+    """Where the features of a clip lie, its shape, and which of several sound tracks it has (number, of how many; zeros without a
+    choice); or why there are none for one metric."""
 
     files: dict[str, str]
     shape: tuple[int, ...]
+    track: tuple[int, ...]
     without: dict[str, str]
 
 
@@ -140,7 +143,7 @@ def score(job: Job, name: str, generated: Mapping[str, Entry], real: Mapping[str
     _check_shapes(clips, ours, theirs)
     refused |= _without(job, [*theirs, *ours])
     table: dict[str, Any] = {"ground_truth": _row(len(clips)), "floor": _row(len(clips) // 2), name: _row(len(clips))}
-    notes: list[str] = []
+    notes = _tracks(dict(zip(looks, found, strict=True)))
     with tqdm([key for key in job.metrics if key not in refused], desc="score", file=sys.stderr) as bar:
         for key in bar:
             bar.set_postfix_str(key)
@@ -210,12 +213,15 @@ def _networks(probes: Path | None, device: str, batch_size: int) -> Networks:
 
 
 def _look(job: Job, look: Look) -> Found:
-    """Make the features of one clip that are not there yet; its shape is kept beside them. UserError for the clip as a whole."""
-    files = {key: _file_name(job, look, key) for key in ("shape", *job.metrics)}
+    """Make the features of one clip that are not there yet; its shape and track are kept beside them.
+
+    UserError for the clip as a whole.
+    """
+    files = {key: _file_name(job, look, key) for key in (FACTS, *job.metrics)}
     missing = [key for key, file in files.items() if not (job.cache / file).is_file()]
     without = _make(job, look, {key: files[key] for key in missing}) if missing else {}
-    shape = tuple(load_tensors(job.cache / files["shape"])["shape"].tolist())
-    return Found({key: file for key, file in files.items() if key not in without}, shape, without)
+    facts = {name: tuple(value.tolist()) for name, value in load_tensors(job.cache / files[FACTS]).items()}
+    return Found({key: file for key, file in files.items() if key not in without}, **facts, without=without)
 
 
 def _make(job: Job, look: Look, files: Mapping[str, str]) -> dict[str, str]:
@@ -227,8 +233,9 @@ def _make(job: Job, look: Look, files: Mapping[str, str]) -> dict[str, str]:
     networks = _networks(job.probes, job.device, job.batch_size)
     without = {}
     for key, file in files.items():
-        if key == "shape":
+        if key == FACTS:
             made = {"shape": torch.tensor([*clip.video.shape[1:], *clip.fps.as_integer_ratio()])}
+            made["track"] = torch.tensor([int(word) for word in (clip.track or "0 of 0").split(" of ")])
         else:
             try:
                 made = clip_features(job.card.metrics[key], clip, real, networks)
@@ -248,6 +255,18 @@ def _file_name(job: Job, look: Look, key: str) -> str:
         "version": __version__,
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:40] + ".safetensors"
+
+
+def _tracks(found: Mapping[str, Found]) -> list[str]:
+    """Which sound track was taken of the clips that have several, a line for each choice."""
+    names: dict[tuple[int, ...], list[str]] = {}
+    for name, item in found.items():
+        if item.track[1] > 1:
+            names.setdefault(item.track, []).append(name)
+    return [
+        f"Sound: audio track {track[0]} of {track[1]}, the default one, was taken of {listed(clips, NAMED)}."
+        for track, clips in sorted(names.items())
+    ]
 
 
 def _unlike(ours: Sequence[int], theirs: Sequence[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Piece, Rows, trained, whole
 
 
 class DDPRole:
@@ -47,14 +47,17 @@ class DDPRole:
     def release(self) -> None:
         """Nothing is gathered."""
 
-    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        for name, p in self.params.items():
+    def pieces(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
+        for name, p in self.params.items() if self.engine.is_main else ():
             if parts is not None:
-                yield name, parts[name]
+                yield Piece.whole(name, parts[name])
             elif what == WEIGHT:
-                yield name, p.detach()
+                yield Piece.whole(name, p)
             elif what in self.optimizer.state[p]:
-                yield name, self.optimizer.state[p][what]
+                yield Piece.whole(name, self.optimizer.state[p][what])
+
+    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return iter(parts.items())
 
     def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
         for name, value in ((name, whole(rows)) for name, rows in full.items()):

@@ -5,6 +5,7 @@ Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; ho
 
 import copy
 import os
+import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
 from distill.training.signals import end_with_parent
+from distill.training.watch import SETTLE_SECONDS, watch
 from students.serving.optimize import Compile
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -101,6 +103,7 @@ class Engine:
             raise UserError(
                 f"engine.shard_ranks: {self.world_size} processes are no multiple of {config.shard_ranks}; change one"
             )
+        self._watch = watch(self) if self.world_size > 1 else None
         self._alone = self.kind != "ddp" and not dist.is_initialized()
         if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
             os.environ["LOCAL_RANK"] = "0"
@@ -130,6 +133,13 @@ class Engine:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def in_turns(self, own: Sequence[Any], num: int) -> list[Any]:
+        """All `num` values (what pickles), of which each rank has those of its turns: rank, rank + world_size, ..."""
+        parts: list[Any] = [own] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, own)
+        return [parts[i % self.world_size][i // self.world_size] for i in range(num)]
 
     def share(self, num: int) -> Tensor:
         """The rows of `num` that are this rank's, every rank as many: some twice, where they do not divide. See `all_rows`."""
@@ -190,9 +200,19 @@ class Engine:
         """bf16 autocast, or nothing with precision fp32."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def close(self) -> None:
-        """Leave the process group; the barrier before is what keeps gloo from aborting at exit."""
+    def settle(self) -> None:
+        """After an error that may be the end of another rank: time for what watches the ranks to say so and to end this one."""
+        if self._watch is not None:
+            time.sleep(SETTLE_SECONDS)
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the process group; the barrier before is what keeps gloo from aborting at exit. Where this rank has `failed`
+        it waits for none: others may be anywhere, and notice its end."""
+        if failed and self._watch is not None:
+            return
         self.accelerator.wait_for_everyone()
+        if self._watch is not None:
+            self._watch.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         if self._alone:
@@ -233,6 +253,11 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
     if asked != "no" and asked != config.precision:
         fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
         raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
+    if int(environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UserError(
+            "--max-restarts: processes that are started again would find the addresses of those before in the launcher's store: "
+            "launcher; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --rdzv-endpoint HOST:PORT ..."
+        )
     kind = kind or config.kind or "ddp"
     check_offload(kind, config.offload)
     return kind

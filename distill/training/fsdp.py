@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, trained, whole
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Piece, Rows, trained, whole
 from teachers.checkpoints.weights import own_rows
 
 READS = ("read_text", "read_time", "read_audio", "read_image", "read", "look")
@@ -176,15 +176,19 @@ class FSDP2Role:
     def release(self) -> None:
         reshard(self.root)
 
-    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
         for name, p in self.params.items():
-            if parts is not None:
-                yield name, self._full(parts[name], p)
-            elif what == WEIGHT:
-                yield name, self._full(local(p), p)
-            elif what in self.optimizer.state[p]:
-                value = self.optimizer.state[p][what]
-                yield name, value if what == COUNT else self._full(local(value), p)
+            value = parts[name] if parts is not None else p if what == WEIGHT else self.optimizer.state[p].get(what)
+            if value is None:
+                continue
+            if what == COUNT or not isinstance(p, DTensor):
+                if self.engine.is_main:
+                    yield Piece.whole(name, value)
+            elif _is_first(p) and (rows := local(value)).numel():
+                yield Piece(name, p.shape, own_rows(p).start * p.shape[1:].numel(), rows.flatten())
+
+    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self._full(parts[name], p)) for name, p in self.params.items())
 
     def _full(self, part: Tensor, like: Tensor) -> Tensor:
         if not isinstance(like, DTensor):
@@ -207,6 +211,13 @@ class FSDP2Role:
                 moment = torch.zeros_like(p)
                 local(moment).copy_(_part(value, p))
                 self.optimizer.state[p][what] = moment
+
+
+def _is_first(p: DTensor) -> bool:
+    """Whether this rank is in the first of the groups that hold the same rows."""
+    place = p.device_mesh.get_coordinate()
+    assert place is not None
+    return not any(at for at, kind in zip(place, p.placements, strict=True) if isinstance(kind, Replicate))
 
 
 def local(tensor: Tensor) -> Tensor:

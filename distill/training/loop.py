@@ -5,12 +5,13 @@ weights and moments, whole or in shards, is an engine (`distill.training.role`);
 """
 
 import functools
+import json
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +24,7 @@ from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
 from distill.training.metrics_log import MetricsLog
-from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, trained
+from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
 from distill.training.signals import terminations
 from teachers.checkpoints.strict import is_finite
 from teachers.disk.digests import Recorder, recording, sha256
@@ -68,7 +69,8 @@ class Trainer:
         missing = [name for name in roles if name not in config.optimizers]
         if missing:
             raise UserError(f"no optimizer for role '{missing[0]}': give train.optimizers.{missing[0]}.lr")
-        self.kind, self.keep = engine.kind, engine.config.keep_checkpoints
+        self.kind = engine.kind
+        self.writer = checkpoint.Writer(folder, engine, engine.config.keep_checkpoints)
         self.accumulation = config.micro_steps(engine.world_size)
         self.held = {
             name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation, wait)
@@ -86,33 +88,39 @@ class Trainer:
         self.step = 0
 
     def save(self) -> None:
-        """Write everything that resume needs, whole or not at all; every rank calls it."""
+        """Begin to write everything that resume needs, whole or not at all; every rank calls it. See `checkpoint.Writer`."""
+        best = self._best
         facts = {
             "rows": self.position * self.config.batch_size * self.engine.world_size,
             "updates": self.updates,
             "roles_done": self.roles_done,
             "skipped": self.skipped,
             "best": self.best,
-            "best_digest": self._best_digest(),
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
-        checkpoint.save(self.folder, self.step, self.roles_done, facts, self.tensors(), self.engine, self.keep)
+        facts = json.loads(json.dumps(facts))  # as they are now
+        self.writer.begin(
+            self.step, self.roles_done, lambda: {**facts, "best_digest": _best_digest(best)}, self.pieces()
+        )
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stored tensor by name, whole, one at a time; every rank goes through them."""
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank stores of everything that resume needs."""
         for role, held in self.held.items():
             for what in (WEIGHT, *MOMENTS, COUNT):
-                yield from ((f"{role}/{what}/{name}", x) for name, x in held.full_state(what))
-            yield from ((f"{role}/buffer/{name}", x) for name, x in _buffers(self.roles[role]).items())
-        yield from ((f"ema/{name}", x) for name, x in self.held[self.average].full_state(WEIGHT, self.ema.shadow))
+                yield from (own._replace(name=f"{role}/{what}/{own.name}") for own in held.pieces(what))
+            buffers = _buffers(self.roles[role]) if self.engine.is_main else {}
+            yield from (Piece.whole(f"{role}/buffer/{name}", x) for name, x in buffers.items())
+        shadow = self.held[self.average].pieces(WEIGHT, self.ema.shadow)
+        yield from (own._replace(name=f"ema/{own.name}") for own in shadow)
 
     def load(self) -> bool:
         """Resume from the stage's newest checkpoint if there is one, whichever engine and number of processes wrote it."""
         found = checkpoint.saved(self.folder)
         if not found:
             return False
-        checkpoint.on_main(self.engine, found[-1], lambda: checkpoint.verify(found[-1]))
+        rank, world = self.engine.rank, self.engine.world_size
+        checkpoint.on_all(self.engine, found[-1], lambda: checkpoint.verify(found[-1], rank, world))
         reader = checkpoint.Reader(found[-1])
         facts, together = reader.metadata, self.config.batch_size * self.engine.world_size
         if facts["rows"] % together:
@@ -139,7 +147,7 @@ class Trainer:
     def averaged(self) -> dict[str, Tensor]:
         """The averaged role's state dict with its averaged weights, whole, on the CPU of rank 0; every rank calls it, the others
         get none."""
-        shadow, is_main = self.held[self.average].full_state(WEIGHT, self.ema.shadow), self.engine.is_main
+        shadow, is_main = self.held[self.average].full(self.ema.shadow), self.engine.is_main
         # every rank has to go through the shadow
         state = {name: x.detach().to("cpu", copy=True) for name, x in shadow if is_main}
         return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items() if is_main}
@@ -154,13 +162,10 @@ class Trainer:
 
         checkpoint.on_main(self.engine, path, write)
 
-    def _best_digest(self) -> str:
-        return self._best if isinstance(self._best, str) else self._best.wait()[BEST][1]
-
     def load_best(self) -> dict[str, Tensor]:
         """What `save_best` wrote last, on rank 0; UserError where the file is lost or another."""
         path = self.folder / BEST
-        if not path.is_file() or sha256(path) != self._best_digest():
+        if not path.is_file() or sha256(path) != _best_digest(self._best):
             raise UserError(f"damaged weights: {path} is not what was written; delete {self.folder} and run again")
         return load_tensors(path)
 
@@ -286,6 +291,10 @@ def _adamw(config: OptimizerConfig, params) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
+def _best_digest(best: Recorder | str) -> str:
+    return best if isinstance(best, str) else best.wait()[BEST][1]
+
+
 def _buffers(net: nn.Module) -> dict[str, Tensor]:
     """What a network stores beside its parameters."""
     return {
@@ -297,8 +306,7 @@ def _buffers(net: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_names(reader: "checkpoint.Reader", role: str, names: Iterable[str]) -> None:
-    prefix = f"{role}/{WEIGHT}/"
-    stored = {key.removeprefix(prefix) for key in reader.files if key.startswith(prefix)}
+    stored = set(reader.names(f"{role}/{WEIGHT}/"))
     if wrong := sorted(stored.symmetric_difference(names)):
         raise UserError(f"{reader.path} does not fit: {role} differs in {wrong[0]}; is it this recipe's folder?")
 
@@ -322,7 +330,7 @@ def train(
     the training saved, then SystemExit
     (128 + the signal) is raised.
     """
-    config, engine = trainer.config, trainer.engine
+    config, engine, writer = trainer.config, trainer.engine, trainer.writer
     trainer.load()
     log.resume(stage, trainer.step + 1)
     totals = dict.fromkeys(trainer.roles, 0)
@@ -331,13 +339,12 @@ def train(
             totals[role] += 1
     bar = tqdm(total=config.num_steps, initial=trainer.step, desc=stage, disable=not engine.is_main, mininterval=1.0)
     saved = time.monotonic()
-    with bar, terminations() as received:
+    with bar, _finishing(writer), terminations() as received:
         while trainer.step < config.num_steps:
-            metrics = trainer.advance(
-                method, batches, seed, totals, lambda: checkpoint.any_rank(engine, bool(received))
-            )
+            metrics = trainer.advance(method, batches, seed, totals, lambda: writer.any_rank(bool(received)))
             if metrics is None:
                 trainer.save()
+                writer.finish()
                 _stop(trainer, stage, received)
             bar.update(1)
             done = trainer.step == config.num_steps
@@ -351,9 +358,22 @@ def train(
             if checkpoint.any_rank(engine, done or late or _is_due(config.checkpoint_every, trainer.step)):
                 trainer.save()
                 saved = time.monotonic()
-        if checkpoint.any_rank(engine, bool(received)):  # while the last step ran, or its validation
+        writer.finish()
+        if writer.any_rank(bool(received)):  # while the last step ran, or its validation
             _stop(trainer, stage, received)
     engine.barrier()
+
+
+@contextmanager
+def _finishing(writer: "checkpoint.Writer") -> Iterator[None]:
+    """Of one process that fails inside, what was begun is put in its place all the same; several may no longer be able to agree."""
+    try:
+        yield
+    except BaseException:
+        if writer.engine.world_size == 1:
+            with suppress(UserError):
+                writer.finish()
+        raise
 
 
 def _is_due(period: int, step: int) -> bool:

@@ -5,7 +5,7 @@ weights; with bf16 the matrix products alone are bf16. `distill.training.loop` u
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ class Rows(Protocol):
     """A tensor of at least one axis, or what reads rows of one that lies in a file (safetensors' slices)."""
 
     def __getitem__(self, rows: slice, /) -> Tensor: ...
+
+
+class Piece(NamedTuple):
+    """Elements [start, start + len(values)) of a flattened tensor of this name and shape; `values` [n] may share its memory."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    values: Tensor
+
+    @classmethod
+    def whole(cls, name: str, tensor: Tensor) -> "Piece":
+        return cls(name, tensor.shape, 0, tensor.detach().flatten())
 
 
 def whole(full: Rows) -> Tensor:
@@ -65,13 +78,18 @@ class DistributedRole(Protocol):
         """Let go of weights that a micro-step has gathered."""
         ...
 
-    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of each trained parameter's `what` (WEIGHT, a moment, COUNT), where it exists; of the tensors
-        `parts`, laid out as `named_parameters`, where these are given."""
+    def pieces(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
+        """What this rank stores of each trained parameter's `what` (WEIGHT, a moment, COUNT), where it exists; of the tensors
+        `parts`, laid out as `named_parameters`, where these are given. The pieces of all ranks are every tensor once. No rank
+        waits for another."""
         ...
 
     def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
-        """The inverse of `full_state`, from full tensors that every rank passes and of which it reads its own rows."""
+        """The inverse of `pieces`, from full tensors that every rank passes and of which it reads its own rows."""
+        ...
+
+    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) of the tensors `parts`, laid out as `named_parameters`."""
         ...
 
 

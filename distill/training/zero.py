@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Rows, elements, trained, whole
+from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Piece, Rows, elements, trained, whole
 
 PERSISTENT = 100_000
 """ZeRO-3 replicates parameters of up to this many elements; tables that are read outside their own module have to be."""
@@ -111,20 +111,25 @@ class ZeRORole:
             return [flat.detach() for flat in self.flats]
         return [self.zero.optimizer.state[flat].get(what) for flat in self.flats]
 
-    def full_state(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self, what: str, parts: Mapping[str, Tensor] | None = None) -> Iterator[Piece]:
         source = self._source(what, parts)
         if source[0] is None:
             return
         for name, p in self.params.items():
             if what == COUNT:
-                yield name, source[0]
-                continue
-            shape, piece = self._shape(p), self.slices[name]
-            full = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
-            if piece is not None and (flat := source[piece.flat]) is not None:
-                full[piece.start : piece.start + piece.count] = flat[piece.offset : piece.offset + piece.count]
-            dist.all_reduce(full)
-            yield name, full.view(shape)
+                if self.engine.is_main:
+                    yield Piece.whole(name, source[0])
+            elif (own := self.slices[name]) is not None and own.count and (flat := source[own.flat]) is not None:
+                yield Piece(name, self._shape(p), own.start, flat[own.offset : own.offset + own.count])
+
+    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        own = {piece.name: piece for piece in self.pieces(WEIGHT, parts)}
+        for name, p in self.params.items():
+            whole = torch.zeros(self._shape(p).numel(), dtype=torch.float32, device=self.engine.device)
+            if name in own:
+                whole[own[name].start :][: len(own[name].values)] = own[name].values
+            dist.all_reduce(whole)
+            yield name, whole.view(self._shape(p))
 
     def _shape(self, p: Any) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape

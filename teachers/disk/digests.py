@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,10 +26,22 @@ Written = tuple[int, str]
 """Bytes and sha256 of a file."""
 
 
+SETTLED_NS = 2 * 10**9
+"""Age of a change from which another one has another time, on every file system."""
+_READ: dict[tuple[int, ...], str] = {}
+
+
 def sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
+    """Hexadecimal sha256 of a file. One that has not changed since this process read it is not read again."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = os.fstat(file.fileno())
+        state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if state not in _READ:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < SETTLED_NS:
+                return digest
+            _READ[state] = digest
+        return _READ[state]
 
 
 def measure(path: Path) -> Written:

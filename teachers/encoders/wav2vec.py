@@ -194,15 +194,16 @@ class Wav2Vec(nn.Module):
         """
         if not self.config.whole_clip:
             return None
-        total, frames = num_frames, -(-audio.shape[-1] // self.samples_per_frame)
+        frames, prefix = -(-audio.shape[-1] // self.samples_per_frame), self.config.prefix_frames
+        total = num_frames
         if self.native:
             return self.whole(audio, num_frames)
         if self.config.states != "published":
             total = max(num_frames, audio.shape[-1] // self.samples_per_frame)
-        elif frames > num_frames:
+        elif frames + prefix > num_frames:
             step = max(1, num_frames - OVERLAP)
-            total += -(-(frames + self.config.prefix_frames - num_frames) // step) * step
-        return self.whole(audio, total, self.config.prefix_frames)[..., :num_frames, :]
+            total += -(-(frames + prefix - num_frames) // step) * step
+        return self.whole(audio, total, prefix)[..., :num_frames, :]
 
     def forward(
         self, audio: Float[Tensor, "*batch samples"], first: int = 0, last: int | None = None

@@ -4,7 +4,7 @@ from teachers.media.crop import fit_image
 from teachers.media.face import fit_portrait
 from teachers.media.film import read_video
 from teachers.media.picture import decode_image
-from teachers.media.sound import AudioReader, decode_audio, read_audio
+from teachers.media.sound import AudioReader, read_audio
 from teachers.media.streams import resample
 from teachers.media.write import VideoWriter, check_output, write_video
 
@@ -12,7 +12,6 @@ __all__ = [
     "AudioReader",
     "VideoWriter",
     "check_output",
-    "decode_audio",
     "decode_image",
     "fit_image",
     "fit_portrait",

@@ -1,5 +1,6 @@
 """Media files: opened as streams of bytes, their tracks chosen, their clocks read, their frames turned upright."""
 
+import errno
 import io
 import math
 from collections.abc import Iterator
@@ -7,17 +8,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.stream import Disposition
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from teachers.errors import UserError
 
 TIMED = ("mov", "matroska", "ogg", "asf", "flv", "mpegts", "mpeg", "nut", "mxf")
 """Containers whose packets have times of their own; elsewhere FFmpeg counts samples or frames."""
+MOST_FRAME_PIXELS = 2**24
+"""Of a frame of a film, 4096 x 4096: decoders keep up to 16 frames for prediction, and of a small file too."""
+LIMITS = {"max_pixels": str(MOST_FRAME_PIXELS)}  # for FFmpeg's decoders, which check it before they allocate a frame
+SMALL = 16  # pixels of a side of the copy whose side data are read
 JUMP = Fraction(1, 4)  # seconds by which times may go back before it counts as another clock
 SPECIAL = (
     Disposition.comment
@@ -39,6 +46,23 @@ class Content:
         return self.name
 
 
+class _Seekable:
+    """A stream of bytes whose `seek` gives FFmpeg's error for a place that cannot be, such as damaged files name; PyAV prints a
+    traceback of what it raises."""
+
+    def __init__(self, stream: BinaryIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self._stream.seek(offset, whence)
+        except (OSError, ValueError):
+            return -errno.EINVAL
+
+
 @contextmanager
 def opened(path: Path | Content, kind: str, formats: str | None = None) -> Iterator[InputContainer]:
     """The container of `path`; UserError when the file is missing, empty, unreadable or damaged within the block.
@@ -47,7 +71,7 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
     containers that are read, divided by commas.
     """
     path = path if isinstance(path, Content) else Path(path)
-    options = {"protocol_whitelist": "file"} | ({} if formats is None else {"format_whitelist": formats})
+    options = {"protocol_whitelist": "file", **LIMITS} | ({} if formats is None else {"format_whitelist": formats})
     try:
         if isinstance(path, Path) and not path.is_file():
             raise UserError(f"{kind} {'is not a file' if path.exists() else 'not found'}: {path}; check the path")
@@ -55,13 +79,15 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
             raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
         with (
             io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream,
-            av.open(stream, "r", options=options) as container,
+            av.open(_Seekable(stream), "r", options=options) as container,
         ):
             yield container
     except UserError:
         raise
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except (av.FFmpegError, OSError, ValueError, MemoryError, IndexError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, IndexError):  # PyAV's, of a packet of a track that was not there when it opened the file
+            reason = "a track begins in its middle"
         kinds = "a common format" if formats is None else formats.replace(",", ", ")
         raise UserError(f"{kind} cannot be read ({reason}): {path}; give a whole file of {kinds}") from error
 
@@ -109,11 +135,14 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
     """How the file asks for `frame` to be shown: quarter turns counter-clockwise (0 to 3), after a mirroring left to right if True.
 
     The nearest of the eight to its display matrix (FFmpeg's `libavutil/display.h`: a pixel (x, y) comes to (a x + c y, b x + d y)).
+    UserError for a damaged one.
     """
+    # PyAV's side data hold their frame in a cycle, which keeps its pixels until the garbage collector runs: read a small copy's
+    small = converted(frame, width=SMALL, height=SMALL, format="gray", interpolation=Interpolation.POINT)
     try:
-        matrix = frame.side_data.get(SideData.DISPLAYMATRIX)  # pyright: ignore  # its stub knows strings alone
+        matrix = small.side_data.get(SideData.DISPLAYMATRIX)  # pyright: ignore  # its stub knows strings alone
     except ValueError:  # beside data of a kind that PyAV does not know it gives the angle alone
-        return round(frame.rotation / 90) % 4, False
+        return round(small.rotation / 90) % 4, False
     if matrix is None:
         return 0, False
     a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
@@ -124,11 +153,19 @@ def orientation(frame: av.VideoFrame) -> tuple[int, bool]:
     return (1 if b < 0 else 3), mirrored
 
 
-def upright(frame: av.VideoFrame, pixel_format: str) -> np.ndarray:
-    """Pixels of `frame` [h, w, channels], turned and mirrored as its file asks for (`orientation`). UserError for a damaged one."""
-    turns, mirrored = orientation(frame)
+def converted(frame: av.VideoFrame, **options: Any) -> av.VideoFrame:
+    """`frame` as `VideoReformatter.reformat` makes it of `options`, by one thread. UserError for a damaged one.
+
+    A frame's own `reformat` and `to_ndarray` start a pool of threads for each frame, which lives as long as the frame.
+    """
     try:
-        pixels = frame.to_ndarray(format=pixel_format)
-    except (av.FFmpegError, OSError, ValueError) as error:
+        return VideoReformatter().reformat(frame, threads=1, **options)
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise UserError(f"a frame of the video cannot be converted ({error}); give a whole file") from error
+
+
+def upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB uint8 [h, w, 3] of `frame`, turned and mirrored as its file asks for (`orientation`). UserError for a damaged one."""
+    turns, mirrored = orientation(frame)
+    pixels = converted(frame, format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))

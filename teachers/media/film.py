@@ -13,10 +13,22 @@ from typing import Any
 
 import av
 import torch
+from av.video.reformatter import Interpolation
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.container import JUMP, opened, orientation, seek, upright, video_stream, zero_of
+from teachers.media.container import (
+    JUMP,
+    LIMITS,
+    MOST_FRAME_PIXELS,
+    converted,
+    opened,
+    orientation,
+    seek,
+    upright,
+    video_stream,
+    zero_of,
+)
 from teachers.media.crop import fit_image
 from teachers.media.picture import check_size
 
@@ -34,13 +46,15 @@ class SourceFrame:
     duration: Fraction
     frame: av.VideoFrame
     rate: Fraction | None  # the video's mean one, in frames a second
+    pixel_aspect: Fraction  # width over height of the file's pixels; those of `frame` are square
 
 
 def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFrame, None, None]:
     """The frames of a video in the order of presentation, beginning with one at or before `start` (or with the first).
 
+    Pixels that are not square, by the container or else by the codec, are made so: the width is multiplied (bicubic).
     Raises UserError when the file cannot be read, is damaged, has no video track with times, or shows what is no plain picture:
-    pixels that are not square, interlaced or HDR frames, and, with the time, a clock that starts anew.
+    interlaced or HDR frames, and, with the time, a clock that starts anew.
     """
     for seeks in (start > SEEK_MARGIN, False):
         with opened(path, "video file") as container:
@@ -49,14 +63,12 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
                 raise UserError(f"no video track: {path}; give a video such as an mp4")
             if stream.codec_context is None:
                 raise UserError(f"video in a format that is not known: {path}; convert it to an mp4")
-            check_size(stream.height, stream.width, str(path))
-            ratio = stream.sample_aspect_ratio  # of the container, else of the codec
-            if ratio and ratio != 1:
+            if not stream.width:
                 raise UserError(
-                    f"pixels are not square ({ratio.numerator}:{ratio.denominator}): {path}; convert it, "
-                    "ffmpeg -i IN -vf scale=iw*sar:ih,setsar=1 OUT"
+                    f"frames of no known size, or of more than {MOST_FRAME_PIXELS // 10**6} megapixels: {path}; convert it"
                 )
-            stream.codec_context.options = {"err_detect": "explode"}
+            check_size(stream.height, stream.width, str(path), MOST_FRAME_PIXELS)
+            stream.codec_context.options = {"err_detect": "explode", **LIMITS}
             stream.codec_context.thread_count = 1
             if seeks and not seek(container, stream, start - SEEK_MARGIN):
                 continue
@@ -74,6 +86,7 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
 def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) -> Iterator[SourceFrame]:
     """Decoded frames with their times; of those well before `start` only the ones that others are predicted from."""
     zero, base, last = zero_of(stream), Fraction(stream.time_base or 1), None
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
     usual = 1 / Fraction(stream.average_rate) if stream.average_rate else Fraction(1, 25)
     for frame in _decoded(container, stream, math.floor((zero + start - NEEDED) / base)):
         if frame.pts is None:
@@ -86,12 +99,23 @@ def _timed(container: Any, stream: av.VideoStream, path: Path, start: Fraction) 
                 "cut it there"
             )
         if last is None or time > last:
-            yield SourceFrame(time, (frame.duration or 0) * base or usual, frame, stream.average_rate)
+            square = _square(frame, aspect, path)
+            yield SourceFrame(time, (frame.duration or 0) * base or usual, square, stream.average_rate, aspect)
             last = time
 
 
+def _square(frame: av.VideoFrame, aspect: Fraction, path: Path) -> av.VideoFrame:
+    """The frame as it is shown: with `aspect` times its width."""
+    width = round(frame.width * aspect)
+    if width == frame.width:
+        return frame
+    check_size(frame.height, width, str(path), MOST_FRAME_PIXELS)
+    return converted(frame, width=width, interpolation=Interpolation.BICUBIC)
+
+
 def _check_frame(frame: av.VideoFrame, path: Path) -> None:
-    """UserError unless the frame is one picture in the levels of a standard screen."""
+    """UserError unless the frame is one picture in the levels of a standard screen, and no larger than `MOST_FRAME_PIXELS`."""
+    check_size(frame.height, frame.width, str(path), MOST_FRAME_PIXELS)  # it may be another than the file's header says
     if frame.interlaced_frame:
         raise UserError(f"frames are interlaced: {path}; convert it, ffmpeg -i IN -vf bwdif=mode=send_frame OUT")
     if (transfer := HDR.get(int(frame.color_trc))) is not None:
@@ -118,7 +142,7 @@ def read_video(path: Path, size: tuple[int, int] | None = None) -> tuple[Tensor,
     frames, rate = [], None
     with closing(read_frames(path)) as source:
         for shown in source:
-            pixels, rate = torch.from_numpy(upright(shown.frame, "rgb24")), shown.rate
+            pixels, rate = torch.from_numpy(upright(shown.frame)), shown.rate
             if size is not None:
                 pixels = ((fit_image(pixels, size) + 1) * 127.5).round().byte().permute(1, 2, 0).contiguous()
             frames.append(pixels)

@@ -5,7 +5,8 @@ speed of a part with another sample rate.
 """
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
@@ -20,13 +21,15 @@ from torch import Tensor
 from teachers.errors import UserError
 from teachers.media.channels import Mixer, channel_names, check_rate, downmix
 from teachers.media.container import JUMP, Content, audio_stream, is_timed, opened, seek, video_stream, zero_of
-from teachers.media.streams import resample
+from teachers.media.streams import Resampler
 
 SAMPLE_RATE = 16_000
 CONTEXT = Fraction(1, 2)  # seconds of sound decoded around a stretch, the context of codec and resampler
 GAP = Fraction(1, 25)  # seconds by which an audio frame may be off its place before it counts as a gap
 PADDING = Fraction(1, 4)  # seconds of an encoder past the length in an mp4's header; with more the header is wrong
 LONGEST_HOLE = 600  # seconds that are filled with silence
+LONGEST = 3600  # seconds that are held as a whole
+PIECE = 4  # seconds that are resampled at a time
 CHECKED = 10.0  # seconds after which channels that cancel each other are noticed, and at the end
 SILENT = 2.0**-12  # a peak below it is digital silence and what a codec makes of it
 CANCELLED = 5e-4  # share of the channels' power in their mean, -33 dB, below which they cancel each other
@@ -37,14 +40,26 @@ def read_audio(path: Path, sample_rate: int = SAMPLE_RATE) -> Tensor:
 
     Any rate, channel count, sample format or container, the sound track of a video included.
     """
-    samples, rate = decode_audio(path)
-    return resample(samples, rate, sample_rate)
+    reader, parts = AudioReader(path), []
+    with closing(reader):
+        for part in _resampled(reader, reader.rate, sample_rate):
+            parts.append(part)
+            if sum(map(len, parts)) > LONGEST * sample_rate:
+                raise UserError(f"sound is longer than {LONGEST} s: {path}; cut it")
+    return torch.cat(parts)
 
 
-def decode_audio(path: Path) -> tuple[Tensor, int]:
-    """The whole sound of `path` as float32 mono [S] in [-1, 1], and its own rate in Hz; raises as `AudioReader` does."""
-    reader = AudioReader(path)
-    return torch.cat(list(reader)), reader.rate
+def _resampled(blocks: Iterable[Tensor], source_rate: int, target_rate: int) -> Iterator[Tensor]:
+    """A sound [S] in blocks, one every few seconds, at another rate: `resample` of the whole, but held in pieces."""
+    resampler = Resampler(source_rate, target_rate)
+    held: list[Tensor] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) >= PIECE * source_rate:
+            part, held = torch.cat(held), []
+            yield part if source_rate == target_rate else resampler.push(part)
+    part = torch.cat([torch.zeros(0), *held])
+    yield part if source_rate == target_rate else resampler.push(part, end=True)
 
 
 class AudioReader:
@@ -140,8 +155,10 @@ def read_sound(path: Path, first: int, count: int) -> Stretch | None:
     """Samples `first` to `first + count` of the video's sound at 16 kHz; None without an audio track.
 
     They equal `read_audio` of the whole video, without decoding all of it. Raises UserError as `AudioReader`, but not for
-    channels that cancel each other.
+    channels that cancel each other, and for more than `LONGEST` seconds.
     """
+    if count > LONGEST * SAMPLE_RATE:
+        raise UserError(f"a clip of {count / SAMPLE_RATE:.0f} s: {path}; cut it into clips of at most {LONGEST} s")
     for seeks in (True, False):
         with opened(path, "audio track") as container:
             if audio_stream(container)[0] is None:
@@ -155,45 +172,58 @@ def read_sound(path: Path, first: int, count: int) -> Stretch | None:
             group = max(0, (first - round(CONTEXT * SAMPLE_RATE)) * divisor // SAMPLE_RATE)
             begin, skipped = group * (track.rate // divisor), group * (SAMPLE_RATE // divisor)
             stop = math.ceil((Fraction(first + count, SAMPLE_RATE) + CONTEXT) * track.rate)
-            filled = _fill(track, begin, stop)
-            if seeks and (filled is None or filled[1] > begin or track.changes):
+            filled = _Filled(
+                track, begin, stop, [round(at * track.rate / SAMPLE_RATE) for at in (first, first + count)]
+            )
+            sound = torch.cat([*_resampled(filled, track.rate, SAMPLE_RATE)])[first - skipped :][:count]
+            lowest, power = stop if filled.lowest is None else filled.lowest, filled.power
+            if seeks and (lowest > begin or track.changes):
                 continue
-            rows, lowest, highest, holes = filled or (np.zeros((stop - begin, 1), np.float32), stop, stop, [])
-            own = slice(*(max(0, round(at * track.rate / SAMPLE_RATE) - begin) for at in (first, first + count)))
-            power = _Power()
-            power.add(rows[own], track.rate)
-            sound = resample(_block(rows, mono=True), track.rate, SAMPLE_RATE)[first - skipped :][:count]
-            known = [max(0, math.floor(Fraction(at * SAMPLE_RATE, track.rate))) for at in (lowest, highest)]
+            known = [max(0, math.floor(Fraction(at * SAMPLE_RATE, track.rate))) for at in (lowest, filled.place)]
             late = min(count, max(0, known[0] - first))
             return Stretch(
-                samples=sound,
+                samples=torch.cat([sound, torch.zeros(count - len(sound))]),
                 late=late,
                 early=min(count - late, max(0, first + count - known[1])),
-                hole=sum(_shared(low, high, first, first + count, track.rate) for low, high in holes),
+                hole=sum(_shared(low, high, first, first + count, track.rate) for low, high in filled.holes),
                 track=track.name,
                 cancelled=power.cancelled(track.rate),
             )
     raise AssertionError("the second pass does not seek")
 
 
-def _fill(track: "_Track", begin: int, stop: int) -> tuple[np.ndarray, int, int, list[tuple[int, int]]] | None:
-    """Rows `begin` to `stop` of the video at the track's own rate, the first and last+1 that the track has, and the holes between.
+class _Filled:
+    """Sound from place `begin` to `stop` at the track's own rate: iterate, once, for blocks float32 mono [n], in holes zeros.
+    It ends a little after the track does.
 
-    None when the file has no more sound.
+    lowest, place: the first and last+1 that the track has, None and `stop` without any; holes: between them, (from, to) each
+    power: of the part `own` (from, to)
     """
-    filled, lowest, place, holes = np.zeros((stop - begin, track.channels), np.float32), None, 0, []
-    for at, rows in track.rows():
-        if lowest is None:
-            lowest = place = at
-        if at > place:
-            holes.append((place, at))
-        low, high = max(at, begin), min(at + len(rows), stop)
-        if low < high:
-            filled[low - begin : high - begin] = rows[low - at : high - at]
-        place = at + len(rows)
-        if place >= stop:
-            break
-    return None if lowest is None else (filled, lowest, place, holes)
+
+    def __init__(self, track: "_Track", begin: int, stop: int, own: list[int]):
+        self.track, self.begin, self.stop, self.own = track, begin, stop, own
+        self.lowest: int | None = None
+        self.place, self.holes, self.power = stop, [], _Power()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        made, rate = self.begin, self.track.rate
+        for at, rows in self.track.rows():
+            if self.lowest is None:
+                self.lowest = self.place = at
+            if at > self.place:
+                self.holes.append((self.place, at))
+            self.place = at + len(rows)
+            low, high = max(at, self.begin), min(self.place, self.stop)
+            if low < high:
+                for start in range(made, low, rate):
+                    yield torch.zeros(min(rate, low - start))
+                part, made = rows[low - at : high - at], high
+                self.power.add(part[max(0, self.own[0] - low) : max(0, self.own[1] - low)], rate)
+                yield _block(part, mono=True)
+            if self.place >= self.stop:
+                break
+        self.power.seconds = (self.own[1] - self.own[0]) / rate
+        yield torch.zeros(min(round(CONTEXT * rate), self.stop - made))
 
 
 def _shared(low: int, high: int, first: int, last: int, rate: int) -> int:

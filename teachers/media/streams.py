@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from functools import lru_cache
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ SAMPLE_BITS, TAP_BITS = 23, 24
 """Binary places of samples (those of 24-bit sound) and of filter taps: products of up to LOUDEST_SAMPLE and their sums are then
 exact in float64, so that no order of summation, and no split of the input, changes a bit."""
 BLOCK = 32  # outputs that one matrix makes
+MOST_TABLES = 2**26
+"""Bytes of filters that are kept: those of odd rates, such as 47,999 to 16,000 Hz, have thousands of phases."""
 
 
 class Stream:
@@ -94,7 +96,7 @@ class Resampler:
         step = kinds * BLOCK * self.down // self.up
         out = self.tail.new_empty(last - first, *self.row_shape, BLOCK)
         for block in range(first, min(first + kinds, last)):
-            taps = _block(self.up, self.down, block % kinds)
+            taps = _tables.block(self.up, self.down, block % kinds)
             start = block * BLOCK * self.down // self.up + 1 - self.half
             count = len(range(block, last, kinds))
             windows = self._input(start, start + (count - 1) * step + len(taps)).unfold(0, len(taps), step)
@@ -123,7 +125,30 @@ def _half(up: int, down: int) -> int:
     return math.ceil(CROSSINGS / min(1.0, up / down))
 
 
-@lru_cache(maxsize=4096)
+class _Tables:
+    """Filters that were made before, of all pairs of rates together at most `MOST_TABLES` bytes."""
+
+    def __init__(self):
+        self._kept: dict[tuple[int, int, int], Tensor] = {}
+        self._bytes, self._lock = 0, Lock()
+
+    def block(self, up: int, down: int, kind: int) -> Tensor:
+        """`_block`."""
+        with self._lock:
+            found = self._kept.get((up, down, kind))
+        if found is None:
+            found = _block(up, down, kind)
+            with self._lock:
+                self._bytes += found.nbytes
+                if self._bytes > MOST_TABLES:
+                    self._kept, self._bytes = {}, found.nbytes
+                self._kept[up, down, kind] = found
+        return found
+
+
+_tables = _Tables()
+
+
 def _block(up: int, down: int, kind: int) -> Tensor:
     """The filters of BLOCK outputs side by side [input window, output]; output n has phase n * down % up, and the first is number
     kind * BLOCK."""

@@ -18,13 +18,15 @@ from torch import Tensor
 from teachers.errors import UserError
 from teachers.files import replacing
 from teachers.media.channels import check_samples
+from teachers.media.container import converted
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 FALLBACK_SAMPLE_RATE = 48000  # what a rate that AAC lacks is resampled to
 LAYOUTS = {1: "mono", 2: "stereo"}
-X264 = {"crf": "18", "preset": "veryfast", "x264-params": "mbtree=0"}
+REPEATS = {"x264-params": "mbtree=0"}
 """Without its macroblock tree: that of x264's assembler gives other bytes for equal frames from call to call."""
+X264 = {"crf": "18", "preset": "veryfast", **REPEATS}
 BT709 = 1  # of ITU-T H.273, for matrix, primaries and transfer alike
 LIMITED_RANGE = 1
 
@@ -136,11 +138,10 @@ class VideoWriter:
         if self._size is None:
             self._size = pixels.shape
             self._add_streams(*array.shape[:2])
-        converted = av.VideoFrame.from_ndarray(array, format="rgb24").reformat(
-            format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG"
-        )
-        converted.pts, converted.time_base = self.num_frames, 1 / self.fps
-        self._mux(self._video.encode, converted)
+        rgb = av.VideoFrame.from_ndarray(array, format="rgb24")
+        shown = converted(rgb, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        shown.pts, shown.time_base = self.num_frames, 1 / self.fps
+        self._mux(self._video.encode, shown)
         self.num_frames += 1
         self._write_audio(int(self.num_frames / self.fps * self._rate))
 

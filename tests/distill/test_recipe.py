@@ -229,6 +229,26 @@ def test_a_recipe_does_not_read_the_environment(own, monkeypatch, text):
     assert "very secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a0: abcdefgh", *(f"a{i}: ${{a{i - 1}}}${{a{i - 1}}}" for i in range(1, 40))],
+        ["a0: {x: 1}", *(f"a{i}: {{x: '${{a{i - 1}}}', y: '${{a{i - 1}}}'}}" for i in range(1, 40))],
+        ["a0: [1]", *(f"a{i}: ['${{a{i - 1}}}', '${{a{i - 1}}}']" for i in range(1, 40))],
+        [f"a0: {'x' * 20_000}", *(f"a{i}: ${{a0}}${{a0}}${{a0}}${{a0}}" for i in range(1, 400))],
+    ],
+    ids=["texts", "mappings", "lists", "long texts"],
+)
+def test_references_that_grow_are_refused_at_once(own, lines):
+    own.write_text(own.read_text() + "\n".join(lines) + "\n")
+    began = time.process_time()
+    with pytest.raises(UserError, match=rf"^too large: {own} has over 2000 references"):
+        compose_values(own, [], FIELDS)
+    assert time.process_time() - began < 8
+    with pytest.raises(UserError, match=r"^too large"):
+        compose_values(own, ["name=${a39}"], FIELDS)
+
+
 @pytest.mark.parametrize("place", ["recipe", "group"])
 def test_anchors_that_grow_are_refused_at_once(own, place):
     lines = ["x: &a0 [1,1,1,1,1,1,1,1,1]", *(f"x{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10))]

@@ -109,6 +109,7 @@ def a_snapshot(folder: Path):
 def a_checkpoint(folder: Path):
     trainer = Trainer(Ranks(), config(), nets(), "a", folder)
     trainer.save()
+    trainer.writer.finish()
     files = [*checkpoint.saved(folder)[0].iterdir()]
     return files, lambda: Trainer(Ranks(), config(), nets(), "a", folder).load()
 

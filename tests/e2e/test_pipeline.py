@@ -43,9 +43,9 @@ def run(run_dir: Path, *overrides: str) -> processes.Done:
 
 
 def results(run_dir: Path) -> dict[str, str]:
-    """sha256 of every lasting tensor file and of the scores (times and revision left out)."""
+    """sha256 of every lasting tensor file, of the videos of samples, and of the scores (times and revision left out)."""
     found = {}
-    for file in sorted(run_dir.rglob("*.safetensors")):
+    for file in sorted([*run_dir.rglob("*.safetensors"), *(run_dir / "samples").glob("*.mp4")]):
         found[str(file.relative_to(run_dir))] = hashlib.sha256(file.read_bytes()).hexdigest()
     report = json.loads((run_dir / "report.json").read_text())
     scores = {name: system["metrics"] for name, system in report["systems"].items()}

@@ -101,10 +101,15 @@ def _own() -> None:
     torch.set_num_threads(1)
 
 
-def _call(sender: Any, function: Callable, arguments: tuple) -> None:
-    _own()
+def hand_back() -> None:
+    """From here on this process's allocator hands back what is freed."""
     for option, value in ((-1, 0), (-3, 32 << 10), (-8, 1)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX
         ctypes.CDLL(None).mallopt(option, value)
+
+
+def _call(sender: Any, function: Callable, arguments: tuple) -> None:
+    _own()
+    hand_back()
     sender.send(function(*arguments))
 
 
@@ -122,8 +127,23 @@ def _main(words: list[str], log: str) -> None:
     sys.exit(code)
 
 
-def run_ranks(script: str, folder: Path, count: int, timeout: float = 400.0) -> None:
+def run_ranks(script: str, folder: Path, count: int, timeout: float = 900.0) -> None:
     """`worker(folder)` of a test file as `count` ranks, each with its log in the folder; all have to end well."""
+    ranks = start_ranks(script, folder, count)
+    try:
+        for process in ranks:
+            process.join(timeout)
+        codes = [process.exitcode for process in ranks]
+    finally:
+        for process in ranks:
+            if process.exitcode is None:
+                kill(process)
+    failed = next((rank for rank, code in enumerate(codes) if code), 0)
+    assert codes == [0] * count, f"exit statuses {codes}: {(folder / f'{failed}.log').read_text()[-3000:]}"
+
+
+def start_ranks(script: str, folder: Path, count: int) -> list[multiprocessing.process.BaseProcess]:
+    """`run_ranks`, not waited for."""
     if torch.cuda.is_available():
         pytest.skip("several ranks of one GPU are no group")
     with socket.socket() as free:
@@ -137,16 +157,7 @@ def run_ranks(script: str, folder: Path, count: int, timeout: float = 400.0) -> 
         ranks.append(CONTEXT.Process(target=_rank, args=(module, folder, environ, folder / f"{rank}.log")))
     for process in ranks:
         process.start()
-    try:
-        for process in ranks:
-            process.join(timeout)
-        codes = [process.exitcode for process in ranks]
-    finally:
-        for process in ranks:
-            if process.exitcode is None:
-                kill(process)
-    failed = next((rank for rank, code in enumerate(codes) if code), 0)
-    assert codes == [0] * count, (folder / f"{failed}.log").read_text()[-3000:]
+    return ranks
 
 
 def _rank(module: str, folder: Path, environ: dict[str, str], log: Path) -> None:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.stream import Disposition
+
+from teachers import media
 
 FORMATS = {"pcm_s16le": "s16", "flac": "s16", "aac": "fltp", "libopus": "flt", "mp3": "fltp", "ac3": "fltp"}
 BLOCK = 960  # samples of a packet, where the codec does not say
@@ -17,6 +20,12 @@ LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1", 12: "7.1.4", 16: "hexadec
 def tone(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
     """float32 [S], peak 0.5."""
     return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def decoded(path: Path) -> tuple[torch.Tensor, int]:
+    """The whole sound of a file as float32 mono [S], and its own rate in Hz."""
+    reader = media.AudioReader(path)
+    return torch.cat(list(reader)), reader.rate
 
 
 def write_sound(

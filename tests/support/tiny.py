@@ -171,6 +171,10 @@ class Ranks:
     def from_main(self, value):
         return value
 
+    def in_turns(self, own, num: int):
+        assert len(own) == num
+        return list(own)
+
     def share(self, num: int):
         return torch.arange(num)
 

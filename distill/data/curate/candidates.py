@@ -23,7 +23,7 @@ from teachers.media.container import upright
 from teachers.media.crop import Box
 from teachers.media.face import detector
 from teachers.media.film import probe, read_frames
-from teachers.media.sound import SAMPLE_RATE, read_sound
+from teachers.media.sound import LONGEST, SAMPLE_RATE, read_sound
 
 FACE_COLUMNS = ("id", "x", "y", "width", "height")
 
@@ -153,7 +153,7 @@ def opened(candidate: Candidate) -> Content:
         raise UserError(f"shard contains clip {metadata['id']} where its index has {candidate.clip.id}")
     scale = tuple(Fraction(side, cut) for side, cut in zip(metadata["size"][::-1], metadata["crop"][2:], strict=True))
     sound = shards.sound_of(members["flac"]).numpy() if "flac" in members else None
-    frames = (frame.to_ndarray(format="rgb24") for frame in shards.frames_of(members["mp4"]))
+    frames = (upright(frame) for frame in shards.frames_of(members["mp4"]))
     return Content(frames, fraction(metadata["fps"]), sound, (scale[0], scale[1]), lambda: metadata.get("face_cut"))
 
 
@@ -165,7 +165,7 @@ def _from_video(clip: Clip, path: Path, framing: Framing) -> Content:
         first = next(source)
     if not first.rate:
         raise UserError(f"video without a frame rate: {path}; convert it")
-    height, width = upright(first.frame, "rgb24").shape[:2]
+    height, width = upright(first.frame).shape[:2]
     x, y, w, h = window = crop_box(
         clip, (width, height), framing.size, framing.crop, lambda: find_face(path, start, end)
     )
@@ -182,13 +182,13 @@ def _from_video(clip: Clip, path: Path, framing: Framing) -> Content:
                 if clip.end is not None and frame.time >= clip.end:
                     return
                 if frame.time + frame.duration > start:
-                    pixels = upright(frame.frame, "rgb24")
+                    pixels = upright(frame.frame)
                     if pixels.shape[:2] != (height, width):
                         raise UserError(f"frames change their size from {[width, height]}: {path}; convert it")
                     watch.look(pixels, window, frame.time - start)
                     yield pixels[y : y + h, x : x + w]
 
-    until = probe(path)[1] if clip.end is None else clip.end
+    until = min(clip.start + LONGEST, probe(path)[1]) if clip.end is None else clip.end  # a header may say anything
     count = round((until - clip.start) * SAMPLE_RATE)
     sound = read_sound(path, round(start * SAMPLE_RATE), count) if count > 0 else None
     samples = None if sound is None else sound.samples.numpy()

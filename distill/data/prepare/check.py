@@ -26,6 +26,7 @@ from distill.data.prepare.workers import add_workers, shared_out
 from teachers.config import fraction
 from teachers.errors import UserError
 from teachers.files import atomic_write
+from teachers.media.container import upright
 from teachers.media.sound import SAMPLE_RATE
 
 INCOMPLETE = 3
@@ -155,7 +156,7 @@ def _check_shard(path: Path, sums: dict[str, str], decode: bool, thumbnails: boo
                 sample["seconds"] = float(metadata["frames"] / fraction(metadata["fps"]))
                 if decode and thumbnails:
                     middle = next(islice(shards.frames_of(members["mp4"]), metadata["frames"] // 2, None))
-                    sample["thumbnail"] = page.thumbnail(torch.from_numpy(middle.to_ndarray(format="rgb24")))
+                    sample["thumbnail"] = page.thumbnail(torch.from_numpy(upright(middle)))
                 checked.samples.append(sample)
         checked.problems.extend(f"{path.name}: {key}: missing" for key in sorted(expected.keys() - keys))
     except UserError as error:

@@ -24,10 +24,10 @@ from torch import Tensor
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.framing import FaceWatch, crop_box, find_face
 from teachers.errors import UserError
-from teachers.media.container import orientation, upright
+from teachers.media.container import converted, orientation, upright
 from teachers.media.film import SourceFrame, read_frames
-from teachers.media.sound import SAMPLE_RATE, read_sound
-from teachers.media.write import BT709, LIMITED_RANGE
+from teachers.media.sound import LONGEST, SAMPLE_RATE, read_sound
+from teachers.media.write import BT709, LIMITED_RANGE, REPEATS
 
 LOSSLESS = 0
 SNAP = Fraction(1, 10)  # seconds from the annotated start within which a source frame becomes the clip's start
@@ -36,6 +36,7 @@ ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
 HOLE = Fraction(1, 2)  # largest distance in seconds from a frame to the nearest source frame
 CUT_DIFFERENCE, CUT_RATIO, CUT_NEIGHBOURS = 15.0, 3.0, 2  # the first of 255 levels; see `scene_cuts`
 THUMBNAIL = 32
+AT_ONCE = 2**22  # samples of sound that are held in fp64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,8 @@ class _Progress:
     shift: Fraction = Fraction(0)  # largest distance between a frame's time and its source frame's
     shortest: Fraction = Fraction(10**6)  # least and greatest distance between two source frames
     longest: Fraction = Fraction(0)
-    thumbnails: list[Tensor] = field(default_factory=list)
+    thumbnail: Tensor | None = None  # of the last frame
+    changes: list[float] = field(default_factory=list)  # from each frame to the next, see `scene_cuts`
     faces: FaceWatch = field(default_factory=FaceWatch)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -115,11 +117,7 @@ def cut(clip: Clip, path: Path, config: CutConfig, target: Path) -> Piece:
     if count is not None and clip.end is not None and (count - progress.num_frames) / config.fps > SHORT:
         raise UserError(f"video ends at {float(progress.end):.2f} s: the clip lasts until {float(end or 0):.2f} s")
     _check_length(progress.num_frames, config)
-    if progress.shift > HOLE:
-        raise UserError(
-            f"no source frame within {float(HOLE)} s of a frame: the nearest is {float(progress.shift):.2f} s away"
-        )
-    cuts, score = scene_cuts(progress.thumbnails)
+    cuts, score = scene_cuts(progress.changes)
     if cuts and config.cuts == "longest":
         first, last = max(pairwise([0, *cuts, progress.num_frames]), key=lambda shot: shot[1] - shot[0])
         shot = [float(progress.origin + number / config.fps) for number in (first, last)]
@@ -143,9 +141,15 @@ def cut(clip: Clip, path: Path, config: CutConfig, target: Path) -> Piece:
 
 
 def _check_length(num_frames: int, config: CutConfig) -> None:
+    _check_not_longer(num_frames, config)
     if num_frames < config.min_seconds * config.fps:
         seconds = float(num_frames / config.fps)
         raise UserError(f"too short: {num_frames} frames, {seconds:.2f} s; the minimum is {config.min_seconds} s")
+
+
+def _check_not_longer(num_frames: int, config: CutConfig) -> None:
+    if num_frames > LONGEST * config.fps:
+        raise UserError(f"longer than {LONGEST} s; cut it into clips, or keep its beginning with --max-seconds")
 
 
 def _seconds(value: float) -> Fraction:
@@ -188,7 +192,7 @@ def _sound(path: Path, progress: _Progress, config: CutConfig) -> tuple[Tensor |
             f"sound is silent throughout{why} (audio track {sound.track}); keep the track or channel that has the voice, "
             "ffmpeg -i IN -map 0:v -map 0:a:N OUT; --silent accepts such clips"
         )
-    power = sound.samples.double().square().mean().item()
+    power = math.fsum(part.double().square().sum().item() for part in sound.samples.split(AT_ONCE)) / count
     return sound.samples, {
         "sample_rate": SAMPLE_RATE,
         "samples": count,
@@ -215,15 +219,16 @@ def _encode_video(
                     if source_frame.is_corrupt:
                         at = float(progress.origin + progress.num_frames / config.fps)
                         raise UserError(f"damaged frame at {at:.2f} s")
-                    whole = upright(source_frame, "rgb24")
+                    whole = upright(source_frame)
                     if window is None:
                         size = whole.shape[1], whole.shape[0]
                         window = crop_box(clip, size, config.size, config.crop, lambda: find_face(path, start, end))
                     progress.faces.look(whole, window, progress.num_frames / config.fps)
                     pixels = _cropped(whole, window, config, progress)
                 encoder.write(pixels)
-                progress.thumbnails.append(_thumbnail(pixels))
+                _watch_change(pixels, progress)
                 progress.num_frames += 1
+                _check_not_longer(progress.num_frames, config)
                 progress.num_source_frames += fresh
 
         for chosen in nearest(_watch(source, start, progress), start, config.fps, count, progress):
@@ -246,6 +251,7 @@ def _watch(source: Iterable[SourceFrame], start: Fraction, progress: _Progress) 
         turns, mirrored = orientation(frame.frame)
         progress.metadata |= {
             "source_fps": str(frame.rate),
+            "pixel_aspect": str(frame.pixel_aspect),
             "rotation": 90 * turns if turns < 3 else -90,
             "mirrored": mirrored,
         }
@@ -270,6 +276,10 @@ def nearest(
         if number == 0:
             progress.origin = frame.time if abs(frame.time - start) <= SNAP else start
         progress.shift = max(progress.shift, abs(progress.origin + number / fps - frame.time))
+        if progress.shift > HOLE:
+            raise UserError(
+                f"no source frame within {float(HOLE)} s of a frame: the nearest is {float(progress.shift):.2f} s away"
+            )
         progress.num_skipped += passed
         chosen = frame.frame, fresh
         number, fresh, passed = number + 1, False, 0
@@ -306,22 +316,28 @@ def _thumbnail(pixels: Tensor) -> Tensor:
     return small.flatten().half()
 
 
-def scene_cuts(thumbnails: list[Tensor]) -> tuple[list[int], float]:
-    """Numbers of the frames that begin another shot, and the largest mean difference of two neighbours (0 to 255).
+def _watch_change(pixels: Tensor, progress: _Progress) -> None:
+    """Record how far the next frame uint8 [H, W, 3] is from the last one: the mean difference of their thumbnails, 0 to 255."""
+    thumbnail = _thumbnail(pixels)
+    if progress.thumbnail is not None:
+        progress.changes.append((thumbnail.float() - progress.thumbnail.float()).abs().mean().item())
+    progress.thumbnail = thumbnail
+
+
+def scene_cuts(change: list[float]) -> tuple[list[int], float]:
+    """Numbers of the frames that begin another shot, and the largest difference of two neighbours (0 to 255), from each frame's
+    to the next one.
 
     A cut is a difference of at least 15 levels that is 3 times the mean of the 2 differences before and after it: the adaptive
     rule of PySceneDetect, on the RGB of thumbnails. Fades are not detected.
     """
-    if len(thumbnails) < 2:
-        return [], 0.0
-    change = [(b.float() - a.float()).abs().mean().item() for a, b in pairwise(thumbnails)]
     cuts = []
     for number, value in enumerate(change):
         around = change[max(0, number - CUT_NEIGHBOURS) : number] + change[number + 1 : number + 1 + CUT_NEIGHBOURS]
         usual = sum(around) / len(around) if around else 0.0
         if value >= CUT_DIFFERENCE and value >= CUT_RATIO * usual:
             cuts.append(number + 1)
-    return cuts, max(change)
+    return cuts, max(change, default=0.0)
 
 
 class _Encoder(AbstractContextManager):
@@ -336,14 +352,14 @@ class _Encoder(AbstractContextManager):
         stream = self.stream or self._add_stream(*pixels.shape[:2])
         frame = av.VideoFrame.from_ndarray(pixels.numpy(), format="rgb24")
         if self.config.crf != LOSSLESS:
-            frame = frame.reformat(format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            frame = converted(frame, format="yuv444p", dst_colorspace="ITU709", dst_color_range="MPEG")
         frame.pts, frame.time_base = self.number, 1 / self.config.fps
         self.container.mux(stream.encode(frame))
         self.number += 1
 
     def _add_stream(self, height: int, width: int) -> av.VideoStream:
         lossless = self.config.crf == LOSSLESS
-        options = {"preset": "veryfast", **({"qp": "0"} if lossless else {"crf": str(self.config.crf)})}
+        options = {"preset": "veryfast", **({"qp": "0"} if lossless else {"crf": str(self.config.crf)}), **REPEATS}
         codec = "libx264rgb" if lossless else "libx264"
         self.stream = stream = self.container.add_stream(codec, rate=self.config.fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "rgb24" if lossless else "yuv444p"
@@ -366,7 +382,8 @@ class _Encoder(AbstractContextManager):
 
 def encode_flac(sound: Tensor) -> bytes:
     """Sound float32 [S] in [-1, 1] at 16 kHz as a 16-bit FLAC file: value v becomes round(32768 v), at most 32767."""
-    values = (sound.double() * 32768).round().clamp(-32768, 32767).to(torch.int16).numpy()
+    parts = sound.split(AT_ONCE)
+    values = torch.cat([(x.double() * 32768).round().clamp(-32768, 32767).to(torch.int16) for x in parts]).numpy()
     output = BytesIO()
     with av.open(output, "w", format="flac", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("flac", rate=SAMPLE_RATE, layout="mono", format="s16")

@@ -66,7 +66,7 @@ def find_face(path: Path, start: Fraction, end: Fraction | None) -> Box | None:
             if end is not None and frame.time >= end and looks:
                 break
             if frame.time + frame.duration > wanted:
-                pair = [_small(upright(one.frame, "rgb24")) for one in (frame, *islice(source, 1))]
+                pair = [_small(upright(one.frame)) for one in (frame, *islice(source, 1))]
                 looks.append(pair[0])
                 motions.append((pair[-1].float() - pair[0].float()).abs().mean(2))
                 wanted += step

@@ -78,12 +78,15 @@ class Counting:
         return self.encoder(given, *more)
 
 
-def test_sound_once_a_clip_and_a_text_once(tmp_path):
-    """Mirror images encode neither again, and are rows of their own."""
+def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
+    """Mirror images encode neither again, and are rows of their own. The head of a file is read once."""
     folder, once, other = (tmp_path / name for name in ("counted", "once", "plain"))
     for new in (folder, once, other):
         new.mkdir()
+    heads, read_facts = [], latents.read_facts
+    monkeypatch.setattr(latents, "read_facts", lambda file: (heads.append(file.name), read_facts(file))[1])
     latents.prepare(DATA, DATA.open(), 0, once, Ranks())
+    assert heads == [f"shard-{i:05d}.safetensors" for i in range(3)]
     encoders = latents.load_encoders(DATA, once)
     audio, text = Counting(encoders.audio_encoder), Counting(encoders.text)
     clips = [*DATA.open().train(0, range(3))]
@@ -91,10 +94,9 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path):
         replace(own, text=["a person nods" if i % 2 else name for i, name in enumerate(own.text)]) for own in clips
     ]
     counted = replace(encoders, audio_encoder=audio, text=text)
-    assert (
-        latents.write_shards(DATA.open(), folder, Ranks(), counted, lambda numbers: [clips[i] for i in numbers]) == 20
-    )
     distinct = {name for own in clips for name in own.text}
+    made = latents.write_shards(DATA.open(), folder, Ranks(), counted, lambda numbers: [clips[i] for i in numbers])
+    assert (made[0], set(made[1])) == (20, distinct)
     assert len(audio.seen) == 10
     assert sorted(text.seen[:-1]) == sorted(distinct)
     pool, row = latents.load_train_set(folder, encoders.mark), 0

@@ -19,7 +19,7 @@ from distill.planning.job import Job
 from distill.planning.trace import trace
 from distill.training.engine import Engine, EngineConfig
 from distill.training.loop import Trainer
-from distill.training.role import COUNT, MOMENTS, WEIGHT, Kind
+from distill.training.role import COUNT, MOMENTS, Kind
 from students.history import History
 from students.spec import student_sigmas
 from students.weights.checkpoint import make_student
@@ -80,8 +80,10 @@ class Real:
         self.trainer = Trainer(engine, part.train, roles, "student", Path(tempfile.gettempdir()))
         for held in self.trainer.held.values():
             for moment in MOMENTS:
-                held.load_full_state(moment, {name: torch.zeros_like(x) for name, x in held.full_state(WEIGHT)})
-            held.load_full_state(COUNT, {name: torch.ones(()) for name, _ in held.full_state(WEIGHT)})
+                held.load_full_state(
+                    moment, {name: torch.zeros_like(x) for name, x in held.full(dict(held.named_parameters()))}
+                )
+            held.load_full_state(COUNT, {name: torch.ones(()) for name, _ in held.full(dict(held.named_parameters()))})
 
     def update(self, role: str) -> None:
         self.trainer.update(role, self.method, lambda position: self.batch, 0, 10)

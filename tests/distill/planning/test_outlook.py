@@ -20,6 +20,7 @@ from distill.planning.outlook import (
     Part,
     Rates,
     StageOutlook,
+    copied_bytes,
     host_bytes,
     memory,
     outlook,
@@ -165,6 +166,10 @@ def test_what_is_alive_beside_counts():
     assert [host_bytes(plan, replace(stage, host=(10, 1)), "ddp", ranks) for ranks in (1, 8, 64)] == [11, 81, 81]
     waits = host_bytes(plan, replace(apart, host=(10, 1)), "ddp", 64, ("offload teacher",))
     assert waits == 8 * (10 + 32_000) + 1
+    copied = [
+        [copied_bytes(replace(stage, copied=64), kind, ranks) for ranks in (1, 8, 64)] for kind in ("ddp", "fsdp2")
+    ]
+    assert copied == [[64, 64, 64], [64, 64, 8]], "rank 0's, or what the machine's ranks store"
 
 
 def test_overrides_are_the_fewest_that_make_it_fit():

@@ -40,6 +40,7 @@ engine.close()
 row = [engine.rank, engine.world_size, str(engine.device), grads[0][0].item(), grads[1][-1].item(), own, both]
 pathlib.Path(sys.argv[0]).with_name(f"{engine.rank}.json").write_text(json.dumps(row))
 """
+RESTARTED = {"TORCHELASTIC_MAX_RESTARTS": "3"}
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -122,12 +123,17 @@ def zero(stage: str) -> dict[str, str]:
         (zero("4"), "--zero_stage 4"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "use engine.precision=bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "use --mixed_precision no"),
+        (
+            RESTARTED | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d",
+        ),
     ],
 )
 def test_a_setting_that_would_have_no_effect_is_refused(environ, words):
     with pytest.raises(UserError, match=words):
         check_launcher(environ, CONFIG)
     check_launcher({"ACCELERATE_MIXED_PRECISION": "bf16"}, EngineConfig(precision="bf16"))
+    check_launcher(RESTARTED | {"TORCHELASTIC_USE_AGENT_STORE": "False"}, CONFIG)
 
 
 @pytest.mark.parametrize(

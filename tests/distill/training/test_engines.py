@@ -205,28 +205,32 @@ def worker(folder: Path) -> None:
     facts["from_main"] = engine.from_main({"rank": engine.rank})
     for kind in WITH_OWN:
         run(made[kind], folder / f"{kind}-midas", steps=STEPS, batch_size=2, network=MIDAS)
+    run(made["fsdp2"], folder / "from-one", steps=STEPS, batch_size=2)
     facts["stops"] = stops(made["ddp"], folder)
     (folder / f"facts-{made['ddp'].rank}.json").write_text(json.dumps(facts))
     made["ddp"].close()
 
 
 @pytest.fixture(scope="module")
-def launched(tmp_path_factory) -> Path:
+def launched(tmp_path_factory, alone) -> Path:
     """What two processes left."""
     folder = tmp_path_factory.mktemp("launched")
+    shutil.copytree(alone[2], folder / "from-one" / alone[2].name)
     run_ranks(__file__, folder, 2)
     return folder
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory) -> tuple[dict[int, dict], list[dict]]:
-    """One process with a batch of 8: every tensor after step 1, STEPS and the chain's last, and its log."""
+def alone(tmp_path_factory) -> tuple[dict[int, dict], list[dict], Path]:
+    """One process with a batch of 8: every tensor after step 1, STEPS and the chain's last, its log, and the first's checkpoint."""
     folder = tmp_path_factory.mktemp("alone")
     states = {}
     for steps in (1, STEPS, len(CHAIN)):
         run(Ranks(), folder, steps=steps, batch_size=8)
         states[steps] = newest(folder)
-    return states, MetricsLog(folder / "metrics.jsonl").rows()
+        if steps == 1:
+            first = shutil.copytree(folder / "checkpoint-00000001", folder.parent / "first" / "checkpoint-00000001")
+    return states, MetricsLog(folder / "metrics.jsonl").rows(), first
 
 
 def differences(ours: dict, theirs: dict, kinds: tuple[str, ...] = ("weight", "ema")) -> dict[str, float]:
@@ -242,7 +246,7 @@ def differences(ours: dict, theirs: dict, kinds: tuple[str, ...] = ("weight", "e
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_times_two_micro_steps_of_two_are_one_batch_of_eight(launched, alone, kind):
-    states, log = alone
+    states, log, _ = alone
     assert not differences(newest(launched / kind), states[STEPS])
     rows = [without(row, "stage") for row in MetricsLog(launched / kind / "metrics.jsonl").rows()]
     expected = [without(row, "stage") for row in log if row["step"] <= STEPS]
@@ -273,6 +277,10 @@ def test_one_process_resumes_what_two_wrote(launched, alone, tmp_path):
     shutil.copytree(launched / "zero3-cut", tmp_path / "run")
     run(Ranks(), tmp_path / "run", steps=len(CHAIN), batch_size=8)
     assert not differences(newest(tmp_path / "run"), alone[0][len(CHAIN)])
+
+
+def test_two_processes_resume_in_shards_what_one_wrote(launched, alone):
+    assert not differences(newest(launched / "from-one"), alone[0][STEPS])
 
 
 def test_one_process_alone_may_shard(alone, tmp_path, monkeypatch):
@@ -328,7 +336,7 @@ def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
     rows = [json.loads((launched / f"facts-{rank}.json").read_text())["stops"] for rank in range(2)]
     assert [row[0] for row in rows] == [143, 143]
     assert rows[0][1].startswith("the disk is full: ")
-    assert "rank 0 could not write" in rows[1][1]
+    assert "another rank has failed at" in rows[1][1]
     assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000000-01"]
 
 

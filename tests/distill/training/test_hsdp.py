@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distill.training import fsdp
+from distill.training.checkpoint import Reader
 from distill.training.engine import Engine, EngineConfig
 from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
@@ -24,6 +26,11 @@ from tests.support.tiny import Ranks, a_student
 
 
 def worker(folder: Path) -> None:
+    if os.environ["WORLD_SIZE"] == "2":
+        engine = Engine(EngineConfig(kind="fsdp2", precision="fp32"))
+        run(engine, folder / "fewer", steps=STEPS, batch_size=2)
+        engine.close()
+        return
     meshes = {shards: Engine(EngineConfig(kind="fsdp2", precision="fp32", shard_ranks=shards)) for shards in (2, 4)}
     trainer = run(meshes[2], folder / "2x2", steps=STEPS, batch_size=2, every=1)
     weight = next(p for p in trainer.trained["student"].values() if isinstance(p, DTensor) and p.ndim == 2)
@@ -33,12 +40,23 @@ def worker(folder: Path) -> None:
         "rows": [weight.shape[0], weight.to_local().shape[0]],
     }
     facts |= born(meshes[2], folder)
+    turns = [f"row {i}" for i in range(meshes[2].rank, 6, 4)]
+    facts["turns"] = meshes[2].in_turns(turns, 6)
     shares = {num: meshes[2].share(num) for num in (3, 6, 8)}
     facts["shares"] = [len(own) for own in shares.values()]
     facts["gathered"] = [meshes[2].all_rows(own.unsqueeze(1), num).flatten().tolist() for num, own in shares.items()]
     if meshes[2].is_main:
         shutil.copytree(folder / "2x2" / "checkpoint-00000001", folder / "crossed" / "checkpoint-00000001")
     meshes[2].barrier()
+    facts["stored"] = sum(piece.values.numel() for piece in trainer.pieces())
+    read = Reader.read
+
+    def counted(self, file, name, elements) -> Tensor:
+        part = read(self, file, name, elements)
+        facts["resumed"] = facts.get("resumed", 0) + part.numel()
+        return part
+
+    Reader.read = counted
     run(meshes[4], folder / "crossed", steps=STEPS, batch_size=2)
     (folder / f"facts-{meshes[2].rank}.json").write_text(json.dumps(facts))
     meshes[2].close()
@@ -91,16 +109,28 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
     expected = newest(tmp_path)
     assert not differences(newest(launched / "2x2"), expected)
     assert not differences(newest(launched / "crossed"), expected), "resumed on another mesh"
-    for rank in range(4):
-        facts = json.loads((launched / f"facts-{rank}.json").read_text())
+    found = [json.loads((launched / f"facts-{rank}.json").read_text()) for rank in range(4)]
+    total = sum(x.numel() for x in expected.values())
+    for rank, facts in enumerate(found):
+        assert facts["stored"] == pytest.approx((0.5, 0.5, 0, 0)[rank] * total, rel=0.06), (
+            "one replica's ranks, their rows"
+        )
+        assert facts["resumed"] < 0.3 * total, "a quarter of the rows"
         assert facts["mesh"] == [2, 2]
         assert facts["placements"]
         assert facts["rows"][1] * 2 == facts["rows"][0]
         assert facts["shares"] == [1, 2, 2], "every rank generates as many clips"
         assert facts["gathered"] == [list(range(num)) for num in (3, 6, 8)], "the rows of all ranks, in their order"
+        assert facts["turns"] == [f"row {i}" for i in range(6)]
         assert facts["apart"] == 0
         assert facts["buffers"]
         assert 0.5 <= facts["read"] < 0.56, "a network is made in shards, of which each rank reads its rows alone"
+
+
+def test_half_as_many_ranks_continue_what_replicas_of_shards_wrote(launched, tmp_path):
+    shutil.copytree(launched / "2x2" / "checkpoint-00000001", tmp_path / "fewer" / "checkpoint-00000001")
+    run_ranks(__file__, tmp_path, 2)
+    assert not differences(newest(tmp_path / "fewer"), newest(launched / "2x2"))
 
 
 def test_shards_that_do_not_divide_are_refused(monkeypatch):

@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import signal
+import threading
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.loop import EMA, Trainer, train
 from distill.training.metrics_log import MetricsLog
+from distill.training.role import elements
 from teachers import files
 from teachers.errors import UserError
 from tests.support.tiny import Ranks, randn
@@ -75,7 +78,7 @@ def run(folder, roles=None, batches=None, validate=None, noise: float = 0.3, **c
 
 def everything(trainer: Trainer) -> dict:
     """Every tensor and number that training leaves behind."""
-    out = {name: x.clone() for name, x in trainer.tensors()}
+    out = {name: x.clone() for name, _, _, x in trainer.pieces()}
     return out | {"numbers": torch.tensor([trainer.step, trainer.position, *trainer.updates.values()])}
 
 
@@ -317,12 +320,13 @@ def test_a_metric_alone_that_is_not_finite_is_named(tmp_path):
 
 def test_the_last_checkpoints_are_kept_and_a_damaged_one_is_named(tmp_path):
     trainer = run(tmp_path, checkpoint_every=1)
-    trainer.keep = 2
+    trainer.writer.keep = 2
     for trainer.step in (7, 8, 9):
         trainer.save()
+    trainer.writer.finish()
     kept = checkpoint.saved(tmp_path)
     assert [path.name for path in kept] == ["checkpoint-00000008", "checkpoint-00000009"]
-    file = kept[-1] / "tensors-00000.safetensors"
+    file = kept[-1] / "00000-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(UserError, match=r"^damaged checkpoint: .*checkpoint-00000009[^\n]*delete it[^\n]*$"):
         trainer.load()
@@ -341,8 +345,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "save_file", full)
     trainer.step = 7
+    trainer.save()
+    wait([trainer.writer._work])
     with pytest.raises(UserError, match=r"^the disk is full: [^\n]*$"):
-        trainer.save()
+        trainer.writer.any_rank()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
     monkeypatch.undo()
     assert run(tmp_path, num_steps=8).step == 8
@@ -357,13 +363,113 @@ def test_a_checkpoint_being_written_is_not_one(tmp_path):
 
 def test_a_rank_that_finds_the_checkpoint_written_already_takes_part_all_the_same(tmp_path):
     """Rank 0 may be done before a late rank begins; a collective that one rank leaves out would hang the run."""
-    engine, barriers = Ranks(rank=1, world_size=2, is_main=False), []
-    engine.barrier = lambda: barriers.append(1)
+    engine, reductions = Ranks(rank=1, world_size=2, is_main=False), []
+    engine.all_reduce_mean = lambda tensors: reductions.append(tensors[0].fill_(0.5))  # rank 0 says that it is there
     (tmp_path / "checkpoint-00000001").mkdir()
-    tensors = iter([("a", torch.zeros(1))])
-    checkpoint.save(tmp_path, 1, 0, {}, tensors, engine, 1)
-    assert barriers == [1]
-    assert not list(tensors)
+    (tmp_path / "checkpoint-00000001" / "manifest.json").touch()
+    writer = checkpoint.Writer(tmp_path, engine, 1)
+    writer.begin(1, 0, dict, [])
+    assert len(reductions) == 1
+    assert writer._work is None, "nothing is written"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_path, monkeypatch):
+    """The disk answers when `ready` is set. What is stored is what was trained when the checkpoint was begun."""
+    ready, save_file = threading.Event(), files.save_file
+    monkeypatch.setattr(files, "save_file", lambda *arguments, **more: ready.wait(60) and save_file(*arguments, **more))
+    trainer = run(tmp_path, num_steps=0)
+    expected = everything(trainer)
+    trainer.save()
+    totals = {"a": 2, "b": 0}
+    metrics = trainer.advance(Regression(trainer.roles), batches_of(4), 0, totals, trainer.writer.any_rank)
+    assert metrics is not None, "a step that the disk does not hold up"
+    assert not checkpoint.saved(tmp_path)
+    threading.Timer(0.2, ready.set).start()
+    trainer.save()
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000000"], "waited for by the next"
+    stored = checkpoint.Reader(checkpoint.saved(tmp_path)[0]).tensors("")
+    assert [name for name, x in stored.items() if not torch.equal(x.flatten(), expected[name])] == []
+    assert not torch.equal(everything(trainer)["a/weight/weight"], expected["a/weight/weight"])
+    trainer.writer.finish()
+
+
+def test_a_checkpoint_that_no_memory_is_free_for_waits_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: 100)
+    trainer = run(tmp_path, num_steps=1)
+    assert trainer.load()
+    trainer.step = 2
+    trainer.save()
+    assert trainer.writer._work.done(), "the copy is larger than half of what is free"
+
+
+def test_a_write_that_fails_stops_training_at_the_next_micro_step(tmp_path, monkeypatch):
+    def full(tensors, path, metadata=None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    steps, advance = [], Trainer.advance
+    monkeypatch.setattr(
+        Trainer,
+        "advance",
+        lambda self, *rest: (
+            steps.append(self.step),
+            self.writer._work and wait([self.writer._work]),
+            advance(self, *rest),
+        )[-1],
+    )
+    with pytest.raises(UserError, match=r"^the disk is full: [^\n]*00000-00000.safetensors[^\n]*$"):
+        run(tmp_path, checkpoint_every=1)
+    assert steps == [0, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "its room is given back"
+
+
+def test_what_was_begun_is_put_in_its_place_when_one_process_fails(tmp_path, monkeypatch):
+    ready, save_file = threading.Event(), files.save_file
+    monkeypatch.setattr(files, "save_file", lambda *arguments, **more: ready.wait(60) and save_file(*arguments, **more))
+
+    def batches(position: int) -> Batch:
+        if position == 2:
+            threading.Timer(0.1, ready.set).start()
+            raise UserError("a clip is damaged")
+        return batches_of(4)(position)
+
+    with pytest.raises(UserError, match="a clip is damaged"):
+        run(tmp_path, batches=batches, checkpoint_every=1)
+    assert [path.name for path in checkpoint.saved(tmp_path)] == ["checkpoint-00000001"]
+
+
+def test_pieces_of_any_ranks_are_one_tensor(tmp_path):
+    """Three ranks with uneven rows, one with none, written by a thread of each; rows and elements of it are read from any."""
+    whole = torch.arange(35.0).view(7, 5)
+    shares = [(0, 15), (15, 35), (35, 35)]
+    engines = [Ranks(rank=rank, world_size=3, is_main=rank == 0) for rank in range(3)]
+    writers = [checkpoint.Writer(tmp_path, engine, 1) for engine in engines]
+    for writer, (start, end) in zip(writers, shares, strict=True):
+        piece = checkpoint.Piece("net", whole.shape, start, whole.flatten()[start:end])
+        writer.begin(1, 0, dict, [piece] if start < end else [])
+        wait([writer._work])
+    writers[0].finish()
+    reader = checkpoint.Reader(checkpoint.saved(tmp_path)[0])
+    ((name, rows),) = reader.stream("")
+    assert name == "net"
+    for cut in (slice(0, 3), slice(2, 6), slice(6, 7), slice(7, 7), slice(None)):
+        assert torch.equal(rows[cut], whole[cut])
+    assert elements(rows, whole.shape, 13, 9).tolist() == list(range(13, 22))
+    for rank in range(3):
+        checkpoint.verify(reader.path, rank, 3)
+    file = reader.path / "00001-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    checkpoint.verify(reader.path, 0, 3)
+    with pytest.raises(UserError, match=r"^damaged checkpoint: .*00001-00000.safetensors is not what was written; "):
+        checkpoint.verify(reader.path, 1, 3)
+
+
+def test_pieces_that_leave_a_gap_are_no_checkpoint(tmp_path):
+    writer = checkpoint.Writer(tmp_path, Ranks(), 1)
+    writer.begin(1, 0, dict, [checkpoint.Piece("net", torch.Size((4,)), 1, torch.zeros(3))])
+    with pytest.raises(AssertionError, match="the pieces of net are not all of it"):
+        writer.finish()
+    assert not checkpoint.saved(tmp_path)
 
 
 def test_large_checkpoints_are_several_files(tmp_path, monkeypatch):
@@ -448,4 +554,4 @@ def test_frozen_parameters_stay_frozen_and_out_of_the_checkpoint(tmp_path):
     assert not roles["a"].bias.requires_grad
     assert roles["b"].bias.requires_grad
     assert set(trainer.ema.shadow) == {"weight"}
-    assert "a/weight/bias" not in dict(trainer.tensors())
+    assert "a/weight/bias" not in {piece.name for piece in trainer.pieces()}

@@ -87,3 +87,19 @@ def test_files_that_only_their_owner_may_read_are_opened_to_the_others(tmp_path)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) == 4
     assert {file.stat().st_mode for file in files} == {mode}
+
+
+def test_a_file_that_has_not_changed_is_read_once_a_process(tmp_path, monkeypatch):
+    """One that was written a moment ago is read each time: a change within a tick of the file system's clock would not show."""
+    file, read, file_digest = tmp_path / "a", [], digests.hashlib.file_digest
+    monkeypatch.setattr(digests.hashlib, "file_digest", lambda *given: (read.append(1), file_digest(*given))[1])
+    file.write_bytes(b"a" * 10)
+    fresh = [digests.sha256(file) for _ in range(2)]
+    assert len(read) == 2
+    monkeypatch.setattr(digests, "SETTLED_NS", 0)
+    assert fresh == [digests.sha256(file) for _ in range(2)]
+    assert len(read) == 3
+    time.sleep(0.02)
+    file.write_bytes(b"b" * 10)
+    assert digests.sha256(file) == digests.sha256(file) != fresh[0]
+    assert len(read) == 4

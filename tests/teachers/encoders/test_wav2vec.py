@@ -89,7 +89,7 @@ def test_a_whole_clip_equals_the_equations(samples_per_frame, samples):
     assert (encoder.whole(sound, 33) - expected).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize(("frames", "windows"), [(21, 21), (23, 29), (29, 29), (30, 37)])
+@pytest.mark.parametrize(("frames", "windows"), [(21, 21), (22, 29), (23, 29), (29, 29), (30, 37)])
 def test_a_clip_out_of_a_longer_sound_is_omniavatar_s_first_window(frames, windows):
     """Its inference pads the whole sound to whole windows (of 21 frames, 13 of them shared) and encodes it at once; a row of zeros
     stands before the first."""

@@ -6,11 +6,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.cutting import CutConfig, cut
 from teachers import media
 from teachers.errors import UserError
+from teachers.media import container as container_of
 from teachers.media.film import probe, read_frames
 from tests.support.films import frames_of, number_of, numbered
 
@@ -76,12 +79,39 @@ def test_every_display_matrix_is_applied_as_a_whole(tmp_path, name, suffix, code
 
 
 @pytest.mark.parametrize(
+    ("name", "codec", "ratio", "width"),
+    [
+        ("a.mp4", "libvpx-vp9", Fraction(2), 160),
+        ("a.mkv", "libvpx-vp9", Fraction(3, 2), 120),
+        ("a.webm", "libvpx", Fraction(3, 2), 120),
+        ("a.mov", "libx264", Fraction(12, 11), 87),
+        ("b.mov", "libx264", Fraction(1, 2), 40),
+    ],
+)
+def test_pixels_that_are_not_square_are_made_so(tmp_path, name, codec, ratio, width):
+    path = write(tmp_path / name, codec, ratio=ratio)
+    stored = frames_of(path)
+    found = media.read_video(path)[0].numpy()
+    assert found.shape == (6, 64, width, 3)
+    assert [number_of(frame) for frame in found] == list(range(6))
+    across = F.interpolate(
+        torch.from_numpy(stored).permute(0, 3, 1, 2).float(), (64, width), mode="bilinear", antialias=True
+    )
+    assert np.abs(found - across.permute(0, 2, 3, 1).numpy()).mean() < 3, "the same picture, another width"
+    assert probe(path)[0] == (width, 64)
+    piece = cut(Clip(id="a", dataset="t", source="a"), path, LOOSE, tmp_path / "out.mp4")
+    assert piece.metadata["source_size"] == [width, 64]
+    assert Fraction(piece.metadata["pixel_aspect"]) == ratio
+
+
+def test_an_absurd_pixel_aspect_is_refused(tmp_path):
+    with pytest.raises(UserError, match="960 x 64 pixels"):
+        media.read_video(write(tmp_path / "a.mkv", "libvpx-vp9", ratio=Fraction(12)))
+
+
+@pytest.mark.parametrize(
     ("name", "facts", "words"),
     [
-        ("a.mp4", {"codec": "libvpx-vp9", "ratio": Fraction(2)}, r"not square \(2:1\)"),
-        ("a.mkv", {"codec": "libvpx-vp9", "ratio": Fraction(3, 2)}, r"not square \(3:2\)"),
-        ("a.webm", {"codec": "libvpx", "ratio": Fraction(3, 2)}, r"not square \(3:2\)"),
-        ("a.mov", {"codec": "libx264", "ratio": Fraction(12, 11)}, r"not square \(12:11\)"),
         ("a.mp4", {"opt_x264-params": "interlaced=1"}, "interlaced"),
         ("a.mkv", {"opt_x264-params": "bff=1"}, "interlaced"),
         ("a.mov", {"codec": "mpeg2video", "opt_flags": "+ildct+ilme"}, "interlaced"),
@@ -120,3 +150,23 @@ def test_a_video_is_read_from_containers_that_prepare_refuses(tmp_path, name, co
     assert rate == 25
     assert [number_of(frame.numpy()) for frame in frames] == list(range(6))
     assert len(list(read_frames(tmp_path / name))) == 6
+
+
+def test_a_track_that_begins_later_than_the_file_is_probed_is_one_line(tmp_path, monkeypatch):
+    path = tmp_path / "late.flv"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("flv", rate=25, width=80, height=64, pix_fmt="yuv420p")
+        audio = container.add_stream("mp3", rate=44_100, layout="mono", format="fltp")
+        for number in range(100):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(numbered(number), format="rgb24")))
+        container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 44_100), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 44_100, 4 * 44_100, Fraction(1, 44_100)
+        container.mux([*audio.encode(frame), *audio.encode(None)])
+    data = bytearray(path.read_bytes())
+    data[4] = 1  # the header says that there is no sound
+    path.write_bytes(data)
+    assert len(media.read_video(path)[0]) == 100
+    monkeypatch.setattr(container_of, "LIMITS", {"analyzeduration": "100000", "probesize": "2000"})
+    with pytest.raises(UserError, match=r"cannot be read \(a track begins in its middle\)"):
+        media.read_video(path)

@@ -14,6 +14,7 @@ import torch
 
 from teachers import media
 from teachers.errors import UserError
+from tests.support.sounds import decoded
 
 FPS = Fraction(25, 2)
 RATE = 16000
@@ -255,7 +256,7 @@ def test_sound_may_come_in_any_pieces(tmp_path, sample_rate):
                 writer.write(frame)
             writer.write_audio(sound[heard:])
         assert durations(tmp_path / name) == durations(tmp_path / "whole.mp4")
-        whole, pieces = media.decode_audio(tmp_path / "whole.mp4")[0], media.decode_audio(tmp_path / name)[0]
+        whole, pieces = decoded(tmp_path / "whole.mp4")[0], decoded(tmp_path / name)[0]
         assert torch.equal(whole, pieces)
         assert torch.equal(media.read_video(tmp_path / "whole.mp4")[0], media.read_video(tmp_path / name)[0])
     with media.VideoWriter(tmp_path / "mute.mp4", FPS) as writer:

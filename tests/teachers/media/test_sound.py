@@ -13,7 +13,7 @@ from teachers.errors import UserError
 from teachers.media import sound
 from teachers.media.channels import channel_names, downmix
 from teachers.media.sound import read_sound
-from tests.support.sounds import joined, loudest_hertz, set_sound_length, tone, write_sound
+from tests.support.sounds import decoded, joined, loudest_hertz, set_sound_length, tone, write_sound
 
 RATE = 16_000
 
@@ -82,7 +82,7 @@ def test_a_rate_or_layout_that_changes_keeps_the_speed(tmp_path, suffix, codec, 
         write_sound(tmp_path / f"{n}.{suffix}", codec, rate, np.repeat(tone(1.5, rate)[:, None], count, axis=1))
         for n, (rate, count) in enumerate(zip(rates, channels, strict=True))
     ]
-    samples, rate = media.decode_audio(joined(tmp_path / f"a.{suffix}", *parts))
+    samples, rate = decoded(joined(tmp_path / f"a.{suffix}", *parts))
     assert rate == rates[0]
     assert len(samples) / rate == pytest.approx(3.0, abs=0.15)
     for begin in (0.4, 2.1):
@@ -193,7 +193,7 @@ def test_two_channels_are_given_as_they_are_and_their_mean_is_the_mono_sound(tmp
     path = write_sound(tmp_path / "a.wav", "pcm_s16le", 44_100, rows)
     given = torch.cat(list(media.AudioReader(path, mono=False)))
     np.testing.assert_allclose(given.numpy(), rows, atol=1e-4)
-    assert torch.equal(given.mean(dim=1), media.decode_audio(path)[0])
+    assert torch.equal(given.mean(dim=1), decoded(path)[0])
 
 
 @pytest.mark.parametrize("rate", [1, 3_999, 2_000_000])

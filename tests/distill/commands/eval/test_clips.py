@@ -14,11 +14,13 @@ from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.scoring import clip_sets
 from distill.scoring.clip_sets import open_set, read_clip, write_clip
+from distill.scoring.scoring import Job, score
 from eval.cards import load_card
 from teachers.config import to_plain
 from teachers.errors import UserError
 from tests.support.eval_sets import FPS, a_clip, evaluated, numbers_of, refused_in_one_line, rule
 from tests.support.films import clicks, numbered, write_film
+from tests.support.sounds import tone, write_sound
 from tests.support.tiny import some_sound
 
 
@@ -258,3 +260,22 @@ def test_a_clip_that_is_too_long_to_be_held_is_told_in_one_line(prepared, tmp_pa
     monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 19 * height * width)
     with pytest.raises(UserError, match="at most 19 frames"):
         read_clip(open_set(prepared)["c"], rule(), False)
+
+
+def test_which_of_several_tracks_was_taken_is_in_the_report(tmp_path):
+    real, ours = tmp_path / "real", tmp_path / "ours"
+    real.mkdir()
+    ours.mkdir()
+    voices = [tone(1.2, 16_000, hertz)[:, None] for hertz in (300.0, 700.0)]
+    write_sound(real / "a.mp4", "aac", 16_000, *voices, default=1, video=30)
+    write_sound(real / "b.mp4", "aac", 16_000, voices[0], video=30)
+    card, entries = load_card("strict"), open_set(real)
+    for name, entry in entries.items():
+        clip = read_clip(entry, card, generated=False)
+        write_clip(ours / f"{name}.safetensors", clip.video, clip.fps, clip.sound)
+    job = Job(card=card, metrics=("motion_energy",), probes=None, device="cpu", batch_size=8, processes=0,
+              cache=tmp_path / "features")  # fmt: skip
+    for _ in range(2):  # made, and kept
+        notes = score(job, "ours", open_set(ours), entries)["notes"]
+        assert "Sound: audio track 2 of 2, the default one, was taken of real a." in notes
+        assert "b" not in " ".join(note for note in notes if note.startswith("Sound: ")).split()

@@ -20,7 +20,7 @@ from students.serving.session import Chunk, Session, Starved
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from teachers.errors import UserError
-from tests.support.sounds import loudest_hertz, write_sound
+from tests.support.sounds import decoded, loudest_hertz, write_sound
 from tests.support.tiny import a_bundle, some_sound
 from tests.teachers.media.test_media import encode_audio, ramp_picture, save_image, tone
 
@@ -202,7 +202,7 @@ def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
     assert len(lengths) == 2
     assert all(0 <= length - seconds < 1 / FPS for length in lengths)
     changes = frames.float().mean((1, 2, 3)).diff()
-    heard, rate = media.decode_audio(inputs["out"])
+    heard, rate = decoded(inputs["out"])
     assert rate == RATE
     onset = int((heard.abs() > 0.2).nonzero()[0]) / rate
     assert int(changes.argmax()) + 1 == int(onset * FPS) == 12

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_a_phone_film_is_turned_upright_before_it_is_cropped(tmp_path):
 
 def test_lossless_frames_are_the_source_pictures_to_the_bit(tmp_path):
     path = counting_film(tmp_path / "a.mov", 1.0)
-    source = [upright(picture.frame, "rgb24") for picture in read_frames(path)]
+    source = [upright(picture.frame) for picture in read_frames(path)]
     cut(clip(crop=(8, 4, 40, 52)), path, replace(LOOSE, crf=0), tmp_path / "out.mp4")
     np.testing.assert_array_equal(frames_of(tmp_path / "out.mp4"), np.stack(source)[:, 4:56, 8:48])
 
@@ -153,7 +154,7 @@ def test_lossless_frames_are_the_source_pictures_to_the_bit(tmp_path):
 def test_default_quality_is_near_the_source_in_colour_too(tmp_path):
     shown = [numbered(number) // np.array([1, 2, 4], np.uint8) for number in range(25)]
     path = write_film(tmp_path / "a.mov", shown, Fraction(25), clicks(1.0, 48000))
-    source = np.stack([upright(picture.frame, "rgb24") for picture in read_frames(path)])
+    source = np.stack([upright(picture.frame) for picture in read_frames(path)])
     cut(clip(), path, LOOSE, tmp_path / "out.mp4")
     error = frames_of(tmp_path / "out.mp4").astype(float) - source
     assert np.abs(error.mean(axis=(0, 1, 2))).max() < 1
@@ -165,7 +166,7 @@ def test_size_is_a_centred_crop_of_the_crop_then_antialiased(tmp_path):
     piece = cut(clip(), path, replace(LOOSE, crf=0, size=(32, 32)), tmp_path / "out.mp4")
     assert piece.metadata["crop"] == [8, 0, 64, 64]
     first = next(read_frames(path)).frame
-    expected = media.fit_image(torch.from_numpy(upright(first, "rgb24").copy()), (32, 32))
+    expected = media.fit_image(torch.from_numpy(upright(first).copy()), (32, 32))
     expected = ((expected + 1) * 127.5).round().permute(1, 2, 0)
     np.testing.assert_allclose(frames_of(tmp_path / "out.mp4")[0], expected.numpy(), atol=3)
 
@@ -332,9 +333,17 @@ def test_the_longest_shot_has_no_frame_of_another(tmp_path, fps):
 def test_motion_is_no_scene_cut():
     rng = np.random.default_rng(0)
     moving = [torch.from_numpy(np.roll(np.full(3072, 128.0), k) + 40 * rng.standard_normal(3072)) for k in range(20)]
-    assert cutting.scene_cuts(moving)[0] == []
-    assert cutting.scene_cuts([torch.zeros(9)] * 4 + [torch.full((9,), 16.0)] * 4)[0] == [4]
-    assert cutting.scene_cuts([torch.zeros(9)] * 4 + [torch.full((9,), 14.0)] * 4)[0] == []
+    assert cutting.scene_cuts([(b - a).abs().mean().item() for a, b in pairwise(moving)])[0] == []
+    assert cutting.scene_cuts([0.0, 0.0, 0.0, 16.0, 0.0, 0.0, 0.0]) == ([4], 16.0)
+    assert cutting.scene_cuts([0.0, 0.0, 0.0, 14.0, 0.0, 0.0, 0.0])[0] == []
+
+
+def test_a_clip_of_hours_is_refused(tmp_path, monkeypatch):
+    path = counting_film(tmp_path / "a.mov", 1.2)
+    monkeypatch.setattr(cutting, "LONGEST", 1)
+    for end in (None, 1.2):
+        with pytest.raises(UserError, match="longer than 1 s; cut it into clips"):
+            cut(clip(end=end), path, LOOSE, tmp_path / "out.mp4")
 
 
 def test_at_most_so_many_seconds(tmp_path):
@@ -363,3 +372,21 @@ def test_a_picture_is_never_far_from_its_frame(tmp_path):
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UserError):
         CutConfig(**wrong)
+
+
+def test_equal_frames_give_equal_bytes(tmp_path):
+    """In one process too: x264's macroblock tree made one film in four another one."""
+    rng = np.random.default_rng(0)
+    frames = [np.clip(numbered(n)[:56, :72].astype(int) + rng.integers(-9, 9, (56, 72, 3)), 0, 255) for n in range(40)]
+    frames = torch.from_numpy(np.stack(frames).astype(np.uint8))
+    pieces, films = set(), set()
+    for number in range(12):
+        held = np.random.bytes(10_000 * number)  # another place in memory
+        with cutting._Encoder(tmp_path / "piece.mp4", CutConfig(fps=Fraction(25))) as encoder:
+            for frame in frames:
+                encoder.write(frame)
+        media.write_video(tmp_path / "film.mp4", frames, Fraction(25), torch.zeros(25_600))
+        pieces.add((tmp_path / "piece.mp4").read_bytes())
+        films.add((tmp_path / "film.mp4").read_bytes())
+        del held
+    assert (len(pieces), len(films)) == (1, 1)

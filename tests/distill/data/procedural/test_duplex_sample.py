@@ -15,6 +15,7 @@ from students.serving.session import Session
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from tests.distill.data.procedural.test_duplex import DATA, WORLD, film, one_line
+from tests.support.sounds import decoded
 from tests.support.tiny import (
     a_bundle,
     some_sound,
@@ -59,7 +60,7 @@ def test_a_film_of_two_voices_and_directions(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(media.VideoWriter, "write", lambda self, frame: (shown.append(frame), frames(self, frame)))
     both = ["--other", folder / "other.wav", "--pose", folder / "turn.csv"]
     assert sampled(folder, tmp_path / "a.mp4", *both, "--push-ms", "70")[0] == 0
-    bundle, own = load_student(folder / "duplex"), media.decode_audio(folder / "own.wav")[0]
+    bundle, own = load_student(folder / "duplex"), decoded(folder / "own.wav")[0]
     other = torch.cat(
         [duet[:, 1] for duet in Duet(*(media.AudioReader(folder / f"{name}.wav") for name in ("own", "other")))]
     )
@@ -70,7 +71,7 @@ def test_a_film_of_two_voices_and_directions(folder, tmp_path, monkeypatch):
     session.close()
     assert len(shown) == 19
     assert torch.equal(torch.stack(shown), film(session.frames())[:19])
-    assert media.decode_audio(tmp_path / "a.mp4")[0][25000:].abs().max() > 0.05, "the other speaks on alone"
+    assert decoded(tmp_path / "a.mp4")[0][25000:].abs().max() > 0.05, "the other speaks on alone"
 
 
 @pytest.mark.parametrize(

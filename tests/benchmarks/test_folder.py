@@ -1,0 +1,21 @@
+"""`data=folder` on 200 small clips: all are used, training does not wait for them, and its memory does not grow."""
+
+from benchmarks.folder import measure
+from tests.support.processes import call
+
+SMALL = (
+    "data.text_steps=2",
+    "data.world.shard_clips=20",
+    "teacher.network.num_layers=2",
+    "teacher.network.audio_blocks=[0,1]",
+    "teacher.train.checkpoint_every=0",
+    "teacher.train.batch_size=8",
+)
+
+
+def test_two_hundred_clips_are_all_used_and_none_is_waited_for(tmp_path):
+    found = call(measure, tmp_path, 200, 10, 60, 1, 0, SMALL, timeout=900)
+    assert found["trained_on"] + found["held_out"] == found["clips"] == 200
+    assert found["trained_on"] > found["held_out"] > 0
+    assert found["loader_clips_a_second"] > 2 * found["trainer_clips_a_second"]
+    assert found["resident_growth_mib"] < 8
