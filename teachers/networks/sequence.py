@@ -14,7 +14,7 @@ sum over the group, since `Split.leave` hands back `size` times the rank's part;
 B = batch, F = latent frames, N = tokens of the sequence, P = size of the group, n = N / P, M = heads, d = head width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +49,10 @@ class SequenceGroup:
         finally:
             self.active = before
 
-    def note(self, x: Tensor) -> None:
-        """A collective of a plan, in which a rank sends all of x but its own part."""
+    def note(self, x: Tensor, passes: int = 1) -> None:
+        """A collective of a plan, in which a rank sends all of x but its own part, so many times."""
         self.calls += 1
-        self.sent += x.numel() * x.element_size() * (self.size - 1) // self.size
+        self.sent += passes * x.numel() * x.element_size() * (self.size - 1) // self.size
 
     def __deepcopy__(self, memo: dict) -> "SequenceGroup":
         """Copies of a network are of the same ranks."""
@@ -92,6 +92,14 @@ class Split:
         return found.movedim(0, 2).flatten(1, 3)
 
 
+class _OfGroup(torch.autograd.Function):
+    """A linear function of x over a group."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, SequenceGroup], _output: Tensor) -> None:
+        ctx.group = inputs[1]
+
+
 def _swap(x: Tensor, group: SequenceGroup) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -102,16 +110,12 @@ def _swap(x: Tensor, group: SequenceGroup) -> Tensor:
     return out
 
 
-class _Swap(torch.autograd.Function):
-    """[P, ..]: entry i goes to rank i, whose entry it is that comes back from it. Linear, and its own transpose."""
+class _Swap(_OfGroup):
+    """[P, ..]: entry i goes to rank i, whose entry it is that comes back from it. It is its own transpose."""
 
     @staticmethod
     def forward(x: Tensor, group: SequenceGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _swap(x, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Sequence, output: Tensor) -> None:
-        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -132,16 +136,12 @@ def _gather(x: Tensor, group: SequenceGroup) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    """x of every rank, [P, ..]. The gradient, which is the same on every rank, comes back once from each."""
+class _Gather(_OfGroup):
+    """x of every rank, [P, ..]. Its gradient, which is the same on every rank, comes back once from each."""
 
     @staticmethod
     def forward(x: Tensor, group: SequenceGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return _gather(x, group)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Sequence, output: Tensor) -> None:
-        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -152,26 +152,22 @@ class _Gather(torch.autograd.Function):
         return _gather(tangent, ctx.group)
 
 
-class _Enter(torch.autograd.Function):
+class _Enter(_OfGroup):
     """x itself; backward the mean over the ranks."""
 
     @staticmethod
-    def forward(x: Tensor, group: SequenceGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(x: Tensor, _: SequenceGroup) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x.view_as(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Sequence, output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        if grad.is_meta:
-            ctx.group.note(grad)
+        total = grad.clone(memory_format=torch.contiguous_format)
+        if total.is_meta:
+            ctx.group.note(total, passes=2)
         else:
-            dist.all_reduce(grad, group=ctx.group.group)
-        return grad / ctx.group.size, None
+            dist.all_reduce(total, group=ctx.group.group)
+        return total / ctx.group.size, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def jvp(_ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return tangent.view_as(tangent)

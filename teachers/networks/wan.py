@@ -79,13 +79,11 @@ class WanKind(NetworkKind):
         net.set_attention_backend(backend)
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
+        common = math.gcd(self.num_heads, tokens)
+        fits = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
         for count, what in ((self.num_heads, "heads"), (tokens, "tokens a latent frame")):
             if count % ranks:
-                fits = [i for i in range(1, math.gcd(self.num_heads, tokens) + 1) if not (self.num_heads % i or tokens % i)]
-                raise UserError(
-                    f"engine.sequence_parallel: {count} {what} are no multiple of {ranks} ranks; "
-                    f"use one of {', '.join(map(str, fits))}"
-                )
+                raise UserError(f"engine.sequence_parallel: {ranks} ranks, but {count} {what}; it can be {fits}")
 
     def split_sequence(self, net: "AvatarTransformer", group: SequenceGroup) -> None:
         net.sequence = group

@@ -39,7 +39,9 @@ LOSSES = ("flow_matching", "dmd student", "dmd fake_score", "gan discriminator",
 def attention(split: Split | None) -> dict[str, Tensor]:
     """Gradients of attention of 8 queries to 8 + 6 keys and values, in fp64: of what is the input's, and of the past."""
     leaves = {name: randn(2, 8, 4, 3, seed=seed).double().requires_grad_() for seed, name in enumerate("qkv")}
-    leaves |= {name: randn(2, 6, 4, 3, seed=seed).double().requires_grad_() for seed, name in enumerate(("pk", "pv"), 5)}
+    leaves |= {
+        name: randn(2, 6, 4, 3, seed=seed).double().requires_grad_() for seed, name in enumerate(("pk", "pv"), 5)
+    }
     query, key, value, *past = leaves.values()
     if split is not None:
         ranks, rank = split.group.size, split.group.rank
@@ -216,9 +218,11 @@ def test_what_cannot_be_shared_is_refused(monkeypatch):
 
     for ranks in (2, 4):
         spec("livetalk", ranks)  # 12 heads and 40, 1024 tokens a latent frame
-    with pytest.raises(UserError, match=r"12 heads are no multiple of 8 ranks; use one of 1, 2, 4$"):
+    with pytest.raises(UserError, match=r"sequence_parallel: 8 ranks, but 12 heads; it can be 1, 2, 4$"):
         spec("livetalk", 8)
     with pytest.raises(UserError, match=r"engine.sequence_parallel: MidasConfig cannot share a sequence among ranks"):
         spec("midas_avatar", 2)
-    with pytest.raises(UserError, match=r"engine.sequence_parallel: 1024 tokens a latent frame are no multiple of 3 ranks"):
+    with pytest.raises(
+        UserError, match=r"engine.sequence_parallel: 3 ranks, but 1024 tokens a latent frame; it can be 1, 2, 4"
+    ):
         spec("livetalk", 3)
