@@ -27,7 +27,7 @@ from torch import Tensor
 @dataclass(eq=False)
 class SequenceGroup:
     """`size` ranks, of which this is number `rank`, that share sequences over the process `group` (None: on the meta device, for a
-    plan). `calls` and `sent`, the collectives of a plan and the bytes that a rank sends in them."""
+    plan). `calls` and `sent`: the collectives of a plan, and the bytes that a rank sends in them."""
 
     size: int
     rank: int = 0
@@ -79,7 +79,7 @@ class Split:
         ranks = self.group.size
         sent = torch.stack([x.unflatten(2, (ranks, -1)).movedim(2, 0) for x in parts], dim=1)
         found = _Swap.apply(sent, self.group).unflatten(3, (self.frames, -1))  # [P, parts, B, F, n/F, M/P, d]
-        return found.movedim(0, 3).flatten(2, 4).unbind()
+        return tuple(x.movedim(0, 2).flatten(1, 3) for x in found.unbind(1))  # each in memory of its own
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of all heads: [B, N, M/P, d] -> [B, n, M, d], what `to_heads` undoes."""
