@@ -5,7 +5,6 @@ One block at full width runs forward and backward on fake tensors over torch's f
 
 from collections import Counter
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from distill import methods
 from distill.compose import RECIPES
 from distill.planning.estimate import job_of
-from distill.planning.job import batch_on, networks_on, shallow
+from distill.planning.job import Job, batch_on, networks_on, shallow
 from distill.planning.trace import step_costs
 from distill.recipe import load_recipe
 from teachers.flow import keyed_generator
@@ -44,9 +43,8 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("world", [8, 64])
-def test_what_an_init_step_exchanges(world):
-    job = shallow(job_of(RECIPE), 1)
+def exchanges(job: Job, world: int) -> Counter[tuple[str, int]]:
+    """Collectives of one micro-step of the init stage among the first TOGETHER of so many ranks."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         group = SequenceGroup(TOGETHER, 0, dist.new_group(list(range(TOGETHER))))
@@ -61,11 +59,16 @@ def test_what_an_init_step_exchanges(world):
             loss.value.backward()
     finally:
         dist.destroy_process_group()
-    own = 2 * 42 * 1024 // TOGETHER  # bytes of a number a token in bf16: clean and noisy frames
-    assert sent.found == {
+    return sent.found
+
+
+def test_what_an_init_step_exchanges():
+    job, own = shallow(job_of(RECIPE), 1), 2 * 42 * 1024 // TOGETHER  # bf16 of every token: clean and noisy frames
+    golden = {
         ("c10d::alltoall_base_", 3 * own * 1536): 3,  # queries, keys, values: forward, again, and back
         ("c10d::alltoall_base_", own * 1536): 3,  # the result
         ("c10d::allgather_", TOGETHER * own * 64): 1,  # the output
     }
-    planned = step_costs(job, "init").exchanges["student"]
-    assert planned == (7, sum(size * count for (_, size), count in sent.found.items()) * (TOGETHER - 1) // TOGETHER)
+    assert [exchanges(job, world) for world in (8, 64)] == [golden, golden]
+    sent = sum(size * count for (_, size), count in golden.items()) * (TOGETHER - 1) // TOGETHER
+    assert step_costs(job, "init").exchanges["student"] == (7, sent)
