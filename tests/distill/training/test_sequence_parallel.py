@@ -105,7 +105,8 @@ def gradients(engine: Any, name: str) -> dict[str, Tensor]:
     loss.value.backward()
     found = {key: p.grad for key, p in roles[role].named_parameters() if p.grad is not None}
     assert found
-    metrics = {f"metric/{key}": value.clone() for key, value in loss.metrics.items()}
+    # a gap is the small difference of two means
+    metrics = {f"metric/{key}": value.clone() for key, value in loss.metrics.items() if key != "gap"}
     engine.all_reduce_mean([*found.values(), *metrics.values()])
     return found | metrics
 
