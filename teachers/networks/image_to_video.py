@@ -32,7 +32,7 @@ class ImageToVideoKind(WanKind):
         return initialise(self.module_class()(**sizes, **{name: getattr(self, name) for name in SIZES}))
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
-        """Refused: what blocks attend to of sound, and whose mask it is, belongs to tokens that the ranks would have to share too."""
+        """Refused: sound and the regions of speakers belong to tokens, which ranks would have to share too."""
         NetworkKind.check_sequence(self, ranks, tokens)
 
     @classmethod
