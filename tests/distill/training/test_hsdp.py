@@ -112,6 +112,7 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
     expected = newest(tmp_path)
     assert not differences(newest(launched / "2x2"), expected)
     assert not differences(newest(launched / "crossed"), expected), "resumed on another mesh"
+    assert not differences(newest(launched / "shared"), expected), "two pairs of ranks that share sequences"
     found = [json.loads((launched / f"facts-{rank}.json").read_text()) for rank in range(4)]
     total = sum(x.numel() for x in expected.values())
     for rank, facts in enumerate(found):
@@ -119,7 +120,6 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
             "one replica's ranks, their rows"
         )
         assert facts["resumed"] < 0.3 * total, "a quarter of the rows"
-    assert not differences(newest(launched / "shared"), expected), "two pairs of ranks that share sequences"
         assert facts["mesh"] == [2, 2]
         assert facts["placements"]
         assert facts["rows"][1] * 2 == facts["rows"][0]
