@@ -1,5 +1,6 @@
 """A run as frozen configs: `Recipe` and the config of every stage, read strictly from YAML."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -302,7 +303,7 @@ def spec_of(recipe: "Recipe") -> Spec:
                 "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
             )
         network = network.with_guidance()
-    return Spec(
+    spec = Spec(
         height=data.world.size[0],
         width=data.world.size[1],
         fps=Fraction(data.world.fps),
@@ -325,6 +326,11 @@ def spec_of(recipe: "Recipe") -> Spec:
         pose_dim=data.world.pose_dim,
         speakers=data.world.speakers,
     )
+    if recipe.engine.sequence_parallel > 1:
+        for kind in (network, origin, recipe.teacher.network):
+            tokens = math.prod(side // kind.patch for side in spec.latent_size[1:])
+            kind.check_sequence(recipe.engine.sequence_parallel, tokens)
+    return spec
 
 
 def _at_home(value: Any) -> Any:

@@ -252,6 +252,11 @@ def as_json(
         "trajectory_bytes": plan.trajectories,
         "forwards_per_trajectory": plan.trajectory_forwards,
         "forwards_per_step": {stage: dict(roles) for stage, roles in plan.forwards.items()},
+        "sequence_parallel": plan.together,
+        "exchanges_per_micro_step": {
+            stage: {role: {"calls": calls, "bytes": size} for role, (calls, size) in costs.exchanges.items()}
+            for stage, costs in plan.costs.items()
+        },
         "ranks": {str(count): {e: parts(e, count) for e in engines if is_possible(plan, e)} for count in counts},
         "fits_with": {str(count): {engine: fits(engine, count) for engine in engines} for count in counts},
     }
@@ -317,6 +322,11 @@ def _facts(plan: "Plan") -> Iterator[str]:
         unit = {"student": " (chunks)"} if stage == "distill" else {}
         counts = ", ".join(f"{role} {count:g}{unit.get(role, '')}" for role, count in roles.items())
         yield f"{stage:<12} forwards a step: {counts}"
+    for stage, costs in plan.costs.items():
+        for role, (calls, size) in costs.exchanges.items():
+            if calls:
+                shared = f"{calls:,.0f} exchanges a micro-step among {plan.together} ranks, {_gib(size)} GiB from each"
+                yield f"{stage:<12} {role}: {shared}"
 
 
 def _table(plan: "Plan", count: int, engines: list[str], gib: float, have: tuple[str, ...]) -> Iterator[str]:

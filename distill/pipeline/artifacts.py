@@ -77,7 +77,7 @@ class Artifacts:
         """An untrained network, initialised from the recipe's seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(keyed_generator(self.recipe.seed, "network").initial_seed())
-            return self.config(stage).network.new(self.spec.dims)
+            return self.engine.split(self.config(stage).network.new(self.spec.dims))
 
     @property
     def shards(self) -> bool:
@@ -93,7 +93,7 @@ class Artifacts:
         config = self.config(stage if stage == "teacher" else self.recipe.init_checkpoint)
         file = self.folder.stage_dir(stage) / "model.safetensors"
         fill = partial(fill_given, stage=config) if given else partial(fill_strict, file=file)
-        net = outline(config, self.spec, frozen=given and frozen).requires_grad_(not frozen)
+        net = self.engine.split(outline(config, self.spec, frozen=given and frozen)).requires_grad_(not frozen)
         fsdp.shard(self.engine, net, keep=not frozen and self.engine.config.gather_once, fill=fill, offload=offload)
         return net
 
@@ -102,7 +102,7 @@ class Artifacts:
         device = device or self.engine.device
         recipe, file = self.recipe, self.folder.stage_dir(stage) / "model.safetensors"
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
-            return load_given(self.config(stage), self.spec, device, frozen)
+            return self.engine.split(load_given(self.config(stage), self.spec, device, frozen))
         if recipe.lora is not None and stage not in ("teacher", "base"):
             net = self.network(recipe.init_checkpoint, frozen=False)
             fold(net, recipe.lora.adapter(load_tensors(file)), file)

@@ -44,9 +44,8 @@ def train_teacher(artifacts: Artifacts, folder: Path, stage: str = "teacher") ->
         return {"parameters": sum(p.numel() for p in net.parameters()), "path": str(config.path)}
     device = artifacts.engine.device
     net = load_given(config, artifacts.spec, device, frozen=False) if config.path else artifacts.new_network(stage)
-    return run_training(
-        artifacts, stage, config, folder, {"teacher": AvatarTeacher(net).to(device)}, (), data.batch, len(data)
-    )
+    roles = {"teacher": AvatarTeacher(artifacts.engine.split(net)).to(device)}
+    return run_training(artifacts, stage, config, folder, roles, (), data.batch, len(data))
 
 
 def train_base(artifacts: Artifacts, folder: Path) -> dict:
@@ -124,7 +123,7 @@ def run_training(
     trainer = Trainer(engine, settings, roles, average, folder)
 
     def make(position: int) -> Batch:
-        rows = batch_rows(size, settings.batch_size, position, seed, engine.rank, engine.world_size)
+        rows = batch_rows(size, settings.batch_size, position, seed, engine.data_rank, engine.data_ranks)
         batch = batch_of(rows, torch.device("cpu"))
         return batch.map(Tensor.pin_memory) if engine.device.type == "cuda" else batch
 

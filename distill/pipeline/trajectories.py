@@ -71,10 +71,7 @@ def make(
         "teacher": teacher_hash,
     }
     files = files_of(folder, "shard", -(-config.num_pairs // config.batch_size))
-    mine = range(engine.rank, len(files), engine.world_size)
-    for i in tqdm(mine, desc="trajectories", disable=not engine.is_main):
-        if files[i].is_file():
-            continue
+    for i in tqdm(engine.missing(files), desc="trajectories", disable=not engine.is_main):
         rng = keyed_generator(seed, "trajectories", i)
         num = min(config.batch_size, config.num_pairs - i * config.batch_size)
         rows = torch.randint(0, len(pool), (num,), generator=rng)
@@ -87,7 +84,8 @@ def make(
         states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance).half()
         if not bool(states.isfinite().all()):
             _refuse(batch, states, rows, facts["sigmas"])
-        save_tensors(files[i], {"states": states, "rows": rows, **extra})
+        if engine.is_group_main:
+            save_tensors(files[i], {"states": states, "rows": rows, **extra})
     engine.barrier()
     if engine.is_main:
         facts |= {"rows": [], **({} if scales is None else {"scales": []})}

@@ -25,6 +25,7 @@ from students.weights.adapter import expected
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import networks_in
+from teachers.networks.sequence import SequenceGroup
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -49,7 +50,7 @@ MEMORY_SAVING_OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One optimizer step of `role` in `stage`; or, of a role that is not trained, one forward.
+    """One optimizer step of `role` in `stage`; or, of a role that is not trained, one forward. `together` ranks share a sequence.
 
     `points` by memory-saving options but for offload; `Traced` when first needed."""
 
@@ -58,6 +59,7 @@ class Update:
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     train: TrainConfig | None = None
+    together: int = 1
     points: Mapping[tuple[str, ...], Points]
 
     @property
@@ -66,7 +68,9 @@ class Update:
 
     def micro_steps(self, ranks: int) -> int:
         """Of one update; UserError where the batches do not divide."""
-        return self.train.micro_steps(ranks) if self.train else 1
+        if ranks % self.together:
+            raise UserError(f"engine.sequence_parallel: {ranks} GPUs are no multiple of {self.together}; change one")
+        return self.train.micro_steps(ranks // self.together) if self.train else 1
 
     def points_with(self, switches: Sequence[str]) -> Points:
         """Nothing but weights differs for a role that is not trained."""
@@ -82,7 +86,8 @@ class Update:
 class Plan:
     """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` as the job specifies), and
     `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
-    frozen weights. `shard_ranks`, `gather_once`: the engine's. costs, by stage; bytes of context, by stage, and of trajectories."""
+    frozen weights. `shard_ranks`, `gather_once`: the engine's. costs, by stage; bytes of context, by stage, and of trajectories.
+    `together` ranks share a sequence."""
 
     precision: Literal["fp32", "bf16"]
     bucket_mib: int
@@ -100,6 +105,7 @@ class Plan:
     shard_ranks: int | None = None
     gather_once: bool = False
     costs: Mapping[str, StepCosts] = field(default_factory=dict)
+    together: int = 1
 
     @property
     def forwards(self) -> dict[str, dict[str, float]]:
@@ -141,6 +147,7 @@ def make_plan(job: Job) -> Plan:
         trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
         trajectory_forwards=job.trajectories.num_steps * job.trajectories.guidance.passes if job.trajectories else 0,
         costs={stage: step_costs(job, stage) for stage in job.stages},
+        together=job.together,
     )
 
 
@@ -177,7 +184,7 @@ def context_bytes(job: Job, stage: str) -> int:
     tokens = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
     passes = 1 if spec.history.commit == "clean" else len(spec.sigmas)
     size = DTYPES[job.precision].itemsize
-    return 2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size
+    return 2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size // job.together
 
 
 def trajectory_bytes(spec: Spec, num_pairs: int) -> int:
@@ -330,7 +337,7 @@ def job_of(recipe: "Recipe") -> Job:
     if lora is not None:
         ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
         adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
-    spec, networks = spec_of(recipe), {"teacher": recipe.teacher.network}
+    spec, networks, shared = spec_of(recipe), {"teacher": recipe.teacher.network}, recipe.engine.sequence_parallel
     if recipe.has_custom_network:  # which only the student has
         networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
     return Job(
@@ -346,6 +353,7 @@ def job_of(recipe: "Recipe") -> Job:
         shard_ranks=recipe.engine.shard_ranks,
         gather_once=recipe.engine.gather_once,
         backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
+        sequence=SequenceGroup(shared) if shared > 1 else None,
         **adapters,
     )
 
@@ -371,6 +379,7 @@ def _updates(job: Job, stage: str) -> list[Update]:
             trained=needs.trained,
             frozen=needs.frozen,
             train=job.stages[stage].train if needs.trained else None,
+            together=job.together,
             points=Traced(job, stage, role),
         )
         for role in needs.trained or needs.frozen[:1]

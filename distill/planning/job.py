@@ -17,6 +17,7 @@ from students.spec import Spec
 from students.weights.adapter import targeted
 from teachers.conditions import Conditions, blank_features
 from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
+from teachers.networks.sequence import SequenceGroup
 
 LORA_RANK = 128  # OmniAvatar's
 CAUSAL = ("student", "ar_teacher")
@@ -27,7 +28,8 @@ class Job:
     """A run as far as its needs go. `networks` by role where they differ from the student's, which is in `spec`; `stages` have a
     `method` and a `train`, in order; `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the
     modules `full` as a whole; `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles
-    held in bf16; `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together."""
+    held in bf16; `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together; `sequence`: the
+    ranks that share every sequence, where they do."""
 
     spec: Spec
     stages: Mapping[str, Any]
@@ -44,6 +46,12 @@ class Job:
     gather_once: bool = False
     checkpointing: bool = False
     at_once: int = 1
+    sequence: SequenceGroup | None = None
+
+    @property
+    def together(self) -> int:
+        """Ranks that share a sequence."""
+        return 1 if self.sequence is None else self.sequence.size
 
     def needs(self, stage: str) -> Needs:
         """The roles of a stage; trajectories and clips train none."""
@@ -151,6 +159,8 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
             score = job.networks.get("fake_score", job.spec.network)
             return build_discriminator(score)
         net = config.new(job.spec.dims)
+        if job.sequence is not None:
+            net.kind.split_sequence(net, job.sequence)
         # a solver computes in the type that it is held in
         narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
         if role in job.half or (job.precision != "fp32" and narrow):

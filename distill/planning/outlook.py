@@ -6,7 +6,7 @@ audio encoders, probes and scoring, the drawing of clips, transfers, and ranks t
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -53,24 +53,27 @@ class Rates:
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Work of a stage: FLOPs of all ranks together, which share it in `jobs` equal pieces (0: in as many as there are ranks; 1:
-    also what each rank does, where an update's batch grows with the ranks). `parameters` of its network, and the `key` of the
-    recipe that sets its precision, where there is one."""
+    also what each rank does, where an update's batch grows with the ranks). Of a piece `together` ranks do equal parts.
+    `parameters` of its network, and the `key` of the recipe that sets its precision, where there is one."""
 
     name: str
     flops: float
     precision: Precision
     jobs: int = 0
+    together: int = 1
     parameters: int = 0
     key: str = ""
 
     def seconds(self, ranks: int, rates: Rates) -> float:
         """Until the last of the ranks is done."""
-        share = math.ceil(self.jobs / ranks) / self.jobs if self.jobs else 1 / ranks
-        return self.flops * share / rates.flops(self.precision)
+        groups = max(1, ranks // self.together)
+        share = math.ceil(self.jobs / groups) / self.jobs if self.jobs else 1 / groups
+        return self.flops * share / self.together / rates.flops(self.precision)
 
     def wait(self, ranks: int, rates: Rates) -> float:
         """Seconds that some rank waits for another at the end: those of one job, where jobs do not divide."""
-        return self.seconds(self.jobs, rates) if self.jobs and self.jobs % ranks else 0.0
+        groups = max(1, ranks // self.together)
+        return self.seconds(self.jobs * self.together, rates) if self.jobs and self.jobs % groups else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,11 +219,11 @@ class _Stages:
     def _precision(self, role: str) -> Precision:
         return "bf16" if role in self.plan.half else "fp32"
 
-    def _part(self, name: str, flops: float, role: str, jobs: int, precision: Precision | None = None) -> Part:
-        """Work of a role's frozen network: as it is held, unless it is `precision`."""
+    def _part(self, name: str, flops: float, role: str, jobs: int, precision: Precision | None = None, **facts) -> Part:
+        """Work of a role's frozen network: as it is held, unless it is `precision`; of ranks that share sequences."""
         key = f"{role}.precision" if role in ("teacher", "base") else ""
-        precision, count = precision or self._precision(role), self.plan.parameters.get(role, 0)
-        return Part(name=name, flops=flops, precision=precision, jobs=jobs, parameters=count, key=key)
+        facts = {"precision": precision or self._precision(role), "together": self.job.together, "key": key, **facts}
+        return Part(name=name, flops=flops, jobs=jobs, parameters=self.plan.parameters.get(role, 0), **facts)
 
     def _trajectories(self) -> StageOutlook:
         config, role = self.job.trajectories, self._solver()
@@ -237,9 +240,10 @@ class _Stages:
         steps = [
             Part(
                 name=role,
-                flops=costs.updates[role] * flops * micro_steps,
+                flops=costs.updates[role] * flops * micro_steps * self.job.together,
                 precision=plan.precision,
                 jobs=0 if train.global_batch else 1,
+                together=self.job.together,
                 parameters=plan.parameters[role],
                 key="engine.precision",
             )
@@ -251,8 +255,9 @@ class _Stages:
         facts |= {"disk": 4 * trained[0] * (2 if name == "distill" else 1), "host": (self._students(1), 4 * trained[0])}
         if name in ("teacher", "base"):
             return self._stage(name, steps, **facts)
-        clip, num = self.student_clip + codec.decode, recipe.health.num_conditions
-        panel, teacher = self.variants * num, self.teacher_clip + codec.decode
+        decode = self.job.together * codec.decode  # every rank of a group decodes, or waits
+        clip, num = self.student_clip + decode, recipe.health.num_conditions
+        panel, teacher = self.variants * num, self.teacher_clip + decode
         if name != "distill":
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             made = {"student": self._made("student")}
@@ -274,13 +279,17 @@ class _Stages:
     def _students(self, count: int) -> float:
         return 4 * count * self.plan.parameters.get("student", 0)
 
-    def _made(self, role: str, clips: int = 1) -> tuple[float, float]:
-        """Bytes of a whole network that generates, and of what it generates; a student is read in fp32."""
+    def _made(self, role: str, clips: int = 1, alone: bool = False) -> tuple[float, float]:
+        """Bytes of a whole network that generates, and of what it generates, by a rank `alone` as rank 0 does to time it; a student
+        is read in fp32."""
         decoding, plan = self.codec.decode_bytes, self.plan
+        size = self.teacher_bytes if role == "teacher" else self.student_bytes
+        if alone and self.job.sequence is not None:
+            size = clip_costs(replace(self.job, sequence=None), role, 1)[1]
         if role == "teacher":
-            return self._held("teacher"), max(clips * self.teacher_bytes, decoding)
+            return self._held("teacher"), max(clips * size, decoding)
         weights = plan.parameters.get("student", 0) * DTYPES[plan.precision].itemsize
-        return weights, max(clips * self.student_bytes, decoding, self._students(1) - weights)
+        return weights, max(clips * size, decoding, self._students(1) - weights)
 
     def _evaluate(self) -> StageOutlook:
         """Three students; the teacher on its grid, on the student's few steps, and once from the student's noise; costs of them."""
@@ -294,14 +303,16 @@ class _Stages:
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
         together = self.timed * job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
+        alone = (timed + together) * twice * self.teacher_clip
+        decode = (5 * each + test) * job.together * codec.decode  # the rest of a group waits for its first rank
         parts = [
             self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
             self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
-            Part(name="codec", flops=(5 * each + test) * codec.decode, precision="fp32", jobs=5 * each + test),
-            self._part("costs of the teacher", (timed + together) * twice * self.teacher_clip, "teacher", 1),
-            self._part("costs of students", streams, "student", 1, self.plan.precision),
+            self._part("codec", decode, "", 5 * each + test, "fp32"),
+            self._part("costs of the teacher", alone, "teacher", 1, together=1),
+            self._part("costs of students", streams, "student", 1, self.plan.precision, together=1),
         ]
-        made = {role: self._made(role, self.timed) for role in ("teacher", "student")}
+        made = {role: self._made(role, self.timed, alone=True) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
             parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))

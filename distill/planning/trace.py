@@ -15,6 +15,7 @@ from distill.planning.live_bytes import LiveBytes, OnMeta, Points
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind
+from teachers.networks.sequence import SequenceGroup
 
 CHECKPOINTING, LORA = "checkpointing", "lora"
 DEPTHS = (3, 6)
@@ -33,12 +34,14 @@ def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """`forwards` of a mean training step by network; by role that is updated: `flops` of one of its micro-steps (forward, backward
-    and recomputation) and how often the whole stage updates it."""
+    """`forwards` of a mean training step by network; by role that is updated: `flops` of one of its micro-steps on a rank (forward,
+    backward and recomputation), how often the whole stage updates it, and of a micro-step the collectives among ranks that share
+    sequences, with the bytes that each sends in them."""
 
     forwards: dict[str, float]
     flops: dict[str, float]
     updates: dict[str, int]
+    exchanges: dict[str, tuple[float, float]]
 
 
 def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
@@ -47,27 +50,30 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
     part = job.stages[stage]
     made = _method(job, stage, meta_networks(job, stage))
     steps = [made.roles_to_update(step) for step in range(1, cadence + 1)]
-    totals, flops, updates = {}, {}, {}
+    totals, flops, updates, exchanges = {}, {}, {}, {}
     for role in sorted({role for roles in steps for role in roles}):
         called: dict[str, float] = {}
 
         def measure(small: Job, role=role, called=called) -> list[float]:
-            found, work = _micro_step(small, stage, role)
+            found, *counts = _micro_step(small, stage, role)
             called.update(found)
-            return [work]
+            return counts
 
-        (flops[role],) = _at_depth(job, stage, measure, (1, 2))
+        flops[role], *exchanged = _at_depth(job, stage, measure, (1, 2))
+        exchanges[role] = (exchanged[0], exchanged[1])
         each = sum(roles.count(role) for roles in steps) / cadence
         first = made.roles_to_update(0).count(role) - each
         updates[role] = round(each * part.train.num_steps + first)
         for name, number in called.items():
             totals[name] = totals.get(name, 0.0) + each * number
     order = (*job.needs(stage).trained, *job.needs(stage).frozen)
-    return StepCosts(forwards={name: totals[name] for name in order if totals.get(name)}, flops=flops, updates=updates)
+    called = {name: totals[name] for name in order if totals.get(name)}
+    return StepCosts(forwards=called, flops=flops, updates=updates, exchanges=exchanges)
 
 
-def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], float]:
-    """Forwards by network and FLOPs of one micro-step of `role`, means over what ranks draw together."""
+def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], float, float, float]:
+    """Of one micro-step of `role`: forwards by network, FLOPs, collectives among ranks that share sequences, and the bytes that a
+    rank sends in these; means over what ranks draw together."""
     nets = meta_networks(job, stage, checkpointing=job.checkpointing)
     made = _method(job, stage, nets)
     called: dict[str, int] = dict.fromkeys(nets, 0)
@@ -84,13 +90,16 @@ def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], floa
     if not longer and job.spec.schedule.depth == 1:  # each later exit costs one call more, so the ends have the mean
         quantiles = [quantiles[0], quantiles[-1]]
     work: list[int] = []
+    shares = job.sequence or SequenceGroup(1)
+    before = shares.calls, shares.sent
     for quantile in quantiles:
         with OnMeta(shared, quantile) as mode, LiveBytes() as live:
             made.loss(role, batch_on(job, stage), rng, shared).value.backward()
         work.append(live.flops)
         if not mode.draws:
             break
-    return {name: number / len(work) for name, number in called.items()}, sum(work) / len(work)
+    means = [total / len(work) for total in (sum(work), shares.calls - before[0], shares.sent - before[1])]
+    return {name: number / len(work) for name, number in called.items()}, means[0], means[1], means[2]
 
 
 def _cut(job: Job, depths: Sequence[tuple[NetworkKind, int]]) -> Job:
@@ -126,9 +135,9 @@ def _at_depth(
 
 
 def clip_costs(job: Job, role: str, num_steps: int = 0, stage: str = "clips") -> tuple[float, int]:
-    """(FLOPs of a clip, bytes at the peak but for weights while `job.at_once` of them are made): by the rollout of `student`, by
-    `num_steps` guided steps of a teacher or, chunk by chunk, of `ar_teacher`. In the stage trajectories a batch of those, an
-    `ar_teacher`'s under the data's clean chunks."""
+    """(FLOPs of a clip, of all ranks that share it; bytes of a rank at the peak but for weights while `job.at_once` of them are
+    made): by the rollout of `student`, by `num_steps` guided steps of a teacher or, chunk by chunk, of `ar_teacher`. In the stage
+    trajectories a batch of those, an `ar_teacher`'s under the data's clean chunks."""
     stream = role == "ar_teacher" and stage == "clips"
 
     def measure(small: Job) -> list[float]:
@@ -138,7 +147,7 @@ def clip_costs(job: Job, role: str, num_steps: int = 0, stage: str = "clips") ->
         return [(first[0] + more) / (first[2]), last[1]]
 
     flops, peak = _at_depth(job, stage, measure, DEPTHS, (role,))
-    return flops, round(peak)
+    return flops * job.together, round(peak)
 
 
 def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int, int]:

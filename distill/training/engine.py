@@ -7,9 +7,10 @@ import copy
 import os
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
 from distill.training.signals import end_with_parent
@@ -25,6 +27,8 @@ from distill.training.watch import SETTLE_SECONDS, watch
 from students.serving.optimize import Compile
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.networks.kind import networks_in
+from teachers.networks.sequence import SequenceGroup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,10 @@ class EngineConfig:
     fsdp2 alone: `shard_ranks` share one copy of each network's shards and the groups of them are replicas (HSDP: the ranks of a
     node, say); null, or with no more ranks than that: all ranks share one. With `gather_once` a trained network's weights stay
     gathered until the micro-step's end, so that a rollout of many calls moves them once, for the memory of one whole copy in
-    `precision`."""
+    `precision`.
+
+    `sequence_parallel` ranks, neighbours, share the tokens of every clip and its context (`teachers.networks.sequence`): they take
+    the same data and noise, so that there are as many batches at once as there are such groups."""
 
     kind: Kind | None = None
     precision: Literal["fp32", "bf16"]
@@ -54,9 +61,10 @@ class EngineConfig:
     gather_once: bool = False
     attention: str = "native"
     compile: Compile = "none"
+    sequence_parallel: int = 1
 
     def __post_init__(self):
-        for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes"):
+        for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
         if self.shard_ranks is not None and self.shard_ranks < 1:
@@ -99,10 +107,14 @@ class Engine:
             raise UserError(
                 f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
             )
-        if config.shard_ranks and self.world_size % min(config.shard_ranks, self.world_size):
-            raise UserError(
-                f"engine.shard_ranks: {self.world_size} processes are no multiple of {config.shard_ranks}; change one"
-            )
+        for name in ("shard_ranks", "sequence_parallel"):
+            share = getattr(config, name) or 1
+            if self.world_size % (min(share, self.world_size) if name == "shard_ranks" else share):
+                raise UserError(f"engine.{name}: {self.world_size} processes are no multiple of {share}; change one")
+        together = config.sequence_parallel
+        self.data_rank, self.data_ranks = self.rank // together, self.world_size // together
+        self.is_group_main = self.rank % together == 0  # which writes what its group has made
+        self.sequence = self._sequence_group() if together > 1 else None
         self._watch = watch(self) if self.world_size > 1 else None
         self._alone = self.kind != "ddp" and not dist.is_initialized()
         if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
@@ -112,14 +124,32 @@ class Engine:
             local = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world_size)
             torch.set_num_threads(max(1, threads // local))
 
+    def _sequence_group(self) -> SequenceGroup:
+        """This rank's group of the mesh (data, sequence) over all ranks."""
+        together = self.config.sequence_parallel
+        shape, names = (self.data_ranks, together), ("data", "sequence")
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        return SequenceGroup(together, self.rank % together, mesh.get_group("sequence"))
+
+    def split(self, net: nn.Module) -> Any:
+        """`net`, whose networks share sequences with the other ranks of our group, where there are any."""
+        for network in networks_in(net) if self.sequence is not None else ():
+            network.kind.split_sequence(network, self.sequence)
+        return net
+
+    def apart(self) -> AbstractContextManager:
+        """Inside, this rank computes whole sequences by itself."""
+        return nullcontext() if self.sequence is None else self.sequence.apart()
+
     @property
     def description(self) -> str:
         """What runs, for people: processes, engine, device, precision and threads of each."""
         count = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         threads = f"{torch.get_num_threads()} threads each"
+        shared = f", {self.config.sequence_parallel} a sequence" if self.sequence is not None else ""
         slow = self.config.precision == "bf16" and self.device.type == "cpu" and not multiplies_bf16()
         hint = " (slow on this CPU: engine.precision=fp32 is faster)" if slow else ""
-        return f"{count}, {self.kind}, {self.device.type}, {self.config.precision}{hint}, {threads}"
+        return f"{count}{shared}, {self.kind}, {self.device.type}, {self.config.precision}{hint}, {threads}"
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -142,8 +172,15 @@ class Engine:
         return [parts[i % self.world_size][i // self.world_size] for i in range(num)]
 
     def share(self, num: int) -> Tensor:
-        """The rows of `num` that are this rank's, every rank as many: some twice, where they do not divide. See `all_rows`."""
-        return torch.arange(self.rank, -(-num // self.world_size) * self.world_size, self.world_size) % num
+        """The rows of `num` that are this rank's (and its sequence group's), every rank as many: some twice, where they do not
+        divide. See `all_rows`."""
+        return torch.arange(self.data_rank, -(-num // self.data_ranks) * self.data_ranks, self.data_ranks) % num
+
+    def missing(self, files: Sequence[Path]) -> list[int]:
+        """Those of the files, by number, that are this rank's (and its sequence group's) to make: they are not there, as rank 0
+        sees it now. Every rank calls it."""
+        found = self.from_main([i for i, file in enumerate(files) if not file.is_file()] if self.is_main else None)
+        return [i for i in found if i % self.data_ranks == self.data_rank]
 
     def all_rows(self, own: Tensor, num: int) -> Tensor:
         """What every rank has of the rows that `share(num)` gave it [n, ...] -> that of all rows [num, ...], on the CPU."""
@@ -153,7 +190,7 @@ class Engine:
         for row in own.to(self.device).contiguous():
             parts = [torch.empty_like(row) for _ in range(self.world_size)]
             dist.all_gather(parts, row)
-            found += [part.cpu() for part in parts]
+            found += [part.cpu() for part in parts[:: self.world_size // self.data_ranks]]
         return torch.stack(found[:num])
 
     def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
@@ -192,8 +229,8 @@ class Engine:
     def generator(
         self, seed: int, *keys: int | str, shared: bool = False, device: str | None = None
     ) -> torch.Generator:
-        """A generator of (seed, keys, rank), or of (seed, keys) alone if `shared`; on our device by default."""
-        rank = 0 if shared else self.rank
+        """A generator of (seed, keys, data rank), or of (seed, keys) alone if `shared`; on our device by default."""
+        rank = 0 if shared else self.data_rank
         return keyed_generator(seed, *keys, rank, device=torch.device(device or self.device))
 
     def autocast(self) -> AbstractContextManager:

@@ -71,7 +71,7 @@ class Trainer:
             raise UserError(f"no optimizer for role '{missing[0]}': give train.optimizers.{missing[0]}.lr")
         self.kind = engine.kind
         self.writer = checkpoint.Writer(folder, engine, engine.config.keep_checkpoints)
-        self.accumulation = config.micro_steps(engine.world_size)
+        self.accumulation = config.micro_steps(engine.data_ranks)
         self.held = {
             name: make_role(engine, self.kind, net, functools.partial(_adamw, o), o.clip, self.accumulation, wait)
             for name, net in roles.items()
@@ -91,7 +91,7 @@ class Trainer:
         """Begin to write everything that resume needs, whole or not at all; every rank calls it. See `checkpoint.Writer`."""
         best = self._best
         facts = {
-            "rows": self.position * self.config.batch_size * self.engine.world_size,
+            "rows": self.position * self.config.batch_size * self.engine.data_ranks,
             "updates": self.updates,
             "roles_done": self.roles_done,
             "skipped": self.skipped,
@@ -122,7 +122,7 @@ class Trainer:
         rank, world = self.engine.rank, self.engine.world_size
         checkpoint.on_all(self.engine, found[-1], lambda: checkpoint.verify(found[-1], rank, world))
         reader = checkpoint.Reader(found[-1])
-        facts, together = reader.metadata, self.config.batch_size * self.engine.world_size
+        facts, together = reader.metadata, self.config.batch_size * self.engine.data_ranks
         if facts["rows"] % together:
             raise UserError(
                 f"{found[-1]} was written after {facts['rows']} rows, which {self.engine.world_size} processes of batch_size "

@@ -57,6 +57,9 @@ class WindowedConfig(NetworkKind):
     def check(self) -> None:
         self.network.check()
 
+    def check_sequence(self, ranks: int, tokens: int) -> None:
+        self.network.check_sequence(ranks, tokens)
+
     def shallow(self, blocks: int = 1) -> "WindowedConfig":
         return replace(self, network=self.network.shallow(blocks))
 

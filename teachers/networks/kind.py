@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from teachers import flow
 from teachers.conditions import BUILT_IN, OF_IMAGE, Conditions
 from teachers.errors import UserError
+from teachers.networks.sequence import SequenceGroup
 from teachers.resolve import Registry, in_users_file, label, missing
 
 KeyValue = tuple[Tensor, Tensor]
@@ -178,6 +179,14 @@ class NetworkKind:
     def set_attention(self, net: Any, backend: str) -> None:
         """Choose the attention backend; ValueError where there is no choice."""
         raise ValueError("this student's network has no choice")
+
+    def check_sequence(self, ranks: int, tokens: int) -> None:
+        """UserError where so many ranks cannot share a sequence whose latent frames have so many tokens each."""
+        raise UserError(f"engine.sequence_parallel: {label(self)} cannot share a sequence among ranks; set it to 1")
+
+    def split_sequence(self, net: Any, group: SequenceGroup) -> None:
+        """Share every sequence of the network with the ranks of the group; UserError where it cannot."""
+        self.check_sequence(group.size, group.size)
 
     @property
     def kv_per_token(self) -> int:

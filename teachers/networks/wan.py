@@ -6,6 +6,7 @@ keep the names of diffusers' WanTransformer3DModel; without audio and spans its 
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
@@ -22,6 +23,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind, PastParts, write_reference
+from teachers.networks.sequence import SequenceGroup
 from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -75,6 +77,16 @@ class WanKind(NetworkKind):
 
     def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
         net.set_attention_backend(backend)
+
+    def check_sequence(self, ranks: int, tokens: int) -> None:
+        common = math.gcd(self.num_heads, tokens)
+        fits = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
+        for count, what in ((self.num_heads, "heads"), (tokens, "tokens a latent frame")):
+            if count % ranks:
+                raise UserError(f"engine.sequence_parallel: {ranks} ranks, but {count} {what}; it can be {fits}")
+
+    def split_sequence(self, net: "AvatarTransformer", group: SequenceGroup) -> None:
+        net.sequence = group
 
     @property
     def kv_per_token(self) -> int:
@@ -216,6 +228,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
+        self.sequence: SequenceGroup | None = None
         self._rope_cache: dict[tuple, Tensor] = {}  # few, where positions are relative to a bounded window
 
     @property
@@ -335,7 +348,8 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         without one does not read it).
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
-        an image that is missing or not taken.
+        an image that is missing or not taken. Where ranks share sequences, inputs and output are whole on each, the keys and
+        values (`past` too) those of its heads.
         """
         if (image is None) == bool(self.image_dim):
             wrong = "given, image_dim is 0: remove them" if image is not None else "missing: give [B, K, image_dim]"
@@ -355,12 +369,13 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 rotary.append(torch.cat(tables, dim=1))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
-        dtype = self.compute_dtype
-        x = self.patch_embedding(x.to(dtype)).flatten(2).transpose(1, 2).contiguous()
+        dtype, split = self.compute_dtype, None if self.sequence is None else self.sequence.split(frames)
+        x = self.patch_embedding((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
+        x = x.contiguous() if split is None else split.own(x)
         if self.pose_dim:
             assert pose is not None
             moved = self.pose_cond_proj(self.pose_proj(pose.to(dtype)))
-            x = (x.unflatten(1, (frames, tokens)) + moved.unsqueeze(2)).flatten(1, 2)
+            x = (x.unflatten(1, (frames, -1)) + moved.unsqueeze(2)).flatten(1, 2)
         if isinstance(sigma, Tensor):
             sigma = self.read_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1), guidance)
         time, temb = sigma
@@ -374,7 +389,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         cache = []
         for i, block in enumerate(self.blocks):
             seen = past[i] if past is not None else None, image[i] if image is not None else None
-            inputs = (x, text[i], temb[i], layout, rotary, *seen, heard.get(i))
+            inputs = (x, text[i], temb[i], layout, rotary, *seen, heard.get(i), split)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
                 x, kv = checkpoint(block, *inputs)
@@ -385,6 +400,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
+        out = out if split is None else split.leave(out)
         out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache
 

@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from teachers.networks.kind import KeyValue, PastParts
+from teachers.networks.sequence import Split
 
 
 class AudioPack(nn.Module):
@@ -76,13 +77,14 @@ class AvatarBlock(WanTransformerBlock):
         backend = getattr(self.attn1.processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
-    def forward(self, x, text, temb, spans, rotary, past, image=None, heard=None):
+    def forward(self, x, text, temb, spans, rotary, past, image=None, heard=None, split: Split | None = None):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
         one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D],
         or its keys and values from `look`; `heard`: what the network's `read_audio` gives this block (None: nothing), for `before`,
-        `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides.
+        `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides. With a `split` x is this
+        rank's tokens, spans and past those of all tokens of its heads.
 
-        Returns the new x and this input's un-rotated keys and values.
+        Returns the new x and this input's un-rotated keys and values, of the heads that attend here.
         """
         x = self.before(x, heard)
         frames = temb.shape[1]
@@ -99,9 +101,11 @@ class AvatarBlock(WanTransformerBlock):
 
         normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
         attention = self.attn1
-        split = (attention.heads, -1)
-        query = attention.norm_q(attention.to_q(normed)).unflatten(2, split)
+        heads = (attention.heads, -1)
+        query = attention.norm_q(attention.to_q(normed)).unflatten(2, heads)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
+        if split is not None:
+            query, key, value = split.to_heads(query.type_as(key), key, value)
         past = None if past is None else joined(past)
         seen, places = [], []
         for (tokens, context), rope_table in zip(spans, rotary, strict=True):
@@ -116,11 +120,13 @@ class AvatarBlock(WanTransformerBlock):
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             seen.append(self.attend(q, k, v))
             places.append(self.locate(q, k, heard))
-        attended = attention.to_out[0](seen[0] if len(seen) == 1 else torch.cat(seen, dim=1))
-        x = gated(x, attended, gate)
+        attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
+        if split is not None:
+            attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)
+        x = gated(x, attention.to_out[0](attended), gate)
 
         attention = self.attn2
-        conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, split)
+        conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, heads)
         x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, heard))
         x = self.after_conditions(x, heard, places)
 

@@ -160,7 +160,25 @@ class Ranks:
     is_main: bool = True
     kind: Kind = "ddp"
     config: EngineConfig = field(default_factory=lambda: EngineConfig(precision="fp32", keep_checkpoints=1))
+    is_group_main: bool = True
     generator = Engine.generator
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world_size
+
+    def split(self, net):
+        return net
+
+    def apart(self):
+        return nullcontext()
+
+    def missing(self, files):
+        return [i for i in range(self.rank, len(files), self.world_size) if not files[i].is_file()]
 
     def autocast(self):
         return nullcontext()

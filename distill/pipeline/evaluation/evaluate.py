@@ -78,7 +78,8 @@ def _report(
     seams = seam_frames(artifacts.spec)
     evaluation = Evaluation(card, artifacts.probes, real, test.decoded, reference.clips.video, seams, world)
     scores, floor, sheets = score_systems(artifacts, folder, test, evaluation)
-    costs = measure_costs(artifacts, test)
+    with artifacts.engine.apart():  # the other ranks wait
+        costs = measure_costs(artifacts, test)
     systems = {name: {"metrics": scores[name], "cost": costs[name]} for name in scores}
     report = assemble(artifacts, systems, floor, card, evaluation.left_out)
     videos = write_samples(artifacts, test)
@@ -417,14 +418,15 @@ def generate_all(
         for rows in torch.arange(conditions.num_rows).split(batch)
     ]
     (folder / "clips").mkdir(exist_ok=True)
-    mine = jobs[engine.rank :: engine.world_size]
+    mine = [jobs[i] for i in engine.missing([job[-1] for job in jobs])]
     bar, last = tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0), ""
     for system, generate, conditions, rows, keys, file in bar:
         if system in students and system != last:
             artifacts.release(())
         last = system
-        if not file.is_file():
-            video = artifacts.encoders.decode(generate(conditions, rows, config.condition_seed, *keys))
+        x0 = generate(conditions, rows, config.condition_seed, *keys)
+        if engine.is_group_main:
+            video = artifacts.encoders.decode(x0)
             shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0
             save_tensors(file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
     engine.barrier()

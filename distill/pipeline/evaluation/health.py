@@ -171,11 +171,11 @@ class HealthCheck:
         parts = torch.arange(num).split(self.batch)
         units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}.safetensors")
                  for name in variants(self.conditions) for rows in parts]  # fmt: skip
-        for name, rows, file in units[engine.rank :: engine.world_size]:
-            if not file.is_file():
-                given, seed = variants(self.conditions)[name]
-                video = artifacts.encoders.decode(make(given.index(rows), rows, seed))
-                save_tensors(file, {"video": scored(video)})
+        for name, rows, file in (units[i] for i in engine.missing([file for _, _, file in units])):
+            given, seed = variants(self.conditions)[name]
+            x0 = make(given.index(rows), rows, seed)
+            if engine.is_group_main:
+                save_tensors(file, {"video": scored(artifacts.encoders.decode(x0))})
         engine.barrier()
         videos = {
             name: torch.cat([load_tensors(file)["video"] for other, _, file in units if other == name])

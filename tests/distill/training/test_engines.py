@@ -97,12 +97,14 @@ def run(
     student, fake_score = a_student(seed=1, **SMALL, **own), a_score(seed=2)
     teacher = a_score(seed=3).requires_grad_(False)
     frozen = engine.freeze(teacher) if isinstance(engine, Engine) else teacher
+    for net in (student, fake_score, frozen):
+        engine.split(net)
     trainer = Trainer(engine, config, {"student": student, "fake_score": fake_score}, "student", folder)
 
     def batches(position: int) -> Batch:
         if position == told and engine.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch_of(batch_rows(ROWS, batch_size, position, 0, engine.rank, engine.world_size))
+        return batch_of(batch_rows(ROWS, batch_size, position, 0, engine.data_rank, engine.data_ranks))
 
     @torch.inference_mode()
     def validate() -> dict[str, float]:

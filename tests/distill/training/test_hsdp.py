@@ -1,4 +1,5 @@
-"""HSDP: four ranks as two replicas of two shards each are one process; a checkpoint crosses between meshes.
+"""HSDP: four ranks as two replicas of two shards each are one process, also where pairs share sequences; a checkpoint crosses
+between meshes.
 
 `worker` is one rank.
 """
@@ -32,6 +33,8 @@ def worker(folder: Path) -> None:
         engine.close()
         return
     meshes = {shards: Engine(EngineConfig(kind="fsdp2", precision="fp32", shard_ranks=shards)) for shards in (2, 4)}
+    pairs = Engine(EngineConfig(kind="fsdp2", precision="fp32", shard_ranks=2, sequence_parallel=2))
+    run(pairs, folder / "shared", steps=STEPS, batch_size=2)
     trainer = run(meshes[2], folder / "2x2", steps=STEPS, batch_size=2, every=1)
     weight = next(p for p in trainer.trained["student"].values() if isinstance(p, DTensor) and p.ndim == 2)
     facts = {
@@ -109,6 +112,7 @@ def test_two_replicas_of_two_shards_are_one_process(launched, tmp_path):
     expected = newest(tmp_path)
     assert not differences(newest(launched / "2x2"), expected)
     assert not differences(newest(launched / "crossed"), expected), "resumed on another mesh"
+    assert not differences(newest(launched / "shared"), expected), "two pairs of ranks that share sequences"
     found = [json.loads((launched / f"facts-{rank}.json").read_text()) for rank in range(4)]
     total = sum(x.numel() for x in expected.values())
     for rank, facts in enumerate(found):
