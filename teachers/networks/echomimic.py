@@ -69,7 +69,7 @@ class AudioTokens(nn.Module):
 
 
 class EchoMimicBlock(AvatarBlock):
-    """Wan's block; `heard` is the keys and values [B, F, 17, M, d] of each frame's sound and the face [B, 1, S, 1]."""
+    """Wan's block; `audio` is the keys and values [B, F, 17, M, d] of each frame's sound and the face [B, 1, S, 1]."""
 
     def add_audio(self, width: int, eps: float) -> None:
         """Make the keys and values of the sound."""
@@ -84,11 +84,11 @@ class EchoMimicBlock(AvatarBlock):
         keys, values = keys_values(tokens.flatten(0, 1), *parts)
         return keys.unflatten(0, tokens.shape[:2]), values.unflatten(0, tokens.shape[:2])
 
-    def attend_conditions(self, query: Tensor, text: Any, image: Any, heard: Any) -> Tensor:
+    def attend_conditions(self, query: Tensor, text: Any, image: Any, audio: Any) -> Tensor:
         attended = super().attend_conditions(query, text, image, None)
-        if heard is None:
+        if audio is None:
             return attended
-        keys, values, face = heard
+        keys, values, face = audio
         sound = self.attend_frames(query, keys, values).unflatten(1, (keys.shape[1], -1))
         return attended + (sound * face).flatten(1, 2)
 

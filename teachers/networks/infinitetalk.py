@@ -109,7 +109,7 @@ class InfiniteTalkConfig(ImageToVideoKind):
         return (*super().lora_targets, "q_linear", "kv_linear", "audio_cross_attn.proj")
 
 
-class Heard(NamedTuple):
+class AudioContext(NamedTuple):
     """What a block attends to: keys and values [B, F, K, M, d] of each latent frame's audio; with two speakers `spoken` [B, F],
     0 where a frame's audio is empty, and `regions` [B, P + 1, S], which sum to 1, the last the background."""
 
@@ -167,26 +167,26 @@ class InfiniteTalkBlock(AvatarBlock):
         return key, value
 
     @torch.no_grad()
-    def locate(self, query: Tensor, key: Tensor, heard: Heard | None) -> Tensor | None:
+    def locate(self, query: Tensor, key: Tensor, audio: AudioContext | None) -> Tensor | None:
         """The positions [B, n] of query tokens [B, n, M, d], both rotated, the keys of frame 0 first; None with one speaker."""
-        if heard is None or heard.regions is None:
+        if audio is None or audio.regions is None:
             return None
-        (count, size), width = heard.regions.shape[1:], query.shape[-1]
-        value = F.pad(heard.regions.mT, (0, width - count)).unsqueeze(2).expand(-1, -1, query.shape[2], -1)
+        (count, size), width = audio.regions.shape[1:], query.shape[-1]
+        value = F.pad(audio.regions.mT, (0, width - count)).unsqueeze(2).expand(-1, -1, query.shape[2], -1)
         seen = self.attend(query, key[:, :size], value.to(query))
         return positions(seen.unflatten(2, (-1, width))[..., :count].mean(dim=2))
 
-    def after_conditions(self, x: Tensor, heard: Heard | None, places: Sequence[Tensor | None] = ()) -> Tensor:
+    def after_conditions(self, x: Tensor, audio: AudioContext | None, places: Sequence[Tensor | None] = ()) -> Tensor:
         """x [B, N, D] with what each token takes of its frame's audio added; `places` of `locate`, in the order of the tokens."""
-        if heard is None:
+        if audio is None:
             return x
         own = self.audio_cross_attn
         query = own.q_linear(self.norm_x(x.float()).type_as(x)).unflatten(2, (self.attn1.heads, -1))
-        if heard.spoken is not None:
+        if audio.spoken is not None:
             at = torch.cat([place for place in places if place is not None], dim=1)
-            at = at.unflatten(1, (heard.spoken.shape[1], -1)) * heard.spoken.unsqueeze(-1)
+            at = at.unflatten(1, (audio.spoken.shape[1], -1)) * audio.spoken.unsqueeze(-1)
             query = rotate(query, turns(at.flatten(1), query.shape[-1]))
-        return x + own.proj(self.attend_frames(query, heard.key, heard.value))
+        return x + own.proj(self.attend_frames(query, audio.key, audio.value))
 
 
 class InfiniteTalk(AvatarTransformer):
@@ -254,7 +254,7 @@ class InfiniteTalk(AvatarTransformer):
 
     def read_audio(
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
-    ) -> tuple[Heard, ...]:
+    ) -> tuple[AudioContext, ...]:
         """What each block attends to of audio [B, F, stride, A]; regions [B, P, H, W], with two speakers. UserError without."""
         speakers, frames = self.config.speakers, audio.shape[1]
         first = [number == 0 for number in (range(frames) if numbers is None else numbers)]
@@ -263,13 +263,13 @@ class InfiniteTalk(AvatarTransformer):
         blocks = [cast(InfiniteTalkBlock, block) for block in self.blocks]
         read = [block.read_audio(tokens.to(self.compute_dtype)) for block in blocks]
         if speakers == 1:
-            return tuple(Heard(*both) for both in read)
+            return tuple(AudioContext(*both) for both in read)
         spoken = audio.flatten(2).any(dim=2).float()
         centres = torch.tensor([sum(ends) / 2 for ends in PLACES], device=audio.device)
         at = (spoken.unsqueeze(-1) * centres.repeat_interleave(self.config.audio_tokens)).flatten(1)
         turned = [rotate(key.flatten(1, 2), turns(at, key.shape[-1])).view_as(key) for key, _ in read]
         shared = shares(regions, speakers, self.patch)
-        return tuple(Heard(key, value, spoken, shared) for key, (_, value) in zip(turned, read, strict=True))
+        return tuple(AudioContext(key, value, spoken, shared) for key, (_, value) in zip(turned, read, strict=True))
 
 
 def turns(at: Tensor, head_dim: int) -> Tensor:

@@ -385,11 +385,11 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
             image = [embedded] * len(self.blocks)
         given = self.read_audio(audio, numbers, regions) if isinstance(audio, Tensor) else audio
-        heard = dict(zip(self.audio_at, given or (), strict=True))
+        by_block = dict(zip(self.audio_at, given or (), strict=True))
         cache = []
         for i, block in enumerate(self.blocks):
             seen = past[i] if past is not None else None, image[i] if image is not None else None
-            inputs = (x, text[i], temb[i], layout, rotary, *seen, heard.get(i), split)
+            inputs = (x, text[i], temb[i], layout, rotary, *seen, by_block.get(i), split)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
                 x, kv = checkpoint(block, *inputs)

@@ -77,16 +77,16 @@ class AvatarBlock(WanTransformerBlock):
         backend = getattr(self.attn1.processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
-    def forward(self, x, text, temb, spans, rotary, past, image=None, heard=None, split: Split | None = None):
+    def forward(self, x, text, temb, spans, rotary, past, image=None, audio=None, split: Split | None = None):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
         one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D],
-        or its keys and values from `look`; `heard`: what the network's `read_audio` gives this block (None: nothing), for `before`,
+        or its keys and values from `look`; `audio`: what the network's `read_audio` gives this block (None: nothing), for `before`,
         `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides. With a `split` x is this
         rank's tokens, spans and past those of all tokens of its heads.
 
         Returns the new x and this input's un-rotated keys and values, of the heads that attend here.
         """
-        x = self.before(x, heard)
+        x = self.before(x, audio)
         frames = temb.shape[1]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
 
@@ -119,7 +119,7 @@ class AvatarBlock(WanTransformerBlock):
             if past is not None:
                 k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
             seen.append(self.attend(q, k, v))
-            places.append(self.locate(q, k, heard))
+            places.append(self.locate(q, k, audio))
         attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
         if split is not None:
             attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)
@@ -127,29 +127,29 @@ class AvatarBlock(WanTransformerBlock):
 
         attention = self.attn2
         conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, heads)
-        x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, heard))
-        x = self.after_conditions(x, heard, places)
+        x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, audio))
+        x = self.after_conditions(x, audio, places)
 
         normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
         return gated(x, self.ffn(normed), ffn_gate), (key, value)
 
-    def before(self, x: Tensor, heard: Any) -> Tensor:
-        """x [B, N, D] before the block: a tensor `heard` [B, F, 1, D] is added to every token of a frame."""
-        if not isinstance(heard, Tensor):
+    def before(self, x: Tensor, audio: Any) -> Tensor:
+        """x [B, N, D] before the block: a tensor `audio` [B, F, 1, D] is added to every token of a frame."""
+        if not isinstance(audio, Tensor):
             return x
-        return (x.unflatten(1, (heard.shape[1], -1)) + heard).flatten(1, 2)
+        return (x.unflatten(1, (audio.shape[1], -1)) + audio).flatten(1, 2)
 
-    def attend_conditions(self, query: Tensor, text: Any, image: Any, heard: Any) -> Tensor:  # noqa: ARG002
+    def attend_conditions(self, query: Tensor, text: Any, image: Any, audio: Any) -> Tensor:  # noqa: ARG002
         """Cross-attention of query [B, N, M, d] to the text, and to the image where there is one, summed [B, N, D]."""
         attended = self.attend(query, *(text if isinstance(text, tuple) else self.read(text)))
         if image is None:
             return attended
         return attended + self.attend(query, *(image if isinstance(image, tuple) else self.look(image)))
 
-    def locate(self, query: Tensor, key: Tensor, heard: Any) -> Any:
+    def locate(self, query: Tensor, key: Tensor, audio: Any) -> Any:
         """What `after_conditions` wants to know of a span's rotated queries and keys [B, n, M, d] of self-attention; nothing."""
 
-    def after_conditions(self, x: Tensor, heard: Any, places: Sequence[Any]) -> Tensor:  # noqa: ARG002
+    def after_conditions(self, x: Tensor, audio: Any, places: Sequence[Any]) -> Tensor:  # noqa: ARG002
         """x [B, N, D] between cross-attention and the MLP; `places` of `locate`, one a span."""
         return x
 
