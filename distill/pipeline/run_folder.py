@@ -259,9 +259,14 @@ class RunFolder:
             done |= {"version": __version__, "revision": revision(), "files": files}
             atomic_write(folder / record.FILE, record.sealed(done))
             done = record.read(folder)
-            for left in folder.glob("checkpoint-*"):  # which only an unfinished stage goes on from
-                remove_folder(left)
+            drop_checkpoints(folder)
         return self.ranks.from_main(done)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished stage: only an unfinished one goes on from them."""
+    for left in folder.glob("checkpoint-*"):
+        remove_folder(left)
 
 
 def versions() -> dict[str, str]:

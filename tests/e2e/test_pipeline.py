@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from distill.cli import main
 from distill.compose import RECIPES
-from distill.pipeline import record
+from distill.pipeline import record, run_folder
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
 from distill.training import checkpoint
@@ -89,9 +89,24 @@ def test_every_stage_leaves_its_artifacts(finished):
     assert len(list((finished / "samples").glob("*.mp4"))) > 0
 
 
-def test_what_is_handed_on_is_the_average_then_the_best(finished):
+def with_checkpoints(finished: Path, folder: Path, monkeypatch) -> Path:
+    """A copy of a run in which teacher and init were trained again, and keep what a finished stage deletes."""
+    shutil.copytree(finished, folder)
+    monkeypatch.setattr(run_folder, "drop_checkpoints", lambda _: None)
+    recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
+    for name in ("teacher", "init"):
+        assert not checkpoint.saved(folder / "stages" / name)
+        (folder / "stages" / name / "fingerprint.json").unlink()
+    pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
+    for name in STAGES[: STAGES.index("init") + 1]:
+        pipeline.stage(name)
+    pipeline.close()
+    return folder
+
+
+def test_what_is_handed_on_is_the_average_then_the_best(finished, tmp_path, monkeypatch):
     """teacher and init hand on the averaged weights, not the raw ones; distill its best; the exported student is that."""
-    stages = finished / "stages"
+    stages = with_checkpoints(finished, tmp_path / "run", monkeypatch) / "stages"
     for stage, role in (("teacher", "teacher"), ("init", "student")):
         stored = checkpoint.Reader(checkpoint.saved(stages / stage)[-1])
         given = load_file(stages / stage / "model.safetensors")
@@ -115,10 +130,9 @@ def test_a_finished_run_recomputes_nothing(finished):
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
 
 
-def test_every_flipped_bit_is_named(finished, tmp_path, capfd):
+def test_every_flipped_bit_is_named(finished, tmp_path, capfd, monkeypatch):
     """100 of 100, in every kind of file that a run leaves, by the start, the resume or the load that reads it."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished, folder)
+    folder = with_checkpoints(finished, tmp_path / "run", monkeypatch)
     recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
     for name in STAGES:
