@@ -40,7 +40,7 @@ from teachers.conditions import Conditions
 from teachers.files import load_tensors, remove_folder, save_tensors
 
 SAME_NOISE = "teacher_same_noise"
-COSTS_SECONDS = 240.0  # for timing systems on rank 0, while the others wait
+COSTS_SECONDS = 60.0  # for timing systems on rank 0, while the others wait
 Generate = Callable[..., Tensor]  # (conditions, rows of them or None, seed and other keys of the noise) -> x0
 
 
@@ -225,7 +225,8 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
         on_device = partial(resident, net, artifacts.engine.device)
 
         def clips(conditions: Conditions, generate: Generate = generate) -> None:
-            artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
+            with artifacts.engine.autocast():  # as a session decodes
+                artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
 
         if name in students:
             measure = in_precision(artifacts, partial(stream_marks, artifacts.bundle(net), test))
