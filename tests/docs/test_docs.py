@@ -142,7 +142,7 @@ def check_distill(words: list[str]) -> None:
     parsed = cli.parse(words)
     recipe = getattr(parsed, "recipe", None) or getattr(parsed, "teacher", None)
     if recipe is not None:
-        load_recipe(source(recipe), parsed.overrides)
+        load_recipe(source(recipe), getattr(parsed, "overrides", []))
 
 
 def first_job(recipe: Path, words: list[str]) -> list[str]:

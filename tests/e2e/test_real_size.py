@@ -16,11 +16,8 @@ from distill.data.latents import ConditionEncoders
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.pipeline.generate import student_clips, teacher_clips
 from distill.planning.estimate import job_of
-from distill.planning.job import Job, batch_on, meta_networks, networks_on, shallow
-from distill.planning.live_bytes import LiveBytes, OnMeta
-from distill.planning.trace import clip_costs
+from distill.planning.job import batch_on, networks_on, shallow
 from distill.recipe import load_recipe, spec_of
-from students.serving.optimize import cast
 from teachers.conditions import Conditions
 from teachers.flow import keyed_generator
 from tests.support.fake_cuda import GIB, fake_cuda
@@ -28,11 +25,6 @@ from tests.support.fake_cuda import GIB, fake_cuda
 CARD = 79 * GIB
 LIVETALK = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
 SPEC, JOB = spec_of(LIVETALK), job_of(LIVETALK)
-RECIPE_OF = {
-    "14B to 1.3B": LIVETALK,
-    "14B to 14B": load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere", "machine=livetalk_14b_8x80gb"]),
-    "LoRA of 1.3B": load_recipe(RECIPES / "omniavatar_one_gpu.yaml", ["teacher.path=anywhere"]),
-}
 
 
 def some(num: int) -> tuple[Tensor, Conditions]:
@@ -86,20 +78,15 @@ def test_a_validation_generates_as_many_clips_at_once_as_fit():
     def peak(layers: int) -> float:
         with fake_cuda() as gpu, torch.inference_mode():
             student = networks_on(shallow(JOB, layers), "init", "cuda")["student"].eval()
-            cast(student.net, torch.bfloat16)
             gpu.weigh(student)
-            weights = gpu.live
             size = (OnDisk.num_rows, SPEC.codec.channels, SPEC.chunk_frames, *SPEC.latent_size[1:])
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 made = student_clips(student, OnDisk(), lambda *_: torch.empty(size), batch, torch.arange(batch))
             assert made.device.type == "cuda"
         assert not gpu.waits
-        return gpu.peak - weights
+        return gpu.peak
 
-    found = at_depth(peak, SPEC.network.num_layers)
-    assert found < 12 * GIB
-    _, planned = clip_costs(JOB, "student")
-    assert found == pytest.approx(planned, rel=0.1)
+    assert at_depth(peak, SPEC.network.num_layers) < 16 * GIB
 
 
 def test_a_solution_of_the_teacher_fits_beside_nothing():
@@ -109,59 +96,27 @@ def test_a_solution_of_the_teacher_fits_beside_nothing():
         with fake_cuda() as gpu, torch.inference_mode():
             net = networks_on(shallow(solved, layers), "trajectories", "cuda")["teacher"]
             gpu.weigh(net)
-            weights = gpu.live
             x0, conditions = some(1)
             teacher_clips(net, conditions, x0, (1.0, 0.5), LIVETALK.trajectories.guidance, 1)
         assert not gpu.waits
-        return gpu.peak - weights
+        return gpu.peak
 
-    found, (_, planned) = at_depth(peak, LIVETALK.teacher.network.num_layers), clip_costs(JOB, "teacher", 48)
-    assert found < 8 * GIB
-    assert found == pytest.approx(planned, rel=0.1)
+    assert at_depth(peak, LIVETALK.teacher.network.num_layers) < 0.65 * CARD
 
 
-def planned_forward(job: Job, slot: str, role: str) -> float:
-    """Bytes but for weights at the peak of a loss's forward, as the planner counts them on the meta device."""
-    nets, batch, live = meta_networks(job, slot, checkpointing=True), batch_on(job, slot), LiveBytes()
-    for net in nets.values():
-        live.weigh(net)
-    rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
-    method = methods.build(job.stages[slot].method, nets, (*job.spec.sigmas, 0.0))
-    with OnMeta(shared), live:
-        live.count(x for x in (*batch.conditions.features.values(), batch.x0, batch.states) if x is not None)
-        loss = method.loss(role, batch, rng, shared)
-    assert loss.value.requires_grad
-    return max(live.points.values())
-
-
-@pytest.mark.parametrize(
-    ("name", "slot", "role", "gib"),
-    [
-        ("14B to 1.3B", "init", "student", 14),  # with keys and values that nobody asks for 25
-        ("14B to 1.3B", "distill", "fake_score", 47),
-        ("14B to 1.3B", "distill", "student", 47),
-        ("14B to 14B", "init", "student", 70),
-        ("14B to 14B", "distill", "student", 70),
-        ("LoRA of 1.3B", "distill", "student", 47),
-    ],
-)
-def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role, gib):
-    """Forward, checkpointed, in bf16, over weights in bf16 as FSDP2 gathers them; shards of weights are the planner's. A line
-    through one and two blocks is above the truth, for both alike."""
-    recipe = RECIPE_OF[name]
-    whole = job_of(recipe)
+@pytest.mark.parametrize(("slot", "role"), [("init", "student"), ("distill", "fake_score"), ("distill", "student")])
+def test_a_loss_waits_for_nothing_and_fits(slot, role):
+    """Forward, checkpointed, in bf16; weights as the recipe's engine shards them are the planner's."""
 
     def peak(layers: int) -> float:
         with fake_cuda() as gpu:
-            job = shallow(whole, layers)
+            job = shallow(JOB, layers)
             roles = networks_on(job, slot, "cuda")
-            method: Any = methods.build(getattr(recipe, slot).method, roles, (*SPEC.sigmas, 0.0))
+            method: Any = methods.build(getattr(LIVETALK, slot).method, roles, (*SPEC.sigmas, 0.0))
             if slot == "distill":
                 method._exits = lambda start, count, shared: [len(SPEC.sigmas) - 1] * count
             for name, net in roles.items():
-                cast(net.net, torch.bfloat16)
-                for p in net.parameters():
-                    p.requires_grad_(p.requires_grad and name == role)
+                net.requires_grad_(name == role)
                 gpu.weigh(net)
             weights = gpu.live
             batch = batch_on(job, slot, "cuda")
@@ -172,9 +127,4 @@ def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role, gi
         assert not gpu.waits
         return gpu.peak - weights
 
-    depth = whole.spec.network.num_blocks
-    found = at_depth(peak, depth)
-    assert found < gib * GIB
-    planned = at_depth(lambda layers: planned_forward(shallow(whole, layers), slot, role), depth)
-    print(f"{name} {slot}.{role}: simulated {found / GIB:.2f}, planned {planned / GIB:.2f} GiB")
-    assert found == pytest.approx(planned, rel=0.1)
+    assert at_depth(peak, SPEC.network.num_layers) < 0.6 * CARD
