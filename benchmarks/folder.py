@@ -4,7 +4,7 @@
         [--dir DIR] [--json FILE] [OVERRIDE ...]
 
 Films of the procedural world (32x32, 12.5 fps, one person each) are cut into clips of 15 frames by `distill data prepare`'s own
-function; the stages `data` and `teacher` of recipes/dmd_avatar.yaml then run on all of them. A script, not a test
+function; the stages `data` and `teacher` of recipes/scratch_avatar.yaml then run on all of them. A script, not a test
 (`tests/benchmarks/test_folder.py` runs it small). Reported are
 
 used       clips that are trained on and held out, out of all
@@ -116,7 +116,7 @@ def measure(
         f"teacher.train.num_steps={steps}",
         *overrides,
     ]
-    recipe = load_recipe(RECIPES / "dmd_avatar.yaml", words)
+    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", words)
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
     try:
         facts, stored = pipeline.stage("data"), time.perf_counter()

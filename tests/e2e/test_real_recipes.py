@@ -61,7 +61,9 @@ def check_adapters(run: Path) -> None:
         assert len(names) == 2 * 10 * 6 + 2 + 4 + 2 * 2
         assert all(".lora_" in name or name.startswith(("patch_embedding.", "audio_")) for name in names)
     assert not (run / "student" / "model.safetensors").exists()
-    with pytest.raises(UserError, match=r"base of the adapter .*student has changed: .*teacher/weights holds other weights"):
+    with pytest.raises(
+        UserError, match=r"base of the adapter .*student has changed: .*teacher/weights holds other weights"
+    ):
         load_student(run / "student")
 
 

@@ -14,7 +14,8 @@ from distill.recipe import load_recipe, to_dict
 from teachers.errors import UserError
 
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-NEEDS = {name: ["teacher.path=anywhere"] for name in ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic")}
+REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "infinitetalk")
+NEEDS = {name: ["teacher.path=anywhere"] for name in REAL}
 ROOT = RECIPES.parent
 
 

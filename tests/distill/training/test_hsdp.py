@@ -140,7 +140,7 @@ def test_half_as_many_ranks_continue_what_replicas_of_shards_wrote(launched, tmp
 def test_shards_that_do_not_divide_are_refused(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"engine.shard_ranks: 1 processes are no multiple of 2"):
-        Engine(EngineConfig(kind="fsdp2", precision="fp32", shard_ranks=2))
+    with pytest.raises(UserError, match=r"engine.sequence_parallel: 1 processes are no multiple of 2"):
+        Engine(EngineConfig(kind="fsdp2", precision="fp32", sequence_parallel=2))
     with pytest.raises(UserError, match=r"engine.shard_ranks: ddp has no such option"):
         EngineConfig(kind="ddp", precision="fp32", shard_ranks=2)
