@@ -17,10 +17,10 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
     )),
     (2, "[1000, 750, 500, 250] are indices of a table, not times", (
         "teachers/test_flow.py::test_the_grid_runs_from_one_to_zero",
-        "distill/methods/test_trap_cases.py::test_the_network_is_told_the_published_times_unrounded",
+        "distill/methods/test_trap_cases.py::test_the_network_gets_the_published_times_unrounded",
     )),
     (3, "times rounded to bf16 here and not there", (
-        "distill/methods/test_trap_cases.py::test_the_network_is_told_the_published_times_unrounded",
+        "distill/methods/test_trap_cases.py::test_the_network_gets_the_published_times_unrounded",
     )),
     (4, "trajectories, student and DMD with different shifts", (
         "distill/pipeline/test_trajectories.py::test_sigmas_off_the_grid_are_refused_before_any_work",
@@ -51,7 +51,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
         "teachers/test_reference_wan.py::test_the_clean_reference_is_written_over_frame_0_before_the_step_and_after",
     )),
     (11, "known frames: same time, clamped before and after, out of losses and normaliser, by frame and not by channel", (
-        "distill/methods/test_trap_cases.py::test_the_network_is_told_the_published_times_unrounded",
+        "distill/methods/test_trap_cases.py::test_the_network_gets_the_published_times_unrounded",
         "teachers/test_reference_wan.py::test_the_clean_reference_is_written_over_frame_0_before_the_step_and_after",
         "teachers/test_reference_wan.py::test_a_trajectory_is_the_published_sampler",
         "distill/methods/test_losses.py::test_the_mean_leaves_frame_0_out",
@@ -80,7 +80,7 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
     )),
     (16, "wav2vec sees the whole clip, and a latent frame its own last pixel frame", (
         "teachers/encoders/test_wav2vec.py::test_any_split_gives_the_same_bits",
-        "teachers/encoders/test_wav2vec.py::test_rows_hear_their_own_window_and_no_other_sample",
+        "teachers/encoders/test_wav2vec.py::test_rows_see_their_own_window_and_no_other_sample",
         "students/serving/test_session.py::test_the_future_is_not_heard_and_the_margin_is",
     )),
     (17, "1 + 4 k frames: the first latent of a stream is one frame, caches live on between chunks", (
@@ -100,14 +100,14 @@ TRAPS: list[tuple[int, str, tuple[str, ...] | str]] = [
     )),
     (20, "keys cached at absolute positions: the sinks drift away, the table ends", (
         "students/test_student.py::test_a_stream_has_no_last_position",
-        "students/test_history.py::test_the_ring_holds_what_training_concatenates",
+        "students/test_history.py::test_the_cache_holds_what_training_concatenates",
         "teachers/networks/test_wan.py::test_positions_past_the_table_are_refused",
     )),
     (21, "only the clean pass lasts in the cache, it rolls once a chunk and holds sinks and window", (
         "students/test_student.py::test_one_masked_pass_equals_the_cached_stream",
         "students/test_student.py::test_a_commit_leaves_its_state_alone",
         "students/test_history.py::test_slots_fill_without_a_gap_and_a_chunk_keeps_its_place",
-        "students/test_history.py::test_the_ring_holds_what_training_concatenates",
+        "students/test_history.py::test_the_cache_holds_what_training_concatenates",
     )),
     (22, "a chunk sees itself both ways and all chunks before it", (
         "distill/methods/test_trap_cases.py::test_the_frames_of_a_chunk_see_each_other_both_ways",
