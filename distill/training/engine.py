@@ -21,9 +21,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from distill.training.lifecycle.signals import end_with_parent
+from distill.training.lifecycle.watch import SETTLE_SECONDS, watch
 from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
-from distill.training.signals import end_with_parent
-from distill.training.watch import SETTLE_SECONDS, watch
 from students.serving.optimize import Compile
 from teachers.errors import UserError
 from teachers.flow import keyed_generator

@@ -23,9 +23,9 @@ from distill.methods import Batch, Method
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
+from distill.training.lifecycle.signals import terminations
 from distill.training.metrics_log import MetricsLog
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
-from distill.training.signals import terminations
 from teachers.checkpoints.strict import is_finite
 from teachers.disk.digests import Recorder, recording, sha256
 from teachers.errors import UserError

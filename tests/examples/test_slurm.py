@@ -95,7 +95,7 @@ def test_every_task_is_a_rank_of_one_group(tmp_path):
 
 
 def test_the_end_of_its_time_puts_it_back_into_the_queue_and_it_continues(tmp_path):
-    """SIGUSR1 ends a stage with 138 (distill.training.signals); the same script then runs again."""
+    """SIGUSR1 ends a stage with 138 (distill.training.lifecycle.signals); the same script then runs again."""
     ends = '[ "$SLURM_RESTART_COUNT" ] && exit 0; sleep 99 & trap "kill $!; exit 138" USR1; echo ready >> "$STATE/ready"; wait'
     job = Job(tmp_path, ends)
     running = job.submit("livetalk")

@@ -39,7 +39,7 @@ from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
 from distill.training.engine import requested_processes
-from distill.training.signals import end_with_parent, terminations
+from distill.training.lifecycle.signals import end_with_parent, terminations
 from teachers.config import convert, nearest
 from teachers.disk.lock import LOCK, FolderLock
 from teachers.disk.read import read_yaml

@@ -1,0 +1,1 @@
+"""How a training process ends: by a signal, with its launcher, or with the other ranks."""
