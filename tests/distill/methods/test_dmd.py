@@ -105,6 +105,7 @@ class CellStudent(nn.Module):
             guidance=None,
             schedule=Schedule(),
             sigmas=(1.0, 0.75, 0.5),
+            step="renoise",
             chunk_frames=1,
             num_chunks=CHUNKS,
             latent_size=(2, 1, 1),
