@@ -146,15 +146,15 @@ class EchoMimic:
             keys = rms_norm(w, f"{name}.norm_k_img", linear(w, f"{name}.k_img", image), self.eps)
             own = self._heads(plain) if fault == "a text query of its own norm for the image" else query
             found = found + attend(own, self._heads(keys), self._heads(linear(w, f"{name}.v_img", image)))
-        heard = self._hear(name, query, *sound)
+        from_audio = self._attend_audio(name, query, *sound)
         if fault == "face over text and image too":
-            heard, found = heard + found, 0.0
-        heard = heard if fault == "no face" else heard * face.repeat(1, sound[0].shape[1]).unsqueeze(-1)
+            from_audio, found = from_audio + found, 0.0
+        from_audio = from_audio if fault == "no face" else from_audio * face.repeat(1, sound[0].shape[1]).unsqueeze(-1)
         if fault == "sound behind the output projection":
-            return linear(w, f"{name}.o", found) + heard
-        return linear(w, f"{name}.o", found + heard)
+            return linear(w, f"{name}.o", found) + from_audio
+        return linear(w, f"{name}.o", found + from_audio)
 
-    def _hear(self, name: str, query: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
+    def _attend_audio(self, name: str, query: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         w, fault, frames = self.weights, self.fault, tokens.shape[1]
         keys = tokens @ w[f"{name}.k_audio.weight"].T
         norm = f"{name}.norm_k" if fault == "text's key norm for the sound" else f"{name}.norm_k_audio"

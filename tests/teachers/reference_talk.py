@@ -111,7 +111,7 @@ class Talk(Reference):
         size = x.shape[1] // frames
         y = affine_norm(w, f"{name}.norm_x", x, eps)
         q = linear(w, f"{name}.audio_cross_attn.q_linear", y).unflatten(-1, heads)
-        heard = torch.empty_like(x)
+        from_audio = torch.empty_like(x)
         for b in range(x.shape[0]):
             at = None if voices.shape[2] == 1 else self.places(query[b], key[b, :size], masks[b])
             for i in range(frames):
@@ -123,8 +123,8 @@ class Talk(Reference):
                 if not alone:
                     person = torch.arange(len(both)) // self.context_tokens
                     k, mine = turn_to(k, 2.0 + 20.0 * person), turn_to(mine, at[own])
-                heard[b, own] = attend(mine[None], k[None], v[None])[0]
-        x = x + linear(w, f"{name}.audio_cross_attn.proj", heard)
+                from_audio[b, own] = attend(mine[None], k[None], v[None])[0]
+        x = x + linear(w, f"{name}.audio_cross_attn.proj", from_audio)
 
         y = linear(w, f"{name}.ffn.net.0.proj", self.modulate(x, ffn_shift, ffn_scale))
         y = linear(w, f"{name}.ffn.net.2", gelu_tanh(y))

@@ -108,11 +108,11 @@ def test_every_row_reaches_no_further_than_the_look_ahead_of_two_rows():
 def test_frames_alone_have_their_window_of_rows():
     """Of a clip of one chunk, without attention between frames: frame i takes rows 4 i - 5 .. 4 i + 2, frame 0 rows 0 .. 2."""
     net, people = a_talk_net(), some_people(1, 1, 4)
-    heard = net.read_audio(audio_of(people))[0].key
+    from_audio = net.read_audio(audio_of(people))[0].key
     for row in range(people.shape[2]):
         other = people.clone()
         other[:, :, row] += 1.0
-        moved = (net.read_audio(audio_of(other))[0].key - heard).abs().amax(dim=(0, 2, 3, 4)) > 0
+        moved = (net.read_audio(audio_of(other))[0].key - from_audio).abs().amax(dim=(0, 2, 3, 4)) > 0
         expected = [(STRIDE * i - 5 <= row if i else True) and row <= STRIDE * i + 2 for i in range(4)]
         assert moved.tolist() == expected, row
 

@@ -80,7 +80,7 @@ def test_both_kinds_take_the_same_pushes(kind, talk):
     assert len(both) >= 9
     assert torch.equal(film(bundle, own, other), both)
     assert not torch.equal(film(bundle, other, own), both), "who says what makes no difference"
-    assert not torch.equal(film(bundle, own, None), both), "the other is not heard"
+    assert not torch.equal(film(bundle, own, None), both), "the other speaker changes the film"
     session = Session(bundle, portrait(bundle), "a person nods")
     assert isinstance(session.step(), Starved)
     with pytest.raises(UserError, match="audio and other are one stretch of time"):

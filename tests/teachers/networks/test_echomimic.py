@@ -124,16 +124,16 @@ def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
     net, (_, given, parts) = a_net(), inputs(frames=6, extra=10)
     states, pixel_frames = parts[5], 21
 
-    def heard(values):
+    def from_audio(values):
         audio = pack_rows(rows_of(values, pixel_frames), 4)
         keys, _, _ = net.read_audio(audio, tuple(min(i, 2) for i in range(6)), given.regions)[1]
         return keys
 
-    before = heard(states)
+    before = from_audio(states)
     for t in range(states.shape[1]):
         changed = states.clone()
         changed[:, t] += 1.0
-        moved = (heard(changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
+        moved = (from_audio(changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
         assert moved.tolist() == [8 * i - 11 <= t <= 8 * i + 5 for i in range(6)], t
 
 

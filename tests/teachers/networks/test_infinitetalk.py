@@ -113,10 +113,10 @@ def _(patch):
 
 @fault("each token attends to the audio of all frames")
 def _(patch):
-    def listen(own, self, x, heard, places):
-        frames = heard.key.shape[1]
-        key, value = (part.flatten(1, 2).unsqueeze(1).repeat(1, frames, 1, 1, 1) for part in heard[:2])
-        return own(self, x, heard._replace(key=key, value=value), places)
+    def listen(own, self, x, from_audio, places):
+        frames = from_audio.key.shape[1]
+        key, value = (part.flatten(1, 2).unsqueeze(1).repeat(1, frames, 1, 1, 1) for part in from_audio[:2])
+        return own(self, x, from_audio._replace(key=key, value=value), places)
 
     around(patch, InfiniteTalkBlock, "after_conditions", listen)
 
@@ -124,15 +124,15 @@ def _(patch):
 @fault("audio before the text")
 def _(patch):
     listen = InfiniteTalkBlock.after_conditions
-    patch.setattr(InfiniteTalkBlock, "before", lambda self, x, heard: listen(self, x, heard, []))
-    patch.setattr(InfiniteTalkBlock, "after_conditions", lambda self, x, heard, places: x)
+    patch.setattr(InfiniteTalkBlock, "before", lambda self, x, from_audio: listen(self, x, from_audio, []))
+    patch.setattr(InfiniteTalkBlock, "after_conditions", lambda self, x, from_audio, places: x)
 
 
 @fault("no norm of the tokens before audio")
 def _(patch):
-    def listen(own, self, x, heard, places):
+    def listen(own, self, x, from_audio, places):
         held, self.norm_x = self.norm_x, nn.Identity()
-        out = own(self, x, heard, places)
+        out = own(self, x, from_audio, places)
         self.norm_x = held
         return out
 
@@ -169,13 +169,13 @@ def _(patch):
 
 @fault("maps from the keys of the last frame", 2)
 def _(patch):
-    around(patch, InfiniteTalkBlock, "locate", lambda own, self, q, k, heard: own(self, q, k.roll(8, 1), heard))
+    around(patch, InfiniteTalkBlock, "locate", lambda own, self, q, k, from_audio: own(self, q, k.roll(8, 1), from_audio))
 
 
 @fault("queries not rotated to speakers", 2)
 def _(patch):
-    def listen(own, self, x, heard, places):
-        return own(self, x, heard._replace(spoken=0 * heard.spoken), places)
+    def listen(own, self, x, from_audio, places):
+        return own(self, x, from_audio._replace(spoken=0 * from_audio.spoken), places)
 
     around(patch, InfiniteTalkBlock, "after_conditions", listen)
 
