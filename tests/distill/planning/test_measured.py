@@ -149,4 +149,4 @@ def test_the_peak_is_the_measured_one(name, measured):
     else:
         without, *_ = a_case(name, History(sinks=0, window=0))
         points = trace(without, "distill", role, *switches)
-        assert max(size for _, size in points) < 0.5 * update.activations(*switches)
+        assert max(size for _, size in points) < 0.72 * update.activations(*switches)  # the rest is context
