@@ -20,6 +20,7 @@ from teachers.config import Locate, nearest
 from teachers.disk.read import read_text, read_yaml
 from teachers.errors import UserError
 from teachers.files import flatten
+from teachers.machine import native_precision
 
 RECIPES = Path(distill.__file__).resolve().parent.parent / "recipes"
 """The shipped recipes and their groups: beside the packages, in a checkout and in a wheel alike."""
@@ -80,11 +81,14 @@ def _check_files(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's composition as plain data, and which option each group has."""
+    """Hydra's composition as plain data, and which option each group has. `engine.precision: auto` is this machine's from here on: a
+    run's recipe.yaml and its fingerprints hold what was computed in."""
     search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
     with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment(), _few_references():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        if OmegaConf.select(own, "engine.precision") == "auto":
+            own.engine.precision = native_precision()
         values = OmegaConf.to_container(own, resolve=True)
     assert isinstance(values, dict)
     return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices)

@@ -21,7 +21,7 @@ from distill.training.role import Piece, Rows, whole
 from teachers.disk.digests import faults, measure, read_sealed, recording, sealed
 from teachers.errors import UserError
 from teachers.files import atomic_write, make_folder, remove_folder, save_tensors, sync_folder
-from teachers.memory import free_host_bytes
+from teachers.machine import free_host_bytes
 
 FORMAT = 2
 MANIFEST, INDEX = "manifest.json", "index.json"

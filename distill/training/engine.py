@@ -27,6 +27,7 @@ from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
 from students.serving.optimize import Compile
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.machine import multiplies_bf16
 from teachers.networks.kind import networks_in
 from teachers.networks.sequence import SequenceGroup
 
@@ -34,7 +35,7 @@ from teachers.networks.sequence import SequenceGroup
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
-    reductions stay fp32); a reduction moves `bucket_mib` at once. The last `keep_checkpoints` of a stage are kept. With
+    reductions stay fp32; a recipe's `auto` is what the machine is fast in); a reduction moves `bucket_mib` at once. The last `keep_checkpoints` of a stage are kept. With
     `checkpointing` trained networks compute each block again in the backward pass in place of keeping what is inside it. A rank
     that waits for another longer than `timeout_minutes` ends the run.
 
@@ -148,7 +149,7 @@ class Engine:
         threads = f"{torch.get_num_threads()} threads each"
         shared = f", {self.config.sequence_parallel} a sequence" if self.sequence is not None else ""
         slow = self.config.precision == "bf16" and self.device.type == "cpu" and not multiplies_bf16()
-        hint = " (slow on this CPU: engine.precision=fp32 is faster)" if slow else ""
+        hint = " (slow on this CPU; engine.precision=auto would be fp32)" if slow else ""
         return f"{count}{shared}, {self.kind}, {self.device.type}, {self.config.precision}{hint}, {threads}"
 
     def barrier(self) -> None:
@@ -298,11 +299,6 @@ def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
     kind = kind or config.kind or "ddp"
     check_offload(kind, config.offload)
     return kind
-
-
-def multiplies_bf16() -> bool:
-    """Whether this CPU has fast products of bf16 matrices (AVX-512 or better, by oneDNN)."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check_offload(kind: Kind, roles: Sequence[RoleName]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
+from distill import compose
 from distill.compose import RECIPES, compose_values
 from distill.recipe import Recipe, load_recipe, to_dict
 from teachers.config import convert, dump, to_plain
@@ -150,6 +151,14 @@ def test_composition_finds_own_and_shipped_groups(own):
     assert locate("engine.precision") == "command line"
     assert locate("name.x") == "command line"
     assert locate("threads") == str(own)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_machines_own_precision_is_written_down(own, monkeypatch, precision):
+    """`auto` goes into recipe.yaml and fingerprints as what it is here, also where another key asks for the engine's."""
+    monkeypatch.setattr(compose, "native_precision", lambda: precision)
+    values, _ = compose_values(own, ["engine.precision=auto", "name=${engine.precision}"], FIELDS)
+    assert values["engine"]["precision"] == values["name"] == precision
 
 
 @pytest.mark.parametrize(

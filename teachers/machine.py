@@ -1,7 +1,10 @@
-"""What is free of the host's memory."""
+"""What this machine has: free memory, and fast products in bf16."""
 
 import os
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -11,6 +14,19 @@ def free_host_bytes() -> int:
     available, and of what is left of the control group's limit."""
     free = min(_available(), _left_of_limit(CGROUP))
     return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def multiplies_bf16() -> bool:
+    """Whether the GPU, or without one this CPU, has products of bf16 matrices (CPUs with AMX have AVX512-BF16 too). Elsewhere torch
+    converts what they multiply, which takes longer than products in fp32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def native_precision() -> Literal["fp32", "bf16"]:
+    """The precision in which this machine computes fastest."""
+    return "bf16" if multiplies_bf16() else "fp32"
 
 
 def _available() -> int:
