@@ -81,8 +81,8 @@ def _check_files(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's composition as plain data, and which option each group has. `engine.precision: auto` is this machine's from here on: a
-    run's recipe.yaml and its fingerprints hold what was computed in."""
+    """Hydra's composition as plain data, and which option each group has. `engine.precision: auto` is this machine's from here on:
+    recipe.yaml and the fingerprints of a run hold what was computed in."""
     search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
     with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment(), _few_references():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)

@@ -35,9 +35,9 @@ from teachers.networks.sequence import SequenceGroup
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
-    reductions stay fp32; a recipe's `auto` is what the machine is fast in); a reduction moves `bucket_mib` at once. The last `keep_checkpoints` of a stage are kept. With
-    `checkpointing` trained networks compute each block again in the backward pass in place of keeping what is inside it. A rank
-    that waits for another longer than `timeout_minutes` ends the run.
+    reductions stay fp32); a recipe's `auto` is what the machine is fast in. A reduction moves `bucket_mib` at once. The last
+    `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward pass in
+    place of keeping what is inside it. A rank that waits for another longer than `timeout_minutes` ends the run.
 
     `offload`: roles that wait in the host's memory. Of the teacher each block comes to the device when it computes, the next one on
     its way; of trained roles (not with ddp) it is the shards of weights, gradients and moments. `attention`, a backend of
