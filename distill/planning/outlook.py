@@ -177,7 +177,6 @@ class _Stages:
         parts = () if recipe.tiny else (data.codec, data.audio, data.text, data.image)
         self.codec_bytes = 0 if recipe.tiny else ENCODERS.get(type(data.codec).__name__, 0)
         self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)
-        self.timed = 1 if job.at_once == 1 else 2  # batches of clips that are timed together
         steps = job.trajectories.num_steps if job.trajectories else 0
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
@@ -279,7 +278,7 @@ class _Stages:
     def _students(self, count: int) -> float:
         return 4 * count * self.plan.parameters.get("student", 0)
 
-    def _made(self, role: str, clips: int = 1, alone: bool = False) -> tuple[float, float]:
+    def _made(self, role: str, alone: bool = False) -> tuple[float, float]:
         """Bytes of a whole network that generates, and of what it generates, by a rank `alone` as rank 0 does to time it; a student
         is read in fp32."""
         decoding, plan = self.codec.decode_bytes, self.plan
@@ -287,9 +286,9 @@ class _Stages:
         if alone and self.job.sequence is not None:
             size = clip_costs(replace(self.job, sequence=None), role, 1)[1]
         if role == "teacher":
-            return self._held("teacher"), max(clips * size, decoding)
+            return self._held("teacher"), max(size, decoding)
         weights = plan.parameters.get("student", 0) * DTYPES[plan.precision].itemsize
-        return weights, max(clips * size, decoding, self._students(1) - weights)
+        return weights, max(size, decoding, self._students(1) - weights)
 
     def _evaluate(self) -> StageOutlook:
         """Three students; the teacher on its grid, on the student's few steps, and once from the student's noise; costs of them."""
@@ -301,7 +300,7 @@ class _Stages:
         each_round = twice * self.teacher_clip + 6 * self.student_clip
         fitting = int(COSTS_SECONDS * Rates().flops("bf16") / each_round)
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
-        together = self.timed * job.at_once if job.at_once > 1 else 0
+        together = job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
         alone = (timed + together) * twice * self.teacher_clip
         decode = (5 * each + test) * job.together * codec.decode  # the rest of a group waits for its first rank
@@ -312,7 +311,7 @@ class _Stages:
             self._part("costs of the teacher", alone, "teacher", 1, together=1),
             self._part("costs of students", streams, "student", 1, self.plan.precision, together=1),
         ]
-        made = {role: self._made(role, self.timed, alone=True) for role in ("teacher", "student")}
+        made = {role: self._made(role, alone=True) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
             parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))

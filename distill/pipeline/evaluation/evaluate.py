@@ -210,7 +210,7 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
     """
     spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
     at_once = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)
-    batch = min(1 if at_once == 1 else 2 * at_once, len(test))
+    batch = min(at_once, len(test))
     one, many = test.conditions.index(slice(0, 1)), test.conditions.index(slice(0, batch))
     passes = settings.guidance.passes
     nfe = {"teacher": settings.num_steps * passes, "teacher_few_step": len(spec.sigmas) * passes}
