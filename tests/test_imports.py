@@ -27,7 +27,6 @@ MOST_FILES = 12
 LAZY = ("torchvision", "lpips")
 FILES = sorted(file for floor in FLOORS for file in (ROOT / floor).rglob("*.py") if file.parent.name != "hook")
 ABOVE = sorted(file for top in TOPS for file in (ROOT / top).rglob("*.py"))
-STILL_FULL = {"eval/metrics"}  # one metric a file, found by its name
 
 
 def module_of(file: Path) -> str:
@@ -131,7 +130,7 @@ def test_a_folder_holds_a_dozen_files_at_most():
         if file.name != "__init__.py":
             folder = str(file.parent.relative_to(ROOT))
             counts[folder] = counts.get(folder, 0) + 1
-    assert {folder: n for folder, n in counts.items() if n > MOST_FILES and folder not in STILL_FULL} == {}
+    assert {folder: n for folder, n in counts.items() if n > MOST_FILES} == {}
 
 
 def test_the_tests_stand_where_what_they_test_stands():
