@@ -1,4 +1,4 @@
-"""Time and value of `eval.metrics.frechet` beside scipy's matrix square root, on the same features: python benchmarks/frechet.py
+"""Time and value of `eval.frechet` beside scipy's matrix square root, on the same features: python benchmarks/frechet.py
 
 No test (the square root takes its time): two threads, the two in turn, medians; prints one JSON line. With pytorch-fid
 installed its own function is the other side, else the same route in six lines.
@@ -15,7 +15,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from eval.metrics.frechet import frechet_distance, frechet_without_each, with_error
+from eval.frechet import frechet_distance, frechet_without_each, with_error
 
 try:
     from pytorch_fid.fid_score import calculate_frechet_distance as theirs

@@ -120,7 +120,8 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
     """This trainer: two updates of each role."""
     import tempfile
 
-    from distill.training.engine import Engine, EngineConfig
+    from distill.training.config import EngineConfig
+    from distill.training.engine import Engine
     from distill.training.loop import Trainer
 
     trained = {name: roles[name] for name in ("student", "fake_score")}

@@ -13,8 +13,8 @@ import yaml
 
 from distill.data import latents
 from distill.data.procedural.source import held_out
-from distill.pipeline.evaluation.evaluate import clips_file
 from distill.pipeline.evaluation.health import seam_frames
+from distill.pipeline.evaluation.systems import clips_file
 from distill.recipe import Recipe, spec_of
 from eval.metrics.quality import measure
 from eval.metrics.seam import seam_jump

@@ -14,8 +14,7 @@ from distill.data.config import ClipsConfig
 from distill.data.procedural.corruption import CorruptionConfig
 from distill.expect import Bounds
 from distill.methods import Needs
-from distill.training.config import TrainConfig
-from distill.training.engine import EngineConfig
+from distill.training.config import EngineConfig, TrainConfig
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import Kind as TrackerKind
 from eval.embedded.protocol import EvalConfig

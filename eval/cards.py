@@ -178,11 +178,11 @@ def names() -> list[str]:
 def metric_classes() -> dict[str, type[Metric]]:
     """The metrics that come with the package, by name: the file and its class have the same one."""
     found = {}
-    for module in pkgutil.iter_modules(eval.metrics.__path__):
-        for kind in vars(importlib.import_module(f"{eval.metrics.__name__}.{module.name}")).values():
+    for module in pkgutil.walk_packages(eval.metrics.__path__, f"{eval.metrics.__name__}."):
+        for kind in vars(importlib.import_module(module.name)).values():
             if isinstance(kind, type) and issubclass(kind, Metric) and "name" in vars(kind):
                 found[kind.name] = kind
-    return found
+    return dict(sorted(found.items()))
 
 
 @cache

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import frechet_distance
+from eval.frechet import frechet_distance
 from eval.metrics.lip_sync import MAX_LAG, LipSync, sync_scores
-from eval.metrics.mfcc import mfcc, to_int16
+from eval.mfcc import mfcc, to_int16
 from eval.networks.weights import REGISTRY, locate, weights_folder
 from teachers.errors import UserError
 from teachers.media.film import read_video

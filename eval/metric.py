@@ -1,4 +1,4 @@
-"""What a metric is: one class in one file of `eval/metrics/`, or in a file of the user's that a protocol card names.
+"""What a metric is: one class in one file under `eval/metrics/`, or in a file of the user's that a protocol card names.
 
     @dataclass(frozen=True, kw_only=True)
     class Brightness(Metric):
@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.metrics.frechet import mean_with_error
+from eval.frechet import mean_with_error
 from teachers.errors import UserError
 from teachers.resolve import missing
 

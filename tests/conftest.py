@@ -28,7 +28,7 @@ LONG = (
     "distill/data/test_recorded.py",
     "distill/training/test_hsdp.py",
     "students/serving/test_optimize.py",
-    "students/serving/test_endurance.py",
+    "e2e/test_endurance.py",
 )
 torch.set_num_threads(1)
 

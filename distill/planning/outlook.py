@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan
 
 from distill.data import latents
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
-from distill.pipeline.evaluation.evaluate import COSTS_SECONDS
+from distill.pipeline.evaluation.costs import COSTS_SECONDS
 from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
 from distill.planning.live_bytes import LiveBytes

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from distill.scoring.clip_sets import Entry, facts_of, read_clip, write_clip
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import Entry, facts_of
 from eval.cards import Card
 from students.serving.optimize import Speed, prepare
 from students.serving.session import Session

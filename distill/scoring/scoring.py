@@ -20,7 +20,8 @@ from tqdm import tqdm
 from distill import __version__
 from distill.data.prepare.workers import one_thread, shared_out
 from distill.pipeline.run_folder import versions
-from distill.scoring.clip_sets import Entry, open_set, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import Entry, open_set
 from distill.scoring.generate import GenerateJob, generate_clip
 from eval import golden
 from eval.cards import Card

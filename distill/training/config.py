@@ -1,8 +1,12 @@
-"""Settings of a training stage: length, batches, checkpoints, and AdamW of each role with its learning rate."""
+"""Settings of training: the engine of a run; length, batches and checkpoints of a stage; AdamW of each role and its rate."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+from distill.training.role import Kind, RoleName
+from students.serving.optimize import Compile
 from teachers.errors import UserError
 
 
@@ -80,3 +84,57 @@ def learning_rate(config: OptimizerConfig, update: int, total: int) -> float:
         return config.lr * (update + 1) / config.warmup
     progress = (update - config.warmup) / max(1, total - config.warmup)
     return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
+    reductions stay fp32); a recipe's `auto` is what the machine is fast in. A reduction moves `bucket_mib` at once. The last
+    `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward pass in
+    place of keeping what is inside it. A rank that waits for another longer than `timeout_minutes` ends the run.
+
+    `offload`: roles that wait in the host's memory. Of the teacher each block comes to the device when it computes, the next one on
+    its way; of trained roles (not with ddp) it is the shards of weights, gradients and moments. `attention`, a backend of
+    diffusers' dispatcher, and `compile`, a mode of torch.compile for each block, are those of what trains, as the commands' own.
+
+    fsdp2 alone: `shard_ranks` share one copy of each network's shards and the groups of them are replicas (HSDP: the ranks of a
+    node, say); null, or with no more ranks than that: all ranks share one. With `gather_once` a trained network's weights stay
+    gathered until the micro-step's end, so that a rollout of many calls moves them once, for the memory of one whole copy in
+    `precision`.
+
+    `sequence_parallel` ranks, neighbours, share the tokens of every clip and its context (`teachers.networks.sequence`): they take
+    the same data and noise, so that there are as many batches at once as there are such groups."""
+
+    kind: Kind | None = None
+    precision: Literal["fp32", "bf16"]
+    bucket_mib: int = 32
+    offload: tuple[RoleName, ...] = ()
+    keep_checkpoints: int = 2
+    checkpointing: bool = False
+    timeout_minutes: int = 60
+    shard_ranks: int | None = None
+    gather_once: bool = False
+    attention: str = "native"
+    compile: Compile = "none"
+    sequence_parallel: int = 1
+
+    def __post_init__(self):
+        for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes", "sequence_parallel"):
+            if getattr(self, name) < 1:
+                raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
+        if self.shard_ranks is not None and self.shard_ranks < 1:
+            raise UserError(f"engine.shard_ranks: got {self.shard_ranks}; it must be at least 1, or null")
+        for name in ("shard_ranks", "gather_once"):
+            if getattr(self, name) and self.kind not in (None, "fsdp2"):
+                raise UserError(f"engine.{name}: {self.kind} has no such option; remove it, or use engine=fsdp2")
+        check_offload(self.kind or "fsdp2", self.offload)
+
+
+def check_offload(kind: Kind, roles: Sequence[RoleName]) -> None:
+    """UserError where an engine cannot keep what a role trains in the host's memory."""
+    trained = [name for name in roles if name != "teacher"]
+    if trained and kind == "ddp":
+        raise UserError(
+            f"engine.offload: ddp keeps a trained {trained[0]} on the device; name teacher alone, or use engine=fsdp2, zero1, "
+            "zero2 or zero3"
+        )

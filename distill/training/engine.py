@@ -6,12 +6,11 @@ Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; ho
 import copy
 import os
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,59 +20,22 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from distill.training.config import EngineConfig
+from distill.training.lifecycle.launcher import (
+    check_launcher,
+    check_world_size,
+    hidden_flags,
+    requested_processes,
+    right_command,
+)
 from distill.training.lifecycle.signals import end_with_parent
 from distill.training.lifecycle.watch import SETTLE_SECONDS, watch
-from distill.training.role import DistributedRole, Kind, MakeOptimizer, RoleName
-from students.serving.optimize import Compile
+from distill.training.role import DistributedRole, Kind, MakeOptimizer
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.machine import multiplies_bf16
 from teachers.networks.kind import networks_in
 from teachers.networks.sequence import SequenceGroup
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """`kind` null is what accelerate's flags ask for, else ddp. `precision` is that of autocast (parameters, moments and
-    reductions stay fp32); a recipe's `auto` is what the machine is fast in. A reduction moves `bucket_mib` at once. The last
-    `keep_checkpoints` of a stage are kept. With `checkpointing` trained networks compute each block again in the backward pass in
-    place of keeping what is inside it. A rank that waits for another longer than `timeout_minutes` ends the run.
-
-    `offload`: roles that wait in the host's memory. Of the teacher each block comes to the device when it computes, the next one on
-    its way; of trained roles (not with ddp) it is the shards of weights, gradients and moments. `attention`, a backend of
-    diffusers' dispatcher, and `compile`, a mode of torch.compile for each block, are those of what trains, as the commands' own.
-
-    fsdp2 alone: `shard_ranks` share one copy of each network's shards and the groups of them are replicas (HSDP: the ranks of a
-    node, say); null, or with no more ranks than that: all ranks share one. With `gather_once` a trained network's weights stay
-    gathered until the micro-step's end, so that a rollout of many calls moves them once, for the memory of one whole copy in
-    `precision`.
-
-    `sequence_parallel` ranks, neighbours, share the tokens of every clip and its context (`teachers.networks.sequence`): they take
-    the same data and noise, so that there are as many batches at once as there are such groups."""
-
-    kind: Kind | None = None
-    precision: Literal["fp32", "bf16"]
-    bucket_mib: int = 32
-    offload: tuple[RoleName, ...] = ()
-    keep_checkpoints: int = 2
-    checkpointing: bool = False
-    timeout_minutes: int = 60
-    shard_ranks: int | None = None
-    gather_once: bool = False
-    attention: str = "native"
-    compile: Compile = "none"
-    sequence_parallel: int = 1
-
-    def __post_init__(self):
-        for name in ("bucket_mib", "keep_checkpoints", "timeout_minutes", "sequence_parallel"):
-            if getattr(self, name) < 1:
-                raise UserError(f"engine.{name}: got {getattr(self, name)}; it must be at least 1")
-        if self.shard_ranks is not None and self.shard_ranks < 1:
-            raise UserError(f"engine.shard_ranks: got {self.shard_ranks}; it must be at least 1, or null")
-        for name in ("shard_ranks", "gather_once"):
-            if getattr(self, name) and self.kind not in (None, "fsdp2"):
-                raise UserError(f"engine.{name}: {self.kind} has no such option; remove it, or use engine=fsdp2")
-        check_offload(self.kind or "fsdp2", self.offload)
 
 
 class Engine:
@@ -106,7 +68,7 @@ class Engine:
         check_world_size(self.requested, self.world_size, on_cpu)
         if self.world_size > 1 and not dist.is_initialized():
             raise UserError(
-                f"{self.world_size} processes without a process group: launcher; {_right_command(2, on_cpu)}"
+                f"{self.world_size} processes without a process group: launcher; {right_command(2, on_cpu)}"
             )
         for name in ("shard_ranks", "sequence_parallel"):
             share = getattr(config, name) or 1
@@ -258,113 +220,6 @@ class Engine:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         PartialState._reset_state()
-
-
-def requested_processes(environ: Mapping[str, str]) -> int:
-    """Processes that the launcher was asked for: WORLD_SIZE, else MPI's, else 1."""
-    for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if (value := environ.get(name) or "").isdigit():
-            return int(value)
-    return 1
-
-
-def check_world_size(requested: int, got: int, on_cpu: bool) -> None:
-    """UserError when fewer or more processes train together than were asked for."""
-    if requested != got:
-        raise UserError(
-            f"{requested} processes were asked for but {got} would train: launcher; {_right_command(requested, on_cpu)}"
-        )
-
-
-def check_launcher(environ: Mapping[str, str], config: EngineConfig) -> Kind:
-    """The engine that recipe and launcher agree on; UserError for a flag of the launcher that would have no effect."""
-    kind, flags = launched_kind(environ)
-    if kind and config.kind and kind != config.kind:
-        raise UserError(f"{flags} asks for {kind}, but engine={config.kind}: launcher; remove one")
-    offload = _offload_flag(environ)
-    if offload and not config.offload:
-        raise UserError(f"{offload} would have no effect: launcher; set engine.offload=[student,fake_score]")
-    steps = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if steps not in ("1", "auto"):
-        raise UserError(f"--gradient_accumulation_steps {steps} would have no effect: launcher; use train.accumulation")
-    asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if asked != "no" and asked != config.precision:
-        fix = f"engine.precision={asked}" if asked == "bf16" else "--mixed_precision no"
-        raise UserError(f"mixed precision {asked}, but engine.precision={config.precision}: launcher; use {fix}")
-    if int(environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise UserError(
-            "--max-restarts: processes that are started again would find the addresses of those before in the launcher's store: "
-            "launcher; TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --rdzv-endpoint HOST:PORT ..."
-        )
-    kind = kind or config.kind or "ddp"
-    check_offload(kind, config.offload)
-    return kind
-
-
-def check_offload(kind: Kind, roles: Sequence[RoleName]) -> None:
-    """UserError where an engine cannot keep what a role trains in the host's memory."""
-    trained = [name for name in roles if name != "teacher"]
-    if trained and kind == "ddp":
-        raise UserError(
-            f"engine.offload: ddp keeps a trained {trained[0]} on the device; name teacher alone, or use engine=fsdp2, zero1, "
-            "zero2 or zero3"
-        )
-
-
-def launched_kind(environ: Mapping[str, str]) -> tuple[Kind | None, str]:
-    """The engine that accelerate's flags name, and those flags; None where they name none. UserError for one we lack."""
-    if _is_on(environ, "ACCELERATE_USE_MEGATRON_LM"):
-        raise UserError("--use_megatron_lm would have no effect: launcher; remove it, see engine=")
-    if _is_on(environ, "ACCELERATE_USE_FSDP"):
-        version = environ.get("FSDP_VERSION", "1")
-        if version != "2":
-            raise UserError(
-                f"--use_fsdp with --fsdp_version {version}: launcher; FSDP2 is supported, use --fsdp_version 2"
-            )
-        return "fsdp2", "--use_fsdp"
-    if _is_on(environ, "ACCELERATE_USE_DEEPSPEED"):
-        if file := environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "").replace("None", ""):
-            raise UserError(
-                f"--deepspeed_config_file {file} would have no effect: launcher; use engine= and --zero_stage"
-            )
-        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        kinds: dict[str, Kind] = {"0": "ddp", "1": "zero1", "2": "zero2", "3": "zero3"}
-        if stage not in kinds:
-            raise UserError(f"--zero_stage {stage} is none: launcher; it is 0, 1, 2 or 3")
-        return kinds[stage], f"--use_deepspeed --zero_stage {stage}"
-    return None, ""
-
-
-@contextmanager
-def hidden_flags(environ: MutableMapping[str, str]) -> Iterator[None]:
-    """Without the flags that `check_launcher` reads: accelerate shall not wrap what `distill.training.role` holds."""
-    names = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-    found = {name: environ.pop(name) for name in names if name in environ}
-    try:
-        yield
-    finally:
-        environ.update(found)
-
-
-def _is_on(environ: Mapping[str, str], name: str) -> bool:
-    return environ.get(name, "false").lower() in ("1", "true", "yes")
-
-
-def _offload_flag(environ: Mapping[str, str]) -> str | None:
-    if _is_on(environ, "ACCELERATE_USE_FSDP") and _is_on(environ, "FSDP_OFFLOAD_PARAMS"):
-        return "--fsdp_offload_params true"
-    for what in ("optimizer", "param") if _is_on(environ, "ACCELERATE_USE_DEEPSPEED") else ():
-        device = environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none").lower()
-        if device != "none":
-            return f"--offload_{what}_device {device}"
-    return None
-
-
-def _right_command(count: int, on_cpu: bool) -> str:
-    if count == 1:
-        return "start it without WORLD_SIZE and other launchers' variables"
-    where = "" if not on_cpu else " (works on a CPU; --cpu does not)"
-    return f"use accelerate launch --multi_gpu --num_processes {count} RECIPE, or torchrun{where}"
 
 
 def _buckets(tensors: Sequence[Tensor], num_bytes: int) -> list[list[Tensor]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from eval.frechet import jackknife_error
 from eval.metric import Clip, Features, Metric, Score, stacked
-from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
 
 

@@ -16,9 +16,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.frechet import mean_with_error
 from eval.metric import Clip, Column, Features, Metric, Score
-from eval.metrics.frechet import mean_with_error
-from eval.metrics.mfcc import mfcc, to_int16
+from eval.mfcc import mfcc, to_int16
 from eval.networks.syncnet import FPS, crop_faces, windows_of
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from eval.frechet import jackknife_error
 from eval.metric import Clip, Column, Features, Metric, Score, stacked
-from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
 
 SPREAD_PARTS = ("pixels", "head", "light", "gaze")

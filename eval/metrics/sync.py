@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eval.frechet import jackknife_error
 from eval.metric import Clip, Column, Features, Metric, Score, stacked
-from eval.metrics.frechet import jackknife_error
 from teachers.errors import UserError
 
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from eval.metrics.psnr import frame_pairs
+from eval.metrics.pairs.psnr import frame_pairs
 from eval.networks.weights import exact, fill, read_state
 from teachers.errors import UserError
 

@@ -94,7 +94,9 @@ class ConvCodecConfig:
         with torch.device("meta"):
             codec = ConvCodec(self)
         load_strict(codec, read_tensors(path, HINT), path, HINT, assign=True)
-        return codec.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)  # twice as fast on a CPU
+        return (
+            codec.float().to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        )  # twice as fast on a CPU
 
 
 class Residual(nn.Module):

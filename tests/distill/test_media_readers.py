@@ -11,7 +11,8 @@ from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.cutting import CutConfig, cut
 from distill.live import uploads
-from distill.scoring.clip_sets import open_set, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import open_set
 from eval.cards import load_card
 from teachers import media
 from teachers.errors import UserError

@@ -307,8 +307,9 @@ def test_every_shipped_recipe_loads_and_survives_dump(file, switch, tmp_path):
     assert recipe.run_dir == f"runs/{recipe.name}"
     again = tmp_path / "recipe.yaml"
     again.write_text(dump(recipe))
-    assert load_recipe(again) == recipe
-    assert to_dict(load_recipe(again)) == to_dict(recipe)
+    read = load_recipe(again)
+    assert read == recipe
+    assert to_dict(read) == to_dict(recipe)
 
 
 @pytest.mark.parametrize(

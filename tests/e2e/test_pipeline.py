@@ -28,6 +28,7 @@ from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.support import processes
 from tests.support.processes import run_ranks
+from tests.support.runs import SMALL as SHORT
 
 RECIPE = RECIPES / "scratch_avatar.yaml"
 SMALL = {"num_layers": 2, "width": 48, "ffn_dim": 96, "head_layers": 1, "head_width": 48, "head_ffn_dim": 96}
@@ -64,7 +65,7 @@ def finished(tmp_path_factory) -> Path:
 
 def worker(folder: Path) -> None:
     """One of two ranks, as a launcher starts them (tests/e2e/test_hook.py)."""
-    assert main(words_of(folder / "run")) == 0
+    assert main(words_of(folder / "run", *SHORT, "data.world.shard_clips=16")) == 0
 
 
 def test_two_processes_make_one_run(tmp_path):
@@ -104,9 +105,15 @@ def with_checkpoints(finished: Path, folder: Path, monkeypatch) -> Path:
     return folder
 
 
-def test_what_is_handed_on_is_the_average_then_the_best(finished, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def checkpointed(finished, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        return with_checkpoints(finished, tmp_path_factory.mktemp("checkpointed") / "run", patch)
+
+
+def test_what_is_handed_on_is_the_average_then_the_best(finished, checkpointed):
     """teacher and init hand on the averaged weights, not the raw ones; distill its best; the exported student is that."""
-    stages = with_checkpoints(finished, tmp_path / "run", monkeypatch) / "stages"
+    stages = checkpointed / "stages"
     for stage, role in (("teacher", "teacher"), ("init", "student")):
         stored = checkpoint.Reader(checkpoint.saved(stages / stage)[-1])
         given = load_file(stages / stage / "model.safetensors")
@@ -130,9 +137,9 @@ def test_a_finished_run_recomputes_nothing(finished):
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
 
 
-def test_every_flipped_bit_is_named(finished, tmp_path, capfd, monkeypatch):
+def test_every_flipped_bit_is_named(checkpointed, capfd):
     """100 of 100, in every kind of file that a run leaves, by the start, the resume or the load that reads it."""
-    folder = with_checkpoints(finished, tmp_path / "run", monkeypatch)
+    folder = checkpointed
     recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
     for name in STAGES:

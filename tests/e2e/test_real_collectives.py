@@ -20,7 +20,7 @@ from distill.recipe import load_recipe, spec_of
 from distill.training import fsdp
 from distill.training.fsdp import FSDP2Role
 from teachers.flow import keyed_generator
-from tests.support.fake_ranks import RankOfMany, fake_ranks
+from tests.e2e.fake_ranks import RankOfMany, fake_ranks
 
 RECIPE = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
 SPEC, JOB = spec_of(RECIPE), job_of(RECIPE)

@@ -72,7 +72,8 @@ def test_every_metric_of_the_package_is_on_some_card_and_no_two_columns_are_one(
     used = {type(metric) for name in names() for metric in load_card(name).metrics.values()}
     assert used == set(metric_classes().values())
     for name, kind in metric_classes().items():
-        assert kind.__module__ == f"eval.metrics.{name}", "one file, of the metric's name"
+        assert kind.__module__.startswith("eval.metrics.")
+        assert kind.__module__.rpartition(".")[2] == name, "one file, of the metric's name"
 
 
 def test_sync_is_syncnets_wherever_a_card_asks_for_it():

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from distill.data.procedural import render
 from distill.data.source import Clips
 from eval.embedded.extractors import blur
-from eval.metrics.frechet import frechet_distance
+from eval.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
-from eval.metrics.mfcc import mfcc, to_int16
 from eval.metrics.motion import sharpness_energies
 from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour
 from eval.metrics.seam import seam_jump
+from eval.mfcc import mfcc, to_int16
 from eval.networks.syncnet import windows_of
 from tests.support.tiny import FRAME_LABELS, rng
 

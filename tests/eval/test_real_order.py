@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eval.metrics.frechet import frechet_distance
+from eval.frechet import frechet_distance
 from eval.metrics.lip_sync import sync_scores
-from eval.metrics.mfcc import mfcc, to_int16
+from eval.mfcc import mfcc, to_int16
 from eval.networks.syncnet import windows_of
 from teachers.media.sound import read_audio
 from tests.eval.test_quality_order import (

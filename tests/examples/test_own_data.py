@@ -11,7 +11,7 @@ from distill.cli import main
 from distill.compose import RECIPES
 from distill.data.source import UNLABELLED
 from distill.recipe import load_recipe
-from tests.examples.test_own_method import SMALL
+from tests.support.runs import SMALL
 
 EXAMPLE = RECIPES.parent / "examples" / "own_data"
 

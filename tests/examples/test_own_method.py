@@ -12,15 +12,9 @@ from distill.cli import main
 from distill.compose import RECIPES
 from tests.distill.methods.test_gaussian import AffineStudent, LearnedGaussian, frames, oracle
 from tests.distill.methods.test_oracle import distil, moments
+from tests.support.runs import SMALL
 
 EXAMPLE = RECIPES.parent / "examples" / "own_method"
-SMALL = (
-    *("preset=smoke", "threads=1", "data.world.num_train=32", "data.world.shard_clips=32", "data.text_steps=2"),
-    *("teacher.train.num_steps=2", "trajectories.num_pairs=4", "init.train.num_steps=1", "init.train.batch_size=4"),
-    *("distill.train.num_steps=2", "distill.train.batch_size=4", "distill.train.validate_every=0"),
-    *("eval.num_conditions=8", "eval.num_reference=8", "eval.num_seeds=1", "eval.probe_steps=2", "eval.admit_clips=8"),
-    *("eval.latency_runs=1", "eval.latency_warmup=0", "eval.num_samples=1", "health.num_conditions=2"),
-)
 
 
 @pytest.fixture
@@ -31,17 +25,25 @@ def place(tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def test_it_runs_whole(place):
-    assert main(["run", str(place / "score_identity.yaml"), *SMALL, "run_dir=run"]) == 0
-    report = json.loads(Path("run/report.json").read_text())
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of a copy of the example, which lies beside it."""
+    folder = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("outside") / "mine")
+    run = folder.parent / "run"
+    assert main(["run", str(folder / "score_identity.yaml"), *SMALL, f"run_dir={run}"]) == 0
+    return run
+
+
+def test_it_runs_whole(finished):
+    report = json.loads((finished / "report.json").read_text())
     assert {"teacher", "init", "student"} <= set(report["systems"])
-    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     own = [row for row in rows if row["stage"] == "distill" and "student/sid_grad_abs" in row]
     assert len(own) == 2
     assert all(row["student/sid_grad_abs"] > 0 for row in own)
-    done = json.loads(Path("run/stages/distill/fingerprint.json").read_text())
+    done = json.loads((finished / "stages/distill/fingerprint.json").read_text())
     assert "score_identity.py" in json.dumps(done["config"])
-    assert str(place) not in json.dumps(done["config"]["distill"]), "another folder is no other method"
+    assert str(finished.parent) not in json.dumps(done["config"]["distill"]), "another folder is no other method"
 
 
 @pytest.mark.parametrize(
@@ -73,12 +75,13 @@ def test_a_mistake_in_it_is_one_line_that_names_its_file(place, capsys, old, new
         ('trained=("student", "fake_score")', 'trained=("student", "critic")', "distill.method: no role 'critic'"),
     ],
 )
-def test_a_mistake_while_it_trains_is_one_line(place, capsys, old, new, words):
+def test_a_mistake_while_it_trains_is_one_line(finished, place, capsys, old, new, words):
     file = place / "score_identity.py"
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
-    assert main(["run", str(place / "score_identity.yaml"), *SMALL, "run_dir=run"]) == 2
+    words_of = ["run", str(place / "score_identity.yaml"), *SMALL, "run_dir=run", f"reuse={finished}"]
+    assert main(words_of) == 2
     lines = capsys.readouterr().err.splitlines()
     assert sum(words.format(file=file) in line for line in lines) == 1
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from distill.cli import main
-from distill.scoring.clip_sets import open_set, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import open_set
 from eval.cards import load_card
 from tests.support.eval_sets import a_set, evaluated, refused_in_one_line, report_of
 

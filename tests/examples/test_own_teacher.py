@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import distill
+from distill.cli import main
 from distill.pipeline.pretrained import load_given
 from distill.recipe import load_recipe, spec_of
 from students.networks.windowed import Windowed
@@ -80,12 +81,11 @@ def test_what_was_written_names_the_users_files_and_reads_back(finished):
     assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 
 
-def test_stages_follow_the_content_of_the_users_file(finished, tmp_path):
+def test_stages_follow_the_content_of_the_users_file(finished, tmp_path, monkeypatch):
     """Moved, nothing runs again; edited, the teacher's weights are another network's."""
     moved = shutil.copytree(finished, tmp_path / "moved", ignore=shutil.ignore_patterns("run"))
-    words = ("run", "own_teacher.yaml", "run_dir=again", f"reuse={finished / 'run'}", *SMALL)
-    done = command(moved, *words)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.chdir(moved)
+    assert main(["run", "own_teacher.yaml", "run_dir=again", f"reuse={finished / 'run'}", *SMALL]) == 0
     one, two = ({p.parent.name: json.loads(p.read_text())["fingerprint"] for p in (run / "stages").glob("*/fingerprint.json")}
                 for run in (finished / "run", moved / "again"))  # fmt: skip
     assert one == two
@@ -96,10 +96,10 @@ def test_stages_follow_the_content_of_the_users_file(finished, tmp_path):
     assert to_plain(edited.teacher, digests=True) != plain
 
 
-def test_the_planner_knows_it(finished):
-    done = command(finished, "plan", "own_teacher.yaml")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "teacher" in done.stdout
+def test_the_planner_knows_it(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    assert main(["plan", "own_teacher.yaml"]) == 0
+    assert "teacher" in capsys.readouterr().out
 
 
 def edited(folder: Path, file: str, old: str, new: str) -> Path:

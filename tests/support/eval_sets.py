@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from distill.cli import main
-from distill.scoring.clip_sets import write_clip
+from distill.scoring.clip_io import write_clip
 from eval.cards import Card, from_plain, load_card
 from eval.embedded.extractors import AudioProbe, ClipProbe, FrameProbe, Probes
 from eval.networks.loaded import Networks

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distill.commands.drift import data_config
 from distill.data.procedural.source import held_out
-from distill.scoring.clip_sets import write_clip
+from distill.scoring.clip_io import write_clip
 from teachers.errors import UserError
 from teachers.files import make_folder
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.commands import devices
-from distill.scoring.clip_sets import Entry, open_set, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import Entry, open_set
 from distill.scoring.generate import GenerateJob
 from distill.scoring.scoring import Job, check_number, generate_clips, match, put_scores, score
 from eval.cards import Card, label_of, load_card

@@ -38,7 +38,7 @@ from distill.pipeline import record
 from distill.pipeline.run_folder import SWEEP, check_same
 from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from distill.training import metrics_log
-from distill.training.engine import requested_processes
+from distill.training.lifecycle.launcher import requested_processes
 from distill.training.lifecycle.signals import end_with_parent, terminations
 from teachers.config import convert, nearest
 from teachers.disk.lock import LOCK, FolderLock

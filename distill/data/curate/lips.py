@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from eval.metrics.mfcc import mfcc
+from eval.mfcc import mfcc
 from teachers.media.crop import Box
 from teachers.media.sound import SAMPLE_RATE
 

@@ -10,8 +10,8 @@ from distill.methods import dmd, losses
 from distill.methods.discriminator import Discriminator, hidden_tokens
 from distill.methods.dmd import Config
 from teachers import flow
+from tests.distill.methods.gaussian import autoregressive
 from tests.distill.methods.test_dmd import a_batch, cell_dmd, gradients, make_dmd, scorer, sound
-from tests.support.gaussian import autoregressive
 from tests.support.tiny import (
     a_teacher,
     randn,

@@ -16,7 +16,7 @@ from students.history import History
 from students.schedule import Schedule
 from teachers import flow
 from teachers.conditions import Conditions
-from tests.support.gaussian import GaussianTeacher, autoregressive
+from tests.distill.methods.gaussian import GaussianTeacher, autoregressive
 from tests.support.tiny import Ranks, randn, rng
 
 C, F = 2, 4

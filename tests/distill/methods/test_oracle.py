@@ -10,6 +10,7 @@ from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule
+from tests.distill.methods.gaussian import autoregressive
 from tests.distill.methods.test_gaussian import (
     MEAN,
     SPATIAL,
@@ -18,7 +19,6 @@ from tests.distill.methods.test_gaussian import (
     LearnedGaussian,
     given,
 )
-from tests.support.gaussian import autoregressive
 from tests.support.tiny import rng
 
 

@@ -16,7 +16,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.recipe import load_recipe, spec_of
 from distill.training.offload import is_streamed
 from teachers.errors import UserError
-from tests.support.fake_ranks import RankOfMany, fake_ranks
+from tests.e2e.fake_ranks import RankOfMany, fake_ranks
 
 
 def some_artifacts(world: int, monkeypatch, name: str = "livetalk", **engine: Any) -> Artifacts:

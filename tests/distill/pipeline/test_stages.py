@@ -14,7 +14,8 @@ from distill.compose import RECIPES
 from distill.methods import flow_matching, ode_init
 from distill.pipeline.stages import Pipeline, facts, field_value, stages
 from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
 from teachers.errors import UserError

@@ -17,7 +17,8 @@ from distill.planning.estimate import (
 )
 from distill.planning.job import Job
 from distill.planning.trace import trace
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from distill.training.loop import Trainer
 from distill.training.role import COUNT, MOMENTS, Kind
 from students.history import History

@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.training.engine import (
-    Engine,
-    EngineConfig,
-    _buckets,
-    check_launcher,
-    check_world_size,
-    hidden_flags,
-    requested_processes,
-)
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine, _buckets
+from distill.training.lifecycle.launcher import check_launcher, check_world_size, hidden_flags, requested_processes
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
 
@@ -24,7 +18,8 @@ CONFIG = EngineConfig(precision="fp32")
 WORKER = """\
 import json, pathlib, sys
 import torch
-from distill.training.engine import Engine, EngineConfig
+from distill.training.engine import Engine
+from distill.training.config import EngineConfig
 from teachers.errors import UserError
 try:
     engine = Engine(EngineConfig(precision="fp32", bucket_mib=1))

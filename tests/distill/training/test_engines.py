@@ -20,8 +20,8 @@ from distill.data.order import batch_rows
 from distill.methods import Batch, Loss, losses
 from distill.methods.rollout import rollout
 from distill.training import checkpoint, fsdp, zero
-from distill.training.config import OptimizerConfig, TrainConfig
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
+from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
 from teachers import files, flow

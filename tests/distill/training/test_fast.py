@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.methods.rollout import rollout
-from distill.training.engine import EngineConfig
+from distill.training.config import EngineConfig
 from students.history import History
 from students.serving.optimize import compile_blocks, set_attention
 from teachers.errors import UserError

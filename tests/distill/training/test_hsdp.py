@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from distill.training import fsdp
 from distill.training.checkpoint import Reader
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import save_tensors

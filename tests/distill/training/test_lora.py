@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from distill.data.order import batch_rows
 from distill.methods import Batch, dmd
-from distill.training.config import OptimizerConfig, TrainConfig
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
+from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.lora import LoraRoles, adapt, make_backbone, trained
 from distill.training.metrics_log import MetricsLog

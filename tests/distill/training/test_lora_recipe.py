@@ -13,7 +13,8 @@ from distill.pipeline.stages import Pipeline
 from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from distill.training.lora import LoraRoles, adapt
 from teachers.config import convert
 from teachers.errors import UserError

@@ -18,7 +18,8 @@ from distill.methods.discriminator import build_discriminator
 from distill.methods.rollout import draw_noise, rollout
 from distill.pipeline.generate import stream_noise
 from distill.recipe import load_recipe, spec_of
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from students.history import History
 from students.schedule import Schedule, advance
 from teachers.errors import UserError

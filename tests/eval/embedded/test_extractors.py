@@ -15,8 +15,8 @@ from eval.embedded.evaluation import Evaluation, clips_of
 from eval.embedded.extractors import Probes, blur, change_map
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.metric import Clip, Column
-from eval.metrics.gap import frame_squares
 from eval.metrics.motion import ratio_with_error
+from eval.metrics.pairs.gap import frame_squares
 from teachers.errors import UserError
 
 FRAMES, SIZE = 15, 32

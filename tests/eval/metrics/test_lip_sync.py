@@ -18,7 +18,7 @@ from eval.metrics.lip_sync import (
     summarise,
     sync_scores,
 )
-from eval.metrics.mfcc import to_int16
+from eval.mfcc import to_int16
 from eval.networks.syncnet import SyncNet
 from teachers.errors import UserError
 from tests.support.tiny import randn, rng

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from eval.metric import Clip
-from eval.metrics.gap import Gap
 from eval.metrics.motion_energy import MotionEnergy
+from eval.metrics.pairs.gap import Gap
 from eval.metrics.quality import (
     Quality,
     failure_rates,

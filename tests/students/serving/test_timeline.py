@@ -17,8 +17,9 @@ from students.serving.session import Chunk
 from students.serving.snapshot import load_session, save_session
 from students.serving.timeline import BEHAVIOURS, Cue, Director, Script, Timeline, TimelineEntry, chunk_at, read_script
 from teachers.errors import UserError
-from tests.distill.commands.sample.test_command import FPS, RATE, inputs, noted, parse, student  # noqa: F401
-from tests.distill.commands.sample.test_command import film as sample_film
+from tests.distill.commands.sample.conftest import inputs, noted, student  # noqa: F401
+from tests.distill.commands.sample.fakes import FPS, RATE, parse
+from tests.distill.commands.sample.fakes import film as sample_film
 from tests.students.test_every_student import PER_FRAME, STUDENTS, film, opened, play, sound_of
 from tests.support.tiny import a_bundle, a_portrait, rng, some_sound
 

@@ -15,7 +15,8 @@ import torch
 
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.cutting import CutConfig, cut
-from distill.scoring.clip_sets import open_set, read_clip, write_clip
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import open_set
 from eval.cards import load_card
 from teachers import media
 from teachers.errors import UserError

@@ -12,8 +12,9 @@ from distill.cli import main
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
-from distill.scoring import clip_sets
-from distill.scoring.clip_sets import open_set, read_clip, write_clip
+from distill.scoring import clip_io
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import TENSORS, open_set
 from distill.scoring.scoring import Job, score
 from eval.cards import load_card
 from teachers.config import to_plain
@@ -140,7 +141,7 @@ def test_world_clips_of_a_run(tmp_path, capsys):
         assert entry.text == clips.text[number]
     assert main(words) == 2
     assert "not empty" in capsys.readouterr().err
-    assert clip_sets.TENSORS == ".safetensors"
+    assert TENSORS == ".safetensors"
 
 
 # ---- prepared shards
@@ -245,7 +246,7 @@ def test_a_clip_that_is_too_long_to_be_held_is_told_in_one_line(prepared, tmp_pa
         write_clip(folder / "t.safetensors", a_clip(1, 30, 32), FPS, some_sound(38400))
     write_film(tmp_path / "film.mp4", [numbered(n) for n in range(30)], Fraction(25))
     height, width = numbered(0).shape[:2]
-    monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 29 * 32 * 32)
+    monkeypatch.setattr(clip_io, "MOST_BYTES", 3 * 29 * 32 * 32)
     words = ("--generated", ours, "--real", real, "--protocol", "strict", "--metrics", "quality")
     message = refused_in_one_line(capsys, tmp_path / "out", *words)
     assert (
@@ -253,11 +254,11 @@ def test_a_clip_that_is_too_long_to_be_held_is_told_in_one_line(prepared, tmp_pa
         in message
     )
     film = open_set(tmp_path)["film"]
-    monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 20 * height * width)
+    monkeypatch.setattr(clip_io, "MOST_BYTES", 3 * 20 * height * width)
     with pytest.raises(UserError, match=f"at most 20 frames of {width} x {height}"):
         read_clip(film, rule(), False)
     assert len(numbers_of(read_clip(open_set(prepared)["c"], rule(), False).video)) == 20
-    monkeypatch.setattr(clip_sets, "MOST_BYTES", 3 * 19 * height * width)
+    monkeypatch.setattr(clip_io, "MOST_BYTES", 3 * 19 * height * width)
     with pytest.raises(UserError, match="at most 19 frames"):
         read_clip(open_set(prepared)["c"], rule(), False)
 

@@ -11,7 +11,8 @@ import torch
 from distill.cli import main
 from distill.pipeline.evaluation.health import seam_frames
 from distill.scoring import scoring
-from distill.scoring.clip_sets import facts_of, open_set, read_clip, write_clip
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import facts_of, open_set
 from distill.scoring.generate import GenerateJob
 from eval.cards import load_card
 from eval.embedded.extractors import Probes

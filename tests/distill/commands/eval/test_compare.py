@@ -10,7 +10,8 @@ import torch
 
 from distill.cli import main
 from distill.commands.eval import compare
-from distill.scoring.clip_sets import open_set, read_clip, write_clip
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import open_set
 from eval import golden
 from eval.cards import load_card
 from teachers.errors import UserError

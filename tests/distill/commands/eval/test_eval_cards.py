@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from distill.scoring import scoring
-from distill.scoring.clip_sets import open_set, read_clip, write_clip
+from distill.scoring.clip_io import read_clip, write_clip
+from distill.scoring.clip_sets import open_set
 from eval import scores
 from eval.cards import load_card
+from eval.frechet import floor_of, frechet_distance
 from eval.metric import Clip
-from eval.metrics.frechet import floor_of, frechet_distance
-from eval.metrics.kid import KID
+from eval.metrics.distances.kid import KID
 from eval.metrics.motion import motion_energies, sharpness_energies
-from eval.metrics.psnr import PSNR
+from eval.metrics.pairs.psnr import PSNR
 from eval.metrics.quality import failure_rates, flickers, measure, slope, window_colour, window_means
 from eval.metrics.seam import seam_jump
 from eval.networks.loaded import Networks

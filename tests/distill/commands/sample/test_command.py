@@ -1,10 +1,8 @@
-"""`distill sample`: any split of the sound gives the same film, memory does not follow its length, realtime keeps the clock."""
+"""`distill sample`: the film is as long as its sound, memory does not follow its length, bad input is one line."""
 
-import argparse
 import os
 import signal
 import wave
-from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,175 +14,23 @@ import torch
 
 from distill.cli import main
 from distill.commands.sample import command
-from students.serving.session import Chunk, Session, Starved
-from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from teachers.errors import UserError
+from tests.distill.commands.sample.fakes import (
+    FPS,
+    NUM_SAMPLES,
+    RATE,
+    FakeBundle,
+    FakeSpec,
+    LoudSession,
+    ShortSession,
+    film,
+    parse,
+    speech,
+)
 from tests.support.sounds import decoded, loudest_hertz, write_sound
-from tests.support.tiny import a_bundle, some_sound
-from tests.teachers.media.test_media import encode_audio, ramp_picture, save_image, tone
-
-FPS = Fraction(25, 2)
-RATE, NUM_SAMPLES = 24000, 24000 * 2 - 700  # 25 frames: 3, and then chunks of 4
-
-
-@dataclass(frozen=True)
-class FakeSpec:
-    fps: Fraction = FPS
-    height: int = 32
-    width: int = 32
-
-
-@dataclass(frozen=True)
-class FakeBundle:
-    spec: FakeSpec = field(default_factory=FakeSpec)
-    unlike = staticmethod(lambda *_: [])
-
-
-class LoudSession:
-    """Shows the reference, brightened by each frame's loudness; three frames first, then chunks of four."""
-
-    def __init__(self, bundle: FakeBundle, reference: torch.Tensor, text: str, seed: int, **_: object):
-        assert reference.shape == (3, bundle.spec.height, bundle.spec.width)
-        assert (text, seed) == ("smiles and nods", 7)
-        self.picture = ((reference + 1) * 64).byte().permute(1, 2, 0)
-        self.spec, self.closed = bundle.spec, False
-        self.heard = torch.zeros(0)
-        self.frames_given = self.per_frame = 0
-
-    def push(self, audio: torch.Tensor, rate: int) -> None:
-        self.per_frame = round(rate / self.spec.fps)
-        self.heard = torch.cat([self.heard, audio])
-
-    def close(self) -> None:
-        self.closed = True
-
-    def step(self) -> Chunk | Starved:
-        length = 4 if self.frames_given else 3
-        need = length * self.per_frame
-        if len(self.heard) < max(need, 1) and not (self.closed and len(self.heard)):
-            return Starved("end" if self.closed else "audio")
-        span, self.heard = self.heard[:need], self.heard[need:]
-        padded = torch.nn.functional.pad(span, (0, need - len(span)))
-        loud = padded.reshape(length, -1).abs().amax(1) * 120
-        self.frames_given += length
-        frames = self.picture + loud.byte()[:, None, None, None]
-        return Chunk(0, self.frames_given - length, frames, padded, {})
-
-
-class ShortSession(LoudSession):
-    def step(self):
-        return Starved("audio") if self.frames_given else super().step()
-
-
-class Clock:
-    """Stands for the module `time`: it passes by sleeping and by what a session's work is said to cost."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    save_student(folder, a_bundle(), "a card")
-    return folder
-
-
-@pytest.fixture
-def inputs(tmp_path, student) -> dict[str, Path]:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    (tmp_path / "out").mkdir()
-    return {
-        "student": student,
-        "image": save_image(folder / "face.png", ramp_picture(90, 60), "png", "rgb24"),
-        "audio": speech(folder / "speech.wav", NUM_SAMPLES),
-        "out": tmp_path / "out" / "film.mp4",
-    }
-
-
-@pytest.fixture
-def loud(monkeypatch):
-    """`distill sample` with a fake student whose pictures show how loud it is; the function sets session and spec."""
-
-    def use(session: type = LoudSession, spec: FakeSpec | None = None) -> None:
-        monkeypatch.setattr("students.weights.checkpoint.load_student", lambda _: FakeBundle(spec or FakeSpec()))
-        monkeypatch.setattr("students.serving.session.Session", session)
-        monkeypatch.setattr("students.serving.optimize.prepare", lambda bundle, *_: bundle)
-
-    return use
-
-
-@pytest.fixture
-def noted(monkeypatch):
-    """`distill sample` with a clock of our own, and a real session and a film that note what goes in and out, and when."""
-
-    class Noted(Session):
-        clock = Clock()
-        cost = staticmethod(lambda index: 1e-6)  # seconds of chunk number `index`
-        pushed: list[tuple[float, int]]
-        drawn: list[tuple[float, Chunk]]
-        held: list[int]
-        shown: list[torch.Tensor]  # what the film got
-        heard: list[torch.Tensor]
-
-        def __init__(self, *given, **options):
-            super().__init__(*given, **options)
-            Noted.pushed, Noted.drawn, Noted.held = [], [], []
-
-        def push(self, audio=None, pose=None, rate=16000):
-            super().push(audio, pose, rate)
-            Noted.pushed.append((Noted.clock.now, len(audio)))
-            Noted.held.append(self.inputs.audio.end - self.inputs.audio.start)
-
-        def step(self):
-            chunk = super().step()
-            if isinstance(chunk, Chunk):
-                Noted.clock.now += Noted.cost(chunk.index)
-                Noted.drawn.append((Noted.clock.now, chunk))
-            return chunk
-
-    class Film(media.VideoWriter):
-        def __init__(self, *given, **options):
-            super().__init__(*given, **options)
-            Noted.shown, Noted.heard = [], []
-
-        def write(self, frame):
-            super().write(frame)
-            Noted.shown.append(frame)
-
-        def write_audio(self, samples):
-            super().write_audio(samples)
-            Noted.heard.append(samples)
-
-    monkeypatch.setattr("students.serving.session.Session", Noted)
-    monkeypatch.setattr(media, "VideoWriter", Film)
-    monkeypatch.setattr(command, "time", Noted.clock)
-    return Noted
-
-
-def speech(
-    path: Path, num_samples: int, rate: int = RATE, codec: str = "pcm_f32le", sample_format: str = "flt"
-) -> Path:
-    return encode_audio(path, codec, sample_format, rate, [some_sound(num_samples).numpy()])
-
-
-def parse(inputs: dict[str, Path], *extra: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    options = [word for name, path in inputs.items() for word in (f"--{name}", str(path))]
-    return parser.parse_args([*options, "--text", "smiles and nods", "--seed", "7", *extra])
-
-
-def film(inputs: dict[str, Path], *extra: str) -> None:
-    assert command.run(parse(inputs, "--size", "16", *extra)) == 0
+from tests.support.tiny import some_sound
+from tests.teachers.media.test_media import encode_audio, tone
 
 
 def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
@@ -286,60 +132,6 @@ def test_another_student(inputs, loud):
     assert (fps, len(frames), frames.shape[1:3]) == (25, 50, (24 * 11, 40 * 11))
 
 
-def test_any_split_of_the_sound_gives_the_same_film(inputs, noted):
-    sound = some_sound(NUM_SAMPLES)
-    whole = Session(
-        load_student(inputs["student"]),
-        media.fit_image(media.decode_image(inputs["image"]), (16, 16), "top"),
-        "smiles and nods",
-        7,
-    )
-    whole.push(sound, rate=RATE)
-    whole.close()
-    frames = torch.cat([chunk.frames for chunk in whole.frames()])
-    assert len(frames) == 27
-    assert frames.float().std(0).mean() > 1
-    for push_ms in (20, 333, 100_000, None):
-        film(inputs, *(() if push_ms is None else ("--push-ms", str(push_ms))))
-        assert torch.equal(torch.stack(noted.shown), frames[:25])
-        assert torch.equal(torch.cat(noted.heard), sound)
-        step = RATE * (push_ms or 1000) // 1000
-        ends = np.cumsum([samples for _, samples in noted.pushed])
-        assert ends.tolist() == [*range(step, NUM_SAMPLES, step), NUM_SAMPLES]
-        if push_ms == 20:
-            assert max(noted.held) < 16000  # of 31533
-    written = media.read_video(inputs["out"])[0]
-    assert written.shape == (25, 16, 16, 3)
-    assert (written.float().mean((1, 2, 3)) - frames[:25].float().mean((1, 2, 3))).abs().max() < 3
-
-
-def test_pieces_keep_the_clock_at_any_rate():
-    """20 ms at 11025 Hz are 220.5 samples; the sound arrives in whatever blocks the file has."""
-    sound = torch.arange(11_025 * 3 + 5.0)
-    pieces = list(command._pieces(sound.split(1024), 11_025, 20))
-    assert [len(piece) for piece in pieces[:4]] == [220, 221, 220, 221]
-    assert len(pieces[:150]) == 150
-    assert sum(map(len, pieces[:150])) == 3 * 11_025
-    assert torch.equal(torch.cat(pieces), sound)
-
-
-@pytest.mark.parametrize(
-    ("rate", "num_samples", "num_frames"),
-    [(44100, 5 * 3528, 5), (44100, 5 * 3528 + 1, 6), (8000, 3 * 640, 3), (22000, 1, 1)],
-)
-def test_every_sample_has_its_frame(inputs, rate, num_samples, num_frames):
-    speech(inputs["audio"], num_samples, rate)
-    film(inputs, "--push-ms", "7")
-    assert len(media.read_video(inputs["out"])[0]) == num_frames
-
-
-def test_a_student_that_takes_pose_streams_without(inputs, noted, monkeypatch):
-    monkeypatch.setattr("students.weights.checkpoint.load_student", lambda _: a_bundle(pose_dim=2))
-    film(inputs, "--push-ms", "20")
-    assert len(noted.drawn) == 7
-    assert max(noted.held) < 16000
-
-
 def test_memory_does_not_follow_the_length(inputs, loud):
     """20 minutes are 38 MB of float samples and 33 MB of frames; the index of the mp4 is 1 MB."""
     resident, process = [], psutil.Process()
@@ -361,41 +153,6 @@ def test_memory_does_not_follow_the_length(inputs, loud):
     assert max(resident[60:]) - max(resident[:60]) < 12e6
     with av.open(str(inputs["out"])) as container:
         assert container.streams.video[0].frames == 1200
-
-
-def test_realtime_keeps_the_clock(inputs, noted, capsys):
-    film(inputs)
-    plain = torch.stack(noted.shown)
-    assert noted.pushed[-1][0] < 0.01
-    noted.cost = staticmethod(lambda index: 0.02 - 0.001 * index)
-    film(inputs, "--realtime")
-    assert torch.equal(torch.stack(noted.shown), plain)
-    times, sizes = zip(*noted.pushed, strict=True)
-    assert set(sizes[:-1]) == {480}
-    spoken = np.cumsum(sizes) / RATE
-    late = np.array(times) - spoken
-    assert late.min() > -1e-6
-    assert late.max() < 0.021
-    # Only the second chunk is late: it is one frame longer than the first, which the viewer began to watch at once.
-    assert "stalls: 1 (0.08 s)" in capsys.readouterr().out
-
-
-def test_a_slow_student_stalls(inputs, noted, capsys):
-    """The first chunk can be drawn when 0.26 s were spoken; each takes 0.5 s and lasts 0.24 s, then 0.32 s."""
-    noted.cost = staticmethod(lambda index: 0.5)
-    film(inputs, "--realtime")
-    assert [now for now, _ in noted.drawn] == pytest.approx([0.26 + 0.5 * (k + 1) for k in range(7)])
-    assert f"stalls: 6 ({0.26 + 5 * 0.18:.2f} s)" in capsys.readouterr().out
-
-
-def test_realtime_draws_two_chunks_ahead_at_most(inputs, noted, capsys):
-    film(inputs, "--realtime", "--push-ms", "5000")
-    times = [now for now, _ in noted.drawn]
-    assert times[:2] == pytest.approx([NUM_SAMPLES / RATE] * 2, abs=1e-4)
-    for index in range(2, 7):
-        last = times[0] + float((2 + 4 * (index - 2)) / FPS)  # the last frame of the chunk before the last is shown
-        assert last - 1e-4 < times[index] < last + float(1 / FPS) + 1e-4
-    assert "stalls: 0 (0.00 s)" in capsys.readouterr().out
 
 
 def test_bad_inputs_are_told_before_the_student_loads(inputs, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ from tests.support import processes
 SMALL = """\
 overrides: [preset=smoke, threads=1, data.text_steps=1, teacher.train.num_steps=1, trajectories.num_pairs=4,
   trajectories.num_steps=3, init.train.num_steps=1, distill.train.num_steps=1, distill.method.fake_updates=1,
-  distill.method.warmup=0, distill.train.batch_size=4, eval.num_seeds=1, eval.probe_steps=2]
+  distill.method.warmup=0, distill.train.batch_size=4, eval.num_seeds=1, eval.probe_steps=2,
+  eval.num_reference=8, eval.latency_warmup=0, eval.num_samples=1, health.num_conditions=2]
 jobs:
   clean: []
   degraded: ["corruption={blur: 0.06, exposure: 1.0, shift: 0.15, static_text: true}"]

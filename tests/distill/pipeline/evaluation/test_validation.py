@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.pipeline.evaluation import evaluate
+from distill.pipeline.evaluation import systems
 from distill.recipe import TrajectoriesConfig
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance
@@ -32,15 +32,15 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
     artifacts, seen = some_artifacts(), {}
     spec = artifacts.spec
     monkeypatch.setattr(
-        evaluate, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
+        systems, "teacher_clips", lambda _, __, noise, *___: seen.setdefault("teacher", []).append(noise)
     )
     monkeypatch.setattr(
-        evaluate, "student_clips", lambda _, __, noise, *___: seen.setdefault("student", []).append(noise)
+        systems, "student_clips", lambda _, __, noise, *___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
-    systems = evaluate.systems(artifacts, {"student": artifacts.student("distill")}, 2)
-    for name in (evaluate.SAME_NOISE, "teacher", "student"):
-        systems[name](conditions, None, 5, "test", 1)
+    found = systems.systems(artifacts, {"student": artifacts.student("distill")}, 2)
+    for name in (systems.SAME_NOISE, "teacher", "student"):
+        found[name](conditions, None, 5, "test", 1)
     same, own = seen["teacher"]
     noise, n = seen["student"][0], spec.chunk_frames
     assert same.shape == own.shape
@@ -78,7 +78,7 @@ def test_one_student_is_held_while_clips_are_generated():
             return nn.Linear(1, 1)
 
     artifacts: Any = Finished()
-    students = evaluate.LastStudent(artifacts)
+    students = systems.LastStudent(artifacts)
     assert [name in students for name in ("student", "teacher")] == [True, False]
     assert not loaded
     first = weakref.ref(students["zero_shot"])

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from distill.pipeline import stages
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from distill.training.lifecycle import watch
 from teachers.errors import UserError
 from tests.support.processes import start_ranks

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from eval.metrics.psnr import FramePairs, frame_pairs
+from eval.metrics.pairs.psnr import FramePairs, frame_pairs
 from teachers.errors import UserError
 
 LEAST_SIDE = 12  # the window of 11 pixels must fit

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics.frechet import (
+from eval.frechet import (
     Moments,
     difference_with_error,
     floor_of,

@@ -5,8 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from eval.metrics.fid import FrameDistance
-from eval.metrics.frechet import kid_without_each
+from eval.frechet import kid_without_each
+from eval.metrics.distances.fid import FrameDistance
 
 
 @dataclass(frozen=True, kw_only=True)

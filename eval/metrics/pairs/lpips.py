@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from eval.metrics.psnr import FramePairs
+from eval.metrics.pairs.psnr import FramePairs
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from eval.metric import Clip, Features, Metric, Score, stacked
-from eval.metrics.frechet import (
+from eval.frechet import (
     Moments,
     difference_with_error,
     floor_of,
@@ -16,6 +15,7 @@ from eval.metrics.frechet import (
     frechet_without_each,
     with_error,
 )
+from eval.metric import Clip, Features, Metric, Score, stacked
 
 
 class Distance(Metric):

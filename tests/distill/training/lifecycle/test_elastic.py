@@ -15,7 +15,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distill.data.order import batch_rows
 from distill.methods import Batch
 from distill.training import checkpoint
-from distill.training.engine import Engine, EngineConfig
+from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 from distill.training.loop import Trainer, train
 from distill.training.metrics_log import MetricsLog
 from teachers.files import load_tensors, save_tensors

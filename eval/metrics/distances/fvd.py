@@ -5,9 +5,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from eval.frechet import Moments, frechet_distance, frechet_without_each
 from eval.metric import Clip
-from eval.metrics.fid import Distance, check_resize
-from eval.metrics.frechet import Moments, frechet_distance, frechet_without_each
+from eval.metrics.distances.fid import Distance, check_resize
 from eval.networks.i3d import MIN_FRAMES
 from teachers.errors import UserError
 

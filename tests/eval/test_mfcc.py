@@ -7,7 +7,7 @@ import pytest
 import scipy.fft
 import torch
 
-from eval.metrics.mfcc import mfcc, to_int16
+from eval.mfcc import mfcc, to_int16
 from teachers.errors import UserError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eval.metrics.psnr import PSNR
-from eval.metrics.ssim import SSIM
+from eval.metrics.pairs.psnr import PSNR
+from eval.metrics.pairs.ssim import SSIM
 from eval.networks import lpips as lpips_network
 from eval.networks.lpips import Lpips
 from eval.networks.weights import REGISTRY

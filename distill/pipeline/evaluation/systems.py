@@ -1,0 +1,129 @@
+"""The systems of the report: how each generates clips of given conditions; all their clips, in the stage's folder."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.evaluation import clip_sets
+from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_noise, student_clips, teacher_clips
+from students.student import Student
+from teachers import flow
+from teachers.files import load_tensors, save_tensors
+
+SAME_NOISE = "teacher_same_noise"
+Generate = Callable[..., Tensor]  # (conditions, rows of them or None, seed and other keys of the noise) -> x0
+
+
+class LastStudent(Mapping[str, Student]):
+    """The students of the report: zero-shot, after initialisation, after distillation. No more than the one that was last asked for
+    is held."""
+
+    def __init__(self, artifacts: Artifacts):
+        self.artifacts, self.last = artifacts, ("", cast(Student, None))
+        self.stages = {"zero_shot": artifacts.recipe.zero_shot_stage, "init": "init", "student": "distill"}
+
+    def __getitem__(self, name: str) -> Student:
+        if self.last[0] != name:
+            self.last = ("", cast(Student, None))
+            self.last = (name, self.artifacts.finished_student(self.stages[name]))
+        return self.last[1]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stages  # without loading it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stages)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+
+def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
+    """The systems of the report: how each generates x0 for rows of conditions, `batch` at a time. A student with a network of
+    its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
+    """
+    recipe, spec, guidance = artifacts.recipe, artifacts.spec, artifacts.recipe.trajectories.guidance
+    grid = flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift)
+
+    def teacher(conditions: Rows, rows: Tensor | None, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
+        noise = clip_noise(spec, conditions.num_rows, *keys)
+        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
+
+    def same_noise(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
+        start = stream_noise(spec, conditions.num_rows, *keys)
+        noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
+        return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
+
+    def own_teacher(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
+        noise = stream_noise(spec, conditions.num_rows, *keys)
+        return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch, rows)
+
+    def student(conditions: Rows, rows: Tensor | None, *keys: Any, name: str) -> Tensor:
+        return student_clips(students[name], conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
+
+    found = (
+        {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
+        | ({"ar_teacher": own_teacher} if recipe.has_custom_network else {})
+        | {name: partial(student, name=name) for name in students}
+    )
+    return {name: in_precision(artifacts, generate) for name, generate in found.items()}
+
+
+def in_precision(artifacts: Artifacts, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the engine's autocast: what is compared is computed, and timed, in one precision."""
+
+    def run(*words: Any, **named: Any) -> Any:
+        with artifacts.engine.autocast():
+            return function(*words, **named)
+
+    return run
+
+
+def generate_all(
+    artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Rows, int]]
+) -> None:
+    """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
+    ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on."""
+    config, engine, batch = (
+        artifacts.recipe.eval,
+        artifacts.engine,
+        clip_sets.generated_at_once(artifacts.recipe, artifacts.spec),
+    )
+    jobs = [
+        (system, generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
+        for system, generate in systems(artifacts, students, batch).items()
+        for name, (conditions, seeds) in sets.items()
+        for seed in range(seeds)
+        if system != SAME_NOISE or (name == "test" and seed == 0)
+        for rows in torch.arange(conditions.num_rows).split(batch)
+    ]
+    (folder / "clips").mkdir(exist_ok=True)
+    mine = [jobs[i] for i in engine.missing([job[-1] for job in jobs])]
+    bar, last = tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0), ""
+    for system, generate, conditions, rows, keys, file in bar:
+        if system in students and system != last:
+            artifacts.release(())
+        last = system
+        x0 = generate(conditions, rows, config.condition_seed, *keys)
+        if engine.is_group_main:
+            video = artifacts.encoders.decode(x0)
+            shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0
+            save_tensors(file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
+    engine.barrier()
+
+
+def clips_file(folder: Path, name: str, system: str, seed: int, start: int) -> Path:
+    """Where a system's clips uint8 [n, 3, T, H, W] of one set and noise seed lie, from row `start` on."""
+    return folder / "clips" / f"{name}-{system}-{seed}-{start:06d}.safetensors"
+
+
+def generated(folder: Path, name: str, system: str, seed: int, what: str = "video") -> Tensor:
+    """The clips of a set that `generate_all` stored at the scored size; or `samples`, at their own."""
+    files = sorted((folder / "clips").glob(f"{name}-{system}-{seed}-*.safetensors"))
+    return torch.cat([load_tensors(file)[what] for file in files])

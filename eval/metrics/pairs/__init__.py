@@ -1,0 +1,1 @@
+"""Metrics that compare each clip with another one, frame by frame."""
