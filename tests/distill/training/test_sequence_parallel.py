@@ -116,13 +116,15 @@ def gradients(engine: Any, name: str) -> dict[str, Tensor]:
 
 
 def talkers(engine: Any, name: str) -> dict[str, Tensor]:
-    """A masked forward, its gradients and a stream of students whose tokens belong to speakers (of one or two), or to the face."""
+    """A masked forward, its gradients and a stream of students whose tokens belong to speakers (of one or two), or to the face. In
+    fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process already."""
     if name == "face":
         student, (x, given, _) = echomimic.a_student(History(sinks=1, window=1)), echomimic.inputs(6, extra=10)
         clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
     else:
         student, (given, x, clean, sigma) = a_talk_student(int(name), sinks=1, window=1), talk_inputs(int(name))
-    student = engine.split(student).requires_grad_(True)
+    student, given = engine.split(student).double().requires_grad_(True), given.to(torch.float64)
+    x, clean, sigma = x.double(), clean.double(), sigma.double()
     out = student.denoise_clip(x, sigma, given, clean)
     (out * randn(*out.shape, seed=9)).sum().backward()
     found = {key: p.grad for key, p in student.named_parameters() if p.grad is not None}
@@ -219,13 +221,10 @@ def test_losses_and_gradients_are_those_of_one_process(launched, name):
 
 @pytest.mark.parametrize("name", TALKERS)
 def test_speakers_and_faces_are_shared_with_their_tokens(launched, name):
-    """Gradients that are zero but for rounding (of the bias of keys, which softmax takes out) are left out."""
     expected = talkers(Ranks(), name)
+    assert {"out", "chunk 0", "chunk 2"} < set(expected)
     far = apart(launched, f"talk {name}", expected)
-    real = {key for key, x in expected.items() if float(x.norm()) > 1e-4}
-    assert {"out", "chunk 0", "chunk 2"} <= real
-    assert len(real) > 0.8 * len(expected)
-    assert {key: far[key] for key in real if not far[key] < 1e-5} == {}
+    assert {key: distance for key, distance in far.items() if not distance < 1e-5} == {}
 
 
 def test_streams_are_those_of_one_process_with_half_of_the_heads(launched):
