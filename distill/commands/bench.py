@@ -164,7 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the numbers and return 0. Raises UserError in one line."""
     _check_options(args)
-    device, speed = devices.choose(args)
+    ranks = devices.share(args)
+    device, speed = devices.choose(args, "student" if ranks is None or ranks.is_main else "")
     sound = None if args.audio is None else media.read_audio(args.audio, speech.SAMPLE_RATE)
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or threads)
@@ -175,11 +176,15 @@ def run(args: argparse.Namespace) -> int:
             left_out = ["audio encoder", "text encoder"]
         else:
             bundle, name, left_out = load_student(args.student), str(args.student), []
+        bundle = bundle if ranks is None else devices.split(bundle, ranks)
         scene = make_scene(bundle.spec, args.chunks, sound)
         result = bench(bundle, scene, args.chunks, args.rounds, device, speed)
     finally:
         torch.set_num_threads(threads)
-    result = {"student": name, "left_out": left_out, **result, "versions": versions(), "revision": revision()}
+    if ranks is not None and not ranks.is_main:
+        return 0
+    shared = {} if ranks is None else {"ranks": ranks.world_size}
+    result = {"student": name, **shared, "left_out": left_out, **result, "versions": versions(), "revision": revision()}
     atomic_write(args.json, json.dumps(result, indent=1) + "\n")
     sys.stdout.write(table(result))
     return 0
@@ -349,11 +354,12 @@ def table(result: dict[str, Any]) -> str:
         ("with encoders and codec", f"{both(r['network_encoders_codec'])}; {above(r['overhead_all'])}"),
     ]
     left_out = f"not included: {', '.join(r['left_out'])}\n" if r["left_out"] else ""
+    ranks = f" x {r['ranks']} that share a stream, FLOPs of one" if "ranks" in r else ""
     width = max(len(name) for name, _ in rows)
     return (
         f"{r['student']}: {r['width']}x{r['height']} at {r['frame_rate']:g} fps, chunks of {r['chunk_frames']} frames, "
         f"{r['nfe_per_chunk']} network evaluations a chunk\n"
-        f"{r['device']}, {r['threads']} threads, {r['dtype']}, compile {r['compile']}, attention {r['attention']}, "
+        f"{r['device']}{ranks}, {r['threads']} threads, {r['dtype']}, compile {r['compile']}, attention {r['attention']}, "
         f"quantize {r['quantize']}, "
         f"{r['rounds']} rounds of {r['chunks']} chunks: median (min .. max)\n{left_out}"
         + "".join(f"{name:<{width}}  {value}\n" for name, value in rows)

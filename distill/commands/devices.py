@@ -1,8 +1,13 @@
 """Where a student runs and how fast: the options of every command that has one, and what they ask for."""
 
 import argparse
+import atexit
+import math
+import os
 import platform
+import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,8 +15,11 @@ import torch
 
 from students.serving import optimize
 from students.serving.optimize import DTYPES, Speed, usable
+from teachers.errors import UserError
 
 if TYPE_CHECKING:
+    from distill.training.engine import Engine
+    from students.serving.shared import Shared
     from students.weights.checkpoint import Bundle
 
 
@@ -46,12 +54,70 @@ def choose(args: argparse.Namespace, what: str = "student") -> tuple[torch.devic
 
 
 def load(folder: Path, args: argparse.Namespace) -> "Bundle":
-    """The student of a folder where the options ask for it."""
+    """The student of a folder where the options ask for it. Of several processes rank 0 alone returns: the others share the
+    tokens of its streams until it ends, and then exit."""
     from students.weights.checkpoint import load_student
 
-    usable(args.device)
-    bundle = load_student(folder)
-    return optimize.prepare(bundle, *choose(args))
+    ranks = share(args)
+    if ranks is None:
+        usable(args.device)
+        bundle = load_student(folder)
+        return optimize.prepare(bundle, *choose(args))
+    from students.serving.shared import Shared, follow
+
+    bundle = split(optimize.prepare(load_student(folder), *choose(args, "student" if ranks.is_main else "")), ranks)
+    bundle = replace(bundle, shared=Shared(ranks.sequence))
+    if ranks.is_main:
+        _SHARED.append(bundle.shared)
+        return bundle
+    for number in (signal.SIGINT, signal.SIGTERM):  # rank 0 ends what is shared, or is lost, and the watch ends it
+        signal.signal(number, signal.SIG_IGN)
+    follow(bundle)
+    leave()
+    raise SystemExit(0)
+
+
+_RANKS: list["Engine"] = []
+_SHARED: list["Shared"] = []
+
+
+def share(args: argparse.Namespace) -> "Engine | None":
+    """The processes that a launcher (torchrun, accelerate, srun) has started, which share the tokens of a stream; None where this
+    one is alone. `args.device` becomes this rank's. UserError for options that cannot be shared."""
+    from distill.training.engine import Engine, EngineConfig, requested_processes
+
+    world = requested_processes(os.environ)
+    if world == 1 or _RANKS:
+        return next(iter(_RANKS), None)
+    for name, default in (("device", None), ("compile", "none")):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name}: {world} processes share a stream, one on each GPU, uncompiled; remove it")
+    ranks = Engine(EngineConfig(precision="fp32", sequence_parallel=world))
+    _RANKS.append(ranks)
+    atexit.register(leave)
+    args.device = str(ranks.device)
+    return ranks
+
+
+def split(bundle: "Bundle", ranks: "Engine") -> "Bundle":
+    """The bundle, whose network takes this rank's part of the tokens; UserError where it cannot."""
+    kind = bundle.spec.network
+    kind.check_sequence(ranks.world_size, math.prod(side // kind.patch for side in bundle.spec.latent_size[1:]))
+    ranks.split(bundle.student)
+    return bundle
+
+
+def leave() -> None:
+    """Let go of the other processes, where there are any: rank 0 ends what they share, and all leave together. After a call that
+    has failed halfway nobody waits for another."""
+    atexit.unregister(leave)
+    failed = any(shared.broken for shared in _SHARED)
+    for shared in _SHARED if not failed else ():
+        shared.end()
+    for ranks in _RANKS:
+        ranks.close(failed)
+    _SHARED.clear()
+    _RANKS.clear()
 
 
 def device_name(device: torch.device) -> str:

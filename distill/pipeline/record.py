@@ -21,8 +21,8 @@ __all__ = ["SUMS", "sealed"]
 FILE, STARTED = "fingerprint.json", "started.json"
 TOP = "../../"
 """Before the name of a file at the top of the run."""
-OTHERS = (FILE, STARTED, f"{SUMS}.*", "tracked.json", "checkpoint-*/*", ".*", "*/.*")
-"""What is no artifact of a stage; checkpoints have digests of their own."""
+OTHERS = (FILE, STARTED, f"{SUMS}.*", "tracked.json", "checkpoint-*/*", "best-*/*", ".*", "*/.*")
+"""What is no artifact of a stage; checkpoints and best weights have digests of their own."""
 
 
 class Fault(NamedTuple):

@@ -149,9 +149,9 @@ class RunFolder:
 
         `body(stage_dir)` resumes from what it left in `stage_dir` itself; leftovers of another fingerprint are deleted
         before. Files that it makes at the top of the run match one of `beside`. fingerprint.json is written last;
-        checkpoints are deleted then. Its seconds add up over resumes, a killed start counting until the last file that it wrote.
-        Every rank calls this; what is done is rank 0's to say, for on a network disk others may for a while not see what it has
-        written. UserError for a damaged file of a done stage.
+        checkpoints and best weights are deleted then. Its seconds add up over resumes, a killed start counting until the last
+        file that it wrote. Every rank calls this; what is done is rank 0's to say, for on a network disk others may for a while
+        not see what it has written. UserError for a damaged file of a done stage.
         """
         folder, ranks = self.stage_dir(name), self.ranks
         self._done.pop(name, None)
@@ -264,8 +264,8 @@ class RunFolder:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a finished stage: only an unfinished one goes on from them."""
-    for left in folder.glob("checkpoint-*"):
+    """Delete the checkpoints and best weights of a finished stage: only an unfinished one goes on from them."""
+    for left in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
         remove_folder(left)
 
 

@@ -25,7 +25,7 @@ from distill.pipeline.evaluation.health import HealthCheck, readiness
 from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
-from distill.training import checkpoint, lora
+from distill.training import lora
 from distill.training.loop import Trainer, train
 from students.serving.optimize import compile_blocks, set_attention
 from teachers.checkpoints.strict import check_finite
@@ -154,15 +154,14 @@ def _make_fast(artifacts: Artifacts, roles: Mapping[str, Any]) -> None:
 
 def _save_averaged(trainer: Trainer, folder: Path) -> None:
     """model.safetensors, by rank 0; UserError on every rank for weights that are not finite or cannot be written."""
-    state, path = trainer.averaged(), folder / "model.safetensors"
+    path = folder / "model.safetensors"
 
-    def write() -> None:
-        chosen = state if trainer.best is None else trainer.load_best()
-        named = {lora.stored_name(k.removeprefix("net.")): v for k, v in chosen.items()}
+    def write(state: Mapping[str, Tensor]) -> None:
+        named = {lora.stored_name(k.removeprefix("net.")): v for k, v in state.items()}
         check_finite(named, folder, "train it again with a lower learning rate")
         save_tensors(path, named)
 
-    checkpoint.on_main(trainer.engine, path, write)
+    trainer.hand_on(path, write)
 
 
 def check_health(artifacts: Artifacts, slot: str, folder: Path) -> dict[str, Any]:

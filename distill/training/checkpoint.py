@@ -2,7 +2,8 @@
 
 A tensor lies flattened in pieces, one in each file of a rank that stores some of it; index.json has their places and manifest.json
 the digests of all files. So a rank writes no more than its rows and reads no more than those that it asks for, whatever ranks wrote
-them. `checkpoint-<step>` is renamed into place by rank 0 when everything is on the disk: what has that name is complete.
+them. `checkpoint-<step>` is renamed into place by rank 0 when everything is on the disk: what has that name is complete. The
+weights of the best validation are `best-<step>`, in the same form.
 """
 
 import functools
@@ -10,6 +11,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,87 +28,112 @@ from teachers.machine import free_host_bytes
 
 FORMAT = 2
 MANIFEST, INDEX = "manifest.json", "index.json"
-HINT = "; delete its folder, and the run resumes from the checkpoint before"
+CHECKPOINT, BEST = "checkpoint", "best"
+"""What is stored: everything that resume needs, and the averaged weights of the best validation."""
+HINT = "delete its folder, and the run resumes from the checkpoint before"
 FILE_BYTES = 2**31
 """Size at which a file is closed."""
 OPEN_FILES = 256
+POLL_SECONDS = 1.0
 Place = tuple[int, int, str]
 """Start and count of a piece's elements in its flattened tensor, and the file."""
 
 
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
+def saved(folder: Path, kind: str = CHECKPOINT) -> list[Path]:
+    """The checkpoints, or the `BEST` weights, in a stage's folder, oldest first."""
+    return sorted(path for path in folder.glob(f"{kind}-*") if (path / MANIFEST).is_file())
+
+
+def best_in(folder: Path, best: Mapping[str, Any]) -> Path:
+    """Where the weights of the best validation are, those of best["step"]."""
+    return folder / f"{BEST}-{best['step']:08.0f}"
+
+
+@dataclass
+class Job:
+    """A folder that all ranks write, and rank 0 then puts in its place: `work` is this rank's part, None where it has none."""
+
+    target: Path
+    work: Future | None
+    commit: Callable[[], None] | None = None  # what rank 0 has still to do
+
+    @property
+    def staging(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.tmp")
 
 
 class Writer:
-    """The checkpoints of a stage; every rank calls every method, in the same order.
+    """The checkpoints of a stage and its best weights; every rank calls every method, in the same order.
 
     `begin` copies this rank's pieces to the host's memory and returns; a thread writes them. Where the copy would take more than
     half of the memory that is free, it waits for the disk instead, with a file of tensors in memory at a time. `any_rank`, which
-    training calls between micro-steps, also finds out when all ranks have written; then rank 0's thread puts the checkpoint in its
-    place and deletes all but the last `keep`. UserError on every rank where one cannot write.
+    training calls between micro-steps, also finds out when all ranks have written; then a thread of rank 0 puts the folder in its
+    place and deletes all but the last `keep` checkpoints. UserError on every rank where one cannot write.
     """
 
     def __init__(self, folder: Path, engine, keep: int):
         self.folder, self.engine, self.keep = folder, engine, keep
-        self._threads = ThreadPoolExecutor(1, "checkpoint")
-        self._work: Future | None = None  # of this rank, not looked at yet
-        self._then: Callable[[], None] | None = None  # rank 0's, when all ranks have written
-        self._target: Path | None = None  # what is being written
+        self._writing, self._placing = (ThreadPoolExecutor(1, name) for name in ("write", "place"))
+        self._jobs: list[Job] = []  # begun, in order; the first is looked after
 
-    def begin(self, step: int, part: int, facts: Callable[[], Mapping[str, Any]], pieces: Iterable[Piece]) -> None:
-        """Write `pieces`, this rank's, and facts() as the checkpoint of `step`, or of `part` updates after it, once the one before
-        is on the disk; nothing where it is there already."""
-        self.finish()
-        target = self.folder / (f"checkpoint-{step:08d}" + (f"-{part:02d}" if part else ""))
-        if any_rank(self.engine, self.engine.is_main and target in saved(self.folder)):
+    def begin(self, name: str, metadata: Mapping[str, Any], pieces: Iterable[Piece]) -> None:
+        """Write `pieces`, this rank's, and the metadata as the folder `name`, once the one before of its kind (what the name begins
+        with) is on the disk; nothing where it is there already."""
+        kind, target = name.partition("-")[0], self.folder / name
+        while any(job.target.name.startswith(f"{kind}-") for job in self._jobs):
+            self._poll()
+        if any_rank(self.engine, self.engine.is_main and target in saved(self.folder, kind)):
             return
-        staging, rank = target.with_name(f".{target.name}.tmp"), self.engine.rank
-        on_main(self.engine, target, lambda: _new_folder(staging))
+        job = Job(target, None)
+        on_main(self.engine, target, lambda: _new_folder(job.staging))
         own = list(pieces)  # views
         files, beside = _files(own), sum(piece.values.nbytes for piece in own) <= free_host_bytes() / 2
         files = iter(list(files)) if beside else files
-        self._target, world = target, self.engine.world_size
-        self._then = lambda: _commit(staging, target, {"step": step, **facts()}, world, self.keep)
-        self._work = self._threads.submit(_write, staging, rank, files)
+        world, keep = self.engine.world_size, self.keep
+        job.commit = lambda: _commit(job.staging, target, metadata, world, keep)
+        job.work = self._writing.submit(_write, job.staging, self.engine.rank, files)
+        self._jobs.append(job)
         if not beside:
-            wait([self._work])
+            wait([job.work])
+
+    def write(self, path: Path, work: Callable[[], None]) -> None:
+        """work(), which writes `path`, by a thread of rank 0; waits until that and all that was begun is on the disk."""
+        self._jobs.append(Job(path, self._writing.submit(work) if self.engine.is_main else None))
+        self.finish()
 
     def any_rank(self, flag: bool = False) -> bool:
         """Whether any rank's flag is set. UserError where a rank could not write."""
-        if self._target is None:
+        if not self._jobs:
             return any_rank(self.engine, flag)
-        writing = self._work is not None and not self._work.done()
-        error = self._work.exception() if self._work is not None and not writing else None
+        job = self._jobs[0]
+        writing = job.work is not None and not job.work.done()
+        error = job.work.exception() if job.work is not None and not writing else None
         flag, writing, failed = any_ranks(self.engine, flag, writing, error is not None)
         if failed:
             self._fail(error)
-        if not writing:
-            self._next()
+        if not writing and job.commit is None:
+            self._jobs.pop(0)
+        elif not writing:
+            job.work, job.commit = self._placing.submit(job.commit) if self.engine.is_main else None, None
         return flag
 
     def finish(self) -> None:
         """Wait until what was begun is on the disk."""
-        while self._target is not None:
-            if self._work is not None:
-                wait([self._work])
-            self.any_rank()
+        while self._jobs:
+            self._poll()
 
-    def _next(self) -> None:
-        """All ranks have written, or rank 0 has put it in its place."""
-        self._work, then, self._then = None, self._then, None
-        if then is None:
-            self._target = None
-        elif self.engine.is_main:
-            self._work = self._threads.submit(then)
+    def _poll(self) -> None:
+        """Look after what was begun; no rank is in a collective for much longer than a second, however long the disk takes."""
+        if (work := self._jobs[0].work) is not None:
+            wait([work], POLL_SECONDS)
+        self.any_rank()
 
     def _fail(self, error: BaseException | None) -> None:
-        target, self._target, self._work, self._then = self._target, None, None, None
-        assert target is not None
-        if self.engine.is_main:
-            shutil.rmtree(target.with_name(f".{target.name}.tmp"), ignore_errors=True)
-        raise _problem(target, error)
+        jobs, self._jobs = self._jobs, []
+        wait([job.work for job in jobs if job.work is not None])
+        for job in jobs if self.engine.is_main else ():
+            shutil.rmtree(job.staging, ignore_errors=True)
+        raise _problem(jobs[0].target, error)
 
 
 def _problem(path: Path, error: BaseException | None) -> BaseException:
@@ -147,8 +175,7 @@ def any_ranks(engine, *flags: bool) -> list[bool]:
 
 def _new_folder(staging: Path) -> None:
     make_folder(staging.parent)
-    for stale in staging.parent.glob(".checkpoint-*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
 
 
@@ -182,7 +209,7 @@ def _write(staging: Path, rank: int, files: Iterator[list[Piece]]) -> None:
 
 
 def _commit(staging: Path, target: Path, metadata: Mapping[str, Any], world: int, keep: int) -> None:
-    """Put what all ranks have written in its place, and delete all but the last `keep` checkpoints."""
+    """Put what all ranks have written in its place, and delete what nothing will go on from."""
     parts = [staging / f"{rank:05d}.json" for rank in range(world)]
     digests, tensors = _merged([json.loads(part.read_bytes()) for part in parts], target)
     atomic_write(staging / INDEX, json.dumps(tensors, separators=(",", ":")))
@@ -194,8 +221,28 @@ def _commit(staging: Path, target: Path, metadata: Mapping[str, Any], world: int
     remove_folder(target)
     staging.rename(target)
     sync_folder(target.parent)
-    for old in saved(target.parent)[:-keep]:
-        remove_folder(old)
+    _prune(target.parent, keep)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, and all best weights but the last and those that a checkpoint names as its
+    best."""
+    for path in saved(folder)[:-keep]:
+        remove_folder(path)
+    named: set[Path] = set(saved(folder, BEST)[-1:])
+    for path in saved(folder):
+        with suppress(UserError):  # a damaged one is nothing to go on from
+            if best := _metadata(path).get("best"):
+                named.add(best_in(folder, best))
+    for path in set(saved(folder, BEST)) - named:
+        remove_folder(path)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete best weights of later steps, which a run that goes on from `step` has still to come to."""
+    for path in saved(folder, BEST):
+        if path > best_in(folder, {"step": step}):
+            remove_folder(path)
 
 
 def _merged(parts: Sequence[Mapping[str, Any]], target: Path) -> tuple[dict[str, Any], dict[str, list]]:
@@ -214,10 +261,10 @@ def _merged(parts: Sequence[Mapping[str, Any]], target: Path) -> tuple[dict[str,
     return digests, tensors
 
 
-def _metadata(path: Path) -> dict[str, Any]:
-    metadata = read_sealed(path / MANIFEST, HINT.removeprefix("; "))
+def _metadata(path: Path, hint: str = HINT) -> dict[str, Any]:
+    metadata = read_sealed(path / MANIFEST, hint)
     if metadata is None or metadata["format"] != FORMAT:
-        raise UserError(f"no checkpoint of format {FORMAT}: {path}{HINT}")
+        raise UserError(f"no checkpoint of format {FORMAT}: {path}; {hint}")
     return metadata
 
 
@@ -262,7 +309,7 @@ class Reader:
         return safe_open(self.path / file, framework="pt")
 
     def _damaged(self, file: str, error: Exception) -> UserError:
-        return UserError(f"damaged checkpoint: {self.path / file} ({error}){HINT}")
+        return UserError(f"damaged checkpoint: {self.path / file} ({error}); {HINT}")
 
 
 class StoredRows:
@@ -288,10 +335,10 @@ class StoredRows:
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def verify(path: Path, rank: int = 0, world: int = 1) -> None:
+def verify(path: Path, rank: int = 0, world: int = 1, what: str = "checkpoint", hint: str = HINT) -> None:
     """UserError for the first file of a checkpoint that differs from its digest. Of `world` ranks each reads a share, that which it
     has written itself where they are as many as then."""
-    files = _metadata(path)["files"]
+    files = _metadata(path, hint)["files"]
     own = {name: file for name, file in files.items() if (int(name[:5]) if name[:5].isdigit() else 0) % world == rank}
     for name, words in faults(path, own):
-        raise UserError(f"damaged checkpoint: {path / name} {words}{HINT}")
+        raise UserError(f"damaged {what}: {path / name} {words}; {hint}")

@@ -56,9 +56,6 @@ class DDPRole:
             elif what in self.optimizer.state[p]:
                 yield Piece.whole(name, self.optimizer.state[p][what])
 
-    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        return iter(parts.items())
-
     def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
         for name, value in ((name, whole(rows)) for name, rows in full.items()):
             p = self.params[name]

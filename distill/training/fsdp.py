@@ -187,17 +187,6 @@ class FSDP2Role:
             elif _is_first(p) and (rows := local(value)).numel():
                 yield Piece(name, p.shape, own_rows(p).start * p.shape[1:].numel(), rows.flatten())
 
-    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self._full(parts[name], p)) for name, p in self.params.items())
-
-    def _full(self, part: Tensor, like: Tensor) -> Tensor:
-        if not isinstance(like, DTensor):
-            return part
-        mesh: DeviceMesh = like.device_mesh
-        part = part.to(self.engine.device)
-        full = DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
-        return full.full_tensor()
-
     def load_full_state(self, what: str, full: Mapping[str, Rows], parts: Mapping[str, Tensor] | None = None) -> None:
         for name, value in full.items():
             p = self.params[name]

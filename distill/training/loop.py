@@ -27,12 +27,7 @@ from distill.training.lifecycle.signals import terminations
 from distill.training.metrics_log import MetricsLog
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
 from teachers.checkpoints.strict import is_finite
-from teachers.disk.digests import Recorder, recording, sha256
 from teachers.errors import UserError
-from teachers.files import load_tensors, save_tensors
-
-BEST = "best.safetensors"
-"""The averaged weights of the best validation, in the stage's folder."""
 
 
 class EMA:
@@ -84,13 +79,12 @@ class Trainer:
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
         self.best: dict[str, float] | None = None
-        self._best: Recorder | str = ""  # digest of the file BEST, or what works it out; rank 0 knows it
         self.step = 0
 
     def save(self) -> None:
         """Begin to write everything that resume needs, whole or not at all; every rank calls it. See `checkpoint.Writer`."""
-        best = self._best
         facts = {
+            "step": self.step,
             "rows": self.position * self.config.batch_size * self.engine.data_ranks,
             "updates": self.updates,
             "roles_done": self.roles_done,
@@ -99,28 +93,40 @@ class Trainer:
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
-        facts = json.loads(json.dumps(facts))  # as they are now
-        self.writer.begin(
-            self.step, self.roles_done, lambda: {**facts, "best_digest": _best_digest(best)}, self.pieces()
-        )
+        name = f"{checkpoint.CHECKPOINT}-{self.step:08d}" + (f"-{self.roles_done:02d}" if self.roles_done else "")
+        self.writer.begin(name, json.loads(json.dumps(facts)), self.pieces())  # as they are now
+
+    def save_best(self) -> None:
+        """Begin to write the averaged weights, as those of the validation `best`; every rank calls it."""
+        assert self.best is not None
+        self.writer.begin(checkpoint.best_in(self.folder, self.best).name, {}, self._average())
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank stores of everything that resume needs."""
         for role, held in self.held.items():
             for what in (WEIGHT, *MOMENTS, COUNT):
                 yield from (own._replace(name=f"{role}/{what}/{own.name}") for own in held.pieces(what))
-            buffers = _buffers(self.roles[role]) if self.engine.is_main else {}
-            yield from (Piece.whole(f"{role}/buffer/{name}", x) for name, x in buffers.items())
+            if role != self.average:
+                yield from self._buffers(role)
+        yield from self._average()
+
+    def _average(self) -> Iterator[Piece]:
+        """Of what this rank stores, the averaged role as it is handed on: `averaged` reads it."""
         shadow = self.held[self.average].pieces(WEIGHT, self.ema.shadow)
         yield from (own._replace(name=f"ema/{own.name}") for own in shadow)
+        yield from self._buffers(self.average)
+
+    def _buffers(self, role: str) -> Iterator[Piece]:
+        buffers = _buffers(self.roles[role]) if self.engine.is_main else {}
+        yield from (Piece.whole(f"{role}/buffer/{name}", x) for name, x in buffers.items())
 
     def load(self) -> bool:
         """Resume from the stage's newest checkpoint if there is one, whichever engine and number of processes wrote it."""
         found = checkpoint.saved(self.folder)
         if not found:
+            checkpoint.on_main(self.engine, self.folder, lambda: checkpoint.forget_after(self.folder, 0))
             return False
-        rank, world = self.engine.rank, self.engine.world_size
-        checkpoint.on_all(self.engine, found[-1], lambda: checkpoint.verify(found[-1], rank, world))
+        self._verify(found[-1])
         reader = checkpoint.Reader(found[-1])
         facts, together = reader.metadata, self.config.batch_size * self.engine.data_ranks
         if facts["rows"] % together:
@@ -129,7 +135,7 @@ class Trainer:
                 f"{self.config.batch_size} never reach; use another number of processes"
             )
         self.step, self.position = facts["step"], facts["rows"] // together
-        self.updates, self.best, self._best = facts["updates"], facts["best"], facts["best_digest"]
+        self.updates, self.best = facts["updates"], facts["best"]
         self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
@@ -142,32 +148,29 @@ class Trainer:
                 buffer.copy_(reader.tensors(f"{role}/buffer/{name}")[""])
         for name, whole in reader.stream("ema/"):
             self.held[self.average].load_full_state(WEIGHT, {name: whole}, self.ema.shadow)
+        checkpoint.on_main(self.engine, self.folder, lambda: checkpoint.forget_after(self.folder, self.step))
         return True
 
+    def _verify(self, path: Path, *words: str) -> None:
+        """Each rank compares its share of the files with their digests; UserError on every rank where one differs."""
+        rank, world = self.engine.rank, self.engine.world_size
+        checkpoint.on_all(self.engine, path, lambda: checkpoint.verify(path, rank, world, *words))
+
     def averaged(self) -> dict[str, Tensor]:
-        """The averaged role's state dict with its averaged weights, whole, on the CPU of rank 0; every rank calls it, the others
-        get none."""
-        shadow, is_main = self.held[self.average].full(self.ema.shadow), self.engine.is_main
-        # every rank has to go through the shadow
-        state = {name: x.detach().to("cpu", copy=True) for name, x in shadow if is_main}
-        return state | {name: x.cpu() for name, x in _buffers(self.roles[self.average]).items() if is_main}
+        """The averaged role's state dict as it is handed on, from the disk: that of the best validation, without one that of the
+        last checkpoint. Any rank may call it alone."""
+        best = self.best
+        path = checkpoint.best_in(self.folder, best) if best else checkpoint.saved(self.folder)[-1]
+        reader = checkpoint.Reader(path)
+        return reader.tensors("ema/") | reader.tensors(f"{self.average}/buffer/")
 
-    def save_best(self) -> None:
-        """best.safetensors: what `averaged` returns; every rank calls it."""
-        state, path = self.averaged(), self.folder / BEST
-
-        def write() -> None:
-            with recording(self.folder) as self._best:
-                save_tensors(path, state)
-
-        checkpoint.on_main(self.engine, path, write)
-
-    def load_best(self) -> dict[str, Tensor]:
-        """What `save_best` wrote last, on rank 0; UserError where the file is lost or another."""
-        path = self.folder / BEST
-        if not path.is_file() or sha256(path) != _best_digest(self._best):
-            raise UserError(f"damaged weights: {path} is not what was written; delete {self.folder} and run again")
-        return load_tensors(path)
+    def hand_on(self, path: Path, work: Callable[[dict[str, Tensor]], None]) -> None:
+        """work(averaged()), which writes `path`, by a thread of rank 0. All ranks wait, in no collective for long; UserError on
+        each for weights that are damaged or cannot be written."""
+        if self.best:
+            hint = f"delete {self.folder} and run again"
+            self._verify(checkpoint.best_in(self.folder, self.best), "weights", hint)
+        self.writer.write(path, lambda: work(self.averaged()))
 
     def advance(
         self,
@@ -291,10 +294,6 @@ def _adamw(config: OptimizerConfig, params) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
-def _best_digest(best: Recorder | str) -> str:
-    return best if isinstance(best, str) else best.wait()[BEST][1]
-
-
 def _buffers(net: nn.Module) -> dict[str, Tensor]:
     """What a network stores beside its parameters."""
     return {
@@ -325,10 +324,9 @@ def train(
     """Run `method` to config.num_steps, from the newest checkpoint if there is one. The average is in trainer.ema.
 
     validate() sees the averaged weights loaded into the averaged role and returns numbers with a "score" (lower is better);
-    the best weights stay in folder/best.safetensors; a score that is not finite is none. Where alarm(those numbers) gives a reason
-    to stop, UserError says it, the best and the last checkpoint being older. On SIGTERM or SIGUSR1 the micro-step is finished and
-    the training saved, then SystemExit
-    (128 + the signal) is raised.
+    the best weights stay in folder/best-<step>; a score that is not finite is none. Where alarm(those numbers) gives a reason to
+    stop, UserError says it, the best and the last checkpoint being older. On SIGTERM or SIGUSR1 the micro-step is finished and the
+    training saved, then SystemExit (128 + the signal) is raised.
     """
     config, engine, writer = trainer.config, trainer.engine, trainer.writer
     trainer.load()
@@ -358,6 +356,8 @@ def train(
             if checkpoint.any_rank(engine, done or late or _is_due(config.checkpoint_every, trainer.step)):
                 trainer.save()
                 saved = time.monotonic()
+        if config.num_steps == 0:
+            trainer.save()
         writer.finish()
         if writer.any_rank(bool(received)):  # while the last step ran, or its validation
             _stop(trainer, stage, received)
@@ -405,9 +405,11 @@ def _validate(
     log.write(stage, trainer.step, {x if "/" in x else f"validate/{x}": value for x, value in values.items()})
     reason = alarm(values) if alarm else None
     if reason:
+        trainer.writer.finish()
         kept = "this was the first validation: there are no better weights"
         if trainer.best:
-            kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {trainer.folder / BEST}"
+            path = checkpoint.best_in(trainer.folder, trainer.best)
+            kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {path}"
         raise UserError(f"{stage} collapsed at step {trainer.step}: {reason}; {kept}; health.stop=false goes on")
     if math.isfinite(values["score"]) and (trainer.best is None or values["score"] < trainer.best["score"]):
         trainer.best = {**values, "step": trainer.step}

@@ -88,10 +88,6 @@ class DistributedRole(Protocol):
         """The inverse of `pieces`, from full tensors that every rank passes and of which it reads its own rows."""
         ...
 
-    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of the tensors `parts`, laid out as `named_parameters`."""
-        ...
-
 
 def trained(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""

@@ -122,15 +122,6 @@ class ZeRORole:
             elif (own := self.slices[name]) is not None and own.count and (flat := source[own.flat]) is not None:
                 yield Piece(name, self._shape(p), own.start, flat[own.offset : own.offset + own.count])
 
-    def full(self, parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        own = {piece.name: piece for piece in self.pieces(WEIGHT, parts)}
-        for name, p in self.params.items():
-            whole = torch.zeros(self._shape(p).numel(), dtype=torch.float32, device=self.engine.device)
-            if name in own:
-                whole[own[name].start :][: len(own[name].values)] = own[name].values
-            dist.all_reduce(whole)
-            yield name, whole.view(self._shape(p))
-
     def _shape(self, p: Any) -> torch.Size:
         return p.ds_shape if self.stage == 3 else p.shape
 

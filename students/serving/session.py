@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from threading import RLock
@@ -72,11 +73,12 @@ class Event:
 
 
 def alone(method: Callable[..., Any]) -> Any:
-    """A method of a session that no other thread's is done beside."""
+    """A method of a session that no other thread's is done beside, and that all ranks do which share its stream."""
 
     @wraps(method)
     def locked(self: "Session", *given: Any, **named: Any) -> Any:
-        with self.lock:
+        shared = self.bundle.shared
+        with nullcontext() if shared is None else shared.call(self, method.__name__, given, named), self.lock:
             return method(self, *given, **named)
 
     return locked
@@ -116,7 +118,10 @@ class Session:
         guidance: float | None = None,
         conditions: Mapping[str, Tensor] | None = None,
     ):
-        spec = bundle.spec
+        spec, self.number = bundle.spec, 0
+        if bundle.shared is not None:
+            options = {"lead": lead, "idle": idle, "drop": drop, "timed": timed, "guidance": guidance}
+            bundle.shared.opened(self, (reference, text, seed), {**options, "conditions": conditions})
         check_reference(spec, reference)
         seed = whole("seed", seed, 0)
         lead = None if lead is None else whole("session: lead", lead, 1)
@@ -313,7 +318,10 @@ class Session:
         conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
         clock.append(self._now())
 
-        def decode() -> tuple[Tensor, DecoderState]:
+        def decode() -> tuple[Tensor, DecoderState | None]:
+            if self.bundle.shared is not None and not self.bundle.shared.is_main:
+                first, last = spec.pixel_frames(index)
+                return torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(last - first, -1, -1, -1), None
             pixels, decoder = codec.decode_chunk(x0, point.decoder)
             return to_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 

@@ -32,6 +32,10 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     path = Path(path)
     if how not in ("exact", "light"):
         raise UserError(f"save how={how!r}: exact or light")
+    if session.bundle.shared is not None:
+        raise UserError(
+            "session not saved: several ranks share it, each with its heads of the context; save it in one process"
+        )
     with session.lock:
         _save(session, path, how)
 

@@ -56,8 +56,9 @@ SPEC = "spec.json"
 
 @dataclass(frozen=True)
 class Bundle:
-    """Everything a session needs: the student with its spec, the codec, the audio encoder and the text encoder; and what its
-    training data cover, where that is known."""
+    """Everything a session needs: the student with its spec, the codec, the audio encoder and the text encoder; what its training
+    data cover, where that is known; and the ranks that share its streams, where there are several
+    (`students.serving.shared.Shared`)."""
 
     student: Student
     codec: Codec
@@ -65,6 +66,7 @@ class Bundle:
     text: Text
     coverage: Coverage | None = None
     image_encoder: ImageEncoder | None = None
+    shared: Any = None
 
     @property
     def spec(self) -> Spec:

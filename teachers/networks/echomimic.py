@@ -113,12 +113,14 @@ class EchoMimicTransformer(AvatarTransformer):
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
     ) -> tuple[Any, ...]:
         """Each block's keys and values [B, F, 17, M, d] of the rows [B, F, 4, A], and the face [B, 1, S, 1] of regions
-        [B, 1, H, W] (None: everywhere)."""
+        [B, 1, H, W] (None: everywhere), of this rank's tokens where ranks share a frame's."""
         tokens = self.audio2token(windows(audio).to(self.compute_dtype))
         tokens = tokens * inside(numbers, audio.shape[1]).to(tokens).unsqueeze(-1)
         face = tokens.new_ones(1, 1, 1, 1)
         if regions is not None:
-            face = regions[:, 0, :: self.patch, :: self.patch].flatten(1)[:, None, :, None].to(tokens)
+            face = regions[:, 0, :: self.patch, :: self.patch].flatten(1).to(tokens)
+            split = self.split_of(1)
+            face = (face if split is None else split.own(face))[:, None, :, None]
         return tuple((*cast(EchoMimicBlock, block).listen(tokens), face) for block in self.blocks)
 
 

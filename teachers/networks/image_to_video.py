@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from teachers.conditions import Conditions
-from teachers.networks.kind import Dims, NetworkKind, write_reference
+from teachers.networks.kind import Dims, write_reference
 from teachers.networks.wan import WanKind, initialise
 
 SIZES = ("num_layers", "num_heads", "head_dim", "ffn_dim", "freq_dim", "patch")
@@ -30,10 +30,6 @@ class ImageToVideoKind(WanKind):
     def build(self, dims: Dims) -> Any:
         sizes = {name: size for name, size in vars(dims).items() if name not in ("speakers", "pose_dim")}
         return initialise(self.module_class()(**sizes, **{name: getattr(self, name) for name in SIZES}))
-
-    def check_sequence(self, ranks: int, tokens: int) -> None:
-        """Refused: sound and the regions of speakers belong to tokens, which ranks would have to share too."""
-        NetworkKind.check_sequence(self, ranks, tokens)
 
     @classmethod
     def of(cls, config: Any) -> Self:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from teachers.errors import UserError
 from teachers.networks.image_to_video import ImageToVideoKind
 from teachers.networks.kind import Dims
+from teachers.networks.sequence import Split
 from teachers.networks.wan import AvatarTransformer, initialise
 from teachers.networks.wan_block import AvatarBlock, rotate
 
@@ -111,12 +112,14 @@ class InfiniteTalkConfig(ImageToVideoKind):
 
 class AudioContext(NamedTuple):
     """What a block attends to: keys and values [B, F, K, M, d] of each latent frame's audio; with two speakers `spoken` [B, F],
-    0 where a frame's audio is empty, and `regions` [B, P + 1, S], which sum to 1, the last the background."""
+    0 where a frame's audio is empty, and `regions` [B, P + 1, S], which sum to 1, the last the background. With a `split` a rank
+    has all tokens of its heads where it looks for places, and its own tokens where these are used."""
 
     key: Tensor
     value: Tensor
     spoken: Tensor | None = None
     regions: Tensor | None = None
+    split: Split | None = None
 
 
 class AudioProjector(nn.Module):
@@ -174,7 +177,8 @@ class InfiniteTalkBlock(AvatarBlock):
         (count, size), width = audio.regions.shape[1:], query.shape[-1]
         value = F.pad(audio.regions.mT, (0, width - count)).unsqueeze(2).expand(-1, -1, query.shape[2], -1)
         seen = self.attend(query, key[:, :size], value.to(query))
-        return positions(seen.unflatten(2, (-1, width))[..., :count].mean(dim=2))
+        maps = seen.unflatten(2, (-1, width))[..., :count].mean(dim=2)
+        return positions(maps if audio.split is None else audio.split.mean(maps))
 
     def after_conditions(self, x: Tensor, audio: AudioContext | None, places: Sequence[Tensor | None] = ()) -> Tensor:
         """x [B, N, D] with what each token takes of its frame's audio added; `places` of `locate`, in the order of the tokens."""
@@ -184,6 +188,7 @@ class InfiniteTalkBlock(AvatarBlock):
         query = own.q_linear(self.norm_x(x.float()).type_as(x)).unflatten(2, (self.attn1.heads, -1))
         if audio.spoken is not None:
             at = torch.cat([place for place in places if place is not None], dim=1)
+            at = at if audio.split is None else audio.split.own(at)
             at = at.unflatten(1, (audio.spoken.shape[1], -1)) * audio.spoken.unsqueeze(-1)
             query = rotate(query, turns(at.flatten(1), query.shape[-1]))
         return x + own.proj(self.attend_frames(query, audio.key, audio.value))
@@ -268,8 +273,8 @@ class InfiniteTalk(AvatarTransformer):
         centres = torch.tensor([sum(ends) / 2 for ends in PLACES], device=audio.device)
         at = (spoken.unsqueeze(-1) * centres.repeat_interleave(self.config.audio_tokens)).flatten(1)
         turned = [rotate(key.flatten(1, 2), turns(at, key.shape[-1])).view_as(key) for key, _ in read]
-        shared = shares(regions, speakers, self.patch)
-        return tuple(AudioContext(key, value, spoken, shared) for key, (_, value) in zip(turned, read, strict=True))
+        known = spoken, shares(regions, speakers, self.patch), self.split_of(frames)
+        return tuple(AudioContext(key, value, *known) for key, (_, value) in zip(turned, read, strict=True))
 
 
 def turns(at: Tensor, head_dim: int) -> Tensor:

@@ -86,6 +86,11 @@ class Split:
         sent = x.unflatten(1, (self.frames, self.group.size, -1)).movedim(2, 0).flatten(2, 3)
         return _Swap.apply(sent, self.group).movedim(0, 2).flatten(2, 3)
 
+    @torch.no_grad()
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of the ranks' x, such as of what each has made of its heads; without gradient."""
+        return _mean(x, self.group)
+
     def leave(self, x: Tensor) -> Tensor:
         """All ranks' tokens: [B, n, ..] -> [B, N, ..]. What follows is the same on every rank."""
         found = _Gather.apply(x, self.group).unflatten(2, (self.frames, -1))  # [P, B, F, n/F, ..]
@@ -152,6 +157,15 @@ class _Gather(_OfGroup):
         return _gather(tangent, ctx.group)
 
 
+def _mean(x: Tensor, group: SequenceGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    if total.is_meta:
+        group.note(total, passes=2)
+    else:
+        dist.all_reduce(total, group=group.group)
+    return total / group.size
+
+
 class _Enter(_OfGroup):
     """x itself; backward the mean over the ranks."""
 
@@ -161,12 +175,7 @@ class _Enter(_OfGroup):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        total = grad.clone(memory_format=torch.contiguous_format)
-        if total.is_meta:
-            ctx.group.note(total, passes=2)
-        else:
-            dist.all_reduce(total, group=ctx.group.group)
-        return total / ctx.group.size, None
+        return _mean(grad, ctx.group), None
 
     @staticmethod
     def jvp(_ctx: Any, tangent: Tensor, _: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -23,7 +23,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind, PastParts, write_reference
-from teachers.networks.sequence import SequenceGroup
+from teachers.networks.sequence import SequenceGroup, Split
 from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -300,6 +300,10 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self._rope_cache[key] = table if self.compute_dtype == torch.float64 else table.to(torch.complex64)
         return self._rope_cache[key]
 
+    def split_of(self, frames: int) -> Split | None:
+        """How sequences of so many latent frames are shared with other ranks; None where they are not."""
+        return None if self.sequence is None else self.sequence.split(frames)
+
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
         """Each block's keys and values of text features [B, L, D_text], to be given to `forward` in place of the features."""
@@ -369,7 +373,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 rotary.append(torch.cat(tables, dim=1))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
-        dtype, split = self.compute_dtype, None if self.sequence is None else self.sequence.split(frames)
+        dtype, split = self.compute_dtype, self.split_of(frames)
         x = self.patch_embedding((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
         x = x.contiguous() if split is None else split.own(x)
         if self.pose_dim:

@@ -25,7 +25,6 @@ from students.serving.session import Session
 from students.weights.checkpoint import load_student
 from teachers import media
 from teachers.errors import UserError
-from teachers.files import load_tensors
 from tests.support import processes
 from tests.support.processes import run_ranks
 from tests.support.runs import SMALL as SHORT
@@ -91,15 +90,16 @@ def test_every_stage_leaves_its_artifacts(finished):
 
 
 def with_checkpoints(finished: Path, folder: Path, monkeypatch) -> Path:
-    """A copy of a run in which teacher and init were trained again, and keep what a finished stage deletes."""
+    """A copy of a run in which teacher, init and distill were trained again, and keep what a finished stage deletes."""
     shutil.copytree(finished, folder)
     monkeypatch.setattr(run_folder, "drop_checkpoints", lambda _: None)
     recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
-    for name in ("teacher", "init"):
+    for name in ("teacher", "init", "distill"):
         assert not checkpoint.saved(folder / "stages" / name)
+        assert not list((folder / "stages" / name).glob("best-*"))
         (folder / "stages" / name / "fingerprint.json").unlink()
     pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
-    for name in STAGES[: STAGES.index("init") + 1]:
+    for name in STAGES[: STAGES.index("distill") + 1]:
         pipeline.stage(name)
     pipeline.close()
     return folder
@@ -122,7 +122,8 @@ def test_what_is_handed_on_is_the_average_then_the_best(finished, checkpointed):
         assert set(averaged) <= set(given)
         assert all(torch.equal(given[name], averaged[name]) for name in averaged)
         assert not all(torch.equal(raw[name], averaged[name]) for name in averaged)
-    best = load_tensors(stages / "distill" / "best.safetensors")
+    (best,) = checkpoint.saved(stages / "distill", checkpoint.BEST)
+    best = checkpoint.Reader(best).tensors("ema/")
     given = load_file(stages / "distill" / "model.safetensors")
     assert all(torch.equal(given[name.removeprefix("net.")], x) for name, x in best.items())
     exported = load_file(finished / "student" / "model.safetensors")
@@ -147,7 +148,7 @@ def test_every_flipped_bit_is_named(checkpointed, capfd):
 
     def read(file: Path) -> None:
         top, stage, name = (*file.relative_to(folder).parts, "", "")[:3]
-        if name.startswith("checkpoint-"):
+        if name.startswith(("checkpoint-", "best-")):
             checkpoint.verify(file.parent)
         elif top == "stages":
             pipeline.stage(stage)

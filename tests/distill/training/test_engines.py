@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,8 @@ def worker(folder: Path) -> None:
             shutil.copytree(folder / kind / "checkpoint-00000001", folder / f"{kind}-cut" / "checkpoint-00000001")
         engine.barrier()
         trainer = run(engine, folder / f"{kind}-cut", steps=STEPS, batch_size=2)
+        given = folder / f"{kind}.safetensors"
+        trainer.hand_on(given, partial(files.save_tensors, given))
         facts[kind] = facts_of(engine, trainer)
         if kind == "fsdp2":
             facts["gathers"] = [gathers(trainer)]
@@ -267,6 +270,13 @@ def test_resumed_is_never_stopped_bit_for_bit(launched, kind):
     ours, theirs = newest(launched / f"{kind}-cut"), newest(launched / kind)
     assert set(ours) == set(theirs)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_handed_on_is_the_best_average_of_all_ranks(launched, kind):
+    given, stored = files.load_tensors(launched / f"{kind}.safetensors"), newest(launched / kind)
+    assert {f"ema/{name}" for name in given} == {name for name in stored if name.startswith("ema/")}
+    assert all(torch.equal(x, stored[f"ema/{name}"]) for name, x in given.items())
 
 
 def test_a_chain_of_engines_each_resuming_the_one_before_is_one_run(launched, alone):

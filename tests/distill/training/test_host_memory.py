@@ -1,4 +1,4 @@
-"""A 14B teacher in small on one node: four ranks load it in shards, and together read and hold little more than the file.
+"""A 14B teacher in small on one node: eight ranks load it in shards, and together read and hold little more than the file.
 
 `worker` is one rank. Depth and names are OmniAvatar-14B's, in Wan's layout; the width is a 32nd.
 """
@@ -25,7 +25,7 @@ from tests.distill.planning.test_measured import status
 from tests.support.processes import hand_back, run_ranks
 from tests.support.tiny import make_spec
 
-RANKS, MOST = 4, 1.3
+RANKS, MOST = 8, 1.3
 WIDE = NetworkConfig(num_layers=40, num_heads=4, head_dim=40, ffn_dim=432, freq_dim=32, audio_hidden=8)
 NARROW = replace(WIDE, num_heads=2, head_dim=16, ffn_dim=96)
 """As deep, with as many modules, names and hooks, but next to no weights."""

@@ -184,8 +184,12 @@ def test_the_best_average_is_kept_and_training_goes_on_from_the_weights(tmp_path
     plain = run(tmp_path / "plain")
     assert torch.equal(roles["a"].weight, plain.roles["a"].weight), "validation changed the training"
     assert trainer.best == {"score": 1.0, "sync": 0.5, "step": 4}
-    best = files.load_tensors(tmp_path / "validated" / "best.safetensors")
+    best = trainer.averaged()
     assert torch.equal(best["weight"], seen[1])
+    (found,) = checkpoint.saved(tmp_path / "validated", checkpoint.BEST)
+    assert found.name == "best-00000004", "the one of step 2 was deleted"
+    assert set(checkpoint.Reader(found).found) == {"ema/weight", "ema/bias"}
+    assert torch.equal(plain.averaged()["weight"], plain.ema.shadow["weight"]), "without a validation the last"
     assert torch.equal(seen[2], trainer.ema.shadow["weight"])
     rows = MetricsLog(tmp_path / "validated/metrics.jsonl").rows("s")
     assert [row["step"] for row in rows if "validate/score" in row] == [2, 4, 6]
@@ -245,16 +249,17 @@ def test_a_score_that_is_no_number_is_never_the_best(tmp_path):
     scores = iter([float("nan"), 3.0, float("inf"), 2.0, float("nan")])
     trainer = run(tmp_path / "a", validate=lambda: {"score": next(scores)}, validate_every=1, num_steps=5)
     assert trainer.best == {"score": 2.0, "step": 4}
-    trainer.load_best()
-    best = tmp_path / "a" / "best.safetensors"
+    trainer.hand_on(tmp_path / "given", lambda state: files.save_tensors(tmp_path / "given", state))
+    assert torch.equal(files.load_tensors(tmp_path / "given")["weight"], trainer.averaged()["weight"])
+    best = tmp_path / "a" / "best-00000004" / "00000-00000.safetensors"
     best.write_bytes(best.read_bytes()[:-1] + b"x")
     again = Trainer(Ranks(), config(num_steps=5), nets(), "a", tmp_path / "a")
     again.load()
-    with pytest.raises(UserError, match=rf"^damaged weights: {best} is not what was written; delete"):
-        again.load_best()
+    with pytest.raises(UserError, match=rf"^damaged weights: {best} is not what was written; delete {tmp_path / 'a'}"):
+        again.hand_on(tmp_path / "given", lambda _: None)
     trainer = run(tmp_path / "b", validate=lambda: {"score": float("nan")}, validate_every=1)
     assert trainer.best is None
-    assert not (tmp_path / "b" / "best.safetensors").exists()
+    assert not checkpoint.saved(tmp_path / "b", checkpoint.BEST)
 
 
 def test_a_few_updates_that_are_not_finite_are_skipped_and_counted(tmp_path):
@@ -346,7 +351,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "save_file", full)
     trainer.step = 7
     trainer.save()
-    wait([trainer.writer._work])
+    wait([trainer.writer._jobs[0].work])
     with pytest.raises(UserError, match=r"^the disk is full: [^\n]*$"):
         trainer.writer.any_rank()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
@@ -368,16 +373,16 @@ def test_a_rank_that_finds_the_checkpoint_written_already_takes_part_all_the_sam
     (tmp_path / "checkpoint-00000001").mkdir()
     (tmp_path / "checkpoint-00000001" / "manifest.json").touch()
     writer = checkpoint.Writer(tmp_path, engine, 1)
-    writer.begin(1, 0, dict, [])
+    writer.begin("checkpoint-00000001", {}, [])
     assert len(reductions) == 1
-    assert writer._work is None, "nothing is written"
+    assert writer._jobs == [], "nothing is written"
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_path, monkeypatch):
     """The disk answers when `ready` is set. What is stored is what was trained when the checkpoint was begun."""
     ready, save_file = threading.Event(), files.save_file
     monkeypatch.setattr(files, "save_file", lambda *arguments, **more: ready.wait(60) and save_file(*arguments, **more))
-    trainer = run(tmp_path, num_steps=0)
+    trainer = Trainer(Ranks(), config(), nets(), "a", tmp_path)
     expected = everything(trainer)
     trainer.save()
     totals = {"a": 2, "b": 0}
@@ -393,13 +398,51 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_next_waits(tmp_p
     trainer.writer.finish()
 
 
+def test_training_goes_on_while_the_best_is_written_and_a_kill_leaves_the_one_before(tmp_path, monkeypatch):
+    """The best and the checkpoint of one step wait for one disk, the second with its copy; nothing waits for them."""
+    ready, save_file = threading.Event(), files.save_file
+    trainer = Trainer(Ranks(), config(), nets(), "a", tmp_path / "run")
+
+    def keep(step: int) -> dict:
+        trainer.step, trainer.best = step, {"score": 1.0 / step, "step": step}
+        trainer.save_best()
+        trainer.save()
+        return {name: x.clone() for name, x in trainer.ema.shadow.items()}
+
+    first = keep(1)
+    trainer.writer.finish()
+    monkeypatch.setattr(files, "save_file", lambda *arguments, **more: ready.wait(60) and save_file(*arguments, **more))
+    trainer.step = 0
+    assert trainer.advance(Regression(trainer.roles), batches_of(4), 0, {"a": 9, "b": 9}, trainer.writer.any_rank)
+    second = keep(2)
+    metrics = trainer.advance(Regression(trainer.roles), batches_of(4), 0, {"a": 9, "b": 9}, trainer.writer.any_rank)
+    assert metrics is not None, "a step that the disk does not hold up"
+    shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    killed = Trainer(Ranks(), config(), nets(), "a", tmp_path / "killed")
+    assert killed.load()
+    assert (killed.step, killed.best["step"]) == (1, 1)
+    assert torch.equal(killed.averaged()["weight"], first["weight"])
+    ready.set()
+    trainer.writer.finish()
+    assert torch.equal(trainer.averaged()["weight"], second["weight"])
+    assert not torch.equal(first["weight"], second["weight"])
+    kept = lambda: [path.name for path in checkpoint.saved(tmp_path / "run", checkpoint.BEST)]  # noqa: E731
+    assert kept() == ["best-00000002"]
+    trainer.best = {"score": 0.1, "step": 3}
+    trainer.save_best()
+    trainer.writer.finish()
+    assert kept() == ["best-00000002", "best-00000003"], "the checkpoint still names the one before"
+    assert trainer.load()
+    assert kept() == ["best-00000002"], "step 3 is still to come"
+
+
 def test_a_checkpoint_that_no_memory_is_free_for_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "free_host_bytes", lambda: 100)
     trainer = run(tmp_path, num_steps=1)
     assert trainer.load()
     trainer.step = 2
     trainer.save()
-    assert trainer.writer._work.done(), "the copy is larger than half of what is free"
+    assert trainer.writer._jobs[0].work.done(), "the copy is larger than half of what is free"
 
 
 def test_a_write_that_fails_stops_training_at_the_next_micro_step(tmp_path, monkeypatch):
@@ -413,7 +456,7 @@ def test_a_write_that_fails_stops_training_at_the_next_micro_step(tmp_path, monk
         "advance",
         lambda self, *rest: (
             steps.append(self.step),
-            self.writer._work and wait([self.writer._work]),
+            wait([job.work for job in self.writer._jobs]),
             advance(self, *rest),
         )[-1],
     )
@@ -446,8 +489,8 @@ def test_pieces_of_any_ranks_are_one_tensor(tmp_path):
     writers = [checkpoint.Writer(tmp_path, engine, 1) for engine in engines]
     for writer, (start, end) in zip(writers, shares, strict=True):
         piece = checkpoint.Piece("net", whole.shape, start, whole.flatten()[start:end])
-        writer.begin(1, 0, dict, [piece] if start < end else [])
-        wait([writer._work])
+        writer.begin("checkpoint-00000001", {}, [piece] if start < end else [])
+        wait([writer._jobs[0].work])
     writers[0].finish()
     reader = checkpoint.Reader(checkpoint.saved(tmp_path)[0])
     ((name, rows),) = reader.stream("")
@@ -466,7 +509,7 @@ def test_pieces_of_any_ranks_are_one_tensor(tmp_path):
 
 def test_pieces_that_leave_a_gap_are_no_checkpoint(tmp_path):
     writer = checkpoint.Writer(tmp_path, Ranks(), 1)
-    writer.begin(1, 0, dict, [checkpoint.Piece("net", torch.Size((4,)), 1, torch.zeros(3))])
+    writer.begin("checkpoint-00000001", {}, [checkpoint.Piece("net", torch.Size((4,)), 1, torch.zeros(3))])
     with pytest.raises(AssertionError, match="the pieces of net are not all of it"):
         writer.finish()
     assert not checkpoint.saved(tmp_path)

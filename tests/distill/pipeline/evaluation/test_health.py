@@ -234,13 +234,13 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     reason, kept, way = str(caught.value).rsplit("; ", 2)
     assert reason.startswith("distill collapsed at step 3: motion energy ")
     assert (kept, way) == (
-        f"the best weights, of step 1, are in {stage / 'best.safetensors'}",
+        f"the best weights, of step 1, are in {stage / 'best-00000001'}",
         "health.stop=false goes on",
     )
     rows = [row for row in run.artifacts.log.rows("distill") if "validate/score" in row]
     assert [row["step"] for row in rows] == [1, 2, 3], "the numbers that stopped it are logged"
     assert {"health/black", "health/motion_energy", "health/audio"} <= set(rows[-1])
-    best = load_tensors(stage / "best.safetensors")
+    best = checkpoint.Reader(stage / "best-00000001").tensors("ema/")
     assert not (stage / "fingerprint.json").exists()
     assert checkpoint.saved(stage)[-1].name == "checkpoint-00000002", "the same command stops again"
     found = before_distill(ran, tmp_path / "run", "health.stop=false").stage("distill")
@@ -278,7 +278,7 @@ def test_a_collapse_with_the_best_score_is_not_the_best(tmp_path, at, kept):
     ):
         go()
     assert trainer.best == (None if at == 2 else {"score": 3.0, "health/black": 1.0, "step": 2})
-    assert (tmp_path / "best.safetensors").exists() == (at == 4)
+    assert (tmp_path / "best-00000002" / checkpoint.MANIFEST).exists() == (at == 4)
     assert "health/black" in MetricsLog(tmp_path / "metrics.jsonl").rows("s")[-1]
     second: Any = SecondRank()
     trainer.engine, before, at = second, trainer.best, 99
