@@ -169,7 +169,9 @@ def _(patch):
 
 @fault("maps from the keys of the last frame", 2)
 def _(patch):
-    around(patch, InfiniteTalkBlock, "locate", lambda own, self, q, k, from_audio: own(self, q, k.roll(8, 1), from_audio))
+    around(
+        patch, InfiniteTalkBlock, "locate", lambda own, self, q, k, from_audio: own(self, q, k.roll(8, 1), from_audio)
+    )
 
 
 @fault("queries not rotated to speakers", 2)
