@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from eval.report.page import render
@@ -63,8 +64,10 @@ def _read(folder: Path, name: str) -> Run:
     for key in PLACES:
         recipe.pop(key, None)
     run = Run(name=name, folder=folder, report=report, recipe=recipe)
-    try:
-        comparison_text([run, run])
+    both = [run, replace(run, name=f"{name} again")]
+    try:  # a report may have been edited anywhere, and each of its values is shown somewhere
+        comparison_text(both)
+        comparison_page(both, folder)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"[:100]
         raise UserError(f"damaged report: {folder / 'report.json'} ({what}); run its recipe again") from error
