@@ -134,6 +134,7 @@ class Metric:
     both are the real clips), or nothing
     over: "clips", one a condition, or "noises", several a condition
     admitted_with: the metric with whose admission on known cases it stands and falls, where it has no `admit` of its own
+    least: clips below which a set has no score, or none with an error
     """
 
     name: ClassVar[str]
@@ -147,6 +148,7 @@ class Metric:
     against: ClassVar[Literal["real", "ceiling"] | None] = None
     over: ClassVar[Literal["clips", "noises"]] = "clips"
     admitted_with: ClassVar[str | None] = None
+    least: ClassVar[int] = 1
 
     @property
     def columns(self) -> dict[str, Column]:

@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-
-import yaml
 
 from eval.report.page import render
 from eval.report.run_comparison import Run, comparison_page, comparison_text
+from teachers.disk.read import read_yaml_mapping
 from teachers.errors import UserError
 from teachers.files import atomic_write, flatten, make_folder, read_json_or_none
 
@@ -53,17 +53,22 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 def _read(folder: Path, name: str) -> Run:
     report = read_json_or_none(folder / "report.json")
-    if report is None:
+    if not isinstance(report, dict):
         raise UserError(f"no finished run: {folder} has no readable report.json; give the run_dir of a run that ended")
     missing = {"systems", "columns", "protocol", "floor", "stages"} - report.keys()
-    if missing or "student" not in report["systems"]:
+    if missing or not isinstance(report["systems"], dict) or "student" not in report["systems"]:
         raise UserError(
             f"no report of a run: {folder / 'report.json'} lacks {min(missing, default='a student')}; run again"
         )
-    try:
-        recipe = flatten(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"recipe cannot be read: {folder / 'recipe.yaml'}; take it from the run's backup") from error
+    recipe = flatten(read_yaml_mapping(folder / "recipe.yaml", "take it from the run's backup"))
     for key in PLACES:
         recipe.pop(key, None)
-    return Run(name=name, folder=folder, report=report, recipe=recipe)
+    run = Run(name=name, folder=folder, report=report, recipe=recipe)
+    both = [run, replace(run, name=f"{name} again")]
+    try:  # a report may have been edited anywhere, and each of its values is shown somewhere
+        comparison_text(both)
+        comparison_page(both, folder)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"[:100]
+        raise UserError(f"damaged report: {folder / 'report.json'} ({what}); run its recipe again") from error
+    return run

@@ -34,7 +34,7 @@ from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 
 DIGEST_BY_SOURCE = {"digest": "source"}  # `Folder.digests`: the index of the clips, not the whole folder
-LEAST = 8  # least clips of a score, as in `eval.embedded.protocol.EvalConfig`; twice as many make two sets
+FEW = 8  # clips of a set, below which the report says how few there are
 PROBE_CLIPS = 1536  # on which the extractors are trained, in memory; as many as the procedural world has,
 PROBE_PIXELS = 2**33  # and no more than these: 404 clips of 81 frames at 512x512
 
@@ -44,7 +44,7 @@ class FolderConfig(ClipsConfig):
     """Clips in `path`; `world` specifies their size, frame rate and length, and the maximum number of training clips (null: all).
 
     `held_out`: the fraction of people held out for evaluation, by hash; an official split of the manifest takes precedence. Of one
-    person the last fraction in time is held out, or as much as a score needs.
+    person the last fraction in time is held out, or as much as the scores need.
     `manifest`: which of the clips are used, with their text, split and identity there: the folder that `distill data
     curate` wrote, or a manifest.parquet of it or of `distill data split`; null is all.
     """
@@ -70,7 +70,7 @@ class Folder(ClipSource):
     """The clips of a folder by name of a set: see `distill.data.source.ClipSource`.
 
     probes, health and both validate sets are of the people trained on; test and admit are one half of the held-out clips,
-    reference the other half. A set has fewer clips than requested where there are no more.
+    reference the other half. A set has fewer clips than requested where there are no more; `reserve` refuses too few.
     """
 
     def __init__(self, config: FolderConfig):
@@ -83,24 +83,36 @@ class Folder(ClipSource):
         self.unused: Counter[str] = Counter()
         sides = self._sides()
         self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
-        if not sides["test"]:
-            self._hold_out_in_time()
+        self._in_time = [] if sides["test"] else self._sorted_in_time()
+        self.reserve(1, "two sets")
+
+    def reserve(self, least: int, why: str) -> None:
+        """Of one person, hold out what is needed; `least` clips of each of the sets that are compared, two on a side."""
+        world, notes = self.config.world, []
+        if self._in_time:
+            notes.append(self._hold_out_in_time(2 * least))
         self.num_clips = len(self.training)
         self.num_train = self.num_clips if world.num_train is None else min(world.num_train, self.num_clips)
         for name, windows in (("train", self.training), ("held-out", self.test)):
-            if len(windows) < 2 * LEAST:
+            if len(windows) < 2 * least:
                 raise UserError(
-                    f"{config.path}: the {name} videos have {len(windows)} clips of {world.num_frames} frames at {world.fps} fps, "
-                    f"{2 * LEAST} are needed{self._unused_text()}; add videos, or change data.held_out or data.world.num_frames"
+                    f"{self.config.path}: the {name} videos have {len(windows)} clips of {world.num_frames} frames at {world.fps} "
+                    f"fps, {2 * least} are needed, {least} for {why} in each of two sets{self._unused_text()}; add videos, or "
+                    "change data.held_out, data.world.num_frames or eval.protocol"
                 )
+        if (scored := len(self.test) // 2) < FEW:
+            others = len(self.test) - scored
+            notes.append(f"Only {scored} clips are scored and compared with {others} others: the errors are large.")
+        self.notes = tuple(notes)
 
     @property
     def digests(self) -> dict[str, str]:
         """Which clips these are, for the fingerprint of what is made from them."""
-        if self.config.manifest is None:
-            return {"clips": self.checksums}
-        clips = canonical_json([asdict(clip) for clip in self.clips])
-        return {"clips": self.checksums, "manifest": hashlib.sha256(clips.encode()).hexdigest()}
+        found = {"clips": self.checksums}
+        if self.config.manifest is not None:
+            clips = canonical_json([asdict(clip) for clip in self.clips])
+            found["manifest"] = hashlib.sha256(clips.encode()).hexdigest()
+        return found | ({"held out in time": str(len(self.test))} if self._in_time else {})
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -233,15 +245,20 @@ class Folder(ClipSource):
             )
         return sides
 
-    def _hold_out_in_time(self) -> None:
-        """Of one person: the last clips in time become the held-out ones; the clip between is in neither."""
+    def _sorted_in_time(self) -> list[tuple[Indexed, int]]:
+        """The clips of one person."""
         starts = {clip.id: (clip.source, clip.start) for clip in self.clips}
-        rows = sorted(self.training.rows, key=lambda row: (*starts[row[0].id], row[1]))
-        count = min(max(round(self.config.held_out * len(rows)), 2 * LEAST), len(rows) // 2)
+        return sorted(self.training.rows, key=lambda row: (*starts[row[0].id], row[1]))
+
+    def _hold_out_in_time(self, least: int) -> str:
+        """Of one person: the last clips in time, at least so many, become the held-out ones; the clip between is in neither. What
+        the report says of it."""
+        rows = self._in_time
+        count = min(max(round(self.config.held_out * len(rows)), least), len(rows) // 2)
         self.training.rows, self.test.rows = rows[: max(0, len(rows) - count - 1)], rows[len(rows) - count :]
-        self.notes = (
+        return (
             f"All clips are of one person: the last {count} of {len(rows)} in time are held out, so the scores say nothing of "
-            "other people.",
+            "other people."
         )
 
     def _unused_text(self) -> str:

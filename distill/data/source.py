@@ -117,6 +117,10 @@ class ClipSource:
     def verify(self, rank: int, world_size: int) -> None:
         """UserError where files differ from their checksums (here there are none); processes share the work."""
 
+    def reserve(self, least: int, why: str) -> None:
+        """See that each set of clips that are compared has `least` of them, which `why` (names of metrics) need; UserError where
+        there are fewer. Here any number can be made."""
+
     def available(self, seed: int, name: str, num: int) -> int:  # noqa: ARG002
         """Any number can be made."""
         return num

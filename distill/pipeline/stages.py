@@ -23,6 +23,7 @@ from distill.data.procedural.corruption import corrupt_clips
 from distill.data.source import Clips
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.evaluation.clip_sets import reserve
 from distill.pipeline.evaluation.evaluate import evaluate
 from distill.pipeline.evaluation.validation import fit_probes
 from distill.pipeline.export import export, publish
@@ -187,6 +188,7 @@ class Pipeline:
             source = recipe.data.open()
         self.stages = {stage.name: stage for stage in stages(recipe)}
         check(recipe, spec, engine)
+        reserve(recipe, source)
         folder = RunFolder.open(recipe, engine)
         try:
             if recipe.tiny and engine.is_main:

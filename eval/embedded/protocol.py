@@ -17,9 +17,9 @@ class EvalConfig:
     """How systems are evaluated: `protocol` is a card, shipped or a file. Counts are clips unless the name states otherwise.
 
     `num_conditions` fresh held-out conditions are generated `num_seeds` times and compared with `num_reference` other real
-    clips. Diversity takes `diversity_seeds` noises for each of `diversity_conditions`. `probes`: a folder of extractors that were
-    trained before, so that numbers of several runs compare; without it they are trained in `probe_steps` on at most `probe_clips`
-    training clips.
+    clips; the metrics of the card decide how many are enough (`Metric.least`). Diversity takes `diversity_seeds` noises for each of
+    `diversity_conditions`. `probes`: a folder of extractors that were trained before, so that numbers of several runs compare;
+    without it they are trained in `probe_steps` on at most `probe_clips` training clips.
     """
 
     num_conditions: int = 144
@@ -44,8 +44,7 @@ class EvalConfig:
     probes: Path | None = None
 
     def __post_init__(self) -> None:
-        least: dict[str, int] = dict.fromkeys(("num_conditions", "num_reference", "admit_clips"), 8)
-        least |= dict.fromkeys(("diversity_conditions", "diversity_seeds"), 2)
+        least: dict[str, int] = dict.fromkeys(("diversity_conditions", "diversity_seeds"), 2)
         least |= dict.fromkeys(("condition_seed", "probe_seed", "probe_lr", "latency_warmup", "num_samples"), 0)
         for name, value in vars(self).items():
             if name not in ("protocol", "probes") and value < least.get(name, 1):

@@ -1,6 +1,8 @@
 """Decoded sound as rows of one or two channels at one rate, whatever sample format, layout and rate its frames have."""
 
+import ctypes
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import av
@@ -8,6 +10,7 @@ import numpy as np
 import torch
 from av.audio.layout import AudioLayout
 from av.audio.resampler import AudioResampler
+from av.container import InputContainer
 
 from teachers.errors import UserError
 from teachers.media.streams import LOUDEST_SAMPLE, Resampler
@@ -16,6 +19,10 @@ RATES = range(4_000, 768_001)  # Hz
 SIDE = math.sqrt(0.5)
 """Share of a centre or surround channel in each front channel, ITU-R BS.775-4, table 2."""
 USUAL = {6: "5.1", 8: "7.1"}  # of channels that a file does not name
+ORDER = " FL FR FC LFE BL BR FLC FRC BC SL SR TC TFL TFC TFR TBL TBC TBR DL DR WL WR SDL SDR LFE2 TSL TSR BFC BFL BFR "
+"""FFmpeg's own order of channels (`libavutil/channel_layout.h`)."""
+CUSTOM = 2
+"""AV_CHANNEL_ORDER_CUSTOM: the order of the channels lies in memory of its own."""
 
 
 class Mixer:
@@ -28,10 +35,11 @@ class Mixer:
 
     def push(self, frame: av.AudioFrame, place: int) -> np.ndarray:
         """Rows of the next frame, the place of whose first sample errors name."""
-        names, left = channel_names(frame.layout), np.zeros((0, self.channels), np.float32)
+        names, left = channel_names(frame.layout, self.where), np.zeros((0, self.channels), np.float32)
         if self._kind != (kind := (frame.format.name, names, frame.sample_rate)):
             left = self.finish()
-            self._kind, self._to_float = kind, AudioResampler(format="flt")
+            layout = "+".join(names) if _is_custom(frame.layout) else None
+            self._kind, self._to_float = kind, AudioResampler(format="flt", layout=layout)
             check_rate(frame.sample_rate, self.where)
             if frame.sample_rate != self.rate:
                 self._resampler = Resampler(frame.sample_rate, self.rate, (self.channels,))
@@ -54,10 +62,38 @@ class Mixer:
         return np.zeros((0, self.channels), np.float32) if rest is None else rest
 
 
-def channel_names(layout: AudioLayout) -> tuple[str, ...]:
-    """FFmpeg's names of the channels, such as FL, FR, FC, LFE; six and eight that the file does not name are 5.1 and 7.1, others
-    NONE."""
+def decoded_sound(container: InputContainer, stream: av.AudioStream) -> Iterator[av.AudioFrame]:
+    """The frames of a sound track. PyAV decodes no other way that is safe: see `keep`."""
+    for packet in container.demux(stream):
+        frames = packet.decode()
+        for frame in frames:
+            keep(frame.layout)
+        yield from frames
+
+
+def keep(layout: AudioLayout) -> AudioLayout:
+    """A layout that PyAV has given, to be called for each of them: one whose channels have an order of their own is kept for ever,
+    since PyAV frees what it shares with the frame or the codec twice, which ends the process."""
+    if _is_custom(layout):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
+    return layout
+
+
+def _is_custom(layout: AudioLayout) -> bool:
+    """Whether the order of a layout lies in memory of its own, by FFmpeg's AVChannelLayout, which follows the object's header; True
+    too where it is not found there."""
+    order, count = (ctypes.c_int * 2).from_address(id(layout) + object.__basicsize__)
+    return order == CUSTOM or count != layout.nb_channels
+
+
+def channel_names(layout: AudioLayout, where: str = "") -> tuple[str, ...]:
+    """FFmpeg's names of the channels, such as FL, FR, FC, LFE, in its own order; six and eight that the file does not name are 5.1
+    and 7.1, others NONE. UserError where a file names one twice, or one that is not known, in an order of its own."""
     names = tuple(channel.name for channel in layout.channels)
+    if _is_custom(layout):
+        if len(set(names)) < len(names) or any(f" {name} " not in ORDER for name in names):
+            raise UserError(f"channels of no known layout, {' '.join(names)[:80]}: {where}; export the sound as stereo")
+        return tuple(sorted(names, key=lambda name: ORDER.index(f" {name} ")))
     if set(names) == {"NONE"} and len(names) in USUAL:
         return channel_names(AudioLayout(USUAL[len(names)]))
     return names

@@ -165,7 +165,17 @@ def converted(frame: av.VideoFrame, **options: Any) -> av.VideoFrame:
 
 
 def upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB uint8 [h, w, 3] of `frame`, turned and mirrored as its file asks for (`orientation`). UserError for a damaged one."""
+    """RGB uint8 [h, w, 3] of `frame`, turned and mirrored as its file asks for (`orientation`), transparency laid on white.
+    UserError for a damaged one."""
     turns, mirrored = orientation(frame)
-    pixels = converted(frame, format="rgb24").to_ndarray()
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = on_white(converted(frame, format="rgba").to_ndarray())
+    else:
+        pixels = converted(frame, format="rgb24").to_ndarray()
     return np.ascontiguousarray(np.rot90(pixels[:, ::-1] if mirrored else pixels, turns))
+
+
+def on_white(pixels: np.ndarray) -> np.ndarray:
+    """RGB uint8 [h, w, 3] of RGBA [h, w, 4] whose colours are not multiplied by their alpha."""
+    alpha = pixels[..., 3:].astype(np.uint16)
+    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)

@@ -40,6 +40,7 @@ TURNS = {  # the transformation that sets a picture of this EXIF orientation upr
 PNG_MARK = b"\x89PNG\r\n\x1a\n"
 PNG_NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 PNG_USED = (*PNG_NEEDED, b"tRNS", b"eXIf")
+PNG_FEW_GREYS = (b"\2\0", b"\4\0")  # depth and colour type in IHDR
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage that costs no pixel; what matters is refused in words
 
@@ -117,12 +118,19 @@ def _png_core(data: bytes, where: str) -> bytes:
         if kind in PNG_NEEDED and not whole:
             break
         if kind in PNG_USED and whole:
-            kept.append(data[place:end])
+            grey = kind == b"tRNS" and kept[1][16:18]
+            kept.append(_scaled(data[place:end], grey[0]) if grey in PNG_FEW_GREYS else data[place:end])
         place = end
     else:
         if kind == b"IEND":
             return b"".join(kept)
     raise UserError(f"image file is damaged or cut short: {where}; export or download it again")
+
+
+def _scaled(chunk: bytes, depth: int) -> bytes:
+    """The transparent level of a grey PNG of 2 or 4 bits as one of 8 bits, which Pillow compares it with."""
+    body = b"tRNS" + (int.from_bytes(chunk[8:10], "big") * 255 // (2**depth - 1) % 2**16).to_bytes(2, "big")
+    return (2).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
 
 
 def _jpeg_is_whole(data: bytes) -> bool:
@@ -167,7 +175,10 @@ def _pixels(image: Image.Image, where: str) -> Tensor:
 def _flat(image: Image.Image, factor: int) -> np.ndarray:
     """RGB uint8 [h, w, 3] of a band, reduced, laid on white."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))  # 65535 is 255
+        levels, hidden = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray((levels.astype(np.float32) / 257).round().astype(np.uint8))  # 65535 is 255
+        if isinstance(hidden, int):
+            image.putalpha(Image.fromarray(np.where(levels == hidden, 0, 255).astype(np.uint8)))
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB").reduce(factor))
     pixels = np.asarray(image.convert("RGBA").convert("RGBa").reduce(factor))  # colours times alpha

@@ -19,7 +19,7 @@ from av.container import InputContainer
 from torch import Tensor
 
 from teachers.errors import UserError
-from teachers.media.channels import Mixer, channel_names, check_rate, downmix
+from teachers.media.channels import Mixer, channel_names, check_rate, decoded_sound, downmix, keep
 from teachers.media.container import JUMP, Content, audio_stream, is_timed, opened, seek, video_stream, zero_of
 from teachers.media.streams import Resampler
 
@@ -244,7 +244,7 @@ class _Track:
             raise UserError(f"no audio track: {path}; give a wav, mp3, m4a or a video with sound")
         if stream.codec_context is None:
             raise UserError(f"sound in a format that is not known: {path}; convert it to a wav")
-        names = channel_names(stream.codec_context.layout)
+        names = channel_names(keep(stream.codec_context.layout), str(path))
         if not names:
             raise UserError(f"audio track without channels: {path}; record or export it again")
         check_rate(stream.rate, path)
@@ -285,7 +285,7 @@ class _Track:
     def _placed(self) -> Iterator[tuple[int, np.ndarray]]:
         """The track's rows by their times, whatever the header says of its end."""
         mixer, place, before = Mixer(self.rate, self.channels, str(self.path)), None, None
-        for frame in self.container.decode(self.stream):
+        for frame in decoded_sound(self.container, self.stream):
             at = self._time(frame)
             if place is None:
                 place = at or 0

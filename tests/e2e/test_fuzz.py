@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from distill.cli import main
 from distill.commands.drift import data_config
 from distill.commands.eval.multiturn import read_scripts
+from distill.commands.report import read_runs
 from distill.commands.sample.inputs import read_pose
 from distill.commands.sweep.command import read_sweep
 from distill.commands.sweep.table import read_row
@@ -39,6 +40,8 @@ from distill.training.metrics_log import MetricsLog
 from eval.cards import load_card
 from eval.embedded.extractors import Probes
 from eval.external import read_scores
+from eval.report.page import render
+from eval.report.run_comparison import comparison_page
 from students.serving.session import Session
 from students.serving.snapshot import load_session, save_session
 from students.serving.timeline import read_script
@@ -49,6 +52,7 @@ from teachers.checkpoints.convert import read_checkpoint
 from teachers.disk.digests import SUMS
 from teachers.errors import UserError
 from teachers.files import load_tensors, read_facts
+from tests.distill.commands import test_report
 from tests.distill.training.test_loop import config, nets
 from tests.support import eval_sets
 from tests.support.mutations import mutated
@@ -125,6 +129,17 @@ def a_report(folder: Path):
     student = {"metrics": {"fid": {"mean": 1.0, "error": 0.1}}, "not_admitted": {}}
     (folder / "report.json").write_text(json.dumps({"systems": {"student": student}}))
     return [folder / "report.json"], lambda: str(read_row(folder, "a", (), 1.0, "done", None))
+
+
+def compared_runs(folder: Path):
+    """Each mutated value of a report is read by a table, a figure or a sentence."""
+    runs = [test_report.a_run(folder / name, {"seed": 0}) for name in "ab"]
+
+    def read() -> None:
+        found = read_runs(runs)
+        render(comparison_page(found, folder))
+
+    return [runs[1] / "report.json", runs[1] / "recipe.yaml"], read
 
 
 def tensors(folder: Path):
@@ -246,6 +261,7 @@ READ: dict[str, Callable[[Path], tuple[list[Path], Reader]]] = {
     "checkpoint": a_checkpoint,
     "metrics.jsonl": a_log,
     "report.json": a_report,
+    "compared runs": compared_runs,
     "weights": tensors,
     "archive": an_archive,
     "prepared": prepared,

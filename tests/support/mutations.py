@@ -62,3 +62,36 @@ def _places(value: Any):
     for key, item in items:
         yield value, key
         yield from _places(item)
+
+
+def spoiled(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """A binary file with one to three things wrong, the first 2 KB hit as often as all the rest: bits, lengths and counts, parts
+    lost, doubled, zeroed or of the file `other`, or the end lost."""
+    for _ in range(rng.randrange(1, 4)):
+        if not data:
+            return data
+        place = rng.randrange(min(len(data), 2048) if rng.random() < 0.5 else len(data))
+        length = rng.choice((1, 2, 4, 8, 64, 512, 4096))
+        end, how = place + length, rng.randrange(8)
+        if how == 0:
+            part = bytes([data[place] ^ 1 << rng.randrange(8)])
+            end = place + 1
+        elif how == 1:
+            size = rng.choice((1, 2, 4, 8))
+            number = rng.choice((0, 1, 2 ** (8 * size) - 1, 2 ** (8 * size - 1), 2 ** (8 * size - 1) - 1))
+            part, end = number.to_bytes(size, rng.choice(("big", "little"))), place + size
+        elif how == 2:
+            part = rng.randbytes(length)
+        elif how == 3:
+            part = b""
+        elif how == 4:
+            part = 2 * data[place:end]
+        elif how == 5:
+            part = bytes(length)
+        elif how == 6:
+            start = rng.randrange(len(other)) if other else 0
+            part = other[start : start + length]
+        else:
+            part, end = b"", len(data) if rng.random() < 0.3 else end
+        data = data[:place] + part + data[end:]
+    return data

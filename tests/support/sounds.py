@@ -11,7 +11,15 @@ from av.stream import Disposition
 
 from teachers import media
 
-FORMATS = {"pcm_s16le": "s16", "flac": "s16", "aac": "fltp", "libopus": "flt", "mp3": "fltp", "ac3": "fltp"}
+FORMATS = {
+    "pcm_s16le": "s16",
+    "pcm_s16be": "s16",
+    "flac": "s16",
+    "aac": "fltp",
+    "libopus": "flt",
+    "mp3": "fltp",
+    "ac3": "fltp",
+}
 BLOCK = 960  # samples of a packet, where the codec does not say
 PLAIN = {"mp3": {"write_xing": "0", "id3v2_version": "0"}}
 LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1", 12: "7.1.4", 16: "hexadecagonal"}

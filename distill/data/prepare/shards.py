@@ -23,6 +23,7 @@ from torch import Tensor
 
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing
+from teachers.media.channels import decoded_sound, keep
 from teachers.media.sound import SAMPLE_RATE
 
 END = b"\0" * (2 * tarfile.BLOCKSIZE)
@@ -164,10 +165,10 @@ def sound_of(flac: bytes) -> Tensor:
     """The sound of a sample, float32 [S]; PyAV's error for damage, ValueError where it is not 16 kHz mono."""
     with av.open(io.BytesIO(flac), "r") as container:
         stream = container.streams.audio[0]
-        if stream.rate != SAMPLE_RATE or stream.channels != 1:
+        if stream.rate != SAMPLE_RATE or keep(stream.codec_context.layout).nb_channels != 1:
             raise ValueError(f"it is not {SAMPLE_RATE} Hz mono")
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
-        frames = list(container.decode(stream))
+        frames = list(decoded_sound(container, stream))
         if any(frame.layout.nb_channels != 1 for frame in frames):
             raise ValueError("its channels change")
         parts = [frame.to_ndarray()[0] for frame in frames]

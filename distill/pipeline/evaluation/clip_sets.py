@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.data.latents import pieces
-from distill.data.source import Clips
+from distill.data.source import Clips, ClipSource
 from distill.data.stored import Stored, opener
 from distill.pipeline.artifacts import Artifacts
 from distill.recipe import Recipe
@@ -26,11 +26,14 @@ from eval.metric import Clip
 from students.spec import Spec
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
+from teachers.errors import UserError
 from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
 
 TOKENS_AT_ONCE = 2**15
 """Tokens of the clips that are generated at once: one clip of 81 frames at 512x512."""
 SCORED_SIDE, SCORED_MULTIPLE = 128, 16
+VALIDATED = ("fid", "fvd", "sync", "motion_energy", "sharpness")
+"""Metrics by which the best student of a training is chosen (`distill.pipeline.evaluation.validation`)."""
 
 
 def generated_at_once(recipe: Recipe, spec: Spec) -> int:
@@ -115,6 +118,23 @@ def draw(
             _write(artifacts, file, source.draw(seed, name, num, motion, rows=rows), encode, max(0, samples - start))
     engine.barrier()
     return _load(artifacts, files)
+
+
+def reserve(recipe: Recipe, source: ClipSource) -> None:
+    """See that the sets of clips that are compared are large enough for every metric of the recipe's card that these clips can
+    have. UserError where fewer are asked for, or there are fewer."""
+    card = load_card(recipe.eval.protocol)
+    needs = {key: metric.least for key, metric in card.metrics.items() if key not in source.left_out}
+    if not needs.keys() & set(VALIDATED):
+        raise UserError(
+            f"eval.protocol: {card.name} has nothing that these clips can be validated by; add one of {', '.join(VALIDATED)}"
+        )
+    least = max(needs.values())
+    why = ", ".join(key for key, count in needs.items() if count == least)
+    for name in ("num_conditions", "num_reference", "admit_clips"):
+        if (asked := getattr(recipe.eval, name)) < least:
+            raise UserError(f"eval.{name} is too small: got {asked}; {why} of {card.name} need {least} clips")
+    source.reserve(least, why)
 
 
 def discard(artifacts: Artifacts, folder: Path) -> None:

@@ -67,8 +67,8 @@ class Validation:
     """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
 
     score = fid/fid_0 + fvd/fvd_0 + |energy - 1| + |sharpness - 1| + 2 max(0, sync_0 - sync): overshoot is a fault like
-    stillness; without labels of the mouth there is no sync. The conditions are not those of the report. The health metrics come
-    with them as `health/...`.
+    stillness. What the card lacks, or the clips cannot have (sync without labels of the mouth), is left out. The conditions are not
+    those of the report. The health metrics come with them as `health/...`.
     """
 
     def __init__(self, artifacts: Artifacts, student: Student, folder: Path):
@@ -93,7 +93,7 @@ class Validation:
         with engine.autocast():
             x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
         video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0)), num)
-        wanted = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness")
+        wanted = (*clip_sets.VALIDATED, "motion")
         scores = None if self.evaluation is None else self.evaluation.score(video[None], only=wanted)
         found = engine.from_main(scores)
         return {name: found[name]["mean"] for name in wanted if name in found}
@@ -101,8 +101,8 @@ class Validation:
     def __call__(self) -> dict[str, float]:
         now, then = self._measure(), self.start
         lost = max(0.0, then["sync"] - now["sync"]) if "sync" in now else 0.0
-        score = now["fid"] / then["fid"] + now["fvd"] / then["fvd"] + 2 * lost
-        score += abs(now["motion_energy"] - 1) + abs(now["sharpness"] - 1)
+        score = 2 * lost + sum(now[name] / then[name] for name in ("fid", "fvd") if name in now)
+        score += sum(abs(now[name] - 1) for name in ("motion_energy", "sharpness") if name in now)
         health = self.check.student(self.student)
         return {**now, "score": score, **{f"health/{name}": value for name, value in health.items()}}
 

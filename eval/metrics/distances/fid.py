@@ -21,13 +21,14 @@ from eval.metric import Clip, Features, Metric, Score, stacked
 class Distance(Metric):
     """Shared by FID, FVD and KID: a distance between the features of a set and those of the real clips.
 
-    extractor: a published network, or "probes"; rows: the name of a clip's features; least: clips in a half of the floor
+    extractor: a published network, or "probes"; rows: the name of a clip's features; least_half: clips in a half of the floor
     """
 
     extractor: Any
     better, against = "lower", "real"
     rows: ClassVar[str] = "frames"
-    least: ClassVar[int] = 2
+    least: ClassVar[int] = 3  # of the jackknife, on either side
+    least_half: ClassVar[int] = 2
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -48,10 +49,10 @@ class Distance(Metric):
         return {self.name: Score(*with_error(*found))}
 
     def floor(self, real: Sequence[Features], splits: int):
-        if len(real) < 2 * self.least:
+        if len(real) < 2 * self.least_half:
             return None
         generator = torch.Generator().manual_seed(0)
-        value, spread, num = floor_of(stacked(real, self.rows), generator, self.distance, splits, self.least)
+        value, spread, num = floor_of(stacked(real, self.rows), generator, self.distance, splits, self.least_half)
         return {self.name: (value, spread)}, num
 
     def difference(self, ours: Sequence[Features], others: Sequence[Features], real: Sequence[Features]):

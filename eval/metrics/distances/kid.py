@@ -17,7 +17,7 @@ class KID(FrameDistance):
     resize: Literal["tf1", "pytorch_fid", "none"]
     every: int
 
-    name, label, least = "kid", "KID", 3
+    name, label, least_half = "kid", "KID", 3
 
     def distance(self, a: Tensor, b: Tensor) -> float:
         return kid_without_each(a, b)[0]

@@ -5,10 +5,12 @@ import shutil
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from distill.cli import main
 from distill.compose import RECIPES
@@ -20,6 +22,7 @@ from distill.data.prepare.prepare import prepare
 from distill.data.procedural import render
 from distill.data.recorded import FolderConfig
 from distill.data.source import UNLABELLED, Clips, brightness_and_contrast
+from distill.pipeline.evaluation.clip_sets import reserve
 from distill.pipeline.stages import Pipeline, run
 from distill.recipe import load_recipe
 from distill.training.engine import Engine
@@ -272,7 +275,7 @@ def test_clips_that_do_not_fit_are_refused_with_the_command(data, films, tmp_pat
         ),
         (
             {"path": data, "world": replace(WORLD, num_frames=47)},
-            "the train videos have 0 clips of 47 frames.* 16 are needed",
+            "the train videos have 0 clips of 47 frames.* 2 are needed",
         ),
     ):
         with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*"):
@@ -313,6 +316,7 @@ def test_somebody_is_held_out_even_of_few_and_of_one_person_the_last_pieces(data
     assert len(source.test) == len(source.training) == 21
     one = with_manifest(data, tmp_path / "one", lambda _, clip: replace(clip, identity="p"))
     source = opened(one, held_out=1e-9)
+    source.reserve(8, "fid")
     assert (len(source.training), len(source.test)) == (42 - 16 - 1, 16)
     starts = {clip.id: (clip.source, clip.start) for clip in source.clips}
     ends = [(*starts[sample.id], first) for windows in (source.training, source.test) for sample, first in windows.rows]
@@ -323,11 +327,60 @@ def test_somebody_is_held_out_even_of_few_and_of_one_person_the_last_pieces(data
         assert len(opened(alone, held_out=0.5).test) == 21
     (note,) = source.notes
     assert note.startswith("All clips are of one person: the last 16 of 42 in time are held out")
+    many = source.digests
+    source.reserve(3, "fid")
+    assert (len(source.training), len(source.test)) == (42 - 6 - 1, 6)
+    assert source.notes[1].startswith("Only 3 clips are scored and compared with 3 others")
+    assert source.digests != many, "other clips are trained on"
     few = with_manifest(
         data, tmp_path / "few", lambda n, clip: replace(clip, identity="pq"[n > 7], split="other" * (n > 7))
     )
-    with pytest.raises(UserError, match=r"the train videos have 11 clips of 15 frames [^\n]*, 16 are needed"):
-        opened(few)
+    source = opened(few)
+    assert len(source.training) == 11
+    source.reserve(5, "fid")
+    with pytest.raises(
+        UserError, match=r"the train videos have 11 clips of 15 [^\n]*, 12 are needed, 6 for fid in each"
+    ):
+        source.reserve(6, "fid")
+
+
+@pytest.mark.parametrize(("protocol", "least"), [("embedded", 3), ("quality", 1)])
+def test_the_least_number_of_clips_is_that_of_the_card_s_metrics(data, tmp_path, protocol, least):
+    """Three of the jackknife of a distance, one of a mean over clips; fewer must not be asked for either."""
+    if protocol == "quality":
+        card = yaml.safe_load((RECIPES.parent / "eval" / "protocols" / "embedded.yaml").read_text())
+        card["metrics"] = {name: card["metrics"][name] for name in ("motion_energy", "sharpness")}
+        protocol = str(tmp_path / "quality.yaml")
+        Path(protocol).write_text(yaml.safe_dump(card))
+    words = [*SHORT, f"data.path={data}", f"eval.protocol={protocol}", f"run_dir={tmp_path / 'run'}"]
+    reserve(recipe := load_recipe(RECIPES / "scratch_avatar.yaml", words), source := recipe.data.open())
+    given = []
+    source.reserve = lambda count, why: given.append((count, why))
+    reserve(recipe, source)
+    assert given == [(least, "fid, kid, fvd" if least == 3 else "motion_energy, sharpness")]
+    fewer = replace(recipe, eval=replace(recipe.eval, num_reference=2))
+    if least == 3:
+        with pytest.raises(
+            UserError, match=r"eval.num_reference is too small: got 2; fid, kid, fvd of embedded need 3"
+        ):
+            reserve(fewer, source)
+    else:
+        reserve(fewer, source)
+
+
+def test_fifteen_clips_of_one_person_are_a_whole_run(data, tmp_path):
+    """Thirteen would be enough: 6 to train and validate on, one between, 6 held out, twice the 3 of each score's error."""
+    few = with_manifest(data, tmp_path / "few", lambda n, clip: replace(clip, identity="p", split="other" * (n > 4)))
+    run_dir = tmp_path / "run"
+    words = [*SHORT, "data.held_out=0.1", f"data.path={few}", f"run_dir={run_dir}"]
+    run(load_recipe(RECIPES / "scratch_avatar.yaml", words))
+    report = json.loads((run_dir / "report.json").read_text())
+    facts = report["stages"]["data"]["metrics"]
+    assert (facts["train_clips"], facts["held_out_clips"]) == (15 - 6 - 1, 6)
+    assert {"fid", "fvd", "kid"} <= set(
+        {**report["systems"]["student"]["metrics"], **report["systems"]["student"]["not_admitted"]}
+    )
+    assert "Only 3 clips are scored" in (run_dir / "report.html").read_text()
 
 
 def test_clips_without_sound_are_counted_not_used(films, tmp_path):

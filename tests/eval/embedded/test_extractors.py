@@ -303,4 +303,4 @@ def test_the_card_of_a_run_hashes_what_decides_comparability():
 
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(UserError, match=r"eval\.num_conditions is too small"):
-        EvalConfig(num_conditions=1)
+        EvalConfig(num_conditions=0)

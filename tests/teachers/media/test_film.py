@@ -104,6 +104,27 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path, name, codec, ratio, wi
     assert Fraction(piece.metadata["pixel_aspect"]) == ratio
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"), [("a.mov", "qtrle", "argb"), ("a.mkv", "ffv1", "bgra"), ("b.mov", "png", "rgba")]
+)
+def test_transparency_is_laid_on_white(tmp_path, name, codec, pix_fmt):
+    """Colours hidden under it do not show, half of them half."""
+    rgba = np.dstack([numbered(7), np.full((64, 80), 255, np.uint8)])
+    rgba[:, :20, 3], rgba[:, 20:40, 3] = 0, 128
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25, width=80, height=64, pix_fmt=pix_fmt)
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(rgba, format="rgba").reformat(format=pix_fmt)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    alpha = rgba[..., 3:] / 255
+    shown = np.round(rgba[..., :3] * alpha + 255 * (1 - alpha))
+    found = media.read_video(tmp_path / name)[0].numpy()
+    assert np.abs(found - shown).max() <= 1
+    cut(Clip(id="a", dataset="t", source="a"), tmp_path / name, LOOSE, tmp_path / "out.mp4")
+    np.testing.assert_array_equal(frames_of(tmp_path / "out.mp4"), found)
+
+
 def test_an_absurd_pixel_aspect_is_refused(tmp_path):
     with pytest.raises(UserError, match="960 x 64 pixels"):
         media.read_video(write(tmp_path / "a.mkv", "libvpx-vp9", ratio=Fraction(12)))
@@ -118,6 +139,7 @@ def test_an_absurd_pixel_aspect_is_refused(tmp_path):
         ("a.mp4", {"codec": "libx264", "color_trc": PQ, "color_primaries": BT2020}, r"HDR \(PQ\)"),
         ("a.mkv", {"codec": "libx265", "color_trc": HLG, "pix_fmt": "yuv420p10le"}, r"HDR \(HLG\)"),
         ("a.webm", {"codec": "libvpx-vp9", "color_trc": PQ}, r"HDR \(PQ\)"),
+        ("a.webm", {"codec": "libvpx-vp9", "pix_fmt": "yuva420p"}, "transparent"),
     ],
 )
 def test_pictures_that_would_come_out_wrong_are_refused_with_the_fact(tmp_path, name, facts, words):

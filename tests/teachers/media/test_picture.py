@@ -77,7 +77,11 @@ def modes() -> dict[str, tuple[Image.Image, np.ndarray, str]]:
     palette.info["transparency"] = int(np.array(palette)[0, 0])
     through = shown.copy()
     through[np.array(palette) == palette.info["transparency"]] = 255
+    levels = (DOWN * 257 * 7).astype(np.uint16)
+    deep = Image.fromarray(levels)
+    deep.info["transparency"] = int(levels[3, 0])
     return {
+        "I;16 one transparent": (deep, np.where((levels == levels[3, 0])[..., None], 255, shown), "tiff"),
         "RGB": (Image.fromarray(UPRIGHT), UPRIGHT, "png"),
         "RGBA": (Image.fromarray(hidden), on_white, "webp"),
         "RGBA half": (Image.fromarray(half), (UPRIGHT * (128 / 255) + 255 * (127 / 255)).round(), "png"),
@@ -127,6 +131,17 @@ def test_a_damaged_side_chunk_of_a_png_costs_no_pixel(name):
     read = media.decode_image(png(16, 12, SIDE_CHUNKS[name], depth=8, rows=rows))
     assert read.shape == (12, 16, 3)
     assert torch.equal(read[:, 0, 0], 20 * torch.arange(12, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_one_transparent_level_of_any_depth_is_white(depth):
+    """Pillow compares the level of 2 and 4 bits with the 8 that it makes of them, and drops that of 16."""
+    levels = np.arange(WIDTH) % 2 ** min(depth, 4)
+    bits = "".join(f"{level:0{depth}b}" for level in levels)
+    row = b"\0" + int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+    data = png(WIDTH, HEIGHT, chunk(b"tRNS", struct.pack(">H", 1)), depth, rows=HEIGHT * row)
+    shown = np.where(levels == 1, 255, np.round(levels * 255 / (2**depth - 1)))
+    assert media.decode_image(data)[0, :, 0].tolist() == shown.tolist()
 
 
 def test_damaged_side_segments_of_a_jpeg_cost_no_pixel():
