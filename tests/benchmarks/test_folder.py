@@ -14,7 +14,7 @@ SMALL = (
 
 
 def test_a_hundred_clips_are_all_used_and_none_is_waited_for(tmp_path):
-    found = call(measure, tmp_path, 100, 10, 40, 1, 0, SMALL, timeout=900)
+    found = call(measure, tmp_path, 100, 20, 40, 1, 0, SMALL, timeout=900)
     assert found["trained_on"] + found["held_out"] == found["clips"] == 100
     assert found["trained_on"] > found["held_out"] > 0
     assert found["loader_clips_a_second"] > 2 * found["trainer_clips_a_second"]
