@@ -122,7 +122,7 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
 
     from distill.training.config import EngineConfig
     from distill.training.engine import Engine
-    from distill.training.loop import Trainer
+    from distill.training.trainer import Trainer
 
     trained = {name: roles[name] for name in ("student", "fake_score")}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
 """How a trained role is distributed: replicated (ddp), sharded by FSDP2 (fsdp2), or partitioned by DeepSpeed (zero1, zero2, zero3).
 
 All do the same arithmetic: gradients averaged over ranks and accumulation in fp32, clipped by their norm, AdamW on fp32
-weights; with bf16 the matrix products alone are bf16. `distill.training.loop` uses the protocol `DistributedRole` only.
+weights; with bf16 the matrix products alone are bf16. `distill.training.trainer` uses the protocol `DistributedRole` only.
 """
 
 from collections.abc import Callable, Iterator, Mapping

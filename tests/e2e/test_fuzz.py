@@ -35,8 +35,8 @@ from distill.recipe import load_recipe
 from distill.scoring.clip_sets import _boxes
 from distill.scoring.scoring import read_report
 from distill.training import checkpoint
-from distill.training.loop import Trainer
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from eval.cards import load_card
 from eval.embedded.extractors import Probes
 from eval.external import read_scores

@@ -10,8 +10,9 @@ from distill.methods import Batch
 from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, rollout
 from distill.training.config import OptimizerConfig, TrainConfig
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from students.history import History
 from students.schedule import Schedule
 from teachers import flow

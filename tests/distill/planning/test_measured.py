@@ -19,8 +19,8 @@ from distill.planning.job import Job
 from distill.planning.trace import trace
 from distill.training.config import EngineConfig
 from distill.training.engine import Engine
-from distill.training.loop import Trainer
 from distill.training.role import COUNT, MOMENTS, Kind
+from distill.training.trainer import Trainer
 from students.history import History
 from students.spec import student_sigmas
 from students.weights.checkpoint import make_student

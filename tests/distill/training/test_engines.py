@@ -23,8 +23,9 @@ from distill.methods.rollout import rollout
 from distill.training import checkpoint, fsdp, zero
 from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
 from distill.training.engine import Engine
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from teachers import files, flow
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher

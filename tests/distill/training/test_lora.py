@@ -13,9 +13,10 @@ from distill.data.order import batch_rows
 from distill.methods import Batch, dmd
 from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
 from distill.training.engine import Engine
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.lora import LoraRoles, adapt, make_backbone, trained
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from students.networks.causal_wan import CausalWan
 from teachers.files import save_tensors
 from teachers.networks.kind import AvatarTeacher

@@ -14,8 +14,9 @@ from distill.pipeline.run_folder import RunFolder
 from distill.recipe import load_recipe
 from distill.training import metrics_log
 from distill.training.config import OptimizerConfig, TrainConfig
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from teachers.errors import UserError
 from tests.support.tiny import Ranks
 

@@ -17,8 +17,9 @@ from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
 from distill.training import checkpoint
 from distill.training.engine import Engine
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from eval.cards import load_card
 from eval.metrics.quality import measure
 from eval.metrics.seam import seam_jump

@@ -17,8 +17,9 @@ from distill.methods import Batch
 from distill.training import checkpoint
 from distill.training.config import EngineConfig
 from distill.training.engine import Engine
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from teachers.files import load_tensors, save_tensors
 from tests.distill.training.test_loop import DATA, TARGET, Regression, config, nets
 from tests.support.processes import call

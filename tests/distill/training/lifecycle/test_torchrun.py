@@ -17,8 +17,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from distill.methods import Batch
 from distill.training import checkpoint
 from distill.training.engine import Engine, EngineConfig
-from distill.training.loop import Trainer, train
+from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
+from distill.training.trainer import Trainer
 from tests.distill.training.test_loop import Regression, batches_of, config, nets
 from tests.support.processes import CONTEXT, kill
 
