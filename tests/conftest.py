@@ -29,6 +29,16 @@ LONG = (
     "distill/training/test_hsdp.py",
     "students/serving/test_optimize.py",
     "e2e/test_endurance.py",
+    "examples/test_own_method.py",
+    "examples/test_own_teacher.py",
+    "examples/test_own_data.py",
+    "benchmarks/test_folder.py",
+    "distill/training/lifecycle/test_torchrun.py",
+    "distill/pipeline/test_stages.py",
+    "distill/pipeline/evaluation/test_health.py",
+    "e2e/test_fuzz.py",
+    "e2e/test_hook.py",
+    "distill/test_recipe.py",
 )
 torch.set_num_threads(1)
 
