@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,7 +59,7 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
     alone: dict[str, Callable[[], list[float]]] = {}
     together = {}
     for name, generate in systems(artifacts, students, batch).items():
-        net = students.get(name) or (artifacts.ar_teacher if name == "ar_teacher" else artifacts.teacher)
+        net: Any = students.get(name) or (artifacts.ar_teacher if name == "ar_teacher" else artifacts.teacher)
         on_device = partial(resident, net, artifacts.engine.device)
 
         def clips(conditions: Conditions, generate: Generate = generate) -> None:
