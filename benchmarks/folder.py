@@ -136,7 +136,7 @@ def measure(
         "prepare_clips_a_second": clips / (prepared - began),
         "data_clips_a_second": clips / (stored - prepared),
         "loader_clips_a_second": loader,
-        "trainer_clips_a_second": len(watched.waited) * recipe.teacher.train.batch_size / took,
+        "trainer_clips_a_second": (len(watched.waited) - 1) * recipe.teacher.train.batch_size / took,
         "waited_share": sum(watched.waited[1:]) / took,
         "resident_mib": mib[warm],
         "resident_growth_mib": max(mib[half:]) - max(mib[warm:half]),
