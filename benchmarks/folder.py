@@ -136,7 +136,7 @@ def measure(
         "prepare_clips_a_second": clips / (prepared - began),
         "data_clips_a_second": clips / (stored - prepared),
         "loader_clips_a_second": loader,
-        "trainer_clips_a_second": len(watched.waited) * recipe.teacher.train.batch_size / took,
+        "trainer_clips_a_second": (len(watched.waited) - 1) * recipe.teacher.train.batch_size / took,
         "waited_share": sum(watched.waited[1:]) / took,
         "resident_mib": mib[warm],
         "resident_growth_mib": max(mib[half:]) - max(mib[warm:half]),
@@ -154,8 +154,8 @@ def loading(pipeline: Pipeline, size: int, seconds: float = 1.0) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("clips", 2000), ("people", 40), ("steps", 300), ("threads", 1), ("workers", 0)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    for name, value in (("--clips", 2000), ("--people", 40), ("--steps", 300), ("--threads", 1), ("--workers", 0)):
+        parser.add_argument(name, type=int, default=value)
     parser.add_argument("--dir", type=Path, help="keeps what is made; it must not exist")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

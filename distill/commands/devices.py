@@ -66,6 +66,7 @@ def load(folder: Path, args: argparse.Namespace) -> "Bundle":
     from students.serving.shared import Shared, follow
 
     bundle = split(optimize.prepare(load_student(folder), *choose(args, "student" if ranks.is_main else "")), ranks)
+    assert ranks.sequence is not None
     bundle = replace(bundle, shared=Shared(ranks.sequence))
     if ranks.is_main:
         _SHARED.append(bundle.shared)

@@ -111,10 +111,11 @@ class Writer:
         flag, writing, failed = any_ranks(self.engine, flag, writing, error is not None)
         if failed:
             self._fail(error)
-        if not writing and job.commit is None:
-            self._jobs.pop(0)
-        elif not writing:
-            job.work, job.commit = self._placing.submit(job.commit) if self.engine.is_main else None, None
+        if not writing:
+            commit, job.commit = job.commit, None
+            job.work = self._placing.submit(commit) if commit and self.engine.is_main else None
+            if commit is None:
+                self._jobs.pop(0)
         return flag
 
     def finish(self) -> None:

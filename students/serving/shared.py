@@ -30,7 +30,7 @@ class Shared:
     def __init__(self, sequence: SequenceGroup):
         ranks = dist.get_process_group_ranks(sequence.group)
         self.is_main, self.source = sequence.rank == 0, ranks[0]
-        self.calls = dist.new_group(ranks, backend="gloo", timeout=IDLE)
+        self.calls: Any = dist.new_group(ranks, backend="gloo", timeout=IDLE)
         self.lock = RLock()
         self.broken = False  # a call has failed halfway: the ranks may no longer agree
         self._number = 0

@@ -156,10 +156,10 @@ def first_job(recipe: Path, words: list[str]) -> list[str]:
 
 
 def check_launched(words: list[str]) -> None:
-    """`accelerate launch [FLAGS] RECIPE ...`, or -m distill run NAME ..."""
+    """`accelerate launch [FLAGS] RECIPE ...`, or -m distill run NAME ..., or another command of it."""
     if "-m" in words:
         words = words[words.index("-m") + 1 :]
-        assert words[:2] == ["distill", "run"], words
+        assert words[0] == "distill", words
         check_distill(words[1:])
         return
     start = next(i for i, word in enumerate(words) if word.endswith(".yaml"))
