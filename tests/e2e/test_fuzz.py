@@ -194,7 +194,7 @@ def annotations(read: Callable, files: dict[str, str], at: str | None = None):
 
 def scored_clips(folder: Path):
     """What a killed `distill data curate` has left."""
-    row = {name: None for name in curate.SCHEMA.names} | {"id": "a", "fingerprint": "b", "sharpness": 0.5, "kept": True}
+    row = dict.fromkeys(curate.SCHEMA.names) | {"id": "a", "fingerprint": "b", "sharpness": 0.5, "kept": True}
     (folder / "scores.jsonl").write_text(json.dumps(row) + "\n")
     return [folder / "scores.jsonl"], lambda: curate._earlier_rows(folder)
 
