@@ -36,7 +36,8 @@ from distill.pipeline.export import publish
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
-from distill.scoring.clip_sets import Entry, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import Entry
 from distill.training.engine import Engine
 from eval.cards import load_card
 from students.weights.checkpoint import load_student
