@@ -68,9 +68,7 @@ def read_frames(path: Path, start: Fraction = Fraction(0)) -> Generator[SourceFr
                     f"frames of no known size, or of more than {MOST_FRAME_PIXELS // 10**6} megapixels: {path}; convert it"
                 )
             check_size(stream.height, stream.width, str(path), MOST_FRAME_PIXELS)
-            if (
-                stream.metadata.get("alpha_mode") == "1"
-            ):  # of VP8 and VP9, in packets that FFmpeg's own decoders pass over
+            if stream.metadata.get("alpha_mode") == "1":  # of webm; FFmpeg's own VP8 and VP9 decoders pass it over
                 raise UserError(
                     f"frames are transparent: {path}; lay them on white, ffmpeg -c:v libvpx-vp9 -i IN -f lavfi -i color=white "
                     "-filter_complex [1][0]scale2ref[w][v];[w][v]overlay=shortest=1 OUT"

@@ -36,7 +36,8 @@ from distill.pipeline.export import publish
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
-from distill.scoring.clip_sets import Entry, read_clip
+from distill.scoring.clip_io import read_clip
+from distill.scoring.clip_sets import Entry
 from distill.training.engine import Engine
 from eval.cards import load_card
 from students.weights.checkpoint import load_student
@@ -354,37 +355,49 @@ def main() -> int:
 
 
 def fuzz(asked: argparse.Namespace, folder: Path, run: Path) -> int:
-    """One file of each kind after the other, until the CPU time is over."""
+    """One file of each kind after the other, until the CPU time is over, or Ctrl-C."""
     reader = Reader(folder, [path.resolve() for path in asked.inputs], run, asked.seed)
     kinds = [kind for kind in reader.kinds if not asked.only or any(word in kind for word in asked.only)]
     found: dict[str, list[Found]] = {kind: [] for kind in kinds}
     faults: collections.Counter[str] = collections.Counter()
-    spent = 0.0
-    for number in itertools.count(asked.first):
-        for kind in (kind for kind in kinds if number % SLOW.get(kind, 1) == 0):
-            result, wrong = reader.read(kind, number)
-            found[kind].append(result)
-            spent += result.total
-            if result.fault:
-                last = [line for line in result.fault.splitlines() if line.strip()][-1]
-                faults[f"{kind}: {last}"] += 1
-                if faults[f"{kind}: {last}"] == 1:
-                    print(f"FAULT {kind} {number} {result.file}\n{result.fault}", flush=True)
-                    if asked.keep is not None:
-                        asked.keep.mkdir(parents=True, exist_ok=True)
-                        (asked.keep / f"{kind} {number} {result.file}").write_bytes(wrong)
-        if spent >= 60 * asked.minutes:
-            break
+    with suppress(KeyboardInterrupt):
+        for number in itertools.count(asked.first):
+            for kind in (kind for kind in kinds if number % SLOW.get(kind, 1) == 0):
+                result, wrong = reader.read(kind, number)
+                found[kind].append(result)
+                if result.fault:
+                    tell(f"{kind} {number} {result.file}", kind, result, wrong, faults, asked.keep)
+            if sum(one.total for results in found.values() for one in results) >= 60 * asked.minutes:
+                break
     processes.kill(reader.process)
+    summarise(found, faults)
+    return 1 if faults else 0
+
+
+def tell(
+    name: str, kind: str, result: Found, wrong: bytes, faults: collections.Counter[str], keep: Path | None
+) -> None:
+    """Count a fault; print, and keep the file of, the first of its kind."""
+    last = [line for line in result.fault.splitlines() if line.strip()][-1]
+    faults[f"{kind}: {last}"] += 1
+    if faults[f"{kind}: {last}"] == 1:
+        print(f"FAULT {name}\n{result.fault}", flush=True)
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / name).write_bytes(wrong)
+
+
+def summarise(found: Mapping[str, list[Found]], faults: collections.Counter[str]) -> None:
+    """A line a kind, the sum, and how often each fault came."""
     print(f"{'kind':20} {'files':>6} {'most CPU':>9} {'most MB':>8} {'faults':>7}")
-    for kind, results in found.items():
+    for kind, results in ((kind, results) for kind, results in found.items() if results):
         cpu, size = max(one.cpu for one in results), max(one.size for one in results) / 1e6
         print(f"{kind:20} {len(results):6} {cpu:7.2f} s {size:8.0f} {sum(bool(one.fault) for one in results):7}")
-    total = sum(map(len, found.values()))
-    print(f"{total} wrong files, {spent:.0f} s of CPU, {faults.total()} faults, {len(faults)} kinds of them")
+    every = [one for results in found.values() for one in results]
+    spent = sum(one.total for one in every)
+    print(f"{len(every)} wrong files, {spent:.0f} s of CPU, {faults.total()} faults, {len(faults)} kinds of them")
     for fault, count in faults.most_common():
         print(f"{count:5} {fault}")
-    return 1 if faults else 0
 
 
 if __name__ == "__main__":

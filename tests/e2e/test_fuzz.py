@@ -23,6 +23,7 @@ from distill.commands.sample.inputs import read_pose
 from distill.commands.sweep.command import read_sweep
 from distill.commands.sweep.table import read_row
 from distill.compose import RECIPES
+from distill.data.curate import curate
 from distill.data.curate.candidates import read_faces
 from distill.data.curate.curate import read_thresholds
 from distill.data.datasets import avspeech, celebvhq, hdtf
@@ -191,6 +192,13 @@ def annotations(read: Callable, files: dict[str, str], at: str | None = None):
     return make
 
 
+def scored_clips(folder: Path):
+    """What a killed `distill data curate` has left."""
+    row = dict.fromkeys(curate.SCHEMA.names) | {"id": "a", "fingerprint": "b", "sharpness": 0.5, "kept": True}
+    (folder / "scores.jsonl").write_text(json.dumps(row) + "\n")
+    return [folder / "scores.jsonl"], lambda: curate._earlier_rows(folder)
+
+
 def probes(folder: Path):
     eval_sets.probes(folder)
     return [folder / "probes.json", folder / "probes.safetensors"], lambda: Probes.load(folder)
@@ -266,6 +274,7 @@ READ: dict[str, Callable[[Path], tuple[list[Path], Reader]]] = {
     "archive": an_archive,
     "prepared": prepared,
     "manifest": a_manifest,
+    "scored clips": scored_clips,
     "probes": probes,
     "picture": pictures,
     "sound": sound,

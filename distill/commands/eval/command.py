@@ -234,5 +234,5 @@ def _admitted(folder: Path) -> dict[str, bool] | None:
     """What the run's stage says of each metric; None where it is not there."""
     try:
         return json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))["metrics"]["admitted"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -265,10 +265,12 @@ def _earlier_rows(out: Path) -> list[Row]:
         table = pq.read_table(out / "scores.parquet")
         rows += table.to_pylist() if table.schema.remove_metadata() == SCHEMA else []
     for line in _complete_lines(out / "scores.jsonl"):
-        with suppress(ValueError, TypeError):
+        with suppress(ValueError, TypeError, AttributeError, RecursionError, pa.ArrowException):
             row = json.loads(line)
             if row.keys() == set(SCHEMA.names):
-                rows.append({**row, "thumbnail": base64.b64decode(row["thumbnail"]) if row["thumbnail"] else None})
+                row["thumbnail"] = base64.b64decode(row["thumbnail"]) if row["thumbnail"] else None
+                pa.Table.from_pylist([row], SCHEMA).validate(full=True)
+                rows.append(row)
     return [row for row in rows if row["problem"] is None]
 
 

@@ -368,21 +368,6 @@ def test_the_least_number_of_clips_is_that_of_the_card_s_metrics(data, tmp_path,
         reserve(fewer, source)
 
 
-def test_fifteen_clips_of_one_person_are_a_whole_run(data, tmp_path):
-    """Thirteen would be enough: 6 to train and validate on, one between, 6 held out, twice the 3 of each score's error."""
-    few = with_manifest(data, tmp_path / "few", lambda n, clip: replace(clip, identity="p", split="other" * (n > 4)))
-    run_dir = tmp_path / "run"
-    words = [*SHORT, "data.held_out=0.1", f"data.path={few}", f"run_dir={run_dir}"]
-    run(load_recipe(RECIPES / "scratch_avatar.yaml", words))
-    report = json.loads((run_dir / "report.json").read_text())
-    facts = report["stages"]["data"]["metrics"]
-    assert (facts["train_clips"], facts["held_out_clips"]) == (15 - 6 - 1, 6)
-    assert {"fid", "fvd", "kid"} <= set(
-        {**report["systems"]["student"]["metrics"], **report["systems"]["student"]["not_admitted"]}
-    )
-    assert "Only 3 clips are scored" in (run_dir / "report.html").read_text()
-
-
 def test_clips_without_sound_are_counted_not_used(films, tmp_path):
     silent = tmp_path / "films"
     shutil.copytree(films, silent)
