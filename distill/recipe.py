@@ -24,7 +24,7 @@ from teachers.errors import UserError
 from teachers.flow import Grid, sigma_grid
 from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
-from teachers.resolve import Registry
+from teachers.resolve import Registry, label
 
 NO_RESULT = (
     *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size", "teacher.sampler", "base.sampler"),
@@ -302,12 +302,17 @@ def spec_of(recipe: "Recipe") -> Spec:
                 "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
             )
         network = network.with_guidance()
+    for kind in (network, recipe.teacher.network):
+        if kind.lead != data.lead:
+            raise UserError(
+                f"data.lead: got {data.lead}; {label(kind)} has a lead of {kind.lead} latent frames, set it to that"
+            )
     spec = Spec(
         height=data.world.size[0],
         width=data.world.size[1],
         fps=Fraction(data.world.fps),
         chunk_frames=student.chunk_frames,
-        sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift),
+        sigmas=student_sigmas(student.num_steps, recipe.trajectories.shift, student.grid),
         horizon_frames=data.latent_frames,
         history=student.history,
         schedule=student.schedule,

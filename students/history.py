@@ -29,6 +29,11 @@ class History:
     start of the stream, as the published code of LiveTalk and Self Forcing does: the distance to the sinks grows with every chunk,
     and the stream ends with the network's table (1024 latent frames). Both are the same until a chunk leaves the window, and
     without sinks. For weights that were published so; measured in docs/parity.md.
+
+    `anchors_ahead`: of a network with anchors (Wan2.2-S2V), how many latent frames ahead of a chunk's first frame the reference
+    lies at least; before, it is where the training clip has it. LiveAvatar draws 4 to 30 anew for every step. `anchors_roll`: so
+    many latent frames into a stream the anchors are made again of what it drew, the first frame and the newest ones (LiveAvatar's
+    rolling sink: 12, the length of its clips; 0: never).
     """
 
     sinks: int = 1
@@ -40,9 +45,18 @@ class History:
     refine_every: int = 0
     refine_level: float = 0.25
     positions: Literal["relative", "absolute"] = "relative"
+    anchors_ahead: int = 12
+    anchors_roll: int = 0
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
+        if self.anchors_ahead < 1:
+            raise UserError(f"student.history.anchors_ahead: got {self.anchors_ahead}; it counts latent frames, from 1")
+        if self.anchors_roll < 0 or (self.anchors_roll and self.commit != "same_level"):
+            raise UserError(
+                f"student.history.anchors_roll: got {self.anchors_roll} with commit={self.commit}; it counts latent frames of a "
+                "same_level history, 0 is never"
+            )
         for name, count in counts.items():
             if count < 0:
                 raise UserError(f"student.history.{name}: got {count}; it counts chunks, from 0")

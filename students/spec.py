@@ -45,7 +45,7 @@ class StudentConfig:
     """The student part of a recipe: chunk length in latent frames, denoising steps with the teacher's shift, history and
     schedule. `network` null: the teacher's made causal; a kind of its own starts from no weights of the teacher. `guidance`: the
     guidance scales that are embedded, from `init` on, in the place of those of trajectories and distill. `times`, `step`: as in
-    `Spec`."""
+    `Spec`. `grid`: that of the steps (teachers.flow.sigma_grid); trajectories have even ones."""
 
     chunk_frames: int
     num_steps: int
@@ -58,6 +58,7 @@ class StudentConfig:
     first_chunks: int = 1
     times: tuple[float, ...] = ()
     step: Step = "renoise"
+    grid: flow.Grid = "even"
 
     def __post_init__(self):
         levels = (*self.first_sigmas, 0.0)
@@ -105,6 +106,12 @@ class Spec:
         check_image(self.network, self.image)
         if self.speakers not in (1, 2):
             raise UserError(f"speakers: got {self.speakers}; a student takes one voice, or its own and another one's")
+        roll = self.history.anchors_roll
+        if roll and (roll < self.horizon_frames or roll % self.chunk_frames):
+            raise UserError(
+                f"student.history.anchors_roll: got {roll}; give whole chunks of {self.chunk_frames}, at least the "
+                f"{self.horizon_frames} latent frames of a training clip, in which anchors stay"
+            )
         if self.horizon_frames % self.chunk_frames:
             raise UserError(
                 f"student.chunk_frames: a clip needs a whole number of chunks: got {self.horizon_frames} latent frames "
@@ -199,11 +206,12 @@ class Spec:
         return len(self.sigmas) + (self.history.commit == "clean" and self.network.context_pass) + refined
 
     def pixel_frames(self, chunk: int) -> tuple[int, int]:
-        """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other."""
-        stride, n = self.codec.stride, self.chunk_frames
+        """First and past-the-end pixel frame of a chunk: 1 + stride (n - 1) frames in chunk 0, stride n in every other; chunk 0
+        brings the lead's frame, where there is one."""
+        stride, n, lead = self.codec.stride, self.chunk_frames, self.network.lead
 
         def start(k: int) -> int:
-            return 0 if k == 0 else 1 + stride * (k * n - 1)
+            return 0 if k == 0 else 1 + stride * (k * n - 1 + lead)
 
         return start(chunk), start(chunk + 1)
 
@@ -249,6 +257,6 @@ def _falls(times: Sequence[float]) -> bool:
     return all(1000.0 >= a > b >= 0.0 for a, b in itertools.pairwise((*times, 0.0)))
 
 
-def student_sigmas(num_steps: int, shift: float) -> tuple[float, ...]:
+def student_sigmas(num_steps: int, shift: float, grid: flow.Grid = "even") -> tuple[float, ...]:
     """The student's sigmas, 1 first and 0 left out."""
-    return flow.sigma_grid(num_steps, shift)[:-1]
+    return flow.sigma_grid(num_steps, shift, grid)[:-1]

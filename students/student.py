@@ -30,12 +30,18 @@ class Finished:
 @dataclass(frozen=True)
 class ReadAhead:
     """Conditions as the network's blocks take them, read once without gradient: cross-attention keys and values of the `text` of
-    each block and of the `image`, embeddings of sigmas (`times`), and a chunk's `audio`. What is missing is read in the step."""
+    each block and of the `image`, embeddings of sigmas (`times`), a chunk's `audio`, and the keys and values of the `anchors` with
+    the latents that they are of. What is missing is read in the step."""
 
     text: tuple[KeyValue, ...] | None = None
     times: Mapping[float, Any] = field(default_factory=dict)  # of the spec's sigmas and the history's level
     audio: tuple[Any, ...] | None = None
     image: tuple[KeyValue, ...] | None = None
+    anchors: tuple[Tensor, tuple[KeyValue, ...]] | None = None
+    drawn: Tensor | None = (
+        None  # latents [B, C, f, H, W] from the start of a stream, until its anchors are made again of them
+    )
+    rolled: Tensor | None = None  # those anchors, in the place of the conditions'
 
 
 @dataclass(frozen=True)

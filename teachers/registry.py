@@ -53,6 +53,7 @@ IMAGE_ENCODERS = Registry(
     entries={
         "wan": "teachers.encoders.image:WanImageConfig",
         "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
+        "s2v": "teachers.encoders.anchors:AnchorsConfig",
     },
     methods={"load": "def load(self) -> ImageEncoder"},
 )

@@ -1,4 +1,5 @@
-"""`distill convert`: weights from one published layout to another, strictly and with one shard in memory."""
+"""`distill convert`: weights from one published layout to another, strictly and with one shard in memory; or, with a recipe that
+says what else a stream needs, a published student as a student folder."""
 
 import argparse
 import sys
@@ -8,6 +9,9 @@ from tqdm import tqdm
 
 from teachers.checkpoints.layouts import LAYOUTS
 from teachers.checkpoints.strict import listed
+from teachers.errors import UserError
+
+STUDENT = "student"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, metavar="SRC", help="a file of weights or its folder; the layout is recognised"
     )
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; for self-forcing a .pt file")
-    parser.add_argument("--to", choices=LAYOUTS, required=True, help="layout to write")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of --recipe")
+    parser.add_argument("--to", choices=(*LAYOUTS, STUDENT), required=True, help="layout to write, or a student folder")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="RECIPE", help="with --to student: of which the weights are a student"
+    )
     parser.add_argument("--base", type=Path, metavar="BASE", help="Wan weights that a LoRA (OmniAvatar) was trained on")
     parser.add_argument(
         "--lora",
@@ -44,6 +52,14 @@ def run(args: argparse.Namespace) -> int:
     """Convert and print one line on what was written; return 0. Raises UserError, and then no file remains."""
     from teachers.checkpoints.convert import check_target, plan
 
+    if (args.to == STUDENT) != (args.recipe is not None):
+        raise UserError(
+            f"--to {STUDENT} and --recipe go together: the recipe says chunks, history and encoders; give both"
+        )
+    if args.to == STUDENT:
+        return _student(args)
+    if args.overrides:
+        raise UserError(f"{args.overrides[0]} would have no effect: it is of --recipe; remove it")
     check_target(args.target, args.to)
     options = {"lora": args.lora, "widen": args.widen, "entry": args.entry, "leave_out": args.leave_out}
     conversion = plan(args.source, args.to, base=args.base, **options)
@@ -56,4 +72,30 @@ def run(args: argparse.Namespace) -> int:
         f"{args.target}: {args.to}, {len(conversion.tensors)} tensors, {conversion.num_parameters:,} parameters{lora}, "
         f"from {source.layout} ({source.path}){ignored}\n"
     )
+    return 0
+
+
+def _student(args: argparse.Namespace) -> int:
+    """Write the student folder of weights that are published as a student's, and one line on it; return 0."""
+    from distill.pipeline.pretrained import published_student
+    from distill.recipe import load_recipe
+    from students.weights.card import model_card
+    from students.weights.checkpoint import save_student
+    from teachers.checkpoints.convert import check_target
+    from teachers.files import staged
+
+    given = {"--lora": args.lora, "--widen": args.widen, "--entry": args.entry, "--leave-out": args.leave_out}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"{wrong[0]} has no effect with --to {STUDENT}: convert to ours first, and give that as SRC")
+    check_target(args.target, STUDENT)
+    recipe = load_recipe(args.recipe, args.overrides)
+    bundle = published_student(recipe, args.source, args.base)
+    net = bundle.student.net
+    facts = {"weights": args.source.name, "over": args.base.name if args.base else "", "recipe": recipe.name}
+    title = f"{args.source.name}, a published student"
+    card = model_card(bundle.spec, title=title, facts={name: value for name, value in facts.items() if value})
+    with staged(args.target, sum(p.numel() * p.element_size() for p in net.parameters())) as temporary:
+        save_student(temporary, bundle, card)
+    count = sum(p.numel() for p in net.parameters())
+    sys.stdout.write(f"{args.target}: a student of {count:,} parameters, from {args.source}\n")
     return 0

@@ -17,7 +17,9 @@ class ClipsConfig:
     features; `image`: the reference image, for networks that take more of it than its latent. `text_steps`: training steps of a
     fitted text encoder. `negative`: the prompt that replaces a dropped text (null: zeros). `precision`: that of stored features
     of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5). `mirror`: the mirror image of every clip is
-    trained on too. A source's own config inherits from it and opens the source."""
+    trained on too. `lead`: the first latent frame of a clip is the portrait's alone, for networks whose kind has such a lead: it
+    primes the codec and is in no chunk (0: it is a frame like the others). A source's own config inherits from it and opens the
+    source."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
@@ -28,6 +30,7 @@ class ClipsConfig:
     negative: str | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     mirror: bool = True
+    lead: int = 0
 
     def __post_init__(self):
         world, codec = self.world, self.codec
@@ -40,8 +43,8 @@ class ClipsConfig:
 
     @property
     def latent_frames(self) -> int:
-        """F of a training clip."""
-        return 1 + (self.world.num_frames - 1) // self.codec.stride
+        """F of a training clip, without the lead."""
+        return 1 + (self.world.num_frames - 1) // self.codec.stride - self.lead
 
     @missing
     def open(self) -> ClipSource:

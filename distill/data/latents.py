@@ -50,7 +50,8 @@ class ConditionEncoders:
     """Everything that turns clips into tensors for a network: codec, audio encoder, text encoder (all frozen).
 
     They work on `device`; what they give lies on the CPU. `reference`: the first latent of a clip is given to the network;
-    `negative`: the prompt in the place of a dropped text. `mark`: which fitted files they were read from (`fitted_fingerprint`).
+    `negative`: the prompt in the place of a dropped text. `lead`: so many first latent frames of a clip are the portrait's and no
+    part of its x0 and conditions (`NetworkKind.lead`). `mark`: which fitted files they were read from (`fitted_fingerprint`).
     `precision`: that of features of sound and text in a training set.
     """
 
@@ -63,6 +64,7 @@ class ConditionEncoders:
     mark: str = ""
     precision: torch.dtype = torch.float32
     image: ImageEncoder | None = None
+    lead: int = 0
 
     @torch.no_grad()
     def of_image(self, image: Tensor, num_frames: int) -> dict[str, Tensor]:
@@ -74,13 +76,14 @@ class ConditionEncoders:
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
-        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w], a few clips at a time."""
+        """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w], the lead among them, a few clips at a time."""
         parts = video.split(pieces(*video.shape[2:]))
         return torch.cat([self.codec.encode(to_float(part.to(self.device))).float().cpu() for part in parts])
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, F, h, w] -> uint8 [N, 3, T, H, W], a few clips at a time."""
+    def decode(self, latents: Tensor, lead: Tensor | None = None) -> Tensor:
+        """Latents [N, C, F, h, w] behind their `lead` [N, C, 1, h, w] -> uint8 [N, 3, T, H, W], a few clips at a time."""
+        latents = latents if lead is None else torch.cat([lead.to(latents), latents], dim=2)
         config, (frames, height, width) = self.codec.config, latents.shape[2:]
         size = pieces(1 + config.stride * (frames - 1), height * config.patch, width * config.patch)
         return torch.cat([to_uint8(self.codec.decode(part.to(self.device))).cpu() for part in latents.split(size)])
@@ -96,23 +99,29 @@ class ConditionEncoders:
         features: Mapping[str, Tensor] | None = None,
         image: Tensor | None = None,
     ) -> Conditions:
-        """audio [N, S] or [N, 2, S]; text, None for conditions without; reference latents [N, C, 1, h, w]; num_frames pixel frames;
-        pose rows [N, T, P]; `features` as `Clips` has them; reference images [N, 3, H, W] in [-1, 1], for an image encoder."""
-        audio, stride = audio.to(self.device), self.codec.config.stride
+        """audio [N, S] or [N, 2, S]; text, None for conditions without; reference latents [N, C, 1, h, w]; num_frames pixel frames,
+        the lead's among them; pose rows [N, T, P]; `features` as `Clips` has them; reference images [N, 3, H, W] in [-1, 1], for an
+        image encoder."""
+        audio = audio.to(self.device)
         rows, whole = self.audio_encoder(audio, 0, num_frames), self.audio_encoder.of_clip(audio, num_frames)
         if audio.ndim == 3:
             rows, whole = side_by_side(rows), None if whole is None else side_by_side(whole)
-        packed = pack_rows(rows.float().cpu(), stride)
+        packed = self._packed(rows)
         of_image = {} if image is None else self.of_image(image, packed.shape[1])
         return Conditions(
             {**of_image, **(features or {})},
             text=None if text is None else self.read(text),
             audio=packed,
             reference=reference if self.reference else None,
+            lead=reference if self.lead else None,
             negative=None if text is None else self.negatives(len(text)),
-            clip_audio=None if whole is None else pack_rows(whole.float().cpu(), stride),
-            pose=None if pose is None else pack_rows(pose, stride),
+            clip_audio=None if whole is None else self._packed(whole),
+            pose=None if pose is None else self._packed(pose),
         )
+
+    def _packed(self, rows: Tensor) -> Tensor:
+        """Rows of pixel frames [N, T, A] -> those of the clip's latent frames [N, F, stride, A] on the CPU."""
+        return pack_rows(rows.float().cpu(), self.codec.config.stride)[:, self.lead :]
 
     @torch.no_grad()
     def read(self, text: list[str]) -> Tensor:
@@ -126,11 +135,12 @@ class ConditionEncoders:
     def of_clips(self, clips: Clips, with_text: bool = True) -> tuple[Tensor, Conditions]:
         """Latents [N, C, F, h, w] and conditions of whole clips, those of the text only `with_text`. UserError for features that
         are not declared, or not of as many rows or latent frames as the clips."""
-        x0 = self.encode(clips.video)
+        latents = self.encode(clips.video)
+        x0 = latents[:, :, self.lead :]
         _check_features(clips.features, Conditions(clips.features), len(x0), x0.shape[2])
         frames, text = clips.video.shape[2], clips.text if with_text else None
         image = to_float(clips.video[:, :, 0])
-        return x0, self.conditions(clips.audio, text, x0[:, :, :1], frames, clips.pose, clips.features, image)
+        return x0, self.conditions(clips.audio, text, latents[:, :, :1], frames, clips.pose, clips.features, image)
 
 
 def _check_features(features: Mapping[str, Tensor], given: Conditions, num: int, frames: int) -> None:
@@ -257,7 +267,7 @@ def write_shards(
         x0, conditions = encoders.of_clips(clips, with_text=False)
         rows = conditions.stored
         if source.config.mirror:
-            x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))])
+            x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))[:, :, encoders.lead :]])
             again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), x0.shape[2])
             again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
             rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
@@ -339,7 +349,8 @@ def load_encoders(
     for part in (codec, audio_encoder, text, *([] if image is None else [image])):
         part.to(device)
     mark, precision = fitted_fingerprint(folder), PRECISIONS[config.precision]
-    return ConditionEncoders(codec, audio_encoder, text, reference, config.negative, device, mark, precision, image)
+    given = (config.negative, device, mark, precision, image, config.lead)
+    return ConditionEncoders(codec, audio_encoder, text, reference, *given)
 
 
 def fitted_fingerprint(folder: Path) -> str:

@@ -10,6 +10,7 @@ from distill.pipeline import record
 from distill.recipe import Recipe, TeacherStage, spec_of
 from students.spec import Spec
 from students.weights.adapter import HINT, digest
+from students.weights.checkpoint import Bundle
 from teachers.checkpoints.convert import fill_network
 from teachers.checkpoints.strict import check_finite, check_shapes, load_strict, shapes_of
 from teachers.checkpoints.weights import copy_rows, read_safetensors
@@ -72,6 +73,22 @@ def fill_strict(net: Any, file: Path) -> None:
         if not value.is_meta:
             copy_rows(value, tensors[name].read)
             check_finite({name: value}, file, "get the weights again")
+
+
+def published_student(recipe: Recipe, path: Path, wan: Path | None) -> Bundle:
+    """The student whose weights are published at `path`, over the weights `wan` where it is a LoRA or a part, with the geometry,
+    history and encoders of a recipe; in bf16 where the recipe's teacher is. UserError for what does not fit, and for a codec or a
+    text encoder that is fitted to a run's data."""
+    spec = spec_of(recipe)
+    if spec.codec.fitted or spec.text.fitted:
+        raise UserError(
+            "data.codec, data.text: they are fitted to a run's data; give a recipe whose encoders have a path"
+        )
+    stage = TeacherStage(network=spec.network, path=path, wan=wan, precision=recipe.teacher.precision)
+    net = load_given(stage, spec, torch.device("cpu"))
+    codec, image = spec.codec.load(path, spec.height, spec.width), None if spec.image is None else spec.image.load()
+    encoders = codec, spec.audio.load(spec.samples_per_frame), spec.text.load(path)
+    return Bundle(spec.network.student(net, spec).eval().requires_grad_(False), *encoders, image_encoder=image)
 
 
 def load_teacher(recipe: Recipe, device: torch.device | str = "cpu") -> Teacher:

@@ -83,13 +83,14 @@ def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
         save_file(own, place(stage.path) / f"{whole.kind}.safetensors")
         _save(place(stage.wan), tensors, layouts.make_config(whole, "wan"))
         return
-    plain = replace(whole, in_channels=whole.out_channels, packed=0, num_audio=0, audio_in=0)
+    over_all = whole.kind != "wan"  # LiveAvatar's
+    plain = whole if over_all else replace(whole, in_channels=whole.out_channels, packed=0, num_audio=0, audio_in=0)
     base = {name: _random(shape, name) for name, shape in layouts.tensors(plain, "wan").items()}
     _save(place(stage.wan), base, layouts.make_config(plain, "wan"))
     lora: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if name.startswith(("patch_embedding", "audio_")):
+        if not over_all and name.startswith(("patch_embedding", "audio_")):
             lora[name] = tensor
         elif kind == "weight" and module.endswith((".q", ".k", ".v", ".o", ".ffn.0", ".ffn.2")):
             rows, columns = tensor.shape

@@ -24,7 +24,7 @@ from students.kv_cache import CachedChunk, unrotated
 from students.schedule import DiagonalStep
 from students.spec import Spec
 from students.student import CacheKind, Finished, ReadAhead, State, Student, stacked
-from teachers.conditions import Conditions
+from teachers.conditions import Conditions, taken
 from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, PastParts, to_x0
 from teachers.networks.wan import AvatarTransformer, Span
@@ -78,7 +78,9 @@ class CausalWan(Student):
         return state if text is None else self.set_text(state, text)
 
     def set_text(self, state: State, text: Tensor) -> State:
-        return replace(state, read=replace(state.read, text=self.net.read_text(text)))
+        return replace(
+            state, read=replace(state.read, text=self.net.read_text(text), anchors=None)
+        )  # these read the text
 
     def plan(self, state: State, conditions: Conditions, grad: bool = False) -> ReadAhead | None:
         """The stream's text and sigmas and the chunk's audio as the blocks take them, read without gradient. With `grad` nothing:
@@ -86,17 +88,36 @@ class CausalWan(Student):
         if grad:
             return None
         if self.spec.schedule.depth > 1:  # chunks enter and leave between forwards, and their audio with them
-            return state.read
-        first, image = state.chunk * self.spec.chunk_frames, self._image(conditions)
+            return replace(state.read, anchors=self._anchors(state.read, conditions))
+        n, image = self.spec.chunk_frames, self._image(conditions)
         frames = 0 if conditions.audio is None else conditions.audio.shape[1]
-        numbers = self.net.kind.numbered(range(first, first + frames))
+        numbers = self.net.kind.numbered(range(state.chunk * n, state.chunk * n + frames), n)
         with torch.no_grad():
             audio = self.net.read_audio(conditions.audio, numbers, conditions.regions)
-        return replace(state.read, audio=audio, image=None if image is None else self.net.read_image(image))
+        image = None if image is None else self.net.read_image(image)
+        return replace(state.read, audio=audio, image=image, anchors=self._anchors(state.read, conditions))
 
     def _image(self, conditions: Conditions) -> Tensor | None:
         """The image features, for a network that reads them."""
         return conditions.image if self.net.image_dim else None
+
+    def _anchors(self, read: ReadAhead, conditions: Conditions) -> tuple[Tensor, tuple[KeyValue, ...]] | None:
+        """The anchors' keys and values, read without gradient where others were read before, or none; None without any."""
+        given = conditions.anchors if "anchors" in taken(self.net.kind) else None
+        given = given if read.rolled is None else read.rolled
+        if given is None or (read.anchors is not None and read.anchors[0] is given):
+            return None if given is None else read.anchors
+        with torch.no_grad():
+            return given, self.net.read_anchors(given, conditions.text if read.text is None else read.text)
+
+    def _rolled(self, state: State, x0: Tensor, anchors: Tensor) -> State:
+        """The state with a chunk x0 more of what the anchors [B, C, R, H, W] are to be made of, or, with the last one, those."""
+        read = state.read
+        drawn = x0.clone() if read.drawn is None else torch.cat([read.drawn, x0], dim=2)
+        if drawn.shape[2] < self.spec.history.anchors_roll:
+            return replace(state, read=replace(read, drawn=drawn))
+        rolled = self.net.kind.roll_anchors(anchors, drawn.to(anchors))
+        return replace(state, read=replace(read, drawn=None, rolled=rolled, anchors=None))
 
     def rotate_keys(self, keys: Tensor, place: int) -> Tensor:
         """Rotate a chunk's keys [L, B, n, M, d] to their place in time (History.place)."""
@@ -126,6 +147,9 @@ class CausalWan(Student):
             last.conditions if len(segments) == 1 else Conditions.join_frames([part.conditions for part in segments])
         )
         text = last.conditions.text if read.text is None else read.text
+        anchors: Any = None if read.anchors is None else read.anchors[1]
+        if anchors is None and "anchors" in taken(self.net.kind):
+            anchors = self.net.read_anchors(last.conditions.anchors, text)
         audio: Any = given.audio if read.audio is None else read.audio
         level: Any = self.spec.conditioned(joined([part.sigma for part in segments], 1))
         if sigma is not None and sigma in read.times:
@@ -135,19 +159,36 @@ class CausalWan(Student):
             level,
             text,
             audio,
-            spans=_spans(segments, n, absolute=self.spec.history.positions == "absolute"),
+            spans=self._spans(segments),
             past=None if state is None else self._past(state, step),
             past_frames=0 if state is None else len(state.cached) * n,
             pose=given.pose,
             image=self._image(last.conditions) if read.image is None else read.image,
             remember=keep,
             guidance=self.scale(last.conditions),
-            numbers=self.net.kind.numbered(_numbers(segments, n)),
+            numbers=self.net.kind.numbered(_numbers(segments, n), n),
             regions=last.conditions.regions,
+            anchors=anchors,
         )
         x, _ = composed[-1]
         out = out[:, :, out.shape[2] - x.shape[2] :]
         return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
+
+    def _spans(self, segments: Sequence[Segment]) -> list[Span]:
+        """Which frames see which, over the segments side by side; with absolute positions, those of the stream."""
+        n, history, spans, start = self.spec.chunk_frames, self.spec.history, [], 0
+        numbers = _numbers(segments, n)
+        for part in segments:
+            size = part.x.shape[2] // len(part.sees)
+            for seen in part.sees:
+                context = tuple((j * n, (j + 1) * n) for j in seen)
+                at = None
+                if history.positions == "absolute":
+                    at = tuple(numbers[first] for first, _ in (*context, (start, start + size)))
+                ahead = self.net.kind.anchor_distance(numbers[start], history.anchors_ahead)
+                spans.append(Span(start, start + size, context, at, ahead))
+                start += size
+        return spans
 
     def _past(self, state: State, step: int) -> Sequence[KeyValue | PastParts] | None:
         """The context of a step; in parts where blocks are computed again in the backward pass, which would keep it until then."""
@@ -212,6 +253,10 @@ class CausalWan(Student):
         """As every student's. Only a same_level history needs `steps`; a clean one makes its own pass, which shares the chunk's
         `plan` (made where none is given)."""
         history = self.spec.history
+        if plan is not None and plan.anchors is not None:
+            state = replace(state, read=replace(state.read, anchors=plan.anchors))
+        if state.chunk * self.spec.chunk_frames < history.anchors_roll:
+            state = self._rolled(state, x0.detach(), conditions.anchors)
         if isinstance(steps, DiagonalStep):
             state = state if steps.entry is None else self.settle(state, steps.entry)
             pending = Finished(state.chunk, x0.detach(), conditions)
@@ -299,19 +344,6 @@ class CausalWan(Student):
 def _numbers(segments: Sequence[Segment], n: int) -> list[int]:
     """Of the latent frames of all segments, in their stream."""
     return [part.first * n + i for part in segments for i in range(part.x.shape[2])]
-
-
-def _spans(segments: Sequence[Segment], n: int, absolute: bool) -> list[Span]:
-    """Which frames see which, over the segments side by side; with `absolute` positions, those of the stream."""
-    spans, start, numbers = [], 0, _numbers(segments, n)
-    for part in segments:
-        size = part.x.shape[2] // len(part.sees)
-        for seen in part.sees:
-            context = tuple((j * n, (j + 1) * n) for j in seen)
-            at = tuple(numbers[first] for first, _ in (*context, (start, start + size))) if absolute else None
-            spans.append(Span(start, start + size, context, at))
-            start += size
-    return spans
 
 
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:

@@ -49,6 +49,7 @@ class WindowedConfig(NetworkKind):
     takes = _inner("takes")
     prediction = _inner("prediction")
     reference = _inner("reference")
+    lead = _inner("lead")
     patch = _inner("patch")
     guidance = _inner("guidance")
     feature_width = _inner("feature_width")
@@ -108,7 +109,7 @@ class Windowed(Student):
         if (scale := self.scale(conditions)) is not None:
             now["guidance"] = scale
         n, chunks = self.spec.chunk_frames, (*(part.chunk for part in past), chunk)
-        numbers = self.net.kind.numbered(k * n + i for k in chunks for i in range(n))
+        numbers = self.net.kind.numbered((k * n + i for k in chunks for i in range(n)), n)
         # what a bidirectional network takes of a whole clip no stream has
         return Window(latents, Conditions(conditions.features, **now | {"clip_audio": None}), known, numbers)
 

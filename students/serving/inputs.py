@@ -158,7 +158,9 @@ class SessionInputs:
         send = partial(to_device, device=text.device)
 
         def packed(rows: Tensor) -> Tensor:
-            return pack_rows(rows[None], stride) if start == 0 else rows[None].unflatten(1, (-1, stride))
+            if start:
+                return rows[None].unflatten(1, (-1, stride))
+            return pack_rows(rows[None], stride)[:, self.spec.network.lead :]
 
         window = self.audio.read(start * per_frame - self.encoder.lookback, stop * per_frame + self.encoder.lookahead)
         audio = packed(encode_window(self.encoder, send(window), start, stop))

@@ -145,9 +145,14 @@ class Session:
         self.committing = None  # waits for the state that belongs to `point`
         with torch.inference_mode():
             self.reference, made = None, {}
+            self.portrait = None  # its latent [1, C, 1, h, w], where it leads the stream
             if reference is not None:
                 image = reference[None].float().to(self.device)
-                self.reference = bundle.codec.encode(image.unsqueeze(2)) if spec.network.reference else None
+                latent = (
+                    bundle.codec.encode(image.unsqueeze(2)) if spec.network.reference or spec.network.lead else None
+                )
+                self.reference = latent if spec.network.reference else None
+                self.portrait = latent if spec.network.lead else None
                 made = bundle.of_image(image)
             self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions, made)
             features = self._read(text)
@@ -287,6 +292,10 @@ class Session:
                 self.points[-1] = settled
             self.point, self.committing = settled, None
 
+    def led(self, x0: Tensor) -> Tensor:
+        """x0 [1, C, n, h, w] of the first chunk as the codec decodes it, behind the lead where there is one."""
+        return x0 if self.portrait is None else torch.cat([self.portrait.to(x0), x0], dim=2)
+
     def _with_events(self) -> Point:
         """The point with the texts of this chunk in effect."""
         point, student = self.point, self.bundle.student
@@ -322,7 +331,8 @@ class Session:
             if self.bundle.shared is not None and not self.bundle.shared.is_main:
                 first, last = spec.pixel_frames(index)
                 return torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(last - first, -1, -1, -1), None
-            pixels, decoder = codec.decode_chunk(x0, point.decoder)
+            latents = x0 if index else self.led(x0)
+            pixels, decoder = codec.decode_chunk(latents, point.decoder)
             return to_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
 
         def commit():

@@ -21,6 +21,7 @@ from teachers.errors import UserError
 from teachers.files import save_tensors
 
 FORMAT = 3
+ROLLING = ("drawn", "rolled")
 
 
 def save_session(session: Session, path: Path, how: Literal["exact", "light"] = "exact") -> None:
@@ -32,6 +33,8 @@ def save_session(session: Session, path: Path, how: Literal["exact", "light"] = 
     path = Path(path)
     if how not in ("exact", "light"):
         raise UserError(f"save how={how!r}: exact or light")
+    if how == "light" and session.spec.history.commit == "same_level":
+        raise UserError("save how=light: this student's history has no clean pass to repeat; use exact")
     if session.bundle.shared is not None:
         raise UserError(
             "session not saved: several ranks share it, each with its heads of the context; save it in one process"
@@ -46,6 +49,8 @@ def _save(session: Session, path: Path, how: str) -> None:
     point, tensors = session.point, {}
     if session.reference is not None:
         tensors["reference"] = session.reference
+    if session.portrait is not None:
+        tensors["portrait"] = session.portrait
     inputs, streams = session.inputs.state()
     tensors |= {f"inputs.{name}": value for name, value in streams.items()}
     for i, past in enumerate(point.seen):
@@ -56,6 +61,8 @@ def _save(session: Session, path: Path, how: str) -> None:
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
     if point.last is not None:
         tensors["last"] = point.last
+    read = point.state.read
+    tensors |= {f"anchors.{name}": x for name in ROLLING if (x := getattr(read, name)) is not None}
     if how == "exact":
         tensors |= {f"decoder.{i}": value for i, value in enumerate(point.decoder or ())}
         for i, entry in enumerate(point.state.cached):
@@ -116,6 +123,7 @@ def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor])
         guidance=facts.get("guidance"),
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
+    session.portrait = tensors["portrait"].to(device) if "portrait" in tensors else None
     session.viewed = facts["viewed"]
     session.inputs.restore(facts["inputs"], named(tensors, "inputs."))
     with torch.inference_mode():
@@ -148,7 +156,8 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         decoder = _warm(session, seen, facts["chunk"])
     flight = tuple(InFlight(tensors[f"flight.{i}"], done) for i, done in enumerate(facts["flight"]))
     pending = seen[-1] if facts["pending"] else state.pending
-    state = replace(state, flight=flight, pending=pending)
+    rolling = replace(state.read, **{name: tensors.get(f"anchors.{name}") for name in ROLLING})
+    state = replace(state, flight=flight, pending=pending, read=rolling)
     return Point(
         facts["chunk"],
         facts["frame"],
@@ -171,7 +180,7 @@ def _warm(session: Session, seen: list[Finished], chunk: int):
     recent = [past for past in seen if all(any(p.chunk == k for p in seen) for k in range(past.chunk, chunk))]
     decoder = None
     for past in recent:
-        _, decoder = session.bundle.codec.decode_chunk(past.x0, decoder)
+        _, decoder = session.bundle.codec.decode_chunk(past.x0 if past.chunk else session.led(past.x0), decoder)
     return () if decoder is None and chunk else decoder
 
 

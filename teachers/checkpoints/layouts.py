@@ -95,6 +95,7 @@ UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight|freqs")
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 """Of peft, ComfyUI, diffusers' LoRA files and Self-Forcing's wrapper module, in the order in which they are taken off."""
 _WRAPPED = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.")
+_NUMBERED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
 _KOHYA = re.compile(r"lora_unet_+blocks_(\d+)_(\w+)\.(.+)")
 _MODULES = {
     module.replace(".", "_"): module
@@ -104,7 +105,9 @@ _MODULES = {
 }
 """Of a block, as kohya's trainers write them: self_attn_q."""
 LORA_TARGETS = ("q", "k", "v", "o", "ffn.0", "ffn.2")
-"""Modules that OmniAvatar's LoRA changes, by the end of Wan's name."""
+"""Modules that OmniAvatar's LoRA changes, and LiveAvatar's, by the end of Wan's name."""
+LORA_PARTS = ("blocks.", "audio_injector.")
+"""The parts of a network that such modules are in."""
 LORA_RANK, LORA_ALPHA = 128, 64
 """Of the published OmniAvatar, whose scale is alpha / rank = 0.5."""
 
@@ -149,7 +152,7 @@ REPRESENTABLE = {
 
 def rename(name: str, table: Mapping[str, str]) -> str:
     """`name` by TO_OURS or TO_WAN; a name that is not in the table stays."""
-    match = re.fullmatch(r"(blocks|audio_cond_projs)\.(\d+)\.(.+)", name)
+    match = None if name in table else _NUMBERED.fullmatch(name)
     renamed = table.get(f"{match[1]}.{{}}.{match[3]}" if match else name)
     return name if renamed is None else renamed.format(match[2]) if match else renamed
 
@@ -189,7 +192,7 @@ def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
     sizes = {"D": a.width, "6D": 6 * a.width, "I": a.in_channels, "O": a.out_channels * prod(a.patch), "T": a.text_dim,
              "Q": a.freq_dim, "F": a.ffn_dim, "V": a.image_dim, "A": a.audio_in, "P": a.pose_in, "H": a.packed,
              **dict(zip("pqr", a.patch, strict=True)), **dict(a.beyond)}  # fmt: skip
-    own = BEYOND.get(a.kind, ())
+    own = BEYOND.get(a.kind, ())  # of which those by number that are no block's are as many as there are of audio
     groups = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in), (own, True))
     for wan, ours, dims in chain.from_iterable(rows for rows, exists in groups if exists):
         shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
@@ -227,13 +230,14 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
         matches = (re.match(rf"{stem}\.(\d+)\.", name) for name in shapes)
         return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
+    stems = {"audio_cond_projs", *(name.partition(".{}")[0] for _, name, _ in own if not name.startswith("blocks."))}
     patch = (sizes["p"], sizes["q"], sizes["r"])
     symbols = {symbol for _, _, dims in own for symbol in dims if not symbol.isdecimal()}
     beyond = tuple((symbol, sizes[symbol]) for symbol in sorted(symbols - set(SYMBOLS)) if symbol in sizes)
     return Architecture(
         width=sizes["D"], in_channels=sizes["I"], out_channels=sizes["O"] // prod(patch), patch=patch,
         num_layers=count("blocks"), ffn_dim=sizes["F"], text_dim=sizes["T"], freq_dim=sizes["Q"], packed=sizes.get("H", 0),
-        num_audio=count("audio_cond_projs"), image_dim=sizes.get("V", 0), audio_in=sizes.get("A", 0),
+        num_audio=max(map(count, stems)), image_dim=sizes.get("V", 0), audio_in=sizes.get("A", 0),
         pose_in=sizes.get("P", 0), kind=kind, beyond=beyond,
     )  # fmt: skip
 
@@ -276,7 +280,7 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
             f"weights do not fit: {where}: {result.kind} goes with Wan's image-to-video weights, these have no image path; "
             "give those of Wan2.1-I2V"
         )
-    own = KINDS[result.kind].own_config(dict(result.beyond), result.stride, config)
+    own = KINDS[result.kind].own_config(dict(result.beyond, num_audio=result.num_audio), result.stride, config)
     result = replace(result, own=tuple(own.items()))
     needed = len(rule if result.audio_blocks is None else result.audio_blocks)
     if result.audio_in and result.num_audio != needed:
@@ -353,5 +357,6 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
         return {
             "_class_name": "WanModel", "model_type": "i2v" if a.image_dim else "t2v", **shared, "num_heads": num_heads,
             "dim": a.width, "in_dim": a.in_channels, "out_dim": a.out_channels, "text_len": 512,
+            **KINDS[a.kind].published_config(dict(a.own)),
         }  # fmt: skip
     return None

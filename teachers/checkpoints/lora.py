@@ -188,6 +188,6 @@ def _targets(tensors: Mapping[str, Lazy], config: Mapping[str, Any]) -> list[str
     return [
         name
         for name, tensor in tensors.items()
-        if name.startswith("blocks.") and len(tensor.shape) == 2
+        if name.startswith(layouts.LORA_PARTS) and len(tensor.shape) == 2
         and any(f".{either}".endswith(ends) for either in (name, layouts.rename(name, layouts.TO_WAN)))
     ]  # fmt: skip

@@ -35,11 +35,13 @@ class Wav2VecConfig:
     `states`: which states of the transformer a row has: published (OmniAvatar), the last and then every one, the embedding first;
     layers (MultiTalk, InfiniteTalk), what every layer gives; last (EchoMimicV3, StableAvatar, FantasyTalking); all, every one once.
     `rate`: states a second. null: those of the video, to which the features are interpolated before the transformer; 50:
-    wav2vec2's own, and nothing is interpolated; others are multiples of the video's. `window`: a row is the states of its frame's
-    first instant with so many before and after it side by side, at the ends of the sound the first and the last one. The look-ahead
-    has to hold what a window needs. A louder sound gives the same rows: it is brought to unit variance, where the weights' own
-    preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `source`: where the weights are to be
-    had, for messages.
+    wav2vec2's own, and nothing is interpolated; others are multiples of the video's. `resample`: whether the features before the
+    transformer are brought to that rate, or (Wan2.2-S2V, `rate` 30) the states behind it, of which a row is the one nearest to its
+    frame; there no rate is a multiple, and rows of a whole clip are zeros beyond its sound. `window`: a row is the states of its
+    frame's first instant with so many before and after it side by side, at the ends of the sound the first and the last one. The
+    look-ahead has to hold what a window needs. A louder sound gives the same rows: it is brought to unit variance, where the
+    weights' own preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `source`: where the
+    weights are to be had, for messages.
 
     With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
     `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk's training; the causal student on the windows.
@@ -55,6 +57,7 @@ class Wav2VecConfig:
     prefix_frames: int = 0
     states: Literal["published", "layers", "last", "all"] = "published"
     rate: int | None = None
+    resample: Literal["features", "states"] = "features"
     window: tuple[int, int] = (0, 0)
     source: str = SOURCE
 
@@ -67,6 +70,12 @@ class Wav2VecConfig:
             raise UserError(
                 f"wav2vec2 windows: got lookback_frames={self.lookback_frames}, lookahead_frames={self.lookahead_frames}, "
                 f"grid_frames={self.grid_frames}; the first two are at least 0, the last is at least 1"
+            )
+
+        if self.resample == "states" and (self.rate is None or self.rate < 1 or any(self.window)):
+            raise UserError(
+                f"wav2vec2 resample: states: got rate={self.rate}, window={list(self.window)}; give a rate, published is 30, "
+                "no window"
             )
 
     def dim(self, samples_per_frame: int) -> int:
@@ -142,6 +151,11 @@ class Wav2Vec(nn.Module):
             (t, (t * self.samples_per_row - reach) // self.hop) for t in range(1, self.period * self.per_frame + 1)
         ]
         drifts = [features - (t - 1) * self.samples_per_row / self.hop for t, features in clips]
+        if (
+            config.resample == "states"
+        ):  # of sounds of all lengths, the first and the last state are the first and the last row
+            native, rate = SAMPLE_RATE // self.hop, config.rate or 1
+            drifts = [n - 1 - (n * rate // native - 1) * native / rate for n in range(native, 2 * native)]
         self.offset = sum(drifts) / (2 * len(drifts))
         self.lookback = (config.lookback_frames + self.period - 1) * samples_per_frame
         self.lookahead = config.lookahead_frames * samples_per_frame
@@ -174,6 +188,10 @@ class Wav2Vec(nn.Module):
         frames = num_frames - prefix
         count, length = frames * self.per_frame, frames * self.samples_per_frame
         waves = self._level(self._waves(audio))
+        if self.config.resample == "states":
+            waves = nn.functional.pad(waves, (0, max(0, self.reach - waves.shape[1])))
+            rows = self._nearest(self._states(self.model.feature_extractor(waves)), frames)
+            return nn.functional.pad(rows, (0, 0, prefix, 0)).reshape(*audio.shape[:-1], num_frames, self.dim)
         if self.native:  # all of the sound, and silence where the last row's state lies beyond it
             length = (frames - 1) * self.samples_per_frame + self.reach
         else:  # all but OmniAvatar keep what is left of a frame
@@ -244,6 +262,11 @@ class Wav2Vec(nn.Module):
             begin -= begin % self.period
             at = (begin - first) * n + self.lookback
             features = self.model.feature_extractor(self._level(waves[:, at : at + (stop - begin) * n].clone()))
+            if config.resample == "states":
+                cells.append(
+                    self._between(self._states(features), begin, range(max(cell, 0), cell + config.grid_frames))
+                )
+                continue
             if not self.native:
                 features = self._at_frames(features, (stop - begin) * self.per_frame)
             states = self._states(features)
@@ -290,6 +313,27 @@ class Wav2Vec(nn.Module):
         kept = {"published": [states[-1], *states], "layers": states[1:], "last": states[-1:], "all": states}
         return torch.cat(kept[self.config.states], dim=-1)
 
+    def _instants(self, frames: range) -> Tensor:
+        """Of the state at `rate` that is nearest to each frame, its number [n]; the even one of two."""
+        at = torch.arange(frames.start, frames.stop, dtype=torch.float64)
+        return (at * self.samples_per_frame * (self.config.rate or 1) / SAMPLE_RATE).round()
+
+    def _nearest(self, states: Tensor, num_frames: int) -> Tensor:
+        """States [B, L, D'] of a whole sound -> rows [B, num_frames, D'] as Wan2.2-S2V has them: brought to `rate` from the first
+        to the last, zeros beyond."""
+        last, count = states.shape[1] - 1, states.shape[1] * (self.config.rate or 1) * self.hop // SAMPLE_RATE
+        number = self._instants(range(num_frames))
+        rows = _lerp(states, number.clamp(max=count - 1) * (last / max(count - 1, 1)))
+        return rows * (number < count).to(rows).unsqueeze(1)
+
+    def _between(self, states: Tensor, begin: int, frames: range) -> Tensor:
+        """States [B, L, D'] of a window that begins with pixel frame `begin` -> rows [B, n, D'] of those frames, at the mean
+        drift."""
+        seconds = self._instants(frames) / (self.config.rate or 1)
+        return _lerp(
+            states, seconds * (SAMPLE_RATE / self.hop) + self.offset - begin * self.samples_per_frame / self.hop
+        )
+
     def _windows(self, states: Tensor, first: int, last: int) -> Tensor:
         """States [B, R, D'] that begin with frame 0 -> rows [B, last - first, A] of these frames, each with its neighbours."""
         before, after = self.config.window
@@ -301,9 +345,17 @@ class Wav2Vec(nn.Module):
         return states[:, at].flatten(2)
 
 
+def _lerp(states: Tensor, place: Tensor) -> Tensor:
+    """States [B, L, D] at places [n] between their numbers -> [B, n, D], linear."""
+    place = place.clamp(0, states.shape[1] - 1)
+    left = place.long()
+    share, left = (place - left).to(states).unsqueeze(1), left.to(states.device)
+    return torch.lerp(states[:, left], states[:, (left + 1).clamp(max=states.shape[1] - 1)], share)
+
+
 def _rows_a_frame(config: Wav2VecConfig, samples_per_frame: int) -> tuple[int, int]:
     """States a pixel frame, and samples a state; UserError for a rate that is no multiple of the video's."""
-    if config.rate is None:
+    if config.rate is None or config.resample == "states":
         return 1, samples_per_frame
     samples = SAMPLE_RATE / config.rate
     if samples != int(samples) or samples_per_frame % int(samples):

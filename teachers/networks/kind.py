@@ -45,6 +45,8 @@ class NetworkKind:
     prediction  velocity (eps - x0), or reference (x0 as a difference to the reference latent)
     reference   whether frame 0 of a clip is given, not drawn; patch: a token is patch x patch cells of the latent grid
     first_frames  how many first latent frames of a stream are read unlike all others (a shorter audio window): 0 for none
+    lead        latent frames in front of a clip that are the portrait's: they prime the codec, which gives 1 pixel frame for the
+                first of a video and `stride` for every other, and belong to no chunk; 0 or 1
     rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
                 in teachers.checkpoints.layouts, the first of which tells the kind
     apart       whether what it has beyond Wan is published in a file of its own, NAME.safetensors over Wan's weights
@@ -71,6 +73,7 @@ class NetworkKind:
     frame_sigma: ClassVar[bool] = False
     can_checkpoint: ClassVar[bool] = False
     first_frames: ClassVar[int] = 0
+    lead: ClassVar[int] = 0
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
@@ -80,6 +83,11 @@ class NetworkKind:
     def own_config(sizes: Mapping[str, int], stride: int, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
         """Keys of our config.json that the module takes beside Wan's: by the sizes of `rows`, or, where they do not determine them,
         those of another config.json."""
+        return {}
+
+    @staticmethod
+    def published_config(own: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
+        """What the published config.json has beside Wan's keys, of our own ones."""
         return {}
 
     @missing
@@ -144,10 +152,19 @@ class NetworkKind:
             )
         return to_x0(out, x, sigma, conditions, self.prediction, known)
 
-    def numbered(self, numbers: Iterable[int]) -> tuple[int, ...] | None:
-        """Numbers of latent frames in their stream, cut at `first_frames`, so that a compiled step meets few of them; None for a
-        kind that reads all frames alike."""
+    def numbered(self, numbers: Iterable[int], chunk_frames: int) -> tuple[int, ...] | None:
+        """Numbers of latent frames in their stream, in chunks of so many, cut at `first_frames`, so that a compiled step meets few
+        of them; None for a kind that reads all frames alike."""
         return tuple(min(number, self.first_frames) for number in numbers) if self.first_frames else None
+
+    def anchor_distance(self, number: int, least: int) -> int | None:
+        """How many latent frames ahead of the chunk that begins with frame `number` of a stream the anchors lie, at least so many;
+        None for a kind without any."""
+        return None
+
+    def roll_anchors(self, anchors: Tensor, drawn: Tensor) -> Tensor:
+        """Anchors like these [B, C, R, H, W] of the first latents of a stream [B, C, F, H, W]; UserError for a kind without any."""
+        raise UserError(f"student.history.anchors_roll: {label(self)} has no anchors; set it to 0")
 
     def student(self, net: Any, spec: Any) -> Any:
         """The causal student of this network; UserError where the kind has none."""
@@ -224,6 +241,7 @@ NETWORKS = Registry(
         "wan": "teachers.networks.wan:NetworkConfig",
         "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
         "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
+        "s2v": "teachers.networks.s2v:S2VConfig",
     },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",

@@ -152,13 +152,15 @@ class Span:
     """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
 
     Positions are relative to what is seen: context frames come first (after any cached past), then the queries; or `at` gives
-    the first position of each context range and of the queries.
+    the first position of each context range and of the queries. `ahead`: how many frames ahead of the first query frame the
+    anchors lie, where there are any (`NetworkKind.anchor_distance`).
     """
 
     start: int
     stop: int
     context: tuple[tuple[int, int], ...] = ()
     at: tuple[int, ...] | None = None
+    ahead: int | None = None
 
 
 class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -345,11 +347,13 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         guidance: Tensor | None = None,
         numbers: Sequence[int] | None = None,
         regions: Tensor | None = None,
+        anchors: Tensor | Sequence[KeyValue] | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
         [B, F, stride, A] or `read_audio` of it, with numbers and regions; pose [B, F, stride, P] where there is pose_dim, image
         [B, K, image_dim] or `read_image` of it where there is image_dim; guidance [B] where there is an embedding of it (a network
-        without one does not read it).
+        without one does not read it); anchors [B, C, R, H, W], or each block's un-rotated keys and values of them, for a network
+        that takes them.
 
         Returns the raw output [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. ValueError for
         an image that is missing or not taken. Where ranks share sequences, inputs and output are whole on each, the keys and
@@ -360,21 +364,9 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
-        tokens = height * width
-        spans = spans or (Span(0, frames),)
-        layout, rotary = [], []
-        for span in spans:
-            ranges = (*span.context, (span.start, span.stop))
-            sizes = [b - a for a, b in ranges]
-            if span.at is None:
-                rotary.append(self.rope_table(past_frames, sum(sizes), height, width))
-            else:
-                tables = [self.rope_table(a, size, height, width) for a, size in zip(span.at, sizes, strict=True)]
-                rotary.append(torch.cat(tables, dim=1))
-            slices = [slice(a * tokens, b * tokens) for a, b in ranges]
-            layout.append((slices[-1], tuple(slices[:-1])))
+        layout, rotary = self.arrange(spans or (Span(0, frames),), past_frames, frames, height, width, anchors)
         dtype, split = self.compute_dtype, self.split_of(frames)
-        x = self.patch_embedding((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
+        x = self.embed((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
         x = x.contiguous() if split is None else split.own(x)
         if self.pose_dim:
             assert pose is not None
@@ -390,23 +382,62 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             image = [embedded] * len(self.blocks)
         given = self.read_audio(audio, numbers, regions) if isinstance(audio, Tensor) else audio
         by_block = dict(zip(self.audio_at, given or (), strict=True))
+        x, temb, anchors = self.with_anchors(x, temb, anchors)
         cache = []
         for i, block in enumerate(self.blocks):
             seen = past[i] if past is not None else None, image[i] if image is not None else None
-            inputs = (x, text[i], temb[i], layout, rotary, *seen, by_block.get(i), split)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                checkpoint = cast(Callable, self._gradient_checkpointing_func)  # of enable_gradient_checkpointing
-                x, kv = checkpoint(block, *inputs)
-            else:
-                x, kv = block(*inputs)
+            own = () if anchors is None else (anchors[i],)
+            x, kv = self.run_block(block, x, text[i], temb[i], layout, rotary, *seen, by_block.get(i), split, *own)
             if remember:
                 cache.append(kv)
+        x = x[:, : frames * height * width] if split is None else x  # without anchors
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
         out = out if split is None else split.leave(out)
         out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache
+
+    def arrange(
+        self,
+        spans: Sequence[Span],
+        past_frames: int,
+        frames: int,  # noqa: ARG002
+        height: int,
+        width: int,
+        anchors: Any = None,  # noqa: ARG002
+    ) -> tuple[list, list[Tensor]]:
+        """What a block takes of the spans over frames of height x width tokens: query tokens and key token slices, and the table
+        that rotates both, of each. `anchors` as `forward` has them."""
+        layout, rotary, tokens = [], [], height * width
+        for span in spans:
+            ranges = (*span.context, (span.start, span.stop))
+            sizes = [b - a for a, b in ranges]
+            if span.at is None:
+                rotary.append(self.rope_table(past_frames, sum(sizes), height, width))
+            else:
+                tables = [self.rope_table(a, size, height, width) for a, size in zip(span.at, sizes, strict=True)]
+                rotary.append(torch.cat(tables, dim=1))
+            slices = [slice(a * tokens, b * tokens) for a, b in ranges]
+            layout.append((slices[-1], tuple(slices[:-1])))
+        return layout, rotary
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens [B, D, F, h, w] of the input [B, C_in, F, H, W]."""
+        return self.patch_embedding(x)
+
+    def with_anchors(self, x: Tensor, temb: Sequence[Any], anchors: Any) -> tuple[Tensor, Sequence[Any], Any]:
+        """(tokens [B, N, D] with the anchors' behind them where they are given as latents, the blocks' modulations, the anchors'
+        keys and values by block where they were read)."""
+        if anchors is not None:
+            raise ValueError("anchors given, this network takes none: remove them")
+        return x, temb, None
+
+    def run_block(self, block: Any, *inputs: Any) -> tuple[Tensor, KeyValue]:
+        """block(*inputs), computed again in the backward pass where that is asked for."""
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return cast(Callable, self._gradient_checkpointing_func)(block, *inputs)  # of enable_gradient_checkpointing
+        return block(*inputs)
 
 
 def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:

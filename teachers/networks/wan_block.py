@@ -4,8 +4,8 @@ B = batch, F = latent frames, N = tokens, L = text tokens, D = width, M = heads,
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -69,6 +69,42 @@ def joined(past: KeyValue | PastParts) -> KeyValue:
     return torch.cat(parts, dim=1), torch.cat(values, dim=1)
 
 
+class Modulations(NamedTuple):
+    """Shifts, scales and gates of tokens of two kinds: of latent frames [B, F or 1, 6, D] and, behind these, of `num_anchors`
+    tokens [B, 1, 6, D]."""
+
+    frames: Tensor
+    anchors: Tensor
+    num_anchors: int
+
+
+def by_frames(change: Callable[..., Tensor], temb: Tensor | Modulations, *tokens: Tensor) -> Tensor:
+    """change(rows [B, F, 1, 6, D], tokens [B, F, S, D]..) of the tokens [B, N, D] of each frame, and of the anchors' -> [B, N,
+    D]."""
+    if isinstance(temb, Modulations):
+        front, back = zip(*(x.split([x.shape[1] - temb.num_anchors, temb.num_anchors], 1) for x in tokens), strict=True)
+        return torch.cat([by_frames(change, temb.frames, *front), by_frames(change, temb.anchors, *back)], dim=1)
+    return change(temb.unsqueeze(2), *(x.unflatten(1, (temb.shape[1], -1)) for x in tokens)).flatten(1, 2)
+
+
+def modulated(x: Tensor, temb: Tensor | Modulations, row: int) -> Tensor:
+    """x (1 + scale) + shift of tokens [B, N, D], shift and scale rows `row` and `row` + 1 of the modulation."""
+
+    def change(rows: Tensor, x: Tensor) -> Tensor:
+        return torch.addcmul(rows[..., row, :], x, 1 + rows[..., row + 1, :])
+
+    return by_frames(change, temb, x)
+
+
+def gated(x: Tensor, y: Tensor, temb: Tensor | Modulations, row: int) -> Tensor:
+    """x + gate y of tokens [B, N, D] in fp32, in the type of x; the gate is row `row` of the modulation."""
+
+    def change(rows: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return torch.addcmul(x, y, rows[..., row, :])
+
+    return by_frames(change, temb, x.float(), y.float()).type_as(x)
+
+
 class AvatarBlock(WanTransformerBlock):
     """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
 
@@ -77,35 +113,29 @@ class AvatarBlock(WanTransformerBlock):
         backend = getattr(self.attn1.processor, "_attention_backend", None)
         return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
 
-    def forward(self, x, text, temb, spans, rotary, past, image=None, audio=None, split: Split | None = None):
-        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added;
-        one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them; image [B, K, D],
-        or its keys and values from `look`; `audio`: what the network's `read_audio` gives this block (None: nothing), for `before`,
-        `attend_conditions`, `locate` and `after_conditions`, which another kind of block overrides. With a `split` x is this
-        rank's tokens, spans and past those of all tokens of its heads.
+    def forward(
+        self, x, text, temb, spans, rotary, past, image=None, audio=None, split: Split | None = None, anchors=None
+    ):
+        """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added, or
+        `Modulations`; one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them;
+        image [B, K, D], or its keys and values from `look`; `audio`: what the network's `read_audio` gives this block (None:
+        nothing), for `before`, `attend_conditions`, `locate`, `after_conditions` and `after`, which another kind of block
+        overrides; `anchors`: un-rotated keys and values that spans may name as if they were of tokens behind x. With a `split` x is
+        this rank's tokens, spans and past those of all tokens of its heads.
 
         Returns the new x and this input's un-rotated keys and values, of the heads that attend here.
         """
         x = self.before(x, audio)
-        frames = temb.shape[1]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = temb.unbind(2)
-
-        def modulate(norm, shift, scale):
-            return torch.addcmul(shift.unsqueeze(2), norm(x.float()).unflatten(1, (frames, -1)), 1 + scale.unsqueeze(2))
-
-        def gated(x, y, gate):
-            y = torch.addcmul(
-                x.float().unflatten(1, (frames, -1)), y.float().unflatten(1, (frames, -1)), gate.unsqueeze(2)
-            )
-            return y.flatten(1, 2).type_as(x)
-
-        normed = modulate(self.norm1, shift, scale).flatten(1, 2).type_as(x)
+        normed = modulated(self.norm1(x.float()), temb, 0).type_as(x)
         attention = self.attn1
         heads = (attention.heads, -1)
         query = attention.norm_q(attention.to_q(normed)).unflatten(2, heads)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
         if split is not None:
             query, key, value = split.to_heads(query.type_as(key), key, value)
+        own = key, value
+        if anchors is not None:
+            key, value = (torch.cat(both, dim=1) for both in zip(own, anchors, strict=True))
         past = None if past is None else joined(past)
         seen, places = [], []
         for (tokens, context), rope_table in zip(spans, rotary, strict=True):
@@ -123,15 +153,16 @@ class AvatarBlock(WanTransformerBlock):
         attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
         if split is not None:
             attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)
-        x = gated(x, attention.to_out[0](attended), gate)
+        x = gated(x, attention.to_out[0](attended), temb, 2)
 
         attention = self.attn2
         conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, heads)
         x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, audio))
         x = self.after_conditions(x, audio, places)
 
-        normed = modulate(self.norm3, ffn_shift, ffn_scale).flatten(1, 2).type_as(x)
-        return gated(x, self.ffn(normed), ffn_gate), (key, value)
+        normed = modulated(self.norm3(x.float()), temb, 3).type_as(x)
+        num_anchors = temb.num_anchors if isinstance(temb, Modulations) else 0
+        return self.after(gated(x, self.ffn(normed), temb, 5), audio, num_anchors), own
 
     def before(self, x: Tensor, audio: Any) -> Tensor:
         """x [B, N, D] before the block: a tensor `audio` [B, F, 1, D] is added to every token of a frame."""
@@ -151,6 +182,10 @@ class AvatarBlock(WanTransformerBlock):
 
     def after_conditions(self, x: Tensor, audio: Any, places: Sequence[Any]) -> Tensor:  # noqa: ARG002
         """x [B, N, D] between cross-attention and the MLP; `places` of `locate`, one a span."""
+        return x
+
+    def after(self, x: Tensor, audio: Any, num_anchors: int) -> Tensor:  # noqa: ARG002
+        """x [B, N, D] behind the block, its last tokens the anchors'."""
         return x
 
     def attend_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             grid=settings.grid,
         )
         (last,) = deque(tqdm(states, total=settings.num_steps + 1, desc="teacher", file=sys.stderr), maxlen=1)
-        frames = encoders.decode(last)[0].permute(1, 2, 3, 0).contiguous()
+        frames = encoders.decode(last, conditions.lead)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
     media.write_video(args.out, frames, spec.fps, played.squeeze(1), rate, upscale, smooth=True)

@@ -153,7 +153,7 @@ def _write(artifacts: Artifacts, file: Path, clips: Clips, encode: bool, samples
     parts |= {f"label/{name}": value for name, value in clips.labels.items()}
     if encode:
         x0, conditions = artifacts.encoders.of_clips(clips)
-        parts["decoded"] = scored(artifacts.encoders.decode(x0))
+        parts["decoded"] = scored(artifacts.encoders.decode(x0, conditions.lead))
         kept = {name: value for name, value in conditions.features.items() if name != "negative"}
         parts |= {f"condition/{name}": value for name, value in kept.items()}
     save_tensors(file, parts, {"text": json.dumps(clips.text)})

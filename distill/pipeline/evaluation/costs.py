@@ -64,7 +64,7 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
 
         def clips(conditions: Conditions, generate: Generate = generate) -> None:
             with artifacts.engine.autocast():  # as a session decodes
-                artifacts.encoders.decode(generate(conditions, None, 0, "cost"))
+                artifacts.encoders.decode(generate(conditions, None, 0, "cost"), conditions.lead)
 
         if name in students:
             measure = in_precision(artifacts, partial(stream_marks, artifacts.bundle(net), test))

@@ -47,11 +47,11 @@ def variants(conditions: Conditions) -> dict[str, tuple[Conditions, int]]:
     return {"own": (conditions, 0), "noise": (conditions, 1)} | changed
 
 
-def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """`compared` clips of these rows of the conditions, a row a clip. decode: x0 -> uint8 [N, 3, T, H, W]."""
+def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[..., Tensor]) -> dict[str, Tensor]:
+    """`compared` clips of these rows of the conditions, a row a clip. decode: x0 and its lead -> uint8 [N, 3, T, H, W]."""
     found = {}
     for name, (given, seed) in variants(conditions).items():
-        found[name] = scored(decode(make(given.index(rows), rows, seed)))
+        found[name] = scored(decode(make(given.index(rows), rows, seed), given.index(rows).lead))
     return compared(found)
 
 
@@ -175,7 +175,7 @@ class HealthCheck:
             given, seed = variants(self.conditions)[name]
             x0 = make(given.index(rows), rows, seed)
             if engine.is_group_main:
-                save_tensors(file, {"video": scored(artifacts.encoders.decode(x0))})
+                save_tensors(file, {"video": scored(artifacts.encoders.decode(x0, given.index(rows).lead))})
         engine.barrier()
         videos = {
             name: torch.cat([load_tensors(file)["video"] for other, _, file in units if other == name])

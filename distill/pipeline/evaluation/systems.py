@@ -112,7 +112,7 @@ def generate_all(
         last = system
         x0 = generate(conditions, rows, config.condition_seed, *keys)
         if engine.is_group_main:
-            video = artifacts.encoders.decode(x0)
+            video = artifacts.encoders.decode(x0, conditions.index(rows).lead)
             shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0
             save_tensors(file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
     engine.barrier()

@@ -92,7 +92,8 @@ class Validation:
         batch, rows = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec), engine.share(num)
         with engine.autocast():
             x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)
-        video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0)), num)
+        lead = self.test.conditions.index(rows).lead
+        video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0, lead)), num)
         wanted = (*clip_sets.VALIDATED, "motion")
         scores = None if self.evaluation is None else self.evaluation.score(video[None], only=wanted)
         found = engine.from_main(scores)

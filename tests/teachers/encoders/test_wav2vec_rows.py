@@ -17,7 +17,9 @@ FRAMES = 13
 SOUND = (FRAMES + 3) * N
 MULTITALK = Wav2VecConfig(lookback_frames=6, lookahead_frames=3, states="layers", window=(2, 2))
 ECHOMIMIC = Wav2VecConfig(lookback_frames=6, lookahead_frames=4, states="last", rate=50, window=(5, 5))
+S2V = Wav2VecConfig(lookback_frames=6, lookahead_frames=4, states="all", rate=30, resample="states")
 KINDS = pytest.mark.parametrize("config", [MULTITALK, ECHOMIMIC], ids=["MultiTalk", "EchoMimicV3"])
+STREAMS = pytest.mark.parametrize("config", [MULTITALK, ECHOMIMIC, S2V], ids=["MultiTalk", "EchoMimicV3", "S2V"])
 
 
 def library(sound: torch.Tensor, **changes):
@@ -62,7 +64,38 @@ def test_every_state_once(stable):
     assert (rows - states[: 2 * FRAMES : 2]).abs().max() < 1e-5
 
 
-@KINDS
+@pytest.mark.parametrize("frames", [8, 13, 30])
+def test_states_at_30_a_second_of_which_a_row_is_the_nearest(frames):
+    """Wan2.2-S2V: the first and the last state are the first and the last row; zeros beyond the sound. 25 fps here, so 1.2 a
+    frame."""
+    encoder, sound = an_encoder(S2V), some_sound(SOUND)
+    rows = encoder.of_clip(sound[None], frames)[0]
+    out = library(sound)
+    states = torch.cat([*out.hidden_states[:-1], out.last_hidden_state], dim=-1)
+    count = int(states.shape[1] / 50 * 30)
+    every = torch.nn.functional.interpolate(states.mT, size=count, align_corners=True, mode="linear").mT[0]
+    assert rows.shape == (frames, (LAYERS + 1) * WIDTH)
+    for frame in range(frames):
+        number = round(frame * 1.2)
+        expected = every[number] if number < count else torch.zeros(())
+        assert (rows[frame] - expected).abs().max() < 1e-5, frame
+    assert frames < 30 or not rows[-1].any()
+
+
+def test_a_stream_s_rows_at_30_a_second_are_where_they_are_in_a_long_sound():
+    """By states that are their own time: within the clip's drift of 2 states and half a step of 30 a second."""
+    encoder = an_encoder(S2V)
+    encoder._states = lambda features: torch.arange(features.shape[-1], dtype=torch.float32)[None, :, None]
+    starts = [
+        encoder._between(encoder._states(torch.zeros(1, 1, 60)), begin, range(begin, begin + 20)) for begin in (0, 7)
+    ]
+    times = [(begin + k) * N / 320 for begin in (0, 7) for k in range(20)]
+    found = [float(row) + begin * N / 320 for begin, part in zip((0, 7), starts, strict=True) for row in part[0]]
+    assert max(abs(a - b - encoder.offset) for a, b in zip(found, times, strict=True)) <= 50 / 60 + 1e-6
+    assert 0 < encoder.offset < 1
+
+
+@STREAMS
 def test_a_stream_is_the_same_however_it_is_cut(config):
     encoder, sound = an_encoder(config), some_sound(30 * N + 77)
     together = encoder(sound)
@@ -70,7 +103,7 @@ def test_a_stream_is_the_same_however_it_is_cut(config):
         assert torch.equal(torch.cat([encoder(sound, a, b) for a, b in pairwise(cuts)]), together)
 
 
-@KINDS
+@STREAMS
 def test_a_stream_s_rows_hear_their_look_ahead_and_no_further(config):
     encoder, sound = an_encoder(config), some_sound(40 * N)
     rows = encoder(sound, 17, 21)
@@ -97,6 +130,11 @@ def test_neighbours_in_a_stream_are_the_rows_beside(config):
         ({"window": (0, 20)}, r"20 states after a row are beyond lookahead_frames=4 of 2 each; raise it"),
         ({"window": (-1, 0)}, r"wav2vec2 window: got \[-1, 0\]"),
         ({"rate": 30}, r"wav2vec2 rate: got 30 states a second for 25 frames; give a multiple"),
+        (
+            {"resample": "states"},
+            r"resample: states: got rate=50, window=\[5, 5\]; give a rate, published is 30, no window",
+        ),
+        ({"resample": "states", "rate": None, "window": (0, 0)}, r"resample: states: got rate=None, window=\[0, 0\]"),
     ],
 )
 def test_rows_that_cannot_be(change, message):
