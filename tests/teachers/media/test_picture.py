@@ -81,7 +81,7 @@ def modes() -> dict[str, tuple[Image.Image, np.ndarray, str]]:
     deep = Image.fromarray(levels)
     deep.info["transparency"] = int(levels[3, 0])
     return {
-        "I;16 one transparent": (deep, np.where((levels == levels[3, 0])[..., None], 255, shown), "tiff"),
+        "I;16 one transparent": (deep, np.where((levels == levels[3, 0])[..., None], 255, shown), "png"),
         "RGB": (Image.fromarray(UPRIGHT), UPRIGHT, "png"),
         "RGBA": (Image.fromarray(hidden), on_white, "webp"),
         "RGBA half": (Image.fromarray(half), (UPRIGHT * (128 / 255) + 255 * (127 / 255)).round(), "png"),
