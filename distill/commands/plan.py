@@ -14,6 +14,7 @@ from teachers.errors import UserError
 
 if TYPE_CHECKING:
     from distill.planning.estimate import Plan
+    from distill.planning.job import Job
     from distill.planning.outlook import Rates, StageOutlook
     from distill.recipe import Recipe
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     job = job_of(recipe)
     plan = make_plan(job)
     rates = Rates(tflops=args.tflops, mfu=args.mfu, dollars=args.dollars_per_gpu_hour)
-    shipped = Shipped(tuple(outlook(plan, job, recipe)), rates, *_engine_of(recipe))
+    shipped = Shipped(tuple(outlook(plan, job, recipe)), rates, *engine_of(recipe), sharing(job))
     given = (plan, recipe.name, counts, engines, args.gib_per_gpu, shipped)
     text = as_text(*given)
     if args.json is not None:
@@ -72,16 +73,49 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Shipped:
-    """The stages of a recipe, the rates that time them, and the engine and switches that the recipe has."""
+    """The stages of a recipe, the rates that time them, and the engine and switches that the recipe has; `sharing`: the numbers of
+    ranks that could share each sequence, more than the recipe's own."""
 
     stages: "tuple[StageOutlook, ...]"
     rates: "Rates"
     engine: str
     switches: tuple[str, ...]
+    sharing: tuple[int, ...] = ()
 
     @property
     def words(self) -> str:
         return " + ".join((WORDS[self.engine], *in_words(self.switches)))
+
+
+def sharing(job: "Job") -> tuple[int, ...]:
+    """2, 4, .. ranks that could share each of the job's sequences, more than do."""
+    found, tokens = [], job.spec.token_grid[0] * job.spec.token_grid[1]
+    for ranks in (2**i for i in range(1, 7)):
+        try:
+            for kind in (job.spec.network, *job.networks.values()):
+                kind.check_sequence(ranks, tokens)
+        except UserError:
+            continue
+        found += [ranks] if ranks > job.together and ranks % job.together == 0 else []
+    return tuple(found)
+
+
+def whole_batches(plan: "Plan", shipped: Shipped, count: int) -> list[str]:
+    """Overrides, each alone, with which `count` GPUs can take a step together where the recipe's batches do not divide: ranks that
+    share each clip, which changes no result, or larger batches."""
+    trains = {update.stage: update.train for update in plan.updates if update.train and update.train.global_batch}
+
+    def divide(groups: int) -> bool:
+        return all(train.global_batch % (train.batch_size * groups) == 0 for train in trains.values())
+
+    fits = [n for n in shipped.sharing if count % n == 0 and divide(count // n)]
+    found = [f"engine.sequence_parallel={fits[0]}"] if fits else []
+    if count % plan.together:
+        return found
+    batches = {stage: train.batch_size * count // plan.together for stage, train in trains.items()}
+    larger = {stage: -(-trains[stage].global_batch // each) * each for stage, each in batches.items()}
+    changed = [f"{k}.train.global_batch={n}" for k, n in larger.items() if n != trains[k].global_batch]
+    return found + ([" ".join(changed)] if changed else [])
 
 
 def in_words(switches: Sequence[str]) -> list[str]:
@@ -91,7 +125,8 @@ def in_words(switches: Sequence[str]) -> list[str]:
     return others + ([f"offload of {', '.join(away)}"] if away else [])
 
 
-def _engine_of(recipe: "Recipe") -> tuple[str, tuple[str, ...]]:
+def engine_of(recipe: "Recipe") -> tuple[str, tuple[str, ...]]:
+    """The engine of a recipe, and its switches."""
     given = recipe.engine
     switches = ("checkpointing",) if given.checkpointing else ()
     return given.kind or "ddp", (*switches, *(f"offload {role}" for role in given.offload))
@@ -139,6 +174,8 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
         micro_steps = {update.stage: update.micro_steps(count) for update in plan.updates}
     except UserError as error:
         yield str(error)
+        for line in whole_batches(plan, shipped, count):
+            yield f"it does with {line}"
         return
     total, beside = 0.0, {}
     for stage in shipped.stages:
@@ -173,6 +210,11 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
     }
     over = ", ".join(f"{name} {size:.1f}" for name, size in peaks.items() if size > gib)
     fix = "take more GPUs, smaller batches or networks" if lines is None else f"it does with {shlex.join(lines)}"
+    shared = [n for n in shipped.sharing if count % n == 0]
+    if lines is None and shared:
+        fix += (
+            f", or let ranks share each clip and plan again: engine.sequence_parallel={' or '.join(map(str, shared))}"
+        )
     yield f"does not fit into {gib:g} GiB as shipped: {over}; {fix}"
 
 

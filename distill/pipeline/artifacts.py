@@ -104,7 +104,7 @@ class Artifacts:
         if stage in ("teacher", "base") and not self.config(stage).is_trained:
             return self.engine.split(load_given(self.config(stage), self.spec, device, frozen))
         if recipe.lora is not None and stage not in ("teacher", "base"):
-            net = self.network(recipe.init_checkpoint, frozen=False)
+            net = self.network(recipe.init_checkpoint, frozen, device)
             fold(net, recipe.lora.adapter(load_tensors(file)), file)
             return net
         net = self.new_network(stage if stage == "teacher" else recipe.init_checkpoint)
@@ -198,15 +198,16 @@ class Artifacts:
             net.add_guidance()
         return AvatarTeacher(net)
 
-    def student(self, stage: str) -> Student:
-        """A student with the weights of a finished stage; at `init_checkpoint` an untrained one, zero-shot."""
+    def student(self, stage: str, frozen: bool = False, device: torch.device | None = None) -> Student:
+        """A student with the weights of a finished stage, on our device or this; at `init_checkpoint` an untrained one, zero-shot.
+        A `frozen` one of given weights is read in the precision of these."""
         if not self.recipe.has_custom_network:
-            return self.spec.network.student(self.network(stage, frozen=False), self.spec)
+            return self.spec.network.student(self.network(stage, frozen, device), self.spec)
         student = self._new_student()
         if stage != self.recipe.init_checkpoint:
             file = self.folder.stage_dir(stage) / "model.safetensors"
             load_strict(student.net, load_tensors(file), file, HINT)
-        return student.to(self.engine.device)
+        return student.to(device or self.engine.device)
 
     def _new_student(self) -> Student:
         """An untrained student with a network of its own, initialised from the recipe's seed."""
@@ -218,7 +219,7 @@ class Artifacts:
 
     def finished_student(self, stage: str) -> Student:
         """A student that only generates, as it will be served: its matrices in the engine's precision."""
-        student = self.student(stage).eval().requires_grad_(False)
+        student = self.student(stage, frozen=self.recipe.lora is not None).eval().requires_grad_(False)
         if self.engine.config.precision != "fp32":
             cast_network(student.net, DTYPES[self.engine.config.precision])
         return student

@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from distill.pipeline.artifacts import Artifacts
@@ -27,15 +28,14 @@ def export(artifacts: Artifacts, folder: Path) -> dict:
 
     def write() -> None:
         card = _card(artifacts)
-        student = artifacts.bundle(artifacts.student("distill"))
+        student = artifacts.bundle(artifacts.student("distill", device=torch.device("cpu")))  # whole in fp32
         remove_folder(target)
         checkpoint.save_student(target, student, card, _adapter(artifacts))
 
     on_main(artifacts.engine, target, write)
-    return {
-        "nfe_per_chunk": spec.nfe_per_chunk,
-        "parameters": sum(p.numel() for p in artifacts.student("distill").parameters()),
-    }
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in checkpoint.make_student(spec).parameters())
+    return {"nfe_per_chunk": spec.nfe_per_chunk, "parameters": parameters}
 
 
 def _card(artifacts: Artifacts) -> str:

@@ -169,6 +169,7 @@ def check_health(artifacts: Artifacts, slot: str, folder: Path) -> dict[str, Any
     """The health metrics of the student that a slot has trained; of `init` beside the teacher's, with the quality gate, which is
     printed."""
     artifacts.engine.barrier()  # its weights are on the disk
+    artifacts.release(())  # the teacher is loaded again when its turn comes
     check = HealthCheck(artifacts)
     with artifacts.codec_alone():
         own = check.student(artifacts.finished_student(slot))

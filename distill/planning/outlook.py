@@ -251,7 +251,10 @@ class _Stages:
         trained = [self._learned(role) for role in self.job.needs(name).trained]
         copied = 4 * (3 * sum(trained) + trained[0])
         facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * copied, "copied": copied}
-        facts |= {"disk": 4 * trained[0] * (2 if name == "distill" else 1), "host": (self._students(1), 4 * trained[0])}
+        facts |= {
+            "disk": 4 * trained[0] * (2 if name == "distill" else 1),
+            "host": (self._student_file, 4 * trained[0]),
+        }
         if name in ("teacher", "base"):
             return self._stage(name, steps, **facts)
         decode = self.job.together * codec.decode  # every rank of a group decodes, or waits
@@ -275,12 +278,14 @@ class _Stages:
     def _learned(self, role: str) -> int:
         return (self.plan.lora if role in self.plan.adapted else self.plan.parameters)[role]
 
-    def _students(self, count: int) -> float:
-        return 4 * count * self.plan.parameters.get("student", 0)
+    @property
+    def _student_file(self) -> float:
+        """Bytes of what a stage has stored of its student, fp32, which every rank reads whole."""
+        return 4 * self._learned("student") if "student" in self.plan.parameters else 0.0
 
     def _made(self, role: str, alone: bool = False) -> tuple[float, float]:
         """Bytes of a whole network that generates, and of what it generates, by a rank `alone` as rank 0 does to time it; a student
-        is read in fp32."""
+        that was trained whole is read in fp32."""
         decoding, plan = self.codec.decode_bytes, self.plan
         size = self.teacher_bytes if role == "teacher" else self.student_bytes
         if alone and self.job.sequence is not None:
@@ -288,7 +293,7 @@ class _Stages:
         if role == "teacher":
             return self._held("teacher"), max(size, decoding)
         weights = plan.parameters.get("student", 0) * DTYPES[plan.precision].itemsize
-        return weights, max(size, decoding, self._students(1) - weights)
+        return weights, max(size, decoding, self._student_file - weights)
 
     def _evaluate(self) -> StageOutlook:
         """Three students; the teacher on its grid, on the student's few steps, and once from the student's noise; costs of them."""
@@ -323,7 +328,7 @@ class _Stages:
             parts,
             disk=(5 * each + test) * video,
             made=made,
-            host=(self._students(1), (6 * each + 2 * test + config.num_reference) * video + waiting),
+            host=(self._student_file, (6 * each + 2 * test + config.num_reference) * video + waiting),
         )
 
 

@@ -73,7 +73,7 @@ class TrainConfig:
         if self.global_batch % together:
             raise UserError(
                 f"train.global_batch: {self.global_batch} is no multiple of {together}, {world_size} processes of batch_size "
-                f"{self.batch_size}; change one of the three"
+                f"{self.batch_size}; change one of the three, or let several processes share each clip (engine.sequence_parallel)"
             )
         return self.global_batch // together
 

@@ -124,12 +124,13 @@ def expected(net: nn.Module, rank: int, targets: Sequence[str], full: Sequence[s
 
 @torch.no_grad()
 def fold(net: Any, adapter: Adapter, source: Path) -> None:
-    """Change the weights of a plain fp32 network in place; UserError that lists what does not fit."""
+    """Change the weights of a plain network in place, each matrix in fp32; UserError that lists what does not fit."""
     check_shapes(shapes_of(adapter.tensors), expected(net, adapter.rank, adapter.targets, adapter.full), source, HINT)
     given, own = adapter.tensors, dict(net.named_parameters())
     for name in targeted(net, adapter.targets, adapter.full):
         down, up, weight = given[f"{name}.lora_A.weight"], given[f"{name}.lora_B.weight"], own[f"{name}.weight"]
-        weight.addmm_(up.to(weight), down.to(weight), alpha=adapter.alpha / adapter.rank)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.copy_(wide.addmm_(up.to(wide), down.to(wide), alpha=adapter.alpha / adapter.rank))
     for name, tensor in given.items():
         if name in own:
             own[name].copy_(tensor)

@@ -390,6 +390,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             x, kv = self.run_block(block, x, text[i], temb[i], layout, rotary, *seen, by_block.get(i), split, *own)
             if remember:
                 cache.append(kv)
+            del kv  # or it would be alive while the next block computes
         x = x[:, : frames * height * width] if split is None else x  # without anchors
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))

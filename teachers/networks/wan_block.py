@@ -60,6 +60,13 @@ def keys_values(x: Tensor, to_key: Any, norm: Any, to_value: Any, heads: int) ->
     return norm(key).type_as(key).unflatten(2, (heads, -1)), to_value(x).unflatten(2, (heads, -1))
 
 
+def queries(x: Tensor, attention: Any) -> Tensor:
+    """Queries [B, N, M, d], normalised, of x [B, N, D], in the type of their projection, as the keys: fp32 ones would make the
+    context that they are joined with fp32."""
+    query = attention.to_q(x)
+    return attention.norm_q(query).type_as(query).unflatten(2, (attention.heads, -1))
+
+
 def joined(past: KeyValue | PastParts) -> KeyValue:
     """Rotated keys and values behind which a block attends: as they are, or joined from a context in parts."""
     if len(past) == 2:
@@ -127,9 +134,26 @@ class AvatarBlock(WanTransformerBlock):
         """
         x = self.before(x, audio)
         normed = modulated(self.norm1(x.float()), temb, 0).type_as(x)
+        attended, own, places = self.attend_spans(normed, spans, rotary, past, audio, split, anchors)
+        x = gated(x, attended, temb, 2)
+        del normed, attended
+
+        query = queries(self.norm2(x.float()).type_as(x), self.attn2)
+        x = x + self.attn2.to_out[0](self.attend_conditions(query, text, image, audio))
+        del query
+        x = self.after_conditions(x, audio, places)
+
+        normed = modulated(self.norm3(x.float()), temb, 3).type_as(x)
+        num_anchors = temb.num_anchors if isinstance(temb, Modulations) else 0
+        return self.after(gated(x, self.ffn(normed), temb, 5), audio, num_anchors), own
+
+    def attend_spans(
+        self, normed: Tensor, spans, rotary, past, audio: Any, split: Split | None, anchors: KeyValue | None
+    ) -> tuple[Tensor, KeyValue, list[Any]]:
+        """Self-attention of [B, N, D], as `forward` says -> its projected output [B, N, D], un-rotated keys and values, and what
+        `locate` gives of each span. What it works with is let go when it returns."""
         attention = self.attn1
-        heads = (attention.heads, -1)
-        query = attention.norm_q(attention.to_q(normed)).unflatten(2, heads)
+        query = queries(normed, attention)
         key, value = keys_values(normed, attention.to_k, attention.norm_k, attention.to_v, attention.heads)
         if split is not None:
             query, key, value = split.to_heads(query.type_as(key), key, value)
@@ -153,16 +177,7 @@ class AvatarBlock(WanTransformerBlock):
         attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
         if split is not None:
             attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)
-        x = gated(x, attention.to_out[0](attended), temb, 2)
-
-        attention = self.attn2
-        conditioned = attention.norm_q(attention.to_q(self.norm2(x.float()).type_as(x))).unflatten(2, heads)
-        x = x + attention.to_out[0](self.attend_conditions(conditioned, text, image, audio))
-        x = self.after_conditions(x, audio, places)
-
-        normed = modulated(self.norm3(x.float()), temb, 3).type_as(x)
-        num_anchors = temb.num_anchors if isinstance(temb, Modulations) else 0
-        return self.after(gated(x, self.ffn(normed), temb, 5), audio, num_anchors), own
+        return attention.to_out[0](attended), own, places
 
     def before(self, x: Tensor, audio: Any) -> Tensor:
         """x [B, N, D] before the block: a tensor `audio` [B, F, 1, D] is added to every token of a frame."""

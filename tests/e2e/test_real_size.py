@@ -1,6 +1,8 @@
-"""The real sizes of the recipes on a GPU that is none: one or two layers at full width, and a line through them to the full depth.
+"""The real sizes of the recipes on a GPU that is none: the bodies of the stages at full width, with two blocks, beside the plan.
+The plan's lines along the depth are tested elsewhere.
 
-No device or type error, no value that the host waits for, and a peak that fits the card that the recipe is for.
+No device or type error, no value that the host waits for, a peak that is the planned one and fits the card that the recipe is for.
+Each fault that once made a run of this size impossible is planted, and seen.
 """
 
 from dataclasses import replace
@@ -10,26 +12,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill import methods
-from distill.compose import RECIPES
+from distill.commands.bench import SHAPES, random_student
+from distill.data import latents
 from distill.data.latents import ConditionEncoders
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.pipeline.generate import student_clips, teacher_clips
-from distill.planning.estimate import job_of
-from distill.planning.job import batch_on, networks_on, shallow
-from distill.recipe import load_recipe, spec_of
+from distill.planning.job import Job, batch_on, networks_on
+from distill.planning.trace import clip_costs
+from students.networks.causal_wan import CausalWan
+from students.serving import inputs, session
+from students.serving.optimize import cast
+from students.serving.session import Session
+from teachers.codecs import wan_vae
 from teachers.conditions import Conditions
-from teachers.flow import keyed_generator
-from tests.support.fake_cuda import GIB, fake_cuda
+from teachers.networks.wan import NetworkConfig
+from tests.support.fake_cuda import GIB, FakeGPU, fake_cuda
+from tests.support.real_size import CARD, cut, job, loss_phases, planned_phases, recipe
 
-CARD = 79 * GIB
-LIVETALK = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
-SPEC, JOB = spec_of(LIVETALK), job_of(LIVETALK)
+ONE_CARD = ("livetalk", "self_forcing", "omniavatar_one_gpu")
+ODD = 0.1 * GIB
+"""Tables, conditions and noise, which do not grow with the depth."""
 
 
-def some(num: int) -> tuple[Tensor, Conditions]:
+def some(given: Job, num: int) -> tuple[Tensor, Conditions]:
     """Latents and conditions of clips of the recipe's size."""
-    batch = batch_on(replace(JOB, at_once=num), "clips", "cuda")
+    batch = batch_on(replace(given, at_once=num), "clips", "cuda")
     assert batch.x0 is not None
     return batch.x0, batch.conditions
 
@@ -37,94 +44,199 @@ def some(num: int) -> tuple[Tensor, Conditions]:
 class OnDisk:
     """Conditions of as many clips as the recipe validates on, as `StoredConditions` gives them."""
 
-    num_rows, device = 2 * LIVETALK.eval.num_conditions, torch.device("cuda")
+    device = torch.device("cuda")
+
+    def __init__(self, given: Job, num_rows: int):
+        self.given, self.num_rows = given, num_rows
 
     def index(self, rows: Tensor) -> Conditions:
-        return some(len(rows))[1]
+        return some(self.given, len(rows))[1]
 
 
-def at_depth(run: Any, depth: int) -> float:
-    """Peak bytes of run(layers) at `depth` layers, on the line through one and two."""
-    one, two = run(1), run(2)
-    return one + (depth - 1) * (two - one)
+# Encoding and decoding: data, extractors, health, validation, evaluate -------------------------------------------------
 
 
-def test_encoders_take_all_clips_in_pieces():
-    """256 clips of a training set, or 192 of a validation, take the memory of one, 7.4 GiB; two at once would take 13.8."""
+def coded(decode: bool = True) -> FakeGPU:
+    """Two clips of 81 frames through Wan's VAE, there and back, as every stage does it."""
+    height = width = 512
     from diffusers import AutoencoderKLWan
-
-    from teachers.codecs.wan_vae import WanVAE
 
     with fake_cuda() as gpu, torch.no_grad():
         with torch.device("cuda"):
-            vae = WanVAE(AutoencoderKLWan())
+            vae = wan_vae.WanVAE(AutoencoderKLWan())
         gpu.weigh(vae)
         none: Any = None
         encoders = ConditionEncoders(vae, none, none, device=torch.device("cuda"))
-        video = torch.empty(2, 3, 81, 512, 512, dtype=torch.uint8)
-        latents = encoders.encode(video)
-        assert latents.shape == (2, 16, 21, 64, 64)
-        assert latents.device.type == "cpu"
-        shown = encoders.decode(latents)
-        assert shown.shape == video.shape
-        assert (shown.dtype, shown.device.type) == (torch.uint8, "cpu")
+        video = torch.empty(2, 3, 81, height, width, dtype=torch.uint8)
+        found = encoders.encode(video)
+        assert found.shape == (2, 16, 21, height // 8, width // 8)
+        assert found.device.type == "cpu"
+        if decode:
+            shown = encoders.decode(found)
+            assert shown.shape == video.shape
+            assert (shown.dtype, shown.device.type) == (torch.uint8, "cpu")
+    return gpu
+
+
+def test_encoders_take_all_clips_in_pieces():
+    """256 clips of a training set, or 192 of a validation, take the memory of one."""
+    gpu = coded()
     assert not gpu.waits
     assert gpu.peak < 8 * GIB
 
 
-def test_a_validation_generates_as_many_clips_at_once_as_fit():
-    batch = generated_at_once(LIVETALK, SPEC)
+def test_clips_that_are_encoded_at_once_are_seen(monkeypatch):
+    """Finding 1 of an earlier reading: two clips already take 8 GiB to encode, 256 would take 950."""
+    monkeypatch.setattr(latents, "pieces", lambda *_: 10**6)
+    assert coded(decode=False).peak > 7.5 * GIB
 
-    def peak(layers: int) -> float:
+
+# Clips that are generated: trajectories, health, validation, evaluate ---------------------------------------------------
+
+
+def rolled_out(given: Job, batch: int, num_rows: int) -> float:
+    """Bytes but for weights of a rollout of `batch` of the clips that a stage asks for."""
+    with fake_cuda() as gpu, torch.inference_mode():
+        student = networks_on(given, "init", "cuda")["student"].eval()
+        cast(student.net, torch.bfloat16)
+        gpu.weigh(student)
+        weights, spec = gpu.live, given.spec
+        gpu.peak = weights
+        size = (num_rows, spec.codec.channels, spec.chunk_frames, *spec.latent_size[1:])
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            rows = torch.arange(batch)
+            made = student_clips(student, OnDisk(given, num_rows), lambda *_: torch.empty(size), batch, rows)
+        assert made.device.type == "cuda"
+    assert not gpu.waits
+    return gpu.peak - weights
+
+
+@pytest.mark.parametrize("name", ["livetalk", "self_forcing"])  # omniavatar_one_gpu's student is livetalk's
+def test_a_rollout_takes_what_is_planned(name):
+    """Of health, validation and evaluate: as many clips at once as fit, one at these sizes."""
+    given, small = recipe(name), cut(name)
+    assert generated_at_once(given, small.spec) == small.at_once == 1
+    found = rolled_out(small, 1, 2 * given.eval.num_conditions)
+    assert found == pytest.approx(clip_costs(small, "student")[1], rel=0.02, abs=ODD)
+    assert clip_costs(job(name), "student")[1] < 13 * GIB
+
+
+def test_a_batch_of_48_clips_is_seen():
+    """Finding 3: `eval.batch_size` clips at once are more than any card has."""
+    many = {"at_once": 48}
+    small = replace(cut("livetalk"), **many)
+    assert rolled_out(small, 48, 192) == pytest.approx(clip_costs(small, "student")[1], rel=0.1)
+    assert clip_costs(replace(job("livetalk"), **many), "student")[1] > 3 * CARD
+
+
+@pytest.mark.parametrize("name", ONE_CARD)
+def test_a_solution_takes_what_is_planned(name):
+    """A guided step of the teacher, and of what solves the trajectories, in the type that it is held in."""
+    small = cut(name)
+    assert small.trajectories is not None
+    for role in dict.fromkeys(("teacher", small.trajectories.role)):
+        solved = replace(small, trajectories=replace(small.trajectories, role=role))
         with fake_cuda() as gpu, torch.inference_mode():
-            student = networks_on(shallow(JOB, layers), "init", "cuda")["student"].eval()
-            gpu.weigh(student)
-            size = (OnDisk.num_rows, SPEC.codec.channels, SPEC.chunk_frames, *SPEC.latent_size[1:])
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                made = student_clips(student, OnDisk(), lambda *_: torch.empty(size), batch, torch.arange(batch))
-            assert made.device.type == "cuda"
-        assert not gpu.waits
-        return gpu.peak
-
-    assert at_depth(peak, SPEC.network.num_layers) < 16 * GIB
-
-
-def test_a_solution_of_the_teacher_fits_beside_nothing():
-    solved = replace(JOB, trajectories=replace(LIVETALK.trajectories, role="teacher"))
-
-    def peak(layers: int) -> float:
-        with fake_cuda() as gpu, torch.inference_mode():
-            net = networks_on(shallow(solved, layers), "trajectories", "cuda")["teacher"]
+            net = networks_on(solved, "trajectories", "cuda")[role]
+            assert net.net.compute_dtype == torch.bfloat16, "finding 8: in fp32 it takes 8 times as long"
             gpu.weigh(net)
-            x0, conditions = some(1)
-            teacher_clips(net, conditions, x0, (1.0, 0.5), LIVETALK.trajectories.guidance, 1)
+            weights, (x0, conditions) = gpu.live, some(small, 1)
+            gpu.peak = weights
+            teacher_clips(net, conditions, x0, (1.0, 0.5), small.trajectories.guidance, 1)
         assert not gpu.waits
-        return gpu.peak
+        stage = "clips" if role == "teacher" else "trajectories"
+        assert gpu.peak - weights == pytest.approx(clip_costs(small, role, 48, stage)[1], rel=0.02, abs=ODD)
+        assert clip_costs(job(name), role, 48, stage)[1] < 8 * GIB
 
-    assert at_depth(peak, LIVETALK.teacher.network.num_layers) < 0.65 * CARD
+
+# Losses: init, distill ---------------------------------------------------------------------------------------------------
+
+LOSSES = [  # the recipe, the role that is updated, and whether the most is alive in the backward pass
+    ("livetalk", "init", "student", True),
+    ("livetalk", "distill", "fake_score", True),
+    ("livetalk", "distill", "student", False),
+    ("livetalk 14B to 14B", "init", "student", True),
+    ("livetalk 14B to 14B", "distill", "student", False),
+    ("self_forcing", "init", "student", True),
+]
 
 
-@pytest.mark.parametrize(("slot", "role"), [("init", "student"), ("distill", "fake_score"), ("distill", "student")])
-def test_a_loss_waits_for_nothing_and_fits(slot, role):
-    """Forward, checkpointed, in bf16; weights as the recipe's engine shards them are the planner's."""
+@pytest.mark.parametrize(("name", "slot", "role", "backward"), LOSSES)
+def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role, backward):
+    """Every phase of it, and the peak within 2 %."""
+    small = cut(name)
+    found, waits = loss_phases(small, slot, role)
+    planned = planned_phases(small, slot, role)
+    assert not waits
+    assert len(found) == len(planned) - 1
+    assert max(abs(a - b) for a, b in zip(found, planned, strict=False)) < ODD
+    if backward:
+        whole, _ = loss_phases(small, slot, role, "cpu")
+        assert len(whole) == len(planned)
+        found = whole
+    assert (max(planned) == planned[-1]) == backward
+    print(f"{name} {slot}.{role}: simulated {max(found) / GIB:.2f}, planned {max(planned) / GIB:.2f} GiB")
+    assert max(found) == pytest.approx(max(planned), rel=0.02)
 
-    def peak(layers: int) -> float:
-        with fake_cuda() as gpu:
-            job = shallow(JOB, layers)
-            roles = networks_on(job, slot, "cuda")
-            method: Any = methods.build(getattr(LIVETALK, slot).method, roles, (*SPEC.sigmas, 0.0))
-            if slot == "distill":
-                method._exits = lambda start, count, shared: [len(SPEC.sigmas) - 1] * count
-            for name, net in roles.items():
-                net.requires_grad_(name == role)
-                gpu.weigh(net)
-            weights = gpu.live
-            batch = batch_on(job, slot, "cuda")
-            rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = method.loss(role, batch, rng, shared)
-            assert loss.value.dtype == torch.float32
-        assert not gpu.waits
-        return gpu.peak - weights
 
-    assert at_depth(peak, SPEC.network.num_layers) < 0.6 * CARD
+@pytest.mark.parametrize("slot", ["init", "distill"])
+def test_adapters_take_less_than_is_planned(slot):
+    """On one card of 24 GB. The planner runs adapters in fp32, without autocast, so that it is on the safe side."""
+    small = cut("omniavatar_one_gpu 24 GB")
+    found, waits = loss_phases(small, slot, "student")
+    planned = planned_phases(small, slot, "student")
+    print(f"{slot}: simulated {max(found) / GIB:.2f}, planned {max(planned) / GIB:.2f} GiB")
+    assert not waits
+    assert max(found) < max(planned)
+
+
+def test_keys_that_nothing_reads_are_seen(monkeypatch):
+    """Finding 17: the init stage kept the keys and values of every block, some 0.25 GiB each."""
+    run, small = CausalWan._run, cut("livetalk")
+    planned = planned_phases(small, "init", "student")[:-1]
+
+    def kept(self: CausalWan, *given: Any, **named: Any) -> Any:
+        return run(self, *given, **(named | {"keep": True}))
+
+    monkeypatch.setattr(CausalWan, "_run", kept)
+    assert max(loss_phases(small, "init", "student")[0]) > max(planned) + 0.2 * GIB
+
+
+# A stream ----------------------------------------------------------------------------------------------------------------
+
+
+def streamed(blocks: int, lead: int, monkeypatch) -> tuple[float, float]:
+    """Bytes on the device after each of a stream's chunks but for weights, when its context is full: at most, and at rest."""
+    for module, name in ((inputs, "checked_sound"), (session, "check_reference")):
+        monkeypatch.setattr(module, name, lambda *given: given[1])  # fake tensors have no values to check
+    shape = replace(SHAPES["livetalk"], network=NetworkConfig(num_layers=blocks, audio_blocks=(0,)))
+    with fake_cuda() as gpu:
+        bundle = random_student(shape, torch.device("cuda"), torch.bfloat16)
+        gpu.weigh(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)
+        weights, spec = gpu.live, bundle.spec
+        stream = Session(bundle, torch.zeros(3, spec.height, spec.width), "a person nods", lead=lead)
+        gpu.waits.clear()
+        made = 0
+        for _ in range(2 * (spec.history.capacity or 0)):
+            stream.push(audio=torch.zeros(16_000))
+            for _ in stream.frames():
+                stream.played(stream.point.frame)
+                made += 1
+            gpu.peak = gpu.live
+        stream.settle()
+        assert made > (spec.history.capacity or 0) + lead
+        assert sum(gpu.waits.values()) == made, "for its frames alone"
+        return gpu.peak - weights, gpu.live - weights
+
+
+def test_a_stream_holds_its_context_twice_and_what_can_be_taken_back(monkeypatch):
+    """Each block: rotated, in buffers for as many chunks as are seen; un-rotated, those and one for each point that `interrupt` can
+    return to; and keys and values of the text."""
+    spec = SHAPES["livetalk"].spec
+    chunk = 2 * 2 * spec.network.num_heads * spec.network.head_dim * 3 * 1024  # bf16 keys and values of 3 x 1024 tokens
+    text = 2 * 2 * 512 * 1536
+    capacity = spec.history.capacity
+    assert capacity is not None
+    for lead in (1, 3):
+        one, two = (streamed(blocks, lead, monkeypatch)[1] for blocks in (1, 2))
+        assert two - one == pytest.approx((capacity + capacity + lead) * chunk + text, rel=0.03)

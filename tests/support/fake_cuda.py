@@ -5,7 +5,8 @@
         net(torch.empty(..., device="cuda"))
     gpu.peak_gib, gpu.waits, gpu.copies
 
-Forward passes only: a backward pass over fake CUDA tensors wants a driver. What mixes devices or types raises as on a GPU.
+Forward passes only: a backward pass over fake CUDA tensors wants a driver; fake_cuda("cpu") counts it on fake CPU tensors. What
+mixes devices or types raises as on a GPU.
 """
 
 import traceback
@@ -34,16 +35,20 @@ WAITS = ("aten::nonzero", "aten::masked_select", "aten::_unique2")
 
 
 class FakeGPU(TorchDispatchMode):
-    """Bytes of the CUDA storages that are alive, now and at most. By source line, `waits`: values that the host asked the device
-    for (such a value is 1, for what needs one to go on), and streams that it waited for; `copies` between host and device that it
-    waited for: all but queued ones (non_blocking) from and to pinned memory."""
+    """Bytes of the storages on `device` that are alive, now and at most; `phases`: at most between calls of `begin_phase`.
 
-    def __init__(self) -> None:
+    By source line, `waits`: values that the host asked the device for (such a value is 1, for what needs one to go on), and streams
+    that it waited for; `copies` between host and device that it waited for: all but queued ones (non_blocking) from and to pinned
+    memory."""
+
+    def __init__(self, device: str = "cuda") -> None:
         super().__init__()
+        self.device = device
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.live = self.peak = 0
+        self.phases = [0]
         self._held: dict[int, weakref.ref] = {}
 
     @property
@@ -85,14 +90,18 @@ class FakeGPU(TorchDispatchMode):
 
     def _hold(self, tensors: Any) -> None:
         for tensor in tensors:
-            if not isinstance(tensor, Tensor) or tensor.device.type != "cuda":
+            if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._held:
                 self._held[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
                 self.live += size
-                self.peak = max(self.peak, self.live)
+                self.peak, self.phases[-1] = max(self.peak, self.live), max(self.phases[-1], self.live)
+
+    def begin_phase(self, *_) -> None:
+        """What is alive from now on is a phase of its own; a forward hook."""
+        self.phases.append(self.live)
 
     def _forget(self, key: int, size: int) -> None:
         if self._held.pop(key, None) is not None:
@@ -127,11 +136,13 @@ def _attention(
 ) -> Tensor:
     """The kernels that a GPU would take: flash for half precision, the memory-efficient one for fp32."""
     kind = query.device.type
-    if kind != "cuda" or attn_mask is not None:
+    if attn_mask is not None:
         return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if torch.is_autocast_enabled(kind):
         query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
     assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
+    if kind != "cuda":
+        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)[0]
     if query.dtype in (torch.bfloat16, torch.float16):
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
     return aten._scaled_dot_product_efficient_attention(query, key, value, None, False, 0.0, is_causal, scale=scale)[0]
@@ -141,9 +152,9 @@ _sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
 
 
 @contextmanager
-def fake_cuda() -> Iterator[FakeGPU]:
-    """Inside, every tensor is fake, and may be on "cuda" where there is none."""
-    gpu = FakeGPU()
+def fake_cuda(device: str = "cuda") -> Iterator[FakeGPU]:
+    """Inside, every tensor is fake, and may be on "cuda" where there is none; what is on `device` is counted."""
+    gpu = FakeGPU(device)
     stream = FakeStream(gpu)
     with (
         mock.patch("weakref.getweakrefs", return_value=[]),  # or module.to would not replace fake parameters
@@ -156,6 +167,9 @@ def fake_cuda() -> Iterator[FakeGPU]:
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(
+            FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True
+        ),  # copies are fake here too
         FakeTensorMode(),
         gpu,
     ):

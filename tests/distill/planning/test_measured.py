@@ -33,7 +33,10 @@ from tests.support.tiny import CHANNELS, STRIDE, Ranks, make_spec
 
 # The plan against the memory of real updates, in a process of its own ------------------------------------------------
 
-CASES = ("weights", "activations", "context")
+CASES = {"weights": 0.03, "activations": 0.06, "context": 0.12}
+"""How far the plan may be off."""
+LIBC = ctypes.CDLL("libc.so.6")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def a_case(name: str, history: History | None = None) -> tuple[Job, str, bool]:
@@ -96,15 +99,28 @@ def status(key: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def hand_back() -> None:
+    """Every tensor of 16 KiB or more is memory of its own, and the system's again when it is freed: what malloc keeps in holes
+    between others, a third of the peak of a checkpointed rollout, is not the plan's."""
+    assert LIBC.mallopt(M_MMAP_THRESHOLD, 16384)
+    assert LIBC.mallopt(M_TRIM_THRESHOLD, 0)
+
+
 def settle() -> int:
     """Resident bytes once what is free was handed back."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    LIBC.malloc_trim(0)
     return status("VmRSS")
 
 
 def measure(name: str) -> int:
-    """Bytes by which this process is larger at the peak of an update than before there was any role."""
+    """Bytes by which this process is larger at the peak of an update than before there was any role; of the second time, when
+    libraries have the buffers that they keep."""
+    once(name)
+    return once(name)
+
+
+def once(name: str) -> int:
     job, role, checkpointing = a_case(name)
     before = settle()
     real = Real(job, checkpointing)
@@ -116,6 +132,7 @@ def measure(name: str) -> int:
 
 def measure_all() -> dict[str, int]:
     """The measured bytes of every case."""
+    hand_back()
     small = Real(a_job(make_spec(), batch=1), True)
     for role in ("fake_score", "student"):
         small.update(role)  # code, threads and kernels are loaded now
@@ -134,20 +151,26 @@ needs_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
 @needs_proc
 @pytest.mark.parametrize("name", CASES)
 def test_the_peak_is_the_measured_one(name, measured):
-    """Within 6, 12 and 15 % for three jobs of which each is mostly something else; without that the plan would be far off. A
-    checkpointed context, joined again block by block, is planned some 14 % low."""
+    """For three jobs of which each is mostly something else; without that the plan would be far off. What torch's allocator gives
+    out is the planned to 1 % (LOG.md); graphs and small tensors are the rest."""
     job, role, checkpointing = a_case(name)
     plan = make_plan(job)
     update = next(update for update in plan.updates if update.stage == "distill" and update.role == role)
     switches = ("checkpointing",) if checkpointing else ()
     peak = rank_bytes(plan, update, "ddp", 1, switches)["peak"]
     print(f"{name}: planned {peak / 2**20:.1f} MiB, measured {measured[name] / 2**20:.1f} MiB")
-    assert peak == pytest.approx(measured[name], rel={"weights": 0.06, "activations": 0.12, "context": 0.15}[name])
+    assert peak == pytest.approx(measured[name], rel=CASES[name])
     if name == "weights":
         assert update.activations() < 0.1 * peak
     elif name == "activations":
         assert update.activations() > 0.85 * peak
     else:
         without, *_ = a_case(name, History(sinks=0, window=0))
-        points = trace(without, "distill", role, *switches)
-        assert max(size for _, size in points) < 0.72 * update.activations(*switches)  # the rest is context
+        more = update.activations(*switches) - max(size for _, size in trace(without, "distill", role, *switches))
+        spec = job.spec
+        tokens = (
+            3 * (spec.num_chunks - 1) * spec.token_grid[0] * spec.token_grid[1]
+        )  # of three clips, as the last chunk sees them
+        kept = 4 * tokens * spec.network.kv_per_token  # once, un-rotated
+        assert kept < more < 1.2 * kept
+        assert kept > 0.3 * update.activations(*switches)

@@ -137,11 +137,17 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
 
 
 @pytest.mark.parametrize(("name", "minutes"), [("livetalk", 5), ("self_forcing", 10)])
-def test_no_rank_waits_long_for_another(name, minutes):
-    """The longest job is one clip of the 14B teacher; with the wider videos of self_forcing it takes longer than five minutes."""
+def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name, minutes):
+    """The longest job is one clip of the 14B teacher; with the wider videos of self_forcing it takes longer than five minutes. Of a
+    card of 80 GB 79 GiB are of use."""
     recipe = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"])
     job = job_of(recipe)
-    stages = outlook(make_plan(job), job, recipe)
+    plan = make_plan(job)
+    stages, engine = outlook(plan, job, recipe), command.engine_of(recipe)
+    peaks = {
+        stage.name: memory(plan, stage, engine[0], ranks, engine[1])["peak"] for stage in stages for ranks in (64, 8)
+    }
+    assert {stage: size / GIB for stage, size in peaks.items() if size > 79 * GIB} == {}
     assert {"extractors", "trajectories", "init", "distill", "evaluate"} <= {stage.name for stage in stages}
     waits = {
         f"{stage.name}: {part.name} on {ranks}": part.wait(ranks, Rates())

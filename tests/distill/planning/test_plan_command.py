@@ -10,7 +10,10 @@ from distill.compose import RECIPES
 from distill.planning.estimate import (
     ENGINES,
     GIB,
+    job_of,
 )
+from distill.planning.outlook import Rates
+from distill.recipe import load_recipe
 from teachers.errors import UserError
 from tests.distill.planning.test_estimate import a_plan
 
@@ -70,6 +73,31 @@ def test_what_does_not_fit_is_named_with_what_mends_it():
         lines[-1]
         == "FSDP2   does not fit into 5 GiB: distill.student 45.3; fits with checkpointing + offload of teacher"
     )
+
+
+def test_counts_that_do_not_divide_come_with_overrides():
+    """8 clips a step: ranks that share each clip, where the network can, or larger batches."""
+    plan = a_plan(batch=8)
+    shipped = command.Shipped((), Rates(), "ddp", (), (2, 4))
+    found = {count: command.whole_batches(plan, shipped, count) for count in (16, 12, 64)}
+    assert found == {
+        16: ["engine.sequence_parallel=2", "distill.train.global_batch=16"],
+        12: ["distill.train.global_batch=12"],
+        64: ["distill.train.global_batch=64"],
+    }
+    text = command.as_text(plan, "name", [16], [], 80.0, shipped)
+    assert "8 is no multiple of 16, 16 processes of batch_size 1; change one of the three" in text
+    assert "it does with engine.sequence_parallel=2" in text
+    larger = a_plan(batch=16)
+    assert [u.micro_steps(16) for u in larger.updates] == [1]
+
+
+def test_who_can_share_a_clip():
+    """12 heads and 40 divide by 4; midas cannot share at all."""
+    found = {}
+    for name, words in (("livetalk", ["teacher.path=anywhere"]), ("midas_avatar", [])):
+        found[name] = command.sharing(job_of(load_recipe(RECIPES / f"{name}.yaml", words)))
+    assert found == {"livetalk": (2, 4), "midas_avatar": ()}
 
 
 @pytest.mark.parametrize(
