@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from students.weights.checkpoint import load_student, save_student
+from teachers.checkpoints import weights
 from teachers.checkpoints.convert import plan
 from teachers.config import convert, fraction
 from teachers.errors import UserError
@@ -101,6 +102,19 @@ def test_a_pickle_that_unpacks_to_much(tmp_path):
         r"refused weights: .*model\.pt is a zip that unpacks to more than itself \(.*\), which",
         lambda: plan(file, "ours"),
     )
+
+
+@pytest.mark.parametrize(
+    "broken", [b"\x80\x02u.", b"\x80\x02}]U\x01a.", b"\x80\x02.", b"\x80\x02)R.", b"\x80\x02\x85Q."]
+)
+def test_a_damaged_pickle_is_one_line(tmp_path, broken):
+    """Found by `tests.e2e.fuzz_many`: the unpickler pops from an empty stack, and calls with wrong types."""
+    torch.save({"a": torch.ones(2)}, whole := tmp_path / "whole.pt")
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(tmp_path / "a.pt", "w") as target:
+        for part in source.infolist():
+            target.writestr(part.filename, broken if part.filename.endswith("data.pkl") else source.read(part))
+    with pytest.raises(UserError, match=r"^[^\n]*a\.pt[^\n]*$"):
+        weights.read_archive(tmp_path / "a.pt")
 
 
 def test_tensors_of_fewer_numbers_than_they_say(tmp_path):
