@@ -48,9 +48,10 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     texts = [_force(override, groups) for override in parsed]
     _check_files(path, overrides)
     try:
-        values, choices = _compose(path, texts)
-        if wanted := list(_conditional(values)):
-            values, choices = _compose(path, [*wanted, *texts])
+        values, choices, references = _compose(path, texts)
+        wanted = [text for text in _conditional(values) if not text.startswith(references)]
+        if wanted:
+            values, choices, _ = _compose(path, [*wanted, *texts])
             list(_conditional(values))
     except UserError:
         raise
@@ -80,18 +81,22 @@ def _check_files(path: Path, overrides: Sequence[str]) -> None:
             read_yaml(file)
 
 
-def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Hydra's composition as plain data, and which option each group has. `engine.precision: auto` is this machine's from here on:
-    recipe.yaml and the fingerprints of a run hold what was computed in."""
+def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
+    """Hydra's composition as plain data, which option each group has, and how overrides below a ${KEY} begin: what that key names
+    has its own. `engine.precision: auto` is this machine's from here on: recipe.yaml and the fingerprints of a run hold what was
+    computed in."""
     search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
     with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment(), _few_references():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         if OmegaConf.select(own, "engine.precision") == "auto":
             own.engine.precision = native_precision()
-        values = OmegaConf.to_container(own, resolve=True)
+        values, plain = OmegaConf.to_container(own, resolve=True), OmegaConf.to_container(own)
     assert isinstance(values, dict)
-    return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices)
+    assert isinstance(plain, dict)
+    written = {str(key): value for name, item in plain.items() for key, value in flatten(item, str(name)).items()}
+    references = tuple(f"++{key}." for key, value in written.items() if isinstance(value, str) and "${" in value)
+    return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices), references
 
 
 @contextmanager

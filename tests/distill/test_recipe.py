@@ -342,6 +342,9 @@ def test_a_preset_sets_only_what_a_recipe_has():
     assert midas.ar_teacher is not None
     assert midas.ar_teacher.train.num_steps == 4
     assert codec.data.codec.fit.steps == (6, 2, 2)
+    live = load_recipe(RECIPES / "liveavatar.yaml", ["size=tiny"])
+    assert live.teacher.network.num_layers == 6
+    assert live.base.network == live.teacher.network, "a ${KEY} stays one: what it names has its own"
     own = load_recipe(RECIPES / "midas_avatar.yaml", ["ar_teacher.train.num_steps=3", "preset=smoke"])
     assert own.ar_teacher is not None
     assert (own.ar_teacher.train.num_steps, own.ar_teacher.train.log_every) == (3, 2)

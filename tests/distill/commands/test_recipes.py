@@ -15,8 +15,7 @@ from teachers.errors import UserError
 
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
 REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "infinitetalk", "s2v")
-NEEDS = {name: ["teacher.path=anywhere"] for name in REAL}
-NEEDS["liveavatar"] = ["teacher.path=anywhere", "base.path=lora.safetensors"]
+NEEDS = {name: ["teacher.path=anywhere"] for name in (*REAL, "liveavatar")}
 ROOT = RECIPES.parent
 
 
