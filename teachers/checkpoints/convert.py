@@ -218,6 +218,8 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
         layout = "self-forcing"
     elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
         layout = "diffusers"
+    elif layout in layouts.WHOLE and config.get("_class_name") == layouts.KINDS[layout].module_class().__name__:
+        layout = "ours"
     return Checkpoint(path, layout, tensors, pairs, differences, config, tuple(ignored))
 
 
@@ -277,6 +279,8 @@ def _widened(
 ) -> tuple[Architecture, dict[str, Lazy]]:
     """With `widen`: input channels [noisy] -> [noisy | reference | mask], the new ones zero. UserError without consent."""
     current, widened = architecture.in_channels, 2 * architecture.out_channels + 1
+    if widen and architecture.kind in layouts.WHOLE:
+        raise UserError(f"--widen has no effect: {checkpoint.path} takes latents alone; remove it")
     if current != architecture.out_channels:
         if widen:
             raise UserError(f"--widen has no effect: {checkpoint.path} has {current} input channels already; remove it")

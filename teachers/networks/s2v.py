@@ -25,7 +25,8 @@ from teachers.conditions import Conditions, Feature, declare
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind
 from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
-from teachers.networks.wan import MOST_TABLES, AvatarTransformer, Span, WanKind, initialise
+from teachers.networks.spans import MOST_TABLES, Span
+from teachers.networks.wan import AvatarTransformer, WanKind, initialise
 from teachers.networks.wan_block import AvatarBlock, Modulations, keys_values
 
 POSE = declare(Feature(name="pose_latents", clock="grid"))
