@@ -54,6 +54,7 @@ IMAGE_ENCODERS = Registry(
         "wan": "teachers.encoders.image:WanImageConfig",
         "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
         "s2v": "teachers.encoders.anchors:AnchorsConfig",
+        "regions": "teachers.encoders.speakers:RegionsConfig",
     },
     methods={"load": "def load(self) -> ImageEncoder"},
 )
