@@ -29,6 +29,7 @@ AUDIO_ENCODERS = Registry(
     entries={
         "log_mel": "teachers.encoders.small:AudioConfig",
         "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
+        "whisper": "teachers.encoders.whisper:WhisperConfig",
         "none": "teachers.encoders.small:NoAudioConfig",
     },
     methods={

@@ -131,7 +131,7 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     for to in ("wan", "diffusers", "self-forcing"):
         with pytest.raises(UserError, match=rf"layout {to} cannot represent .*a network of kind longcat"):
             plan(folder, to)
-    with pytest.raises(UserError, match="--widen has no effect: .* takes latents alone; remove it"):
+    with pytest.raises(UserError, match=r"--widen has no effect: .* takes latents alone; remove it"):
         plan(folder, "ours", widen=True)
     tensors = some_weights(TINY, "longcat")
     del tensors["blocks.1.ffn.w3.weight"]
