@@ -42,8 +42,8 @@ class Wav2VecConfig:
     frame's first instant with so many before and after it side by side, at the ends of the sound the first and the last one. The
     look-ahead has to hold what a window needs. A louder sound gives the same rows: it is brought to unit variance, where the
     weights' own preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `loudness`, in LUFS,
-    does where a `noise` floor is added then, in dB of full scale; a `low_pass` in Hz comes last (LongCat-Video-Avatar 1.0). `source`:
-    where the weights are to be had, for messages.
+    does where a `noise` floor is added then, in dB of full scale; a `low_pass` in Hz comes last (LongCat-Video-Avatar 1.0).
+    `source`: where the weights are to be had, for messages.
 
     With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
     `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk's training; the causal student on the windows.
