@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled
+from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled, whole_pairs
 from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
@@ -198,6 +198,7 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
             raise UserError(f"weights do not fit: {path} has {bare} under two names; keep one of them")
     if unmatched:
         raise UserError(f"--leave-out has no effect: {path} has no tensor {listed(sorted(unmatched))}; remove it")
+    named = whole_pairs(named)
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
     pairs: Pairs = {}

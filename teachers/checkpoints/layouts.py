@@ -101,6 +101,8 @@ UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight|freqs")
 """Published diffusers image-to-video weights have the first, and no network uses it; the second is Wan's table of positions."""
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 """Of peft, ComfyUI, diffusers' LoRA files and Self-Forcing's wrapper module, in the order in which they are taken off."""
+HYPHEN = "___lorahyphen___"
+"""Of LongCat-Video's LoRAs, in the place of dots."""
 _WRAPPED = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.")
 _NUMBERED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
 _KOHYA = re.compile(r"lora_unet_+blocks_(\d+)_(\w+)\.(.+)")
@@ -166,10 +168,12 @@ def rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def bare(name: str) -> str:
-    """`name` without the wrappers of FSDP, checkpointing, torch.compile, DDP and peft, and without PREFIXES; kohya's with dots."""
+    """`name` without the wrappers of FSDP, checkpointing, torch.compile, DDP and peft, and without PREFIXES; kohya's and
+    LongCat-Video's with dots."""
     name = _WRAPPED.sub("", name)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
+    name = name.removeprefix(f"lora{HYPHEN}").replace(HYPHEN, ".")
     flat = _KOHYA.fullmatch(name)
     return f"blocks.{flat[1]}.{_MODULES.get(flat[2], flat[2])}.{flat[3]}" if flat else name
 

@@ -7,6 +7,7 @@ from math import prod
 import pytest
 import torch
 from accelerate import init_empty_weights
+from safetensors.torch import save_file
 
 from distill.compose import RECIPES
 from distill.pipeline.pretrained import fill_given
@@ -147,3 +148,50 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
         UserError, match=r"^no weights: .*/none does not exist; .*get meituan-longcat/LongCat-Video-Avatar .* hub$"
     ):
         fill_given(None, TeacherStage(network=SMALL, path=tmp_path / "none"))
+
+
+# ---- the few-step LoRA of 1.5
+
+MODULES = {"attn.qkv": 3, "cross_attn.kv_linear": 2, "ffn.w1": 1}
+
+
+def few_step() -> dict[str, torch.Tensor]:
+    """Its names: one down and an up of each matrix that is in one; alpha / rank beside them."""
+    shapes, found, rank = layouts.tensors(TINY), {}, 4
+    for block in range(2):
+        for i, (module, parts) in enumerate(MODULES.items()):
+            rows, columns = shapes[f"blocks.{block}.{module}.weight"]
+            name = "___lorahyphen___".join(["lora", "blocks", str(block), *module.split(".")])
+            found[f"{name}.lora_down.weight"] = randn(parts * rank, columns, seed=i)
+            found[f"{name}.alpha_scale"] = torch.tensor(0.5)
+            for k in range(parts):
+                up = f"lora_up.blocks.{k}" if parts > 1 else "lora_up"
+                found[f"{name}.{up}.weight"] = randn(rows // parts, rank, seed=10 * i + k)
+    return found
+
+
+def test_its_few_step_lora_is_folded_strictly(tmp_path):
+    folder, lora = put_published(tmp_path), few_step()
+    save_file(lora, tmp_path / "dmd_lora.safetensors")
+    convert(tmp_path / "dmd_lora.safetensors", tmp_path / "fast", "ours", base=folder)
+    before, after = read_back(folder), read_back(tmp_path / "fast")
+    changed = 0
+    for name, weight in before.items():
+        stem = "___lorahyphen___".join(["lora", *name.removesuffix(".weight").split(".")])
+        parts = MODULES.get(name.removeprefix("blocks.0.").removeprefix("blocks.1.").removesuffix(".weight"))
+        expected = weight.double()
+        if parts:
+            changed += 1
+            ups = [lora[f"{stem}.lora_up{f'.blocks.{k}' if parts > 1 else ''}.weight"] for k in range(parts)]
+            downs = lora[f"{stem}.lora_down.weight"].split(4)
+            expected = expected + 0.5 * torch.cat([up @ down for up, down in zip(ups, downs, strict=True)]).double()
+        assert torch.allclose(
+            after[name].double(), expected, atol=1e-5, rtol=1e-2 if weight.dtype == torch.bfloat16 else 0
+        ), name
+    assert changed == 6
+    del lora[
+        "lora___lorahyphen___blocks___lorahyphen___1___lorahyphen___attn___lorahyphen___qkv.lora_up.blocks.1.weight"
+    ]
+    save_file(lora, tmp_path / "dmd_lora.safetensors")
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.lora_up\.blocks are \[0, 2\]"):
+        plan(tmp_path / "dmd_lora.safetensors", "ours", base=folder)
