@@ -313,7 +313,7 @@ class LongCat(SpanTransformer):
             x, kv = self.run_block(block, *inputs)
             if remember:
                 cache.append(kv)
-        return -self.unpatchify(self.final_layer(x, sigma.embedding).type_as(x), frames, height, width), cache
+        return -self.unpatchify(self.final_layer(x, sigma.embedding), frames, height, width), cache
 
 
 def _mlp(wide: int, width: int, act: nn.Module) -> nn.Sequential:
