@@ -10,7 +10,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from distill.compose import RECIPES
-from distill.pipeline.pretrained import fill_given
+from distill.pipeline.pretrained import fill_given, load_given
+from distill.pipeline.tiny import write_weights
 from distill.recipe import TeacherStage, load_recipe, spec_of
 from teachers import load_teacher
 from teachers.checkpoints import layouts
@@ -148,6 +149,23 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
         UserError, match=r"^no weights: .*/none does not exist; .*get meituan-longcat/LongCat-Video-Avatar .* hub$"
     ):
         fill_given(None, TeacherStage(network=SMALL, path=tmp_path / "none"))
+
+
+def test_tiny_weights_are_in_the_published_layout(tmp_path):
+    """What size=tiny writes is read by the code that reads the real ones."""
+    recipe = load_recipe(RECIPES / "longcat.yaml", ["size=tiny", f"run_dir={tmp_path}"])
+    spec, folder = spec_of(recipe), recipe.teacher.path
+    write_weights(recipe, spec)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["_class_name"] == "LongCatVideoAvatarTransformer3DModel"
+    assert (config["audio_block"], config["audio_channel"], config["depth"]) == (2, 4, 6)
+    assert (
+        load_teacher(folder).denoiser.net.kind
+        == load_given(recipe.teacher, spec, torch.device("cpu")).kind
+        == recipe.teacher.network
+    )
+    assert (folder / "../../LongCat-Video/vae/config.json").is_file()
+    assert (folder / "../chinese-wav2vec2-base/model.safetensors").is_file()
 
 
 # ---- the few-step LoRA of 1.5

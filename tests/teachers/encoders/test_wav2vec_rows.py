@@ -52,7 +52,7 @@ def test_the_last_state_at_its_own_rate():
 
 
 def test_the_sound_is_prepared_first():
-    """LongCat-Video-Avatar 1.0: a loudness, a noise floor, a low-pass; then no split of a stream and no louder sound moves a row."""
+    """LongCat-Video-Avatar 1.0: a loudness, a noise floor, a low-pass; no split of a stream and no louder sound moves a row."""
     encoder = an_encoder(replace(MULTITALK, loudness=-23.0, noise=-45.0, low_pass=3000.0))
     plain, sound = an_encoder(MULTITALK), some_sound(SOUND)
     prepared = low_pass(with_noise(to_loudness(sound, -23.0), -45.0, 0), 3000.0)
