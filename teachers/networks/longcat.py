@@ -97,6 +97,10 @@ class LongCatConfig(SpanKind):
 
     @staticmethod
     def own_config(sizes: Mapping[str, int], stride: int, config: Mapping[str, Any]) -> dict[str, Any]:
+        if config.get("text_tokens_zero_pad") is False:
+            raise UserError(
+                "config.json: text_tokens_zero_pad is false, where text padding is left out; it is not built"
+            )
         speakers = config.get("speakers", 1)
         return {
             "time_dim": sizes["E"],
@@ -250,7 +254,7 @@ class LongCat(SpanTransformer):
 
     def embed_audio(self, audio: Tensor, numbers: Sequence[int] | None, regions: Tensor | None) -> AudioInput:
         """Of audio [B, F, stride, A]; with two speakers regions [B, P, H, W], UserError without."""
-        speakers = self.config.speakers
+        speakers = self.config["speakers"]
         tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
         return AudioInput(tokens, speakers, shares(regions, speakers, self.patch) if speakers > 1 else None)
 
@@ -303,7 +307,7 @@ class LongCat(SpanTransformer):
             sigma = self.embed_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
         count = len(self.blocks)
         given: Sequence[Any] = [self.embed_text(text)] * count if isinstance(text, Tensor) else text
-        spoken: Sequence[Any] = audio
+        spoken: Any = audio
         if isinstance(audio, Tensor):
             spoken = [self.embed_audio(audio, numbers, regions)] * count
         cache = []

@@ -5,7 +5,7 @@ L = text tokens, P = speakers, K = P audio tokens of a frame, W = width of one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
@@ -98,8 +98,8 @@ class LongCatBlock(nn.Module):
     def read_time(self, embedding: Tensor) -> Tensor:
         """Modulation [B, F, 9, D] of a time embedding [B, F, E]: shift, scale and gate of self-attention, of the MLP, of audio."""
         maps = self.adaLN_modulation, self.audio_adaLN_modulation
-        parts = [to_parts(embedding.to(to_parts[1].weight.dtype)).unflatten(2, (-1, self.dim)) for to_parts in maps]
-        return torch.cat(parts, dim=2).float()
+        embedding = embedding.to(cast(nn.Linear, self.adaLN_modulation[1]).weight.dtype)
+        return torch.cat([to_parts(embedding).unflatten(2, (-1, self.dim)) for to_parts in maps], dim=2).float()
 
     def read(self, text: Tensor) -> KeyValue:
         """Keys and values [B, L, M, d] of embedded text [B, L, D]."""

@@ -142,6 +142,15 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     with pytest.raises(UserError) as error:
         plan(tmp_path / "wrong", "ours")
     assert "missing blocks.1.ffn.w3.weight; unexpected blocks.0.pre_audio_crs_attn_norm.weight" in str(error.value)
+    put(
+        tmp_path / "other",
+        some_weights(TINY, "longcat"),
+        layouts.make_config(TINY, "longcat") | {"text_tokens_zero_pad": False},
+    )
+    with pytest.raises(
+        UserError, match=r"text_tokens_zero_pad is false, where text padding is left out; it is not built"
+    ):
+        plan(tmp_path / "other", "ours")
     next(folder.glob("*-00002-of-*")).unlink()
     with pytest.raises(UserError, match=r"missing shard: .*-00002-of-.*index\.json asks for"):
         plan(folder, "ours")
