@@ -29,7 +29,7 @@ from teachers.networks.wan_block import TimeSinusoids
 @dataclass(frozen=True, kw_only=True)
 class LongCatConfig(SpanKind):
     """Size of the network. `window`: neighbouring audio rows, an odd number, that each row of the conditions has side by side;
-    `audio_states`: states of the audio encoder in a row, 12 layers of wav2vec2 (1.0) or 5 means of Whisper's (1.5).
+    `row_states`: states of the audio encoder in a row, 12 layers of wav2vec2 (1.0) or 5 means of Whisper's (1.5).
 
     The adapters of one and of two speakers have the same shapes; how many there are is the data's `speakers`.
     """
@@ -88,7 +88,7 @@ class LongCatConfig(SpanKind):
     audio_hidden: int = 512
     audio_width: int = 768
     audio_tokens: int = 32
-    audio_states: int = 12
+    row_states: int = 12
     window: int = 5
 
     @classmethod
@@ -107,14 +107,14 @@ class LongCatConfig(SpanKind):
             "audio_dim": speakers * sizes["near"],
             "audio_width": sizes["wide"],
             "audio_tokens": sizes["tokens"] // sizes["wide"],
-            "audio_states": config.get("audio_states", config.get("audio_block", 12)),
+            "row_states": config.get("row_states", config.get("audio_block", 12)),
             "window": sizes["near"] * (stride - 1) // (sizes["later"] - sizes["near"]),
             "speakers": speakers,
         }
 
     @staticmethod
     def published_config(own: Mapping[str, Any]) -> dict[str, Any]:
-        width, states = own["num_heads"] * own["head_dim"], own["audio_states"]
+        width, states = own["num_heads"] * own["head_dim"], own["row_states"]
         return {
             "_class_name": "LongCatVideoAvatarTransformer3DModel",
             **{"in_channels": own["latent_channels"], "out_channels": own["latent_channels"], "hidden_size": width},
@@ -214,7 +214,7 @@ class LongCat(SpanTransformer):
         audio_hidden: int = 512,
         audio_width: int = 768,
         audio_tokens: int = 32,
-        audio_states: int = 12,  # noqa: ARG002, read from the config
+        row_states: int = 12,  # noqa: ARG002, read from the config
         window: int = 5,
         max_positions: int = 1024,
     ):

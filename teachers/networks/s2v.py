@@ -167,7 +167,13 @@ class S2VConfig(WanKind):
         return x, x if pose is None else torch.cat([x, pose.to(x)], dim=1)
 
     def run(
-        self, net: "S2V", inputs: Tensor, sigma: Tensor, conditions: Conditions, numbers: Sequence[int] | None = None
+        self,
+        net: "S2V",
+        inputs: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        numbers: Sequence[int] | None = None,
+        known: Sequence[int] = (),  # noqa: ARG002
     ) -> Tensor:
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
         given = {"anchors": conditions.anchors, "numbers": numbers, "remember": False}

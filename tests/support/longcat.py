@@ -19,7 +19,7 @@ SMALL = LongCatConfig(
     audio_hidden=16,
     audio_tokens=3,
     audio_width=12,
-    audio_states=2,
+    row_states=2,
 )
 KNOWN = (0,)
 

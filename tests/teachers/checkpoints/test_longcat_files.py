@@ -37,7 +37,7 @@ SIZES = {"2D": 96, "3D": 144, "E": 20, "d": 24, "later": 8 * 6, "near": 5 * 6, "
 TINY = Architecture(
     width=48, in_channels=4, out_channels=4, patch=(1, 2, 2), num_layers=2, ffn_dim=48, text_dim=16, freq_dim=32, packed=16,
     head_dim=24, kind="longcat", beyond=tuple(SIZES.items()), own=(("time_dim", 20), ("audio_dim", 30), ("audio_width", 12),
-    ("audio_tokens", 3), ("audio_states", 2), ("window", 5), ("speakers", 1)),
+    ("audio_tokens", 3), ("row_states", 2), ("window", 5), ("speakers", 1)),
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ ONE = Dims(latent_channels=16, stride=4, text_dim=4096, audio_dim=46080)
 
 def full(audio_dim: int, states: int) -> LongCat:
     with init_empty_weights():
-        return LongCatConfig(audio_states=states).new(replace(ONE, audio_dim=audio_dim))
+        return LongCatConfig(row_states=states).new(replace(ONE, audio_dim=audio_dim))
 
 
 def put_published(folder, adapter="avatar_single"):
