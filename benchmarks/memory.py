@@ -175,8 +175,8 @@ class Theirs:
         from distill.methods.rollout import draw_noise
         from teachers import flow
         from teachers.networks.kind import to_x0
+        from teachers.networks.spans import rotate
         from teachers.networks.wan import with_reference
-        from teachers.networks.wan_block import rotate
 
         student, given = self.roles["student"], self.batch.conditions
         spec, net, size = student.spec, student.net, given.text.shape[0]

@@ -29,8 +29,8 @@ from teachers.codecs.linear import to_uint8
 from teachers.conditions import Conditions, pack_rows
 from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, to_x0
+from teachers.networks.spans import rotate
 from teachers.networks.wan import NetworkConfig, with_reference
-from teachers.networks.wan_block import rotate
 
 
 @dataclass

@@ -29,6 +29,7 @@ AUDIO_ENCODERS = Registry(
     entries={
         "log_mel": "teachers.encoders.small:AudioConfig",
         "wav2vec2": "teachers.encoders.wav2vec:Wav2VecConfig",
+        "whisper": "teachers.encoders.whisper:WhisperConfig",
         "none": "teachers.encoders.small:NoAudioConfig",
     },
     methods={
@@ -54,6 +55,7 @@ IMAGE_ENCODERS = Registry(
         "wan": "teachers.encoders.image:WanImageConfig",
         "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
         "s2v": "teachers.encoders.anchors:AnchorsConfig",
+        "regions": "teachers.encoders.speakers:RegionsConfig",
     },
     methods={"load": "def load(self) -> ImageEncoder"},
 )

@@ -67,17 +67,18 @@ def _random(shape: tuple[int, ...], name: str) -> Tensor:
 
 
 def _network(stage: TeacherStage, spec: Spec, place: Any) -> None:
-    """Wan's own layout; with `wan` a base there, and in `path` what was trained over it: the kind's own tensors, or OmniAvatar's
-    LoRA over text-to-video weights."""
+    """Wan's own layout, or another backbone's; with `wan` a base there, and in `path` what was trained over it: the kind's own
+    tensors, or OmniAvatar's LoRA over text-to-video weights."""
     assert stage.path is not None
-    if "wan" not in stage.network.layouts:
+    layout = next((name for name in stage.network.layouts if name in layouts.LAYOUTS), None)
+    if layout is None:
         tensors = {k: v.contiguous() for k, v in stage.network.new(spec.dims).state_dict().items()}
         save_file(tensors, place(stage.path) / OURS)
         return
     whole = _architecture(stage, spec)
-    tensors = {name: _random(shape, name) for name, shape in layouts.tensors(whole, "wan").items()}
+    tensors = {name: _random(shape, name) for name, shape in layouts.tensors(whole, layout).items()}
     if stage.wan is None:
-        _save(place(stage.path), tensors, layouts.make_config(whole, "wan"))
+        _save(place(stage.path), tensors, layouts.make_config(whole, layout))
         return
     if own := {name: tensors.pop(name) for name in layouts.apart(whole.kind, tensors)}:
         save_file(own, place(stage.path) / f"{whole.kind}.safetensors")

@@ -27,8 +27,7 @@ from students.student import CacheKind, Finished, ReadAhead, State, Student, sta
 from teachers.conditions import Conditions, taken
 from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, PastParts, to_x0
-from teachers.networks.wan import AvatarTransformer, Span
-from teachers.networks.wan_block import rotate
+from teachers.networks.spans import Span, SpanTransformer, rotate
 
 Groups = Sequence[Sequence[int]]
 
@@ -54,7 +53,7 @@ class CausalWan(Student):
 
     has_context_gradient = True
 
-    def __init__(self, net: AvatarTransformer, spec: Spec):
+    def __init__(self, net: SpanTransformer, spec: Spec):
         super().__init__()
         if net.guidance_embedder is not None and spec.guidance is None:
             raise UserError(
@@ -151,8 +150,10 @@ class CausalWan(Student):
         if anchors is None and "anchors" in taken(self.net.kind):
             anchors = self.net.read_anchors(last.conditions.anchors, text)
         audio: Any = given.audio if read.audio is None else read.audio
-        level: Any = self.spec.conditioned(joined([part.sigma for part in segments], 1))
-        if sigma is not None and sigma in read.times:
+        kind = self.net.kind
+        levels = [kind.levels(part.sigma, part.x.shape[2], part.known) for part in segments]
+        level: Any = self.spec.conditioned(joined(levels, 1))
+        if sigma is not None and sigma in read.times and levels[0] is last.sigma:
             level = read.times[sigma]
         out, cache = self.net(
             joined(parts, 2),
@@ -175,18 +176,20 @@ class CausalWan(Student):
         return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
 
     def _spans(self, segments: Sequence[Segment]) -> list[Span]:
-        """Which frames see which, over the segments side by side; with absolute positions, those of the stream."""
+        """Which frames see which, over the segments side by side; with absolute positions, those of the stream. Known frames, which
+        come first, apart where they are clean tokens."""
         n, history, spans, start = self.spec.chunk_frames, self.spec.history, [], 0
         numbers = _numbers(segments, n)
         for part in segments:
             size = part.x.shape[2] // len(part.sees)
-            for seen in part.sees:
+            for group, seen in enumerate(part.sees):
                 context = tuple((j * n, (j + 1) * n) for j in seen)
                 at = None
                 if history.positions == "absolute":
                     at = tuple(numbers[first] for first, _ in (*context, (start, start + size)))
                 ahead = self.net.kind.anchor_distance(numbers[start], history.anchors_ahead)
-                spans.append(Span(start, start + size, context, at, ahead))
+                clean = len(part.known) if self.net.kind.clean_known and not group else 0
+                spans += Span(start, start + size, context, at, ahead).apart(clean)
                 start += size
         return spans
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from teachers.checkpoints import layouts, weights
 from teachers.checkpoints.layouts import Architecture
-from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled
+from teachers.checkpoints.lora import Lora, Pairs, adapter_config, complete_lora, split_name, unscaled, whole_pairs
 from teachers.checkpoints.strict import check_finite, listed
 from teachers.checkpoints.weights import ALL, SHARD_BYTES, Lazy, Tick
 from teachers.errors import UserError
@@ -198,6 +198,7 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
             raise UserError(f"weights do not fit: {path} has {bare} under two names; keep one of them")
     if unmatched:
         raise UserError(f"--leave-out has no effect: {path} has no tensor {listed(sorted(unmatched))}; remove it")
+    named = whole_pairs(named)
     layout = layouts.naming(named, path)
     tensors: dict[str, Lazy] = {}
     pairs: Pairs = {}
@@ -218,6 +219,8 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
         layout = "self-forcing"
     elif layout == "ours" and config.get("_class_name") == "WanTransformer3DModel":
         layout = "diffusers"
+    elif layout in layouts.WHOLE and config.get("_class_name") == layouts.KINDS[layout].module_class().__name__:
+        layout = "ours"
     return Checkpoint(path, layout, tensors, pairs, differences, config, tuple(ignored))
 
 
@@ -277,6 +280,8 @@ def _widened(
 ) -> tuple[Architecture, dict[str, Lazy]]:
     """With `widen`: input channels [noisy] -> [noisy | reference | mask], the new ones zero. UserError without consent."""
     current, widened = architecture.in_channels, 2 * architecture.out_channels + 1
+    if widen and architecture.kind in layouts.WHOLE:
+        raise UserError(f"--widen has no effect: {checkpoint.path} takes latents alone; remove it")
     if current != architecture.out_channels:
         if widen:
             raise UserError(f"--widen has no effect: {checkpoint.path} has {current} input channels already; remove it")

@@ -4,6 +4,9 @@ ours           diffusers' names, with OmniAvatar's audio modules: the state dict
 wan            names of Wan2.1 (2503.20314); OmniAvatar (2506.18866) and LiveTalk add the audio modules to them
 diffusers      WanTransformer3DModel
 self-forcing   a torch archive {"generator": {"model." + Wan's name: tensor}} (Self Forcing 2506.08009, CausVid 2412.07772)
+longcat        LongCat-Video-Avatar (2512.13531), of another backbone, whose names are ours too
+
+A kind of network whose `rows` are all that it has (`whole`) is a layout of its own, under the kind's name.
 """
 
 import re
@@ -19,16 +22,17 @@ from teachers.errors import UserError
 from teachers.networks.kind import NETWORKS
 from teachers.resolve import resolve
 
-LAYOUTS = ("ours", "wan", "diffusers", "self-forcing")
 Shape = tuple[int, ...]
 Row = tuple[str, str, tuple[str, ...]]  # Wan's name, ours, sizes; {} is the index of a block or of an audio projection
 
 
 def _rows(text: str) -> tuple[Row, ...]:
-    """Lines `Wan's name | our name | sizes`; `x.*` stands for x.weight and for x.bias, which has the first size alone."""
+    """Lines `Wan's name | our name | sizes`, or `=` for the same name; `x.*` stands for x.weight and for x.bias, which has the
+    first size alone."""
     rows: list[Row] = []
     for line in text.strip().splitlines():
         wan, ours, sizes = (cell.strip() for cell in line.split("|"))
+        ours = wan if ours == "=" else ours
         rows.append((wan.replace("*", "weight"), ours.replace("*", "weight"), tuple(sizes.split())))
         if wan.endswith("*"):
             rows.append((wan.replace("*", "bias"), ours.replace("*", "bias"), tuple(sizes.split()[:1])))
@@ -84,9 +88,12 @@ POSE = _rows("""
 """)
 KINDS: dict[str, Any] = {name: resolve(NETWORKS, name) for name in NETWORKS.ours}
 """The kinds of network by name; those with `rows` have more than Wan."""
-BEYOND = {name: _rows(kind.rows) for name, kind in KINDS.items() if kind.rows}
+WHOLE = {name: _rows(kind.rows) for name, kind in KINDS.items() if kind.whole}
+"""Of the kinds that are no Wan."""
+BEYOND = {name: _rows(kind.rows) for name, kind in KINDS.items() if kind.rows and not kind.whole}
+LAYOUTS = ("ours", "wan", "diffusers", "self-forcing", *WHOLE)
 SYMBOLS = {size for _, _, dims in (*WAN, *IMAGE, *AUDIO, *POSE) for size in dims}
-ROWS = (*WAN, *IMAGE, *AUDIO, *POSE, *chain.from_iterable(BEYOND.values()))
+ROWS = (*WAN, *IMAGE, *AUDIO, *POSE, *chain.from_iterable((*BEYOND.values(), *WHOLE.values())))
 TO_OURS = {wan: ours for wan, ours, _ in ROWS}
 TO_WAN = {ours: wan for wan, ours, _ in ROWS}
 
@@ -94,12 +101,14 @@ UNUSED = re.compile(r"blocks\.\d+\.attn2\.norm_added_q\.weight|freqs")
 """Published diffusers image-to-video weights have the first, and no network uses it; the second is Wan's table of positions."""
 PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 """Of peft, ComfyUI, diffusers' LoRA files and Self-Forcing's wrapper module, in the order in which they are taken off."""
+HYPHEN = "___lorahyphen___"
+"""Of LongCat-Video's LoRAs, in the place of dots."""
 _WRAPPED = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module|base_layer)\.")
 _NUMBERED = re.compile(r"(\D+?)\.(\d+)\.(.+)")
 _KOHYA = re.compile(r"lora_unet_+blocks_(\d+)_(\w+)\.(.+)")
 _MODULES = {
     module.replace(".", "_"): module
-    for row in (*WAN, *IMAGE, *chain.from_iterable(BEYOND.values()))
+    for row in (*WAN, *IMAGE, *chain.from_iterable((*BEYOND.values(), *WHOLE.values())))
     for name in row[:2]
     if (module := name.removeprefix("blocks.{}.").removesuffix(".weight")) != name
 }
@@ -146,6 +155,7 @@ REPRESENTABLE = {
     "wan": {"audio_in", "image_dim", "head_dim", "eps", "kind"},
     "diffusers": {"image_dim", "head_dim", "eps", "max_positions"},
     "self-forcing": {"audio_in", "image_dim"},
+    **{name: {"head_dim", "stride", "kind"} for name in WHOLE},
 }
 """Fields that a layout can represent beyond the text-to-video sizes."""
 
@@ -158,16 +168,20 @@ def rename(name: str, table: Mapping[str, str]) -> str:
 
 
 def bare(name: str) -> str:
-    """`name` without the wrappers of FSDP, checkpointing, torch.compile, DDP and peft, and without PREFIXES; kohya's with dots."""
+    """`name` without the wrappers of FSDP, checkpointing, torch.compile, DDP and peft, and without PREFIXES; kohya's and
+    LongCat-Video's with dots."""
     name = _WRAPPED.sub("", name)
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
+    name = name.removeprefix(f"lora{HYPHEN}").replace(HYPHEN, ".")
     flat = _KOHYA.fullmatch(name)
     return f"blocks.{flat[1]}.{_MODULES.get(flat[2], flat[2])}.{flat[3]}" if flat else name
 
 
 def naming(names: Collection[str], where: Any) -> str:
-    """The layout of bare names: "wan" or "ours"; UserError for another model's."""
+    """The layout of bare names: "wan", "ours" or that of another backbone; UserError for another model's."""
+    if other := next((kind for kind, rows in WHOLE.items() if rows[0][0] in names), None):
+        return other
     matches = [
         layout
         for layout, key in (
@@ -194,6 +208,7 @@ def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
              **dict(zip("pqr", a.patch, strict=True)), **dict(a.beyond)}  # fmt: skip
     own = BEYOND.get(a.kind, ())  # of which those by number that are no block's are as many as there are of audio
     groups = ((WAN, True), (IMAGE, a.image_dim), (AUDIO, a.audio_in), (POSE, a.pose_in), (own, True))
+    groups = ((WHOLE[a.kind], True),) if a.kind in WHOLE else groups
     for wan, ours, dims in chain.from_iterable(rows for rows, exists in groups if exists):
         shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
         count = a.num_layers if wan.startswith("blocks.") else a.num_audio if "{}" in wan else 1
@@ -214,16 +229,16 @@ def infer(shapes: Mapping[str, Shape], where: Any) -> Architecture:
     Raises UserError where a tensor that determines a size is missing.
     """
     sizes: dict[str, int] = {}
-    kind = next((name for name, rows in BEYOND.items() if rows[0][1].format(0) in shapes), "wan")
-    own = BEYOND.get(kind, ())
-    for _, ours, dims in (*WAN, *IMAGE, *AUDIO, *POSE, *own):
+    kind = next((name for name, rows in (WHOLE | BEYOND).items() if rows[0][1].format(0) in shapes), "wan")
+    own, base = (WHOLE | BEYOND).get(kind, ()), WHOLE.get(kind, WAN)
+    for _, ours, dims in own if kind in WHOLE else (*WAN, *IMAGE, *AUDIO, *POSE, *own):
         shape = shapes.get(ours.format(0), ())
         if len(shape) == len(dims):
             for symbol, size in zip(dims, shape, strict=True):
                 sizes.setdefault(symbol, size)
-    needed = [ours.format(0) for _, ours, dims in WAN if not {d for d in dims if d[-1].isalpha()} <= {*sizes, "6D"}]
+    needed = [ours.format(0) for _, ours, dims in base if not {d for d in dims if d[-1].isalpha()} <= {*sizes, "6D"}]
     if needed:
-        part = "; give the weights that these replace a part of as --base" if kind != "wan" else ""
+        part = "; give the weights that these replace a part of as --base" if kind in BEYOND else ""
         raise UserError(f"weights do not fit: {where}: missing {listed(needed)}; is the download complete?{part}")
 
     def count(stem: str) -> int:
@@ -305,6 +320,8 @@ def check_representable(architecture: Architecture, layout: str, where: Any) -> 
         )
         if is_extra and getattr(a, field.name) != field.default and (field.name != "stride" or has_stride):
             lost.append(f"{field.name} {getattr(a, field.name)}")
+    if layout not in ("ours", a.kind) and (a.kind in WHOLE or layout in WHOLE):
+        lost.append(f"a network of kind {a.kind}")
     if layout == "ours":
         if a.in_channels not in (a.out_channels, 2 * a.out_channels + (a.stride if a.image_dim else 1)):
             lost.append(f"{a.in_channels} input channels for {a.out_channels}")
@@ -333,6 +350,14 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
     a = architecture
     num_heads = a.width // a.head_dim
     shared = {name: getattr(a, name) for name in ("num_layers", "ffn_dim", "freq_dim", "text_dim", "eps")}
+    if layout in WHOLE:
+        return KINDS[layout].published_config(make_config(a, "ours"))
+    if layout == "ours" and a.kind in WHOLE:
+        return {
+            "_class_name": network_class(a).__name__, "num_layers": a.num_layers, "num_heads": num_heads, "head_dim": a.head_dim,
+            "ffn_dim": a.ffn_dim, "freq_dim": a.freq_dim, "text_dim": a.text_dim, "latent_channels": a.out_channels,
+            "patch": a.patch[1], "stride": a.stride, "audio_hidden": a.packed, "max_positions": a.max_positions, **dict(a.own),
+        }  # fmt: skip
     if layout == "ours":
         symbol, states = KINDS[a.kind].audio_row
         audio_dim = states * dict(a.beyond).get(symbol, 0) if states else a.audio_in // a.stride

@@ -3,7 +3,8 @@
 OmniAvatar and peft write `lora_A`, `lora_B` and state rank and alpha in a config; ComfyUI's and kohya's trainers write
 `lora_down`, `lora_up` and each module's own `alpha` beside them. Few-step LoRAs (lightx2v, FusionX) have `diffusion_model.` names
 of the second kind without alpha, which is a scale of 1, and the differences of whole tensors: `diff` of a weight, `diff_b` of a
-bias, `diff_m` of a modulation.
+bias, `diff_m` of a modulation. LongCat-Video's have `___lorahyphen___` in the place of dots, `alpha_scale`, which is alpha / rank,
+and over a matrix that is several in one (queries, keys and values) an `up` of each, `lora_up.blocks.{}`.
 """
 
 import json
@@ -30,6 +31,7 @@ _ALPHA = re.compile(r"(.+)\.alpha")
 _DIFFERENCE = re.compile(r"(.+)\.(diff|diff_b|diff_m)")
 _TENSORS = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 _UNSCALED = re.compile(r"diffusion_model\..+\.lora_(down|up)\.weight")
+_SPLIT = re.compile(r"(.+)\.lora_up\.blocks\.(\d+)\.weight")
 UNREAD = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication")
 """Settings of peft's adapter_config.json that change what an adapter means."""
 
@@ -42,6 +44,40 @@ def split_name(name: str) -> tuple[str, str] | None:
         return f"{whole[1]}.{_TENSORS[whole[2]]}", "difference"
     alpha = _ALPHA.fullmatch(name)
     return (f"{alpha[1]}.weight", "alpha") if alpha else None
+
+
+def whole_pairs(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """The tensors of a LoRA by bare names, LongCat-Video's as a pair for each matrix: the ups of its parts along the diagonal of
+    one, and `alpha` for `alpha_scale`. Others stay as they are; UserError for a part that is missing or of another shape."""
+    found, parts = dict(tensors), {}
+    for name in tensors:
+        if match := _SPLIT.fullmatch(name):
+            parts.setdefault(match[1], {})[int(match[2])] = found.pop(name)
+        elif name.endswith(".alpha_scale"):
+            stem, scale = name.removesuffix(".alpha_scale"), found.pop(name)
+            if (down := tensors.get(f"{stem}.lora_down.weight")) is None:
+                raise UserError(f"weights do not fit: missing {stem}.lora_down.weight; is the download complete?")
+            rank = down.shape[0]
+            found[f"{stem}.alpha"] = replace(
+                scale, shape=(), read=lambda _=ALL, scale=scale, rank=rank: scale.read().sum() * rank
+            )
+    for stem, ups in parts.items():
+        shapes = {up.shape for up in ups.values()}
+        if sorted(ups) != [*range(len(ups))] or len(shapes) != 1 or len(next(iter(shapes))) != 2:
+            raise UserError(
+                f"weights do not fit: {stem}.lora_up.blocks are {sorted(ups)} of {sorted(shapes)}; get it again"
+            )
+        found[f"{stem}.lora_up.weight"] = _along_the_diagonal([ups[i] for i in range(len(ups))])
+    return found
+
+
+def _along_the_diagonal(ups: list[Lazy]) -> Lazy:
+    rows, rank = ups[0].shape
+
+    def read(part: slice = ALL) -> Tensor:
+        return torch.block_diag(*(up.read() for up in ups))[part]
+
+    return Lazy((len(ups) * rows, len(ups) * rank), ups[0].dtype, read)
 
 
 def unscaled(pairs: Pairs, stored: Collection[str]) -> None:

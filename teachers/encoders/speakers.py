@@ -1,12 +1,13 @@
-"""Where each of two speakers is in the reference image, beside what Wan's image encoder makes of it (MultiTalk, InfiniteTalk)."""
+"""Where each of two speakers is in the reference image: alone (LongCat-Video-Avatar), or beside what Wan's image encoder makes of
+it (MultiTalk, InfiniteTalk)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from teachers.encoders.image import WanImage, WanImageConfig
 from teachers.errors import UserError
@@ -52,6 +53,38 @@ class Speakers(WanImage):
         found = super().forward(image, codec, num_frames)
         regions = speaker_regions(self.config.boxes, *found["beside"].shape[-2:])
         return found | {"regions": regions.expand(len(image), -1, -1, -1).to(image)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionsConfig:
+    """`regions` alone, of `boxes` as `SpeakersConfig` has them; no weights."""
+
+    boxes: tuple[Box, ...] | None = None
+    dim: ClassVar[int] = 0
+    gives: ClassVar[tuple[str, ...]] = ("regions",)
+
+    def __post_init__(self):
+        for box in self.boxes or ():
+            check_box(box)
+
+    def sizes(self, stride: int, channels: int, frames: int, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        return {"regions": (len(HALVES if self.boxes is None else self.boxes), height, width)}
+
+    def load(self) -> "Regions":
+        return Regions(self)
+
+
+class Regions(nn.Module):
+    """The reference image -> the regions [N, P, H, W] of the speakers on the latent grid."""
+
+    def __init__(self, config: RegionsConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int) -> dict[str, Tensor]:
+        height, width = (side // codec.config.patch for side in image.shape[-2:])
+        regions = speaker_regions(self.config.boxes, height, width)
+        return {"regions": regions.expand(len(image), -1, -1, -1).to(image)}
 
 
 def check_box(box: Sequence[float]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from teachers.checkpoints.local_model import load_pretrained, model_files, require
 from teachers.disk.read import read_json
+from teachers.encoders.loudness import low_pass, to_loudness, with_noise
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
@@ -40,8 +41,9 @@ class Wav2VecConfig:
     frame; there no rate is a multiple, and rows of a whole clip are zeros beyond its sound. `window`: a row is the states of its
     frame's first instant with so many before and after it side by side, at the ends of the sound the first and the last one. The
     look-ahead has to hold what a window needs. A louder sound gives the same rows: it is brought to unit variance, where the
-    weights' own preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `source`: where the
-    weights are to be had, for messages.
+    weights' own preprocessor asks for that, so MultiTalk's normalisation to -23 LUFS changes nothing here. `loudness`, in LUFS,
+    does where a `noise` floor is added then, in dB of full scale; a `low_pass` in Hz comes last (LongCat-Video-Avatar 1.0).
+    `source`: where the weights are to be had, for messages.
 
     With `whole_clip` bidirectional networks (teacher, fake score) are conditioned on the published rows of the whole clip, after
     `prefix_frames` rows of zeros: 1 in OmniAvatar's inference, 0 in LiveTalk's training; the causal student on the windows.
@@ -59,6 +61,9 @@ class Wav2VecConfig:
     rate: int | None = None
     resample: Literal["features", "states"] = "features"
     window: tuple[int, int] = (0, 0)
+    loudness: float | None = None
+    noise: float | None = None
+    low_pass: float | None = None
     source: str = SOURCE
 
     def __post_init__(self):
@@ -187,7 +192,7 @@ class Wav2Vec(nn.Module):
         """
         frames = num_frames - prefix
         count, length = frames * self.per_frame, frames * self.samples_per_frame
-        waves = self._level(self._waves(audio))
+        waves = self._level(self._prepared(self._waves(audio), 0))
         if self.config.resample == "states":
             waves = nn.functional.pad(waves, (0, max(0, self.reach - waves.shape[1])))
             rows = self._nearest(self._states(self.model.feature_extractor(waves)), frames)
@@ -261,17 +266,28 @@ class Wav2Vec(nn.Module):
             begin, stop = max(cell - config.lookback_frames, 0), cell + config.grid_frames + config.lookahead_frames
             begin -= begin % self.period
             at = (begin - first) * n + self.lookback
-            features = self.model.feature_extractor(self._level(waves[:, at : at + (stop - begin) * n].clone()))
+            sound = self._prepared(waves[:, at : at + (stop - begin) * n].clone(), begin * n)
             if config.resample == "states":
-                cells.append(
-                    self._between(self._states(features), begin, range(max(cell, 0), cell + config.grid_frames))
-                )
+                states = self._states(self.model.feature_extractor(self._level(sound)))
+                cells.append(self._between(states, begin, range(max(cell, 0), cell + config.grid_frames)))
                 continue
-            if not self.native:
-                features = self._at_frames(features, (stop - begin) * self.per_frame)
-            states = self._states(features)
+            states = self._encode(sound, stop - begin)
             cells.append(self._windows(states, max(cell, 0) - begin, cell + config.grid_frames - begin))
         return torch.cat(cells, dim=1).reshape(*window.shape[:-1], last - first, self.dim)
+
+    def _encode(self, sound: Tensor, frames: int) -> Tensor:
+        """The states [B, R, D'] of the sound of so many frames [B, frames n] as a clip of its own."""
+        features = self.model.feature_extractor(self._level(sound))
+        return self._states(features if self.native else self._at_frames(features, frames * self.per_frame))
+
+    def _prepared(self, waves: Tensor, start: int) -> Tensor:
+        """Waves [B, S] from sample number `start` of their sound on, with the config's loudness, noise floor and low-pass."""
+        config = self.config
+        if config.loudness is not None:
+            waves = to_loudness(waves, config.loudness)
+        if config.noise is not None:
+            waves = with_noise(waves, config.noise, start)
+        return waves if config.low_pass is None else low_pass(waves, config.low_pass)
 
     def _cell(self, frame: int) -> int:
         """First frame of the cell of `frame`."""

@@ -6,7 +6,7 @@ first speaker's region, 20 .. 24 in the second's, 12 in neither.
 B = batch, F = latent frames, S = tokens a frame, N = F S, D = width, M = heads, d = head width, P = speakers, K = P tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
@@ -20,8 +20,9 @@ from teachers.errors import UserError
 from teachers.networks.image_to_video import ImageToVideoKind
 from teachers.networks.kind import Dims
 from teachers.networks.sequence import Split
+from teachers.networks.spans import rotate
 from teachers.networks.wan import AvatarTransformer, initialise
-from teachers.networks.wan_block import AvatarBlock, rotate
+from teachers.networks.wan_block import AvatarBlock
 
 PLACES = ((0.0, 4.0), (20.0, 24.0))
 """Positions of the queries of either speaker; their keys lie in the middle. 12 is the background's."""
@@ -121,6 +122,15 @@ class AudioContext(NamedTuple):
     regions: Tensor | None = None
     split: Split | None = None
 
+    def places(self, query: Tensor, key: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """The positions [B, n] of query tokens [B, n, M, d], both rotated, the keys of frame 0 first, where there are regions."""
+        assert self.regions is not None
+        (count, size), width = self.regions.shape[1:], query.shape[-1]
+        value = F.pad(self.regions.mT, (0, width - count)).unsqueeze(2).expand(-1, -1, query.shape[2], -1)
+        seen = attend(query, key[:, :size], value.to(query))
+        maps = seen.unflatten(2, (-1, width))[..., :count].mean(dim=2)
+        return positions(maps if self.split is None else self.split.mean(maps))
+
 
 class AudioProjector(nn.Module):
     """Audio rows of latent frames -> tokens. Frame 0 of a clip, one pixel frame, takes the `window` rows around it; every other the
@@ -171,14 +181,8 @@ class InfiniteTalkBlock(AvatarBlock):
 
     @torch.no_grad()
     def locate(self, query: Tensor, key: Tensor, audio: AudioContext | None) -> Tensor | None:
-        """The positions [B, n] of query tokens [B, n, M, d], both rotated, the keys of frame 0 first; None with one speaker."""
-        if audio is None or audio.regions is None:
-            return None
-        (count, size), width = audio.regions.shape[1:], query.shape[-1]
-        value = F.pad(audio.regions.mT, (0, width - count)).unsqueeze(2).expand(-1, -1, query.shape[2], -1)
-        seen = self.attend(query, key[:, :size], value.to(query))
-        maps = seen.unflatten(2, (-1, width))[..., :count].mean(dim=2)
-        return positions(maps if audio.split is None else audio.split.mean(maps))
+        """The positions of query tokens (`AudioContext.places`); None with one speaker."""
+        return None if audio is None or audio.regions is None else audio.places(query, key, self.attend)
 
     def after_conditions(self, x: Tensor, audio: AudioContext | None, places: Sequence[Tensor | None] = ()) -> Tensor:
         """x [B, N, D] with what each token takes of its frame's audio added; `places` of `locate`, in the order of the tokens."""
@@ -261,10 +265,7 @@ class InfiniteTalk(AvatarTransformer):
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
     ) -> tuple[AudioContext, ...]:
         """What each block attends to of audio [B, F, stride, A]; regions [B, P, H, W], with two speakers. UserError without."""
-        speakers, frames = self.config.speakers, audio.shape[1]
-        first = [number == 0 for number in (range(frames) if numbers is None else numbers)]
-        rows = audio.to(self.compute_dtype).unflatten(-1, (speakers, self.config.window, -1))
-        tokens = torch.cat([self.audio_proj(rows[:, :, :, i], first) for i in range(speakers)], dim=2)
+        speakers, tokens = self.config.speakers, read_tokens(self, audio, numbers)
         blocks = [cast(InfiniteTalkBlock, block) for block in self.blocks]
         read = [block.read_audio(tokens.to(self.compute_dtype)) for block in blocks]
         if speakers == 1:
@@ -273,8 +274,16 @@ class InfiniteTalk(AvatarTransformer):
         centres = torch.tensor([sum(ends) / 2 for ends in PLACES], device=audio.device)
         at = (spoken.unsqueeze(-1) * centres.repeat_interleave(self.config.audio_tokens)).flatten(1)
         turned = [rotate(key.flatten(1, 2), turns(at, key.shape[-1])).view_as(key) for key, _ in read]
-        known = spoken, shares(regions, speakers, self.patch), self.split_of(frames)
+        known = spoken, shares(regions, speakers, self.patch), self.split_of(audio.shape[1])
         return tuple(AudioContext(key, value, *known) for key, (_, value) in zip(turned, read, strict=True))
+
+
+def read_tokens(net: Any, audio: Tensor, numbers: Sequence[int] | None) -> Tensor:
+    """Tokens [B, F, K, W] of audio [B, F, stride, A] by the network's `audio_proj`, those of every speaker side by side; numbers as
+    `read_audio` has them."""
+    first = [number == 0 for number in (range(audio.shape[1]) if numbers is None else numbers)]
+    rows = audio.to(net.compute_dtype).unflatten(-1, (net.config.speakers, net.config.window, -1))
+    return torch.cat([net.audio_proj(rows[:, :, :, i], first) for i in range(net.config.speakers)], dim=2)
 
 
 def turns(at: Tensor, head_dim: int) -> Tensor:

@@ -49,6 +49,8 @@ class NetworkKind:
                 first of a video and `stride` for every other, and belong to no chunk; 0 or 1
     rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
                 in teachers.checkpoints.layouts, the first of which tells the kind
+    whole       whether `rows` are all that it has: another backbone, whose layout has the kind's name and whose config.json there
+                is `published_config`
     apart       whether what it has beyond Wan is published in a file of its own, NAME.safetensors over Wan's weights
     audio_row   of such rows: the symbol of an audio state's size, and how many states a row of the audio encoder has
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
@@ -59,10 +61,12 @@ class NetworkKind:
     frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
     can_checkpoint  whether `enable_checkpointing` recomputes blocks in the backward pass
     guidance    whether a guidance scale is embedded beside the time
+    clean_known  whether known frames are tokens of another sort: at sigma 0, and seeing each other alone
     """
 
     takes: ClassVar[tuple[str, ...]] = ("text", "audio", "pose")
     rows: ClassVar[str] = ""
+    whole: ClassVar[bool] = False
     apart: ClassVar[bool] = False
     audio_row: ClassVar[tuple[str, int]] = ("A", 0)
     layouts: ClassVar[tuple[str, ...]] = ()
@@ -74,6 +78,7 @@ class NetworkKind:
     can_checkpoint: ClassVar[bool] = False
     first_frames: ClassVar[int] = 0
     lead: ClassVar[int] = 0
+    clean_known: ClassVar[bool] = False
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
@@ -87,7 +92,7 @@ class NetworkKind:
 
     @staticmethod
     def published_config(own: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
-        """What the published config.json has beside Wan's keys, of our own ones."""
+        """What the published config.json has beside Wan's keys, or of a `whole` kind all of it, of our own one."""
         return {}
 
     @missing
@@ -120,9 +125,10 @@ class NetworkKind:
         sigma: Tensor,
         conditions: Conditions,
         numbers: Sequence[int] | None = None,
+        known: Sequence[int] = (),
     ) -> Tensor:
-        """The module's raw output [B, C, F, H, W] of composed inputs at sigma [B]. `numbers` of the frames in their stream, cut at
-        `first_frames`; None: a whole clip, which begins and ends."""
+        """The module's raw output [B, C, F, H, W] of composed inputs at sigma, [B] or [B, F]. `numbers` of the frames in their
+        stream, cut at `first_frames`; None: a whole clip, which begins and ends. `known`: the frames that are given."""
         return net(inputs, sigma, conditions)
 
     def denoise(
@@ -143,14 +149,23 @@ class NetworkKind:
             fix = "give data.image an encoder of it" if name in OF_IMAGE else "put it into the data's Clips.features"
             raise UserError(f"condition '{name}': {label(self)} takes it, but it is not given; {fix}")
         x, inputs = self.compose(x, conditions, known)
+        sigma = self.levels(sigma, x.shape[2], known)
         with in_users_file(self):
-            out = self.run(net, inputs, sigma, conditions, numbers)
+            out = self.run(net, inputs, sigma, conditions, numbers, known)
         if out.shape != x.shape:
             raise UserError(
                 f"{label(self)}: wrong shape: its output is {list(out.shape)}, the latents are {list(x.shape)} "
                 "[batch, channels, frames, height, width]; both must be equal"
             )
         return to_x0(out, x, sigma, conditions, self.prediction, known)
+
+    def levels(self, sigma: Tensor, frames: int, known: Sequence[int]) -> Tensor:
+        """sigma [B], [B, 1] or [B, F] as the module takes it: [B, F] with 0 at the known frames where these are clean tokens."""
+        if not self.clean_known or not known:
+            return sigma
+        sigma = sigma.view(len(sigma), -1).repeat(1, frames if sigma.numel() == len(sigma) else 1)
+        sigma[:, list(known)] = 0.0
+        return sigma
 
     def numbered(self, numbers: Iterable[int], chunk_frames: int) -> tuple[int, ...] | None:
         """Numbers of latent frames in their stream, in chunks of so many, cut at `first_frames`, so that a compiled step meets few
@@ -242,6 +257,7 @@ NETWORKS = Registry(
         "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
         "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
         "s2v": "teachers.networks.s2v:S2VConfig",
+        "longcat": "teachers.networks.longcat:LongCatConfig",
     },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",

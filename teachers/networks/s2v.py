@@ -25,7 +25,8 @@ from teachers.conditions import Conditions, Feature, declare
 from teachers.errors import UserError
 from teachers.networks.kind import Dims, KeyValue, NetworkKind
 from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
-from teachers.networks.wan import MOST_TABLES, AvatarTransformer, Span, WanKind, initialise
+from teachers.networks.spans import MOST_TABLES, Span
+from teachers.networks.wan import AvatarTransformer, WanKind, initialise
 from teachers.networks.wan_block import AvatarBlock, Modulations, keys_values
 
 POSE = declare(Feature(name="pose_latents", clock="grid"))
@@ -166,7 +167,13 @@ class S2VConfig(WanKind):
         return x, x if pose is None else torch.cat([x, pose.to(x)], dim=1)
 
     def run(
-        self, net: "S2V", inputs: Tensor, sigma: Tensor, conditions: Conditions, numbers: Sequence[int] | None = None
+        self,
+        net: "S2V",
+        inputs: Tensor,
+        sigma: Tensor,
+        conditions: Conditions,
+        numbers: Sequence[int] | None = None,
+        known: Sequence[int] = (),  # noqa: ARG002
     ) -> Tensor:
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
         given = {"anchors": conditions.anchors, "numbers": numbers, "remember": False}

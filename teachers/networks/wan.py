@@ -7,45 +7,31 @@ B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a fra
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTimeTextImageEmbedding
+from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.kind import Dims, KeyValue, NetworkKind, PastParts, write_reference
+from teachers.networks.kind import Dims, KeyValue, PastParts, write_reference
 from teachers.networks.sequence import SequenceGroup, Split
+from teachers.networks.spans import Span, SpanKind, SpanTransformer
 from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
-MOST_TABLES = 256
-"""Tables of rotary angles that are kept, the newest: absolute positions go on with a stream."""
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class WanKind(NetworkKind):
-    """What every network of Wan's shape shares: its sizes, and the names of its parts."""
-
-    causal: ClassVar = "students.networks.causal_wan:CausalWan"
-    frame_sigma: ClassVar = True
-    can_checkpoint: ClassVar = True
-
-    num_layers: int = 30
-    num_heads: int = 12
-    head_dim: int = 128
-    ffn_dim: int = 8960
-    freq_dim: int = 256
-    patch: int = 2
+class WanKind(SpanKind):
+    """What every network of Wan's shape shares: the names of its parts."""
 
     def run(
         self,
@@ -54,26 +40,16 @@ class WanKind(NetworkKind):
         sigma: Tensor,
         conditions: Conditions,
         numbers: Sequence[int] | None = None,
+        known: Sequence[int] = (),  # noqa: ARG002
     ) -> Tensor:
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
         given = {"pose": conditions.pose, "remember": False, "guidance": conditions.guidance, "numbers": numbers}
         given |= {"image": conditions.image if net.image_dim else None, "regions": conditions.regions}
         return net(inputs, sigma, conditions.text, audio, **given)[0]
 
-    def check(self) -> None:
-        if self.head_dim % 2 or self.head_dim < 6:
-            raise UserError(f"head_dim {self.head_dim}: network; rotary positions need an even number from 6 on")
-
     @classmethod
     def module_class(cls) -> "type[AvatarTransformer]":
-        """The class of the module that `build` makes."""
         return AvatarTransformer
-
-    def shallow(self, blocks: int = 1) -> "WanKind":
-        return self if blocks >= self.num_layers else replace(self, num_layers=blocks)
-
-    def enable_checkpointing(self, net: "AvatarTransformer", *function: Callable) -> None:
-        net.enable_gradient_checkpointing(*function)
 
     def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
         net.set_attention_backend(backend)
@@ -89,27 +65,9 @@ class WanKind(NetworkKind):
         net.sequence = group
 
     @property
-    def kv_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_heads * self.head_dim
-
-    @property
-    def feature_width(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def num_blocks(self) -> int:
-        return self.num_layers
-
-    def feature_blocks(self, net: "AvatarTransformer") -> Sequence[nn.Module]:
-        return list(net.blocks)
-
-    @property
     def lora_targets(self) -> tuple[str, ...]:
         """OmniAvatar's q, k, v, o, ffn.0, ffn.2: every matrix of both attentions and of the MLP."""
         return ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-
-    def shared_caches(self, net: "AvatarTransformer") -> tuple[dict, ...]:
-        return (net._rope_cache,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,23 +105,7 @@ class NetworkConfig(WanKind):
         return replace(self, guidance=True)
 
 
-@dataclass(frozen=True)
-class Span:
-    """Query frames [start, stop) of the present input, which see these context frame ranges of it and themselves.
-
-    Positions are relative to what is seen: context frames come first (after any cached past), then the queries; or `at` gives
-    the first position of each context range and of the queries. `ahead`: how many frames ahead of the first query frame the
-    anchors lie, where there are any (`NetworkKind.anchor_distance`).
-    """
-
-    start: int
-    stop: int
-    context: tuple[tuple[int, int], ...] = ()
-    at: tuple[int, ...] | None = None
-    ahead: int | None = None
-
-
-class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class AvatarTransformer(SpanTransformer):
     """Wan's transformer over [noisy | reference | mask] channels, audio added before chosen blocks.
 
     `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
@@ -173,7 +115,6 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """
 
     block_class: type[AvatarBlock] = AvatarBlock
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["AvatarBlock"]  # noqa: RUF012
     _keep_in_fp32_modules = [  # noqa: RUF012
         *("rope", "time_embedder", "guidance_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -207,7 +148,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         in_channels = 2 * latent_channels + (stride if image_dim else 1) if reference else latent_channels
         size = (1, patch, patch)
         added = width if image_dim else None
-        self.rope = WanRotaryPosEmbed(head_dim, size, max_positions)
+        self.add_positions(head_dim, patch, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
         self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
@@ -224,18 +165,14 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if pose_dim:
             self.pose_proj = AudioPack(stride * pose_dim, audio_hidden)
             self.pose_cond_proj = nn.Linear(audio_hidden, width)
-        self.patch, self.prediction, self.pose_dim, self.image_dim = patch, prediction, pose_dim, image_dim
-        self.gradient_checkpointing = False
+        self.prediction, self.pose_dim, self.image_dim = prediction, pose_dim, image_dim
         self.kind = self.make_kind()
-        self.guidance_embedder: nn.Linear | None = None
         if guidance:
             self.add_guidance()
         self.sequence: SequenceGroup | None = None
-        self._rope_cache: dict[tuple, Tensor] = {}  # few, where positions are relative to a bounded window
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
         return self.patch_embedding.weight.dtype
 
     def make_kind(self) -> "WanKind":
@@ -274,33 +211,6 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
-
-    def rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:
-        """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
-        rope, last = self.rope, first + count
-        key = (first, count, height, width, self.compute_dtype, rope.freqs_cos.device)
-        if key in self._rope_cache:
-            return self._rope_cache[key]
-        if last > rope.max_seq_len:
-            raise UserError(
-                f"latent frame {last}: the network has positions for {rope.max_seq_len} that attend at once; shorten the window, "
-                "or, where history.positions is absolute, end the stream before"
-            )
-        while len(self._rope_cache) >= MOST_TABLES:
-            self._rope_cache.pop(next(iter(self._rope_cache)))
-        grid = (count, height, width, -1)
-        with torch.inference_mode(False):  # cached for training too, whoever needs it first
-            cos, sin = (table[:, ::2].split([rope.t_dim // 2, rope.h_dim // 2, rope.w_dim // 2], dim=1)
-                        for table in (rope.get_buffer("freqs_cos"), rope.get_buffer("freqs_sin")))  # fmt: skip
-            t, y, x = (torch.complex(c, s) for c, s in zip(cos, sin, strict=True))
-            parts = [
-                t[first:last].view(count, 1, 1, -1).expand(grid),
-                y[:height].view(1, height, 1, -1).expand(grid),
-                x[:width].view(1, 1, width, -1).expand(grid),
-            ]
-            table = torch.cat(parts, dim=-1).reshape(1, count * height * width, 1, -1)
-            self._rope_cache[key] = table if self.compute_dtype == torch.float64 else table.to(torch.complex64)
-        return self._rope_cache[key]
 
     def split_of(self, frames: int) -> Split | None:
         """How sequences of so many latent frames are shared with other ranks; None where they are not."""
@@ -396,32 +306,7 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
         out = out if split is None else split.leave(out)
-        out = out.unflatten(2, (patch, patch, -1)).unflatten(1, (frames, height, width))  # B F h w p p C
-        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4), cache
-
-    def arrange(
-        self,
-        spans: Sequence[Span],
-        past_frames: int,
-        frames: int,  # noqa: ARG002
-        height: int,
-        width: int,
-        anchors: Any = None,  # noqa: ARG002
-    ) -> tuple[list, list[Tensor]]:
-        """What a block takes of the spans over frames of height x width tokens: query tokens and key token slices, and the table
-        that rotates both, of each. `anchors` as `forward` has them."""
-        layout, rotary, tokens = [], [], height * width
-        for span in spans:
-            ranges = (*span.context, (span.start, span.stop))
-            sizes = [b - a for a, b in ranges]
-            if span.at is None:
-                rotary.append(self.rope_table(past_frames, sum(sizes), height, width))
-            else:
-                tables = [self.rope_table(a, size, height, width) for a, size in zip(span.at, sizes, strict=True)]
-                rotary.append(torch.cat(tables, dim=1))
-            slices = [slice(a * tokens, b * tokens) for a, b in ranges]
-            layout.append((slices[-1], tuple(slices[:-1])))
-        return layout, rotary
+        return self.unpatchify(out, frames, height, width), cache
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens [B, D, F, h, w] of the input [B, C_in, F, H, W]."""
@@ -433,12 +318,6 @@ class AvatarTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if anchors is not None:
             raise ValueError("anchors given, this network takes none: remove them")
         return x, temb, None
-
-    def run_block(self, block: Any, *inputs: Any) -> tuple[Tensor, KeyValue]:
-        """block(*inputs), computed again in the backward pass where that is asked for."""
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            return cast(Callable, self._gradient_checkpointing_func)(block, *inputs)  # of enable_gradient_checkpointing
-        return block(*inputs)
 
 
 def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:

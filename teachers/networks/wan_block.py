@@ -12,8 +12,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
-from teachers.networks.kind import KeyValue, PastParts
+from teachers.networks.kind import KeyValue
 from teachers.networks.sequence import Split
+from teachers.networks.spans import attend_spans
 
 
 class AudioPack(nn.Module):
@@ -47,12 +48,6 @@ class TimeSinusoids(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1).to(time.dtype)
 
 
-def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
-    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]."""
-    pairs = torch.view_as_complex(x.to(rope_table.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope_table).flatten(-2).type_as(x)
-
-
 def keys_values(x: Tensor, to_key: Any, norm: Any, to_value: Any, heads: int) -> KeyValue:
     """Keys, normalised, and values [B, L, M, d] of x [B, L, D], both in the type of the projections: under autocast a GPU's
     rms_norm gives fp32, of which a context would hold twice as much."""
@@ -65,15 +60,6 @@ def queries(x: Tensor, attention: Any) -> Tensor:
     context that they are joined with fp32."""
     query = attention.to_q(x)
     return attention.norm_q(query).type_as(query).unflatten(2, (attention.heads, -1))
-
-
-def joined(past: KeyValue | PastParts) -> KeyValue:
-    """Rotated keys and values behind which a block attends: as they are, or joined from a context in parts."""
-    if len(past) == 2:
-        return past
-    keys, values, tables = past
-    parts = [rotate(key, table) for key, table in zip(keys, tables, strict=True)]
-    return torch.cat(parts, dim=1), torch.cat(values, dim=1)
 
 
 class Modulations(NamedTuple):
@@ -160,20 +146,11 @@ class AvatarBlock(WanTransformerBlock):
         own = key, value
         if anchors is not None:
             key, value = (torch.cat(both, dim=1) for both in zip(own, anchors, strict=True))
-        past = None if past is None else joined(past)
-        seen, places = [], []
-        for (tokens, context), rope_table in zip(spans, rotary, strict=True):
-            if context:
-                parts = (*context, tokens)
-                k, v = (torch.cat([x[:, s] for s in parts], dim=1) for x in (key, value))
-                q, k = rotate(query[:, tokens], rope_table[:, -(tokens.stop - tokens.start) :]), rotate(k, rope_table)
-            else:
-                q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), rope_table).unbind()
-                v = value[:, tokens]
-            if past is not None:
-                k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-            seen.append(self.attend(q, k, v))
-            places.append(self.locate(q, k, audio))
+
+        def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
+            return self.attend(q, k, v), self.locate(q, k, audio)
+
+        seen, places = zip(*attend_spans(query, key, value, spans, rotary, past, both), strict=True)
         attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)
         if split is not None:
             attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)

@@ -11,8 +11,8 @@ from students.spec import student_sigmas
 from students.weights.checkpoint import make_student
 from teachers.errors import UserError
 from teachers.networks.kind import to_x0
+from teachers.networks.spans import rotate
 from teachers.networks.wan import NetworkConfig
-from teachers.networks.wan_block import rotate
 from tests.support.tiny import MIDAS, NETWORK, a_student, make_spec, rng, some_conditions, some_latents
 from tests.teachers.reference_wan import Reference
 

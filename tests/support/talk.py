@@ -74,3 +74,15 @@ def talk_conditions(people: Tensor, regions: Tensor | None = None, seed: int = 0
 
 def talk_latents(batch: int = 2, frames: int = 3, seed: int = 0) -> Tensor:
     return randn(batch, CHANNELS, frames, HEIGHT, WIDTH, seed=seed + 11)
+
+
+def stream(student, x, sigma, given, clean, planned: bool = True, cache: str = "value") -> Tensor:
+    """x0 of noisy x [B, C, F, H, W] at sigma [B, chunks], chunk by chunk, each behind the clean ones before it."""
+    n = student.spec.chunk_frames
+    state, out = student.open(given.text, cache), []
+    for i in range(x.shape[2] // n):
+        part, frames = given.frames(i * n, (i + 1) * n), slice(i * n, (i + 1) * n)
+        plan = student.plan(state, part) if planned else None
+        out.append(student.denoise(state, plan, x[:, :, frames], sigma[:, i], part)[0])
+        state = student.commit(state, clean[:, :, frames], part, plan=plan)
+    return torch.cat(out, dim=2)

@@ -20,8 +20,8 @@ from students.spec import student_sigmas
 from teachers import flow
 from teachers.codecs.wan_vae import WanVAE
 from teachers.guidance import Guidance
+from teachers.networks.spans import rotate
 from teachers.networks.wan import with_reference
-from teachers.networks.wan_block import rotate
 from tests.students.test_student import leaves
 from tests.support.tiny import (
     CHANNELS,

@@ -25,6 +25,7 @@ from tests.support.talk import (
     audio_of,
     some_people,
     some_regions,
+    stream,
     talk_conditions,
     talk_latents,
 )
@@ -57,16 +58,6 @@ def inputs(speakers: int = 1):
     given = talk_conditions(some_people(2, speakers, FRAMES), some_regions() if speakers == 2 else None)
     sigma = torch.linspace(0.95, 0.2, 2 * CHUNKS).view(2, CHUNKS)
     return given, talk_latents(2, FRAMES), talk_latents(2, FRAMES, seed=1), sigma
-
-
-def stream(student, x, sigma, given, clean, planned: bool = True, cache: str = "value"):
-    state, out = student.open(given.text, cache), []
-    for i in range(CHUNKS):
-        part, frames = given.frames(i * N, (i + 1) * N), slice(i * N, (i + 1) * N)
-        plan = student.plan(state, part) if planned else None
-        out.append(student.denoise(state, plan, x[:, :, frames], sigma[:, i], part)[0])
-        state = student.commit(state, clean[:, :, frames], part, plan=plan)
-    return torch.cat(out, dim=2)
 
 
 @torch.no_grad()

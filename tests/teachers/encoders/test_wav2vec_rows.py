@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
+from teachers.encoders.loudness import low_pass, to_loudness, with_noise
 from teachers.encoders.wav2vec import Wav2VecConfig
 from teachers.errors import UserError
 from tests.support.tiny import some_sound
@@ -48,6 +49,18 @@ def test_the_last_state_at_its_own_rate():
     for frame in range(FRAMES):
         near = [states[max(2 * frame + k, 0)] for k in range(-5, 6)]
         assert (rows[frame] - torch.cat(near)).abs().max() < 1e-5
+
+
+def test_the_sound_is_prepared_first():
+    """LongCat-Video-Avatar 1.0: a loudness, a noise floor, a low-pass; no split of a stream and no louder sound moves a row."""
+    encoder = an_encoder(replace(MULTITALK, loudness=-23.0, noise=-45.0, low_pass=3000.0))
+    plain, sound = an_encoder(MULTITALK), some_sound(SOUND)
+    prepared = low_pass(with_noise(to_loudness(sound, -23.0), -45.0, 0), 3000.0)
+    rows = encoder.of_clip(sound[None], FRAMES)
+    assert torch.allclose(rows, plain.of_clip(prepared[None], FRAMES), atol=1e-5)
+    assert (rows - plain.of_clip(sound[None], FRAMES)).abs().max() > 1e-2
+    assert torch.allclose(encoder.of_clip(0.1 * sound[None], FRAMES), rows, atol=1e-3)
+    assert torch.equal(torch.cat([encoder(sound, 0, 5), encoder(sound, 5, FRAMES)]), encoder(sound, 0, FRAMES))
 
 
 @pytest.mark.parametrize("stable", [False, True])
