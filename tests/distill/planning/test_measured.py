@@ -17,9 +17,7 @@ from distill.planning.estimate import (
 )
 from distill.planning.job import Job
 from distill.planning.trace import trace
-from distill.training.config import EngineConfig
-from distill.training.engine import Engine
-from distill.training.role import COUNT, MOMENTS, Kind
+from distill.training.role import COUNT, MOMENTS
 from distill.training.trainer import Trainer
 from students.history import History
 from students.spec import student_sigmas
@@ -65,16 +63,16 @@ def a_case(name: str, history: History | None = None) -> tuple[Job, str, bool]:
 
 
 class Real:
-    """Real networks under the real Trainer, the moments of their optimizers made, as `kind` of engine holds them."""
+    """Real networks under the real Trainer, the moments of their optimizers made."""
 
-    def __init__(self, job: Job, checkpointing: bool, kind: Kind = "ddp"):
+    def __init__(self, job: Job, checkpointing: bool):
         spec, part = job.spec, job.stages["distill"]
         roles = {"student": make_student(spec), "fake_score": AvatarTeacher(make_student(spec).net)}
         teacher = AvatarTeacher(make_student(spec).net).eval().requires_grad_(False)
         if checkpointing:
             for net in roles.values():
                 net.net.enable_gradient_checkpointing()
-        engine: Any = Ranks() if kind == "ddp" else Engine(EngineConfig(precision="fp32", kind=kind), threads=1)
+        engine: Any = Ranks()
         self.method = dmd.build(part.method, {**roles, "teacher": teacher})
         size, frames = part.train.batch_size, spec.horizon_frames
         x0 = torch.randn(size, CHANNELS, frames, *spec.latent_size[1:])
@@ -83,11 +81,10 @@ class Real:
         self.batch = Batch(conditions=Conditions(text=text, audio=audio, reference=x0[:, :, :1]), x0=x0)
         self.trainer = Trainer(engine, part.train, roles, "student", Path(tempfile.gettempdir()))
         for held in self.trainer.held.values():
+            whole = {name: tuple(p.shape) for name, p in held.named_parameters()}
             for moment in MOMENTS:
-                held.load_full_state(
-                    moment, {name: torch.zeros_like(x) for name, x in held.full(dict(held.named_parameters()))}
-                )
-            held.load_full_state(COUNT, {name: torch.ones(()) for name, _ in held.full(dict(held.named_parameters()))})
+                held.load_full_state(moment, {name: torch.zeros(shape) for name, shape in whole.items()})
+            held.load_full_state(COUNT, {name: torch.ones(()) for name in whole})
 
     def update(self, role: str) -> None:
         self.trainer.update(role, self.method, lambda position: self.batch, 0, 10)
