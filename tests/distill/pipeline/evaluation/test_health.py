@@ -75,7 +75,7 @@ PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
 
 
 def panel_of(make, asked=ASKED):
-    facts = health.observe(make, asked, torch.arange(NUM), lambda x: x.round().clamp(0, 255).byte())
+    facts = health.observe(make, asked, torch.arange(NUM), lambda x, lead: x.round().clamp(0, 255).byte())
     return health_metrics(facts, SEAMS)
 
 
@@ -119,7 +119,7 @@ def test_the_numbers_are_what_they_say():
         louder = (asked.audio.flatten(1)[:, 0] != ASKED.audio.flatten(1)[rows, 0]).view(-1, 1, 1, 1, 1)
         return video + 4 * seed + 2 * louder
 
-    found = health_metrics(health.observe(make, ASKED, torch.arange(2), lambda x: x.clamp(0, 255).byte()), SEAMS)
+    found = health_metrics(health.observe(make, ASKED, torch.arange(2), lambda x, lead: x.clamp(0, 255).byte()), SEAMS)
     assert found["black"] == 0.5
     assert found["frozen"] == 0.5
     assert found["clipped"] == pytest.approx((1 + 1 / 64) / 2)
@@ -332,7 +332,7 @@ def test_health_metrics_have_a_table_and_no_curves():
 
 
 def test_every_system_has_a_seam_jump_and_a_still_one_none():
-    video = health.observe(healthy, ASKED, torch.arange(NUM), lambda x: x.byte())
+    video = health.observe(healthy, ASKED, torch.arange(NUM), lambda x, lead: x.byte())
     frames = measure(healthy(ASKED, torch.arange(NUM), 0).byte())
     assert seam_jump(frames, SEAMS)[0] == pytest.approx(health_metrics(video, SEAMS)["seam"])
     assert math.isnan(seam_jump(measure(torch.zeros(2, 3, FRAMES, 8, 8, dtype=torch.uint8)), SEAMS)[0])
