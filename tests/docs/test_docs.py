@@ -20,6 +20,7 @@ from distill import cli
 from distill.commands.sweep.command import read_sweep
 from distill.compose import RECIPES, find_recipe
 from distill.recipe import load_recipe
+from tests.support.processes import finish
 
 ROOT = Path(distill.__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,7 +90,7 @@ def place(tmp_path_factory) -> Path:
     """A working directory with what the pages speak of: a finished run, a portrait, speech, a folder of videos."""
     folder = tmp_path_factory.mktemp("docs")
     run = folder / "runs" / "dmd_avatar"
-    assert cli.main(["run", "dmd_avatar", *SMOKE, f"run_dir={run}"]) == 0
+    finish(["run", "dmd_avatar", *SMOKE, f"run_dir={run}"])
     (folder / "docs").mkdir()
     for name in ("portrait.png", "docs/portrait.png"):
         shutil.copy(ROOT / "docs" / "portrait.png", folder / name)

@@ -248,7 +248,7 @@ def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
     words = [f"run_dir={tmp_path / 'run'}", f"reuse={finished}", "preset=smoke", "threads=1"]
     if name == "midas_avatar":
         words += [f"student.network.{key}={size}" for key, size in SMALL.items()]
-    assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
+    processes.finish(["run", str(RECIPES / f"{name}.yaml"), *words])
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     own = {"ar_teacher"} if name == "midas_avatar" else set()
     assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"} | own

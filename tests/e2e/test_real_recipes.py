@@ -20,6 +20,7 @@ from teachers import media
 from teachers.codecs.wan_vae import WanVAE
 from teachers.encoders.wav2vec import Wav2Vec
 from teachers.errors import UserError
+from tests.support.processes import finish
 
 SHORT = ("distill.method.fake_updates=1", "trajectories.num_steps=4", "eval.probe_steps=2")
 """Of all but one, which is as `size=tiny` has it."""
@@ -32,7 +33,10 @@ def test_a_recipe_runs_whole(name, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     adapters = ["lora.rank=4", "lora.alpha=2", "lora.export=adapter"] if name == "omniavatar_one_gpu" else []
     words = ["size=tiny", "threads=1", f"run_dir={run}", *adapters, *(SHORT if name != "livetalk" else ())]
-    assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
+    if name == "livetalk":  # in this process, which checks shapes
+        assert main(["run", str(RECIPES / f"{name}.yaml"), *words]) == 0
+    else:
+        finish(["run", str(RECIPES / f"{name}.yaml"), *words])
     report = json.loads((run / "report.json").read_text())
     assert set(report["systems"]) == SYSTEMS
     bundle = load_student(run / "student")

@@ -51,6 +51,12 @@ def run(words: list[str], timeout: float = 240.0) -> Done:
         return Done(process.exitcode, log.read_text(), float(used.read_text()) if used.is_file() else 0.0)
 
 
+def finish(words: list[str], timeout: float = 240.0) -> None:
+    """`distill WORDS`, which has to end well. Shapes are not checked there, for which a whole run takes a third of the time."""
+    done = run(words, timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def call(function: Callable, *arguments: Any, timeout: float = 300.0) -> Any:
     """function(*arguments), a module's own, in a process of its own whose allocator hands back what is freed, so that resident
     memory is live memory; what it returns."""
