@@ -9,14 +9,14 @@ not masked). The mask is the face, the same for all frames. A = 11 E numbers a r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from teachers.errors import UserError
 from teachers.networks.image_to_video import ImageToVideoKind
-from teachers.networks.kind import Dims, KeyValue
+from teachers.networks.kind import Dims
 from teachers.networks.wan import AvatarTransformer, WanKind
 from teachers.networks.wan_block import AvatarBlock, keys_values
 
@@ -68,8 +68,23 @@ class AudioTokens(nn.Module):
         return self.norm(self.proj(states))
 
 
+class AudioInput(NamedTuple):
+    """Audio tokens [B, F, 17, D] of each latent frame, and the face [B, 1, S, 1] where they are added."""
+
+    tokens: Tensor
+    face: Tensor
+
+
+class AudioContext(NamedTuple):
+    """Keys and values [B, F, 17, M, d] of each latent frame's audio tokens, and the face [B, 1, S, 1]."""
+
+    key: Tensor
+    value: Tensor
+    face: Tensor
+
+
 class EchoMimicBlock(AvatarBlock):
-    """Wan's block; `audio` is the keys and values [B, F, 17, M, d] of each frame's sound and the face [B, 1, S, 1]."""
+    """Wan's block whose cross-attention takes each frame's audio too, in the face alone."""
 
     def add_audio(self, width: int, eps: float) -> None:
         """Make the keys and values of the sound."""
@@ -77,20 +92,21 @@ class EchoMimicBlock(AvatarBlock):
         attention.to_k_audio, attention.to_v_audio = (nn.Linear(width, width, bias=False) for _ in range(2))
         attention.norm_k_audio = nn.RMSNorm(width, eps=eps)
 
-    def listen(self, tokens: Tensor) -> KeyValue:
-        """Keys and values [B, F, K, M, d] of audio tokens [B, F, K, D]."""
+    def read_audio(self, audio: AudioInput | AudioContext | None) -> AudioContext | None:
+        if not isinstance(audio, AudioInput):
+            return audio
         attention: Any = self.attn2
         parts = attention.to_k_audio, attention.norm_k_audio, attention.to_v_audio, attention.heads
-        keys, values = keys_values(tokens.flatten(0, 1), *parts)
-        return keys.unflatten(0, tokens.shape[:2]), values.unflatten(0, tokens.shape[:2])
+        both = keys_values(audio.tokens.flatten(0, 1), *parts)
+        key, value = (x.unflatten(0, audio.tokens.shape[:2]) for x in both)
+        return AudioContext(key, value, audio.face)
 
     def attend_conditions(self, query: Tensor, text: Any, image: Any, audio: Any) -> Tensor:
         attended = super().attend_conditions(query, text, image, None)
         if audio is None:
             return attended
-        keys, values, face = audio
-        sound = self.attend_frames(query, keys, values).unflatten(1, (keys.shape[1], -1))
-        return attended + (sound * face).flatten(1, 2)
+        sound = self.attend_frames(query, audio.key, audio.value).unflatten(1, (audio.key.shape[1], -1))
+        return attended + (sound * audio.face).flatten(1, 2)
 
 
 class EchoMimicTransformer(AvatarTransformer):
@@ -109,11 +125,11 @@ class EchoMimicTransformer(AvatarTransformer):
         for block in self.blocks:
             cast(EchoMimicBlock, block).add_audio(width, config.eps)
 
-    def read_audio(
+    def audio_inputs(
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
-    ) -> tuple[Any, ...]:
-        """Each block's keys and values [B, F, 17, M, d] of the rows [B, F, 4, A], and the face [B, 1, S, 1] of regions
-        [B, 1, H, W] (None: everywhere), of this rank's tokens where ranks share a frame's."""
+    ) -> tuple[AudioInput, ...]:
+        """The tokens of the rows [B, F, 4, A], and the face of regions [B, 1, H, W] (None: everywhere), of this rank's tokens where
+        ranks share a frame's."""
         tokens = self.audio2token(windows(audio).to(self.compute_dtype))
         tokens = tokens * inside(numbers, audio.shape[1]).to(tokens).unsqueeze(-1)
         face = tokens.new_ones(1, 1, 1, 1)
@@ -121,7 +137,14 @@ class EchoMimicTransformer(AvatarTransformer):
             face = regions[:, 0, :: self.patch, :: self.patch].flatten(1).to(tokens)
             split = self.split_of(1)
             face = (face if split is None else split.own(face))[:, None, :, None]
-        return tuple((*cast(EchoMimicBlock, block).listen(tokens), face) for block in self.blocks)
+        return (AudioInput(tokens, face),) * len(self.blocks)
+
+    @torch.no_grad()
+    def read_audio(
+        self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
+    ) -> tuple[AudioContext, ...]:
+        given = zip(self.blocks, self.audio_inputs(audio, numbers, regions), strict=True)
+        return tuple(cast(AudioContext, cast(EchoMimicBlock, block).read_audio(own)) for block, own in given)
 
 
 def windows(audio: Tensor) -> Tensor:

@@ -111,6 +111,15 @@ class InfiniteTalkConfig(ImageToVideoKind):
         return (*super().lora_targets, "q_linear", "kv_linear", "audio_cross_attn.proj")
 
 
+class AudioInput(NamedTuple):
+    """Audio tokens [B, F, K, W] of each latent frame; the rest as `AudioContext` has it."""
+
+    tokens: Tensor
+    spoken: Tensor | None = None
+    regions: Tensor | None = None
+    split: Split | None = None
+
+
 class AudioContext(NamedTuple):
     """What a block attends to: keys and values [B, F, K, M, d] of each latent frame's audio; with two speakers `spoken` [B, F],
     0 where a frame's audio is empty, and `regions` [B, P + 1, S], which sum to 1, the last the background. With a `split` a rank
@@ -174,7 +183,18 @@ class InfiniteTalkBlock(AvatarBlock):
         self.audio_cross_attn = AudioAttention(dim, audio_width)
         self.norm_x = FP32LayerNorm(dim, eps)
 
-    def read_audio(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def read_audio(self, audio: AudioInput | AudioContext | None) -> AudioContext | None:
+        """Keys and values of audio tokens, with two speakers the keys rotated to the middle of their speaker's places."""
+        if not isinstance(audio, AudioInput):
+            return audio
+        key, value = self.keys_values(audio.tokens)
+        if audio.spoken is not None:
+            centres = torch.tensor([sum(ends) / 2 for ends in PLACES], device=key.device)
+            at = (audio.spoken.unsqueeze(-1) * centres.repeat_interleave(key.shape[2] // len(PLACES))).flatten(1)
+            key = rotate(key.flatten(1, 2), turns(at, key.shape[-1])).view_as(key)
+        return AudioContext(key, value, *audio[1:])
+
+    def keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, F, K, M, d] of audio tokens [B, F, K, W]."""
         key, value = self.audio_cross_attn.kv_linear(tokens).unflatten(-1, (2, self.attn1.heads, -1)).unbind(3)
         return key, value
@@ -261,21 +281,24 @@ class InfiniteTalk(AvatarTransformer):
         for block in self.blocks:
             cast(InfiniteTalkBlock, block).add_audio(config.num_heads * config.head_dim, config.audio_width, config.eps)
 
+    def audio_inputs(
+        self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
+    ) -> tuple[AudioInput, ...]:
+        """The tokens of audio [B, F, stride, A]; regions [B, P, H, W], with two speakers. UserError without."""
+        speakers = self.config.speakers
+        tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
+        if speakers == 1:
+            return (AudioInput(tokens),) * len(self.blocks)
+        spoken = audio.flatten(2).any(dim=2).float()
+        known = spoken, shares(regions, speakers, self.patch), self.split_of(audio.shape[1])
+        return (AudioInput(tokens, *known),) * len(self.blocks)
+
+    @torch.no_grad()
     def read_audio(
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
     ) -> tuple[AudioContext, ...]:
-        """What each block attends to of audio [B, F, stride, A]; regions [B, P, H, W], with two speakers. UserError without."""
-        speakers, tokens = self.config.speakers, read_tokens(self, audio, numbers)
-        blocks = [cast(InfiniteTalkBlock, block) for block in self.blocks]
-        read = [block.read_audio(tokens.to(self.compute_dtype)) for block in blocks]
-        if speakers == 1:
-            return tuple(AudioContext(*both) for both in read)
-        spoken = audio.flatten(2).any(dim=2).float()
-        centres = torch.tensor([sum(ends) / 2 for ends in PLACES], device=audio.device)
-        at = (spoken.unsqueeze(-1) * centres.repeat_interleave(self.config.audio_tokens)).flatten(1)
-        turned = [rotate(key.flatten(1, 2), turns(at, key.shape[-1])).view_as(key) for key, _ in read]
-        known = spoken, shares(regions, speakers, self.patch), self.split_of(audio.shape[1])
-        return tuple(AudioContext(key, value, *known) for key, (_, value) in zip(turned, read, strict=True))
+        given = zip(self.blocks, self.audio_inputs(audio, numbers, regions), strict=True)
+        return tuple(cast(AudioContext, cast(InfiniteTalkBlock, block).read_audio(own)) for block, own in given)
 
 
 def read_tokens(net: Any, audio: Tensor, numbers: Sequence[int] | None) -> Tensor:

@@ -252,7 +252,7 @@ class LongCat(SpanTransformer):
         """Text features [B, L, T], zero where padded -> [B, L, D], zero there too; padding is attended to, as published."""
         return self.y_embedder["y_proj"](text.to(self.compute_dtype)) * text.any(dim=2, keepdim=True)
 
-    def embed_audio(self, audio: Tensor, numbers: Sequence[int] | None, regions: Tensor | None) -> AudioInput:
+    def audio_inputs(self, audio: Tensor, numbers: Sequence[int] | None, regions: Tensor | None) -> AudioInput:
         """Of audio [B, F, stride, A]; with two speakers regions [B, P, H, W], UserError without."""
         speakers = self.config["speakers"]
         tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
@@ -274,8 +274,8 @@ class LongCat(SpanTransformer):
     def read_audio(
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
     ) -> tuple[AudioContext, ...]:
-        """What each block attends to of audio, to be given to `forward` in its place; arguments as `embed_audio`'s."""
-        given = self.embed_audio(audio, numbers, regions)
+        """What each block attends to of audio, to be given to `forward` in its place; arguments as `audio_inputs`'s."""
+        given = self.audio_inputs(audio, numbers, regions)
         return tuple(cast(LongCatBlock, block).read_audio(given) for block in self.blocks)
 
     def forward(
@@ -309,7 +309,7 @@ class LongCat(SpanTransformer):
         given: Sequence[Any] = [self.embed_text(text)] * count if isinstance(text, Tensor) else text
         spoken: Any = audio
         if isinstance(audio, Tensor):
-            spoken = [self.embed_audio(audio, numbers, regions)] * count
+            spoken = [self.audio_inputs(audio, numbers, regions)] * count
         cache = []
         for i, block in enumerate(self.blocks):
             time = sigma.embedding if sigma.blocks is None else sigma.blocks[i]

@@ -258,7 +258,7 @@ class S2V(AvatarTransformer):
         )
         self.audio_injector = nn.ModuleList(AudioInjector(width, config.eps) for _ in config.inject_after)
 
-    def read_audio(
+    def audio_inputs(
         self,
         audio: Tensor,
         numbers: Sequence[int] | None = None,

@@ -228,19 +228,26 @@ class AvatarTransformer(SpanTransformer):
         embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(self.compute_dtype))
         return tuple(cast(AvatarBlock, block).look(embedded) for block in self.blocks)
 
-    def read_audio(
+    def audio_inputs(
         self,
         audio: Tensor,
         numbers: Sequence[int] | None = None,  # noqa: ARG002
         regions: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[Any, ...]:
-        """What each block of `audio_at` takes of audio [B, F, stride, A], to be given to `forward` in its place; here what is
-        added to the tokens of a frame before the block, [B, F, 1, D]. `numbers`: of the frames in their stream, no larger than the
-        kind's `first_frames` (None: those of a whole clip, which begins and ends); regions [B, P, H, W]."""
+        """What each block of `audio_at` is given of audio [B, F, stride, A], without the weights of the blocks; here what is added
+        to the tokens of a frame before the block, [B, F, 1, D]. `numbers`: of the frames in their stream, no larger than the kind's
+        `first_frames` (None: those of a whole clip, which begins and ends); regions [B, P, H, W]."""
         if not self.audio_at:
             return ()
         packed = self.audio_proj(audio.to(self.compute_dtype))
         return tuple(project(packed).unsqueeze(2) for project in self.audio_cond_projs)
+
+    @torch.no_grad()
+    def read_audio(
+        self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
+    ) -> tuple[Any, ...]:
+        """What each block of `audio_at` takes of audio, to be given to `forward` in its place; arguments as `audio_inputs`'."""
+        return self.audio_inputs(audio, numbers, regions)
 
     def forward(
         self,
@@ -290,7 +297,7 @@ class AvatarTransformer(SpanTransformer):
         if isinstance(image, Tensor):
             embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
             image = [embedded] * len(self.blocks)
-        given = self.read_audio(audio, numbers, regions) if isinstance(audio, Tensor) else audio
+        given = self.audio_inputs(audio, numbers, regions) if isinstance(audio, Tensor) else audio
         by_block = dict(zip(self.audio_at, given or (), strict=True))
         x, temb, anchors = self.with_anchors(x, temb, anchors)
         cache = []

@@ -111,13 +111,14 @@ class AvatarBlock(WanTransformerBlock):
     ):
         """x [B, N, D]; text [B, L, D], or its keys and values from `read`; temb [B, F or 1, 6, D], the table added, or
         `Modulations`; one (query tokens, key token slices) and rotary per span; past rotated keys and values, or parts of them;
-        image [B, K, D], or its keys and values from `look`; `audio`: what the network's `read_audio` gives this block (None:
-        nothing), for `before`, `attend_conditions`, `locate`, `after_conditions` and `after`, which another kind of block
-        overrides; `anchors`: un-rotated keys and values that spans may name as if they were of tokens behind x. With a `split` x is
-        this rank's tokens, spans and past those of all tokens of its heads.
+        image [B, K, D], or its keys and values from `look`; `audio`: what the network's `audio_inputs` or `read_audio` gives this
+        block (None: nothing), as `read_audio` makes it for `before`, `attend_conditions`, `locate`, `after_conditions` and `after`,
+        which another kind of block overrides; `anchors`: un-rotated keys and values that spans may name as if they were of tokens
+        behind x. With a `split` x is this rank's tokens, spans and past those of all tokens of its heads.
 
         Returns the new x and this input's un-rotated keys and values, of the heads that attend here.
         """
+        audio = self.read_audio(audio)
         x = self.before(x, audio)
         normed = modulated(self.norm1(x.float()), temb, 0).type_as(x)
         attended, own, places = self.attend_spans(normed, spans, rotary, past, audio, split, anchors)
@@ -155,6 +156,10 @@ class AvatarBlock(WanTransformerBlock):
         if split is not None:
             attended = split.to_tokens(attended.unflatten(2, (-1, key.shape[3]))).flatten(2)
         return attention.to_out[0](attended), own, places
+
+    def read_audio(self, audio: Any) -> Any:
+        """What the block's own weights make of `audio`; here, and where that is done already, `audio` itself."""
+        return audio
 
     def before(self, x: Tensor, audio: Any) -> Tensor:
         """x [B, N, D] before the block: a tensor `audio` [B, F, 1, D] is added to every token of a frame."""

@@ -77,7 +77,7 @@ def _(patch):
     def read(self, tokens):
         return self.audio_cross_attn.kv_linear(tokens).unflatten(-1, (self.attn1.heads, -1, 2)).unbind(-1)
 
-    patch.setattr(InfiniteTalkBlock, "read_audio", read)
+    patch.setattr(InfiniteTalkBlock, "keys_values", read)
 
 
 @fault("frame 0 of the clip read as every other frame")

@@ -210,7 +210,7 @@ def _(patch):
 
 @fault("audio a latent frame late")
 def _(patch):
-    around(patch, LongCat, "embed_audio", lambda own, self, a, *rest: own(self, a.roll(1, 1), *rest))
+    around(patch, LongCat, "audio_inputs", lambda own, self, a, *rest: own(self, a.roll(1, 1), *rest))
 
 
 @fault("the gate of the MLP on the wrong side")

@@ -116,7 +116,7 @@ def _(patch):
     def read(own, self, *given):
         return tuple(part._replace(shift=part.scale, scale=part.shift) for part in own(self, *given))
 
-    around(patch, S2V, "read_audio", read)
+    around(patch, S2V, "audio_inputs", read)
 
 
 @fault("audio injected before the block")
