@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from distill.data import latents
+from distill.data.encoders import ConditionEncoders, load_encoders
 from distill.data.procedural import duplex
 from distill.data.procedural.source import held_out
 from distill.data.source import Clips
@@ -48,7 +48,7 @@ class Bench:
 
     recipe: Recipe
     student: Student
-    encoders: latents.ConditionEncoders
+    encoders: ConditionEncoders
     probes: Probes
 
     @classmethod
@@ -64,7 +64,7 @@ class Bench:
             raise UserError(f"no weights: {weights}; let the stage end, or give another --stage")
         student = make_student(spec)
         load_strict(student.net, load_tensors(weights), weights, HINT)
-        encoders = latents.load_encoders(recipe.data, run / "stages" / "data")
+        encoders = load_encoders(recipe.data, run / "stages" / "data")
         return cls(recipe, student.eval().requires_grad_(False), encoders, Probes.load(run / "stages" / "extractors"))
 
     def world(self, name: str, num: int) -> Clips:
@@ -107,11 +107,11 @@ def talking(clips: Clips, seen: dict[str, Tensor]) -> tuple[float, ...]:
     return correlation(mouth[mine], own[mine]), correlation(mouth[theirs], other[theirs]), *means
 
 
-def nodding(clips: Clips, heard: Tensor, deaf: Tensor, fps: float) -> tuple[float, ...]:
+def nodding(clips: Clips, with_audio: Tensor, without: Tensor, fps: float) -> tuple[float, ...]:
     """The nod is where the head lies lower than with the other silenced: its correlation with the other's syllables, and how
     much of the world's own size it has."""
     target = duplex.NOD * duplex.follow(clips.talk["other_open"], fps)[:, 1:]
-    nod, rows = (heard - deaf)[:, 1:], clips.talk["turn"][:, 1:] == duplex.OTHER
+    nod, rows = (with_audio - without)[:, 1:], clips.talk["turn"][:, 1:] == duplex.OTHER
     size = float((nod[rows] * target[rows]).sum() / target[rows].square().sum())
     return correlation(nod[rows], target[rows]), size
 
@@ -152,9 +152,9 @@ def measure(bench: Bench, num: int, out: Callable[[str], object]) -> None:
     out(table(rows, (*heads, "gaze aside, own turn", "gaze aside, other's turn")))
     nod = nodding(clips, seen["head_y"], deaf["head_y"], fps)
     out(f"nods with the other's syllables: correlation {nod[0]:.3f}, size {nod[1]:.2f} of the world's\n\n")
-    told = reaction(bench, clips)
+    measured = reaction(bench, clips)
     law = 1 - torch.exp(-torch.arange(1, 9) / (fps * duplex.LAG_SECONDS))
-    shares = {"student": told[:8], "the world's law": law}
+    shares = {"student": measured[:8], "the world's law": law}
     out(table({k: tuple(v.tolist()) for k, v in shares.items()}, tuple(f"frame {i}" for i in range(8))))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from distill.data import latents
+from distill.data.encoders import load_encoders
 from distill.data.procedural.source import held_out
 from distill.pipeline.evaluation.health import seam_frames
 from distill.pipeline.evaluation.systems import clips_file
@@ -33,7 +33,7 @@ def measure_seams(run_dir: Path) -> dict[str, tuple[float, float, float]]:
     recipe = convert(Recipe, yaml.safe_load(file.read_text(encoding="utf-8")))
     borders, stage = seam_frames(spec_of(recipe)), run_dir / "stages" / "evaluate"
     world = held_out(recipe.data, recipe.eval.condition_seed, "test", recipe.eval.num_conditions)
-    encoders = latents.load_encoders(recipe.data, run_dir / "stages" / "data")
+    encoders = load_encoders(recipe.data, run_dir / "stages" / "data")
     clips = {"real": [world.video], "codec": [encoders.decode(encoders.encode(world.video))]}
     for name in SYSTEMS:
         files = [clips_file(stage, "test", name, seed) for seed in range(recipe.eval.num_seeds)]

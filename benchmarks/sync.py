@@ -90,11 +90,11 @@ def pieces(film: Film, seconds: float, hop: float) -> Iterator[tuple[int, int]]:
 def judged(film: Film, first: int, num: int, others: Sequence[Film]) -> tuple[float, float, dict[str, float]]:
     """The score of a piece, its delay in ms, and the scores of its copies."""
     start, stop = (round(frame * SAMPLE_RATE / film.fps) for frame in (first, first + num))
-    with mock.patch.object(scores, "sync", wraps=scores.sync) as heard:
+    with mock.patch.object(scores, "sync", wraps=scores.sync) as called:
         found, _ = scores.score(film.frames[first : first + num], film.fps, film.sound[start:stop], "", box=film.face)
     if found["sync"] is None:
         raise UserError(f"no face in {film.name} from frame {first} on; leave the film out")
-    motion, copies = heard.call_args.args[0], {}
+    motion, copies = called.call_args.args[0], {}
     for shift in SHIFTS_MS:
         moved = np.roll(film.sound, round(shift * SAMPLE_RATE / 1000))[start:stop]
         copies[f"{shift:+d} ms"] = scores.sync(motion, moved, film.fps)[0]

@@ -14,7 +14,6 @@ from teachers.errors import UserError
 
 if TYPE_CHECKING:
     from distill.planning.estimate import Plan
-    from distill.planning.job import Job
     from distill.planning.outlook import Rates, StageOutlook
     from distill.recipe import Recipe
 
@@ -53,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--gib-per-gpu must be above 0: got {args.gib_per_gpu}; 80 is an H100's")
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json cannot be written: {args.json}; name a file in a folder that exists")
+    from distill.planning.batches import sharing
     from distill.planning.estimate import job_of, make_plan
     from distill.planning.outlook import Rates, outlook
     from distill.recipe import load_recipe
@@ -85,37 +85,6 @@ class Shipped:
     @property
     def words(self) -> str:
         return " + ".join((WORDS[self.engine], *in_words(self.switches)))
-
-
-def sharing(job: "Job") -> tuple[int, ...]:
-    """2, 4, .. ranks that could share each of the job's sequences, more than do."""
-    found, tokens = [], job.spec.token_grid[0] * job.spec.token_grid[1]
-    for ranks in (2**i for i in range(1, 7)):
-        try:
-            for kind in (job.spec.network, *job.networks.values()):
-                kind.check_sequence(ranks, tokens)
-        except UserError:
-            continue
-        found += [ranks] if ranks > job.together and ranks % job.together == 0 else []
-    return tuple(found)
-
-
-def whole_batches(plan: "Plan", shipped: Shipped, count: int) -> list[str]:
-    """Overrides, each alone, with which `count` GPUs can take a step together where the recipe's batches do not divide: ranks that
-    share each clip, which changes no result, or larger batches."""
-    trains = {update.stage: update.train for update in plan.updates if update.train and update.train.global_batch}
-
-    def divide(groups: int) -> bool:
-        return all(train.global_batch % (train.batch_size * groups) == 0 for train in trains.values())
-
-    fits = [n for n in shipped.sharing if count % n == 0 and divide(count // n)]
-    found = [f"engine.sequence_parallel={fits[0]}"] if fits else []
-    if count % plan.together:
-        return found
-    batches = {stage: train.batch_size * count // plan.together for stage, train in trains.items()}
-    larger = {stage: -(-trains[stage].global_batch // each) * each for stage, each in batches.items()}
-    changed = [f"{k}.train.global_batch={n}" for k, n in larger.items() if n != trains[k].global_batch]
-    return found + ([" ".join(changed)] if changed else [])
 
 
 def in_words(switches: Sequence[str]) -> list[str]:
@@ -161,6 +130,7 @@ def _common(shipped: Shipped) -> Iterator[str]:
 
 def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[str]:
     """A row a stage, as shipped; what is alive beside, hosts; and whether it fits, or what makes it."""
+    from distill.planning.batches import whole_batches
     from distill.planning.outlook import copied_bytes, host_bytes, memory
 
     rates, price = shipped.rates, shipped.rates.dollars
@@ -174,7 +144,7 @@ def _stages(plan: "Plan", shipped: Shipped, count: int, gib: float) -> Iterator[
         micro_steps = {update.stage: update.micro_steps(count) for update in plan.updates}
     except UserError as error:
         yield str(error)
-        for line in whole_batches(plan, shipped, count):
+        for line in whole_batches(plan, shipped.sharing, count):
             yield f"it does with {line}"
         return
     total, beside = 0.0, {}

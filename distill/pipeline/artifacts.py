@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from distill.data import latents
+from distill.data.encoders import ConditionEncoders, load_encoders
 from distill.data.source import ClipSource
 from distill.pipeline.pretrained import fill_given, fill_strict, load_given, outline
 from distill.pipeline.run_folder import RunFolder
@@ -53,9 +54,9 @@ class Artifacts:
         return config
 
     @cached_property
-    def encoders(self) -> latents.ConditionEncoders:
+    def encoders(self) -> ConditionEncoders:
         folder = self.folder.stage_dir("data")
-        return latents.load_encoders(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
+        return load_encoders(self.recipe.data, folder, self.spec.network.reference, self.engine.device)
 
     @cached_property
     def train_set(self) -> latents.TrainSet:

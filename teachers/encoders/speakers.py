@@ -49,6 +49,8 @@ class SpeakersConfig(WanImageConfig):
 class Speakers(WanImage):
     """The reference image -> its features, and the regions [N, P, H, W] of the speakers."""
 
+    config: SpeakersConfig
+
     def forward(self, image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int) -> dict[str, Tensor]:
         found = super().forward(image, codec, num_frames)
         regions = speaker_regions(self.config.boxes, *found["beside"].shape[-2:])

@@ -248,7 +248,8 @@ class S2V(AvatarTransformer):
 
     def make_kind(self) -> S2VConfig:
         config: Any = self.config
-        given = {name: config[name] for name in SIZES} | {"inject_after": tuple(config["inject_after"])}
+        given: dict[str, Any] = {name: config[name] for name in SIZES}
+        given["inject_after"] = tuple(config["inject_after"])
         return S2VConfig(**given)
 
     def add_audio(self, audio_dim: int) -> None:

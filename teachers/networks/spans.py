@@ -106,6 +106,7 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     `past`; what it computes of conditions ahead of a step are its `read_time`, `read_text`, `read_audio` and `read_image`."""
 
     _supports_gradient_checkpointing = True
+    config: Any  # what the constructor was given, by attribute
     image_dim = 0
     prediction = "velocity"
     guidance_embedder: nn.Linear | None

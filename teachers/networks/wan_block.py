@@ -136,7 +136,7 @@ class AvatarBlock(WanTransformerBlock):
 
     def attend_spans(
         self, normed: Tensor, spans, rotary, past, audio: Any, split: Split | None, anchors: KeyValue | None
-    ) -> tuple[Tensor, KeyValue, list[Any]]:
+    ) -> tuple[Tensor, KeyValue, Sequence[Any]]:
         """Self-attention of [B, N, D], as `forward` says -> its projected output [B, N, D], un-rotated keys and values, and what
         `locate` gives of each span. What it works with is let go when it returns."""
         attention = self.attn1

@@ -16,7 +16,7 @@ from distill.scoring.clip_sets import open_set
 from eval.cards import load_card
 from teachers import media
 from teachers.errors import UserError
-from tests.support.sounds import tone, write_sound
+from tests.support.media.sounds import tone, write_sound
 from tests.teachers.media.test_media import ramp_picture, save_image
 
 

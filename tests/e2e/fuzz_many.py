@@ -48,7 +48,8 @@ from teachers.files import load_tensors
 from teachers.media.picture import FORMATS, SUFFIXES
 from tests.e2e.test_fuzz import READ, SLOW
 from tests.e2e.test_pipeline import RECIPE, words_of
-from tests.support import films, processes, sounds
+from tests.support import processes
+from tests.support.media import films, sounds
 from tests.support.mutations import mutated, spoiled
 
 SECONDS, BYTES = 5.0, 10**9

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import main
 from distill.compose import RECIPES
-from distill.data.latents import ConditionEncoders
+from distill.data.encoders import ConditionEncoders
 from distill.pipeline.pretrained import load_given
 from distill.recipe import load_recipe, spec_of
 from students.serving.session import Session

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from distill.commands.bench import SHAPES, random_student
-from distill.data import latents
-from distill.data.latents import ConditionEncoders
+from distill.data.encoders import ConditionEncoders
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.pipeline.generate import student_clips, teacher_clips
 from distill.planning.job import Job, batch_on, networks_on
@@ -87,7 +86,7 @@ def test_encoders_take_all_clips_in_pieces():
 
 def test_clips_that_are_encoded_at_once_are_seen(monkeypatch):
     """Finding 1 of an earlier reading: two clips already take 8 GiB to encode, 256 would take 950."""
-    monkeypatch.setattr(latents, "pieces", lambda *_: 10**6)
+    monkeypatch.setattr("distill.data.encoders.pieces", lambda *_: 10**6)
     assert coded(decode=False).peak > 7.5 * GIB
 
 

@@ -14,7 +14,7 @@ from teachers.networks.kind import to_x0
 from teachers.networks.spans import rotate
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_student, make_spec, rng, some_conditions, some_latents
-from tests.teachers.reference_wan import Reference
+from tests.teachers.reference.wan import Reference
 
 N, CHUNKS = 2, 6
 ONE_LAYER = NetworkConfig(**NETWORK | {"num_layers": 1}, audio_blocks=(0,))

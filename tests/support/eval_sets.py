@@ -15,7 +15,7 @@ from eval.embedded.extractors import AudioProbe, ClipProbe, FrameProbe, Probes
 from eval.networks.loaded import Networks
 from students.weights.checkpoint import save_student
 from tests.eval.metrics.test_lip_sync import Code, coded
-from tests.support.films import number_of
+from tests.support.media.films import number_of
 from tests.support.tiny import FRAME_LABELS, a_bundle, rng, some_sound
 
 FPS = Fraction(25, 2)

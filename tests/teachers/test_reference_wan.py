@@ -1,4 +1,4 @@
-"""The avatar DiT against an independent one, written from the equations (tests/teachers/reference_wan.py)."""
+"""The avatar DiT against an independent one, written from the equations (tests/teachers/reference/wan.py)."""
 
 import ast
 from dataclasses import replace
@@ -12,7 +12,7 @@ from teachers.conditions import Conditions, pack_rows
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig, build_network, with_reference
 from tests.support.tiny import NETWORK, TEXT, randn, randomise
-from tests.teachers.reference_wan import Reference, sinusoids
+from tests.teachers.reference.wan import Reference, sinusoids
 
 CHANNELS, STRIDE, AUDIO, F, H, W = 4, 4, 20, 3, 4, 6
 PER_FRAME = torch.tensor([[0.0, 0.55, 1.0], [0.3, 0.72, 0.13]])
@@ -147,7 +147,7 @@ def test_sinusoids_of_the_time_are_in_fp64(time):
 
 
 def test_the_reference_shares_no_code_with_the_networks():
-    tree = ast.parse(Path(__file__).with_name("reference_wan.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(__file__).with_name("reference") / "wan.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {
         name

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from distill.commands import devices
 from distill.commands.sample.inputs import Steering, check, portrait, read_pose, report_track
-from distill.data import latents
+from distill.data.encoders import load_encoders
 from distill.pipeline import record
 from distill.pipeline.generate import clip_noise
 from distill.pipeline.pretrained import load_teacher
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(recipe.run_dir) / "stages" / "data"
     if (folder / record.FILE).is_file():  # given encoders need no stage
         record.require(folder)
-    encoders = latents.load_encoders(recipe.data, folder, reference, device)
+    encoders = load_encoders(recipe.data, folder, reference, device)
     num_frames = recipe.data.world.num_frames
     voices = _voices(sound, other, spec.speakers)
     if args.other is not None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.latents import pieces
+from distill.data.encoders import pieces
 from distill.data.source import Clips, ClipSource
 from distill.data.stored import Stored, opener
 from distill.pipeline.artifacts import Artifacts

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.data import latents
+from distill.data.encoders import fitted_fingerprint
 from distill.data.procedural.render import WorldConfig
 from distill.data.procedural.source import DataConfig
 from distill.methods import Batch, check_drop, dmd, drop_conditions, flow_matching, forcing
@@ -76,9 +77,7 @@ def test_features_of_the_image_are_stored_and_made_anew_for_its_mirror_image(tmp
     stored = load_file(latents.files_of(tmp_path, "shard", source.num_shards)[0])
     kept = (torch.bfloat16, torch.float16, torch.float32)
     assert tuple(stored[name].dtype for name in HalvesConfig.gives) == kept
-    given = (
-        latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path)).batch(torch.tensor([1, 5])).conditions
-    )
+    given = latents.load_train_set(tmp_path, fitted_fingerprint(tmp_path)).batch(torch.tensor([1, 5])).conditions
     clip = next(iter(source.train(0, [0]))).rows(range(1, 2))
     own = Halves()(to_float(clip.video[:, :, 0]), None, FRAMES)
     for name, value in own.items():
@@ -95,7 +94,7 @@ def test_who_is_where_is_flipped_and_may_be_the_source_s_own(tmp_path):
     source = MoodySource(lambda given: {"regions": regions.expand(len(given["mood"]), -1, -1, -1)})
     with declared(*MOOD):
         latents.prepare(DATA, source, 0, tmp_path, Ranks())
-        given = latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path))
+        given = latents.load_train_set(tmp_path, fitted_fingerprint(tmp_path))
         own, mirrored = given.batch(torch.tensor([1, 5])).conditions.regions
     assert torch.equal(own, regions)
     assert torch.equal(mirrored, regions.flip(-1))
@@ -105,14 +104,14 @@ def test_a_source_s_own_features_are_trained_on(tmp_path):
     """Through the shards into a batch, images of a mirrored clip mirrored."""
     with declared(*MOOD):
         latents.prepare(DATA, MoodySource(), 0, tmp_path, Ranks())
-        pool = latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path))
+        pool = latents.load_train_set(tmp_path, fitted_fingerprint(tmp_path))
         given = pool.batch(torch.tensor([1, 5])).conditions  # a clip of the first shard and its mirror image
         for name, value in some_mood(4, FRAMES, seed=0).items():
             own, mirrored = getattr(given, name)
             assert torch.equal(own, value[1]), name
             assert torch.equal(mirrored, value[1].flip(-1) if name in ("scenery", "idol") else value[1]), name
     with pytest.raises(UserError, match=r"unknown condition '(mood|mood_track|scenery|idol)'"):
-        latents.load_train_set(tmp_path, latents.fitted_fingerprint(tmp_path))
+        latents.load_train_set(tmp_path, fitted_fingerprint(tmp_path))
 
 
 @pytest.mark.parametrize(

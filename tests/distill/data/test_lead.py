@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.compose import RECIPES
-from distill.data.latents import ConditionEncoders
+from distill.data.encoders import ConditionEncoders
 from distill.data.source import Clips
 from distill.recipe import load_recipe, spec_of
 from teachers.codecs.linear import to_uint8

@@ -11,7 +11,7 @@ from distill.data.loader import Windows, read_sample
 from distill.data.prepare import shards
 from distill.data.prepare.cutting import encode_flac
 from teachers.errors import UserError
-from tests.support.films import number_of, numbered, write_film
+from tests.support.media.films import number_of, numbered, write_film
 
 FPS, FRAMES, PER_FRAME = Fraction(25, 2), 5, 1280
 SIZE = (64, 80)

@@ -17,6 +17,7 @@ from distill.compose import RECIPES
 from distill.data import latents
 from distill.data.datasets.folder import read
 from distill.data.datasets.manifest import Manifest
+from distill.data.encoders import fitted_fingerprint, load_encoders
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.data.procedural import render
@@ -142,7 +143,7 @@ def test_the_training_set_is_the_clips_through_the_encoders(finished, data):
     """Latents and features on disk are those of the training clips, each with its mirror image, once."""
     recipe, run_dir = finished
     source, folder = opened(data), run_dir / "stages" / "data"
-    encoders = latents.load_encoders(recipe.data, folder)
+    encoders = load_encoders(recipe.data, folder)
     pool = latents.load_train_set(folder, encoders.mark)
     assert len(pool) == 2 * source.num_train == 2 * len(source.training)
     own = source.training.batch(range(len(source.training)))
@@ -212,10 +213,10 @@ def test_stale_features_are_refused(finished, tmp_path):
     recipe, run_dir = finished
     folder = tmp_path / "data"
     shutil.copytree(run_dir / "stages" / "data", folder)
-    latents.load_train_set(folder, latents.fitted_fingerprint(folder))
+    latents.load_train_set(folder, fitted_fingerprint(folder))
     codec = folder / "codec.safetensors"
     codec.write_bytes(codec.read_bytes()[:-1] + b"\1")
-    encoders = latents.load_encoders(recipe.data, folder)
+    encoders = load_encoders(recipe.data, folder)
     with pytest.raises(UserError, match=rf"^stale features: {folder}/manifest.json was made by another codec[^\n]*$"):
         latents.load_train_set(folder, encoders.mark)
 

@@ -14,6 +14,7 @@ import torch
 
 from distill.compose import RECIPES
 from distill.data import latents, stored
+from distill.data.encoders import PRECISIONS, ConditionEncoders, fitted_fingerprint, load_encoders
 from distill.data.order import Positions, made_ahead
 from distill.data.procedural.render import WorldConfig
 from distill.data.procedural.source import DataConfig
@@ -87,7 +88,7 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "read_facts", lambda file: (heads.append(file.name), read_facts(file))[1])
     latents.prepare(DATA, DATA.open(), 0, once, Ranks())
     assert heads == [f"shard-{i:05d}.safetensors" for i in range(3)]
-    encoders = latents.load_encoders(DATA, once)
+    encoders = load_encoders(DATA, once)
     audio, text = Counting(encoders.audio_encoder), Counting(encoders.text)
     clips = [*DATA.open().train(0, range(3))]
     clips = [
@@ -111,7 +112,7 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
         row += 2 * n
     plain = replace(DATA, mirror=False).open()
     assert latents.prepare(plain.config, plain, 0, other, Ranks())["clips"] == 10
-    assert len(latents.load_train_set(other, latents.fitted_fingerprint(other))) == 10
+    assert len(latents.load_train_set(other, fitted_fingerprint(other))) == 10
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
 )
 def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, expected):
     latents.prepare(DATA, DATA.open(), 0, tmp_path, Ranks())
-    encoders = latents.load_encoders(DATA, tmp_path)
+    encoders = load_encoders(DATA, tmp_path)
     real = encoders.of_clips
 
     class Broken:
@@ -175,7 +176,7 @@ def test_bytes_of_a_clip_of_81_frames_at_512x512(tmp_path, mirror, most):
         text=["one", "two"],
         labels={},
     )
-    encoders = latents.ConditionEncoders(sizes, sizes, sizes, precision=latents.PRECISIONS[data.precision])
+    encoders = ConditionEncoders(sizes, sizes, sizes, precision=PRECISIONS[data.precision])
     latents.write_shards(source, tmp_path, Ranks(), encoders, lambda _: [clips])
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) / 2 < most * 1e6
 
@@ -191,7 +192,7 @@ def test_50_000_clips_open_in_seconds_and_one_shard_is_read(tmp_path, monkeypatc
         (tmp_path / f"shard-{i:05d}.safetensors").unlink()
         os.link(first, tmp_path / f"shard-{i:05d}.safetensors")
     (tmp_path / "manifest.json").write_text(json.dumps({**facts, "text": facts["text"][:1] * 12_500}))
-    mark, read = latents.fitted_fingerprint(tmp_path), []
+    mark, read = fitted_fingerprint(tmp_path), []
     monkeypatch.setattr(stored, "load_tensors", lambda file: read.append(file.name) or load_tensors(file))
     began = time.process_time()
     pool = latents.load_train_set(tmp_path, mark)

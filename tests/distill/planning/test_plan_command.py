@@ -7,6 +7,7 @@ import pytest
 from distill.cli import Parser
 from distill.commands import plan as command
 from distill.compose import RECIPES
+from distill.planning import batches
 from distill.planning.estimate import (
     ENGINES,
     GIB,
@@ -79,7 +80,7 @@ def test_counts_that_do_not_divide_come_with_overrides():
     """8 clips a step: ranks that share each clip, where the network can, or larger batches."""
     plan = a_plan(batch=8)
     shipped = command.Shipped((), Rates(), "ddp", (), (2, 4))
-    found = {count: command.whole_batches(plan, shipped, count) for count in (16, 12, 64)}
+    found = {count: batches.whole_batches(plan, (2, 4), count) for count in (16, 12, 64)}
     assert found == {
         16: ["engine.sequence_parallel=2", "distill.train.global_batch=16"],
         12: ["distill.train.global_batch=12"],
@@ -96,7 +97,7 @@ def test_who_can_share_a_clip():
     """12 heads and 40 divide by 4; midas cannot share at all."""
     found = {}
     for name, words in (("livetalk", ["teacher.path=anywhere"]), ("midas_avatar", [])):
-        found[name] = command.sharing(job_of(load_recipe(RECIPES / f"{name}.yaml", words)))
+        found[name] = batches.sharing(job_of(load_recipe(RECIPES / f"{name}.yaml", words)))
     assert found == {"livetalk": (2, 4), "midas_avatar": ()}
 
 

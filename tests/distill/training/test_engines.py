@@ -79,9 +79,9 @@ def batch_of(rows) -> Batch:
 
 
 def run(
-    engine, folder: Path, *, steps: int, batch_size: int, every: int = 0, told: int | None = None, network=None
+    engine, folder: Path, *, steps: int, batch_size: int, every: int = 0, stopped_at: int | None = None, network=None
 ) -> Trainer:
-    """Train student and fake score to `steps`, from the newest checkpoint in `folder`; rank 1 gets a SIGTERM at batch `told`.
+    """Train student and fake score to `steps`, from the newest checkpoint in `folder`; rank 1 gets a SIGTERM at batch `stopped_at`.
     `network`: that of a student with one of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = OptimizerConfig(lr=2e-3, weight_decay=0.01, warmup=2, final=1.0)
@@ -104,7 +104,7 @@ def run(
     trainer = Trainer(engine, config, {"student": student, "fake_score": fake_score}, "student", folder)
 
     def batches(position: int) -> Batch:
-        if position == told and engine.rank == 1:
+        if position == stopped_at and engine.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch_of(batch_rows(ROWS, batch_size, position, 0, engine.data_rank, engine.data_ranks))
 
@@ -165,13 +165,13 @@ def gathers(trainer: Trainer) -> int:
 
 
 def stops(engine: Engine, folder: Path) -> list:
-    """How this rank leaves a run that rank 1 is told to stop, and one for which rank 0 finds no room."""
+    """How this rank leaves a run that rank 1 is signalled to stop, and one for which rank 0 finds no room."""
     with pytest.raises(SystemExit) as stopped:
-        run(engine, folder / "told", steps=STEPS, batch_size=2, told=1)
+        run(engine, folder / "stopped", steps=STEPS, batch_size=2, stopped_at=1)
     if engine.is_main:
         files.save_file = no_room
     with pytest.raises(UserError) as full:
-        run(engine, folder / "told", steps=STEPS, batch_size=2)
+        run(engine, folder / "stopped", steps=STEPS, batch_size=2)
     return [stopped.value.code, str(full.value)]
 
 
@@ -350,7 +350,7 @@ def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
     assert [row[0] for row in rows] == [143, 143]
     assert rows[0][1].startswith("the disk is full: ")
     assert "another rank has failed at" in rows[1][1]
-    assert [path.name for path in checkpoint.saved(launched / "told")] == ["checkpoint-00000000-01"]
+    assert [path.name for path in checkpoint.saved(launched / "stopped")] == ["checkpoint-00000000-01"]
 
 
 def test_shards_are_halves_and_engines_of_whole_gradients_reduce_in_the_last_micro_step(launched):

@@ -12,9 +12,9 @@ from distill.training.config import EngineConfig
 from distill.training.engine import Engine
 from distill.training.fsdp import shard
 from teachers.conditions import Conditions
-from tests.support.longcat import a_longcat, longcat_conditions
-from tests.support.s2v import an_s2v_net, s2v_conditions, s2v_latents, some_rows
-from tests.support.talk import a_talk_net, some_people, some_regions, talk_conditions, talk_latents
+from tests.support.networks.longcat import a_longcat, longcat_conditions
+from tests.support.networks.s2v import an_s2v_net, s2v_conditions, s2v_latents, some_rows
+from tests.support.networks.talk import a_talk_net, some_people, some_regions, talk_conditions, talk_latents
 from tests.support.tiny import randn, randomise
 from tests.teachers.networks import test_echomimic as echomimic
 

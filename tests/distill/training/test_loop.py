@@ -217,7 +217,7 @@ class Frozen(Regression):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (
             "data",
@@ -227,7 +227,7 @@ class Frozen(Regression):
         ("rate", r"^training diverged: loss and gradient of a are not finite at step 0; lower"),
     ],
 )
-def test_what_is_not_finite_is_blamed_on_its_cause(tmp_path, spoil, told):
+def test_what_is_not_finite_is_blamed_on_its_cause(tmp_path, spoil, message):
     roles, teacher, data = nets(), nn.Linear(3, 2), DATA[:4].clone()
     with torch.no_grad():
         if spoil == "data":
@@ -236,7 +236,7 @@ def test_what_is_not_finite_is_blamed_on_its_cause(tmp_path, spoil, told):
             float("inf")
         )
     trainer = Trainer(Ranks(), config(), roles, "a", tmp_path)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         trainer.update("a", Frozen(roles, teacher), lambda _: Batch(conditions=None, x0=data), 0, 10)
 
 

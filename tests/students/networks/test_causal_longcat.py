@@ -14,8 +14,8 @@ from teachers.codecs.linear import CodecConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.flow import sigma_grid
 from teachers.networks.kind import AvatarTeacher
-from tests.support.longcat import SMALL, a_longcat, longcat_conditions
-from tests.support.talk import (
+from tests.support.networks.longcat import SMALL, a_longcat, longcat_conditions
+from tests.support.networks.talk import (
     CHANNELS,
     HEIGHT,
     STRIDE,

@@ -16,7 +16,7 @@ from teachers.encoders.anchors import AnchorsConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.flow import sigma_grid
 from teachers.networks.s2v import S2V
-from tests.support.s2v import (
+from tests.support.networks.s2v import (
     AFTER,
     CHANNELS,
     HEIGHT,
@@ -29,7 +29,7 @@ from tests.support.s2v import (
     s2v_latents,
     some_rows,
 )
-from tests.teachers.reference_s2v import S2VReference
+from tests.teachers.reference.s2v import S2VReference
 
 CHUNKS, N = 4, 3
 FRAMES = CHUNKS * N

@@ -14,7 +14,7 @@ from teachers.encoders.image import WanImageConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.errors import UserError
 from teachers.flow import sigma_grid
-from tests.support.talk import (
+from tests.support.networks.talk import (
     CHANNELS,
     HEIGHT,
     SMALL,

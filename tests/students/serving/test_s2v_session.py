@@ -14,9 +14,9 @@ from teachers.encoders.anchors import AnchorsConfig
 from teachers.encoders.small import AudioConfig
 from teachers.errors import UserError
 from tests.students.networks.test_causal_s2v import LIVE, N, a_spec
-from tests.support.s2v import AFTER, HEIGHT, SMALL, STATES, WIDTH, an_s2v_net
+from tests.support.networks.s2v import AFTER, HEIGHT, SMALL, STATES, WIDTH, an_s2v_net
 from tests.support.tiny import make_spec, randn, some_sound, text_encoder
-from tests.teachers.reference_s2v import S2VReference
+from tests.teachers.reference.s2v import S2VReference
 
 SIZE, FRAME = (HEIGHT * 4, WIDTH * 4), 1000
 SIGMAS = (1.0, 0.857692, 0.602151, 0.008929)

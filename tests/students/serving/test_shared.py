@@ -26,8 +26,8 @@ from students.weights.checkpoint import Bundle, save_student
 from teachers import media
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
+from tests.support.media.sounds import write_sound
 from tests.support.processes import run_ranks
-from tests.support.sounds import write_sound
 from tests.support.tiny import a_bundle, a_portrait, some_sound
 from tests.teachers.media.test_media import save_image
 
@@ -134,12 +134,13 @@ def test_commands_share_a_stream(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "told"), [(["--device", "cpu"], r"^--device: 2 processes share"), (["--compile"], r"^--compile: 2 proc")]
+    ("option", "message"),
+    [(["--device", "cpu"], r"^--device: 2 processes share"), (["--compile"], r"^--compile: 2 proc")],
 )
-def test_options_that_cannot_be_shared_are_one_line(monkeypatch, option, told):
+def test_options_that_cannot_be_shared_are_one_line(monkeypatch, option, message):
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     parser = argparse.ArgumentParser()
     devices.add_arguments(parser)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         devices.share(parser.parse_args(option))

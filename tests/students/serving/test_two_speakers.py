@@ -16,7 +16,7 @@ from teachers.encoders.small import AudioConfig
 from teachers.encoders.speakers import HALVES, SpeakersConfig, speaker_regions
 from teachers.errors import UserError
 from teachers.flow import sigma_grid
-from tests.support.talk import CHANNELS, HEIGHT, SMALL, STRIDE, WIDTH
+from tests.support.networks.talk import CHANNELS, HEIGHT, SMALL, STRIDE, WIDTH
 from tests.support.tiny import MIDAS, a_bundle, make_spec, randn, randomise, some_sound, text_encoder
 
 SIZE = HEIGHT * 4, WIDTH * 4

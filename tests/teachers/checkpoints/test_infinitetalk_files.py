@@ -19,7 +19,7 @@ from teachers.errors import UserError
 from teachers.networks.infinitetalk import InfiniteTalk, InfiniteTalkConfig
 from teachers.networks.kind import Dims
 from tests.support.checkpoints import IMAGE, assert_equal, convert, put, read_back, some_weights
-from tests.support.talk import some_people, talk_conditions, talk_latents
+from tests.support.networks.talk import some_people, talk_conditions, talk_latents
 from tests.support.tiny import randn
 
 BEYOND = {"2D": 512, "later": 8 * 6, "near": 5 * 6, "tokens": 3 * 12, "wide": 12}

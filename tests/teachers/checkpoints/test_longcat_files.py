@@ -21,8 +21,8 @@ from teachers.errors import UserError
 from teachers.networks.kind import Dims
 from teachers.networks.longcat import LongCat, LongCatConfig
 from tests.support.checkpoints import assert_equal, convert, put, read_back, some_weights
-from tests.support.longcat import SMALL, longcat_conditions
-from tests.support.talk import some_people, talk_latents
+from tests.support.networks.longcat import SMALL, longcat_conditions
+from tests.support.networks.talk import some_people, talk_latents
 from tests.support.tiny import randn
 
 PUBLISHED = {

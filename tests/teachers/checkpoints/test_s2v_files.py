@@ -20,7 +20,7 @@ from teachers.errors import UserError
 from teachers.networks.kind import Dims
 from teachers.networks.s2v import S2V, S2VConfig
 from tests.support.checkpoints import TEXT_TO_VIDEO, assert_equal, convert, put, read_back, some_weights
-from tests.support.s2v import s2v_conditions, s2v_latents, some_rows
+from tests.support.networks.s2v import s2v_conditions, s2v_latents, some_rows
 from tests.support.tiny import randn
 
 BEYOND = {"audio": 5, "half": 128, "local": 256, "quarter": 64, "states": 3, "twice": 512}

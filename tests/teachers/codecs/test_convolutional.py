@@ -7,6 +7,7 @@ import torch
 
 from distill.data import codec_training, latents
 from distill.data.codec_training import fit_codec, measure, shards_for
+from distill.data.encoders import load_encoders
 from distill.data.procedural.render import WorldConfig
 from distill.data.procedural.source import DataConfig
 from teachers.codecs.convolutional import ConvCodec, ConvCodecConfig, ConvTrainConfig
@@ -143,7 +144,7 @@ def test_the_data_stage_trains_it_or_takes_it_over(tmp_path):
         (tmp_path / name).mkdir()
         found[name] = latents.prepare(config, config.open(), 0, tmp_path / name, Ranks())
     assert found["a"]["codec_psnr_db"] == pytest.approx(found["b"]["codec_psnr_db"], abs=1e-3)
-    one, two = (latents.load_encoders(config, tmp_path / n) for n, config in (("a", trained), ("b", given)))
+    one, two = (load_encoders(config, tmp_path / n) for n, config in (("a", trained), ("b", given)))
     assert torch.equal(one.read(["a person nods"]), two.read(["a person nods"]))
     assert one.codec.state_dict().keys() == two.codec.state_dict().keys()
     assert all(torch.equal(value, two.codec.state_dict()[name]) for name, value in one.codec.state_dict().items())

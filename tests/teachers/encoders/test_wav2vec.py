@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
 
 from benchmarks.lookahead import deviation_table
-from distill.data.latents import ConditionEncoders
+from distill.data.encoders import ConditionEncoders
 from teachers.conditions import pack_rows
 from teachers.encoders.wav2vec import Wav2Vec, Wav2VecConfig
 from teachers.errors import UserError

@@ -17,8 +17,8 @@ from students.serving.pipeline import AvatarPipeline
 from teachers import media
 from teachers.media import face
 from teachers.media.crop import CHIN, EAR, HAIR, Box, place
-from tests.support import talking
-from tests.support.films import write_film
+from tests.support.media import talking
+from tests.support.media.films import write_film
 from tests.support.tiny import a_bundle
 from tests.teachers.media.test_picture import file_of
 

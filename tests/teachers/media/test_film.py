@@ -15,7 +15,7 @@ from teachers import media
 from teachers.errors import UserError
 from teachers.media import container as container_of
 from teachers.media.film import probe, read_frames
-from tests.support.films import frames_of, number_of, numbered
+from tests.support.media.films import frames_of, number_of, numbered
 
 BT2020, PQ, HLG = 9, 16, 18
 LOOSE = CutConfig(fps=Fraction(25), min_seconds=0.1, silent=True, crf=0)

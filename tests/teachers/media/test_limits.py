@@ -23,8 +23,8 @@ from teachers.errors import UserError
 from teachers.media import container, sound, streams
 from teachers.media.container import MOST_FRAME_PIXELS, upright
 from teachers.media.film import read_frames
-from tests.support.films import numbered, write_film
-from tests.support.sounds import tone, write_sound
+from tests.support.media.films import numbered, write_film
+from tests.support.media.sounds import tone, write_sound
 
 
 def status(name: str) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from teachers import media
 from teachers.errors import UserError
-from tests.support.sounds import decoded
+from tests.support.media.sounds import decoded
 
 FPS = Fraction(25, 2)
 RATE = 16000
@@ -166,7 +166,7 @@ def film_with_track(path: Path, codec: str, starts: float) -> Path:
 
 
 def test_sound_is_read_as_it_is_needed(tmp_path):
-    """Blocks of a second at most; a fault far behind is told when it is reached, and the file can be let go before."""
+    """Blocks of a second at most; a fault far behind is raised when it is reached, and the file can be let go before."""
     broken = tone(20.0, RATE)
     broken[15 * RATE] = np.inf
     path = encode_audio(tmp_path / "a.wav", "pcm_f32le", "flt", RATE, [broken])

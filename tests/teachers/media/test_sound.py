@@ -13,7 +13,7 @@ from teachers.errors import UserError
 from teachers.media import sound
 from teachers.media.channels import channel_names, downmix
 from teachers.media.sound import read_sound
-from tests.support.sounds import decoded, joined, loudest_hertz, set_sound_length, tone, write_sound
+from tests.support.media.sounds import decoded, joined, loudest_hertz, set_sound_length, tone, write_sound
 
 RATE = 16_000
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import main
 from distill.compose import RECIPES
-from distill.data import latents
+from distill.data.encoders import load_encoders
 from distill.pipeline.tiny import write_weights
 from distill.recipe import load_recipe, spec_of
 from students.history import History
@@ -31,7 +31,7 @@ from teachers.networks.echomimic import EchoMimicConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
 from tests.support.tiny import make_spec, randn, randomise, some_sound
-from tests.teachers.reference_echomimic import FAULTS, EchoMimic
+from tests.teachers.reference.echomimic import FAULTS, EchoMimic
 
 FRAMES, CHANNELS, SIDE, STATE, TEXT, IMAGE, HEADS = 4, 3, 4, 10, 12, 14, 2
 CONFIG = EchoMimicConfig(num_layers=2, num_heads=HEADS, head_dim=24, ffn_dim=64, freq_dim=32)
@@ -336,7 +336,7 @@ def test_a_session_streams_with_what_it_made_of_the_portrait(tiny, tmp_path):
     """CLIP's tokens, the channels beside the noise and the face follow the portrait through a stream and its snapshot."""
     recipe, _ = tiny
     spec = spec_of(recipe)
-    own = latents.load_encoders(recipe.data, tmp_path, spec.network.reference)
+    own = load_encoders(recipe.data, tmp_path, spec.network.reference)
     student = randomise(make_student(spec), 5).eval().requires_grad_(False)
     bundle = Bundle(student, own.codec, own.audio_encoder, own.text, None, own.image)
     sound, portraits = some_sound(40 * 640), [randn(3, 16, 16, seed=i).clamp(-1, 1) for i in (1, 2)]

@@ -1,4 +1,4 @@
-"""InfiniteTalk against an independent one in plain PyTorch (tests/teachers/reference_talk.py), and the faults that it sees."""
+"""InfiniteTalk against an independent one in plain PyTorch (tests/teachers/reference/talk.py), and the faults that it sees."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from teachers.networks import infinitetalk
 from teachers.networks.infinitetalk import AudioProjector, InfiniteTalk, InfiniteTalkBlock
 from teachers.networks.wan_block import keys_values
-from tests.support.talk import (
+from tests.support.networks.talk import (
     CHANNELS,
     a_talk_net,
     some_people,
@@ -19,7 +19,7 @@ from tests.support.talk import (
     talk_conditions,
     talk_latents,
 )
-from tests.teachers.reference_talk import Talk
+from tests.teachers.reference.talk import Talk
 
 SIGMA = torch.tensor([0.9, 0.4])
 PER_FRAME = torch.tensor([[0.0, 0.55, 1.0], [0.3, 0.72, 0.13]])

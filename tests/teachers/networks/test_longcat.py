@@ -1,4 +1,4 @@
-"""LongCat-Video-Avatar against an independent one in plain PyTorch (reference_longcat.py), and the faults that it sees."""
+"""LongCat-Video-Avatar against an independent one in plain PyTorch (tests/teachers/reference/longcat.py), and the faults seen."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -15,9 +15,9 @@ from teachers.networks.kind import AvatarTeacher
 from teachers.networks.longcat import LongCat
 from teachers.networks.longcat_block import CrossAttention, FinalLayer, LongCatBlock, SelfAttention
 from teachers.networks.spans import Span
-from tests.support.longcat import KNOWN, SMALL, a_longcat, longcat_conditions
-from tests.support.talk import audio_of, some_people, some_regions, talk_latents
-from tests.teachers.reference_longcat import LongCatReference
+from tests.support.networks.longcat import KNOWN, SMALL, a_longcat, longcat_conditions
+from tests.support.networks.talk import audio_of, some_people, some_regions, talk_latents
+from tests.teachers.reference.longcat import LongCatReference
 
 SIGMA = torch.tensor([0.9, 0.4])
 PER_FRAME = torch.tensor([[0.6, 0.55, 1.0], [0.3, 0.72, 0.13]])

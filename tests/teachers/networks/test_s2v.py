@@ -1,4 +1,4 @@
-"""Wan2.2-S2V against an independent one in plain PyTorch (tests/teachers/reference_s2v.py), and the faults that it sees."""
+"""Wan2.2-S2V against an independent one in plain PyTorch (tests/teachers/reference/s2v.py), and the faults that it sees."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,7 +10,7 @@ import torch
 from teachers.errors import UserError
 from teachers.networks import s2v
 from teachers.networks.s2v import S2V, AudioEncoder, S2VBlock, S2VConfig
-from tests.support.s2v import (
+from tests.support.networks.s2v import (
     AFTER,
     CHANNELS,
     DIMS,
@@ -23,7 +23,7 @@ from tests.support.s2v import (
     some_rows,
 )
 from tests.support.tiny import randn
-from tests.teachers.reference_s2v import S2VReference
+from tests.teachers.reference.s2v import S2VReference
 
 SIGMA = torch.tensor([0.9, 0.4])
 PER_FRAME = torch.tensor([[0.0, 0.55, 1.0], [0.3, 0.72, 0.13]])

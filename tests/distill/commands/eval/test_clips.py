@@ -20,8 +20,8 @@ from eval.cards import load_card
 from teachers.config import to_plain
 from teachers.errors import UserError
 from tests.support.eval_sets import FPS, a_clip, evaluated, numbers_of, refused_in_one_line, rule
-from tests.support.films import clicks, numbered, write_film
-from tests.support.sounds import tone, write_sound
+from tests.support.media.films import clicks, numbered, write_film
+from tests.support.media.sounds import tone, write_sound
 from tests.support.tiny import some_sound
 
 

@@ -19,7 +19,7 @@ from eval.embedded.extractors import Probes
 from students.serving.optimize import Speed
 from students.weights.checkpoint import load_student
 from tests.support.eval_sets import FPS, a_clip, a_run, a_set, evaluated, numbers, refused_in_one_line, report_of
-from tests.support.films import numbered, write_film
+from tests.support.media.films import numbered, write_film
 from tests.support.tiny import some_sound
 
 

@@ -33,8 +33,8 @@ from tests.support.eval_sets import (
     films_with_sound,
     refused_in_one_line,
 )
-from tests.support.films import write_film
-from tests.support.sounds import tone, write_sound
+from tests.support.media.films import write_film
+from tests.support.media.sounds import tone, write_sound
 from tests.support.tiny import rng
 
 

@@ -57,7 +57,7 @@ def noted(monkeypatch):
         drawn: list[tuple[float, Chunk]]
         held: list[int]
         shown: list[torch.Tensor]  # what the film got
-        heard: list[torch.Tensor]
+        sounds: list[torch.Tensor]
 
         def __init__(self, *given, **options):
             super().__init__(*given, **options)
@@ -78,7 +78,7 @@ def noted(monkeypatch):
     class Film(media.VideoWriter):
         def __init__(self, *given, **options):
             super().__init__(*given, **options)
-            Noted.shown, Noted.heard = [], []
+            Noted.shown, Noted.sounds = [], []
 
         def write(self, frame):
             super().write(frame)
@@ -86,7 +86,7 @@ def noted(monkeypatch):
 
         def write_audio(self, samples):
             super().write_audio(samples)
-            Noted.heard.append(samples)
+            Noted.sounds.append(samples)
 
     monkeypatch.setattr("students.serving.session.Session", Noted)
     monkeypatch.setattr(media, "VideoWriter", Film)

@@ -37,12 +37,12 @@ class LoudSession:
         assert (text, seed) == ("smiles and nods", 7)
         self.picture = ((reference + 1) * 64).byte().permute(1, 2, 0)
         self.spec, self.closed = bundle.spec, False
-        self.heard = torch.zeros(0)
+        self.taken = torch.zeros(0)
         self.frames_given = self.per_frame = 0
 
     def push(self, audio: torch.Tensor, rate: int) -> None:
         self.per_frame = round(rate / self.spec.fps)
-        self.heard = torch.cat([self.heard, audio])
+        self.taken = torch.cat([self.taken, audio])
 
     def close(self) -> None:
         self.closed = True
@@ -50,9 +50,9 @@ class LoudSession:
     def step(self) -> Chunk | Starved:
         length = 4 if self.frames_given else 3
         need = length * self.per_frame
-        if len(self.heard) < max(need, 1) and not (self.closed and len(self.heard)):
+        if len(self.taken) < max(need, 1) and not (self.closed and len(self.taken)):
             return Starved("end" if self.closed else "audio")
-        span, self.heard = self.heard[:need], self.heard[need:]
+        span, self.taken = self.taken[:need], self.taken[need:]
         padded = torch.nn.functional.pad(span, (0, need - len(span)))
         loud = padded.reshape(length, -1).abs().amax(1) * 120
         self.frames_given += length

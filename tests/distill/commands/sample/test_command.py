@@ -28,7 +28,7 @@ from tests.distill.commands.sample.fakes import (
     parse,
     speech,
 )
-from tests.support.sounds import decoded, loudest_hertz, write_sound
+from tests.support.media.sounds import decoded, loudest_hertz, write_sound
 from tests.support.tiny import some_sound
 from tests.teachers.media.test_media import encode_audio, tone
 
@@ -48,9 +48,9 @@ def test_sample_writes_the_length_of_the_sound(inputs, loud, capsys):
     assert len(lengths) == 2
     assert all(0 <= length - seconds < 1 / FPS for length in lengths)
     changes = frames.float().mean((1, 2, 3)).diff()
-    heard, rate = decoded(inputs["out"])
+    audio, rate = decoded(inputs["out"])
     assert rate == RATE
-    onset = int((heard.abs() > 0.2).nonzero()[0]) / rate
+    onset = int((audio.abs() > 0.2).nonzero()[0]) / rate
     assert int(changes.argmax()) + 1 == int(onset * FPS) == 12
     captured = capsys.readouterr()
     assert "25 frames, 2.00 s, first frame after" in captured.out
@@ -79,9 +79,9 @@ def test_which_track_was_taken_is_printed_and_that_it_is_silent(inputs, loud, ca
     voice = tone(2.0, 48_000)[:, None]
     inputs["audio"] = write_sound(inputs["audio"].with_suffix(".mka"), "pcm_s16le", 48_000, voice, 0 * voice, default=1)
     film(inputs)
-    told = capsys.readouterr().err
-    assert "audio track 2 of 2 was taken, the default one" in told
-    assert "it is silent" in told
+    message = capsys.readouterr().err
+    assert "audio track 2 of 2 was taken, the default one" in message
+    assert "it is silent" in message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

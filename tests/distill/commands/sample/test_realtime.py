@@ -28,7 +28,7 @@ def test_any_split_of_the_sound_gives_the_same_film(inputs, noted):
     for push_ms in (20, 333, 100_000, None):
         film(inputs, *(() if push_ms is None else ("--push-ms", str(push_ms))))
         assert torch.equal(torch.stack(noted.shown), frames[:25])
-        assert torch.equal(torch.cat(noted.heard), sound)
+        assert torch.equal(torch.cat(noted.sounds), sound)
         step = RATE * (push_ms or 1000) // 1000
         ends = np.cumsum([samples for _, samples in noted.pushed])
         assert ends.tolist() == [*range(step, NUM_SAMPLES, step), NUM_SAMPLES]

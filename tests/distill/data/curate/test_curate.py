@@ -21,8 +21,8 @@ from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from teachers.errors import UserError
 from teachers.media.crop import Box
-from tests.support import talking
-from tests.support.films import write_film
+from tests.support.media import talking
+from tests.support.media.films import write_film
 from tests.support.tiny_adapters import WORDS, save_image_text, save_super_resolution
 
 SECONDS = 5.0

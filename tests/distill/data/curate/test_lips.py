@@ -6,7 +6,7 @@ import torch
 
 from distill.data.curate import lips
 from teachers.media.crop import Box
-from tests.support import talking
+from tests.support.media import talking
 
 SECONDS = 4.0
 LEFT, TOP, RIGHT, BOTTOM = talking.FACE

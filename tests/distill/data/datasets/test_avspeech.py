@@ -4,7 +4,7 @@ import pytest
 
 from distill.data.datasets.avspeech import cut_name, read
 from teachers.errors import UserError
-from tests.support.films import put_film
+from tests.support.media.films import put_film
 
 TRAIN = b"-abcdefghi0,90.000000,93.500000,0.5,0.25\r\nAbCdEfGhIj1,0,3.003,0,1\r\n"
 TEST = b"_bcdefghij2,12.345678,17.345678,0.332812,0.180556"

@@ -7,7 +7,7 @@ import pytest
 
 from distill.data.datasets.celebvhq import read, square_crop
 from teachers.errors import UserError
-from tests.support.films import put_film
+from tests.support.media.films import put_film
 
 BOX = {"top": 0.0, "bottom": 0.8815, "left": 0.1964, "right": 0.6922}
 CLIP = {

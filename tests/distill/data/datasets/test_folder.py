@@ -10,7 +10,7 @@ from distill.data.datasets.folder import Videos, read, safe_id
 from distill.data.datasets.manifest import SAFE_ID
 from teachers.errors import UserError
 from teachers.media.film import probe
-from tests.support.films import put_film
+from tests.support.media.films import put_film
 
 
 def put_clips(folder: Path, *names: str) -> Path:

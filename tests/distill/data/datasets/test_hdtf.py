@@ -12,7 +12,7 @@ import pytest
 
 from distill.data.datasets.hdtf import GROUPS, _tables, identity_of, read
 from teachers.errors import UserError
-from tests.support.films import put_film
+from tests.support.media.films import put_film
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.datasets.split import ClipList, Window, assign, livetalk_list, omniavatar_list, place, select
 from teachers.errors import UserError
 from tests.distill.data.datasets import test_hdtf
-from tests.support.films import put_film
+from tests.support.media.films import put_film
 
 HALVES = {"train": 0.5, "test": 0.5}
 

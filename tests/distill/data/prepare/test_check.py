@@ -12,7 +12,7 @@ from distill.data.prepare.check import INCOMPLETE, check, check_sample, summary
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from teachers.errors import UserError
-from tests.support.films import counting_film
+from tests.support.media.films import counting_film
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from teachers.media import container, film, sound
 from teachers.media.container import upright
 from teachers.media.film import read_frames
 from teachers.media.sound import read_sound
-from tests.support.films import (
+from tests.support.media.films import (
     HEIGHT,
     WIDTH,
     clicks,
@@ -28,7 +28,7 @@ from tests.support.films import (
     turn,
     write_film,
 )
-from tests.support.sounds import tone, write_sound
+from tests.support.media.sounds import tone, write_sound
 
 RATE = 16000
 LOOSE = CutConfig(fps=Fraction(25), min_seconds=0.2)
@@ -279,9 +279,9 @@ def test_silence_is_refused_unless_it_is_asked_for(tmp_path, name, codec, kind):
     }[kind]
     path = write_sound(tmp_path / name, codec, 48_000, *tracks, default=len(tracks) - 1, video=50)
     words = "cancel each other" if kind == "antiphase" else f"audio track {len(tracks)} of {len(tracks)}"
-    told = refusal(path, tmp_path)
-    assert "sound is silent throughout" in told
-    assert words in told
+    message = refusal(path, tmp_path)
+    assert "sound is silent throughout" in message
+    assert words in message
     piece = cut(clip(), path, replace(LOOSE, silent=True), tmp_path / "out.mp4")
     assert piece.metadata["audio_track"] == f"{len(tracks)} of {len(tracks)}"
     if len(tracks) == 2:

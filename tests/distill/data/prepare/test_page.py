@@ -14,8 +14,8 @@ from distill.data.prepare.check import INCOMPLETE
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from teachers.errors import UserError
-from tests.support import talking
-from tests.support.films import counting_film, frames_of, number_of, write_film
+from tests.support.media import talking
+from tests.support.media.films import counting_film, frames_of, number_of, write_film
 
 
 @pytest.fixture

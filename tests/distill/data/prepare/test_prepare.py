@@ -25,7 +25,7 @@ from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import SOME_REFUSED, Task, make_sample, prepare
 from teachers.errors import UserError
-from tests.support.films import clicks, counting_film, frames_of, number_of, numbered, sound_of, turn, write_film
+from tests.support.media.films import clicks, counting_film, frames_of, number_of, numbered, sound_of, turn, write_film
 
 CONFIG = CutConfig(fps=Fraction(16), size=(32, 40), min_seconds=0.5)
 

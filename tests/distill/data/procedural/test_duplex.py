@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from distill.data import latents
+from distill.data.encoders import load_encoders
 from distill.data.procedural import duplex, render
 from distill.data.procedural.render import WorldConfig
 from distill.data.procedural.source import DataConfig, held_out
@@ -143,7 +144,7 @@ def test_the_default_world_is_what_it_was():
 def test_training_rows_have_both_voices_and_mirrored_directions(tmp_path):
     source = DATA.open()
     latents.prepare(replace(DATA, text_steps=2), source, 0, tmp_path, Ranks())
-    encoders = latents.load_encoders(DATA, tmp_path)
+    encoders = load_encoders(DATA, tmp_path)
     pool = latents.load_train_set(tmp_path, encoders.mark)
     shown = next(source.train(0, [0]))
     rows = pool.batch(torch.tensor([1, 5])).conditions  # a clip of the first shard and its mirror image

@@ -15,7 +15,7 @@ from students.serving.session import Session
 from students.weights.checkpoint import load_student, save_student
 from teachers import media
 from tests.distill.data.procedural.test_duplex import DATA, WORLD, film, one_line
-from tests.support.sounds import decoded
+from tests.support.media.sounds import decoded
 from tests.support.tiny import (
     a_bundle,
     some_sound,
@@ -90,9 +90,9 @@ def test_directions_that_are_none(folder, tmp_path, capsys, text, words):
     if text is not None:
         path.write_text(text)
     code, film = sampled(folder, tmp_path / "a.mp4", "--pose", path)
-    told = capsys.readouterr().err.strip().splitlines()
+    message = capsys.readouterr().err.strip().splitlines()
     assert (code, film) == (2, None)
-    assert words in told[-1]
+    assert words in message[-1]
 
 
 def test_what_a_plain_student_cannot_hear_or_follow(folder, tmp_path, capsys):

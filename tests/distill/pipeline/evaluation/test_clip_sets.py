@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from distill.compose import RECIPES
-from distill.data import latents
-from distill.data.latents import ConditionEncoders
+from distill.data.encoders import ConditionEncoders
 from distill.pipeline.evaluation import clip_sets
 from distill.recipe import load_recipe, spec_of
 from teachers.codecs.linear import EigenCodec, to_float
@@ -38,7 +37,9 @@ def of_rank(artifacts: Any, rank: int, world_size: int) -> Any:
 
 def small_pieces(monkeypatch, artifacts, clips: int) -> None:
     world = artifacts.recipe.data.world
-    monkeypatch.setattr(latents, "PIXELS_AT_ONCE", clips * world.num_frames * world.size[0] * world.size[1])
+    monkeypatch.setattr(
+        "distill.data.encoders.PIXELS_AT_ONCE", clips * world.num_frames * world.size[0] * world.size[1]
+    )
 
 
 def test_pieces_are_the_whole(artifacts, tmp_path, monkeypatch):

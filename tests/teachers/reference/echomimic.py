@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.teachers.reference_wan import (
+from tests.teachers.reference.wan import (
     attend,
     gelu_tanh,
     layer_norm,

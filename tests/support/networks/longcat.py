@@ -1,4 +1,4 @@
-"""A small LongCat-Video-Avatar with random weights, and conditions for it; sizes are those of `tests.support.talk`."""
+"""A small LongCat-Video-Avatar with random weights, and conditions for it; sizes are those of `tests.support.networks.talk`."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from teachers.conditions import Conditions
 from teachers.networks.longcat import LongCat, LongCatConfig
-from tests.support.talk import audio_of, dims, talk_conditions
+from tests.support.networks.talk import audio_of, dims, talk_conditions
 from tests.support.tiny import randomise
 
 SMALL = LongCatConfig(

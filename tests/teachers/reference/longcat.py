@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.teachers.reference_talk import Talk, affine_norm, turn_to
-from tests.teachers.reference_wan import Weights, gelu_tanh, layer_norm, linear, rope_angles, silu, sinusoids, turn
+from tests.teachers.reference.talk import Talk, affine_norm, turn_to
+from tests.teachers.reference.wan import Weights, gelu_tanh, layer_norm, linear, rope_angles, silu, sinusoids, turn
 
 
 def by_head(weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -133,12 +133,12 @@ class LongCatReference:
         if masks is not None:
             talk = Talk(w, self.num_heads, ())
             where = talk.places(query[clean * size :], key[:size], masks).unflatten(0, (-1, size))
-        heard = []
+        attended = []
         for i in range(clean, frames):
             places = None if where is None else where[i - clean]
-            heard.append(self.cross(f"{name}.audio_cross_attn", y[i], voices[i].flatten(0, 1), places))
+            attended.append(self.cross(f"{name}.audio_cross_attn", y[i], voices[i].flatten(0, 1), places))
         a_shift, a_scale, a_gate = linear(w, f"{name}.audio_adaLN_modulation.1", time).unsqueeze(1).chunk(3, dim=-1)
-        y = layer_norm(torch.stack(heard), 1e-6) * (1 + a_scale[clean:]) + a_shift[clean:]
+        y = layer_norm(torch.stack(attended), 1e-6) * (1 + a_scale[clean:]) + a_shift[clean:]
         x = torch.cat([x[:clean], x[clean:] + a_gate[clean:] * y])
 
         y = layer_norm(x, 1e-6) * (1 + ffn_scale) + ffn_shift

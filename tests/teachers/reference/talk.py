@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tests.teachers.reference_wan import Reference, attend, gelu_tanh, layer_norm, linear, rms_norm, turn
+from tests.teachers.reference.wan import Reference, attend, gelu_tanh, layer_norm, linear, rms_norm, turn
 
 
 def affine_norm(weights: dict[str, Tensor], name: str, x: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tests.teachers.reference_wan import (
+from tests.teachers.reference.wan import (
     Reference,
     attend,
     gelu_tanh,
