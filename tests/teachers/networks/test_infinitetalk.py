@@ -1,9 +1,5 @@
 """InfiniteTalk against an independent one in plain PyTorch (tests/teachers/reference/talk.py), and the faults that it sees."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +7,7 @@ from torch import Tensor, nn
 from teachers.networks import infinitetalk
 from teachers.networks.infinitetalk import AudioProjector, InfiniteTalk, InfiniteTalkBlock
 from teachers.networks.wan_block import keys_values
+from tests.support.faults import Faults, around
 from tests.support.networks.talk import (
     CHANNELS,
     a_talk_net,
@@ -54,22 +51,8 @@ def test_the_network_is_the_equations(speakers):
 
 # ---- planted faults
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-FAULTS: dict[str, tuple[int, Plant]] = {}
-
-
-def fault(name: str, speakers: int = 1) -> Callable[[Plant], Plant]:
-    def add(plant: Plant) -> Plant:
-        FAULTS[name] = (speakers, plant)
-        return plant
-
-    return add
-
-
-def around(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable) -> None:
-    """`change(original, *arguments)` in the place of a function."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, wraps(original)(lambda *given, **named: change(original, *given, **named)))
+FAULTS = Faults()
+fault = FAULTS.fault
 
 
 @fault("keys and values interleaved")

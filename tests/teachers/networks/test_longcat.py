@@ -1,9 +1,5 @@
 """LongCat-Video-Avatar against an independent one in plain PyTorch (tests/teachers/reference/longcat.py), and the faults seen."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +11,7 @@ from teachers.networks.kind import AvatarTeacher
 from teachers.networks.longcat import LongCat
 from teachers.networks.longcat_block import CrossAttention, FinalLayer, LongCatBlock, SelfAttention
 from teachers.networks.spans import Span
+from tests.support.faults import Faults, around
 from tests.support.networks.longcat import KNOWN, SMALL, a_longcat, longcat_conditions
 from tests.support.networks.talk import audio_of, some_people, some_regions, talk_latents
 from tests.teachers.reference.longcat import LongCatReference
@@ -106,22 +103,8 @@ def test_the_reference_is_a_clean_token():
 
 # ---- planted faults
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-FAULTS: dict[str, tuple[int, Plant]] = {}
-
-
-def fault(name: str, speakers: int = 1) -> Callable[[Plant], Plant]:
-    def add(plant: Plant) -> Plant:
-        FAULTS[name] = (speakers, plant)
-        return plant
-
-    return add
-
-
-def around(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable) -> None:
-    """`change(original, *arguments)` in the place of a function."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, wraps(original)(lambda *given, **named: change(original, *given, **named)))
+FAULTS = Faults()
+fault = FAULTS.fault
 
 
 @fault("the published sign")

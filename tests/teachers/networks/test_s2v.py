@@ -1,15 +1,12 @@
 """Wan2.2-S2V against an independent one in plain PyTorch (tests/teachers/reference/s2v.py), and the faults that it sees."""
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
-
 import pytest
 import torch
 
 from teachers.errors import UserError
 from teachers.networks import s2v
 from teachers.networks.s2v import S2V, AudioEncoder, S2VBlock, S2VConfig
+from tests.support.faults import Faults, around
 from tests.support.networks.s2v import (
     AFTER,
     CHANNELS,
@@ -93,22 +90,8 @@ def test_what_does_not_fit_is_refused():
 
 # ---- planted faults
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-FAULTS: dict[str, Plant] = {}
-
-
-def fault(name: str) -> Callable[[Plant], Plant]:
-    def add(plant: Plant) -> Plant:
-        FAULTS[name] = plant
-        return plant
-
-    return add
-
-
-def around(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable) -> None:
-    """`change(original, *arguments)` in the place of a function."""
-    original = getattr(owner, name)
-    patch.setattr(owner, name, wraps(original)(lambda *given, **named: change(original, *given, **named)))
+FAULTS = Faults()
+fault = FAULTS.fault
 
 
 @fault("shift and scale of the AdaIN swapped")
@@ -255,7 +238,7 @@ def _(patch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_reference_sees_a_planted_fault(name, monkeypatch):
-    FAULTS[name](monkeypatch)
+    FAULTS[name][1](monkeypatch)
     assert difference(motion=17) > 2e-4  # 1e-5 is what agreement means
 
 
