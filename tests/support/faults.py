@@ -1,0 +1,28 @@
+"""Faults, each planted in a network by a few lines, which a comparison with an independent one has to see."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import pytest
+
+Plant = Callable[[pytest.MonkeyPatch], object]
+
+
+class Faults(dict[str, tuple[int, Plant]]):
+    """Name -> (speakers of the inputs that show it, what plants it)."""
+
+    def fault(self, name: str, speakers: int = 1) -> Callable[[Plant], Plant]:
+        """Above a function that plants it."""
+
+        def add(plant: Plant) -> Plant:
+            self[name] = (speakers, plant)
+            return plant
+
+        return add
+
+
+def around(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable) -> None:
+    """`change(original, *arguments)` in the place of a function."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, wraps(original)(lambda *given, **named: change(original, *given, **named)))
