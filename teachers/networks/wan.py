@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class WanKind(SpanKind):
         return AvatarTransformer
 
     def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
-        net.set_attention_backend(backend)
+        with attention_backend():  # its end undoes what diffusers changes beside this network's: the backend of all others
+            net.set_attention_backend(backend)
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
         common = math.gcd(self.num_heads, tokens)
