@@ -53,7 +53,8 @@ class WanKind(SpanKind):
         return AvatarTransformer
 
     def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
-        with attention_backend():  # its end undoes what diffusers changes beside this network's: the backend of all others
+        # the context's end undoes what diffusers changes beside this network's: the backend of all others
+        with attention_backend():
             net.set_attention_backend(backend)
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
