@@ -132,7 +132,9 @@ class TrajectoriesConfig:
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Bounds on a student's health metrics. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
-    are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least."""
+    are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least. `change`: how far
+    saturation, motion energy and sharpness may change from the first chunk to the last, beside the teacher's own change, as a share
+    of the teacher's number."""
 
     black: float
     frozen: float
@@ -143,6 +145,8 @@ class Limits:
     noise: float
     audio: float
     text: float
+    sharpness: tuple[float, float]
+    change: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +168,8 @@ class HealthConfig:
             noise=0.3,
             audio=0.4,
             text=0.2,
+            sharpness=(0.5, 2.0),
+            change=0.3,
         )
     )
     collapse: Limits = field(
@@ -177,6 +183,8 @@ class HealthConfig:
             noise=0.05,
             audio=0.15,
             text=0.0,
+            sharpness=(0.25, 4.0),
+            change=2.0,
         )
     )
 

@@ -11,7 +11,7 @@ import torch
 from distill.compose import RECIPES
 from distill.pipeline.evaluation import health
 from distill.pipeline.evaluation.evaluate import health_of, read_curves
-from distill.pipeline.evaluation.health import HealthCheck, health_metrics, readiness, violations
+from distill.pipeline.evaluation.health import HealthCheck, health_metrics, logged, outcome, readiness, violations
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
@@ -60,6 +60,13 @@ def stepped(video):
     return video + (80 * (chunk % 2 - 0.5)).view(-1, 1, 1)
 
 
+def at_the_end(function):
+    """The fault in the last chunk alone."""
+    start = SEAMS[-1]
+    return changed(lambda x: torch.cat([x[:, :, :start], function(x[:, :, start:])], dim=2))
+
+
+GRID = 1.5 * (-1) ** (torch.arange(SIZE).view(-1, 1) + torch.arange(SIZE))
 PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
     "black": (changed(lambda x: 0.05 * x), {"black"}),
     "frozen": (changed(lambda x: x[:, :, :1].expand_as(x)), {"frozen", "motion_energy"}),
@@ -71,6 +78,11 @@ PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
     "deaf": (lambda asked, rows, seed: healthy(asked.drop("audio"), rows, seed), {"audio"}),
     "blind": (lambda asked, rows, seed: healthy(asked.drop("text"), rows, seed), {"text"}),
     "one draw": (lambda asked, rows, seed: healthy(asked, rows, 0), {"noise"}),
+    "flat": (changed(lambda x: x.mean((-2, -1), keepdim=True).expand_as(x)), {"sharpness"}),
+    "grid": (changed(lambda x: x + 20 * GRID), {"sharpness"}),
+    "grey at the end": (at_the_end(lambda x: x.mean(1, keepdim=True).expand_as(x)), {"saturation_change"}),
+    "still at the end": (at_the_end(lambda x: x[:, :, :1].expand_as(x)), {"motion_change"}),
+    "grid at the end": (at_the_end(lambda x: x + GRID), {"sharpness_change"}),
 }
 
 
@@ -80,7 +92,7 @@ def panel_of(make, asked=ASKED):
 
 
 def named(found):
-    return {name for name, words in health.WORDS.items() if any(reason.startswith(words) for reason in found)}
+    return {name for name, words in health.WORDS.items() if any(reason.startswith(f"{words} ") for reason in found)}
 
 
 @pytest.mark.parametrize("fault", PLANTED)
@@ -88,7 +100,7 @@ def test_a_planted_collapse_is_named(fault):
     make, numbers = PLANTED[fault]
     teacher, own = panel_of(healthy), panel_of(make)
     assert named(violations(own, teacher, LIMITS.ready)) >= numbers
-    if fault in ("deaf", "blind", "slow", "one draw"):
+    if fault in ("deaf", "blind", "slow", "one draw", "still at the end", "grid at the end"):
         assert named(violations(own, teacher, LIMITS.ready)) == numbers
     assert readiness(own, teacher, LIMITS.ready).startswith("not ready for distillation: ")
     if fault in ("black", "frozen", "burnt", "slow", "deaf", "one draw"):
@@ -102,6 +114,7 @@ def test_a_student_like_its_teacher_is_healthy():
     assert all(teacher[name] > 0.1 for name in ("audio", "text"))
     assert violations(own, teacher, LIMITS.collapse) == []
     assert readiness(own, teacher, LIMITS.ready) == "ready for distillation"
+    assert outcome(own, teacher, LIMITS.ready) == "no alarm"
     same = panel_of(PLANTED["one draw"][0])
     assert same["audio"] == pytest.approx(teacher["audio"] * teacher["noise"]), (
         "over one grey level, where noise does nothing"
@@ -248,6 +261,8 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     never = before_distill(ran, tmp_path / "never", "health.stop=false").stage("distill")
     assert found == never
     assert found["best"]["step"] == 1
+    teacher = ran.stage("init")["health"]["teacher"]
+    assert found["outcome"] == outcome(logged(found["best"]), teacher, LIMITS.ready)
     ours, theirs = (load_tensors(tmp_path / name / "stages/distill/model.safetensors") for name in ("run", "never"))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
@@ -306,6 +321,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
         },
         "distill": {"metrics": {"best": {"score": 1.0, **{f"health/{name}": value for name, value in own.items()}}}},
     }
+    stages["distill"]["metrics"]["outcome"] = outcome(own, teacher, LIMITS.ready)
     panels = health_of(stages)
     assert (panels["student"], panels["teacher"]) == (own, teacher)
     assert health_of({"init": {"metrics": {}}, "distill": {"metrics": {}}}) == {}, "a run from before"
@@ -314,6 +330,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
     text = (tmp_path / "report.html").read_text()
     page.feed(text)
     assert "not ready for distillation: deaf" in text
+    assert "Student: alarms, see the symptoms in docs/troubleshooting.md: sensitivity to audio 0 (the teacher" in text
     assert json.loads((tmp_path / "report.json").read_text())["health"]["teacher"]["seam"] == teacher["seam"]
     heads = [row for row in page.rows if "audioover noise" in row]
     assert len(heads) == 1
