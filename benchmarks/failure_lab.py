@@ -1,10 +1,11 @@
 """The failure laboratory: the jobs of a sweep up to their distilled student, and the quality by time window of each one's streams.
 
-    python benchmarks/failure_lab.py SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
+    python -m benchmarks.failure_lab SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
 
 It runs what `distill run lab_avatar -m sweep=SWEEP` runs, without each job's report, whose many-step teacher takes as long as the
-training: streams are scored by `benchmarks.long_streams`. Stages that are equal are made once for all sweeps of one --out. It ends
-with a table, mean and half range over the seeds, a row a job and window; what is done is not done again.
+training: streams are scored by `benchmarks.long_streams`. Stages that are equal are made once for all sweeps of one --out.
+`--seeds` are those of the last stage alone (`distill.train.seed`), `--seed` is the recipe's. It ends with a table, mean and half
+range over the seeds, a row a job and window; what is done is not done again.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep")
     parser.add_argument("--recipe", default="lab_avatar")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="+", help="these jobs only")
     parser.add_argument("--clips", type=int, default=1, help="length of a stream in trained clips")
     parser.add_argument("--streams", type=int, default=32)
@@ -77,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 continue
             folder, began = args.out / f"{args.sweep}-{name}-{seed}", time.monotonic()
             others = sorted(path.parent for path in args.out.glob("*/stages") if path.is_dir())
-            train(recipe, [*common, *own, f"seed={seed}"], folder, others)
+            train(recipe, [*common, *own, f"seed={args.seed}", f"distill.train.seed={seed}"], folder, others)
             took = time.monotonic() - began
             world = world or World(folder, args.streams, args.clips, 0)
             video = world.stream(folder, LAST, args.streams)

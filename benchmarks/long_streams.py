@@ -1,12 +1,14 @@
 """Quality by time window of streams far beyond the trained length, of students of finished runs.
 
-    python benchmarks/long_streams.py RUN [RUN ...] [--stages init distill] [--streams 32] [--clips 8] [--sinks N] [--window N]
+    python -m benchmarks.long_streams RUN [RUN ...] [--stages init distill] [--streams 32] [--clips 8] [--sinks N] [--window N]
 
 Every stream is the rollout that serving runs, under the portrait, text and speech of a clip of the world as long as it; a window
 is one trained clip long. All runs have the same conditions and noise. A row a stage and window, `real` first:
 
     fid         of the frames, against other clips of the world
     identity    agreement with the portrait (eval.metrics.identity), sync of the mouth with the sound, motion as in a report
+    light       correlation over the streams of the side that the light comes from with that of window 0: the world draws it once a
+                clip, and no condition says which
     energy, sharpness, saturation, flicker   over those of the real window
     colour      distance of the mean colour from the portrait's, in grey levels
     black, clipped, frozen   shares of frames, values, steps
@@ -32,7 +34,7 @@ from eval.frechet import frechet_distance
 from eval.metrics.identity import identity_agreement
 from eval.metrics.motion import class_agreement, motion_energies, sharpness_energies
 from eval.metrics.quality import Frames, failure_rates, flickers, measure
-from eval.metrics.sync import mouth_sync
+from eval.metrics.sync import correlation, mouth_sync
 from eval.report.tables import grid
 from students.weights.adapter import HINT
 from students.weights.checkpoint import make_student
@@ -43,7 +45,7 @@ from teachers.files import load_tensors
 from teachers.machine import multiplies_bf16
 
 RATIOS = ("energy", "sharpness", "saturation", "flicker")
-COLUMNS = ("fid", "identity", "sync", "motion", *RATIOS, "colour", "black", "clipped", "frozen")
+COLUMNS = ("fid", "identity", "light", "sync", "motion", *RATIOS, "colour", "black", "clipped", "frozen")
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -51,9 +53,11 @@ def recipe_of(run: Path) -> Recipe:
     return convert(Recipe, read_yaml_mapping(run / "recipe.yaml", "give the folder of a finished run"))
 
 
-def scores(video: Tensor, portrait: Tensor, mouth: Tensor, gesture: Tensor, reference: Tensor, probes: Probes) -> dict:
+def scores(
+    video: Tensor, portrait: Tensor, mouth: Tensor, gesture: Tensor, reference: Tensor, probes: Probes, light: Tensor
+) -> dict[str, float]:
     """The columns of a window uint8 [N, 3, T, H, W], the ratios as numbers of their own; portrait: identity [N, I] and mean colour
-    [N, 3] side by side; mouth [N, T, 2] of the sound; reference: frame features [M, T, D]."""
+    [N, 3] side by side; mouth [N, T, 2] of the sound; reference: frame features [M, T, D]; light [N] of window 0."""
     reading: Reading = probes.read(video)
     frames: Frames = measure(video)
     rates = failure_rates(frames)
@@ -61,6 +65,7 @@ def scores(video: Tensor, portrait: Tensor, mouth: Tensor, gesture: Tensor, refe
     return {
         "fid": frechet_distance(reading.frame_features, reference),
         "identity": identity_agreement(reading.identity, identity)[0],
+        "light": correlation(light_of(reading), light),
         "sync": mouth_sync(reading.mouth, mouth)["sync"],
         "motion": class_agreement(reading.gesture, gesture)[0],
         "energy": float(motion_energies(video).mean()),
@@ -72,6 +77,12 @@ def scores(video: Tensor, portrait: Tensor, mouth: Tensor, gesture: Tensor, refe
         "clipped": float(((video == 0) | (video == 255)).float().mean()),
         "frozen": float(rates["frozen"].mean()),
     }
+
+
+def light_of(reading: Reading) -> Tensor:
+    """Where the light comes from [N], after it has faded in."""
+    values = reading.labels["light"]
+    return values[:, values.shape[1] // 2 :].mean(1)
 
 
 def windows(video: Tensor, length: int) -> tuple[Tensor, ...]:
@@ -103,11 +114,12 @@ class World:
 
     def rows(self, video: Tensor) -> list[dict[str, float]]:
         """Scores of each window, the ratios not yet over the real ones."""
-        labels, found = self.clips.labels, []
-        for index, part in enumerate(windows(video, self.length)):
+        labels, parts, found = self.clips.labels, windows(video, self.length), []
+        light = light_of(self.probes.read(parts[0]))
+        for index, part in enumerate(parts):
             cut = slice(index * self.length, (index + 1) * self.length)
             mouth = torch.stack([labels[name][:, cut] for name in ("mouth_open", "mouth_width")], dim=-1)
-            found.append(scores(part, self.portrait, mouth, labels["gesture"], self.reference, self.probes))
+            found.append(scores(part, self.portrait, mouth, labels["gesture"], self.reference, self.probes, light))
         return found
 
     def over_real(self, rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """What becomes of small learning rates where the master weights are bf16: steps that are lost.
 
-    python benchmarks/master_weights.py RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
+    python -m benchmarks.master_weights RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
 
 The initialisation of a run (its method, batches and teacher) at a constant rate, twice from the same weights: with fp32 masters,
 as the engine has them, and with masters that are rounded to bf16 after every update (AdamW's arithmetic and moments stay fp32,

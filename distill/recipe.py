@@ -145,8 +145,8 @@ class Limits:
     noise: float
     audio: float
     text: float
-    sharpness: tuple[float, float]
-    change: float
+    sharpness: tuple[float, float] = (0.5, 2.0)
+    change: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +168,6 @@ class HealthConfig:
             noise=0.3,
             audio=0.4,
             text=0.2,
-            sharpness=(0.5, 2.0),
-            change=0.3,
         )
     )
     collapse: Limits = field(

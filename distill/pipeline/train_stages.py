@@ -117,8 +117,9 @@ def run_training(
 ) -> dict:
     """Train `roles` with the stage's method on batches of rows of `size`; model.safetensors holds the averaged weights of the first
     role (with validation: the best of them)."""
-    engine, seed, settings = artifacts.engine, artifacts.recipe.seed, config.train
+    engine, settings = artifacts.engine, config.train
     assert settings is not None
+    seed = artifacts.recipe.seed if settings.seed is None else settings.seed
     if engine.config.checkpointing:
         for network in (net for role in roles.values() for net in networks_in(role)):
             network.kind.enable_checkpointing(network)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.long_streams import COLUMNS, scores, windows
+from benchmarks.long_streams import COLUMNS, light_of, scores, windows
 from distill.compose import RECIPES
 from distill.data.procedural.source import DataConfig, held_out
 from distill.recipe import load_recipe
@@ -25,8 +25,9 @@ def rows(clips, video, probes):
     portrait = torch.cat([probes.read(still).identity[:, 0], measure(still).colour[:, :, 0].float()], dim=1)
     reference = probes.read(clips.video).frame_features
     mouth = torch.stack([clips.labels[name] for name in ("mouth_open", "mouth_width")], dim=-1).split(LENGTH, dim=1)
+    light = light_of(probes.read(windows(video, LENGTH)[0]))
     pairs = zip(windows(video, LENGTH), mouth, strict=False)
-    return [scores(part, portrait, own, clips.labels["gesture"], reference, probes) for part, own in pairs]
+    return [scores(part, portrait, own, clips.labels["gesture"], reference, probes, light) for part, own in pairs]
 
 
 def test_each_damage_shows_in_its_window(world):
@@ -39,6 +40,7 @@ def test_each_damage_shows_in_its_window(world):
         ("black", lambda x: x * 0, 1),
         ("saturation", lambda x: x.float().mean(1, keepdim=True).expand_as(x).to(torch.uint8), -1),
         ("identity", lambda x: x.roll(1, 0), -1),
+        ("light", lambda x: x.flip(4), -1),
         ("frozen", lambda x: x[:, :, :1].expand_as(x), 1),
         ("sync", lambda x: x.flip(2), -1),
         ("colour", lambda x: (x.float() + 40).clamp(0, 255).to(torch.uint8), 1),

@@ -154,7 +154,7 @@ def logged(values: Mapping[str, float]) -> dict[str, float]:
 def outcome(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> str:
     """The alarms of a distilled student, in words."""
     found = violations(own, teacher, limits)
-    return f"alarms, see the symptoms in docs/troubleshooting.md: {'; '.join(found)}" if found else "no alarm"
+    return f"alarms, see docs/troubleshooting.md, symptoms: {'; '.join(found)}" if found else "no alarm"
 
 
 def seam_frames(spec: Spec) -> list[int]:

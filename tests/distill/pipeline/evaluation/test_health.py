@@ -330,7 +330,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
     text = (tmp_path / "report.html").read_text()
     page.feed(text)
     assert "not ready for distillation: deaf" in text
-    assert "Student: alarms, see the symptoms in docs/troubleshooting.md: sensitivity to audio 0 (the teacher" in text
+    assert "Student: alarms, see docs/troubleshooting.md, symptoms: sensitivity to audio 0 (the teacher" in text
     assert json.loads((tmp_path / "report.json").read_text())["health"]["teacher"]["seam"] == teacher["seam"]
     heads = [row for row in page.rows if "audioover noise" in row]
     assert len(heads) == 1
