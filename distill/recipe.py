@@ -151,9 +151,9 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """`ready` is the quality gate after `init`, which is reported; a student beyond `collapse` ends `distill` at a validation,
-    unless stop is false. No number here is an input of training: all may change from one start of a run to the next. A check
-    generates 4 num_conditions clips, of the teacher once a run."""
+    """`ready` is the quality gate after `init` and `healthy` that of a distilled student, both reported; a student beyond
+    `collapse` ends `distill` at a validation, unless stop is false. No number here is an input of training: all may change from one
+    start of a run to the next. A check generates 4 num_conditions clips, of the teacher once a run."""
 
     num_conditions: int = 8
     stop: bool = True
@@ -168,6 +168,21 @@ class HealthConfig:
             noise=0.3,
             audio=0.4,
             text=0.2,
+        )
+    )
+    healthy: Limits = field(
+        default_factory=lambda: Limits(
+            black=0.02,
+            frozen=0.1,
+            clipped=0.02,
+            saturation=(0.8, 1.25),
+            motion_energy=(0.85, 1.2),
+            seam=1.5,
+            noise=0.5,
+            audio=0.8,
+            text=0.8,
+            sharpness=(0.85, 1.3),
+            change=0.35,
         )
     )
     collapse: Limits = field(

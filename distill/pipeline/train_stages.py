@@ -82,7 +82,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
     clip_sets.discard(artifacts, folder)
     if "best" in found:
-        found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.ready)
+        found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.healthy)
         if artifacts.engine.is_main:
             tqdm.write(f"distill: student: {found['outcome']}", file=sys.stderr)
     return found

@@ -1,7 +1,8 @@
 """Health metrics of a student's clips on a few fixed held-out conditions, beside the teacher's. They need no extractor.
 
 `HealthCheck` generates the clips, `health_metrics` computes the numbers, `violations` compares them with limits: those of
-`HealthConfig.ready` at the end of `init`, those of `HealthConfig.collapse` at every validation of `distill`.
+`HealthConfig.ready` at the end of `init`, those of `HealthConfig.collapse` at every validation of `distill`, those of
+`HealthConfig.healthy` at its end.
 """
 
 import math

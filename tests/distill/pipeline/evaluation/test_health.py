@@ -114,7 +114,8 @@ def test_a_student_like_its_teacher_is_healthy():
     assert all(teacher[name] > 0.1 for name in ("audio", "text"))
     assert violations(own, teacher, LIMITS.collapse) == []
     assert readiness(own, teacher, LIMITS.ready) == "ready for distillation"
-    assert outcome(own, teacher, LIMITS.ready) == "no alarm"
+    assert outcome(panel_of(changed(lambda x: 0.96 * x)), teacher, LIMITS.healthy) == "no alarm"
+    assert outcome(own, teacher, LIMITS.healthy).startswith("alarms, see docs/troubleshooting.md, symptoms: sharpness ")
     same = panel_of(PLANTED["one draw"][0])
     assert same["audio"] == pytest.approx(teacher["audio"] * teacher["noise"]), (
         "over one grey level, where noise does nothing"
@@ -262,7 +263,7 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     assert found == never
     assert found["best"]["step"] == 1
     teacher = ran.stage("init")["health"]["teacher"]
-    assert found["outcome"] == outcome(logged(found["best"]), teacher, LIMITS.ready)
+    assert found["outcome"] == outcome(logged(found["best"]), teacher, LIMITS.healthy)
     ours, theirs = (load_tensors(tmp_path / name / "stages/distill/model.safetensors") for name in ("run", "never"))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
@@ -321,7 +322,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
         },
         "distill": {"metrics": {"best": {"score": 1.0, **{f"health/{name}": value for name, value in own.items()}}}},
     }
-    stages["distill"]["metrics"]["outcome"] = outcome(own, teacher, LIMITS.ready)
+    stages["distill"]["metrics"]["outcome"] = outcome(own, teacher, LIMITS.healthy)
     panels = health_of(stages)
     assert (panels["student"], panels["teacher"]) == (own, teacher)
     assert health_of({"init": {"metrics": {}}, "distill": {"metrics": {}}}) == {}, "a run from before"
