@@ -133,8 +133,8 @@ class TrajectoriesConfig:
 class Limits:
     """Bounds on a student's health metrics. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
     are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least. `change`: how far
-    saturation, motion energy and sharpness may change from the first chunk to the last, beside the teacher's own change, as a share
-    of the teacher's number."""
+    saturation and sharpness may change from the first chunk to the last, beside the teacher's own change, as a share of the
+    teacher's number; `motion_change` the same of motion energy."""
 
     black: float
     frozen: float
@@ -146,7 +146,8 @@ class Limits:
     audio: float
     text: float
     sharpness: tuple[float, float] = (0.5, 2.0)
-    change: float = 0.5
+    change: float = 0.25
+    motion_change: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +182,9 @@ class HealthConfig:
             noise=0.5,
             audio=0.8,
             text=0.8,
-            sharpness=(0.85, 1.3),
-            change=0.35,
+            sharpness=(0.85, 1.2),
+            change=0.2,
+            motion_change=0.4,
         )
     )
     collapse: Limits = field(
@@ -198,6 +200,7 @@ class HealthConfig:
             text=0.0,
             sharpness=(0.25, 4.0),
             change=2.0,
+            motion_change=4.0,
         )
     )
 

@@ -135,9 +135,10 @@ def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: L
             if over < least or over > most:
                 say(name, f"at least {least:g} of it" if over < least else f"at most {most:g} times")
     for name, of in BY_CHUNK.items():
+        most = limits.motion_change if of == "motion_energy" else limits.change
         known = name in own and name in teacher and teacher.get(of, 0.0) > STILL
-        if known and abs(own[name] - teacher[name]) > limits.change * teacher[of]:
-            say(name, f"within {limits.change:g} of its {WORDS[of]}")
+        if known and abs(own[name] - teacher[name]) > most * teacher[of]:
+            say(name, f"within {most:g} of its {WORDS[of]}")
     return found
 
 
