@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -120,6 +121,15 @@ def test_a_student_like_its_teacher_is_healthy():
     assert same["audio"] == pytest.approx(teacher["audio"] * teacher["noise"]), (
         "over one grey level, where noise does nothing"
     )
+
+
+def test_the_symptoms_of_the_docs_are_named_as_the_alarms_name_them():
+    page = (RECIPES.parent / "docs" / "troubleshooting.md").read_text()
+    rows = page.partition("## Symptoms of a bad student")[2].partition("\n## ")[0].splitlines()
+    cells = [row.split("|")[2] for row in rows if row.startswith("| ")][1:]
+    stated = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    assert len(stated) > 5
+    assert set(stated) <= set(health.WORDS.values())
 
 
 def test_the_numbers_are_what_they_say():
