@@ -1,6 +1,6 @@
 """The failure laboratory: the jobs of a sweep up to their distilled student, and the quality by time window of each one's streams.
 
-    python -m benchmarks.failure_lab SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
+    python benchmarks/failure_lab.py SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
 
 It runs what `distill run lab_avatar -m sweep=SWEEP` runs, without each job's report, whose many-step teacher takes as long as the
 training: streams are scored by `benchmarks.long_streams`. Stages that are equal are made once for all sweeps of one --out.
@@ -11,13 +11,13 @@ range over the seeds, a row a job and window; what is done is not done again.
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.long_streams import COLUMNS, World
 from distill.commands.sweep.command import read_sweep
 from distill.compose import find_recipe, quoted
 from distill.pipeline.stages import Pipeline
@@ -25,6 +25,10 @@ from distill.recipe import load_recipe
 from distill.training.engine import Engine
 from eval.report.tables import grid
 from teachers.files import atomic_write, read_json_or_none, save_tensors
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from benchmarks.long_streams import COLUMNS, World  # noqa: E402, of a script started by its path
 
 LAST, KEPT = "distill", 4
 

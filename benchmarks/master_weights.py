@@ -1,6 +1,6 @@
 """What becomes of small learning rates where the master weights are bf16: steps that are lost.
 
-    python -m benchmarks.master_weights RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
+    python benchmarks/master_weights.py RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
 
 The initialisation of a run (its method, batches and teacher) at a constant rate, twice from the same weights: with fp32 masters,
 as the engine has them, and with masters that are rounded to bf16 after every update (AdamW's arithmetic and moments stay fp32,
@@ -11,13 +11,13 @@ of weights that an update has changed. bf16 has 8 bits: an update below 2^-9 of 
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.long_streams import recipe_of
 from distill import methods
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
@@ -26,6 +26,10 @@ from distill.training.engine import Engine
 from distill.training.role import trained
 from eval.report.tables import grid
 from teachers.flow import keyed_generator
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from benchmarks.long_streams import recipe_of  # noqa: E402, of a script started by its path
 
 HELD_OUT = 16  # pairs
 

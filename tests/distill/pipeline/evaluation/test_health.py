@@ -366,3 +366,19 @@ def test_every_system_has_a_seam_jump_and_a_still_one_none():
     assert math.isnan(seam_jump(measure(torch.zeros(2, 3, FRAMES, 8, 8, dtype=torch.uint8)), SEAMS)[0])
     assert load_card("embedded").columns["seam"].admitted({"fid": False})
     assert health.seam_frames(make_spec()) == [3, 7, 11]
+
+
+def test_a_stage_may_have_a_seed_of_its_own(ran, tmp_path):
+    """The recipe's changes nothing, another one other weights on the same clips and trajectories."""
+    own = load_tensors(ran.artifacts.folder.stage_dir("init") / "model.safetensors")
+    same = {}
+    for seed in (ran.artifacts.recipe.seed, 7):
+        run = pipeline(tmp_path / str(seed), f"reuse={ran.artifacts.folder.path}", f"init.train.seed={seed}")
+        for name in list(run.stages)[: list(run.stages).index("distill")]:
+            run.stage(name)
+        trajectories = [r.artifacts.folder.finished("trajectories") or {} for r in (ran, run)]
+        assert trajectories[0]["fingerprint"] == trajectories[1]["fingerprint"]
+        weights = load_tensors(run.artifacts.folder.stage_dir("init") / "model.safetensors")
+        same[seed] = all(torch.equal(own[name], x) for name, x in weights.items())
+        run.close()
+    assert same == {ran.artifacts.recipe.seed: True, 7: False}
