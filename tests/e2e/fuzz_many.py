@@ -3,9 +3,9 @@
     python -m tests.e2e.fuzz_many [--minutes 10] [--seed 0] [--inputs DIR ..] [--run DIR] [--only WORD ..] [--keep DIR]
 
 The minutes are CPU time of the reads. They happen in a process of their own; a fault is one that ends it, a traceback, more than
-5 s of CPU (and twice what the file takes as it was), 5 s of waiting or 1 GB for one read. What the reads take is printed for each kind, and every fault with the
-number that makes it again (`--only KIND --first NUMBER`). A script, not a test: `test_fuzz.py` does some of it. Exit status 1 with
-a fault.
+5 s of CPU (and twice what the file takes as it was), 5 s of waiting or 1 GB for one read. What the reads take is printed for each
+kind, and every fault with the number that makes it again (`--only KIND --first NUMBER`). A script, not a test: `test_fuzz.py` does
+some of it. Exit status 1 with a fault.
 """
 
 import argparse
@@ -253,7 +253,11 @@ def one(case: Case, others: list[Case], rng: random.Random) -> tuple[Found, byte
             file.write_bytes(whole)
             most_cpu = max(SECONDS, 2 * cpu_of(read))
             file.write_bytes(wrong)
-        for what, much, most in (("s of CPU", cpu, most_cpu), ("s of waiting", waited, SECONDS), ("bytes", size, BYTES)):
+        for what, much, most in (
+            ("s of CPU", cpu, most_cpu),
+            ("s of waiting", waited, SECONDS),
+            ("bytes", size, BYTES),
+        ):
             if much > most:
                 found.fault += f"{name}: {much:.3g} {what}\n"
         found.total += cpu
