@@ -154,7 +154,7 @@ class AvatarTransformer(SpanTransformer):
         self.add_positions(head_dim, patch, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
-        self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
+        self.condition_embedder.timesteps_proj = cast(Any, TimeSinusoids(freq_dim))
         self.blocks = nn.ModuleList(
             self.block_class(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
             for _ in range(num_layers)
