@@ -155,8 +155,13 @@ def test_what_is_wrong_with_the_sound_costs_the_metrics_of_sound_alone(stand_ins
     words = ("--generated", real, "--real", real, "--protocol", a_card(tmp_path / "card.yaml", clips__lossless=False))
     report = evaluated(tmp_path / "out", *words, "--metrics", "fid,fvd,sync")
     assert {"fid", "fvd"} <= set(report["rows"]["real"]["metrics"])
-    why = {"none": "a: no sound", "not finite": "a: no sound: audio must be finite", "antiphase": "cancel each other",
-           "antiphase track": "two channels of the sound cancel each other: a.mkv", "cut short": "a: audio file"}.get(kind)  # fmt: skip
+    why = {
+        "none": "a: no sound",
+        "not finite": "a: no sound: audio must be finite",
+        "antiphase": "cancel each other",
+        "antiphase track": "two channels of the sound cancel each other: a.mkv",
+        "cut short": "a: audio file",
+    }.get(kind)
     assert why is None or why in report["refused"]["sync"]
 
 
