@@ -161,10 +161,6 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
         net = config.new(job.spec.dims)
         if job.sequence is not None:
             net.kind.split_sequence(net, job.sequence)
-        # a solver computes in the type that it is held in
-        narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
-        if role in job.half or (job.precision != "fp32" and narrow):
-            cast_network(net, torch.bfloat16)
         if lora:
             from peft import LoraConfig
 
@@ -174,6 +170,10 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
             net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
             for name in full:
                 net.get_submodule(name).requires_grad_(True)
+        # a solver computes in the type that it is held in, adapters in that of autocast
+        narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
+        if role in job.half or (job.precision != "fp32" and narrow):
+            cast_network(net, torch.bfloat16)
     return job.spec.network.student(net, job.spec) if role in CAUSAL else AvatarTeacher(net)
 
 

@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.points: dict[int, int] = {}
         self.flops = 0
-        self.phases = [0]  # most bytes between the marks of `begin_phase`, and since the first gradient
+        self.phases = [0]  # most bytes between the marks of `begin_phase`
         self._held: dict[int, weakref.ref] = {}
         self._own: set[int] = set()  # storages that count: neither weights nor gradients
         self._live = self._gradients = 0
@@ -117,8 +117,6 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata in self._own:
             self._own.remove(storage._cdata)
             self._live -= storage.nbytes()
-            if not self._gradients:
-                self.begin_phase()
             self._gradients += parameter.numel()
             self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
 

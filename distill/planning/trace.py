@@ -218,7 +218,9 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
                 solver = net if isinstance(net, AvatarTeacher) else Forced(net, batch.x0)
                 generate.solve_states(solver, batch.conditions, batch.x0, (1.0, 0.5), (0, 1), job.trajectories.guidance)
             else:
-                made.loss(role, batch, rng, shared).value.backward()
+                value = made.loss(role, batch, rng, shared).value
+                live.begin_phase()
+                value.backward()
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error

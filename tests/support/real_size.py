@@ -19,7 +19,7 @@ from distill.planning.job import Job, batch_on, inner, networks_on, shallow
 from distill.recipe import Recipe, load_recipe
 from students.serving.optimize import cast
 from teachers.flow import keyed_generator
-from tests.support.fake_cuda import FakeGPU, fake_cuda
+from tests.support.fake_cuda import fake_cuda
 
 BLOCKS = 2
 CARD = 79 * 2**30
@@ -52,7 +52,7 @@ def cut(name: str, blocks: int = BLOCKS) -> Job:
 def loss_phases(given: Job, slot: str, role: str, device: str = "cuda") -> tuple[list[float], dict[str, int]]:
     """Bytes but for weights and their gradients in each phase of a loss, checkpointed, over weights in the engine's precision, as
     FSDP2 gathers them and autocast copies them; and what the host waited for. On "cuda" the forward alone, on "cpu" the backward
-    too, whose phase begins with the first gradient."""
+    too."""
     with fake_cuda(device) as gpu:
         roles = networks_on(replace(given, checkpointing=True), slot, device)
         for name, net in roles.items():
@@ -72,19 +72,18 @@ def loss_phases(given: Job, slot: str, role: str, device: str = "cuda") -> tuple
             loss = method.loss(role, batch, rng, shared)
         assert loss.value.dtype == torch.float32
         if device == "cpu":
-            _backward(loss.value, roles[role], gpu)
+            gpu.begin_phase()
+            _backward(loss.value, roles[role])
     return [size - weights for size in gpu.phases], dict(gpu.waits)
 
 
-def _backward(value: Tensor, net: nn.Module, gpu: FakeGPU) -> None:
+def _backward(value: Tensor, net: nn.Module) -> None:
     """Gradients are let go when they are made, as they are reduced to shards."""
     made = 0
 
     def reduce(parameter: Tensor) -> None:
         nonlocal made
         parameter.grad, made = None, made + 1
-        if made == 1:
-            gpu.begin_phase()
 
     for p in net.parameters():
         if p.requires_grad:
