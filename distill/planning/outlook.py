@@ -53,27 +53,36 @@ class Rates:
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Work of a stage: FLOPs of all ranks together, which share it in `jobs` equal pieces (0: in as many as there are ranks; 1:
-    also what each rank does, where an update's batch grows with the ranks). Of a piece `together` ranks do equal parts.
-    `parameters` of its network, and the `key` of the recipe that sets its precision, where there is one."""
+    also what each rank does, where an update's batch grows with the ranks). Of a piece `together` ranks do equal parts, or the
+    `branches` of a guidance, where ranks divide and do not share it already. `parameters` of its network, and the `key` of the
+    recipe that sets its precision, where there is one."""
 
     name: str
     flops: float
     precision: Precision
     jobs: int = 0
     together: int = 1
+    branches: int = 1
     parameters: int = 0
     key: str = ""
 
+    def _sharing(self, ranks: int) -> int:
+        """Ranks that do parts of one piece."""
+        return self.together if self.together > 1 or ranks % self.branches else self.branches
+
     def seconds(self, ranks: int, rates: Rates) -> float:
         """Until the last of the ranks is done."""
-        groups = max(1, ranks // self.together)
+        sharing = self._sharing(ranks)
+        groups = max(1, ranks // sharing)
         share = math.ceil(self.jobs / groups) / self.jobs if self.jobs else 1 / groups
-        return self.flops * share / self.together / rates.flops(self.precision)
+        return self.flops * share / sharing / rates.flops(self.precision)
 
     def wait(self, ranks: int, rates: Rates) -> float:
         """Seconds that some rank waits for another at the end: those of one job, where jobs do not divide."""
-        groups = max(1, ranks // self.together)
-        return self.seconds(self.jobs * self.together, rates) if self.jobs and self.jobs % groups else 0.0
+        sharing = self._sharing(ranks)
+        if not self.jobs or self.jobs % max(1, ranks // sharing) == 0:
+            return 0.0
+        return self.flops / self.jobs / sharing / rates.flops(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +221,11 @@ class _Stages:
     def _solver(self) -> str:
         return next((update.role for update in self.plan.updates if update.stage == "trajectories"), "")
 
+    @property
+    def _branches(self) -> int:
+        """Of the teacher's guidance, which ranks compute side by side."""
+        return self.job.trajectories.guidance.passes if self.job.trajectories else 1
+
     def _held(self, role: str) -> float:
         return self.plan.parameters[role] * (2 if role in self.plan.half else 4)
 
@@ -264,7 +278,8 @@ class _Stages:
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             made = {"student": self._made("student")}
             if name == "init":
-                steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel))
+                branches = self._branches
+                steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel, branches=branches))
                 made["teacher"] = self._made("teacher")
             return self._stage(name, steps, made=made, **facts)
         times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
@@ -301,16 +316,22 @@ class _Stages:
         assert solver is not None
         test = config.num_conditions
         each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
-        twice = 1 + len(job.spec.sigmas) / solver.num_steps
-        each_round = twice * self.teacher_clip + 6 * self.student_clip
-        fitting = int(COSTS_SECONDS * Rates().flops("bf16") / each_round)
+        step, most = self.teacher_clip / solver.num_steps, COSTS_SECONDS * Rates().flops("bf16")
+        few = len(job.spec.sigmas) * step
+        clip = step * min(
+            solver.num_steps, max(1, int(most / step))
+        )  # no more steps are timed than go into those seconds
+        fitting = int(most / (clip + few + 6 * self.student_clip))
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
         together = job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
-        alone = (timed + together) * twice * self.teacher_clip
-        decode = (5 * each + test) * job.together * codec.decode  # the rest of a group waits for its first rank
+        alone = (timed + together) * (clip + few) + step
+        shared = {"branches": self._branches}
+        waits = 3 * each + shared["branches"] * (2 * each + test)  # the rest of a group waits for its first rank
+        decode = waits * job.together * codec.decode
         parts = [
-            self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
+            self._part("teacher", (each + test) * self.teacher_clip, "teacher", each + test, **shared),
+            self._part("teacher, few steps", each * few, "teacher", each, **shared),
             self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
             self._part("codec", decode, "", 5 * each + test, "fp32"),
             self._part("costs of the teacher", alone, "teacher", 1, together=1),
@@ -319,7 +340,7 @@ class _Stages:
         made = {role: self._made(role, alone=True) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
-            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))
+            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each, **shared))
         waiting = self._held("teacher") + 3 * made["student"][0]  # on rank 0, which times them in turn
         frames, sides = 1 + (job.spec.horizon_frames - 1) * job.spec.codec.stride, (job.spec.height, job.spec.width)
         video = 3 * frames * math.prod(sides) * min(1.0, SCORED_SIDE / max(sides)) ** 2
