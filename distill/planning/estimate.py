@@ -258,10 +258,7 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
         copied = learned if update.role in adapters else plan.parameters
         parts["bf16 copies"] = size * float(copied[update.role])
     if sharded:
-        once = update.trained if plan.gather_once and engine == "fsdp2" else ()
-        others = [role for role in (*update.trained, *update.frozen) if role not in once]
-        parts["gathered"] = size * float(sum(plan.parameters[role] for role in once))
-        parts["gathered"] += max((_gathered(plan, role, engine) for role in others), default=0.0)
+        parts["gathered"] = _gathered(plan, update, engine)
     return parts, learned
 
 
@@ -286,12 +283,19 @@ def offloaded_bytes(plan: Plan, update: Update, engine: str, ranks: int, switche
     return sum(without.values()) - sum(with_them.values()) + gradients
 
 
-def _gathered(plan: Plan, role: str, engine: str) -> float:
-    """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps MAX_LIVE_PARAMETERS elements uncast."""
-    size = 2.0 if role in plan.half else 4.0
+def _gathered(plan: Plan, update: Update, engine: str) -> float:
+    """Bytes of weights that are in one piece at once, of the roles that a micro-step calls. fsdp2 casts blocks, two at a time or,
+    of roles that are gathered once, all; what is outside of them stays from a role's first call on. DeepSpeed keeps
+    MAX_LIVE_PARAMETERS elements, uncast."""
+    costs, roles = plan.costs.get(update.stage), (*update.trained, *update.frozen)
+    called = [role for role in roles if not costs or role in costs.calls[update.role]]
+    held = {role: 2.0 if role in plan.half else 4.0 for role in called}
     if engine == "zero3":
-        return min(plan.parameters[role], MAX_LIVE_PARAMETERS) * size
-    return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * size
+        return max(min(plan.parameters[role], MAX_LIVE_PARAMETERS) * held[role] for role in called)
+    size, once = DTYPES[plan.precision].itemsize, update.trained if plan.gather_once else ()
+    blocks = [plan.blocks[role] for role in called if role not in once]
+    whole = sum(plan.parameters[role] - plan.outside[role] for role in called if role in once)
+    return size * (whole + max(blocks, default=0)) + sum(plan.outside[role] * held[role] for role in called)
 
 
 def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:

@@ -34,11 +34,12 @@ def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """`forwards` of a mean training step by network; by role that is updated: `flops` of one of its micro-steps on a rank (forward,
-    backward and recomputation), how often the whole stage updates it, and of a micro-step the collectives among ranks that share
-    sequences, with the bytes that each sends in them."""
+    """`forwards` of a mean training step by network; by role that is updated: the networks that one of its micro-steps `calls`,
+    its `flops` on a rank (forward, backward and recomputation), how often the whole stage updates it, and of a micro-step the
+    collectives among ranks that share sequences, with the bytes that each sends in them."""
 
     forwards: dict[str, float]
+    calls: dict[str, frozenset[str]]
     flops: dict[str, float]
     updates: dict[str, int]
     exchanges: dict[str, tuple[float, float]]
@@ -50,7 +51,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
     part = job.stages[stage]
     made = _method(job, stage, meta_networks(job, stage))
     steps = [made.roles_to_update(step) for step in range(1, cadence + 1)]
-    totals, flops, updates, exchanges = {}, {}, {}, {}
+    totals, calls, flops, updates, exchanges = {}, {}, {}, {}, {}
     for role in sorted({role for roles in steps for role in roles}):
         called: dict[str, float] = {}
 
@@ -61,6 +62,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
 
         flops[role], *exchanged = _at_depth(job, stage, measure, (1, 2))
         exchanges[role] = (exchanged[0], exchanged[1])
+        calls[role] = frozenset(name for name, number in called.items() if number)
         each = sum(roles.count(role) for roles in steps) / cadence
         first = made.roles_to_update(0).count(role) - each
         updates[role] = round(each * part.train.num_steps + first)
@@ -68,7 +70,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
             totals[name] = totals.get(name, 0.0) + each * number
     order = (*job.needs(stage).trained, *job.needs(stage).frozen)
     called = {name: totals[name] for name in order if totals.get(name)}
-    return StepCosts(forwards=called, flops=flops, updates=updates, exchanges=exchanges)
+    return StepCosts(forwards=called, calls=calls, flops=flops, updates=updates, exchanges=exchanges)
 
 
 def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], float, float, float]:
