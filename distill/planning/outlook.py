@@ -90,7 +90,7 @@ class StageOutlook:
     """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
     `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training holds; `made`: by role, of the
     whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of
-    rank 0; `copied`: of one checkpoint, which ranks hold until it is written."""
+    rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
 
     name: str
     parts: tuple[Part, ...]
@@ -263,10 +263,10 @@ class _Stages:
             for role, flops in costs.flops.items()
         ]
         trained = [self._learned(role) for role in self.job.needs(name).trained]
-        copied = 4 * (3 * sum(trained) + trained[0])
-        facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * copied, "copied": copied}
+        state, best = 4 * (3 * sum(trained) + trained[0]), 4 * trained[0] if name == "distill" else 0
+        facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * (state + best), "copied": state + best}
         facts |= {
-            "disk": 4 * trained[0] * (2 if name == "distill" else 1),
+            "disk": 4 * trained[0] + (2 * self._exported if name == "distill" else 0),
             "host": (self._student_file, 4 * trained[0]),
         }
         if name in ("teacher", "base"):
@@ -292,6 +292,12 @@ class _Stages:
 
     def _learned(self, role: str) -> int:
         return (self.plan.lora if role in self.plan.adapted else self.plan.parameters)[role]
+
+    @property
+    def _exported(self) -> float:
+        """Bytes of the student as it is served: an adapter alone, or all of it in fp32."""
+        lora = self.recipe.lora
+        return self._student_file if lora and lora.export == "adapter" else 4 * self.plan.parameters["student"]
 
     @property
     def _student_file(self) -> float:

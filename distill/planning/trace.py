@@ -124,14 +124,15 @@ def _at_depth(
     for kind in (
         kind_of(job, role, stage) for role in roles or (*needs.trained, *needs.frozen) if role != "discriminator"
     ):
-        if kind not in kinds and kind.num_blocks > many and kind.shallow(few) != kind:
+        if kind not in kinds and kind.num_blocks > max(many, few + kind.period) and kind.shallow(few) != kind:
             kinds.append(kind)
     if not kinds or "discriminator" in needs.trained:  # whose heads ask for deeper blocks
         return list(measure(job))
     total = start = list(measure(_cut(job, [(kind, few) for kind in kinds])))
     for kind in kinds:
-        deeper = measure(_cut(job, [(other, many if other == kind else few) for other in kinds]))
-        slope = (kind.num_blocks - few) / (many - few)
+        deep = max(many, few + kind.period)
+        deeper = measure(_cut(job, [(other, deep if other == kind else few) for other in kinds]))
+        slope = (kind.num_blocks - few) / (deep - few)
         total = [now + slope * (b - a) for now, a, b in zip(total, start, deeper, strict=True)]
     return total
 

@@ -110,6 +110,16 @@ def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
         assert found == pytest.approx(whole, rel=2e-3)
 
 
+def test_flops_along_a_line_have_every_audio_injector():
+    """S2V's three of nine blocks, where a line through one and two blocks would have one."""
+    job = job_of(load_recipe(RECIPES / "s2v.yaml", ["size=tiny"]))
+    kind: Any = replace(job.spec.network, num_layers=9, inject_after=(0, 4, 8))
+    job = replace(job, spec=replace(job.spec, network=kind), networks=dict.fromkeys(job.networks, kind))
+    found = step_costs(job, "init").flops["student"]
+    _, whole, *_ = tracing._micro_step(job, "init", "student")
+    assert found == pytest.approx(whole, rel=2e-3)
+
+
 @pytest.mark.parametrize("switches", [(), ("checkpointing",)])
 def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
     """Within 6 %, and 20 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
