@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
 from distill.data import latents
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
@@ -31,6 +32,7 @@ FP32_SLOWER = 8.4
 MANY_PARAMETERS = 10**9
 """A network of more, computed in fp32, is worth a warning."""
 NODE = 8  # GPUs of a machine
+CAPTION_TOKENS = 60  # of a clip's text, which is stored without padding
 SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many latent frames; convolutions follow the pixels
 ENCODERS = {"WanVAEConfig": 4 * 126_892_531, "UMT5Config": 2 * 5_680_910_336, "Wav2VecConfig": 4 * 94_371_712}
 ENCODERS["WanImageConfig"] = 4 * 611_086_080
@@ -87,14 +89,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutlook:
-    """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
-    `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training holds; `made`: by role, of the
-    whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of
-    rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
+    """A stage. Bytes: `disk` that it leaves, of a training set also `disk_per_clip`, `checkpoints` while it runs; `beside`: what
+    lies on each GPU besides what `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training
+    holds; `made`: by role, of the whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and
+    of rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
 
     name: str
     parts: tuple[Part, ...]
     disk: float = 0
+    disk_per_clip: float = 0
     checkpoints: float = 0
     beside: Mapping[str, float]
     clips: float = 0
@@ -190,20 +193,15 @@ class _Stages:
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
         given = batch_on(job, "clips").conditions
-        features = given.stored
-        sizes = {name: 2 if name in latents.HALF else 4 for name in features}
-        self.row = sum(tensor.numel() * sizes[name] for name, tensor in features.items()) / job.at_once
-        if getattr(data.audio, "whole_clip", False) and "audio" in features:
-            self.row += features["audio"].numel() * 4 / job.at_once
-        self.x0 = 2 * math.prod(spec.latent_size) * spec.horizon_frames
+        self.clip_bytes = _clip_bytes(recipe, given.stored, math.prod(spec.latent_size) * spec.horizon_frames)
         self.variants = 2 + sum(given.has(name) for name in ("text", "audio"))
 
     def all(self) -> Iterator[StageOutlook]:
-        recipe, num, codec = self.recipe, self.num_train, self.codec
+        recipe, num, codec, each = self.recipe, self.num_train, self.codec, self.clip_bytes
         shards = -(-num // recipe.data.world.shard_clips)
-        videos = 2 if recipe.data.image is None else 4  # and the portrait's own, with their mirror images
+        videos = (1 + recipe.data.mirror) * (1 if recipe.data.image is None else 2)  # and the portrait's own
         encode = Part(name="encoding", flops=videos * num * codec.encode, precision="fp32", jobs=shards)
-        yield self._stage("data", [encode], disk=2 * num * (self.row + self.x0), clips=codec.encode_bytes)
+        yield self._stage("data", [encode], disk=num * each, disk_per_clip=each, clips=codec.encode_bytes)
         drawn = num + recipe.eval.admit_clips
         both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)
         yield self._stage("extractors", [both], clips=max(codec.encode_bytes, codec.decode_bytes))
@@ -357,6 +355,31 @@ class _Stages:
             made=made,
             host=(self._student_file, (6 * each + 2 * test + config.num_reference) * video + waiting),
         )
+
+
+def _clip_bytes(recipe: "Recipe", features: Mapping[str, Tensor], elements: int) -> float:
+    """What the stage data stores of a clip: latents of so many elements, features, and the text as if no other clip had it."""
+    data, copies = recipe.data, 1 + recipe.data.mirror
+    precision, found = DTYPES[data.precision], 2.0 * copies * elements
+    for name, value in features.items():
+        if name == "text":
+            found += min(CAPTION_TOKENS, value.shape[1]) * value.shape[2] * precision.itemsize
+            continue
+        size = value[:1].numel() * latents.stored_type(name, precision, value).itemsize
+        again = name == "audio" and getattr(
+            data.audio, "whole_clip", False
+        )  # of the clip as one, and as it is streamed
+        found += size * (1 + again if name in latents.SOUND else copies)
+    return found
+
+
+def disk_at_most(stages: Sequence[StageOutlook]) -> float:
+    """Bytes that a run takes at once: what finished stages have left, and checkpoints, which go at the end of theirs."""
+    found = left = 0.0
+    for stage in stages:
+        left += stage.disk
+        found = max(found, left + stage.checkpoints)
+    return found
 
 
 def warnings(stages: Sequence[StageOutlook]) -> Iterator[str]:

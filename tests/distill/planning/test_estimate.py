@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill.commands import plan as command
 from distill.methods import dmd, flow_matching, ode_init
 from distill.methods.rollout import draw_noise
 from distill.pipeline import trajectories
+from distill.planning import report
 from distill.planning.estimate import (
     ENGINES,
     GIB,
@@ -288,7 +288,7 @@ def test_a_global_batch_sets_the_micro_steps():
     plan = a_plan(((0, 9000),), batch=8)
     peaks = [rank_bytes(plan, plan.updates[0], "ddp", ranks)["peak"] for ranks in (4, 8)]
     assert peaks[0] - peaks[1] == 4000
-    text = command.as_text(plan, "name", [3, 4], ["ddp"], 80.0)
+    text = report.as_text(plan, "name", [3, 4], ["ddp"], 80.0)
     assert "train.global_batch: 8 is no multiple of 3" in text
     assert "micro-steps an update: distill 2" in text
 
@@ -362,7 +362,7 @@ def test_the_table_of_livetalk(capsys):
     assert plan.trajectories == pytest.approx(16_000 * 13.76e6, rel=1e-3)
     assert plan.forwards["distill"] == {"student": 6 * (7 * 2.5 + 6), "teacher": 2.0, "fake_score": 6.0}
     assert plan.context["distill"] == 2 * 6 * 2 * 2 * 3 * 1024 * 1536 * 2
-    print(command.as_text(plan, "livetalk", [1, 4, 8, 64], ["zero3", "fsdp2"], 80.0))
+    print(report.as_text(plan, "livetalk", [1, 4, 8, 64], ["zero3", "fsdp2"], 80.0))
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("ZeRO-3     FSDP2") for line in lines) == 4
     student = next(update for update in plan.updates if update.name == "distill.student")

@@ -9,8 +9,8 @@ import pytest
 
 from distill.cli import Parser
 from distill.commands import plan as command
-from distill.commands.plan import Shipped
 from distill.compose import RECIPES
+from distill.planning import report
 from distill.planning import trace as tracing
 from distill.planning.estimate import GIB, job_of, make_plan
 from distill.planning.job import Job
@@ -153,7 +153,7 @@ def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"])
     job = job_of(recipe)
     plan = make_plan(job)
-    stages, engine = outlook(plan, job, recipe), command.engine_of(recipe)
+    stages, engine = outlook(plan, job, recipe), report.engine_of(recipe)
     peaks = {
         stage.name: memory(plan, stage, engine[0], ranks, engine[1])["peak"] for stage in stages for ranks in (64, 8)
     }
@@ -190,15 +190,15 @@ def test_what_is_alive_beside_counts():
 
 def test_overrides_are_the_fewest_that_make_it_fit():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
-    shipped = Shipped((a_stage(beside={"encoders": GIB}),), RATES, "ddp", ())
-    ask = {limit: command.overrides(plan, shipped, 1, limit) for limit in (101, 100, 65, 64, 4)}
+    shipped = report.Shipped((a_stage(beside={"encoders": GIB}),), RATES, "ddp", ())
+    ask = {limit: report.overrides(plan, shipped, 1, limit) for limit in (101, 100, 65, 64, 4)}
     saved, streamed = ["engine.checkpointing=true"], ["engine.checkpointing=true", "engine.offload=[teacher]"]
     assert ask == {101: [], 100: saved, 65: saved, 64: streamed, 4: None}
     away = ["engine.kind=fsdp2", "engine.checkpointing=true", "engine.offload=[teacher,student,fake_score]"]
-    assert command.overrides(plan, shipped, 1, 6) == away
-    sharded = command.overrides(plan, shipped, 64, 20)
+    assert report.overrides(plan, shipped, 1, 7) == away
+    sharded = report.overrides(plan, shipped, 64, 20)
     assert sharded == ["engine.kind=fsdp2", "engine.checkpointing=true"]
-    text = command.as_text(plan, "name", [1], [], 4, shipped)
+    text = report.as_text(plan, "name", [1], [], 4, shipped)
     assert "does not fit into 4 GiB as shipped: distill 101.0; take more GPUs, smaller batches or networks" in text
 
 
