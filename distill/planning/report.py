@@ -72,10 +72,12 @@ def as_text(
 def _common(shipped: Shipped) -> Iterator[str]:
     """What does not depend on the number of GPUs: disk, rates, what the columns are, warnings."""
     stages, rates = shipped.stages, shipped.rates
-    sizes = [(stage.name, stage.disk) for stage in stages]
-    sizes += [(f"checkpoints of {stage.name} until it is done", stage.checkpoints) for stage in stages]
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in sizes if size)
-    yield f"disk         {_gib(disk_at_most(stages))} GiB at most: {parts}"
+    left, written = (
+        ", ".join(f"{stage.name} {_gib(size)}" for stage in stages if (size := getattr(stage, name)))
+        for name in ("disk", "checkpoints")
+    )
+    yield f"disk         {_gib(disk_at_most(stages))} GiB at most: {left}"
+    yield f"             checkpoints, until their stage is done: {written}"
     for stage in stages:
         if stage.disk_per_clip and not stage.disk:
             yield f"             and {stage.disk_per_clip / 1e6:.3g} MB for each clip of the folder that it trains on"
