@@ -11,7 +11,7 @@ from distill.methods.forcing import Forced
 from distill.methods.rollout import rollout
 from distill.pipeline import generate
 from distill.planning.job import CAUSAL, Job, batch_on, inner, kind_of, make_network, meta_networks
-from distill.planning.live_bytes import LiveBytes, OnMeta, Points
+from distill.planning.live_bytes import LiveBytes, OnMeta, Phases, Points
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind
@@ -174,27 +174,31 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
 
 
 def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
-    """Points of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for trajectories
-    one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles. Of networks of many blocks only two
-    points, the peak and what is alive with all gradients, follow lines in their depth, the peak one for each phase: a network's
-    call, and the backward pass."""
+    """The points of `trace_phases`."""
+    return trace_phases(job, stage, role, *switches)[0]
+
+
+def trace_phases(job: Job, stage: str, role: str, *switches: str) -> tuple[Points, Phases]:
+    """Points and phases of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for
+    trajectories one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles. Of networks of
+    many blocks only two points, the peak and what is alive with all gradients, follow lines in their depth, the peak one for
+    each phase: a network's call, and the backward pass."""
     needs = job.needs(stage)
     others = () if needs.trained else needs.frozen  # beside training no block of theirs leaves anything behind
     kept = (*needs.trained, *(name for name in needs.frozen if name in CAUSAL or name in others))
     if all(name == "discriminator" or kind_of(job, name, stage).num_blocks <= 2 * DEPTHS[1] for name in kept):
-        return _trace(job, stage, role, *switches)
+        live = _live(job, stage, role, *switches)
+        return tuple(sorted(live.points.items())), tuple(zip(live.called, live.phases, strict=True))
+    called: list[frozenset[str]] = []
 
     def measure(small: Job) -> list[float]:
         live = _live(small, stage, role, *switches)
+        called[:] = live.called
         return [*max(live.points.items()), *live.phases]
 
     count, last, *phases = map(round, _at_depth(job, stage, measure, DEPTHS, kept))
-    return ((0, max(phases)), (count, last)) if count else ((0, max(phases)),)
-
-
-def _trace(job: Job, stage: str, role: str, *switches: str) -> Points:
-    """`trace` at the depth that the networks have."""
-    return tuple(sorted(_live(job, stage, role, *switches).points.items()))
+    points = ((0, max(phases)), (count, last)) if count else ((0, max(phases)),)
+    return points, tuple(zip(called, phases, strict=True))
 
 
 def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
@@ -205,9 +209,9 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
         job = replace(job, spec=replace(spec, sigmas=spec.sigmas[:2]))
     nets = meta_networks(job, stage, checkpointing=CHECKPOINTING in switches, lora=LORA in switches)
     batch, live = batch_on(job, stage), LiveBytes()
-    for net in nets.values():
+    for name, net in nets.items():
         live.weigh(net)
-        inner(net).register_forward_pre_hook(live.begin_phase)
+        inner(net).register_forward_pre_hook(lambda *_, name=name: live.begin_phase(name))
     rng, shared = (flow.keyed_generator(0, name) for name in ("loss", "shared"))
     made = _method(job, stage, nets) if stage != "trajectories" else None
     given = (*batch.conditions.features.values(), batch.x0, batch.states)

@@ -250,9 +250,7 @@ def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role):
 @pytest.mark.parametrize(("name", "slot", "role"), LOSSES)
 def test_a_rank_holds_what_is_planned(name, slot, role):
     """The backward pass too, under the engine of the recipe: in shards on 8 GPUs, or whole on one."""
-    small, engine = cut(name), replace(recipe(name).engine, offload=())  # what waits in the host's memory is plain sums
-    world = 8 if engine.kind == "fsdp2" else 1
-    found, planned = (peak(small, slot, role, engine, world) for peak in (rank_peak, planned_peak))
+    found, planned = rank_peak(name, slot, role), planned_peak(name, slot, role)
     print(f"{name} {slot}.{role}: simulated {found / GIB:.2f}, planned {planned / GIB:.2f} GiB")
     assert found == pytest.approx(planned, rel=0.06)
 

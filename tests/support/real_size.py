@@ -2,8 +2,11 @@
 
 Both are looked at phase by phase, between the calls of networks, and with the same few blocks, so that every phase has to be the
 planned one. A line through one and two blocks would be wrong: the first has no block before it whose result is still alive.
+
+    python -m tests.support.real_size "livetalk 14B to 14B" --blocks 40    # a rank's whole peak, minutes
 """
 
+import argparse
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,7 @@ import torch.distributed._tools.fake_collectives  # what a collective gives unde
 from distill import methods
 from distill.compose import RECIPES
 from distill.planning import trace
-from distill.planning.estimate import job_of, make_plan, rank_bytes
+from distill.planning.estimate import Plan, job_of, make_plan, rank_bytes
 from distill.planning.job import Job, batch_on, inner, networks_on, shallow
 from distill.recipe import Recipe, load_recipe
 from distill.training import fsdp
@@ -85,21 +88,30 @@ def planned_phases(given: Job, slot: str, role: str) -> list[float]:
     return list(trace._live(given, slot, role, trace.CHECKPOINTING).phases)
 
 
-def rank_peak(given: Job, slot: str, role: str, config: EngineConfig, world: int) -> int:
-    """Bytes on one of `world` ranks at the peak of a micro-step of `role` under the engine's own roles: weights, moments and
-    average, gathered weights, activations and gradients. On fake CPU tensors, for the backward pass; nothing is sent."""
-    given, needs = replace(given, checkpointing=config.checkpointing), given.needs(slot)
+def engine_of(name: str) -> tuple[EngineConfig, int]:
+    """A recipe's engine and its number of ranks, 8 where they hold shards. Nothing waits in the host's memory: what does is a plain
+    sum, and fake CPU tensors stand for those of the device."""
+    config = replace(recipe(name).engine, offload=())
+    return config, 8 if config.kind == "fsdp2" else 1
+
+
+def rank_peak(name: str, slot: str, role: str, blocks: int = BLOCKS) -> int:
+    """Bytes on a rank at the peak of a micro-step of `role` under the engine's own roles: weights, moments and average, gathered
+    weights, activations and gradients. On fake CPU tensors, for the backward pass; nothing is sent."""
+    config, world = engine_of(name)
+    given = replace(cut(name, blocks), checkpointing=config.checkpointing)
+    needs = given.needs(slot)
     with fake_ranks(world), fake_mesh(config, world) as engine, fake_cuda("cpu") as gpu:
         roles = networks_on(given, slot, "cpu")
-        for name in needs.frozen if engine.kind == "fsdp2" else ():
-            fsdp.shard(engine, roles[name])
+        for other in needs.frozen if engine.kind == "fsdp2" else ():
+            fsdp.shard(engine, roles[other])
         make = functools.partial(torch.optim.AdamW, lr=0.0)
-        held = {name: make_role(engine, engine.kind, roles[name], make, 1.0, 1) for name in needs.trained}
+        held = {other: make_role(engine, engine.kind, roles[other], make, 1.0, 1) for other in needs.trained}
         average = EMA(held[needs.trained[0]], 0.9)
-        for name, own in held.items():
+        for other, own in held.items():
             for p in own.params.values():
                 own.optimizer.state[p] |= {moment: torch.zeros_like(p) for moment in MOMENTS}
-                p.requires_grad_(name == role)
+                p.requires_grad_(other == role)
         gpu.weigh(*roles.values())
         method = _method(given, slot, roles)
         rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
@@ -120,11 +132,16 @@ def fake_mesh(config: EngineConfig, world: int) -> Iterator[Any]:
         yield engine
 
 
-def planned_peak(given: Job, slot: str, role: str, config: EngineConfig, world: int) -> float:
+@cache
+def plan(name: str, blocks: int = BLOCKS) -> Plan:
+    return make_plan(cut(name, blocks))
+
+
+def planned_peak(name: str, slot: str, role: str, blocks: int = BLOCKS) -> float:
     """The same as `distill plan` has it."""
-    plan = make_plan(given)
-    update = next(update for update in plan.updates if (update.stage, update.role) == (slot, role))
-    return rank_bytes(plan, update, config.kind or "ddp", world, ("checkpointing",) * config.checkpointing)["peak"]
+    found, (config, world) = plan(name, blocks), engine_of(name)
+    update = next(update for update in found.updates if (update.stage, update.role) == (slot, role))
+    return rank_bytes(found, update, config.kind or "ddp", world, ("checkpointing",) * config.checkpointing)["peak"]
 
 
 def _method(given: Job, slot: str, roles: dict[str, Any]) -> Any:
@@ -133,3 +150,21 @@ def _method(given: Job, slot: str, roles: dict[str, Any]) -> Any:
     if hasattr(method, "_exits"):
         method._exits = lambda start, count, shared: [len(given.spec.sigmas) - 1] * count
     return method
+
+
+def main() -> None:
+    """A row for each update of a recipe, with so many of its blocks (40: all)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("name", choices=tuple(WORDS))
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    args = parser.parse_args()
+    for update in plan(args.name, args.blocks).updates:
+        if update.trained:
+            given = (args.name, update.stage, update.role, args.blocks)
+            found, planned = rank_peak(*given), planned_peak(*given)
+            sizes = f"simulated {found / 2**30:.2f} GiB, planned {planned / 2**30:.2f}, ratio {found / planned:.3f}"
+            print(f"{args.name}, {args.blocks} blocks, {update.name}: {sizes}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
