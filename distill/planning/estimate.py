@@ -123,9 +123,10 @@ def make_plan(job: Job) -> Plan:
             size = getattr(spec, name)
             raise UserError(f"{name} {size} is no multiple of {cell}: recipe; a token is {cell} pixels wide")
     spec.network.check()
-    names = ("trajectories", *job.stages) if job.trajectories else tuple(job.stages)
-    if job.trajectories:
-        flow.on_grid(spec.sigmas, flow.sigma_grid(job.trajectories.num_steps, job.trajectories.shift))
+    solver = job.trajectories if job.solves else None
+    names = ("trajectories", *job.stages) if solver else tuple(job.stages)
+    if solver:
+        flow.on_grid(spec.sigmas, flow.sigma_grid(solver.num_steps, solver.shift))
     nets: dict[str, nn.Module] = {}
     for stage in names:
         nets |= meta_networks(job, stage)
@@ -145,8 +146,8 @@ def make_plan(job: Job) -> Plan:
         gather_once=job.gather_once,
         updates=tuple(update for stage in names for update in _updates(job, stage)),
         context={stage: context_bytes(job, stage) for stage in on_policy},
-        trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
-        trajectory_forwards=job.trajectories.num_steps * job.trajectories.guidance.passes if job.trajectories else 0,
+        trajectories=trajectory_bytes(spec, solver.num_pairs) if solver else 0,
+        trajectory_forwards=solver.num_steps * solver.guidance.passes if solver else 0,
         costs={stage: step_costs(job, stage) for stage in job.stages},
         together=job.together,
     )
@@ -213,7 +214,7 @@ def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Se
     if engine in ("zero3", "fsdp2") and offload:
         each = 0.0
     (points, phases), most = update.traced_with(switches), update.activations(*switches)
-    if engine == "fsdp2" and phases:  # not all is gathered when the most is alive
+    if engine == "fsdp2" and phases and "gathered" in parts:  # not all is gathered when the most is alive
         late = max(size + _gathered(plan, update, engine, called) for called, size in phases) - parts["gathered"]
         points = tuple((held, other if held else min(other, round(late))) for held, other in points)
     if micro_steps > 1:  # the gradients wait for the next one
@@ -355,6 +356,7 @@ def job_of(recipe: "Recipe") -> Job:
         checkpointing=recipe.engine.checkpointing,
         at_once=generated_at_once(recipe, spec),
         trajectories=recipe.trajectories,
+        solves=any(recipe.needs(slot).batch != "x0" for slot in recipe.slots),
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
         bucket_mib=recipe.engine.bucket_mib,

@@ -206,7 +206,7 @@ class _Stages:
         both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)
         yield self._stage("extractors", [both], clips=max(codec.encode_bytes, codec.decode_bytes))
         for name in self.job.stages:
-            if name == "init" and any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
+            if name == "init" and self.job.solves:
                 yield self._trajectories()
             yield self._training(name)
         yield self._evaluate()
@@ -331,7 +331,8 @@ class _Stages:
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
         alone = (timed + together) * (clip + few) + step
         shared = {"branches": self._branches}
-        waits = 3 * each + shared["branches"] * (2 * each + test)  # the rest of a group waits for its first rank
+        idle = self._branches if job.together == 1 else 1
+        waits = 3 * each + idle * (2 * each + test)  # the rest of a group waits for its first rank
         decode = waits * job.together * codec.decode
         parts = [
             self._part("teacher", (each + test) * self.teacher_clip, "teacher", each + test, **shared),

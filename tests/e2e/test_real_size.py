@@ -247,9 +247,18 @@ def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role):
     assert max(abs(a - b) for a, b in zip(found, planned, strict=True)) < ODD
 
 
-@pytest.mark.parametrize(("name", "slot", "role"), LOSSES)
+@pytest.mark.parametrize(
+    ("name", "slot", "role"),
+    [
+        ("livetalk", "distill", "student"),
+        ("livetalk", "distill", "fake_score"),
+        ("livetalk 14B to 14B", "init", "student"),
+        ("omniavatar_one_gpu 24 GB", "init", "student"),
+    ],
+)
 def test_a_rank_holds_what_is_planned(name, slot, role):
-    """The backward pass too, under the engine of the recipe: in shards on 8 GPUs, or whole on one."""
+    """The backward pass too, under the engine of the recipe: in shards on 8 GPUs, or whole on one. All of them, at any depth:
+    `python -m tests.support.real_size NAME`."""
     found, planned = rank_peak(name, slot, role), planned_peak(name, slot, role)
     print(f"{name} {slot}.{role}: simulated {found / GIB:.2f}, planned {planned / GIB:.2f} GiB")
     assert found == pytest.approx(planned, rel=0.06)
@@ -306,14 +315,13 @@ def streamed(blocks: int, lead: int, monkeypatch) -> tuple[float, float]:
         stream = Session(bundle, torch.zeros(3, spec.height, spec.width), "a person nods", lead=lead)
         gpu.waits.clear()
         made = 0
-        for _ in range(2 * (spec.history.capacity or 0)):
+        while made <= (spec.history.capacity or 0) + lead:
             stream.push(audio=torch.zeros(16_000))
             for _ in stream.frames():
                 stream.played(stream.point.frame)
                 made += 1
             gpu.peak = gpu.live
         stream.settle()
-        assert made > (spec.history.capacity or 0) + lead
         assert sum(gpu.waits.values()) == made, "for its frames alone"
         return gpu.peak - weights, gpu.live - weights
 

@@ -168,6 +168,15 @@ def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     assert max(waits.values()) > 60, "one clip of the teacher"
 
 
+def test_a_recipe_without_trajectories_is_planned():
+    """LiveAvatar's sigmas are on no grid of its teacher, from which it learns no solutions."""
+    job = job_of(load_recipe(RECIPES / "liveavatar.yaml", ["size=tiny"]))
+    plan = make_plan(job)
+    assert not job.solves
+    assert {update.stage for update in plan.updates} == {"init", "distill"}
+    assert (plan.trajectories, plan.trajectory_forwards) == (0, 0)
+
+
 def test_what_is_alive_beside_counts():
     """The peak is that of an update or of clips, over all else."""
     plan = a_plan(((0, 9000),))
