@@ -52,6 +52,8 @@ class Talker:
     async def run(self, until: float) -> None:
         async with connect(self.url, max_size=2**26, compression=None, proxy=None) as self.socket:
             hello = json.loads(await self.socket.recv())
+            if hello["type"] != "hello":
+                raise ConnectionError(hello.get("message", "refused"))
             self.fps, version = hello["fps"], hello.get("version")
             if version is not None:
                 await self.send(type="hello", version=version)

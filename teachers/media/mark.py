@@ -22,14 +22,14 @@ PACKET = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 </rdf:RDF></x:xmpmeta>
 <?xpacket end="r"?>
 """
-SMALLEST = 7  # pixels of the letters' height
+SMALLEST, SMALL = 7, 10  # pixels of letters: where a line must be, and where small frames have room
 
 
 class Mark:
     """Words in the lower left corner of frames, white on grey that lets the picture through; UserError where they do not fit."""
 
     def __init__(self, text: str, height: int, width: int):
-        size = max(SMALLEST, height // 16)
+        size = max(SMALL, height // 16)
         font = ImageFont.load_default(size)
         left, top, right, bottom = font.getbbox(text)
         while right - left + 4 > width and size > SMALLEST:
@@ -41,7 +41,9 @@ class Mark:
             raise UserError(f"--mark: '{text[:40]}' is {across} pixels wide, frames are {width}; give fewer words")
         letters = Image.new("L", (across, down), 0)
         ImageDraw.Draw(letters).text((2 - left, 2 - top), text, fill=255, font=font)
-        self.letters = torch.from_numpy(np.array(letters))[..., None].to(torch.int32)
+        self.letters = torch.from_numpy(np.array(letters).astype(np.int32) * 3 // 2)[..., None].clamp(
+            max=255
+        )  # thin ones are grey
         self.height, self.width = down, across
 
     def __call__(self, frames: Tensor) -> Tensor:
