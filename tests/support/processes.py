@@ -22,6 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["distill.cli", "distill.pipeline.stages", "distill.commands.sample.command"])
+# The first thread that asks for torch's pool in a forked process makes it anew. Two threads of autograd that ask at once find none
+# ("Invalid thread pool"), therefore the main thread asks before there are others.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _own() -> None:
     """A process of its own: a group to kill, one thread, no garbage collector that visits what was imported before."""
     os.setsid()
     gc.freeze()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # the process was forked before this module was imported
 
 
 def hand_back() -> None:

@@ -191,15 +191,16 @@ def launched(tmp_path_factory) -> Path:
     return folder
 
 
-def apart(launched: Path, prefix: str, expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative distances of what each rank left from what is expected of one process, the largest of both ranks."""
+def apart(launched: Path, prefix: str, expected: dict[str, Tensor], least: float = 1e-12) -> dict[str, float]:
+    """Distances of what each rank left from what is expected of one process, relative to its norm, which counts as `least` where it
+    is smaller; the largest of both ranks."""
     far: dict[str, float] = {}
     for rank in range(2):
         tensors = load_tensors(launched / f"found-{rank}.safetensors")
         found = {key.partition("/")[2]: x for key, x in tensors.items() if key.startswith(f"{prefix}/")}
         assert set(found) == set(expected)
         for name, x in expected.items():
-            distance = float((found[name].double() - x.double()).norm() / x.double().norm().clamp(min=1e-12))
+            distance = float((found[name].double() - x.double()).norm() / x.double().norm().clamp(min=least))
             far[name] = max(far.get(name, 0.0), distance)
     return far
 
@@ -216,7 +217,10 @@ def test_losses_and_gradients_are_those_of_one_process(launched, name):
     expected = gradients(Ranks(), name)
     if name == "gan student":
         assert expected["metric/gan_grad_abs"] > 1e-6
-    far = apart(launched, name, expected)
+    # what keys and queries get of attention to few tokens is 1e-3 of the whole, with the rounding of the whole
+    whole = torch.stack([x.norm() for key, x in expected.items() if not key.startswith("metric/")]).norm()
+    far = apart(launched, name, expected, least=1e-2 * float(whole))
+    far |= {key: distance for key, distance in apart(launched, name, expected).items() if key.startswith("metric/")}
     assert {key: distance for key, distance in far.items() if not distance < 1e-5} == {}
 
 

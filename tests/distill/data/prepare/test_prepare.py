@@ -187,7 +187,11 @@ def test_killed_at_random_and_run_again_is_as_never_killed(reference, manifest, 
         arguments = (manifest, videos, out, "folder", CONFIG, 4)
         process = context.Process(target=prepare, args=arguments)
         process.start()
-        time.sleep(rng.uniform(0.03, 0.2))
+        # by what is written, not by time: a fast machine would be done before it is killed
+        until = len(list(out.glob("*"))) + rng.randint(1, 3)
+        while process.is_alive() and len(list(out.glob("*"))) < until:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
         kills += process.is_alive()
         process.kill()
         process.join()
