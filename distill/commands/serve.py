@@ -52,6 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse pictures and words unlike what the student was trained on"
     )
+    parser.add_argument(
+        "--livekit",
+        metavar="URL",
+        help="be the avatar of LiveKit agents in rooms of this server: those that POST /livekit asks for, and --room",
+    )
+    parser.add_argument(
+        "--room",
+        help="LiveKit room to wait in for an agent (LIVEKIT_API_KEY and LIVEKIT_API_SECRET in the environment)",
+    )
     devices.add_arguments(parser)
 
 
@@ -61,6 +70,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--port must lie in 0..65535, --viewers and --lead from 1; choose others")
     if not all(importlib.util.find_spec(name) for name in NEEDED):
         raise UserError(f"distill serve needs {', '.join(NEEDED)}: pip install 'avatar-distill[serve]'")
+    if args.room is not None and args.livekit is None:
+        raise UserError("--room is one of a LiveKit server; name it by --livekit URL")
+    doors = []
+    if args.livekit is not None:
+        from distill.live.doors.livekit import LiveKitDoor
+
+        doors.append(LiveKitDoor(args.livekit, args.room))
     import uvicorn
 
     from distill.live.scheduler import Engine
@@ -73,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width), args.crop)
     engine = Engine(bundle, talker, args.viewers, args.lead)
     engine.warm_up(portraits[0] if bundle.spec.takes_image else None)
-    app = build_app(engine, portraits, args.host, args.crop, args.strict)
+    opened = [door.open(engine, portraits) for door in doors]
+    app = build_app(engine, portraits, args.host, args.crop, args.strict, opened)
     server = uvicorn.Server(settings(app, args.host, args.port))
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

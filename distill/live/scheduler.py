@@ -78,8 +78,8 @@ class Engine:
         self.woken.set()
         return future
 
-    def join(self, emit: Callable[[dict | bytes], None]) -> Viewer | None:
-        """A new viewer, None when the maximum number of viewers is reached. On the engine's thread."""
+    def join(self, emit: Callable[[Any], None], **options: Any) -> Viewer | None:
+        """A new viewer with `options` of its own, None when the maximum number of viewers is reached. On the engine's thread."""
         if len(self.viewers) >= self.max_viewers:
             self.totals.refused += 1
             return None
@@ -89,7 +89,7 @@ class Engine:
             self.totals.turns += 1
             self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
-        viewer = Viewer(self.bundle, self.lead, emit, talk, self._margin)
+        viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer

@@ -11,10 +11,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import psutil
@@ -45,6 +45,7 @@ OPEN_SECONDS = 60.0  # and one that never opens a stream
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 FULL, GONE = 1013, 1001
 PAGE = Path(__file__).with_name("page.html")
+CLIENT = Path(__file__).with_name("client.js")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
     " img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -54,8 +55,22 @@ HEADERS = {
 }
 
 
+class Door(Protocol):
+    """Another way in, beside the page: `distill.live.doors`."""
+
+    def routes(self) -> list[Route]: ...
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+
+
 def build_app(
-    engine: Engine, portraits: list[Tensor], host: str, crop: str = "face", strict: bool = False
+    engine: Engine,
+    portraits: list[Tensor],
+    host: str,
+    crop: str = "face",
+    strict: bool = False,
+    doors: Sequence[Door] = (),
 ) -> Starlette:
     """The application; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. `host` is the address that is bound, `crop`
     the rule for pictures that are sent; `strict` refuses pictures and words unlike what the student was trained on."""
@@ -64,15 +79,21 @@ def build_app(
     @asynccontextmanager
     async def lifespan(_: Starlette):
         engine.start()
+        running = [asyncio.create_task(door.run()) for door in doors]
         yield
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         server.decoders.close()
         await asyncio.to_thread(engine.stop)
 
     routes = [
         Route("/", server.page),
+        Route("/client.js", server.client),
         Route("/portraits/{number:int}.png", server.portrait),
         Route("/metrics", server.metrics),
         WebSocketRoute("/live", server.live),
+        *(route for door in doors for route in door.routes()),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.add_middleware(SameSite, loopback=host in LOOPBACK)
@@ -146,6 +167,9 @@ class Server:
     async def page(self, _: Request) -> Response:
         self.decoders.start()  # somebody comes who may send files
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
+
+    async def client(self, _: Request) -> Response:
+        return Response(CLIENT.read_text(encoding="utf-8"), media_type="text/javascript", headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
         number = request.path_params["number"]
@@ -224,6 +248,7 @@ class Server:
         spec = viewer.spec
         return {
             "type": "hello",
+            "version": protocol.VERSION,
             "width": spec.width,
             "height": spec.height,
             "fps": float(spec.fps),
@@ -270,7 +295,7 @@ class Server:
 
     async def _answer(self, inbox: asyncio.Queue, viewer: Viewer, put: Any) -> None:
         picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
-        mistakes = 0
+        mistakes, greeted = 0, False
         while mistakes < MAX_MISTAKES:
             patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
             try:
@@ -282,7 +307,10 @@ class Server:
             if message["type"] == "websocket.disconnect":
                 return
             try:
-                if message.get("bytes") is not None:
+                if not greeted:
+                    protocol.check_hello(message.get("text"))
+                    greeted = True
+                elif message.get("bytes") is not None:
                     await self._binary(viewer, message["bytes"], picture, put)
                 else:
                     await self._handle(viewer, protocol.parse(message.get("text") or ""), picture, put)
@@ -290,6 +318,9 @@ class Server:
                 mistakes += 1
                 self.mistakes += 1
                 put({"type": "error", "message": str(error)[:300]})
+                if isinstance(error, protocol.ProtocolError):
+                    await asyncio.sleep(0.1)
+                    return
         put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
@@ -305,6 +336,8 @@ class Server:
         elif kind == protocol.FILE:
             sound, _ = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
             await self._ask(viewer.say, sound, time.monotonic())
+        elif kind == protocol.SPEECH:
+            await self._ask(lambda: viewer.speak(protocol.to_sound(content), time.monotonic()))
         else:
             await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))
 
@@ -330,6 +363,8 @@ class Server:
         elif isinstance(message, protocol.SetText):
             await self._check_coverage(None, message.text, put)
             await self._ask(lambda: viewer.set_text(message.text, time.monotonic()))
+        elif isinstance(message, protocol.Spoken):
+            await self._ask(viewer.spoken)
         elif isinstance(message, protocol.Interrupt):
             await self._ask(lambda: viewer.interrupt(time.monotonic()))
         elif isinstance(message, protocol.Played):
