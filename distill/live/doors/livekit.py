@@ -70,18 +70,16 @@ class Picture(VideoGenerator):
         """The agent was interrupted: silence at once."""
         self.stream.interrupt()
         if self.sync is not None:
-            await self.sync.clear_queue()
-            self.sync.reset()
+            await self.sync.clear_queue()  # its `reset` would end it while a frame waits
 
     async def _beats(self) -> AsyncIterator[rtc.VideoFrame | rtc.AudioFrame | AudioSegmentEnd]:
         async for beat in self.stream:
             cuts = self.stream.cuts
             for _ in range(beat.ended):
                 yield AudioSegmentEnd()
-            if beat.fresh and self.sync is not None:
-                self.sync.reset()
             if len(beat.sound) and cuts == self.stream.cuts:
                 yield rtc.AudioFrame(beat.sound.tobytes(), RATE, 1, len(beat.sound))
+                await asyncio.sleep(beat.due - self.stream.loop.time())  # what came early waits in the audio's queue
             if cuts == self.stream.cuts:
                 height, width, _ = beat.picture.shape
                 yield rtc.VideoFrame(width, height, rtc.VideoBufferType.RGB24, beat.picture.tobytes())

@@ -37,7 +37,7 @@ class AvatarVideoService(AIService):
 
     reference [3, H, W] in [-1, 1] (None for a student that draws from text alone), `text` and `seed` as for a Session. TTS audio is
     held until its frame is due; a TTSStoppedFrame and the EndFrame until what came before was shown; an InterruptionFrame drops
-    what is held. Images come all the time, 60 ms of audio ahead of their time, so that a transport never runs dry.
+    what is held. Images come all the time, with speech a frame ahead of their time, so that a transport never runs dry.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AvatarVideoService(AIService):
     async def start(self, frame: StartFrame) -> None:
         """Begin the stream."""
         await super().start(frame)
-        self._stream = await AvatarStream.open(self._engine, *self._given, rate=self._rate)
+        self._stream = await AvatarStream.open(self._engine, *self._given, rate=self._rate, ahead=1.0)
         self._emitting = self.create_task(self._emit(self._stream))
 
     async def stop(self, frame: EndFrame) -> None:

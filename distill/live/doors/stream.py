@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,14 @@ SILENCE = np.zeros(0, np.int16)
 @dataclass(frozen=True)
 class Beat:
     """One frame's time: its number in the session, `picture` uint8 [H, W, 3], and `sound` int16 [n] at the stream's rate up to
-    the last sample of speech, empty where nothing is said. `ended`: sentences whose last frame was the one before. `fresh`: the
-    clock began anew: at the start, after an interrupt, after a frame that came late, and where speech begins."""
+    the last sample of speech, empty where nothing is said. `due`: the loop's time at which both should come out. `ended`:
+    sentences whose last frame was the one before."""
 
     number: int
     picture: np.ndarray
-    sound: np.ndarray = field(default_factory=lambda: SILENCE)
+    sound: np.ndarray
+    due: float
     ended: int = 0
-    fresh: bool = False
 
 
 class Voice:
@@ -150,12 +150,13 @@ def load_avatar(student: Path, portrait: Path, viewers: int = 8, crop: str = "fa
 
 class AvatarStream:
     """`open` it, `push` speech and `end` sentences as they come, `interrupt`, and read beats with `async for`, each when it is due;
-    while sound is heard, those after the first come `ahead` seconds early, so that a transport never runs dry. All on one loop."""
+    while sound is heard, those after the first come `ahead` frames early, so that a transport never runs dry. All on one loop."""
 
     def __init__(self, engine: Engine, rate: int, ahead: float):
-        self.engine, self.rate, self.ahead = engine, rate, ahead
+        self.engine, self.rate = engine, rate
         self.loop = asyncio.get_running_loop()
         self.fps, self.samples = float(engine.bundle.spec.fps), engine.bundle.spec.samples_per_frame
+        self.ahead = ahead / self.fps
         self.frames: deque[tuple[int, np.ndarray]] = deque()
         self.voice = Voice(rate)
         self.viewer: Viewer | None = None  # None once it is closed
@@ -169,7 +170,7 @@ class AvatarStream:
 
     @classmethod
     async def open(
-        cls, engine: Engine, reference: Tensor | None, text: str, seed: int = 0, rate: int = 24_000, ahead: float = 0.06
+        cls, engine: Engine, reference: Tensor | None, text: str, seed: int = 0, rate: int = 24_000, ahead: float = 0.75
     ) -> "AvatarStream":
         """Begin a stream of the portrait [3, H, W] in [-1, 1], which idles. UserError when the maximum number of viewers is
         reached."""
@@ -260,8 +261,8 @@ class AvatarStream:
         self.voice.forget((number + 1) * self.samples)
         late = self.due is None or now - self.due > LATE
         self.stalls += late and self.due is not None and not self.interrupted
-        fresh = late or self.interrupted or (len(sound) > 0 and not self.early)
-        self.due = (now if late or self.due is None else self.due) + 1 / self.fps
+        due = now if late or self.due is None else self.due
+        self.due = due + 1 / self.fps
         self.early = self.ahead if len(sound) else 0.0
         self.interrupted = False
         ended, self.ended = self.ended, 0
@@ -269,7 +270,7 @@ class AvatarStream:
             self.voice.marks.popleft()
             self.ended += 1
         self._tell(self._viewer.played, number + 1, self.epoch, time.monotonic())
-        return Beat(number, picture, sound, ended, bool(fresh))
+        return Beat(number, picture, sound, due, ended)
 
     def _cut(self) -> None:  # on the engine's thread
         viewer = self.joined
