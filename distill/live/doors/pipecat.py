@@ -61,7 +61,11 @@ class AvatarVideoService(AIService):
     async def start(self, frame: StartFrame) -> None:
         """Begin the stream."""
         await super().start(frame)
-        self._stream = await AvatarStream.open(self._engine, *self._given, rate=self._rate, ahead=1.0)
+        try:
+            self._stream = await AvatarStream.open(self._engine, *self._given, rate=self._rate, ahead=1.0)
+        except UserError as error:
+            await self.push_error(str(error), exception=error)
+            return
         self._emitting = self.create_task(self._emit(self._stream))
 
     async def stop(self, frame: EndFrame) -> None:
