@@ -55,6 +55,8 @@ class Participant:
     async def perform_rpc(self, *, destination_identity: str, method: str, payload: str) -> str:
         there = self.other.local_participant
         assert there.identity == destination_identity
+        if method not in there._rpc_handlers:
+            raise rtc.RpcError(rtc.RpcError.ErrorCode.UNSUPPORTED_METHOD, "Method not supported at destination")
         return there._rpc_handlers[method](
             rtc.RpcInvocationData(request_id="1", caller_identity=self.identity, payload=payload, response_timeout=1.0)
         )
