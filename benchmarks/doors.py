@@ -1,7 +1,7 @@
 """An agent that talks through a door in real time: how late the first frame is, how far sound and picture are apart, and what an
 interrupt leaves.
 
-    python benchmarks/doors.py livekit|pipecat --student runs/dmd_avatar/student [--minutes 10] [--turns 40] [--json OUT]
+    python -m benchmarks.doors livekit|pipecat --student runs/dmd_avatar/student [--minutes 10] [--turns 40] [--json OUT]
 
 One sentence of so many minutes, pushed at once; then turns; then turns that are interrupted. livekit: livekit-agents' own output,
 receiver, runner and tracks, in a room without a server; times are those at which an encoder gets a block of 10 ms or a frame.
@@ -79,7 +79,9 @@ class Recorder:
         self.sound.append((at, block[block != 0]))
 
     def see(self, at: float, picture: np.ndarray) -> None:
-        self.video.append((at, read_stamp(picture)))
+        number = read_stamp(picture)
+        if not self.video or self.video[-1][1] != number:  # a transport may repeat what it shows
+            self.video.append((at, number))
 
     def sound_times(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples heard before each block that has some, and the block's time."""
@@ -111,8 +113,8 @@ class LiveKit:
         from livekit import rtc
         from livekit.agents.voice.avatar import DataStreamAudioOutput
 
+        from benchmarks.livekit_room import Tape, a_room
         from distill.live.doors import livekit as door
-        from tests.support.livekit_room import Tape, a_room
 
         self.rtc, self.tape = rtc, Recorder()
         door.AvatarStream = Marked
@@ -161,10 +163,9 @@ class Pipecat:
         from pipecat.frames import frames
         from pipecat.pipeline.pipeline import Pipeline
         from pipecat.pipeline.worker import PipelineParams, PipelineWorker
-        from pipecat.transports.base_output import BaseOutputTransport
-        from pipecat.transports.base_transport import TransportParams
         from pipecat.workers.runner import WorkerRunner
 
+        from benchmarks.pipecat_screen import Screen
         from distill.live.doors import pipecat as door
 
         logger.remove()
@@ -173,32 +174,7 @@ class Pipecat:
         self.tape, self.stopped, ready = tape, asyncio.Event(), asyncio.Event()
         spec = engine.bundle.spec
 
-        class Screen(BaseOutputTransport):
-            free = 0.0
-
-            async def start(self, frame) -> None:
-                await super().start(frame)
-                await self.set_transport_ready(frame)
-
-            async def write_audio_frame(self, frame) -> bool:
-                if time.monotonic() - self.free > 0.04:
-                    self.free = time.monotonic()
-                tape.hear(self.free, np.frombuffer(frame.audio, np.int16))
-                self.free += frame.num_frames / frame.sample_rate
-                await asyncio.sleep(self.free - time.monotonic())
-                return True
-
-            async def write_video_frame(self, frame) -> bool:
-                number = read_stamp(np.frombuffer(frame.image, np.uint8).reshape(*frame.size[::-1], 3))
-                if not tape.video or tape.video[-1][1] != number:  # a transport repeats what it shows
-                    tape.video.append((time.monotonic(), number))
-                return True
-
-        screen = Screen(
-            TransportParams(
-                audio_out_enabled=True, video_out_enabled=True, video_out_width=spec.width, video_out_height=spec.height
-            )
-        )
+        screen = Screen((spec.height, spec.width), tape.hear, tape.see)
         service = door.AvatarVideoService(engine, portrait)
         self.worker = PipelineWorker(
             Pipeline([service, screen]), cancel_on_idle_timeout=False, params=PipelineParams(audio_out_sample_rate=RATE)

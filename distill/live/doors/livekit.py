@@ -5,6 +5,7 @@ The agent's side is livekit-agents' `DataStreamAudioOutput`. It asks for an avat
 waits in one room for whichever agent comes.
 """
 
+# pyright: reportMissingImports=false
 import asyncio
 import json
 import logging

@@ -3,6 +3,7 @@
 Put it between the TTS service and the output transport, which needs `video_out_enabled` and the student's size.
 """
 
+# pyright: reportMissingImports=false
 import asyncio
 from collections import deque
 from typing import Any

@@ -1,24 +1,30 @@
 """The LiveKit door with livekit-agents' own classes on both sides of a room without a server."""
 
 import asyncio
+import json
 import time
-from contextlib import asynccontextmanager
+import urllib.error
+import urllib.request
+from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
 import pytest
 
 pytest.importorskip("livekit.agents", reason="the LiveKit door: pip install 'avatar-distill[livekit]'")
 
+import jwt
 from livekit import rtc
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
+from benchmarks.livekit_room import Room, Tape, a_room
+from distill.cli import main
 from distill.live.doors import livekit as door
 from distill.live.scheduler import Engine
+from distill.live.server import running
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
-from tests.support.livekit_room import Room, Tape, a_room
-from tests.support.serving import a_puppet
+from tests.support.serving import a_puppet, eventually
 
 RATE, FRAME = 24_000, 0.08
 
@@ -124,6 +130,93 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
     between = mouth[(mouth[:, 0] > at + 0.15) & (mouth[:, 0] < voiced[1, 0] - 0.04)]
     assert len(between) > 5
     assert not between[1:, 1].any()
+
+
+@contextmanager
+def a_server(monkeypatch, rooms: list[Room], room: str | None = None, viewers: int = 2):
+    """`distill serve --livekit` on the avatar's sides of wired rooms, one after the other: its address and engine."""
+    monkeypatch.setattr(door.rtc, "Room", lambda: rooms.pop(0))
+    engine = Engine(a_puppet(), Echo(), viewers)
+    opened = door.LiveKitDoor("ws://127.0.0.1:1", room, "key", "secret" * 8).open(engine, [tiny.a_portrait()])
+    with running(engine, [tiny.a_portrait()], doors=[opened]) as address:
+        yield address, engine
+
+
+def ask(address: str, body: object) -> tuple[int, dict]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://{address}/livekit", data)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_an_agent_asks_for_an_avatar_which_leaves_with_it(monkeypatch):
+    agent, avatar = a_room()
+    with a_server(monkeypatch, [avatar]) as (address, engine):
+        assert ask(address, {"token": "its.room.token", "text": "a person smiles"}) == (
+            200,
+            {"joined": "ws://127.0.0.1:1"},
+        )
+        eventually(avatar.local_participant.published.is_set, 10)
+        assert avatar.local_participant.attributes == {"lk.publish_on_behalf": "agent"}
+        assert [viewer.session.point.text for viewer in engine.viewers] == ["a person smiles"]
+        avatar.emit("participant_disconnected", agent.local_participant)
+        eventually(lambda: avatar.left and not engine.viewers, 10)
+
+
+def test_what_an_agent_asks_wrongly_is_refused_in_one_line(monkeypatch):
+    rooms = [a_room()[1] for _ in range(2)]
+    with a_server(monkeypatch, rooms, viewers=1) as (address, engine):
+        for body, why in (
+            (b"{", "no JSON"),
+            ([], "no object"),
+            ({}, "token"),
+            ({"token": "x", "portrait": 3}, "no portrait 3: choose 0..0"),
+            ({"token": "x", "more": 1}, "more"),
+            (b"x" * 20_000, "more than 16384 bytes"),
+            ({"token": "wrong"}, "cannot join a LiveKit room at ws://127.0.0.1:1 (invalid token); check URL and token"),
+        ):
+            status, answer = ask(address, body)
+            assert status == 400
+            assert why in answer["error"]
+        engine.max_viewers = 0
+        assert "maximum number of viewers reached (0)" in ask(address, {"token": "x"})[1]["error"]
+        assert engine.viewers == []
+
+
+def test_it_waits_in_a_room_for_one_agent_after_the_other_and_ends_with_the_server(monkeypatch):
+    pairs = [a_room() for _ in range(2)]
+    with a_server(monkeypatch, [avatar for _, avatar in pairs], room="lobby") as (_, engine):
+        for agent, avatar in pairs:
+            eventually(avatar.local_participant.published.is_set, 10)
+            if agent is pairs[0][0]:
+                avatar.emit("participant_disconnected", agent.local_participant)
+    assert all(avatar.left for _, avatar in pairs)
+    assert engine.viewers == []
+
+
+def test_its_token_lets_it_join_that_room_as_an_avatar():
+    token = door.LiveKitDoor("wss://x", "lobby", "key", "secret" * 8).token()
+    claims = jwt.decode(token, "secret" * 8, algorithms=["HS256"])
+    assert (claims["iss"], claims["sub"], claims["kind"]) == ("key", "avatar", "agent")
+    assert claims["video"]["room"] == "lobby"
+    assert claims["video"]["roomJoin"]
+
+
+def test_mistakes_of_the_command_line_are_one_line(monkeypatch, capsys):
+    for name in ("LIVEKIT_API_KEY", "LIVEKIT_API_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    for words, why in (
+        (["--room", "lobby"], "name it by --livekit"),
+        (["--livekit", "lobby"], "give a URL such as wss://"),
+        (["--livekit", "wss://x", "--room", "lobby"], "LIVEKIT_API_KEY and LIVEKIT_API_SECRET"),
+    ):
+        assert main(["serve", "--student", "x", *words]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert why in lines[0]
 
 
 def test_two_agents_of_one_name_in_two_rooms_interrupt_their_own_avatar():

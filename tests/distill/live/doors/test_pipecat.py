@@ -17,7 +17,6 @@ from pipecat.frames.frames import (
     InterruptionFrame,
     OutputAudioRawFrame,
     OutputImageRawFrame,
-    StartFrame,
     TextFrame,
     TTSAudioRawFrame,
     TTSStartedFrame,
@@ -26,10 +25,9 @@ from pipecat.frames.frames import (
 from pipecat.pipeline.pipeline import Pipeline
 from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.tests.utils import SleepFrame, run_test
-from pipecat.transports.base_output import BaseOutputTransport
-from pipecat.transports.base_transport import TransportParams
 from pipecat.workers.runner import WorkerRunner
 
+from benchmarks.pipecat_screen import Screen
 from distill.live.doors.pipecat import AvatarVideoService
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
@@ -116,38 +114,23 @@ def test_after_an_interruption_nothing_of_the_old_sentence_goes_on():
     assert not any(mouth_open(frame) for frame in quiet[1:])
 
 
-class Screen(BaseOutputTransport):
-    """An output transport that plays in real time and notes when."""
+class Played:
+    """What a transport played, and when: sound int16 [n], and whether the mouth is open."""
 
     def __init__(self):
-        super().__init__(
-            TransportParams(audio_out_enabled=True, video_out_enabled=True, video_out_width=16, video_out_height=16)
-        )
         self.sound: list[tuple[float, np.ndarray]] = []
         self.video: list[tuple[float, bool]] = []
-        self.free = 0.0
-
-    async def start(self, frame: StartFrame) -> None:
-        await super().start(frame)
-        await self.set_transport_ready(frame)
-
-    async def write_audio_frame(self, frame: OutputAudioRawFrame) -> bool:
-        if time.monotonic() - self.free > 0.04:  # its own buffer
-            self.free = time.monotonic()
-        self.sound.append((self.free, np.frombuffer(frame.audio, np.int16)))
-        self.free += frame.num_frames / frame.sample_rate
-        await asyncio.sleep(self.free - time.monotonic())
-        return True
-
-    async def write_video_frame(self, frame: OutputImageRawFrame) -> bool:
-        self.video.append((time.monotonic(), bool(mouth_open(frame))))
-        return True
+        self.screen = Screen(
+            (16, 16),
+            lambda at, block: self.sound.append((at, block)),
+            lambda at, picture: self.video.append((at, picture[11, 8, 0] > 60)),
+        )
 
 
-async def through_a_transport(service: AvatarVideoService, sent: list) -> tuple[Screen, dict[type, float]]:
-    """What the transport plays of the frames, and when frames of each type came out behind it."""
-    screen, times = Screen(), {}
-    worker = PipelineWorker(Pipeline([service, screen]), cancel_on_idle_timeout=False, params=PipelineParams())
+async def through_a_transport(service: AvatarVideoService, sent: list) -> tuple[Played, dict]:
+    """What the transport plays of the frames, and when frames of each type were sent, and came out behind it ("out", type)."""
+    screen, times = Played(), {}
+    worker = PipelineWorker(Pipeline([service, screen.screen]), cancel_on_idle_timeout=False, params=PipelineParams())
     started = asyncio.Event()
     worker.set_reached_downstream_filter((BotStartedSpeakingFrame, BotStoppedSpeakingFrame, InterruptionFrame))
 

@@ -69,6 +69,9 @@ class Participant:
         self.other.byte_handlers[topic](reader, self.identity)
         return Writer(reader)
 
+    async def set_attributes(self, attributes: dict[str, str]) -> None:
+        self.attributes |= attributes
+
     async def publish_track(self, track: rtc.Track, options) -> SimpleNamespace:
         self.tracks.append(track)
         if len(self.tracks) == 2:
@@ -84,9 +87,17 @@ class Room(rtc.EventEmitter):
         self.local_participant = Participant(identity)
         self.remote_participants: dict[str, Participant] = {}
         self.byte_handlers: dict = {}
+        self.left = False
 
     def isconnected(self) -> bool:
         return True
+
+    async def connect(self, url: str, token: str) -> None:
+        if token == "wrong":
+            raise rtc.ConnectError("invalid token")
+
+    async def disconnect(self) -> None:
+        self.left = True
 
     def register_byte_stream_handler(self, topic: str, handler) -> None:
         self.byte_handlers[topic] = handler
