@@ -1,6 +1,9 @@
 """client.js in a real browser, embedded as docs/serving.md says, against the real server."""
 
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,14 +34,21 @@ CONNECT = """async url => {
 SPEAK = "avatarClient.speak(Int16Array.from({length: 16000 * %d}, (_, i) => 12000 * Math.sin(i * 0.157)))"
 
 
+def guide(language: str, marker: str) -> str:
+    """The guide's block of a language that holds a marker."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (block for block in blocks if marker in block)
+    return found
+
+
 class Embedded:
     """The guide's snippet on the server's own host, and a client of another version."""
 
     def routes(self) -> list[Route]:
-        snippet = re.search(r"```html\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+        snippet = guide("html", "/client.js")
         other = CLIENT.read_text(encoding="utf-8").replace("VERSION = 1,", "VERSION = 2,")
         return [
-            Route("/embed", lambda _: HTMLResponse(f"<!doctype html>{snippet[1]}")),
+            Route("/embed", lambda _: HTMLResponse(f"<!doctype html>{snippet}")),
             Route("/other.js", lambda _: Response(other, media_type="text/javascript")),
         ]
 
@@ -87,3 +97,42 @@ def test_another_version_and_one_too_many_are_rejected_in_words(page):
     answers = [page.evaluate(CONNECT, "/client.js") for _ in range(3)]
     assert answers == ["in", "in", "maximum number of viewers reached (2); try again later"]
     page.evaluate("kept.forEach(avatar => avatar.close())")
+
+
+def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):  # noqa: F811
+    engine = Engine(serving.a_puppet(), Echo(), 2)
+    with running(engine, read_portraits([], (16, 16))) as address, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        app = guide("python", "uvicorn.run").replace("127.0.0.1:8800", address).replace("port=8000", f"port={port}")
+        assert len(app.splitlines()) <= 52
+        (tmp_path / "app.py").write_text(app, encoding="utf-8")
+        with subprocess.Popen([sys.executable, tmp_path / "app.py"], stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while "running on" not in process.stderr.readline():
+                    assert process.poll() is None
+                page = chromium.new_page()
+                page.goto(f"http://127.0.0.1:{port}/")
+                page.fill("#question", "one two three")
+                page.click("button")
+                until(page, "window.avatarClient && avatarClient.shown > 4")
+                page.evaluate(NAMES)
+                page.evaluate(RECORD, MOUTH.start + 1)
+                page.click("button")
+                page.wait_for_timeout(3000)
+                sound, _, drawn = tapes(page)
+                assert np.abs(sound).max() > 0.1
+                assert np.ptp(drawn[:, 2]) > 100
+                assert page.inner_text("#answer") == "You asked: one two three"
+                page.close()
+                serving.eventually(lambda: not engine.viewers, 20.0)
+            finally:
+                process.kill()
+
+
+def test_the_guides_program_talks_through_the_avatar(capsys):
+    engine = Engine(serving.a_puppet(), Echo(), 2)
+    with running(engine, read_portraits([], (16, 16))) as address:
+        code = guide("python", "import Client").replace("127.0.0.1:8800", address)
+        exec(compile(code, str(GUIDE), "exec"), {})
+    assert "(16, 16, 3)" in capsys.readouterr().out

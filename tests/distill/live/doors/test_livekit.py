@@ -22,6 +22,7 @@ from distill.live.doors import livekit as door
 from distill.live.scheduler import Engine
 from distill.live.server import running
 from distill.live.talkers import Echo
+from teachers.errors import UserError
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
 from tests.support.serving import a_puppet, eventually
@@ -184,6 +185,13 @@ def test_what_an_agent_asks_wrongly_is_refused_in_one_line(monkeypatch):
         engine.max_viewers = 0
         assert "maximum number of viewers reached (0)" in ask(address, {"token": "x"})[1]["error"]
         assert engine.viewers == []
+
+
+def test_a_server_that_is_not_there_is_said_in_one_line():
+    with pytest.raises(
+        UserError, match=r"^cannot join a LiveKit room at ws://127.0.0.1:1 \(.*refused.*\); check URL and token$"
+    ):
+        asyncio.run(door.attend(Engine(a_puppet(), Echo()), "ws://127.0.0.1:1", "a.b.c", tiny.a_portrait(), "x"))
 
 
 def test_it_waits_in_a_room_for_one_agent_after_the_other_and_ends_with_the_server(monkeypatch):
