@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from torch import Tensor, nn
 
 from teachers import flow
@@ -155,8 +155,9 @@ class LongCatConfig(SpanKind):
             raise UserError(f"window {self.window}: network longcat; give an odd number of audio rows, published is 5")
 
     def set_attention(self, net: "LongCat", backend: str) -> None:
-        for block in net.blocks:
-            cast(LongCatBlock, block).backend = AttentionBackendName(backend.lower())
+        with attention_backend(backend.lower()):  # refuses what is not installed
+            for block in net.blocks:
+                cast(LongCatBlock, block).backend = AttentionBackendName(backend.lower())
 
     @property
     def lora_targets(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTimeTextImageEmbedding
 from torch import Tensor, nn
@@ -52,7 +53,9 @@ class WanKind(SpanKind):
         return AvatarTransformer
 
     def set_attention(self, net: "AvatarTransformer", backend: str) -> None:
-        net.set_attention_backend(backend)
+        # the context's end undoes what diffusers changes beside this network's: the backend of all others
+        with attention_backend():
+            net.set_attention_backend(backend)
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
         common = math.gcd(self.num_heads, tokens)
@@ -151,7 +154,7 @@ class AvatarTransformer(SpanTransformer):
         self.add_positions(head_dim, patch, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
-        self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
+        self.condition_embedder.timesteps_proj = cast(Any, TimeSinusoids(freq_dim))
         self.blocks = nn.ModuleList(
             self.block_class(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
             for _ in range(num_layers)

@@ -4,12 +4,14 @@ import sys
 
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx, config
 
 from students.history import History
 from students.serving.optimize import Speed, prepare
 from teachers.errors import UserError
+from teachers.networks import wan_block
 from teachers.networks.wan import NetworkConfig
 from tests.students.serving.test_session import PER_FRAME, film, play
 from tests.support.tiny import NETWORK, a_bundle, some_sound
@@ -55,8 +57,21 @@ def test_what_inductor_makes_draws_the_same():
     assert (compiled - shown(Speed(), **small)).abs().max() <= 2
 
 
-def test_an_attention_backend_is_used_and_an_unknown_one_is_one_line():
-    assert (shown(Speed(attention="_native_math")) - shown(Speed())).abs().max() <= 2
+def test_an_attention_backend_is_used_by_its_student_alone_and_an_unknown_one_is_one_line(monkeypatch):
+    used = []
+
+    def dispatch(*inputs, backend=None, **given):
+        used.append(backend)
+        return attention_dispatch.dispatch_attention_fn(*inputs, backend=backend, **given)
+
+    monkeypatch.setattr(wan_block, "dispatch_attention_fn", dispatch)
+    before = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    chosen = shown(Speed(attention="_native_math"))
+    assert set(used) == {"_native_math"}
+    assert attention_dispatch._AttentionBackendRegistry.get_active_backend() == before, "of this student alone"
+    used.clear()
+    assert (chosen - shown(Speed())).abs().max() <= 2
+    assert set(used) == {None}
     with pytest.raises(UserError, match=r"^attention backend 'flush': [^\n]*; native always works$"):
         prepare(a_bundle(), "cpu", Speed(attention="flush"))
 
