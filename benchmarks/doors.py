@@ -305,7 +305,7 @@ async def measure(args: argparse.Namespace) -> dict:
         ):
             results[name] = await part()
             sys.stderr.write(json.dumps({name: results[name]}) + "\n")
-        results["step_ms"] = spread(engine.step_seconds)
+        results["step_ms"] = spread(engine.recent)
     finally:
         await door.close()
         await asyncio.to_thread(engine.stop)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from distill.live import protocol
+from distill.live.operations.limits import Allowance
 from distill.live.turns import Endpointer, Listening, Playhead, Turn
 from eval.speed.latency import percentile
+from students.serving.inputs import Starved
 from students.serving.session import Chunk, Session
 from students.weights.checkpoint import Bundle
 from teachers.encoders.small import SAMPLE_RATE
@@ -51,6 +53,8 @@ class Viewer:
         self.opened = self.ttff = 0.0
         self.waited = False  # for the viewer's playhead, since the last chunk
         self.seconds: deque[float] = deque(maxlen=KEPT)
+        self.allowance = Allowance()
+        self.spent = 0.0  # seconds of the engine, the older the less
         self.answered: dict[int, float] = {}  # seconds from the turn's end to the handing over of its first chunk
 
     # ---- what the viewer does
@@ -125,7 +129,7 @@ class Viewer:
     def set_text(self, text: str, now: float) -> None:
         """Another text condition, felt from the next chunk on that can still reach the viewer."""
         session = self._open()
-        how = "recache" if self.spec.history.commit == "clean" else "keep"
+        how = "recache" if session.spec.history.commit == "clean" else "keep"
         self._rewind(now, keep_input=True)
         self._noting(lambda: session.set(text, how=how))
         self.emit({"type": "text", "text": text})
@@ -160,6 +164,11 @@ class Viewer:
 
     def step(self, now: float, clock: Callable[[], float]) -> Chunk | None:
         """Draw and hand over the next chunk, if the viewer is near enough."""
+        session, began = self.prepare(now), clock()
+        return self.deliver(session.step(), now, began, clock())
+
+    def prepare(self, now: float) -> Session:
+        """The first half of a step: the session, given the sound of its next chunk."""
         session, turn = self._open(), self.turn
         if turn is not None and not turn.begun and self._ready(turn):
             self._begin(turn, now)
@@ -169,22 +178,24 @@ class Viewer:
                 self._let_in(piece, len(piece))
         elif (missing := self._missing(None)) > 0 and self.spec.speakers > 1:
             self._let_in(None, missing)
-        dry = self.playhead.dry(now, session.point.frame)
-        began = clock()
-        chunk = session.step()
-        if not isinstance(chunk, Chunk):
+        return session
+
+    def deliver(self, found: Chunk | Starved, now: float, began: float, ended: float) -> Chunk | None:
+        """The second half: hand over what the session gave; None where that is no chunk. `now` is the first half's, drawing `began`
+        and `ended` then."""
+        if not isinstance(found, Chunk):
             self.waited = True
             return None
-        ended = clock()
-        self.emit(self.pack(chunk, self.epoch))
+        dry = self.playhead.dry(now, found.first_frame)
+        self.emit(self.pack(found, self.epoch))
         self.placed.clear()
         self.seconds.append(ended - began)
         self.chunks += 1
         self.stalls += self.playhead.at is not None and ended > dry
         self.ttff = self.ttff or ended - self.opened
-        if turn is not None and turn.begun:
-            self._send_timing(turn, chunk, now, ended)
-        return chunk
+        if self.turn is not None and self.turn.begun:
+            self._send_timing(self.turn, found, now, ended)
+        return found
 
     def settle(self) -> None:
         """Commit the last chunk, off the latency path."""
@@ -256,7 +267,7 @@ class Viewer:
         session = self._open()
         stop = session.inputs.span(session.point.chunk)[1]
         have = session.inputs.audio.end + (turn.held if turn is not None else 0)
-        return stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - have
+        return stop * self.spec.samples_per_frame + session.bundle.audio_encoder.lookahead - have
 
     def _ready(self, turn: Turn) -> bool:
         """Enough of the answer is there for a chunk, and for those in flight behind it."""

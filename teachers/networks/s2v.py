@@ -367,8 +367,15 @@ class S2V(AvatarTransformer):
         )
 
     def arrange(
-        self, spans: Sequence[Span], past_frames: int, frames: int, height: int, width: int, anchors: Any = None
+        self,
+        spans: Sequence[Span],
+        past_frames: int | Sequence[int],
+        frames: int,
+        height: int,
+        width: int,
+        anchors: Any = None,
     ) -> tuple[list, list[Tensor]]:
+        assert isinstance(past_frames, int)  # streams with anchors are drawn one by one
         layout, rotary = super().arrange(spans, past_frames, frames, height, width)
         size, first = height * width, frames * height * width
         if anchors is None:

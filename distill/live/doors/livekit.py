@@ -215,8 +215,8 @@ class LiveKitDoor:
         """Join the room of the token that an agent sends; says so once it has."""
         try:
             call = await self._read(request)
-            if len(self.engine.viewers) >= self.engine.max_viewers:
-                raise UserError(f"maximum number of viewers reached ({self.engine.max_viewers}); try again later")
+            if why := self.engine.full():
+                raise UserError(why)
             joined = asyncio.Event()
             portrait = self._portrait(call.portrait)
             task = asyncio.create_task(

@@ -180,7 +180,7 @@ class AvatarStream:
         options = {"pack": self._pack, "margin": lambda: 0.0}
         self.viewer = self.joined = await self._ask(lambda: engine.join(self._emit, **options))
         if self.viewer is None:
-            raise UserError(f"maximum number of viewers reached ({engine.max_viewers}); try again later")
+            raise UserError(engine.full() or "the avatar could not join; try again")
         try:
             await self._ask(self.viewer.open, reference, text, seed, time.monotonic())
         except BaseException:

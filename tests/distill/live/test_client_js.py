@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from distill.commands.serve import read_portraits
 from distill.live.scheduler import Engine
-from distill.live.server import CLIENT, running
+from distill.live.server import CLIENT, Options, running
 from distill.live.talkers import Echo
 from tests.distill.live.test_browser import RECORD, chromium, tapes, until  # noqa: F401 (a fixture)
 from tests.support import serving
@@ -59,7 +59,7 @@ class Embedded:
 @pytest.fixture
 def page(chromium):  # noqa: F811
     engine = Engine(serving.a_puppet(), Echo(), 2)
-    with running(engine, read_portraits([], (16, 16)), doors=[Embedded()]) as address:
+    with running(engine, read_portraits([], (16, 16)), Options(doors=[Embedded()])) as address:
         page, faults = chromium.new_page(), []
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(f"http://{address}/embed")

@@ -345,11 +345,13 @@ def test_noise_on_the_line_ends_no_other_stream(served, url):
 def test_metrics_count_what_happened(served, url):
     address, _ = served
     still_answers(url)
-    values = dict(line.rsplit(" ", 1) for line in get(address, "/metrics")[1].decode().splitlines())
+    lines = get(address, "/metrics")[1].decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["distill_viewers_limit"]) == 3
     assert float(values["distill_chunks_total"]) > 0
-    assert float(values['distill_chunk_seconds{quantile="0.5"}']) > 0
-    assert float(values["distill_resident_bytes"]) > 1e6
+    assert float(values["distill_chunk_seconds_count"]) == float(values["distill_chunks_total"])
+    assert values['distill_chunk_seconds_bucket{le="+Inf"}'] == values["distill_chunk_seconds_count"]
+    assert float(values["process_resident_memory_bytes"]) > 1e6
 
 
 def test_sigterm_ends_a_talking_server_cleanly(tmp_path):

@@ -20,7 +20,7 @@ from benchmarks.livekit_room import Room, Tape, a_room
 from distill.cli import main
 from distill.live.doors import livekit as door
 from distill.live.scheduler import Engine
-from distill.live.server import running
+from distill.live.server import Options, running
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.distill.live.doors.test_stream import tone
@@ -139,7 +139,7 @@ def a_server(monkeypatch, rooms: list[Room], room: str | None = None, viewers: i
     monkeypatch.setattr(door.rtc, "Room", lambda: rooms.pop(0))
     engine = Engine(a_puppet(), Echo(), viewers)
     opened = door.LiveKitDoor("ws://127.0.0.1:1", room, "key", "secret" * 8).open(engine, [tiny.a_portrait()])
-    with running(engine, [tiny.a_portrait()], doors=[opened]) as address:
+    with running(engine, [tiny.a_portrait()], Options(doors=[opened])) as address:
         yield address, engine
 
 
@@ -182,7 +182,7 @@ def test_what_an_agent_asks_wrongly_is_refused_in_one_line(monkeypatch):
             status, answer = ask(address, body)
             assert status == 400
             assert why in answer["error"]
-        engine.max_viewers = 0
+        engine.fixed = 0
         assert "maximum number of viewers reached (0)" in ask(address, {"token": "x"})[1]["error"]
         assert engine.viewers == []
 

@@ -18,7 +18,7 @@ from livekit.agents.voice.avatar import DataStreamAudioOutput
 
 from distill.live.doors.livekit import LiveKitDoor
 from distill.live.scheduler import Engine
-from distill.live.server import running
+from distill.live.server import Options, running
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_livekit import RATE, edges, say
 from tests.distill.live.doors.test_stream import tone
@@ -109,7 +109,7 @@ def test_an_agent_a_user_and_the_avatar_in_a_room(server):
         await user.leave()
         return user, at
 
-    with running(engine, portraits, doors=[LiveKitDoor(server).open(engine, portraits)]) as address:
+    with running(engine, portraits, Options(doors=[LiveKitDoor(server).open(engine, portraits)])) as address:
         user, at = asyncio.run(call(address))
         eventually(lambda: not engine.viewers, 10)
     assert [(event.interrupted, round(event.playback_position, 2)) for event in finished[:1]] == [(False, 1.5)]

@@ -185,6 +185,6 @@ def test_an_interruption_is_heard_within_150_ms():
 
 def test_no_room_for_it_is_an_error_in_the_pipeline():
     with a_service() as service:
-        service._engine.max_viewers = 0
+        service._engine.fixed = 0
         _, up = asyncio.run(run_test(service, frames_to_send=[TextFrame("x")]))
     assert any("maximum number of viewers reached (0)" in str(frame) for frame in up)

@@ -1,0 +1,278 @@
+"""Many viewers of one student: batches against one by one, viewers who talk over the network, and one who floods the server.
+
+    python benchmarks/viewers.py --student runs/dmd_avatar/student [--viewers 16] [--seconds 40] [--json OUT]
+
+1. Sessions in this process, turn about one by one and together: chunks a second of both, and how far their frames differ.
+2. `distill serve` in a process of its own: so many viewers talk, listen and interrupt, the next one is refused.
+3. The same while one of them asks for all that its limits allow, and while one ignores them: what the others lose.
+
+A script, not a test; it writes nothing but OUT.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed
+
+from benchmarks.live import SENTENCES, TEXT_ENCODERS
+from distill.live import protocol
+from eval.speed.latency import percentile
+from students import Session, load_student, step_together
+
+BUFFER = 0.03  # seconds between a first chunk's arrival and its sound, as on the page
+REPORT = 0.1  # between two reports of the playhead
+
+
+class Talker:
+    """A viewer without a screen: plays what comes, talks, and counts frames, stalls and seconds until an answer is seen."""
+
+    def __init__(self, url: str, number: int, seed: int):
+        self.url, self.number, self.rng = url, number, random.Random(1000 * seed + number)
+        self.origin: float | None = None
+        self.last, self.epoch, self.frames, self.stalls, self.stalled = -1, 0, 0, 0, 0.0
+        self.asked: dict[int, float] = {}
+        self.begins: dict[int, int] = {}
+        self.latencies: list[float] = []
+        self.done, self.asking, self.refused = asyncio.Event(), 0.0, 0
+
+    def place(self) -> float:
+        return -1.0 if self.origin is None else (time.monotonic() - self.origin) * self.fps
+
+    async def run(self, until: float) -> None:
+        async with connect(self.url, max_size=2**26, compression=None, proxy=None) as self.socket:
+            hello = json.loads(await self.socket.recv())
+            if hello["type"] != "hello":
+                raise ConnectionError(hello.get("message", "refused"))
+            self.fps, version = hello["fps"], hello.get("version")
+            if version is not None:
+                await self.send(type="hello", version=version)
+            await self.send(
+                type="open", portrait=self.number % hello["portraits"], text="a person talks", seed=self.number
+            )
+            tasks = [asyncio.create_task(part) for part in (self.read(), self.report(), self.act(until))]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks:
+                task.cancel()
+            for fault in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(fault, Exception):
+                    raise fault
+
+    async def send(self, **message: Any) -> None:
+        await self.socket.send(json.dumps(message))
+
+    async def read(self) -> None:
+        async for data in self.socket:
+            now = time.monotonic()
+            if isinstance(data, bytes):
+                self.play(data, now)
+                continue
+            message = json.loads(data)
+            kind, turn = message["type"], message.get("turn")
+            if kind == "opened":
+                self.epoch, self.origin, self.last = message["epoch"], None, -1
+            elif kind == "rewind":
+                self.epoch, self.last = message["epoch"], message["frame"] - 1
+            elif kind == "thinking":
+                self.asked[turn] = self.asking
+            elif kind == "turn":
+                self.begins[turn] = message["frame"]
+            elif kind == "done":
+                self.begins.pop(turn, None)
+                self.end = message["frame"]
+                self.done.set()
+            elif kind == "error":
+                self.refused += 1
+
+    def play(self, data: bytes, now: float) -> None:
+        _, _, count, first, epoch, _ = protocol.HEADER.unpack_from(data)
+        if epoch != self.epoch:
+            return
+        if self.origin is None:
+            self.origin = now + BUFFER - first / self.fps
+        elif (late := now - self.origin - first / self.fps) > 0:
+            self.stalls, self.stalled, self.origin = self.stalls + 1, self.stalled + late, now - first / self.fps
+        self.last, self.frames = first + count - 1, self.frames + count
+        for turn, frame in list(self.begins.items()):
+            if first <= frame <= self.last:
+                self.latencies.append(max(now, self.origin + frame / self.fps) - self.asked[turn])
+                del self.begins[turn]
+
+    async def report(self) -> None:
+        while True:
+            if self.origin is not None:
+                seen = min(int(self.place()) + 1, self.last + 1)
+                await self.send(type="played", frame=max(seen, 0), epoch=self.epoch)
+            await asyncio.sleep(REPORT)
+
+    async def act(self, until: float) -> None:
+        await asyncio.sleep(self.rng.uniform(0.5, 3.0))
+        while time.monotonic() < until:
+            self.done.clear()
+            self.asking = time.monotonic()
+            await self.send(type="say", text=self.rng.choice(SENTENCES))
+            if self.rng.random() < 0.2:
+                await asyncio.sleep(self.rng.uniform(0.2, 1.5))
+                await self.send(type="interrupt")
+            await self.done.wait()
+            while self.place() < self.end:
+                await asyncio.sleep(0.05)
+            if self.rng.random() < 0.1:
+                await self.send(type="text", text=self.rng.choice(TEXT_ENCODERS))
+            await asyncio.sleep(self.rng.uniform(0.5, 3.0))
+
+
+class Flooder(Talker):
+    """One who asks for all that the limits allow, or, `wild`, for all it can, and comes back when it is shut out."""
+
+    def __init__(self, url: str, number: int, seed: int, wild: bool):
+        super().__init__(url, number, seed)
+        self.wild, self.sent, self.closed = wild, 0, 0
+
+    async def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            try:
+                await super().run(until)
+            except (ConnectionClosed, OSError):
+                self.closed += 1
+                await asyncio.sleep(0.05)
+
+    async def act(self, until: float) -> None:
+        asked = {"say": 1.0, "text": 2.0, "interrupt": 4.0, "open": 0.5}  # a second, as `limits.RATES` has them
+        due = dict.fromkeys(asked, 0.0)
+        while time.monotonic() < until:
+            for kind, each in asked.items():
+                if self.wild or time.monotonic() >= due[kind]:
+                    due[kind] = time.monotonic() + 1 / each
+                    given = {"text": self.rng.choice(SENTENCES)} if kind in ("say", "text") else {}
+                    await self.send(type=kind, **given)
+                    self.sent += 1
+            await asyncio.sleep(0 if self.wild else 0.05)
+
+
+def throughput(student: Path, viewers: int, rounds: int) -> dict[str, float]:
+    """Chunks a second of sessions of different ages, one by one and together, the two turn about; the same chunks in both."""
+    bundle = load_student(student)
+    spec, rng = bundle.spec, torch.Generator().manual_seed(0)
+    faces = torch.rand(viewers, 3, spec.height, spec.width, generator=rng) * 2 - 1
+
+    def opened() -> list[Session]:
+        texts = TEXT_ENCODERS * viewers
+        made = [Session(bundle, faces[i], texts[i], i, lead=10**6, idle="live") for i in range(viewers)]
+        for i, session in enumerate(made):
+            for _ in range(i % 5):
+                session.step()
+        return made
+
+    alone, together, gap = opened(), opened(), 0
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        one = [session.step() for session in alone]
+        half = time.perf_counter()
+        both = step_together(together)
+        ended = time.perf_counter()
+        seconds["alone"].append(half - began)
+        seconds["together"].append(ended - half)
+        gap = max(gap, *(int((a.frames.int() - b.frames.int()).abs().max()) for a, b in zip(one, both, strict=True)))
+    # the first round makes what is made once; ratios of neighbours, so that other work on the machine weighs on both
+    ratios = [a / b for a, b in zip(seconds["alone"][1:], seconds["together"][1:], strict=True)]
+    return {
+        "chunks_per_second_alone": viewers / statistics.median(seconds["alone"][1:]),
+        "chunks_per_second_together": viewers / statistics.median(seconds["together"][1:]),
+        "ratio": statistics.median(ratios),
+        "ratio_least": min(ratios),
+        "ratio_most": max(ratios),
+        "largest_gap_grey_levels": gap,
+    }
+
+
+def summary(viewers: list[Talker], seconds: float) -> dict[str, float]:
+    """Of viewers who talked for so long."""
+    latencies = [latency for viewer in viewers for latency in viewer.latencies]
+    return {
+        "viewers": len(viewers),
+        "turns": len(latencies),
+        "p50_s": round(percentile(latencies, 50), 3),
+        "p95_s": round(percentile(latencies, 95), 3),
+        "mean_s": round(statistics.mean(latencies), 3),
+        "stalls": sum(viewer.stalls for viewer in viewers),
+        "stalled_s": round(sum(viewer.stalled for viewer in viewers), 3),
+        "frames_per_second": round(sum(viewer.frames for viewer in viewers) / len(viewers) / seconds, 2),
+    }
+
+
+async def talk(url: str, viewers: int, seconds: float, seed: int, last: str) -> dict[str, Any]:
+    """So many viewers at once, the `last` of whom talks, floods at its limits ("limits") or without ("wild"); one more tries."""
+    until = time.monotonic() + seconds
+    talkers = [Talker(url, i, seed) for i in range(viewers - 1)]
+    odd = Talker(url, viewers - 1, seed) if last == "talks" else Flooder(url, viewers - 1, seed, last == "wild")
+    tasks = [asyncio.create_task(one.run(until)) for one in (*talkers, odd)]
+    await asyncio.sleep(min(5.0, seconds / 2))
+    refused = ""
+    async with connect(url, proxy=None) as socket:
+        first = json.loads(await socket.recv())
+        refused = first.get("message", "") if first["type"] == "full" else "was let in"
+    await asyncio.gather(*tasks)
+    found = summary(talkers, seconds) | {"last": last, "one_more": refused}
+    if isinstance(odd, Flooder):
+        found |= {"flood_messages": odd.sent, "flood_refused": odd.refused, "flood_shut_out": odd.closed}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--viewers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
+    parser.add_argument("--measured", action="store_true", help="let the server choose how many viewers it lets in")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {"torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0]}
+    report["throughput"] = throughput(args.student, args.viewers, args.rounds)
+    print(json.dumps(report), flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "distill",
+        "serve",
+        "--student",
+        args.student,
+        "--port",
+        "0",
+        "--talker",
+        "formant",
+    ]
+    command += [] if args.measured else ["--viewers", str(args.viewers)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        print(line.strip(), flush=True)
+        url = line.split()[0].replace("http", "ws") + "live"
+        try:
+            for i, last in enumerate(("talks", "limits", "wild", "talks")):
+                report[f"{i}-{last}"] = asyncio.run(talk(url, args.viewers, args.seconds, args.seed + i, last))
+                print(json.dumps(report[f"{i}-{last}"]), flush=True)
+        finally:
+            server.terminate()
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
