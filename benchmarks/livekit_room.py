@@ -124,10 +124,13 @@ class Tape:
     async def _record(self) -> None:
         await self.participant.published.wait()
         audio, video = self.participant.tracks
-        await asyncio.gather(
-            self._hear(rtc.AudioStream.from_track(track=audio, sample_rate=self.rate, num_channels=1)),
-            self._see(rtc.VideoStream.from_track(track=video)),
-        )
+        sound = rtc.AudioStream.from_track(track=audio, sample_rate=self.rate, num_channels=1)
+        pictures = rtc.VideoStream.from_track(track=video)
+        try:
+            await asyncio.gather(self._hear(sound), self._see(pictures))
+        finally:  # else the library goes on filling their queues
+            await sound.aclose()
+            await pictures.aclose()
 
     async def _hear(self, stream: rtc.AudioStream) -> None:
         async for event in stream:

