@@ -23,6 +23,7 @@ from distill.live.talkers import Echo
 from tests.distill.live.doors.test_livekit import RATE, edges, say
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
+from tests.support.lag import Lag
 from tests.support.serving import a_puppet, eventually
 
 FRAME = 0.08
@@ -49,6 +50,7 @@ class User:
         self.sound: list[tuple[float, np.ndarray]] = []
         self.video: list[tuple[float, float]] = []
         self.tasks: list[asyncio.Task] = []
+        self.lag = Lag()
         self.room.on("track_subscribed", lambda track, *_: self.tasks.append(asyncio.create_task(self._take(track))))
 
     async def _take(self, track) -> None:
@@ -93,18 +95,18 @@ def test_an_agent_a_user_and_the_avatar_in_a_room(server):
             agent, destination_identity="avatar", wait_remote_track=rtc.TrackKind.KIND_VIDEO, wait_playback_start=True
         )
         output.on("playback_finished", finished.append)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(user.video) < 10:
                 await asyncio.sleep(0.05)
         await say(output, tone(1.5, RATE))
         at["said"] = time.monotonic()
-        await asyncio.wait_for(output.wait_for_playout(), 10)
+        await asyncio.wait_for(output.wait_for_playout(), 30)
         await asyncio.sleep(1.0)
         await say(output, tone(20.0, RATE))
         await asyncio.sleep(2.0)
         at["cut"] = time.monotonic()
         output.clear_buffer()
-        await asyncio.wait_for(output.wait_for_playout(), 10)
+        await asyncio.wait_for(output.wait_for_playout(), 30)
         at["told"] = time.monotonic()
         await asyncio.sleep(1.0)
         assert user.room.remote_participants["avatar"].attributes[ATTRIBUTE_PUBLISH_ON_BEHALF] == "agent"
@@ -116,15 +118,18 @@ def test_an_agent_a_user_and_the_avatar_in_a_room(server):
         return user, at
 
     with running(engine, portraits, Options(doors=[LiveKitDoor(server).open(engine, portraits)])) as address:
-        user, at = asyncio.run(call(address))
+        user, at = asyncio.run(asyncio.wait_for(call(address), 120))
         eventually(lambda: not engine.viewers, 10)
     assert [(event.interrupted, round(event.playback_position, 2)) for event in finished[:1]] == [(False, 1.5)]
     assert finished[1].interrupted
     assert at["told"] - at["cut"] < 0.3
-    voiced = edges(user.loud(), 0.25)
+    user.lag.skip_if_busy()
+    voiced = edges(user.loud())
+    assert at["told"] - at["cut"] < 0.3
     assert len(voiced) == 2
     assert voiced[0, 1] - voiced[0, 0] == pytest.approx(1.5, abs=0.1)
     assert voiced[1, 1] - at["cut"] < 0.4  # the user's own buffer included
     grey = np.array(user.video)
     opened = grey[1:, 0][np.diff((grey[:, 1] > 110).astype(int)) > 0]
-    assert np.abs(opened[:2] - voiced[:, 0]).max() < 2 * FRAME + 0.1
+    apart = [np.abs(opened - begin).min() for begin in voiced[:, 0]]
+    assert max(apart) < FRAME + 0.05  # and what the user's two buffers differ by
