@@ -18,6 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,12 @@ REPORT = 0.1  # between two reports of the playhead
 
 
 class Talker:
-    """A viewer without a screen: plays what comes, talks, and counts frames, stalls and seconds until an answer is seen."""
+    """A viewer without a screen: plays what comes, talks, and counts stalls and seconds until an answer is seen."""
 
     def __init__(self, url: str, number: int, seed: int):
         self.url, self.number, self.rng = url, number, random.Random(1000 * seed + number)
         self.origin: float | None = None
-        self.last, self.epoch, self.frames, self.stalls, self.stalled = -1, 0, 0, 0, 0.0
+        self.last, self.epoch, self.stalls, self.stalled = -1, 0, 0, 0.0
         self.asked: dict[int, float] = {}
         self.begins: dict[int, int] = {}
         self.latencies: list[float] = []
@@ -61,10 +64,13 @@ class Talker:
                 type="open", portrait=self.number % hello["portraits"], text="a person talks", seed=self.number
             )
             tasks = [asyncio.create_task(part) for part in (self.read(), self.report(), self.act(until))]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks:
-                task.cancel()
-            for fault in await asyncio.gather(*tasks, return_exceptions=True):
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                faults = await asyncio.gather(*tasks, return_exceptions=True)
+            for fault in faults:
                 if isinstance(fault, Exception):
                     raise fault
 
@@ -102,7 +108,7 @@ class Talker:
             self.origin = now + BUFFER - first / self.fps
         elif (late := now - self.origin - first / self.fps) > 0:
             self.stalls, self.stalled, self.origin = self.stalls + 1, self.stalled + late, now - first / self.fps
-        self.last, self.frames = first + count - 1, self.frames + count
+        self.last = first + count - 1
         for turn, frame in list(self.begins.items()):
             if first <= frame <= self.last:
                 self.latencies.append(max(now, self.origin + frame / self.fps) - self.asked[turn])
@@ -208,31 +214,45 @@ def summary(viewers: list[Talker], seconds: float) -> dict[str, float]:
         "mean_s": round(statistics.mean(latencies), 3),
         "stalls": sum(viewer.stalls for viewer in viewers),
         "stalled_s": round(sum(viewer.stalled for viewer in viewers), 3),
-        "frames_per_second": round(sum(viewer.frames for viewer in viewers) / len(viewers) / seconds, 2),
+        "smooth": round(1 - sum(viewer.stalled for viewer in viewers) / len(viewers) / seconds, 4),
     }
 
 
 async def talk(url: str, viewers: int, seconds: float, seed: int, last: str) -> dict[str, Any]:
-    """So many viewers at once, the `last` of whom talks, floods at its limits ("limits") or without ("wild"); one more tries."""
-    until = time.monotonic() + seconds
-    talkers = [Talker(url, i, seed) for i in range(viewers - 1)]
-    odd = Talker(url, viewers - 1, seed) if last == "talks" else Flooder(url, viewers - 1, seed, last == "wild")
-    tasks = [asyncio.create_task(one.run(until)) for one in (*talkers, odd)]
-    await asyncio.sleep(min(5.0, seconds / 2))
-    refused = ""
+    """So many viewers at once, the `last` of whom talks, or floods from a process of its own; one more tries to get in."""
+    until, flood = time.monotonic() + seconds, last != "talks"
+    talkers = [Talker(url, i, seed) for i in range(viewers - flood)]
+    tasks = [asyncio.create_task(one.run(until)) for one in talkers]
+    command = [sys.executable, __file__, "--flood", last, "--url", url, "--seconds", str(seconds), "--seed", str(seed)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE) if flood else None
+    while counted(url, "distill_viewers") < viewers and time.monotonic() < until:
+        await asyncio.sleep(0.5)
     async with connect(url, proxy=None) as socket:
         first = json.loads(await socket.recv())
-        refused = first.get("message", "") if first["type"] == "full" else "was let in"
     await asyncio.gather(*tasks)
-    found = summary(talkers, seconds) | {"last": last, "one_more": refused}
-    if isinstance(odd, Flooder):
-        found |= {"flood_messages": odd.sent, "flood_refused": odd.refused, "flood_shut_out": odd.closed}
+    found = summary(talkers[: viewers - 1], seconds) | {"last": last, "one_more": first.get("message", "was let in")}
+    if process is not None:
+        found |= json.loads((await process.communicate())[0])
     return found
+
+
+def counted(url: str, name: str) -> float:
+    """A number of the server's /metrics."""
+    with urllib.request.urlopen(url.replace("ws", "http", 1).replace("/live", "/metrics"), timeout=20) as answer:
+        lines = answer.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+async def flood(url: str, seconds: float, seed: int, wild: bool) -> None:
+    """One flooder for so long; what it did, on stdout."""
+    one = Flooder(url, 99, seed, wild)
+    await one.run(time.monotonic() + seconds)
+    print(json.dumps({"flood_messages": one.sent, "flood_refused": one.refused, "flood_shut_out": one.closed}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", type=Path, required=True)
+    parser.add_argument("--student", type=Path)
     parser.add_argument("--viewers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=40)
@@ -240,38 +260,41 @@ def main() -> None:
     parser.add_argument("--measured", action="store_true", help="let the server choose how many viewers it lets in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--flood", choices=("limits", "wild"), help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.flood:
+        asyncio.run(flood(args.url, args.seconds, args.seed, args.flood == "wild"))
+        return
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0]}
     report["throughput"] = throughput(args.student, args.viewers, args.rounds)
     print(json.dumps(report), flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "distill",
-        "serve",
-        "--student",
-        args.student,
-        "--port",
-        "0",
-        "--talker",
-        "formant",
-    ]
-    command += [] if args.measured else ["--viewers", str(args.viewers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        print(line.strip(), flush=True)
-        url = line.split()[0].replace("http", "ws") + "live"
-        try:
-            for i, last in enumerate(("talks", "limits", "wild", "talks")):
-                report[f"{i}-{last}"] = asyncio.run(talk(url, args.viewers, args.seconds, args.seed + i, last))
-                print(json.dumps(report[f"{i}-{last}"]), flush=True)
-        finally:
-            server.terminate()
+    words = [] if args.measured else ["--viewers", str(args.viewers)]
+    with server(args.student, args.threads, *words) as (address, _):
+        for i, last in enumerate(("talks", "limits", "wild", "talks")):
+            found = asyncio.run(
+                talk(address.replace("http", "ws") + "live", args.viewers, args.seconds, args.seed + i, last)
+            )
+            report[f"{i}-{last}"] = found
+            print(json.dumps(found), flush=True)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@contextmanager
+def server(student: Path, threads: int, *words: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """`distill serve` in a process of its own: its address and the process."""
+    command = [sys.executable, "-m", "distill", "serve", "--student", student, "--port", "0", "--talker", "formant"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with subprocess.Popen([*command, *words], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            print(line.strip(), flush=True)
+            yield line.split()[0], process
+        finally:
+            process.terminate()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`distill serve`: a page in the browser where a student listens, talks and idles."""
 
 import argparse
+import gc
 import importlib.util
 import signal
 import socket
@@ -89,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then close every viewer and return 0. Raises UserError before anything is bound."""
-    if not (0 <= args.port <= 65535 and min(args.viewers or 1, args.lead, args.peer_viewers) >= 1):
+    if not (
+        0 <= args.port <= 65535 and min(1 if args.viewers is None else args.viewers, args.lead, args.peer_viewers) >= 1
+    ):
         raise UserError("--port must lie in 0..65535, --viewers, --lead and --peer-viewers from 1; choose others")
     if (args.tls_cert is None) != (args.tls_key is None):
         raise UserError("--tls-cert and --tls-key belong together; give both")
@@ -127,12 +130,16 @@ def run(args: argparse.Namespace) -> int:
     )
     app = build_app(engine, portraits, options, lambda: devices.load(args.student, args))
     server = DrainingServer(app, args.host, args.port, args.tls_cert, args.tls_key)
-    _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
     if bundle.student.one_by_one:
         sys.stderr.write(f"viewers are drawn one by one, not in batches: {bundle.student.one_by_one}\n")
-    for name in (signal.SIGINT, signal.SIGTERM):  # uvicorn sends the signal on when it is done: a clean end here
-        signal.signal(name, lambda *_: None)
+    for name in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # uvicorn has its own meanwhile, and sends the signal on: a clean end here
+        signal.signal(name, lambda *_: setattr(server, "should_exit", True))
+    _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
     server.run(sockets=[bound])
+    gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
 
 

@@ -2,17 +2,20 @@
 
 import math
 import threading
+import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from distill.live import scheduler
 from distill.live.client import Client
 from distill.live.operations.capacity import Capacity
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.support import tiny
+from tests.support.faults import around
 from tests.support.serving import a_puppet, eventually, serving
 
 
@@ -108,7 +111,7 @@ def test_what_a_viewer_asks_for_is_charged_to_it():
         engine.leave(viewer)
 
 
-def test_viewers_are_drawn_in_batches_and_see_what_each_sees_alone():
+def test_viewers_are_drawn_in_batches_and_see_what_each_sees_alone(monkeypatch):
     with serving(tiny.a_bundle(), viewers=None) as (address, engine):
         assert engine.max_viewers >= 1
         engine.fixed = 6
@@ -126,6 +129,8 @@ def test_viewers_are_drawn_in_batches_and_see_what_each_sees_alone():
         for number in range(3):
             watch(number, None)
             eventually(lambda: not engine.viewers, 10)
+        # a machine that is so slow that several wait
+        around(monkeypatch, scheduler, "step_together", lambda original, given: time.sleep(0.06) or original(given))
         barrier = threading.Barrier(3)
         threads = [threading.Thread(target=watch, args=(number, barrier)) for number in range(3)]
         for thread in threads:
