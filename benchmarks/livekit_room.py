@@ -6,6 +6,7 @@ them with its time, as an encoder would get it.
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,43 +113,45 @@ def a_room() -> tuple[Room, Room]:
     return agent, avatar
 
 
-class Tape:
-    """What comes out of the published tracks: `sound` (time, int16 [n]) and `video` (time, mouth's grey)."""
+async def listen(track: rtc.Track, rate: int, hear: Callable[[float, np.ndarray], None]) -> None:
+    """`hear` gets the time of each block of a track and its samples, int16 [n] of 10 ms, until this is cancelled."""
+    stream = rtc.AudioStream.from_track(track=track, sample_rate=rate, num_channels=1)
+    try:
+        async for event in stream:
+            hear(time.monotonic(), np.frombuffer(event.frame.data, np.int16).copy())
+    finally:  # else the library goes on filling its queue
+        await stream.aclose()
 
-    def __init__(self, participant: Participant, rate: int, mouth: tuple[int, int]):
-        self.participant, self.rate, self.mouth = participant, rate, mouth
-        self.sound: list[tuple[float, np.ndarray]] = []
-        self.video: list[tuple[float, int]] = []
+
+async def look(track: rtc.Track, see: Callable[[float, np.ndarray], None]) -> None:
+    """`see` gets the time of each frame of a track and its pixels, uint8 [H, W, 3]."""
+    stream = rtc.VideoStream.from_track(track=track)
+    try:
+        async for event in stream:
+            frame = event.frame.convert(rtc.VideoBufferType.RGB24)
+            see(time.monotonic(), np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3))
+    finally:
+        await stream.aclose()
+
+
+class Tape:
+    """Listens to and looks at what a participant publishes, as an encoder gets it."""
+
+    def __init__(
+        self,
+        participant: Participant,
+        rate: int,
+        hear: Callable[[float, np.ndarray], None],
+        see: Callable[[float, np.ndarray], None],
+    ):
+        self.participant, self.given = participant, (rate, hear, see)
         self.task = asyncio.create_task(self._record())
 
     async def _record(self) -> None:
+        rate, hear, see = self.given
         await self.participant.published.wait()
         audio, video = self.participant.tracks
-        sound = rtc.AudioStream.from_track(track=audio, sample_rate=self.rate, num_channels=1)
-        pictures = rtc.VideoStream.from_track(track=video)
-        try:
-            await asyncio.gather(self._hear(sound), self._see(pictures))
-        finally:  # else the library goes on filling their queues
-            await sound.aclose()
-            await pictures.aclose()
-
-    async def _hear(self, stream: rtc.AudioStream) -> None:
-        async for event in stream:
-            self.sound.append((time.monotonic(), np.frombuffer(event.frame.data, np.int16).copy()))
-
-    async def _see(self, stream: rtc.VideoStream) -> None:
-        async for event in stream:
-            frame = event.frame.convert(rtc.VideoBufferType.RGB24)
-            picture = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
-            self.video.append((time.monotonic(), int(picture[(*self.mouth, 0)])))
-
-    def loud(self, above: int = 1000) -> np.ndarray:
-        """Times of the blocks of 10 ms in which something is heard."""
-        return np.array([at for at, block in self.sound if np.abs(block.astype(int)).max() > above])
-
-    def open(self) -> np.ndarray:
-        """Times and states (0, 1) of the mouth."""
-        return np.array([(at, grey > 60) for at, grey in self.video], dtype=float)
+        await asyncio.gather(listen(audio, rate, hear), look(video, see))
 
     async def stop(self) -> None:
         self.task.cancel()

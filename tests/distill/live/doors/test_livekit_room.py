@@ -16,15 +16,16 @@ from livekit import api, rtc
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
+from benchmarks.livekit_room import listen, look
 from distill.live.doors.livekit import LiveKitDoor
 from distill.live.scheduler import Engine
 from distill.live.server import Options, running
 from distill.live.talkers import Echo
-from tests.distill.live.doors.test_livekit import RATE, edges, say
+from tests.distill.live.doors.test_livekit import RATE, say
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
-from tests.support.lag import Lag
 from tests.support.serving import a_puppet, eventually
+from tests.support.watched import Watched
 
 FRAME = 0.08
 
@@ -42,35 +43,18 @@ def token(identity: str, kind: str = "standard", **attributes: str) -> str:
     return made.with_grants(api.VideoGrants(room_join=True, room="a room")).to_jwt()
 
 
-class User:
+class User(Watched):
     """A participant who listens and looks."""
 
     def __init__(self):
+        super().__init__(open_above=110)  # of pixels that have been encoded
         self.room = rtc.Room()
-        self.sound: list[tuple[float, np.ndarray]] = []
-        self.video: list[tuple[float, float]] = []
         self.tasks: list[asyncio.Task] = []
-        self.lag = Lag()
         self.room.on("track_subscribed", lambda track, *_: self.tasks.append(asyncio.create_task(self._take(track))))
 
-    async def _take(self, track) -> None:
-        if track.kind == rtc.TrackKind.KIND_AUDIO:
-            stream = rtc.AudioStream.from_track(track=track, sample_rate=RATE, num_channels=1)
-        else:
-            stream = rtc.VideoStream.from_track(track=track)
-        try:
-            async for event in stream:
-                if track.kind == rtc.TrackKind.KIND_AUDIO:
-                    self.sound.append((time.monotonic(), np.frombuffer(event.frame.data, np.int16).copy()))
-                else:
-                    frame = event.frame.convert(rtc.VideoBufferType.RGB24)
-                    picture = np.frombuffer(frame.data, np.uint8).reshape(frame.height, frame.width, 3)
-                    self.video.append((time.monotonic(), float(picture[11:13, 6:10].mean())))
-        finally:
-            await stream.aclose()
-
-    def loud(self) -> np.ndarray:
-        return np.array([at for at, block in self.sound if np.abs(block.astype(int)).max() > 1000])
+    async def _take(self, track: rtc.Track) -> None:
+        audio = track.kind == rtc.TrackKind.KIND_AUDIO
+        await (listen(track, RATE, self.hear) if audio else look(track, self.see))
 
     async def leave(self) -> None:
         for task in self.tasks:
@@ -124,12 +108,11 @@ def test_an_agent_a_user_and_the_avatar_in_a_room(server):
     assert finished[1].interrupted
     assert at["told"] - at["cut"] < 0.3
     user.lag.skip_if_busy()
-    voiced = edges(user.loud())
+    voiced = user.voiced()
     assert at["told"] - at["cut"] < 0.3
     assert len(voiced) == 2
     assert voiced[0, 1] - voiced[0, 0] == pytest.approx(1.5, abs=0.1)
     assert voiced[1, 1] - at["cut"] < 0.4  # the user's own buffer included
-    grey = np.array(user.video)
-    opened = grey[1:, 0][np.diff((grey[:, 1] > 110).astype(int)) > 0]
+    opened = user.turned()[::2, 0]
     apart = [np.abs(opened - begin).min() for begin in voiced[:, 0]]
     assert max(apart) < FRAME + 0.05  # and what the user's two buffers differ by

@@ -33,8 +33,8 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
-from tests.support.lag import Lag
 from tests.support.serving import a_puppet
+from tests.support.watched import Watched
 
 RATE, FPS = 24_000, 12.5
 
@@ -115,24 +115,11 @@ def test_after_an_interruption_nothing_of_the_old_sentence_goes_on():
     assert not any(mouth_open(frame) for frame in quiet[1:])
 
 
-class Played:
-    """What a transport played, and when: sound int16 [n], and whether the mouth is open."""
-
-    def __init__(self):
-        self.sound: list[tuple[float, np.ndarray]] = []
-        self.video: list[tuple[float, bool]] = []
-        self.screen = Screen(
-            (16, 16),
-            lambda at, block: self.sound.append((at, block)),
-            lambda at, picture: self.video.append((at, picture[11, 8, 0] > 60)),
-        )
-
-
-async def through_a_transport(service: AvatarVideoService, sent: list) -> tuple[Played, dict]:
+async def through_a_transport(service: AvatarVideoService, sent: list) -> tuple[Watched, dict]:
     """What the transport plays of the frames, and when frames of each type were sent, and came out behind it ("out", type)."""
-    screen, times = Played(), {}
-    screen.lag = Lag()
-    worker = PipelineWorker(Pipeline([service, screen.screen]), cancel_on_idle_timeout=False, params=PipelineParams())
+    screen, times = Watched(), {}
+    transport = Screen((16, 16), screen.hear, screen.see)
+    worker = PipelineWorker(Pipeline([service, transport]), cancel_on_idle_timeout=False, params=PipelineParams())
     started = asyncio.Event()
     worker.set_reached_downstream_filter((BotStartedSpeakingFrame, BotStoppedSpeakingFrame, InterruptionFrame))
 
@@ -169,8 +156,7 @@ def test_a_transport_plays_image_and_sound_together_without_a_gap():
     screen.lag.skip_if_busy()
     gaps = [b - a - len(block) / RATE for (a, block), (b, _) in pairwise(loud[:-1])]
     assert max(gaps) < 0.005, gaps
-    opened = next(at for at, state in screen.video if state)
-    closed = next(at for at, state in screen.video if at > opened and not state)
+    opened, closed = screen.turned()[:2, 0]
     assert abs(opened - loud[0][0]) <= 1 / FPS
     assert abs(closed - (loud[0][0] + len(said) / RATE)) <= 2 / FPS  # its last frame is not full of sound
     assert loud[0][0] - times[TTSStartedFrame] < 0.5
