@@ -248,8 +248,8 @@ def join_pasts(pasts: Sequence[Sequence[KeyValue | RaggedPast] | None]) -> Seque
     blocks = [[[row[i][part] for row in rows] for part in (0, 1)] for i in range(len(like))]
     if len(set(lengths)) == 1:
         return [(torch.cat(keys), torch.cat(values)) for keys, values in blocks]
-    counts = torch.tensor(lengths, device=like[0][0].device)
-    return [RaggedPast(*(_padded(part, max(lengths)) for part in block), counts) for block in blocks]
+    counts, longest = torch.tensor(lengths, device=like[0][0].device), max(lengths)
+    return [RaggedPast(_padded(keys, longest), _padded(values, longest), counts) for keys, values in blocks]
 
 
 def _padded(parts: Sequence[Tensor], length: int) -> Tensor:

@@ -144,12 +144,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _announce(args: argparse.Namespace, bound: socket.socket, token: str | None, facts: str) -> None:
-    """The address, on stdout: with a token that was made; of one that was given nobody is told."""
+    """The address, on stdout, with a token that was made; one that was given is not shown."""
+    from distill.live.operations.addresses import is_loopback
+
     host, port = bound.getsockname()[:2]
     shown, scheme = f"[{host}]" if ":" in host else host, "http" if args.tls_cert is None else "https"
     sys.stdout.write(f"{scheme}://{shown}:{port}/{f'?token={token}' if args.token == 'auto' else ''}  {facts}\n")
     sys.stdout.flush()
-    if scheme == "http" and token is not None:
+    if scheme == "http" and token is not None and not is_loopback(args.host):
         sys.stderr.write(
             "without TLS the token can be read on its way: give --tls-cert and --tls-key, or a proxy that has it\n"
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from students.schedule import Noise, advance, refine_context
 from students.serving.overlap import Beside, to_host
 from students.spec import Spec
+from students.student import Joined
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
 from teachers.conditions import Conditions
@@ -96,7 +97,9 @@ def draw(bundle: Bundle, ready: Sequence[Ready], beside: Beside, wait: Callable[
     def commit() -> list[tuple[Any, Tensor]]:
         kept = refine_context(student, state, x0, conditions, steps, noise, len(levels), plan)
         after = student.commit(state, kept, conditions, steps, plan)
-        return [(after, kept)] if alone else list(zip(after.rows, rows_of(kept, len(ready)), strict=True))
+        if not isinstance(after, Joined):
+            return [(after, kept)]
+        return list(zip(after.rows, rows_of(kept, len(ready)), strict=True))
 
     (frames, decoders), second = beside.run(decode, commit)
     seconds = {"denoise": denoised - began, "decode": now() - denoised}

@@ -337,8 +337,8 @@ class Session:
 
     def finish(self, ready: Ready, drawn: Drawn) -> Chunk:
         """The second half: the chunk that was drawn, handed over; its commit is done when it is needed."""
-        spec, point, ahead = self.spec, ready.point, ready.conditions
-        index = point.chunk
+        point: Point = ready.point
+        spec, index, ahead = self.spec, point.chunk, ready.conditions
         conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
         visible = spec.history.visible(index + 1)
         seen = tuple(past for past in (*point.seen, Finished(index, drawn.x0, conditions)) if past.chunk in visible)

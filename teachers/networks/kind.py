@@ -37,11 +37,12 @@ class RaggedPast(NamedTuple):
         """Keys and values [B, N + m, M, d], in each row the context, then those given [B, m, M, d], then zeros, and how many tokens
         of a row are not padding [B]."""
         at = (self.lengths.unsqueeze(1) + torch.arange(key.shape[1], device=key.device))[..., None, None]
-        whole = (
-            torch.cat([past, torch.zeros_like(own)], dim=1).scatter_(1, at.expand(own.shape), own.to(past))
-            for past, own in ((self.keys, key), (self.values, value))
-        )
-        return *whole, self.lengths + key.shape[1]
+
+        def behind(past: Tensor, own: Tensor) -> Tensor:
+            whole = torch.cat([past, past.new_zeros(own.shape)], dim=1)
+            return whole.scatter_(1, at.expand_as(own), own.to(past))
+
+        return behind(self.keys, key), behind(self.values, value), self.lengths + key.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

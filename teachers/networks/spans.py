@@ -233,11 +233,9 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Te
     """`attend` by `torch.nn.attention.varlen`: rows lie one behind the other, of each the first `seen` keys are read."""
     rows, queries, keys = len(query), query.shape[1], key.shape[1]
     starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
-    out = varlen.varlen_attn(
-        *(part.flatten(0, 1) for part in (query, key, value)),
-        *(starts * queries, starts * keys, queries, keys),
-        seqused_k=seen.to(torch.int32),
-    )
+    flat = (query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    used = seen.to(torch.int32)
+    out = varlen.varlen_attn(*flat, starts * queries, starts * keys, queries, keys, seqused_k=used)
     assert isinstance(out, Tensor)
     return out.unflatten(0, (rows, queries))
 
