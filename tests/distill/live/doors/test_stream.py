@@ -52,16 +52,16 @@ def mouth_open(beat: Beat) -> bool:
     return beat.picture[11, 8, 0] > 60
 
 
-@pytest.mark.parametrize(("source", "rate"), [(24_000, 24_000), (16_000, 48_000), (48_000, 24_000), (22_050, 22_050)])
+@pytest.mark.parametrize(("source", "rate"), [(24_000, 24_000), (16_000, 48_000), (22_050, 22_050)])
 def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
     async def run():
         async with a_stream(rate) as stream:
-            await beats(stream, 0.5)
-            said = tone(1.5, source)
-            for piece in np.array_split(said, 13):
+            await beats(stream, 0.3)
+            said = tone(1.1, source)
+            for piece in np.array_split(said, 9):
                 stream.push(piece, source)
             stream.end()
-            return said, await beats(stream, 2.6), stream.lag
+            return said, await beats(stream, 1.9), stream.lag
 
     said, got, lag = asyncio.run(run())
     loud = [i for i, (_, beat) in enumerate(got) if len(beat.sound)]
