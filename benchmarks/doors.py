@@ -117,7 +117,7 @@ class LiveKit:
         from livekit.agents.voice.avatar import DataStreamAudioOutput
 
         from benchmarks.livekit_room import Tape, a_room
-        from distill.live.doors import livekit as door
+        from distill.live.doors import livekit_agent as door
 
         self.rtc, self.tape = rtc, Recorder()
         door.AvatarStream = Marked
@@ -155,7 +155,7 @@ class LiveKitRoom(LiveKit):
         from livekit.agents.voice.avatar import DataStreamAudioOutput
 
         from benchmarks.livekit_room import listen, look
-        from distill.live.doors import livekit as door
+        from distill.live.doors import livekit_agent as door
 
         door.AvatarStream = Marked
         self.rtc, self.tape, self.tasks = rtc, Recorder(lossy=True), []
@@ -208,7 +208,7 @@ class Pipecat:
         from pipecat.workers.runner import WorkerRunner
 
         from benchmarks.pipecat_screen import Screen
-        from distill.live.doors import pipecat as door
+        from distill.live.doors import pipecat_service as door
 
         logger.remove()
         door.AvatarStream = Marked

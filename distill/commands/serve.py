@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--room is one of a LiveKit server; name it by --livekit URL")
     doors = []
     if args.livekit is not None:
-        from distill.live.doors.livekit import LiveKitDoor
+        from distill.live.doors.livekit_agent import LiveKitDoor
 
         doors.append(LiveKitDoor(args.livekit, args.room))
     from distill.live.operations.access import Access, read_token

@@ -189,8 +189,9 @@ class AvatarStream:
         return self
 
     def push(self, pcm: np.ndarray, rate: int) -> None:
-        """Speech to be said behind what was pushed before: int16 samples [n], mono, at `rate` Hz; never waits."""
+        """Speech to be said behind what was pushed before: int16 samples [n] or [n, channels] at `rate` Hz; never waits."""
         self._raise()
+        pcm = pcm if pcm.ndim == 1 else pcm.mean(1).astype(np.int16)
         if len(pcm) and len(own := self.voice.push(pcm, rate)):
             self._tell(self._viewer.speak, own, time.monotonic())
 

@@ -18,7 +18,7 @@ from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
 from benchmarks.livekit_room import listen, look
-from distill.live.doors.livekit import LiveKitDoor
+from distill.live.doors.livekit_agent import LiveKitDoor
 from distill.live.scheduler import Engine
 from distill.live.server import Options, running
 from distill.live.talkers import Echo

@@ -28,7 +28,7 @@ from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.workers.runner import WorkerRunner
 
 from benchmarks.pipecat_screen import Screen
-from distill.live.doors.pipecat import AvatarVideoService
+from distill.live.doors.pipecat_service import AvatarVideoService
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_stream import tone

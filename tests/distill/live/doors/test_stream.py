@@ -58,8 +58,8 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
         async with a_stream(rate) as stream:
             await beats(stream, 0.3)
             said = tone(1.1, source)
-            for piece in np.array_split(said, 9):
-                stream.push(piece, source)
+            for i, piece in enumerate(np.array_split(said, 9)):  # every other one in stereo, which is mixed
+                stream.push(np.stack([piece + 100, piece - 100], 1) if i % 2 else piece, source)
             stream.end()
             return said, await beats(stream, 1.9), stream.lag
 

@@ -109,8 +109,7 @@ class AvatarVideoService(AIService):
         elif isinstance(frame, TTSAudioRawFrame):
             self._context = frame.context_id
             samples = np.frombuffer(frame.audio, np.int16).reshape(-1, frame.num_channels)
-            mono = samples[:, 0] if frame.num_channels == 1 else samples.mean(1).astype(np.int16)
-            self._stream.push(mono, frame.sample_rate)
+            self._stream.push(samples, frame.sample_rate)
         elif isinstance(frame, TTSStoppedFrame) and self._stream.voice.open:
             self._stops.append([frame])
             self._stream.end()

@@ -64,8 +64,7 @@ class Picture(VideoGenerator):
             self.stream.end()
         else:
             samples = np.frombuffer(frame.data, np.int16).reshape(-1, frame.num_channels)
-            mono = samples[:, 0] if frame.num_channels == 1 else samples.mean(1).astype(np.int16)
-            self.stream.push(mono, frame.sample_rate)
+            self.stream.push(samples, frame.sample_rate)
 
     async def clear_buffer(self) -> None:
         """The agent was interrupted: silence at once."""
