@@ -99,8 +99,8 @@ async def play(
         options = AvatarOptions(spec.width, spec.height, float(spec.fps), RATE, 1)
         runner = AvatarRunner(room, audio_recv=receiver, video_gen=picture, options=options, _queue_size_ms=QUEUE_MS)
         picture.sync = runner.av_sync
+        await runner.start()
         try:
-            await runner.start()
             await runner.wait_for_complete()
         finally:
             await runner.aclose()
@@ -197,8 +197,8 @@ class LiveKitDoor:
             while self.room is not None:
                 try:
                     await attend(self.engine, self.url, self.token(), self._portrait(0), Call.text)
-                except UserError as error:
-                    log.warning("%s; again in %.0f s", error, AGAIN_SECONDS)
+                except Exception as error:  # the room's, the agent's or the library's: the door stays open
+                    log.warning("%s: %s; again in %.0f s", type(error).__name__, error, AGAIN_SECONDS)
                     await asyncio.sleep(AGAIN_SECONDS)
             await asyncio.Event().wait()
         finally:

@@ -329,7 +329,7 @@ class AvatarStream:
             if not future.cancelled() and (fault := future.exception()) is not None and not self.loop.is_closed():
                 self.loop.call_soon_threadsafe(self._fail, fault)
 
-        self.engine.call(function, *given).add_done_callback(done)
+        self.engine.call(function, *given, of=self.joined).add_done_callback(done)
 
     async def _ask(self, function: Callable[..., Any], *given: Any) -> Any:
-        return await asyncio.wrap_future(self.engine.call(function, *given))
+        return await asyncio.wrap_future(self.engine.call(function, *given, of=self.joined))

@@ -125,7 +125,8 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
 
     at, told, finished, tape = asyncio.run(run())
     assert [event.interrupted for event in finished] == [True, False]
-    assert finished[1].playback_position == pytest.approx(0.5, abs=0.001)
+    counted = finished[1].playback_position  # by the runner, which may count what was on its way when it was cleared
+    assert 0.5 - 0.001 < counted < 0.5 + FRAME + 0.001
     late = np.concatenate([block for when, block in tape.sound if when > at + 0.5])
     new = tone(0.5, RATE, 300)
     assert np.array_equal(late[late != 0], new[new != 0])
@@ -215,6 +216,16 @@ def test_it_waits_in_a_room_for_one_agent_after_the_other_and_ends_with_the_serv
                 avatar.emit("participant_disconnected", agent.local_participant)
     assert all(avatar.left for _, avatar in pairs)
     assert engine.viewers == []
+
+
+def test_a_room_that_fails_is_tried_again(monkeypatch, caplog):
+    monkeypatch.setattr(door, "AGAIN_SECONDS", 0.01)
+    _, avatar = a_room()
+    rooms = [None, avatar]  # the first one is an AttributeError of this test's, in the place of any
+    with a_server(monkeypatch, rooms, room="lobby"):
+        eventually(avatar.local_participant.published.is_set, 10)
+    assert "AttributeError" in caplog.text
+    assert avatar.left
 
 
 def test_its_token_lets_it_join_that_room_as_an_avatar():
