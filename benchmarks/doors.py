@@ -298,8 +298,9 @@ async def turns(door, count: int) -> dict:
     first_frame, first_sound, offsets = [], [], []
     for i in range(count):
         door.tape.clear()
+        sentence = a_sentence(SENTENCES[i % len(SENTENCES)])
         asked = time.monotonic()
-        await door.say(a_sentence(SENTENCES[i % len(SENTENCES)]))
+        await door.say(sentence)
         await door.done()
         await asyncio.sleep(0.3 + 0.05 * (i % 7))
         first_sound.append(door.tape.sound_times()[1][0] - asked)

@@ -128,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
         peer_viewers=args.peer_viewers,
         doors=[door.open(engine, portraits) for door in doors],
     )
-    app = build_app(engine, portraits, options, lambda: devices.load(args.student, args))
+    load = (
+        None if bundle.shared else lambda: devices.load(args.student, args)
+    )  # ranks would each need the other student
+    app = build_app(engine, portraits, options, load)
     server = DrainingServer(app, args.host, args.port, args.tls_cert, args.tls_key)
     if bundle.student.one_by_one:
         sys.stderr.write(f"viewers are drawn one by one, not in batches: {bundle.student.one_by_one}\n")

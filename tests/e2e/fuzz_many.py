@@ -283,9 +283,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def queued() -> float:
-    """Seconds for which this thread was ready, and a core was not."""
-    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+def queued(process: int | str = "self") -> float:
+    """Seconds for which the main thread of a process was ready, and a core was not."""
+    return int(Path(f"/proc/{process}/schedstat").read_text().split()[1]) / 1e9
 
 
 def peak() -> int:
@@ -329,15 +329,16 @@ class Reader:
         """What comes of this file; the process may end, or be ended, over it."""
         self.pipe.send((kind, number))
         reader, began = psutil.Process(self.process.pid), time.monotonic()
-        before = sum(reader.cpu_times()[:2])
+        before, queue = sum(reader.cpu_times()[:2]), queued(reader.pid)
         try:
             while not self.pipe.poll(0.5):
                 cpu, wall = sum(reader.cpu_times()[:2]) - before, time.monotonic() - began
-                if cpu > GIVEN_UP or wall - cpu > WAITED:
+                waited = wall - cpu - (queued(reader.pid) - queue)
+                if cpu > GIVEN_UP or waited > WAITED:
                     self.restart()
-                    return Found("", cpu, cpu, wall - cpu, 0, f"ended after {cpu:.0f} s of CPU and {wall:.0f} s"), b""
+                    return Found("", cpu, cpu, waited, 0, f"ended after {cpu:.0f} s of CPU and {waited:.0f} s"), b""
             return self.pipe.recv()
-        except (EOFError, ConnectionError, psutil.Error):
+        except (EOFError, ConnectionError, psutil.Error, FileNotFoundError):
             self.process.join(5)
             fault = f"the process ended with {self.process.exitcode}"
             self.restart()

@@ -2,10 +2,17 @@
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
-STEP, MOST = 0.005, 0.04  # seconds
+STEP, MOST, LONGEST = 0.005, 0.04, 90.0  # seconds
+
+
+def run_in_time(work: Coroutine) -> Any:
+    """The result of a coroutine in a loop of its own; TimeoutError where it hangs."""
+    return asyncio.run(asyncio.wait_for(work, LONGEST))
 
 
 class Lag:

@@ -9,9 +9,11 @@ from students import Chunk, Session, step_together
 from students.history import History
 from students.schedule import Schedule
 from students.serving import draw
+from teachers.guidance import GuidanceRange
 from teachers.networks.kind import RaggedPast
+from teachers.networks.wan import NetworkConfig
 from tests.support.faults import around
-from tests.support.tiny import MIDAS, a_bundle, a_portrait, some_sound
+from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, some_sound
 
 TEXTS = ("a person nods", "someone smiles", "x", "a person nods and smiles")
 HISTORIES = {
@@ -21,6 +23,13 @@ HISTORIES = {
     "all": History(sinks=0, window=None),
     "same_level": History(sinks=1, window=2, commit="same_level"),
     "refined": History(sinks=1, window=2, refine_every=2),
+}
+CHANGES = {
+    "other steps at first": {"first_sigmas": (1.0, 0.9, 0.7, 0.3), "first_chunks": 2},
+    "embedded guidance": {
+        "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
+        "guidance": GuidanceRange(),
+    },
 }
 ALONE = {
     "diagonal": {"history": History(sinks=1, window=1), "schedule": Schedule(depth=3)},
@@ -101,10 +110,11 @@ def played(bundle, together: bool, seed: int) -> Hall:
     return hall
 
 
-@pytest.mark.parametrize("name", list(HISTORIES))
+@pytest.mark.parametrize("name", [*HISTORIES, *CHANGES])
 @pytest.mark.parametrize("seed", range(3))
 def test_each_session_gives_what_it_gives_alone(name, seed, monkeypatch):
-    bundle, sizes, padded = a_bundle(HISTORIES[name]), [], []
+    bundle = a_bundle(HISTORIES.get(name, HISTORIES["window"]), **CHANGES.get(name, {}))
+    sizes, padded = [], []
     alone = played(bundle, False, seed)
     for owner, what, note in (
         (draw, "decode_rows", lambda given: sizes.append(len(given[2]))),

@@ -25,6 +25,7 @@ from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
+from tests.support.lag import run_in_time
 from tests.support.serving import a_puppet, eventually
 from tests.support.watched import Watched
 
@@ -76,7 +77,7 @@ def test_an_agents_sentences_are_heard_whole_and_seen_with_their_sound():
             await asyncio.sleep(0.3)
             return asked, said, started, finished, tape
 
-    asked, said, started, finished, tape = asyncio.run(run())
+    asked, said, started, finished, tape = run_in_time(run())
     heard = np.concatenate([block for _, block in tape.sound])
     heard = heard[np.flatnonzero(heard)[0] : np.flatnonzero(heard)[-1] + 1]
     assert len(heard[heard != 0]) == pytest.approx(sum(np.count_nonzero(sound) for sound in said), abs=2)
@@ -123,7 +124,7 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
             await asyncio.sleep(0.2)
             return at, told, finished, tape
 
-    at, told, finished, tape = asyncio.run(run())
+    at, told, finished, tape = run_in_time(run())
     assert [event.interrupted for event in finished] == [True, False]
     counted = finished[1].playback_position  # by the runner, which may count what was on its way when it was cleared
     assert 0.5 - 0.001 < counted < 0.5 + FRAME + 0.001
@@ -204,7 +205,7 @@ def test_a_server_that_is_not_there_is_said_in_one_line():
     with pytest.raises(
         UserError, match=r"^cannot join a LiveKit room at ws://127.0.0.1:1 \(.*refused.*\); check URL and token$"
     ):
-        asyncio.run(door.attend(Engine(a_puppet(), Echo()), "ws://127.0.0.1:1", "a.b.c", tiny.a_portrait(), "x"))
+        run_in_time(door.attend(Engine(a_puppet(), Echo()), "ws://127.0.0.1:1", "a.b.c", tiny.a_portrait(), "x"))
 
 
 def test_it_waits_in_a_room_for_one_agent_after_the_other_and_ends_with_the_server(monkeypatch):
@@ -266,6 +267,6 @@ def test_two_agents_of_one_name_in_two_rooms_interrupt_their_own_avatar():
         for receiver in receivers:
             await receiver.aclose()
 
-    asyncio.run(run())
+    run_in_time(run())
     assert cleared == [0, 1]
     assert isinstance(rooms[0][0], Room)

@@ -25,6 +25,7 @@ from distill.live.talkers import Echo
 from tests.distill.live.doors.test_livekit import RATE
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
+from tests.support.lag import run_in_time
 from tests.support.serving import a_puppet, eventually
 from tests.support.watched import Watched
 
@@ -111,7 +112,7 @@ async def a_call(server: str, address: str) -> tuple[User, AgentSession, list, d
 def test_an_agent_a_user_and_the_avatar_in_a_room(server):
     engine, portraits = Engine(a_puppet(), Echo(), 2), [tiny.a_portrait()]
     with running(engine, portraits, Options(doors=[LiveKitDoor(server).open(engine, portraits)])) as address:
-        user, session, handles, at = asyncio.run(asyncio.wait_for(a_call(server, address), 150))
+        user, session, handles, at = run_in_time(a_call(server, address))
         eventually(lambda: not engine.viewers, 20)
     assert [handle.interrupted for handle in handles] == [False, True]
     said = [item for item in session.history.items if item.type == "message"]

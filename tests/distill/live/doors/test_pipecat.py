@@ -33,6 +33,7 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
+from tests.support.lag import run_in_time
 from tests.support.serving import a_puppet
 from tests.support.watched import Watched
 
@@ -74,7 +75,7 @@ def test_speech_comes_out_in_order_with_an_image_before_each_piece_and_ends_befo
     sent = [SleepFrame(0.3), *speech(said[0]), TextFrame("passes"), *speech(said[1], "two"), TTSStoppedFrame("none")]
     with a_service() as service:
         began = time.monotonic()
-        down, _ = asyncio.run(run_test(service, frames_to_send=sent))
+        down, _ = run_in_time(run_test(service, frames_to_send=sent))
         took = time.monotonic() - began
     assert np.array_equal(heard(down), np.concatenate(said))
     assert took > 0.3 + 1.83
@@ -104,7 +105,7 @@ def test_after_an_interruption_nothing_of_the_old_sentence_goes_on():
         *speech(new, "new"),
     ]
     with a_service() as service:
-        down, _ = asyncio.run(run_test(service, frames_to_send=sent))
+        down, _ = run_in_time(run_test(service, frames_to_send=sent))
     cut = next(i for i, frame in enumerate(down) if isinstance(frame, InterruptionFrame))
     assert RATE * 0.5 < len(heard(down[:cut])) < RATE * 1.3
     assert np.array_equal(heard(down[cut:]), new)
@@ -150,7 +151,7 @@ def test_a_transport_plays_image_and_sound_together_without_a_gap():
     said = tone(2.11, RATE)
     with a_service() as service:
         sent = [SleepFrame(0.5), *speech(said), SleepFrame(3.0), EndFrame()]
-        screen, times = asyncio.run(through_a_transport(service, sent))
+        screen, times = run_in_time(through_a_transport(service, sent))
     loud = [(at, block) for at, block in screen.sound if np.abs(block.astype(int)).max() > 1000]
     assert np.array_equal(np.concatenate([block for _, block in screen.sound])[: len(said)], said)
     screen.lag.skip_if_busy()
@@ -166,7 +167,7 @@ def test_a_transport_plays_image_and_sound_together_without_a_gap():
 def test_an_interruption_is_heard_within_150_ms():
     with a_service() as service:
         sent = [*speech(tone(20.0, RATE)), SleepFrame(1.5), InterruptionFrame(), SleepFrame(1.0), EndFrame()]
-        screen, times = asyncio.run(through_a_transport(service, sent))
+        screen, times = run_in_time(through_a_transport(service, sent))
     at, block = [(at, block) for at, block in screen.sound if np.abs(block.astype(int)).max() > 1000][-1]
     assert 0 < len(screen.sound) * 0.04 < 2.0
     screen.lag.skip_if_busy()
@@ -176,5 +177,5 @@ def test_an_interruption_is_heard_within_150_ms():
 def test_no_room_for_it_is_an_error_in_the_pipeline():
     with a_service() as service:
         service._engine.fixed = 0
-        _, up = asyncio.run(run_test(service, frames_to_send=[TextFrame("x")]))
+        _, up = run_in_time(run_test(service, frames_to_send=[TextFrame("x")]))
     assert any("maximum number of viewers reached (0)" in str(frame) for frame in up)

@@ -12,7 +12,7 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.lag import Lag
+from tests.support.lag import Lag, run_in_time
 from tests.support.serving import a_puppet
 
 FPS = 12.5
@@ -63,7 +63,7 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
             stream.end()
             return said, await beats(stream, 1.9), stream.lag
 
-    said, got, lag = asyncio.run(run())
+    said, got, lag = run_in_time(run())
     loud = [i for i, (_, beat) in enumerate(got) if len(beat.sound)]
     assert loud == list(range(loud[0], loud[-1] + 1))
     heard = np.concatenate([beat.sound for _, beat in got])
@@ -96,7 +96,7 @@ def test_sentences_follow_each_other_and_end_in_order():
             assert not stream.speaking
             return sentences, got
 
-    sentences, got = asyncio.run(run())
+    sentences, got = run_in_time(run())
     assert np.array_equal(np.concatenate([beat.sound for _, beat in got]), np.concatenate(sentences))
     assert sum(beat.ended for _, beat in got) == 3
     assert [mouth_open(beat) for _, beat in got[2:]] == [len(beat.sound) > 0 for _, beat in got[2:]]
@@ -119,7 +119,7 @@ def test_after_an_interrupt_nothing_of_the_old_sentence_is_heard_or_seen():
             stream.end()
             return before, at, quiet, new, await beats(stream, 1.2), stream.lag
 
-    before, at, quiet, new, after, lag = asyncio.run(run())
+    before, at, quiet, new, after, lag = run_in_time(run())
     assert len(before[-1][1].sound)
     assert not any(len(beat.sound) or beat.ended for _, beat in quiet)
     assert not any(mouth_open(beat) for _, beat in quiet[1:])  # the window of the first one's features reaches back
@@ -142,7 +142,7 @@ def test_interrupted_again_and_again_it_says_the_last_sentence_alone():
             stream.end()
             return last, await beats(stream, 1.5)
 
-    last, got = asyncio.run(run())
+    last, got = run_in_time(run())
     assert np.array_equal(np.concatenate([beat.sound for _, beat in got]), last)
 
 
@@ -157,7 +157,7 @@ def test_speech_that_stalls_leaves_silence_in_the_picture_too_and_goes_on():
             stream.end()
             return said, got + await beats(stream, 1.6)
 
-    said, got = asyncio.run(run())
+    said, got = run_in_time(run())
     heard = np.concatenate([beat.sound for _, beat in got])
     assert np.array_equal(heard[heard != 0], said[said != 0])
     open_ = [mouth_open(beat) for _, beat in got[2:]]
@@ -173,4 +173,4 @@ def test_one_too_many_and_what_the_engine_refuses_is_said_in_one_line():
             with pytest.raises(UserError, match="more than 1800 s of speech"):
                 await beats(stream, 2.0)
 
-    asyncio.run(run())
+    run_in_time(run())
