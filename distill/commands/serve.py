@@ -57,6 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="refuse pictures and words unlike what the student was trained on"
     )
     parser.add_argument(
+        "--livekit",
+        metavar="URL",
+        help="be the avatar of LiveKit agents in rooms of this server: those that POST /livekit asks for, and --room",
+    )
+    parser.add_argument(
+        "--room",
+        help="LiveKit room to wait in for an agent (LIVEKIT_API_KEY and LIVEKIT_API_SECRET in the environment)",
+    )
+    parser.add_argument(
         "--mark", default="", metavar="TEXT", help="words in a corner of every frame, such as AI (default: none)"
     )
     safe = parser.add_argument_group("beyond this machine (docs/security.md)")
@@ -89,6 +98,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--tls-cert and --tls-key belong together; give both")
     if not all(importlib.util.find_spec(name) for name in NEEDED):
         raise UserError(f"distill serve needs {', '.join(NEEDED)}: pip install 'avatar-distill[serve]'")
+    if args.room is not None and args.livekit is None:
+        raise UserError("--room is one of a LiveKit server; name it by --livekit URL")
+    doors = []
+    if args.livekit is not None:
+        from distill.live.doors.livekit_agent import LiveKitDoor
+
+        doors.append(LiveKitDoor(args.livekit, args.room))
     from distill.live.operations.access import Access, read_token
     from distill.live.operations.sockets import DrainingServer
     from distill.live.scheduler import Engine
@@ -105,7 +121,13 @@ def run(args: argparse.Namespace) -> int:
     portraits = read_portraits(args.reference, (spec.height, spec.width), args.crop)
     engine = Engine(bundle, talker, args.viewers, args.lead, mark)
     engine.warm_up(portraits[0] if spec.takes_image else None)
-    options = Options(access=access, crop=args.crop, strict=args.strict, peer_viewers=args.peer_viewers)
+    options = Options(
+        access=access,
+        crop=args.crop,
+        strict=args.strict,
+        peer_viewers=args.peer_viewers,
+        doors=[door.open(engine, portraits) for door in doors],
+    )
     load = (
         None if bundle.shared else lambda: devices.load(args.student, args)
     )  # ranks would each need the other student

@@ -107,8 +107,8 @@ class Engine:
         measured = ", as many as this machine draws in real time" if self.fixed is None else ""
         return f"maximum number of viewers reached ({self.max_viewers}{measured}); try again later"
 
-    def join(self, emit: Callable[[dict | bytes], None]) -> Viewer | None:
-        """A new viewer, None where there is no room (`full`). On the engine's thread."""
+    def join(self, emit: Callable[[Any], None], **options: Any) -> Viewer | None:
+        """A new viewer with `options` of its own, None where there is no room (`full`). On the engine's thread."""
         if self.full():
             self.totals.refused["closing" if self.closing else "full"] += 1
             return None
@@ -118,7 +118,7 @@ class Engine:
             self.totals.turns += 1
             self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
-        viewer = Viewer(self.bundle, self.lead, emit, talk, self._margin)
+        viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer

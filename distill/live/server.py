@@ -11,11 +11,11 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -51,6 +51,7 @@ STUCK_SECONDS = 30.0  # without an answer of the engine's thread
 FULL, GONE = 1013, 1001
 KINDS = {message: name for name, message in protocol.MESSAGES.items()}
 PAGE = Path(__file__).with_name("page.html")
+CLIENT = Path(__file__).with_name("client.js")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
     " img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -60,15 +61,25 @@ HEADERS = {
 }
 
 
+class Door(Protocol):
+    """Another way in, beside the page: `distill.live.doors`."""
+
+    def routes(self) -> list[Route]: ...
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """`access`: who gets in. `crop`: the rule for pictures that are sent. `strict` refuses pictures and words unlike what the
-    student was trained on. `peer_viewers`: as many of one address."""
+    student was trained on. `peer_viewers`: as many of one address. `doors`: other ways in."""
 
     access: Access = field(default_factory=Access)
     crop: str = "face"
     strict: bool = False
     peer_viewers: int = 4
+    doors: Sequence[Door] = ()
 
 
 def build_app(
@@ -86,16 +97,22 @@ def build_app(
         engine.start()
         if load is not None:
             reload_on(signal.SIGHUP, engine, load, portraits[0])
+        running = [asyncio.create_task(door.run()) for door in server.options.doors]
         yield
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         server.decoders.close()
         await asyncio.to_thread(engine.stop)
 
     routes = [
         Route("/", server.page),
+        Route("/client.js", server.client),
         Route("/portraits/{number:int}.png", server.portrait),
         Route("/health", server.health),
         Route("/metrics", server.metrics),
         WebSocketRoute("/live", server.live),
+        *(route for door in server.options.doors for route in door.routes()),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.server = server
@@ -136,6 +153,9 @@ class Server:
     async def page(self, _: Request) -> Response:
         self.decoders.start()  # somebody comes who may send files
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
+
+    async def client(self, _: Request) -> Response:
+        return Response(CLIENT.read_text(encoding="utf-8"), media_type="text/javascript", headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
         number = request.path_params["number"]
@@ -218,6 +238,7 @@ class Server:
         spec = viewer.spec
         return {
             "type": "hello",
+            "version": protocol.VERSION,
             "width": spec.width,
             "height": spec.height,
             "fps": float(spec.fps),
@@ -264,7 +285,7 @@ class Server:
 
     async def _answer(self, inbox: asyncio.Queue, viewer: Viewer, put: Any) -> None:
         picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
-        mistakes = 0
+        mistakes, greeted = 0, False
         while mistakes < MAX_MISTAKES:
             patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
             try:
@@ -276,7 +297,10 @@ class Server:
             if message["type"] == "websocket.disconnect":
                 return
             try:
-                if message.get("bytes") is not None:
+                if not greeted:
+                    protocol.check_hello(message.get("text"))
+                    greeted = True
+                elif message.get("bytes") is not None:
                     await self._binary(viewer, message["bytes"], picture, put)
                 else:
                     await self._handle(viewer, protocol.parse(message.get("text") or ""), picture, put)
@@ -284,6 +308,9 @@ class Server:
                 mistakes += 1
                 self.mistakes += 1
                 put({"type": "error", "message": str(error)[:300]})
+                if isinstance(error, protocol.ProtocolError):
+                    await asyncio.sleep(0.1)
+                    return
         put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
@@ -292,7 +319,8 @@ class Server:
         if kind in (protocol.IMAGE, protocol.FILE):
             viewer.allowance.take("upload", time.monotonic())
         else:
-            viewer.allowance.take("sound", time.monotonic(), len(content) / (2 * SAMPLE_RATE))
+            what = "speech" if kind == protocol.SPEECH else "sound"
+            viewer.allowance.take(what, time.monotonic(), len(content) / (2 * SAMPLE_RATE))
         if kind == protocol.IMAGE:
             size = (viewer.spec.height, viewer.spec.width)
             sent, note = await asyncio.to_thread(
@@ -305,6 +333,8 @@ class Server:
         elif kind == protocol.FILE:
             sound, _ = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
             await self._ask(viewer.say, sound, time.monotonic(), of=viewer)
+        elif kind == protocol.SPEECH:
+            await self._ask(lambda: viewer.speak(protocol.to_sound(content), time.monotonic()), of=viewer)
         else:
             await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()), of=viewer)
 
@@ -331,6 +361,8 @@ class Server:
         elif isinstance(message, protocol.SetText):
             await self._check_coverage(None, message.text, put)
             await self._ask(lambda: viewer.set_text(message.text, time.monotonic()), of=viewer)
+        elif isinstance(message, protocol.Spoken):
+            await self._ask(viewer.spoken, of=viewer)
         elif isinstance(message, protocol.Interrupt):
             await self._ask(lambda: viewer.interrupt(time.monotonic()), of=viewer)
         elif isinstance(message, protocol.Played):

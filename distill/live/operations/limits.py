@@ -22,6 +22,7 @@ RATES = {
     "interrupt": Rate(4, 20),
     "upload": Rate(0.5, 8),  # a picture or a sound file
     "sound": Rate(4, 120),  # seconds of samples
+    "speech": Rate(20, 600),  # the same, of the avatar, which may come faster than it is said
 }
 """Of what is not named, the first."""
 
@@ -48,7 +49,9 @@ class Allowance:
         bucket = self.buckets.setdefault(kind, Bucket(rate.burst, now))
         bucket.left, bucket.at = min(rate.burst, bucket.left + (now - bucket.at) * rate.each), now
         if amount > bucket.left:
-            what = "seconds of sound" if kind == "sound" else "messages" if kind == "message" else f"'{kind}'"
+            what = {"message": "messages", "sound": "seconds of sound", "speech": "seconds of speech"}.get(
+                kind, f"'{kind}'"
+            )
             raise UserError(f"too many {what}: {rate.each:g} a second are allowed, {rate.burst:g} at once; send fewer")
         bucket.left -= amount
 

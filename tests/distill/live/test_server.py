@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.sync.server import serve
 
 from distill.cli import main
 from distill.live import protocol
@@ -31,6 +32,7 @@ from tests.distill.live.test_uploads import png, wav
 from tests.support import tiny
 from tests.support.serving import a_puppet, eventually, serving
 
+HELLO = json.dumps({"type": "hello", "version": protocol.VERSION})
 ROOT = Path(__file__).resolve().parents[3]
 FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 
@@ -125,6 +127,7 @@ def test_a_viewer_who_vanishes_or_is_frozen_is_freed_in_5_seconds(served, url):
 from websockets.sync.client import connect
 with connect({url!r}) as page:
     page.recv()
+    page.send({HELLO!r})
     page.send('{{"type": "open"}}')
     page.send('{{"type": "say", "text": "a b c d e f g h"}}')
     while True:
@@ -149,6 +152,7 @@ def test_a_viewer_who_does_not_read_holds_no_memory_and_no_one_up(served, url):
     _, engine = served
     with connect(url, compression=None) as rude:
         rude.recv()
+        rude.send(HELLO)
         rude.send('{"type": "open"}')
         eventually(lambda: engine.viewers and engine.viewers[0].session is not None, 20)
         time.sleep(1.0)
@@ -183,6 +187,7 @@ def test_uploads_are_bounded_before_they_are_read(url):
     for size in (protocol.MAX_MESSAGE + 2, 200 * 2**20):
         with connect(url, compression=None, max_size=None) as socket_:
             socket_.recv()
+            socket_.send(HELLO)
             with suppress(ConnectionClosed):
                 socket_.send(bytes([protocol.FILE]) + bytes(size))
             assert closing(socket_) in (None, 1009)
@@ -210,10 +215,71 @@ def test_files_are_decoded_in_another_process(url, monkeypatch):
 
 def test_after_20_mistakes_a_page_is_shut_out(url):
     with connect(url) as socket_:
+        socket_.send(HELLO)
         for _ in range(25):
             socket_.send("{")
         assert closing(socket_) == 1001
     still_answers(url)
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ('{"type": "hello", "version": 2}', "the client speaks protocol 2, this side 1; update the older one"),
+        ('{"type": "open"}', 'the first message must be {"type": "hello", "version": 1}'),
+        ('{"type": "hello"}', 'the first message must be {"type": "hello", "version": 1}'),
+        (b"\x00\x00\x00", 'the first message must be {"type": "hello", "version": 1}'),
+    ],
+)
+def test_a_client_of_another_version_is_refused_in_one_line_and_closed(url, first, why):
+    with connect(url) as socket_:
+        assert json.loads(socket_.recv())["version"] == protocol.VERSION
+        socket_.send(first)
+        answer = json.loads(socket_.recv())
+        assert answer["type"] == "error"
+        assert why in answer["message"]
+        assert "\n" not in answer["message"]
+        assert closing(socket_) == 1001
+    still_answers(url)
+
+
+def test_the_client_refuses_a_server_of_another_version():
+    def answer(page):
+        page.send(json.dumps({"type": "hello", "version": 2}))
+        page.recv()
+
+    with serve(answer, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with pytest.raises(UserError, match="the server speaks protocol 2, this side 1; update the older one"):
+            Client(f"ws://127.0.0.1:{server.socket.getsockname()[1]}/live")
+        server.shutdown()
+        thread.join()
+
+
+def test_a_client_speaks_through_the_avatar_and_interrupts_it(url):
+    with Client(url) as client:
+        client.open()
+        said = 0.4 * np.sin(np.arange(16_000 * 3 // 2) * 0.157).astype(np.float32)
+        for piece in np.array_split(said, 7):
+            client.speak(piece)
+        client.spoken()
+        client.until(lambda: client.answers and client.answers[1].end is not None, 10)
+        answer = client.answers[1]
+        client.until(lambda: min(client.place(), client.last) > answer.end, 10)
+        heard = np.concatenate([client.sound[n] for n in range(answer.frame, answer.end)])
+        assert np.abs(heard[: len(said)] - said).max() < 1e-4
+        assert not heard[len(said) :].any()
+        open_ = [n for n in sorted(client.frames) if client.frames[n][11, 8, 0] > 60]
+        assert open_ == list(range(answer.frame, answer.frame + 19))  # of 18.75 frames of sound
+        for _ in range(30):
+            client.speak(said)
+        client.until(lambda: 2 in client.answers and client.answers[2].frame is not None, 10)
+        client.pump(0.5)
+        client.interrupt()
+        client.until(lambda: client.answers[2].end is not None, 5)
+        client.pump(1.0)
+        assert not any(np.abs(client.sound[n]).max() > 0.01 for n in client.sound if n >= client.answers[2].end)
 
 
 def a_mess(rng: random.Random) -> str | bytes:
@@ -259,6 +325,8 @@ def test_noise_on_the_line_ends_no_other_stream(served, url):
     while time.monotonic() < end:
         try:
             with connect(url, compression=None, close_timeout=0.5) as socket_:
+                if rng.random() < 0.9:
+                    socket_.send(HELLO)
                 for _ in range(rng.randrange(1, 60)):
                     socket_.send(a_mess(rng))
                     sent += 1
