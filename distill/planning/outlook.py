@@ -330,13 +330,13 @@ class _Stages:
         together = job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
         alone = (timed + together) * (clip + few) + step
-        shared = {"branches": self._branches}
-        idle = self._branches if job.together == 1 else 1
+        branches = self._branches
+        idle = branches if job.together == 1 else 1
         waits = 3 * each + idle * (2 * each + test)  # the rest of a group waits for its first rank
         decode = waits * job.together * codec.decode
         parts = [
-            self._part("teacher", (each + test) * self.teacher_clip, "teacher", each + test, **shared),
-            self._part("teacher, few steps", each * few, "teacher", each, **shared),
+            self._part("teacher", (each + test) * self.teacher_clip, "teacher", each + test, branches=branches),
+            self._part("teacher, few steps", each * few, "teacher", each, branches=branches),
             self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
             self._part("codec", decode, "", 5 * each + test, "fp32"),
             self._part("costs of the teacher", alone, "teacher", 1, together=1),
@@ -345,7 +345,7 @@ class _Stages:
         made = {role: self._made(role, alone=True) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
-            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each, **shared))
+            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each, branches=branches))
         waiting = self._held("teacher") + 3 * made["student"][0]  # on rank 0, which times them in turn
         frames, sides = 1 + (job.spec.horizon_frames - 1) * job.spec.codec.stride, (job.spec.height, job.spec.width)
         video = 3 * frames * math.prod(sides) * min(1.0, SCORED_SIDE / max(sides)) ** 2
