@@ -242,7 +242,6 @@ class Engine:
             found = [replace(one, frames=self.mark(one.frames)) if isinstance(one, Chunk) else one for one in found]
         drawn = sum(isinstance(one, Chunk) for one in found)
         if drawn:
-            self.capacity.note(drawn, ended - began)
             self.recent.append(ended - began)
             self.totals.batches.add(drawn)
         for viewer, one in zip(batch, found, strict=True):
@@ -255,7 +254,10 @@ class Engine:
             for seconds in viewer.answered.values():
                 self.totals.answers.add(seconds)
             viewer.answered.clear()
-        self._charge(batch, time.monotonic() - now)
+        handed_over = time.monotonic()
+        if drawn:
+            self.capacity.note(drawn, handed_over - began)  # frames to JPEGs count too
+        self._charge(batch, handed_over - now)
 
     def _fail(self, viewer: Viewer, error: Exception) -> None:
         log.error("a viewer's stream failed", exc_info=error)

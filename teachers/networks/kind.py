@@ -221,6 +221,11 @@ class NetworkKind:
         """The same with its first `blocks` blocks, for a plan; itself where it has no more, or cannot be cut."""
         return self
 
+    @property
+    def period(self) -> int:
+        """Blocks after which what they have repeats, for a plan that counts a few of them."""
+        return 1
+
     def with_guidance(self) -> "NetworkKind":
         """The kind with a guidance embedding; UserError where it has none to offer."""
         raise UserError(f"student.guidance: {label(self)} has no embedding of a guidance scale; remove it")

@@ -150,6 +150,11 @@ class S2VConfig(WanKind):
             else type(self)(**vars(self) | {"num_layers": blocks, "inject_after": after})
         )
 
+    @property
+    def period(self) -> int:
+        """From one audio injector to the next."""
+        return self.inject_after[1] - self.inject_after[0] if len(self.inject_after) > 1 else 1
+
     def numbered(self, numbers: Iterable[int], chunk_frames: int) -> tuple[int, ...]:
         """Counted from the start of each chunk, with which audio begins anew."""
         return tuple(min(number % chunk_frames, self.first_frames) for number in numbers)

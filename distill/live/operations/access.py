@@ -102,7 +102,7 @@ class Guard:
         """The page without the token in its address, which histories keep; the cookie has it."""
         answer = RedirectResponse("/", 303, headers={"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
         assert self.access.token is not None
-        answer.set_cookie(COOKIE, self.access.token, httponly=True, samesite="strict", secure=encrypted)
+        answer.set_cookie(COOKIE, self.access.token, httponly=True, samesite="lax", secure=encrypted)
         return answer
 
 
