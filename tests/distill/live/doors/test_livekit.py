@@ -208,6 +208,18 @@ def test_an_agent_asks_for_an_avatar_which_leaves_with_it(monkeypatch):
         eventually(lambda: avatar.left and not engine.viewers, 10)
 
 
+def test_an_avatar_whose_agent_does_not_come_leaves_and_one_room_too_many_is_refused(monkeypatch, caplog):
+    monkeypatch.setattr(door, "AGENT_SECONDS", 1.0)
+    _, avatar = a_room()
+    avatar.remote_participants.clear()
+    with a_server(monkeypatch, [avatar], viewers=1) as (address, engine):
+        assert ask(address, {"token": "x"})[0] == 200
+        assert "as many rooms are attended as there may be viewers (1)" in ask(address, {"token": "x"})[1]["error"]
+        eventually(lambda: avatar.left, 10)
+        eventually(lambda: "no agent came to the room within 1 s" in caplog.text, 5)
+        assert engine.viewers == []
+
+
 def test_what_an_agent_asks_wrongly_is_refused_in_one_line(monkeypatch):
     rooms = [a_room()[1] for _ in range(2)]
     with a_server(monkeypatch, rooms, viewers=1) as (address, engine):
