@@ -7,7 +7,7 @@ audio encoders, probes and scoring, the drawing of clips, transfers, and ranks t
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -330,7 +330,7 @@ class _Stages:
         together = job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
         alone = (timed + together) * (clip + few) + step
-        shared = {"branches": self._branches}
+        shared: dict[str, Any] = {"branches": self._branches}
         idle = self._branches if job.together == 1 else 1
         waits = 3 * each + idle * (2 * each + test)  # the rest of a group waits for its first rank
         decode = waits * job.together * codec.decode
