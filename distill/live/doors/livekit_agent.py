@@ -46,6 +46,7 @@ RATE = 24_000
 QUEUE_MS = 400  # of the synchroniser: above what comes early, so that it paces and never holds back
 JOIN_SECONDS = 20.0
 AGAIN_SECONDS = 5.0  # until a room that could not be joined is tried again
+AGENT_SECONDS = 60.0  # that an avatar that was asked for waits for its agent
 IDENTITY = "avatar"
 MAX_REQUEST = 16_384
 log = logging.getLogger(__name__)
@@ -116,9 +117,10 @@ async def attend(
     text: str,
     seed: int = 0,
     joined: asyncio.Event | None = None,
+    patience: float | None = None,
 ) -> None:
     """Join a room, set `joined`, and be the avatar of the first agent there until it leaves, the room closes or this is cancelled.
-    UserError where the room cannot be joined."""
+    UserError where the room cannot be joined, and where no agent comes within `patience` seconds."""
     room, over = rtc.Room(), asyncio.Event()
     room.on("disconnected", lambda *_: over.set())
     try:
@@ -128,7 +130,11 @@ async def attend(
     try:
         if joined is not None:
             joined.set()
-        if (agent := await _unless(over, utils.wait_for_agent(room))) is None:
+        try:
+            agent = await asyncio.wait_for(_unless(over, utils.wait_for_agent(room)), patience)
+        except TimeoutError as error:
+            raise UserError(f"no agent came to the room within {patience:g} s; the avatar has left") from error
+        if agent is None:
             return
         room.on("participant_disconnected", lambda who: over.set() if who.identity == agent.identity else None)
         with suppress(TimeoutError):  # the token may forbid it, and hold it already
@@ -216,10 +222,14 @@ class LiveKitDoor:
             call = await self._read(request)
             if why := self.engine.full():
                 raise UserError(why)
+            if len(self.calls) >= self.engine.max_viewers:
+                raise UserError(
+                    f"as many rooms are attended as there may be viewers ({self.engine.max_viewers}); try again later"
+                )
             joined = asyncio.Event()
             portrait = self._portrait(call.portrait)
             task = asyncio.create_task(
-                attend(self.engine, self.url, call.token, portrait, call.text, call.seed, joined)
+                attend(self.engine, self.url, call.token, portrait, call.text, call.seed, joined, AGENT_SECONDS)
             )
             self.calls.add(task)
             task.add_done_callback(self._ended)

@@ -49,7 +49,9 @@ class AvatarVideoService(AIService):
         self._rate = 24_000
         self._stream: AvatarStream | None = None
         self._emitting: asyncio.Task | None = None
-        self._stops: deque[list[Frame]] = deque()  # for each sentence that is held, what follows it
+        self._stops: deque[list[TTSStoppedFrame]] = (
+            deque()
+        )  # for each sentence that is held to its end, what follows it
         self._context: str | None = None
         self._passing = asyncio.Lock()  # a beat goes out whole, or not at all
         self._said = asyncio.Event()
@@ -139,7 +141,8 @@ class AvatarVideoService(AIService):
         image.sync_with_audio = True
         await self.push_frame(image)
         if len(beat.sound):
-            await self.push_frame(TTSAudioRawFrame(beat.sound.tobytes(), self._rate, 1, context_id=self._context))
+            context = self._stops[0][0].context_id if self._stops else self._context
+            await self.push_frame(TTSAudioRawFrame(beat.sound.tobytes(), self._rate, 1, context_id=context))
 
     async def _close(self) -> None:
         stream, self._stream = self._stream, None

@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import asynccontextmanager, contextmanager
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from livekit.agents.voice.avatar import DataStreamAudioOutput
 from benchmarks.livekit_room import Room, Tape, a_room
 from distill.cli import main
 from distill.live.doors import livekit_agent as door
+from distill.live.doors.stream import AvatarStream
 from distill.live.scheduler import Engine
 from distill.live.server import Options, running
 from distill.live.talkers import Echo
@@ -96,7 +98,37 @@ def test_an_agents_sentences_are_heard_whole_and_seen_with_their_sound():
     assert np.abs(offsets).max() <= 0.04, f"video {offsets} s behind the sound"
 
 
-def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_after_it():
+def test_sound_comes_early_into_its_queue_and_pictures_on_time():
+    """Which holds where the library's own pace of frames is behind, as it is after interrupts."""
+
+    async def run():
+        engine = Engine(a_puppet(), Echo(), 1)
+        engine.start()
+        stream = await AvatarStream.open(engine, tiny.a_portrait(), "x", rate=RATE)
+        stream.push(tone(2.0, RATE), RATE)
+        items, ends = [], time.monotonic() + 1.5
+        async for item in door.Picture(stream):
+            items.append((time.monotonic(), isinstance(item, rtc.AudioFrame)))
+            if time.monotonic() > ends:
+                break
+        await stream.close()
+        await asyncio.to_thread(engine.stop)
+        return items
+
+    items = run_in_time(run())
+    waits = [at - before for (before, sound), (at, _) in pairwise(items) if sound]
+    assert len(waits) > 10
+    assert np.median(waits[1:]) > 0.5 * 0.75 * FRAME
+
+
+NEW = np.concatenate([tone(0.5, RATE, 300), np.zeros(round(0.31 * RATE), np.int16), tone(0.5, RATE, 300)])
+"""Two words, the second of which begins with a frame in the middle of the sentence."""
+
+
+def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_after_it(monkeypatch):
+    draw = Engine._draw
+    monkeypatch.setattr(Engine, "_draw", lambda *given: (time.sleep(0.1), draw(*given)))  # as long as a student's chunk
+
     async def run():
         async with a_call() as (output, tape, _):
             finished = []
@@ -116,7 +148,7 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
             await output.wait_for_playout()
             told = time.monotonic()
             await asyncio.sleep(0.8)
-            await say(output, tone(0.5, RATE, 300))
+            await say(output, NEW)
             await output.wait_for_playout()
             await asyncio.sleep(0.2)
             return at, told, finished, tape
@@ -124,14 +156,13 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
     at, told, finished, tape = run_in_time(run())
     assert [event.interrupted for event in finished] == [True, False]
     counted = finished[1].playback_position  # by the runner, which may count what was on its way when it was cleared
-    assert 0.5 - 0.001 < counted < 0.5 + FRAME + 0.001
+    assert -0.001 < counted - len(NEW) / RATE < FRAME + 0.001
     late = np.concatenate([block for when, block in tape.sound if when > at + 0.5])
-    new = tone(0.5, RATE, 300)
-    assert np.array_equal(late[late != 0], new[new != 0])
+    assert np.array_equal(late[late != 0], NEW[NEW != 0])
     mouth = tape.mouth()
     tape.lag.skip_if_busy()
     voiced = tape.voiced()
-    assert len(voiced) == 2
+    assert len(voiced) == 3
     assert voiced[0, 1] - at < 0.1
     assert told - at < 0.15
     assert finished[0].playback_position == pytest.approx(voiced[0, 1] - voiced[0, 0], abs=0.2)
@@ -139,9 +170,8 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
     between = mouth[(mouth[:, 0] > at + 0.15) & (mouth[:, 0] < voiced[1, 0] - 0.04)]
     assert len(between) > 5
     assert not between[1:, 1].any()
-    (opened, closed) = tape.turned()[-2:, 0]
-    assert abs(opened - voiced[1, 0]) <= 0.04
-    assert abs(closed - voiced[1, 0] - 7 * FRAME) <= 0.04  # 0.5 s are 6.25 frames
+    offsets = tape.turned()[-4::2, 0] - voiced[1:, 0]
+    assert np.abs(offsets).max() <= 0.04, f"video {offsets} s behind the sound"
 
 
 @contextmanager
@@ -176,6 +206,18 @@ def test_an_agent_asks_for_an_avatar_which_leaves_with_it(monkeypatch):
         assert [viewer.session.point.text for viewer in engine.viewers] == ["a person smiles"]
         avatar.emit("participant_disconnected", agent.local_participant)
         eventually(lambda: avatar.left and not engine.viewers, 10)
+
+
+def test_an_avatar_whose_agent_does_not_come_leaves_and_one_room_too_many_is_refused(monkeypatch, caplog):
+    monkeypatch.setattr(door, "AGENT_SECONDS", 1.0)
+    _, avatar = a_room()
+    avatar.remote_participants.clear()
+    with a_server(monkeypatch, [avatar], viewers=1) as (address, engine):
+        assert ask(address, {"token": "x"})[0] == 200
+        assert "as many rooms are attended as there may be viewers (1)" in ask(address, {"token": "x"})[1]["error"]
+        eventually(lambda: avatar.left, 10)
+        eventually(lambda: "no agent came to the room within 1 s" in caplog.text, 5)
+        assert engine.viewers == []
 
 
 def test_what_an_agent_asks_wrongly_is_refused_in_one_line(monkeypatch):

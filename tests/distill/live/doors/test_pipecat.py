@@ -92,6 +92,9 @@ def test_speech_comes_out_in_order_with_an_image_before_each_piece_and_ends_befo
     assert abs(len(heard(down[: stops[0]])) - len(said[0])) <= RATE / FPS
     assert len(heard(down[stops[1] :])) == 0
     assert any(isinstance(frame, TextFrame) for frame in down[: stops[0]])
+    contexts = [frame.context_id for frame in media if isinstance(frame, TTSAudioRawFrame)]
+    assert contexts == sorted(contexts)
+    assert set(contexts) == {"one", "two"}
 
 
 def test_after_an_interruption_nothing_of_the_old_sentence_goes_on():
