@@ -34,6 +34,9 @@ class History:
     lies at least; before, it is where the training clip has it. LiveAvatar draws 4 to 30 anew for every step. `anchors_roll`: so
     many latent frames into a stream the anchors are made again of what it drew, the first frame and the newest ones (LiveAvatar's
     rolling sink: 12, the length of its clips; 0: never).
+
+    `reference_chunks`: of a network with channels for the reference, how many first chunks are given it (null: all, as OmniAvatar
+    and LiveTalk do). Later ones have zeros there, as in image-to-video, and know the face from the context alone.
     """
 
     sinks: int = 1
@@ -47,6 +50,7 @@ class History:
     positions: Literal["relative", "absolute"] = "relative"
     anchors_ahead: int = 12
     anchors_roll: int = 0
+    reference_chunks: int | None = None
 
     def __post_init__(self):
         counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
@@ -60,6 +64,8 @@ class History:
         for name, count in counts.items():
             if count < 0:
                 raise UserError(f"student.history.{name}: got {count}; it counts chunks, from 0")
+        if self.reference_chunks is not None and self.reference_chunks < 1:
+            raise UserError(f"student.history.reference_chunks: got {self.reference_chunks}; it counts chunks, from 1")
         if self.memory_every < 1:
             raise UserError(f"student.history.memory_every: got {self.memory_every}; every chunk is 1")
         if not 0.0 <= self.level < 1.0:

@@ -47,6 +47,8 @@ from teachers.resolve import in_users_file, name_of
 SPEC = ("student", "trajectories.shift")  # besides data and teacher, whose stages are inputs of all that have a student
 TRAINING = ("seed", "engine.precision")
 SOLVER = ("trajectories.num_steps", "trajectories.shift", "trajectories.guidance")  # the teacher's own clips
+STATES = tuple(f"student.{name}" for name in ("num_steps", "grid", "first_sigmas", "guidance"))
+"""What of a student decides which states of a trajectory are kept."""
 HELD_OUT = ("eval.condition_seed", "eval.num_conditions", "eval.num_reference")
 PROBES = (
     "eval.admit_clips",
@@ -88,7 +90,7 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     if recipe.corruption is not None:
         table.append(Stage("corrupted", ("corruption", "seed"), ("data",), corrupt))
     if any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
-        fields = ("trajectories", "student", *TRAINING)
+        fields = ("trajectories", *STATES, *TRAINING)
         table.append(Stage("trajectories", fields, (recipe.solver_stage, recipe.conditions_stage), trajectories.solve))
     table += [
         _slot(recipe, "init"),

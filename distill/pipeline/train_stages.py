@@ -21,7 +21,7 @@ from distill.methods.discriminator import Discriminator, build_discriminator
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation import clip_sets
-from distill.pipeline.evaluation.health import HealthCheck, readiness
+from distill.pipeline.evaluation.health import HealthCheck, logged, outcome, readiness
 from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
@@ -81,6 +81,10 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     check_and_alarm = (check, check.collapse)
     found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
     clip_sets.discard(artifacts, folder)
+    if "best" in found:
+        found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.healthy)
+        if artifacts.engine.is_main:
+            tqdm.write(f"distill: student: {found['outcome']}", file=sys.stderr)
     return found
 
 
@@ -113,8 +117,9 @@ def run_training(
 ) -> dict:
     """Train `roles` with the stage's method on batches of rows of `size`; model.safetensors holds the averaged weights of the first
     role (with validation: the best of them)."""
-    engine, seed, settings = artifacts.engine, artifacts.recipe.seed, config.train
+    engine, settings = artifacts.engine, config.train
     assert settings is not None
+    seed = artifacts.recipe.seed if settings.seed is None else settings.seed
     if engine.config.checkpointing:
         for network in (net for role in roles.values() for net in networks_in(role)):
             network.kind.enable_checkpointing(network)

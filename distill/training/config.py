@@ -37,7 +37,8 @@ class TrainConfig:
 
     `global_batch` is that of an update over all processes; `accumulation` follows from it, where it is given. Checkpoints are
     written every `checkpoint_every` steps and after `checkpoint_minutes` since the last. Up to `skip_nonfinite` updates of a
-    stage whose gradient is not finite are skipped, counted and logged; one more stops it.
+    stage whose gradient is not finite are skipped, counted and logged; one more stops it. `seed` is this stage's alone (null: the
+    recipe's), so that a stage can be repeated on what those before it made.
     """
 
     num_steps: int
@@ -50,6 +51,7 @@ class TrainConfig:
     checkpoint_minutes: float = 30.0
     validate_every: int = 0
     skip_nonfinite: int = 0
+    seed: int | None = None
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

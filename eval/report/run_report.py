@@ -55,6 +55,10 @@ HEALTH = _columns(
         "noise": "grey levels",
         "audio": "over noise",
         "text": "over noise",
+        "sharpness": "edge energy",
+        "saturation_change": "last chunk less first",
+        "motion_change": "last chunk less first",
+        "sharpness_change": "last chunk less first",
     },
 )
 
@@ -161,10 +165,15 @@ def _head(report: Mapping) -> dict[str, Any]:
     clips = f"{counts['num_conditions']} held-out conditions, {counts['num_seeds']} noise seeds" if counts else ""
     took = f"all stages {seconds / 60:.1f} min" if seconds else ""
     lines = ["; ".join(part for part in (clips, took, where) if part)]
-    readiness = (report.get("health") or {}).get("readiness")
+    health = report.get("health") or {}
+    stated = [
+        f"{when}: {health[name]}."
+        for when, name in (("After init", "readiness"), ("Student", "outcome"))
+        if health.get(name)
+    ]
     return {
         "title": f"Distillation report: {report.get('recipe', 'run')}",
-        "lines": [*lines, *report.get("notes", []), *([f"After init: {readiness}."] if readiness else [])],
+        "lines": [*lines, *report.get("notes", []), *stated],
     }
 
 

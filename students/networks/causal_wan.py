@@ -156,7 +156,7 @@ class CausalWan(Student):
         at that one level.
         """
         last, n = segments[-1], self.spec.chunk_frames
-        composed = [self.net.kind.compose(part.x, part.conditions, part.known) for part in segments]
+        composed = [self.net.kind.compose(part.x, self._referred(part), part.known) for part in segments]
         parts = [inputs.to(composed[-1][1]) for _, inputs in composed]
         read = read or ReadAhead()
         given = (
@@ -190,7 +190,16 @@ class CausalWan(Student):
         )
         x, _ = composed[-1]
         out = out[:, :, out.shape[2] - x.shape[2] :]
-        return to_x0(out, x, last.sigma, last.conditions, self.net.prediction, last.known), cache
+        return to_x0(out, x, last.sigma, self._referred(last), self.net.prediction, last.known), cache
+
+    def _referred(self, part: Segment) -> Conditions:
+        """A segment's conditions, the reference [B, C, f, H, W] of each frame its own where not all chunks are given it."""
+        conditions, first = part.conditions, self.spec.history.reference_chunks
+        if first is None or conditions.reference is None:
+            return conditions
+        n = self.spec.chunk_frames
+        given = torch.tensor(_numbers([part], n), device=part.x.device) < first * n
+        return replace(conditions, reference=conditions.reference * given.view(-1, 1, 1).to(conditions.reference))
 
     def _spans(self, segments: Sequence[Segment]) -> list[Span]:
         """Which frames see which, over the segments side by side; with absolute positions, those of the stream. Known frames, which

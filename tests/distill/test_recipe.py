@@ -291,7 +291,7 @@ PRESETS = sorted(file.stem for file in (RECIPES / "preset").glob("*.yaml"))
 
 def switches(file):
     """The ways in which a shipped recipe is run: the embedded one by preset, those of real teachers by size."""
-    if "preset:" in file.read_text() or "- scratch_avatar" in file.read_text():
+    if any(words in file.read_text() for words in ("preset:", "- scratch_avatar", "- dmd_avatar")):
         return [[f"preset={preset}"] for preset in PRESETS]
     return [["teacher.path=/models/teacher"], ["size=tiny"]]
 

@@ -18,6 +18,7 @@ LONG = {"horizon_frames": CHUNKS * N}
 HISTORIES = [History(sinks=s, window=w) for s, w in [(0, None), (1, 1), (1, 2), (0, 1), (2, 0)]]
 HISTORIES.append(History(sinks=1, window=1, memory=2, memory_every=1))
 HISTORIES.append(History(sinks=1, window=1, positions="absolute"))
+HISTORIES.append(History(sinks=1, window=1, reference_chunks=2))
 
 
 def level_of_each_chunk(batch: int = 2) -> torch.Tensor:
@@ -53,6 +54,20 @@ def test_one_masked_pass_equals_the_cached_stream(history, level, prediction, mo
     masked, cached = student.denoise_clip(x, sigma, given, clean), stream(student, x, sigma, given, clean)
     assert masked.dtype == torch.float64
     assert (masked - cached).abs().max() <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction", ["velocity", "reference"])
+@pytest.mark.parametrize("chunks", [None, 1, 2])
+def test_only_the_first_chunks_are_given_the_reference(chunks, prediction):
+    student = a_student(History(sinks=0, window=0, reference_chunks=chunks), prediction=prediction, **LONG)
+    given, x = some_conditions(2, CHUNKS * N), some_latents(2, CHUNKS * N)
+    other = replace(given, reference=given.reference + 1)
+    a, b = (student.denoise_clip(x, level_of_each_chunk(), c, x) for c in (given, other))
+    changed = [not torch.equal(*pair) for pair in zip(a.split(N, dim=2), b.split(N, dim=2), strict=True)]
+    assert changed == [chunks is None or j < chunks for j in range(CHUNKS)]
+    with pytest.raises(UserError, match=r"student.history.reference_chunks: got 0; it counts chunks, from 1"):
+        History(reference_chunks=0)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.costs import measure_costs
-from distill.pipeline.evaluation.health import seam_frames
+from distill.pipeline.evaluation.health import logged, seam_frames
 from distill.pipeline.evaluation.systems import SAME_NOISE, LastStudent, generate_all, generated
 from distill.pipeline.run_folder import revision, versions
 from eval.cards import Card
@@ -155,13 +155,15 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, card: Card, refus
 
 
 def health_of(stages: dict) -> dict[str, Any]:
-    """The health metrics that the stages stored: of teacher, ar_teacher, init and student; and the quality gate after init."""
+    """The health metrics that the stages stored: of teacher, ar_teacher, init and student; the quality gate after init, and the
+    student's alarms."""
     found: dict[str, Any] = {}
     for name in ("init", "ar_teacher"):
         found |= ((stages.get(name) or {}).get("metrics") or {}).get("health") or {}
     best = ((stages["distill"].get("metrics") or {}).get("best")) or {}
-    student = {name.removeprefix("health/"): x for name, x in best.items() if name.startswith("health/")}
-    return found | ({"student": student} if student else {})
+    student = logged(best)
+    words = (stages["distill"].get("metrics") or {}).get("outcome")
+    return found | ({"student": student} if student else {}) | ({"outcome": words} if words else {})
 
 
 def ratios(systems: dict) -> dict[str, float]:

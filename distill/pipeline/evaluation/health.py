@@ -1,7 +1,8 @@
 """Health metrics of a student's clips on a few fixed held-out conditions, beside the teacher's. They need no extractor.
 
 `HealthCheck` generates the clips, `health_metrics` computes the numbers, `violations` compares them with limits: those of
-`HealthConfig.ready` at the end of `init`, those of `HealthConfig.collapse` at every validation of `distill`.
+`HealthConfig.ready` at the end of `init`, those of `HealthConfig.collapse` at every validation of `distill`, those of
+`HealthConfig.healthy` at its end.
 """
 
 import math
@@ -15,6 +16,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation.clip_sets import generated_at_once, scored
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.recipe import Limits
+from eval.metrics.motion import sharpness_energies
 from eval.metrics.quality import Frames, failure_rates, measure
 from eval.metrics.seam import seam_jump
 from students.spec import Spec
@@ -34,7 +36,13 @@ WORDS = {  # for people
     "noise": "change with the noise",
     "audio": "sensitivity to audio",
     "text": "sensitivity to text",
+    "sharpness": "sharpness",
+    "saturation_change": "change of colour saturation from the first chunk to the last",
+    "motion_change": "change of motion energy from the first chunk to the last",
+    "sharpness_change": "change of sharpness from the first chunk to the last",
 }
+BY_CHUNK = {"saturation_change": "saturation", "motion_change": "motion_energy", "sharpness_change": "sharpness"}
+"""Last chunk minus first -> what it is a change of."""
 STILL = 1e-3
 """A teacher's number below this is too small to compare with."""
 Make = Callable[[Conditions, Tensor, int], Tensor]  # (conditions, their rows, noise seed) -> x0 of those rows
@@ -58,9 +66,12 @@ def observe(make: Make, conditions: Conditions, rows: Tensor, decode: Callable[.
 
 def compared(videos: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `health_metrics` needs of clips uint8 [N, 3, T, H, W] of each of the `variants`: `eval.metrics.quality.Frames`, the
-    share of clipped values, and how far the clip (frames 1.., in grey levels) is from the one of each other variant."""
+    share of clipped values, the sharpness of frames 1.. [N, T - 1], and how far the clip (frames 1.., in grey levels) is from the
+    one of each other variant."""
     own = videos["own"]
     facts = dict(vars(measure(own))) | {"clipped": _per_clip(lambda x: (x == 0) | (x == 255), own)}
+    pairs = (own[:, :, frame - 1 : frame + 1] for frame in range(1, own.shape[2]))
+    facts["sharpness"] = torch.stack([sharpness_energies(pair) for pair in pairs], dim=1).cpu()
     for name, video in videos.items():
         if name != "own":
             facts[f"to_{name}"] = _per_clip(lambda x, y: (x.float() - y.float()).abs(), own, video)
@@ -78,7 +89,8 @@ def health_metrics(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, f
     """Shares of `black` and `frozen` frames (`eval.metrics.quality.failure_rates`) and of `clipped` values (0 or 255); `saturation`
     and `motion_energy` in grey levels; `seam`, the change at the frames `seams` over that elsewhere (absent where nothing moves
     elsewhere); `noise`, the change in grey levels with another noise; `audio` and `text`, the change with another sound or text
-    under the same noise over that, or over one grey level where it is less."""
+    under the same noise over that, or over one grey level where it is less; `sharpness` as the report's, in its own unit. Those of
+    BY_CHUNK are the last chunk's less the first's: a student that feeds on itself fails there first."""
     frames = Frames(**{name: facts[name] for name in Frames.__dataclass_fields__})
     noise = float(facts["to_noise"].mean())
     found = {name: float(rate.mean()) for name, rate in failure_rates(frames).items() if name != "flash"}
@@ -88,10 +100,19 @@ def health_metrics(facts: Mapping[str, Tensor], seams: list[int]) -> dict[str, f
         "motion_energy": float(frames.change.mean()),
         "seam": seam_jump(frames, seams)[0] if seams else math.nan,
         "noise": noise,
+        "sharpness": float(facts["sharpness"].mean()),
     }
+    if seams:
+        rows = {"saturation": frames.saturation[:, 1:], "motion_energy": frames.change, "sharpness": facts["sharpness"]}
+        found |= {name: _last_less_first(rows[of], seams) for name, of in BY_CHUNK.items()}
     changes = {name: facts.get(f"to_{name}") for name in ("audio", "text")}
     found |= {name: float(change.mean()) / max(noise, 1.0) for name, change in changes.items() if change is not None}
     return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _last_less_first(values: Tensor, seams: list[int]) -> float:
+    """Of values [N, T - 1] of frames 1.., the mean in the last chunk less that in the first; `seams` as in `health_metrics`."""
+    return float(values[:, seams[-1] - 1 :].mean() - values[:, : seams[0] - 1].mean())
 
 
 def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> list[str]:
@@ -106,7 +127,7 @@ def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: L
         most = getattr(limits, name)
         if own[name] > teacher[name] + most:
             say(name, f"at most {most:g} more")
-    bounds = {"motion_energy": limits.motion_energy, "saturation": limits.saturation}
+    bounds = {name: getattr(limits, name) for name in ("motion_energy", "saturation", "sharpness")}
     bounds |= {name: (getattr(limits, name), math.inf) for name in ("audio", "text", "noise")}
     bounds["seam"] = (0.0, limits.seam)
     for name, (least, most) in bounds.items():
@@ -114,6 +135,11 @@ def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: L
             over = own[name] / teacher[name]
             if over < least or over > most:
                 say(name, f"at least {least:g} of it" if over < least else f"at most {most:g} times")
+    for name, of in BY_CHUNK.items():
+        most = limits.motion_change if of == "motion_energy" else limits.change
+        known = name in own and name in teacher and teacher.get(of, 0.0) > STILL
+        if known and abs(own[name] - teacher[name]) > most * teacher[of]:
+            say(name, f"within {most:g} of its {WORDS[of]}")
     return found
 
 
@@ -121,6 +147,17 @@ def readiness(own: Mapping[str, float], teacher: Mapping[str, float], limits: Li
     """The quality gate after `init`, in words."""
     found = violations(own, teacher, limits)
     return f"not ready for distillation: {'; '.join(found)}" if found else "ready for distillation"
+
+
+def logged(values: Mapping[str, float]) -> dict[str, float]:
+    """The health metrics among the numbers of a validation, where they are `health/...`."""
+    return {name.removeprefix("health/"): x for name, x in values.items() if name.startswith("health/")}
+
+
+def outcome(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> str:
+    """The alarms of a distilled student, in words."""
+    found = violations(own, teacher, limits)
+    return f"alarms, see docs/troubleshooting.md, symptoms: {'; '.join(found)}" if found else "no alarm"
 
 
 def seam_frames(spec: Spec) -> list[int]:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
-from distill.pipeline.evaluation.health import HealthCheck, violations
+from distill.pipeline.evaluation.health import HealthCheck, logged, violations
 from distill.pipeline.generate import stream_noise, student_clips
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
@@ -110,5 +110,4 @@ class Validation:
     def collapse(self, values: Mapping[str, float]) -> str | None:
         """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""
         config = self.artifacts.recipe.health
-        own = {name.removeprefix("health/"): value for name, value in values.items() if name.startswith("health/")}
-        return "; ".join(violations(own, self.teacher, config.collapse)) or None if config.stop else None
+        return "; ".join(violations(logged(values), self.teacher, config.collapse)) or None if config.stop else None

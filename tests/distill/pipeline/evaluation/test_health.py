@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from distill.compose import RECIPES
 from distill.pipeline.evaluation import health
 from distill.pipeline.evaluation.evaluate import health_of, read_curves
-from distill.pipeline.evaluation.health import HealthCheck, health_metrics, readiness, violations
+from distill.pipeline.evaluation.health import HealthCheck, health_metrics, logged, outcome, readiness, violations
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
@@ -60,6 +61,13 @@ def stepped(video):
     return video + (80 * (chunk % 2 - 0.5)).view(-1, 1, 1)
 
 
+def at_the_end(function):
+    """The fault in the last chunk alone."""
+    start = SEAMS[-1]
+    return changed(lambda x: torch.cat([x[:, :, :start], function(x[:, :, start:])], dim=2))
+
+
+GRID = 1.5 * (-1) ** (torch.arange(SIZE).view(-1, 1) + torch.arange(SIZE))
 PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
     "black": (changed(lambda x: 0.05 * x), {"black"}),
     "frozen": (changed(lambda x: x[:, :, :1].expand_as(x)), {"frozen", "motion_energy"}),
@@ -71,6 +79,11 @@ PLANTED = {  # what is wrong -> the system, and the numbers that have to say so
     "deaf": (lambda asked, rows, seed: healthy(asked.drop("audio"), rows, seed), {"audio"}),
     "blind": (lambda asked, rows, seed: healthy(asked.drop("text"), rows, seed), {"text"}),
     "one draw": (lambda asked, rows, seed: healthy(asked, rows, 0), {"noise"}),
+    "flat": (changed(lambda x: x.mean((-2, -1), keepdim=True).expand_as(x)), {"sharpness"}),
+    "grid": (changed(lambda x: x + 20 * GRID), {"sharpness"}),
+    "grey at the end": (at_the_end(lambda x: x.mean(1, keepdim=True).expand_as(x)), {"saturation_change"}),
+    "still at the end": (at_the_end(lambda x: x[:, :, :1].expand_as(x)), {"motion_change"}),
+    "grid at the end": (at_the_end(lambda x: x + GRID), {"sharpness_change"}),
 }
 
 
@@ -80,7 +93,7 @@ def panel_of(make, asked=ASKED):
 
 
 def named(found):
-    return {name for name, words in health.WORDS.items() if any(reason.startswith(words) for reason in found)}
+    return {name for name, words in health.WORDS.items() if any(reason.startswith(f"{words} ") for reason in found)}
 
 
 @pytest.mark.parametrize("fault", PLANTED)
@@ -88,7 +101,7 @@ def test_a_planted_collapse_is_named(fault):
     make, numbers = PLANTED[fault]
     teacher, own = panel_of(healthy), panel_of(make)
     assert named(violations(own, teacher, LIMITS.ready)) >= numbers
-    if fault in ("deaf", "blind", "slow", "one draw"):
+    if fault in ("deaf", "blind", "slow", "one draw", "still at the end", "grid at the end"):
         assert named(violations(own, teacher, LIMITS.ready)) == numbers
     assert readiness(own, teacher, LIMITS.ready).startswith("not ready for distillation: ")
     if fault in ("black", "frozen", "burnt", "slow", "deaf", "one draw"):
@@ -102,10 +115,21 @@ def test_a_student_like_its_teacher_is_healthy():
     assert all(teacher[name] > 0.1 for name in ("audio", "text"))
     assert violations(own, teacher, LIMITS.collapse) == []
     assert readiness(own, teacher, LIMITS.ready) == "ready for distillation"
+    assert outcome(panel_of(changed(lambda x: 0.96 * x)), teacher, LIMITS.healthy) == "no alarm"
+    assert outcome(own, teacher, LIMITS.healthy).startswith("alarms, see docs/troubleshooting.md, symptoms: sharpness ")
     same = panel_of(PLANTED["one draw"][0])
     assert same["audio"] == pytest.approx(teacher["audio"] * teacher["noise"]), (
         "over one grey level, where noise does nothing"
     )
+
+
+def test_the_symptoms_of_the_docs_are_named_as_the_alarms_name_them():
+    page = (RECIPES.parent / "docs" / "troubleshooting.md").read_text()
+    rows = page.partition("## Symptoms of a bad student")[2].partition("\n## ")[0].splitlines()
+    cells = [row.split("|")[2] for row in rows if row.startswith("| ")][1:]
+    stated = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    assert len(stated) > 5
+    assert set(stated) <= set(health.WORDS.values())
 
 
 def test_the_numbers_are_what_they_say():
@@ -248,6 +272,8 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     never = before_distill(ran, tmp_path / "never", "health.stop=false").stage("distill")
     assert found == never
     assert found["best"]["step"] == 1
+    teacher = ran.stage("init")["health"]["teacher"]
+    assert found["outcome"] == outcome(logged(found["best"]), teacher, LIMITS.healthy)
     ours, theirs = (load_tensors(tmp_path / name / "stages/distill/model.safetensors") for name in ("run", "never"))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
@@ -306,6 +332,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
         },
         "distill": {"metrics": {"best": {"score": 1.0, **{f"health/{name}": value for name, value in own.items()}}}},
     }
+    stages["distill"]["metrics"]["outcome"] = outcome(own, teacher, LIMITS.healthy)
     panels = health_of(stages)
     assert (panels["student"], panels["teacher"]) == (own, teacher)
     assert health_of({"init": {"metrics": {}}, "distill": {"metrics": {}}}) == {}, "a run from before"
@@ -314,6 +341,7 @@ def test_the_report_shows_teacher_init_and_student(tmp_path):
     text = (tmp_path / "report.html").read_text()
     page.feed(text)
     assert "not ready for distillation: deaf" in text
+    assert "Student: alarms, see docs/troubleshooting.md, symptoms: sensitivity to audio 0 (the teacher" in text
     assert json.loads((tmp_path / "report.json").read_text())["health"]["teacher"]["seam"] == teacher["seam"]
     heads = [row for row in page.rows if "audioover noise" in row]
     assert len(heads) == 1
@@ -338,3 +366,19 @@ def test_every_system_has_a_seam_jump_and_a_still_one_none():
     assert math.isnan(seam_jump(measure(torch.zeros(2, 3, FRAMES, 8, 8, dtype=torch.uint8)), SEAMS)[0])
     assert load_card("embedded").columns["seam"].admitted({"fid": False})
     assert health.seam_frames(make_spec()) == [3, 7, 11]
+
+
+def test_a_stage_may_have_a_seed_of_its_own(ran, tmp_path):
+    """The recipe's changes nothing, another one other weights on the same clips and trajectories."""
+    own = load_tensors(ran.artifacts.folder.stage_dir("init") / "model.safetensors")
+    same = {}
+    for seed in (ran.artifacts.recipe.seed, 7):
+        run = pipeline(tmp_path / str(seed), f"reuse={ran.artifacts.folder.path}", f"init.train.seed={seed}")
+        for name in list(run.stages)[: list(run.stages).index("distill")]:
+            run.stage(name)
+        trajectories = [r.artifacts.folder.finished("trajectories") or {} for r in (ran, run)]
+        assert trajectories[0]["fingerprint"] == trajectories[1]["fingerprint"]
+        weights = load_tensors(run.artifacts.folder.stage_dir("init") / "model.safetensors")
+        same[seed] = all(torch.equal(own[name], x) for name, x in weights.items())
+        run.close()
+    assert same == {ran.artifacts.recipe.seed: True, 7: False}
