@@ -52,7 +52,7 @@ class Part:
 
 def parts(quick: bool) -> Iterator[Part]:
     """In the order in which they run: what is most likely to find a fault first."""
-    yield Part(name="equality", seconds=90, run=_equality)
+    yield Part(name="equality", seconds=90, run=_equality, beside=True)
     for name in RECIPES:
         for kind in KINDS[: 1 if quick else None]:
             yield Part(name=f"tiny.{name}.{kind}", seconds=180, run=partial(_tiny, name, kind), beside=True)
@@ -62,7 +62,7 @@ def parts(quick: bool) -> Iterator[Part]:
         for shape in ("livetalk", "480x832"):
             run, needs_cuda = partial(_bench, shape, mode, layers), mode != "eager"
             name = f"bench.{shape}.{mode}" + ("" if layers is None else f".{layers}_layers")
-            yield Part(name=name, seconds=100, run=run, cuda=needs_cuda)
+            yield Part(name=name, seconds=100 if layers is None else 150, run=run, cuda=needs_cuda)
     yield Part(name="tests", seconds=120, run=_tests, cuda=True)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from students.serving.pipeline import AvatarPipeline
     from students.serving.session import Chunk, Session
     from students.serving.snapshot import load_session, save_session
+    from students.serving.together import step_together
     from students.weights.checkpoint import load_student, save_student
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "load_student",
     "save_session",
     "save_student",
+    "step_together",
 ]
 __getattr__, __dir__ = offer(
     __name__,
@@ -44,5 +46,6 @@ __getattr__, __dir__ = offer(
         "load_student": "students.weights.checkpoint",
         "save_session": "students.serving.snapshot",
         "save_student": "students.weights.checkpoint",
+        "step_together": "students.serving.together",
     },
 )

@@ -1,6 +1,6 @@
 """The student contract: a stream's context is a value, a step is a function of it. What kinds of student share is here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.kind import KeyValue
+from teachers.networks.kind import KeyValue, RaggedPast
 
 CacheKind = Literal["value", "inplace"]
 
@@ -63,6 +63,14 @@ class State:
     pending: Finished | None = None
 
 
+@dataclass(frozen=True)
+class Joined(State):
+    """The states of several streams, a row of a batch each, for `plan`, `denoise` and `commit` in the place of one stream's."""
+
+    rows: tuple[State, ...] = ()
+    contexts: dict[int, Sequence[KeyValue | RaggedPast] | None] = field(default_factory=dict)  # by denoising step
+
+
 class Student(nn.Module):
     """open -> State; plan, denoise and commit make the next chunk's of it; denoise_clip is the same under masks, for training.
 
@@ -72,6 +80,7 @@ class Student(nn.Module):
 
     net: Any
     spec: Spec
+    one_by_one: str = "this kind of student"  # why its streams cannot be rows of one batch; empty: they can be joined
     has_context_gradient = False  # whether `with_context_gradient` is there, and `denoise` takes `keep`
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
@@ -88,6 +97,14 @@ class Student(nn.Module):
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is. Nothing to do for
         students that read it with every chunk."""
         return state
+
+    def batch_key(self, chunk: int) -> Hashable:
+        """What streams whose next chunk is number `chunk` have in common with those that they can be joined with."""
+        raise NotImplementedError
+
+    def join(self, states: Sequence[State]) -> Joined:
+        """The states of streams of one `batch_key`, of any ages, as rows of a batch; `commit` gives their next ones as `rows`."""
+        raise NotImplementedError
 
     def plan(self, state: State, conditions: Conditions, grad: bool = False) -> Any:
         """What the denoising steps of the state's chunk share, read once, without gradient. With `grad` what a step with gradient
@@ -153,8 +170,12 @@ class Student(nn.Module):
             return sigma
         return torch.full((x.shape[0],), sigma, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def past(self, state: State, step: int = 0) -> Sequence[KeyValue] | None:
+    def past(self, state: State, step: int = 0) -> Sequence[KeyValue | RaggedPast] | None:
         """Each block's rotated keys and values that a step of the state's chunk sees."""
+        if isinstance(state, Joined):
+            if step not in state.contexts:
+                state.contexts[step] = join_pasts([self.past(row, step) for row in state.rows])
+            return state.contexts[step]
         if not state.cached:
             return None
         context_kv = (
@@ -213,3 +234,27 @@ def stacked(cache: Sequence[KeyValue], grad: bool = False) -> KeyValue:
     unless `grad`."""
     keys, values = (torch.stack(part) for part in zip(*cache, strict=True))
     return (keys, values) if grad else (keys.detach(), values.detach())
+
+
+def join_pasts(pasts: Sequence[Sequence[KeyValue | RaggedPast] | None]) -> Sequence[KeyValue | RaggedPast] | None:
+    """Each block's keys and values of several streams [1, N, M, d] (None: nothing is seen) as rows of a batch, padded to the
+    longest."""
+    like = next((past for past in pasts if past is not None), None)
+    if like is None:
+        return None
+    empty = [(key[:, :0], value[:, :0]) for key, value, *_ in like]
+    rows = [empty if past is None else past for past in pasts]
+    lengths = [row[0][0].shape[1] for row in rows]
+    blocks = [[[row[i][part] for row in rows] for part in (0, 1)] for i in range(len(like))]
+    if len(set(lengths)) == 1:
+        return [(torch.cat(keys), torch.cat(values)) for keys, values in blocks]
+    counts, longest = torch.tensor(lengths, device=like[0][0].device), max(lengths)
+    return [RaggedPast(_padded(keys, longest), _padded(values, longest), counts) for keys, values in blocks]
+
+
+def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Rows [1, n, M, d] of a batch [B, length, M, d], zeros behind them."""
+    whole = parts[0].new_zeros(len(parts), length, *parts[0].shape[2:])
+    for row, part in zip(whole, parts, strict=True):
+        row[: part.shape[1]] = part[0]
+    return whole

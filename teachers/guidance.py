@@ -5,9 +5,10 @@ A guidance has `branches(conditions)`, the full conditions first, and `combine(o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from teachers.conditions import Conditions
@@ -102,6 +103,34 @@ class EmbeddedGuidance:
         """The guided prediction [B, ..] of both."""
         full, nothing = outputs
         return nothing + self.scale.view(-1, *[1] * (full.ndim - 1)).to(full) * (full - nothing)
+
+
+@dataclass(frozen=True)
+class SharedGuidance:
+    """A guidance of which each of `passes` ranks, the process `group`, computes one branch: the prediction of one rank, in the time
+    of one branch. Every rank of the group asks for the same predictions."""
+
+    guidance: AnyGuidance
+    rank: int
+    group: Any
+
+    batched = False
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one guided prediction, of all ranks."""
+        return self.guidance.passes
+
+    def branches(self, conditions: Conditions) -> tuple[Conditions, ...]:
+        """The conditions of this rank's branch alone."""
+        return (self.guidance.branches(conditions)[self.rank],)
+
+    def combine(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The guided prediction, of this rank's output and of those that the others send."""
+        (own,) = outputs
+        found = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(self.passes)]
+        dist.all_gather(found, own.contiguous(), group=self.group)
+        return self.guidance.combine(found)
 
 
 def runs(guidance: AnyGuidance, conditions: Conditions) -> tuple[tuple[Conditions, ...], int]:

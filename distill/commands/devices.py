@@ -100,6 +100,16 @@ def share(args: argparse.Namespace) -> "Engine | None":
     return ranks
 
 
+def alone(command: str) -> None:
+    """UserError where a launcher has started several processes, of which each would do all of a command's work."""
+    from distill.training.lifecycle.launcher import requested_processes
+
+    if (world := requested_processes(os.environ)) > 1:
+        raise UserError(
+            f"{command} is one process: {world} were started, and each would do all of it; run it without a launcher"
+        )
+
+
 def split(bundle: "Bundle", ranks: "Engine") -> "Bundle":
     """The bundle, whose network takes this rank's part of the tokens; UserError where it cannot."""
     kind = bundle.spec.network

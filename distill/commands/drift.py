@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.json and not args.json.parent.is_dir():
         raise UserError(f"--json cannot be written: {args.json}; name a file in a folder that exists")
+    devices.alone("distill drift")
     data = data_config(args.run)
     where = devices.choose(args)
     bundle = load_student(args.run / "student")

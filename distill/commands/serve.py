@@ -1,6 +1,7 @@
 """`distill serve`: a page in the browser where a student listens, talks and idles."""
 
 import argparse
+import gc
 import importlib.util
 import signal
 import socket
@@ -14,6 +15,7 @@ from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
 from teachers.media.crop import CROPS
+from teachers.media.mark import Mark
 from teachers.media.picture import SUFFIXES
 
 NEEDED = ("starlette", "uvicorn", "websockets")
@@ -26,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default 127.0.0.1: this machine alone)")
     parser.add_argument("--port", type=int, default=8800, help="port, 0 for any free one (default 8800)")
     parser.add_argument(
-        "--viewers", type=int, default=8, help="streams at once; a later viewer is refused with the reason (default 8)"
+        "--viewers",
+        type=int,
+        help="streams at once; a later viewer is refused with the reason (default: as many as are measured to be drawn in time)",
     )
     parser.add_argument("--lead", type=int, default=2, help="chunks drawn ahead of each viewer (default 2)")
     parser.add_argument(
@@ -52,42 +56,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse pictures and words unlike what the student was trained on"
     )
+    parser.add_argument(
+        "--livekit",
+        metavar="URL",
+        help="be the avatar of LiveKit agents in rooms of this server: those that POST /livekit asks for, and --room",
+    )
+    parser.add_argument(
+        "--room",
+        help="LiveKit room to wait in for an agent (LIVEKIT_API_KEY and LIVEKIT_API_SECRET in the environment)",
+    )
+    parser.add_argument(
+        "--mark", default="", metavar="TEXT", help="words in a corner of every frame, such as AI (default: none)"
+    )
+    safe = parser.add_argument_group("beyond this machine (docs/security.md)")
+    safe.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="what everybody must have: auto (made and printed), @FILE, or the token itself; required beyond this machine",
+    )
+    safe.add_argument("--insecure", action="store_true", help="serve other hosts without a token")
+    safe.add_argument("--tls-cert", type=Path, metavar="PEM", help="certificate, to serve https")
+    safe.add_argument("--tls-key", type=Path, metavar="PEM", help="and its key")
+    safe.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="host name to answer to, such as a reverse proxy's; may be given again",
+    )
+    safe.add_argument("--peer-viewers", type=int, default=4, help="streams of one address elsewhere (default 4)")
     devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, then close every viewer and return 0. Raises UserError before anything is bound."""
-    if not (0 <= args.port <= 65535 and args.viewers >= 1 and args.lead >= 1):
-        raise UserError("--port must lie in 0..65535, --viewers and --lead from 1; choose others")
+    if not (
+        0 <= args.port <= 65535 and min(1 if args.viewers is None else args.viewers, args.lead, args.peer_viewers) >= 1
+    ):
+        raise UserError("--port must lie in 0..65535, --viewers, --lead and --peer-viewers from 1; choose others")
+    if (args.tls_cert is None) != (args.tls_key is None):
+        raise UserError("--tls-cert and --tls-key belong together; give both")
     if not all(importlib.util.find_spec(name) for name in NEEDED):
         raise UserError(f"distill serve needs {', '.join(NEEDED)}: pip install 'avatar-distill[serve]'")
-    import uvicorn
+    if args.room is not None and args.livekit is None:
+        raise UserError("--room is one of a LiveKit server; name it by --livekit URL")
+    doors = []
+    if args.livekit is not None:
+        from distill.live.doors.livekit_agent import LiveKitDoor
 
+        doors.append(LiveKitDoor(args.livekit, args.room))
+    from distill.live.operations.access import Access, read_token
+    from distill.live.operations.sockets import DrainingServer
     from distill.live.scheduler import Engine
-    from distill.live.server import build_app, settings
+    from distill.live.server import Options, build_app
     from distill.live.talkers import load_talker
 
+    token = read_token(args.token)
+    access = Access(host=args.host, token=token, names=args.allow_host, insecure=args.insecure)
     bound = _bind(args.host, args.port)
     talker = load_talker(args.talker)
     bundle = devices.load(args.student, args)
-    portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width), args.crop)
-    engine = Engine(bundle, talker, args.viewers, args.lead)
-    engine.warm_up(portraits[0] if bundle.spec.takes_image else None)
-    app = build_app(engine, portraits, args.host, args.crop, args.strict)
-    server = uvicorn.Server(settings(app, args.host, args.port))
-    host, port = bound.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    sys.stdout.write(
-        f"http://{shown}:{port}/  student {args.student}, talker {talker.name}, up to {args.viewers} viewers\n"
+    spec = bundle.spec
+    mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
+    portraits = read_portraits(args.reference, (spec.height, spec.width), args.crop)
+    engine = Engine(bundle, talker, args.viewers, args.lead, mark)
+    engine.warm_up(portraits[0] if spec.takes_image else None)
+    options = Options(
+        access=access,
+        crop=args.crop,
+        strict=args.strict,
+        peer_viewers=args.peer_viewers,
+        doors=[door.open(engine, portraits) for door in doors],
     )
-    sys.stdout.flush()
+    load = (
+        None if bundle.shared else lambda: devices.load(args.student, args)
+    )  # ranks would each need the other student
+    app = build_app(engine, portraits, options, load)
+    server = DrainingServer(app, args.host, args.port, args.tls_cert, args.tls_key)
+    if bundle.student.one_by_one:
+        sys.stderr.write(f"viewers are drawn one by one, not in batches: {bundle.student.one_by_one}\n")
     for name in (
         signal.SIGINT,
         signal.SIGTERM,
-    ):  # uvicorn sends the signal on when it is done: that is a clean end here
-        signal.signal(name, lambda *_: None)
+    ):  # uvicorn has its own meanwhile, and sends the signal on: a clean end here
+        signal.signal(name, lambda *_: setattr(server, "should_exit", True))
+    _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
     server.run(sockets=[bound])
+    gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
+
+
+def _announce(args: argparse.Namespace, bound: socket.socket, token: str | None, facts: str) -> None:
+    """The address, on stdout, with a token that was made; one that was given is not shown."""
+    from distill.live.operations.addresses import is_loopback
+
+    host, port = bound.getsockname()[:2]
+    shown, scheme = f"[{host}]" if ":" in host else host, "http" if args.tls_cert is None else "https"
+    sys.stdout.write(f"{scheme}://{shown}:{port}/{f'?token={token}' if args.token == 'auto' else ''}  {facts}\n")
+    sys.stdout.flush()
+    if scheme == "http" and token is not None and not is_loopback(args.host):
+        sys.stderr.write(
+            "without TLS the token can be read on its way: give --tls-cert and --tls-key, or a proxy that has it\n"
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:

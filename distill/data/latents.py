@@ -151,7 +151,7 @@ def write_shards(
             again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), x0.shape[2])
             again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
             rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
-        rows = {name: value.to(_precision(name, precision, value)) for name, value in rows.items()}
+        rows = {name: value.to(stored_type(name, precision, value)) for name, value in rows.items()}
         rows = {"x0": x0.half(), **rows}
         _check_finite(rows, source, i)
         save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
@@ -190,7 +190,7 @@ def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) ->
             )
 
 
-def _precision(name: str, precision: torch.dtype, value: Tensor) -> torch.dtype:
+def stored_type(name: str, precision: torch.dtype, value: Tensor) -> torch.dtype:
     """The type that a condition is stored in: that of the latents for what is made of them, `precision` for features."""
     if name in HALF:
         return torch.float16

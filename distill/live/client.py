@@ -1,4 +1,4 @@
-"""A viewer in Python: what the page does, without a screen. For benchmarks and tests."""
+"""The client in Python: what the page does, without a screen. For programs that talk through an avatar, benchmarks and tests."""
 
 import json
 import time
@@ -14,6 +14,7 @@ from distill.live import protocol
 from teachers.errors import UserError
 
 TOLD_EVERY = 0.05  # seconds between two reports of the playhead
+PIECE = protocol.MAX_SOUND_SAMPLES // 4
 BUFFER = 0.03  # seconds between a first chunk's arrival and its sound, as on the page
 
 
@@ -48,9 +49,10 @@ class Answer:
 
 
 class Client:
-    """Connects at once; UserError where nothing answers or the maximum number of viewers is reached. `frames` and `sound` keep
-    what was to be seen, by frame number, if `keep`; `strict`: a message of an error raises one. Call `pump` all the time: it reads,
-    plays and reports."""
+    """Connects at once; UserError where nothing answers, where the maximum number of viewers is reached, and where the server
+    speaks another version of the protocol. `frames` (uint8 [H, W, 3]) and `sound` (float32 [n], 16 kHz) keep what was to be seen
+    and heard, by frame number, if `keep`; `strict`: a message of an error raises one. Call `pump` all the time: it reads, plays and
+    reports. Closes itself at the end of a `with`."""
 
     def __init__(self, url: str, keep: bool = True, timeout: float = 10.0, strict: bool = False, **options):
         try:
@@ -62,6 +64,12 @@ class Client:
             raise UserError(f"no server at {url} ({error}); start distill serve first") from error
         if self.hello["type"] != "hello":
             raise UserError(self.hello.get("message", "refused"))
+        try:
+            protocol.check_version(self.hello.get("version"), "server")
+        except UserError:
+            self.close()
+            raise
+        self.send(type="hello", version=protocol.VERSION)
         self.strict = strict
         self.keep, self.fps, self.samples = keep, self.hello["fps"], self.hello["samples_per_frame"]
         self.size = (self.hello["height"], self.hello["width"])
@@ -95,6 +103,20 @@ class Client:
         answer = self.answers[self.ask(text)]
         self.until(lambda: answer.end is not None and self.place() >= answer.end, timeout)
         return answer
+
+    def speak(self, samples: np.ndarray) -> None:
+        """Let the avatar say samples [n] in [-1, 1] at 16 kHz, behind those before; `spoken` ends the sentence."""
+        pcm = (np.clip(samples, -1, 1) * 32767).round().astype("<i2")
+        for first in range(0, len(pcm), PIECE):
+            self.socket.send(bytes([protocol.SPEECH]) + pcm[first : first + PIECE].tobytes())
+
+    def spoken(self) -> None:
+        """What `speak` was given is complete."""
+        self.send(type="spoken")
+
+    def interrupt(self) -> None:
+        """Be quiet."""
+        self.send(type="interrupt")
 
     def until(self, ready: Callable[[], bool], timeout: float) -> None:
         """Pump until `ready`; TimeoutError after `timeout` seconds."""
@@ -130,6 +152,12 @@ class Client:
     def close(self) -> None:
         """Leave."""
         self.stack.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _take(self, data: str | bytes) -> None:
         now = time.monotonic()

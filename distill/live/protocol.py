@@ -1,8 +1,9 @@
-"""What a page and the server say to each other over one WebSocket, and every limit on it.
+"""What a client and the server say to each other over one WebSocket, and every limit on it; docs/serving.md is for those who write
+a client.
 
-The page sends JSON messages (the dataclasses below) and binary ones, whose first byte says what follows: SOUND, microphone samples
-(s16le, mono, 16 kHz), IMAGE or FILE, a whole picture or sound file. No file name is ever sent. The server sends JSON and one
-binary message a chunk, laid out by `pack_chunk`.
+The client sends JSON messages (the dataclasses below, `Hello` first) and binary ones, whose first byte says what follows: SOUND,
+microphone samples, or SPEECH, what the avatar is to say (both s16le, mono, 16 kHz), IMAGE or FILE, a whole picture or sound file.
+No file name is ever sent. The server sends JSON, `hello` first, and one binary message a chunk, laid out by `pack_chunk`.
 """
 
 import io
@@ -20,14 +21,28 @@ from teachers.config import convert
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
+VERSION = 1
+"""Of all that is below: raised by what a client of before would misread or a server of before refuse, not by a new message of the
+server, which clients skip."""
 MAX_JSON = 16_384  # characters
 MAX_TEXT = 600
 MAX_MESSAGE = 8 * 2**20  # bytes
-MAX_SOUND_SAMPLES = SAMPLE_RATE  # of one microphone message
-SOUND, IMAGE, FILE = 0, 1, 2
+MAX_SOUND_SAMPLES = SAMPLE_RATE  # of one message of samples
+SOUND, IMAGE, FILE, SPEECH = range(4)
 RAW, JPEG = 0, 1
 RAW_PIXELS = 128 * 128  # up to here frames are sent as they are
-HEADER = struct.Struct("<BBHIII")  # layout version, frame format, frames, first frame, epoch, samples
+HEADER = struct.Struct("<BBHIII")  # VERSION, frame format, frames, first frame, epoch, samples
+
+
+class ProtocolError(UserError):
+    """The first message does not name this version."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The first message: the version that the client speaks."""
+
+    version: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,11 @@ class SetText:
     """Another text condition from the next chunk on."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The sentence that came as SPEECH is complete."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,11 @@ class Microphone:
 
 
 MESSAGES = {
+    "hello": Hello,
     "open": Open,
     "say": Say,
     "text": SetText,
+    "spoken": Spoken,
     "interrupt": Interrupt,
     "played": Played,
     "seen": Seen,
@@ -114,23 +136,40 @@ def parse(text: str) -> Any:
     return message
 
 
+def check_hello(text: str | None) -> None:
+    """ProtocolError, in one line for both sides, unless a client's first message is a Hello of this version."""
+    try:
+        hello = parse(text or "")
+    except UserError:
+        hello = None
+    if not isinstance(hello, Hello):
+        raise ProtocolError(f'protocol {VERSION}: the first message must be {{"type": "hello", "version": {VERSION}}}')
+    check_version(hello.version, "client")
+
+
+def check_version(version: Any, whose: str) -> None:
+    """ProtocolError unless it is this one; `whose`: client or server."""
+    if version != VERSION:
+        raise ProtocolError(f"the {whose} speaks protocol {version!r:.20}, this side {VERSION}; update the older one")
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(name)
 
 
 def unpack(data: bytes) -> tuple[int, bytes]:
     """Kind and content of a binary message of the page; UserError for an unknown or empty one."""
-    if len(data) < 2 or data[0] not in (SOUND, IMAGE, FILE):
-        raise UserError("binary message needs its kind (0 sound, 1 picture, 2 sound file) and a content")
+    if len(data) < 2 or data[0] not in (SOUND, IMAGE, FILE, SPEECH):
+        raise UserError("binary message needs its kind (0 sound, 1 picture, 2 sound file, 3 speech) and a content")
     if len(data) > MAX_MESSAGE:
         raise UserError(f"file of {len(data) / 2**20:.0f} MiB; {MAX_MESSAGE // 2**20} are allowed")
     return data[0], data[1:]
 
 
 def to_sound(data: bytes) -> Tensor:
-    """Samples [n] in [-1, 1] of a microphone message."""
+    """Samples [n] in [-1, 1] of a message of samples."""
     if len(data) % 2 or len(data) > 2 * MAX_SOUND_SAMPLES:
-        raise UserError(f"microphone message of {len(data)} bytes; send whole s16 samples, at most a second")
+        raise UserError(f"sound of {len(data)} bytes in a message; send whole s16 samples, at most a second")
     return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
 
 
@@ -140,7 +179,7 @@ def pack_chunk(chunk: Chunk, epoch: int) -> bytes:
     count, height, width, _ = frames.shape
     raw = height * width <= RAW_PIXELS
     sound = (chunk.audio.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
-    head = HEADER.pack(1, RAW if raw else JPEG, count, chunk.first_frame, epoch, len(chunk.audio))
+    head = HEADER.pack(VERSION, RAW if raw else JPEG, count, chunk.first_frame, epoch, len(chunk.audio))
     return b"".join([head, frames.tobytes() if raw else b"".join(_jpeg(frame) for frame in frames), sound])
 
 
@@ -166,7 +205,8 @@ def read_chunk(data: bytes, size: tuple[int, int]) -> Received:
     """The inverse of `pack_chunk`, for a client in Python; `size` is (H, W)."""
     from PIL import Image
 
-    _, kind, count, first, epoch, samples = HEADER.unpack_from(data)
+    version, kind, count, first, epoch, samples = HEADER.unpack_from(data)
+    check_version(version, "server")
     place, pictures = HEADER.size, []
     for _ in range(count):
         length = size[0] * size[1] * 3

@@ -1,39 +1,43 @@
-"""The web server: the page, portraits, metrics, and a WebSocket for each viewer.
+"""The web server: the page, portraits, health, metrics, and a WebSocket for each viewer.
 
-Only pages of this very server may open the WebSocket (Origin must be the Host of the request), and on a loopback address only
-loopback names are answered, so no other site's page gets in by DNS. A slow reader is cut off, never waited for.
+Who gets in is `distill.live.operations`'s to say. A slow reader is cut off, never waited for.
 """
 
 import asyncio
 import io
 import json
 import logging
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import psutil
-import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
 from distill.live import protocol, uploads
 from distill.live.apart import Decoders
+from distill.live.operations.access import Access, Guard
+from distill.live.operations.limits import Peers
+from distill.live.operations.metrics import Histogram, report
+from distill.live.operations.reload import reload_on
+from distill.live.operations.sockets import DrainingServer
 from distill.live.scheduler import Engine
 from distill.live.viewer import Viewer
-from eval.speed.latency import percentile
+from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import to_uint8
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -42,9 +46,12 @@ INBOX = 8  # messages of a page that wait until the one before is done
 MAX_MISTAKES = 20
 SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
 OPEN_SECONDS = 60.0  # and one that never opens a stream
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+DRAIN_SECONDS = 2.5  # that sentences have to end when the server is to
+STUCK_SECONDS = 30.0  # without an answer of the engine's thread
 FULL, GONE = 1013, 1001
+KINDS = {message: name for name, message in protocol.MESSAGES.items()}
 PAGE = Path(__file__).with_name("page.html")
+CLIENT = Path(__file__).with_name("client.js")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
     " img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -54,54 +61,70 @@ HEADERS = {
 }
 
 
+class Door(Protocol):
+    """Another way in, beside the page: `distill.live.doors`."""
+
+    def routes(self) -> list[Route]: ...
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`access`: who gets in. `crop`: the rule for pictures that are sent. `strict` refuses pictures and words unlike what the
+    student was trained on. `peer_viewers`: as many of one address. `doors`: other ways in."""
+
+    access: Access = field(default_factory=Access)
+    crop: str = "face"
+    strict: bool = False
+    peer_viewers: int = 4
+    doors: Sequence[Door] = ()
+
+
 def build_app(
-    engine: Engine, portraits: list[Tensor], host: str, crop: str = "face", strict: bool = False
+    engine: Engine,
+    portraits: list[Tensor],
+    options: Options | None = None,
+    load: Callable[[], Bundle] | None = None,
 ) -> Starlette:
-    """The application; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. `host` is the address that is bound, `crop`
-    the rule for pictures that are sent; `strict` refuses pictures and words unlike what the student was trained on."""
-    server = Server(engine, portraits, crop, strict)
+    """The application, its `Server` as `state.server`; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. On SIGHUP the
+    student is taken that `load` gives then."""
+    server = Server(engine, portraits, options or Options())
 
     @asynccontextmanager
     async def lifespan(_: Starlette):
         engine.start()
+        if load is not None:
+            reload_on(signal.SIGHUP, engine, load, portraits[0])
+        running = [asyncio.create_task(door.run()) for door in server.options.doors]
         yield
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         server.decoders.close()
         await asyncio.to_thread(engine.stop)
 
     routes = [
         Route("/", server.page),
+        Route("/client.js", server.client),
         Route("/portraits/{number:int}.png", server.portrait),
+        Route("/health", server.health),
         Route("/metrics", server.metrics),
         WebSocketRoute("/live", server.live),
+        *(route for door in server.options.doors for route in door.routes()),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
-    app.add_middleware(SameSite, loopback=host in LOOPBACK)
+    app.state.server = server
+    app.add_middleware(Guard, access=server.options.access, refused=server.turned_away)
     return app
 
 
-def settings(app: ASGIApp, host: str, port: int) -> uvicorn.Config:
-    """uvicorn's configuration: bounded messages, a viewer who vanished is noticed in 4 s, 3 s to say good-bye."""
-    return uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        ws="websockets-sansio",
-        ws_max_size=protocol.MAX_MESSAGE + 1,
-        ws_ping_interval=2.0,
-        ws_ping_timeout=2.0,
-        ws_per_message_deflate=False,
-        timeout_graceful_shutdown=3,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-    )
-
-
 @contextmanager
-def running(engine: Engine, portraits: list[Tensor], **options: Any) -> Iterator[str]:
-    """Serve, with the `options` of `build_app`, on a free loopback port in a thread; gives "127.0.0.1:PORT"."""
+def running(engine: Engine, portraits: list[Tensor], options: Options | None = None) -> Iterator[str]:
+    """Serve on a free loopback port in a thread; gives "127.0.0.1:PORT"."""
     bound = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(settings(build_app(engine, portraits, "127.0.0.1", **options), "127.0.0.1", 0))
+    server = DrainingServer(build_app(engine, portraits, options), "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="server", daemon=True)
     thread.start()
     try:
@@ -114,38 +137,25 @@ def running(engine: Engine, portraits: list[Tensor], **options: Any) -> Iterator
         bound.close()
 
 
-class SameSite:
-    """Middleware: refuses names that are not ours, and another site's pages."""
-
-    def __init__(self, app: ASGIApp, loopback: bool):
-        self.app, self.loopback = app, loopback
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in ("http", "websocket"):
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-            host, origin = headers.get(b"host", ""), headers.get(b"origin")
-            name = host.rpartition(":")[0] if ":" in host.rpartition("]")[2] else host
-            if self.loopback and name.strip("[]").lower() not in LOOPBACK:
-                return await PlainTextResponse("this address is not served\n", 403)(scope, receive, send)
-            if origin is not None and origin.partition("://")[2] != host:
-                return await PlainTextResponse("pages of other sites are refused\n", 403)(scope, receive, send)
-        await self.app(scope, receive, send)
-
-
 class Server:
     """The endpoints."""
 
-    def __init__(self, engine: Engine, portraits: list[Tensor], crop: str, strict: bool):
-        self.engine, self.portraits, self.crop, self.strict = engine, portraits, crop, strict
+    def __init__(self, engine: Engine, portraits: list[Tensor], options: Options):
+        self.engine, self.portraits, self.options = engine, portraits, options
         self.pictures = [_png(portrait) for portrait in portraits]
-        self.decoders = Decoders()
+        self.decoders, self.peers = Decoders(), Peers(options.peer_viewers)
         self.started = time.time()
-        self.seen_ms: list[float] = []
+        self.pages: set[Any] = set()  # what puts a message on its way to each viewer
+        self.turned_away: dict[str, int] = dict.fromkeys(("host", "origin", "token", "silent", "sockets", "peer"), 0)
+        self.seen = Histogram(0.2, 0.4, 0.6, 0.8, 1.2, 2.4)
         self.mistakes = 0
 
     async def page(self, _: Request) -> Response:
         self.decoders.start()  # somebody comes who may send files
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
+
+    async def client(self, _: Request) -> Response:
+        return Response(CLIENT.read_text(encoding="utf-8"), media_type="text/javascript", headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
         number = request.path_params["number"]
@@ -153,30 +163,28 @@ class Server:
             return PlainTextResponse("no such portrait\n", 404)
         return Response(self.pictures[number], media_type="image/png", headers=HEADERS)
 
+    async def health(self, _: Request) -> Response:
+        """200 where viewers are served, 503 once the server is closing, or where the engine hangs."""
+        try:
+            await asyncio.wait_for(self._ask(lambda: None), STUCK_SECONDS)
+        except (TimeoutError, asyncio.CancelledError):
+            return JSONResponse({"status": "stuck"}, 503)
+        if self.engine.closing:
+            return JSONResponse({"status": "closing"}, 503)
+        return JSONResponse({"status": "full" if self.engine.full() else "ok"})
+
     async def metrics(self, _: Request) -> Response:
-        totals = self.engine.totals
-        values: dict[str, Any] = {
-            "viewers": len(self.engine.viewers),
-            "viewers_limit": self.engine.max_viewers,
-            "streams_opened_total": totals.opened,
-            "viewers_refused_total": totals.refused,
-            "chunks_total": totals.chunks,
-            "stalls_total": totals.stalls,
-            "turns_total": totals.turns,
-            "stream_errors_total": totals.errors,
-            "refused_messages_total": self.mistakes,
-            "uptime_seconds": round(time.time() - self.started, 1),
-            "resident_bytes": psutil.Process().memory_info().rss,
-        }
-        for name, series in (
-            ("chunk_seconds", list(totals.seconds)),
-            ("answer_seconds", list(totals.answers)),
-            ("seen_seconds", [ms / 1000 for ms in self.seen_ms]),
-        ):
-            for percent in (50, 95):
-                if series:
-                    values[f'{name}{{quantile="{percent / 100}"}}'] = round(percentile(series, percent), 5)
-        return PlainTextResponse("".join(f"distill_{name} {value}\n" for name, value in values.items()))
+        return PlainTextResponse(report(self), media_type="text/plain; version=0.0.4")
+
+    async def drain(self) -> None:
+        """Let nobody in any more, say so to all who are here, and wait until no avatar talks, at most DRAIN_SECONDS."""
+        end = time.monotonic() + DRAIN_SECONDS
+        with suppress(TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(self._ask(self.engine.close), DRAIN_SECONDS)
+        for put in self.pages:
+            put({"type": "note", "message": self.engine.full()})
+        while not self.engine.talked_out and time.monotonic() < end:
+            await asyncio.sleep(0.05)
 
     async def live(self, page: WebSocket) -> None:
         """One viewer, from the handshake to the end."""
@@ -194,14 +202,18 @@ class Server:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(put, message)
 
-        viewer = await self._ask(self.engine.join, emit)
+        peer = page.client.host if page.client else ""
+        why = self.peers.enter(peer)
+        if why:
+            self.turned_away["peer"] += 1
+        viewer = None if why else await self._ask(self.engine.join, emit)
         if viewer is None:
-            most = self.engine.max_viewers
-            await page.send_json(
-                {"type": "full", "message": f"maximum number of viewers reached ({most}); try again later"}
-            )
+            if not why:
+                self.peers.leave(peer)
+            await page.send_json({"type": "full", "message": why or self.engine.full() or "try again"})
             await page.close(FULL)
             return
+        self.pages.add(put)
         tasks = [
             asyncio.create_task(self._send(page, queue)),
             asyncio.create_task(self._receive(page, viewer, put)),
@@ -213,6 +225,8 @@ class Server:
         finally:
             for task in tasks:
                 task.cancel()
+            self.pages.discard(put)
+            self.peers.leave(peer)
             await self._ask(self.engine.leave, viewer)
             for fault in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(fault, Exception) and not isinstance(fault, WebSocketDisconnect | OSError | RuntimeError):
@@ -224,6 +238,7 @@ class Server:
         spec = viewer.spec
         return {
             "type": "hello",
+            "version": protocol.VERSION,
             "width": spec.width,
             "height": spec.height,
             "fps": float(spec.fps),
@@ -234,8 +249,8 @@ class Server:
             "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
         }
 
-    async def _ask(self, function: Any, *given: Any) -> Any:
-        return await asyncio.wrap_future(self.engine.call(function, *given))
+    async def _ask(self, function: Any, *given: Any, of: Viewer | None = None) -> Any:
+        return await asyncio.wrap_future(self.engine.call(function, *given, of=of))
 
     @staticmethod
     async def _send(page: WebSocket, queue: asyncio.Queue) -> None:
@@ -270,7 +285,7 @@ class Server:
 
     async def _answer(self, inbox: asyncio.Queue, viewer: Viewer, put: Any) -> None:
         picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
-        mistakes = 0
+        mistakes, greeted = 0, False
         while mistakes < MAX_MISTAKES:
             patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
             try:
@@ -282,7 +297,10 @@ class Server:
             if message["type"] == "websocket.disconnect":
                 return
             try:
-                if message.get("bytes") is not None:
+                if not greeted:
+                    protocol.check_hello(message.get("text"))
+                    greeted = True
+                elif message.get("bytes") is not None:
                     await self._binary(viewer, message["bytes"], picture, put)
                 else:
                     await self._handle(viewer, protocol.parse(message.get("text") or ""), picture, put)
@@ -290,54 +308,69 @@ class Server:
                 mistakes += 1
                 self.mistakes += 1
                 put({"type": "error", "message": str(error)[:300]})
+                if isinstance(error, protocol.ProtocolError):
+                    await asyncio.sleep(0.1)
+                    return
         put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
     async def _binary(self, viewer: Viewer, data: bytes, picture: list[tuple[Tensor, str]], put: Any) -> None:
         kind, content = protocol.unpack(data)
+        if kind in (protocol.IMAGE, protocol.FILE):
+            viewer.allowance.take("upload", time.monotonic())
+        else:
+            what = "speech" if kind == protocol.SPEECH else "sound"
+            viewer.allowance.take(what, time.monotonic(), len(content) / (2 * SAMPLE_RATE))
         if kind == protocol.IMAGE:
             size = (viewer.spec.height, viewer.spec.width)
-            sent, note = await asyncio.to_thread(self.decoders.run, uploads.decode_picture, content, size, self.crop)
-            if self.strict:  # else a note is sent when the page opens a stream with it
+            sent, note = await asyncio.to_thread(
+                self.decoders.run, uploads.decode_picture, content, size, self.options.crop
+            )
+            if self.options.strict:  # else a note is sent when the page opens a stream with it
                 await self._check_coverage(sent, "", put)
             picture[:] = [(sent, note)]
             put({"type": "portrait"})
         elif kind == protocol.FILE:
             sound, _ = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
-            await self._ask(viewer.say, sound, time.monotonic())
+            await self._ask(viewer.say, sound, time.monotonic(), of=viewer)
+        elif kind == protocol.SPEECH:
+            await self._ask(lambda: viewer.speak(protocol.to_sound(content), time.monotonic()), of=viewer)
         else:
-            await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()))
+            await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()), of=viewer)
 
     async def _check_coverage(self, reference: Tensor | None, text: str, put: Any, note: str = "") -> None:
         """A note on the page, with `note`, for a picture and a text outside what the student was trained on; UserError where that
         is refused."""
         lines = await asyncio.to_thread(self.engine.bundle.unlike, reference, text)
-        if self.strict and lines:
+        if self.options.strict and lines:
             raise UserError(f"{lines[0]}; this server takes no such input")
         if found := [line for line in (*lines, note) if line]:
             put({"type": "note", "message": "; ".join(found)})
 
     async def _handle(self, viewer: Viewer, message: Any, picture: list[tuple[Tensor, str]], put: Any) -> None:
         now = time.monotonic()
+        viewer.allowance.take(KINDS[type(message)], now)
         if isinstance(message, protocol.Open):
             reference, note = self._reference(message, picture)
             await self._check_coverage(reference, message.text, put, note)
-            await self._ask(viewer.open, reference, message.text, message.seed, now)
+            await self._ask(viewer.open, reference, message.text, message.seed, now, of=viewer)
         elif isinstance(message, protocol.Say):
             if not message.text.strip():
                 raise UserError("nothing to say: the sentence is empty")
-            await self._ask(viewer.say, message.text, now)
+            await self._ask(viewer.say, message.text, now, of=viewer)
         elif isinstance(message, protocol.SetText):
             await self._check_coverage(None, message.text, put)
-            await self._ask(lambda: viewer.set_text(message.text, time.monotonic()))
+            await self._ask(lambda: viewer.set_text(message.text, time.monotonic()), of=viewer)
+        elif isinstance(message, protocol.Spoken):
+            await self._ask(viewer.spoken, of=viewer)
         elif isinstance(message, protocol.Interrupt):
-            await self._ask(lambda: viewer.interrupt(time.monotonic()))
+            await self._ask(lambda: viewer.interrupt(time.monotonic()), of=viewer)
         elif isinstance(message, protocol.Played):
-            await self._ask(viewer.played, message.frame, message.epoch, now)
+            await self._ask(viewer.played, message.frame, message.epoch, now, of=viewer)
         elif isinstance(message, protocol.Microphone):
-            await self._ask(viewer.microphone, message.on, now)
+            await self._ask(viewer.microphone, message.on, now, of=viewer)
         elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
-            self.seen_ms = [*self.seen_ms[-999:], message.ms]
+            self.seen.add(message.ms / 1000)
 
     def _reference(self, message: protocol.Open, picture: list[tuple[Tensor, str]]) -> tuple[Tensor, str]:
         if message.portrait is None and picture:

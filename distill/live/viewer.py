@@ -10,38 +10,51 @@ import torch
 from torch import Tensor
 
 from distill.live import protocol
+from distill.live.operations.limits import Allowance
 from distill.live.turns import Endpointer, Listening, Playhead, Turn
 from eval.speed.latency import percentile
+from students.serving.inputs import Starved
 from students.serving.session import Chunk, Session
 from students.weights.checkpoint import Bundle
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
 SLACK = 0.12  # seconds before the picture would stand still at which missing speech is no longer waited for
 KEPT = 200  # chunk times of the panel
+PIECE = SAMPLE_RATE // 10
+MAX_SPOKEN = 1800 * SAMPLE_RATE  # samples of speech that may wait to be said
 
 
 class Viewer:
-    """`emit` takes what goes to the page: a dict (JSON) or bytes (a chunk). `start` runs a turn's talker somewhere else, given the
-    turn and the user's utterance. `margin` gives the seconds that a new chunk needs to reach the viewer."""
+    """`emit` takes what goes to the page: a dict (JSON) or what `pack` makes of a chunk and the epoch. `start` runs a turn's
+    talker somewhere else, given the turn and the user's utterance. `margin` gives the seconds that a new chunk needs to reach
+    the viewer."""
 
     def __init__(
         self,
         bundle: Bundle,
         lead: int,
-        emit: Callable[[dict | bytes], None],
+        emit: Callable[[Any], None],
         start: Callable[[Turn, str | Tensor], None],
         margin: Callable[[], float] = lambda: 0.06,
+        pack: Callable[[Chunk, int], Any] = protocol.pack_chunk,
     ):
         self.bundle, self.spec, self.lead = bundle, bundle.spec, lead
-        self.emit, self.start, self.margin = emit, start, margin
+        self.emit, self.start, self.margin, self.pack = emit, start, margin, pack
         self.session: Session | None = None
         self.turn: Turn | None = None
+        self.next: Turn | None = None  # speech that came while the end of the turn before it is being shown
+        self.placed: list[
+            tuple[int, int]
+        ] = []  # place in the stream and number of the samples let in since the last chunk
         self.playhead = Playhead(self.spec.fps)
         self.endpointer, self.listening = Endpointer(), Listening()
         self.epoch = self.turns = self.chunks = self.stalls = 0
         self.opened = self.ttff = 0.0
         self.waited = False  # for the viewer's playhead, since the last chunk
         self.seconds: deque[float] = deque(maxlen=KEPT)
+        self.allowance = Allowance()
+        self.spent = 0.0  # seconds of the engine, the older the less
         self.answered: dict[int, float] = {}  # seconds from the turn's end to the handing over of its first chunk
 
     # ---- what the viewer does
@@ -64,11 +77,29 @@ class Viewer:
         self._open()
         if self.turn is not None:
             self.interrupt(now)
-        self.turns += 1
-        self.turn = Turn(self.turns, now)
-        self.emit({"type": "thinking", "turn": self.turns})
+        self.turn = self._new_turn(now)
         self.start(self.turn, utterance)
         return self.turns
+
+    def speak(self, samples: Tensor, now: float) -> None:
+        """Let the avatar say samples [n] at 16 kHz, which come piece by piece: behind what it is saying, else in a new turn."""
+        self._open()
+        turn = self.next or self.turn
+        if turn is None:
+            turn = self.turn = self._new_turn(now)
+        elif turn.end is not None:
+            turn = self.next = self._new_turn(now)
+        if turn.held + len(samples) > MAX_SPOKEN:
+            raise UserError(f"more than {MAX_SPOKEN // SAMPLE_RATE} s of speech wait to be said; send it later")
+        turn.finished = False
+        for piece in samples.split(PIECE):
+            turn.put(piece, now)
+
+    def spoken(self) -> None:
+        """The sentence that `speak` was given is complete."""
+        turn = self.next or self.turn
+        if turn is not None:
+            turn.finished = True
 
     def feed(self, samples: Tensor, now: float) -> None:
         """Microphone samples: a voice interrupts the avatar, its end is the end of a turn. A student of two speakers is given them
@@ -98,7 +129,7 @@ class Viewer:
     def set_text(self, text: str, now: float) -> None:
         """Another text condition, felt from the next chunk on that can still reach the viewer."""
         session = self._open()
-        how = "recache" if self.spec.history.commit == "clean" else "keep"
+        how = "recache" if session.spec.history.commit == "clean" else "keep"
         self._rewind(now, keep_input=True)
         self._noting(lambda: session.set(text, how=how))
         self.emit({"type": "text", "text": text})
@@ -110,7 +141,7 @@ class Viewer:
             self.playhead.update(frame, now)
             self.waited = False
             if self.turn is not None and self.turn.end is not None and frame >= self.turn.end:
-                self.turn = None
+                self.turn, self.next = self.next, None
 
     def close(self) -> None:
         """Free everything."""
@@ -133,6 +164,11 @@ class Viewer:
 
     def step(self, now: float, clock: Callable[[], float]) -> Chunk | None:
         """Draw and hand over the next chunk, if the viewer is near enough."""
+        session, began = self.prepare(now), clock()
+        return self.deliver(session.step(), now, began, clock())
+
+    def prepare(self, now: float) -> Session:
+        """The first half of a step: the session, given the sound of its next chunk."""
         session, turn = self._open(), self.turn
         if turn is not None and not turn.begun and self._ready(turn):
             self._begin(turn, now)
@@ -142,21 +178,24 @@ class Viewer:
                 self._let_in(piece, len(piece))
         elif (missing := self._missing(None)) > 0 and self.spec.speakers > 1:
             self._let_in(None, missing)
-        dry = self.playhead.dry(now, session.point.frame)
-        began = clock()
-        chunk = session.step()
-        if not isinstance(chunk, Chunk):
+        return session
+
+    def deliver(self, found: Chunk | Starved, now: float, began: float, ended: float) -> Chunk | None:
+        """The second half: hand over what the session gave; None where that is no chunk. `now` is the first half's, drawing `began`
+        and `ended` then."""
+        if not isinstance(found, Chunk):
             self.waited = True
             return None
-        ended = clock()
-        self.emit(protocol.pack_chunk(chunk, self.epoch))
+        dry = self.playhead.dry(now, found.first_frame)
+        self.emit(self.pack(found, self.epoch))
+        self.placed.clear()
         self.seconds.append(ended - began)
         self.chunks += 1
         self.stalls += self.playhead.at is not None and ended > dry
         self.ttff = self.ttff or ended - self.opened
-        if turn is not None and turn.begun:
-            self._send_timing(turn, chunk, now, ended)
-        return chunk
+        if self.turn is not None and self.turn.begun:
+            self._send_timing(self.turn, found, now, ended)
+        return found
 
     def settle(self) -> None:
         """Commit the last chunk, off the latency path."""
@@ -194,10 +233,16 @@ class Viewer:
             self.emit({"type": "note", "message": str(note.message)})
         return result
 
+    def _new_turn(self, now: float) -> Turn:
+        self.turns += 1
+        self.emit({"type": "thinking", "turn": self.turns})
+        return Turn(self.turns, now)
+
     def _drop_turn(self) -> None:
         if self.turn is not None:
             self.turn.cancel()
-            self.turn = None
+        self.turn = self.next = None
+        self.placed.clear()
 
     def _rewind(self, now: float, keep_input: bool) -> int:
         """Take back what cannot have been seen when the next chunk arrives."""
@@ -212,14 +257,17 @@ class Viewer:
 
     def _let_in(self, own: Tensor | None, count: int) -> None:
         """The next `count` samples: the avatar's own voice, and to a student of two speakers the user's."""
-        self._open().push(audio=own, other=self.listening.take(count) if self.spec.speakers > 1 else None)
+        session = self._open()
+        if own is not None:
+            self.placed.append((session.inputs.audio.end, count))
+        session.push(audio=own, other=self.listening.take(count) if self.spec.speakers > 1 else None)
 
     def _missing(self, turn: Turn | None) -> int:
         """Samples that the next chunk lacks, those that a turn holds not counted."""
         session = self._open()
         stop = session.inputs.span(session.point.chunk)[1]
         have = session.inputs.audio.end + (turn.held if turn is not None else 0)
-        return stop * self.spec.samples_per_frame + self.bundle.audio_encoder.lookahead - have
+        return stop * self.spec.samples_per_frame + session.bundle.audio_encoder.lookahead - have
 
     def _ready(self, turn: Turn) -> bool:
         """Enough of the answer is there for a chunk, and for those in flight behind it."""

@@ -235,8 +235,11 @@ class Artifacts:
 
     @cached_property
     def ar_teacher(self) -> Student:
-        """The autoregressive teacher, frozen."""
-        return self.trainee("ar_teacher").eval().requires_grad_(False)
+        """The autoregressive teacher, frozen; an adapter in the type of its backbone, as it may run without autocast."""
+        made = self.trainee("ar_teacher").eval().requires_grad_(False)
+        if self.recipe.lora is not None:
+            cast_network(made.net, DTYPES[self.engine.config.precision])
+        return made
 
     def bundle(self, student: Student) -> Bundle:
         """A student with this run's encoders, ready for a session."""

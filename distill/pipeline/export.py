@@ -11,7 +11,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.pretrained import digest
 from distill.pipeline.run_folder import revision
 from distill.recipe import METHODS
-from distill.training.checkpoint import on_main
+from distill.training.checkpoint import Writer
 from students.weights import checkpoint
 from students.weights.adapter import Adapter, Base
 from students.weights.card import model_card
@@ -23,7 +23,8 @@ EDITED = ("spec.json ", "README.md ")
 
 
 def export(artifacts: Artifacts, folder: Path) -> dict:
-    """Write folder/student from the weights of `distill`; self-contained, or as an adapter over its base."""
+    """Write folder/student from the weights of `distill`; self-contained, or as an adapter over its base. Rank 0 does, and the
+    others look in once a second."""
     spec, target = artifacts.spec, folder / "student"
 
     def write() -> None:
@@ -32,7 +33,7 @@ def export(artifacts: Artifacts, folder: Path) -> dict:
         remove_folder(target)
         checkpoint.save_student(target, student, card, _adapter(artifacts))
 
-    on_main(artifacts.engine, target, write)
+    Writer(folder, artifacts.engine, keep=0).write(target, write)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in checkpoint.make_student(spec).parameters())
     return {"nfe_per_chunk": spec.nfe_per_chunk, "parameters": parameters}

@@ -28,7 +28,7 @@ def write_weights(recipe: Recipe, spec: Spec) -> None:
         return
     stages = [stage for stage in (recipe.teacher, recipe.base) if stage is not None]
     data = recipe.data
-    parts = [part for part in (data.codec, data.audio, data.text, data.image) if part is not None]
+    parts: list[Any] = [part for part in (data.codec, data.audio, data.text, data.image) if part is not None]
     paths = [path for part in (*stages, *parts) for path in (getattr(part, "path", None),) if path is not None]
     for path in (*paths, *(stage.wan for stage in stages if stage.wan)):
         if not path.resolve().is_relative_to(folder):

@@ -6,7 +6,7 @@ rollout, the context, what a checkpointed block keeps.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.planning.job import LORA_RANK, Job, inner, meta_networks
-from distill.planning.live_bytes import Points
-from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, trace
+from distill.planning.live_bytes import Phases, Points
+from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, trace_phases
 from distill.recipe import spec_of
 from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
@@ -52,7 +52,7 @@ MEMORY_SAVING_OPTIONS = (
 class Update:
     """One optimizer step of `role` in `stage`; or, of a role that is not trained, one forward. `together` ranks share a sequence.
 
-    `points` by memory-saving options but for offload; `Traced` when first needed."""
+    `points`, and `phases`, by memory-saving options but for offload; `Traced` when first needed."""
 
     stage: str
     role: str
@@ -61,6 +61,7 @@ class Update:
     train: TrainConfig | None = None
     together: int = 1
     points: Mapping[tuple[str, ...], Points]
+    phases: Mapping[tuple[str, ...], Phases] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -72,14 +73,14 @@ class Update:
             raise UserError(f"engine.sequence_parallel: {ranks} GPUs are no multiple of {self.together}; change one")
         return self.train.micro_steps(ranks // self.together) if self.train else 1
 
-    def points_with(self, switches: Sequence[str]) -> Points:
-        """Nothing but weights differs for a role that is not trained."""
-        kept = tuple(word for word in switches if word not in OFFLOAD)
-        return self.points[kept if self.trained else ()]
+    def traced_with(self, switches: Sequence[str]) -> tuple[Points, Phases]:
+        """Nothing but weights differs for a role that is not trained; no phases where they are not known."""
+        kept = tuple(word for word in switches if word not in OFFLOAD) if self.trained else ()
+        return self.points[kept], self.phases.get(kept, ())
 
     def activations(self, *switches: str) -> int:
         """Bytes at the peak, the context included where it is alive then."""
-        return max(size for _, size in self.points_with(switches))
+        return max(size for _, size in self.traced_with(switches)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,9 +123,10 @@ def make_plan(job: Job) -> Plan:
             size = getattr(spec, name)
             raise UserError(f"{name} {size} is no multiple of {cell}: recipe; a token is {cell} pixels wide")
     spec.network.check()
-    names = ("trajectories", *job.stages) if job.trajectories else tuple(job.stages)
-    if job.trajectories:
-        flow.on_grid(spec.sigmas, flow.sigma_grid(job.trajectories.num_steps, job.trajectories.shift))
+    solver = job.trajectories if job.solves else None
+    names = ("trajectories", *job.stages) if solver else tuple(job.stages)
+    if solver:
+        flow.on_grid(spec.sigmas, flow.sigma_grid(solver.num_steps, solver.shift))
     nets: dict[str, nn.Module] = {}
     for stage in names:
         nets |= meta_networks(job, stage)
@@ -144,8 +146,8 @@ def make_plan(job: Job) -> Plan:
         gather_once=job.gather_once,
         updates=tuple(update for stage in names for update in _updates(job, stage)),
         context={stage: context_bytes(job, stage) for stage in on_policy},
-        trajectories=trajectory_bytes(spec, job.trajectories.num_pairs) if job.trajectories else 0,
-        trajectory_forwards=job.trajectories.num_steps * job.trajectories.guidance.passes if job.trajectories else 0,
+        trajectories=trajectory_bytes(spec, solver.num_pairs) if solver else 0,
+        trajectory_forwards=solver.num_steps * solver.guidance.passes if solver else 0,
         costs={stage: step_costs(job, stage) for stage in job.stages},
         together=job.together,
     )
@@ -211,9 +213,12 @@ def rank_bytes(plan: Plan, update: Update, engine: str, ranks: int, switches: Se
     each = {"ddp": 4.0, "zero1": 4.0}.get(engine, 4 / num_parts(plan, engine, ranks))
     if engine in ("zero3", "fsdp2") and offload:
         each = 0.0
-    points, most = update.points_with(switches), update.activations(*switches)
+    (points, phases), most = update.traced_with(switches), update.activations(*switches)
+    if engine == "fsdp2" and phases and "gathered" in parts:  # not all is gathered when the most is alive
+        late = max(size + _gathered(plan, update, engine, called) for called, size in phases) - parts["gathered"]
+        points = tuple((held, other if held else min(other, round(late))) for held, other in points)
     if micro_steps > 1:  # the gradients wait for the next one
-        points = ((count, most),)
+        points = ((count, max(other for _, other in points)),)
     parts["gradients"] = count * each
     parts["activations"] = float(most)
     flattened = 4 / ranks if zero and not offload else 0.0
@@ -258,10 +263,9 @@ def _resident(plan: Plan, update: Update, engine: str, ranks: int, switches: Seq
         copied = learned if update.role in adapters else plan.parameters
         parts["bf16 copies"] = size * float(copied[update.role])
     if sharded:
-        once = update.trained if plan.gather_once and engine == "fsdp2" else ()
-        others = [role for role in (*update.trained, *update.frozen) if role not in once]
-        parts["gathered"] = size * float(sum(plan.parameters[role] for role in once))
-        parts["gathered"] += max((_gathered(plan, role, engine) for role in others), default=0.0)
+        costs, roles = plan.costs.get(update.stage), (*update.trained, *update.frozen)
+        called = [role for role in roles if not costs or role in costs.calls[update.role]]
+        parts["gathered"] = _gathered(plan, update, engine, called)
     return parts, learned
 
 
@@ -286,12 +290,17 @@ def offloaded_bytes(plan: Plan, update: Update, engine: str, ranks: int, switche
     return sum(without.values()) - sum(with_them.values()) + gradients
 
 
-def _gathered(plan: Plan, role: str, engine: str) -> float:
-    """Bytes of a role that are in one piece: fsdp2 casts its blocks, DeepSpeed keeps MAX_LIVE_PARAMETERS elements uncast."""
-    size = 2.0 if role in plan.half else 4.0
+def _gathered(plan: Plan, update: Update, engine: str, called: Collection[str]) -> float:
+    """Bytes of weights that are in one piece at once, of the roles that were called. fsdp2 casts blocks, two at a time or,
+    of roles that are gathered once, all; what is outside of them stays from a role's first call on. DeepSpeed keeps
+    MAX_LIVE_PARAMETERS elements, uncast."""
+    held = {role: 2.0 if role in plan.half else 4.0 for role in called}
     if engine == "zero3":
-        return min(plan.parameters[role], MAX_LIVE_PARAMETERS) * size
-    return plan.blocks[role] * DTYPES[plan.precision].itemsize + plan.outside[role] * size
+        return max(min(plan.parameters[role], MAX_LIVE_PARAMETERS) * held[role] for role in called)
+    size, once = DTYPES[plan.precision].itemsize, update.trained if plan.gather_once else ()
+    blocks = [plan.blocks[role] for role in called if role not in once]
+    whole = sum(plan.parameters[role] - plan.outside[role] for role in called if role in once)
+    return size * (whole + max(blocks, default=0)) + sum(plan.outside[role] * held[role] for role in called)
 
 
 def peak_bytes(plan: Plan, engine: str, ranks: int, switches: Sequence[str] = ()) -> float:
@@ -347,6 +356,7 @@ def job_of(recipe: "Recipe") -> Job:
         checkpointing=recipe.engine.checkpointing,
         at_once=generated_at_once(recipe, spec),
         trajectories=recipe.trajectories,
+        solves=any(recipe.needs(slot).batch != "x0" for slot in recipe.slots),
         precision=recipe.engine.precision,
         half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
         bucket_mib=recipe.engine.bucket_mib,
@@ -359,19 +369,21 @@ def job_of(recipe: "Recipe") -> Job:
 
 
 class Traced(dict):
-    """Points by switches, traced when they are first needed."""
+    """Points by switches, traced when they are first needed; and then their phases."""
 
     def __init__(self, job: Job, stage: str, role: str):
         super().__init__()
         self.ask = (job, stage, role)
+        self.phases: dict[tuple[str, ...], Phases] = {}
 
     def __missing__(self, switches: tuple[str, ...]) -> Points:
-        self[switches] = trace(*self.ask, *switches)
+        self[switches], self.phases[switches] = trace_phases(*self.ask, *switches)
         return self[switches]
 
 
 def _updates(job: Job, stage: str) -> list[Update]:
     needs = job.needs(stage)
+    found = {role: Traced(job, stage, role) for role in needs.trained or needs.frozen[:1]}
     return [
         Update(
             stage=stage,
@@ -380,7 +392,8 @@ def _updates(job: Job, stage: str) -> list[Update]:
             frozen=needs.frozen,
             train=job.stages[stage].train if needs.trained else None,
             together=job.together,
-            points=Traced(job, stage, role),
+            points=points,
+            phases=points.phases,
         )
-        for role in needs.trained or needs.frozen[:1]
+        for role, points in found.items()
     ]

@@ -25,17 +25,19 @@ CAUSAL = ("student", "ar_teacher")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run as far as its needs go. `networks` by role where they differ from the student's, which is in `spec`; `stages` have a
-    `method` and a `train`, in order; `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the
-    modules `full` as a whole; `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles
-    held in bf16; `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together; `sequence`: the
-    ranks that share every sequence, where they do."""
+    """A run as far as its needs go. `networks` by role where they differ from the student's, which is in `spec`; `stages` have
+    a `method` and a `train`, in order; `trajectories`: how teachers solve, and whether a stage learns from stored solutions
+    (`solves`); `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the modules `full` as a whole;
+    `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles held in bf16;
+    `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together; `sequence`: the ranks that
+    share every sequence, where they do."""
 
     spec: Spec
     stages: Mapping[str, Any]
     precision: Literal["fp32", "bf16"]
     networks: Mapping[str, NetworkKind] = field(default_factory=dict)
     trajectories: TrajectoriesConfig | None = None
+    solves: bool = True
     lora: Mapping[str, int] = field(default_factory=dict)
     targets: tuple[str, ...] = TARGETS
     full: tuple[str, ...] = ()
@@ -161,10 +163,6 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
         net = config.new(job.spec.dims)
         if job.sequence is not None:
             net.kind.split_sequence(net, job.sequence)
-        # a solver computes in the type that it is held in
-        narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
-        if role in job.half or (job.precision != "fp32" and narrow):
-            cast_network(net, torch.bfloat16)
         if lora:
             from peft import LoraConfig
 
@@ -174,6 +172,10 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
             net.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))  # which freezes all else
             for name in full:
                 net.get_submodule(name).requires_grad_(True)
+        # a solver computes in the type that it is held in, adapters in that of autocast
+        narrow = stage in job.stages or (stage == "clips" and role in CAUSAL)
+        if role in job.half or (job.precision != "fp32" and narrow):
+            cast_network(net, torch.bfloat16)
     return job.spec.network.student(net, job.spec) if role in CAUSAL else AvatarTeacher(net)
 
 

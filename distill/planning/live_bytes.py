@@ -15,6 +15,8 @@ from torch.utils.flop_counter import flop_registry
 
 Points = tuple[tuple[int, int], ...]
 """(gradient elements held, most bytes of everything else but weights meanwhile): when activations and gradients meet."""
+Phases = tuple[tuple[frozenset[str], int], ...]
+"""(networks called by then, most bytes of everything but weights and gradients): from one network's call to the next one's."""
 
 
 _ATEN = torch.ops.aten
@@ -42,7 +44,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.points: dict[int, int] = {}
         self.flops = 0
-        self.phases = [0]  # most bytes between the marks of `begin_phase`, and since the first gradient
+        self.phases = [0]  # most bytes between the marks of `begin_phase`
+        self.called = [frozenset[str]()]  # names of those marks up to each phase
         self._held: dict[int, weakref.ref] = {}
         self._own: set[int] = set()  # storages that count: neither weights nor gradients
         self._live = self._gradients = 0
@@ -60,9 +63,10 @@ class LiveBytes(TorchDispatchMode):
         self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
         self.phases[-1] = max(self.phases[-1], self._live)
 
-    def begin_phase(self, *_) -> None:
-        """What is alive from now on is a phase of its own; a forward hook."""
+    def begin_phase(self, *names: str) -> None:
+        """What is alive from now on is a phase of its own, of the call of a network of this name."""
         self.phases.append(self._live)
+        self.called.append(self.called[-1] | set(names))
 
     def weigh(self, net: nn.Module) -> None:
         """Parameters and buffers of `net` are weights, and what backward leaves in them gradients: not counted here."""
@@ -117,8 +121,6 @@ class LiveBytes(TorchDispatchMode):
         if storage._cdata in self._own:
             self._own.remove(storage._cdata)
             self._live -= storage.nbytes()
-            if not self._gradients:
-                self.begin_phase()
             self._gradients += parameter.numel()
             self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers import AutoencoderKLWan
+from torch import Tensor
 
 from distill.data import latents
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
@@ -31,6 +32,7 @@ FP32_SLOWER = 8.4
 MANY_PARAMETERS = 10**9
 """A network of more, computed in fp32, is worth a warning."""
 NODE = 8  # GPUs of a machine
+CAPTION_TOKENS = 60  # of a clip's text, which is stored without padding
 SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many latent frames; convolutions follow the pixels
 ENCODERS = {"WanVAEConfig": 4 * 126_892_531, "UMT5Config": 2 * 5_680_910_336, "Wav2VecConfig": 4 * 94_371_712}
 ENCODERS["WanImageConfig"] = 4 * 611_086_080
@@ -53,39 +55,49 @@ class Rates:
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """Work of a stage: FLOPs of all ranks together, which share it in `jobs` equal pieces (0: in as many as there are ranks; 1:
-    also what each rank does, where an update's batch grows with the ranks). Of a piece `together` ranks do equal parts.
-    `parameters` of its network, and the `key` of the recipe that sets its precision, where there is one."""
+    also what each rank does, where an update's batch grows with the ranks). Of a piece `together` ranks do equal parts, or the
+    `branches` of a guidance, where ranks divide and do not share it already. `parameters` of its network, and the `key` of the
+    recipe that sets its precision, where there is one."""
 
     name: str
     flops: float
     precision: Precision
     jobs: int = 0
     together: int = 1
+    branches: int = 1
     parameters: int = 0
     key: str = ""
 
+    def _sharing(self, ranks: int) -> int:
+        """Ranks that do parts of one piece."""
+        return self.together if self.together > 1 or ranks % self.branches else self.branches
+
     def seconds(self, ranks: int, rates: Rates) -> float:
         """Until the last of the ranks is done."""
-        groups = max(1, ranks // self.together)
+        sharing = self._sharing(ranks)
+        groups = max(1, ranks // sharing)
         share = math.ceil(self.jobs / groups) / self.jobs if self.jobs else 1 / groups
-        return self.flops * share / self.together / rates.flops(self.precision)
+        return self.flops * share / sharing / rates.flops(self.precision)
 
     def wait(self, ranks: int, rates: Rates) -> float:
         """Seconds that some rank waits for another at the end: those of one job, where jobs do not divide."""
-        groups = max(1, ranks // self.together)
-        return self.seconds(self.jobs * self.together, rates) if self.jobs and self.jobs % groups else 0.0
+        sharing = self._sharing(ranks)
+        if not self.jobs or self.jobs % max(1, ranks // sharing) == 0:
+            return 0.0
+        return self.flops / self.jobs / sharing / rates.flops(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutlook:
-    """A stage. Bytes: `disk` that it leaves, `checkpoints` while it runs; `beside`: what lies on each GPU besides what
-    `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training holds; `made`: by role, of the
-    whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and of
-    rank 0; `copied`: of one checkpoint, which ranks hold until it is written."""
+    """A stage. Bytes: `disk` that it leaves, of a training set also `disk_per_clip`, `checkpoints` while it runs; `beside`: what
+    lies on each GPU besides what `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training
+    holds; `made`: by role, of the whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and
+    of rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
 
     name: str
     parts: tuple[Part, ...]
     disk: float = 0
+    disk_per_clip: float = 0
     checkpoints: float = 0
     beside: Mapping[str, float]
     clips: float = 0
@@ -181,25 +193,20 @@ class _Stages:
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
         given = batch_on(job, "clips").conditions
-        features = given.stored
-        sizes = {name: 2 if name in latents.HALF else 4 for name in features}
-        self.row = sum(tensor.numel() * sizes[name] for name, tensor in features.items()) / job.at_once
-        if getattr(data.audio, "whole_clip", False) and "audio" in features:
-            self.row += features["audio"].numel() * 4 / job.at_once
-        self.x0 = 2 * math.prod(spec.latent_size) * spec.horizon_frames
+        self.clip_bytes = _clip_bytes(recipe, given.stored, math.prod(spec.latent_size) * spec.horizon_frames)
         self.variants = 2 + sum(given.has(name) for name in ("text", "audio"))
 
     def all(self) -> Iterator[StageOutlook]:
-        recipe, num, codec = self.recipe, self.num_train, self.codec
+        recipe, num, codec, each = self.recipe, self.num_train, self.codec, self.clip_bytes
         shards = -(-num // recipe.data.world.shard_clips)
-        videos = 2 if recipe.data.image is None else 4  # and the portrait's own, with their mirror images
+        videos = (1 + recipe.data.mirror) * (1 if recipe.data.image is None else 2)  # and the portrait's own
         encode = Part(name="encoding", flops=videos * num * codec.encode, precision="fp32", jobs=shards)
-        yield self._stage("data", [encode], disk=2 * num * (self.row + self.x0), clips=codec.encode_bytes)
+        yield self._stage("data", [encode], disk=num * each, disk_per_clip=each, clips=codec.encode_bytes)
         drawn = num + recipe.eval.admit_clips
         both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)
         yield self._stage("extractors", [both], clips=max(codec.encode_bytes, codec.decode_bytes))
         for name in self.job.stages:
-            if name == "init" and any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
+            if name == "init" and self.job.solves:
                 yield self._trajectories()
             yield self._training(name)
         yield self._evaluate()
@@ -211,6 +218,11 @@ class _Stages:
 
     def _solver(self) -> str:
         return next((update.role for update in self.plan.updates if update.stage == "trajectories"), "")
+
+    @property
+    def _branches(self) -> int:
+        """Of the teacher's guidance, which ranks compute side by side."""
+        return self.job.trajectories.guidance.passes if self.job.trajectories else 1
 
     def _held(self, role: str) -> float:
         return self.plan.parameters[role] * (2 if role in self.plan.half else 4)
@@ -249,10 +261,10 @@ class _Stages:
             for role, flops in costs.flops.items()
         ]
         trained = [self._learned(role) for role in self.job.needs(name).trained]
-        copied = 4 * (3 * sum(trained) + trained[0])
-        facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * copied, "copied": copied}
+        state, best = 4 * (3 * sum(trained) + trained[0]), 4 * trained[0] if name == "distill" else 0
+        facts: dict = {"checkpoints": (recipe.engine.keep_checkpoints + 1) * (state + best), "copied": state + best}
         facts |= {
-            "disk": 4 * trained[0] * (2 if name == "distill" else 1),
+            "disk": 4 * trained[0] + (2 * self._exported if name == "distill" else 0),
             "host": (self._student_file, 4 * trained[0]),
         }
         if name in ("teacher", "base"):
@@ -264,7 +276,8 @@ class _Stages:
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             made = {"student": self._made("student")}
             if name == "init":
-                steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel))
+                branches = self._branches
+                steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel, branches=branches))
                 made["teacher"] = self._made("teacher")
             return self._stage(name, steps, made=made, **facts)
         times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
@@ -277,6 +290,12 @@ class _Stages:
 
     def _learned(self, role: str) -> int:
         return (self.plan.lora if role in self.plan.adapted else self.plan.parameters)[role]
+
+    @property
+    def _exported(self) -> float:
+        """Bytes of the student as it is served: an adapter alone, or all of it in fp32."""
+        lora = self.recipe.lora
+        return self._student_file if lora and lora.export == "adapter" else 4 * self.plan.parameters["student"]
 
     @property
     def _student_file(self) -> float:
@@ -301,16 +320,23 @@ class _Stages:
         assert solver is not None
         test = config.num_conditions
         each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
-        twice = 1 + len(job.spec.sigmas) / solver.num_steps
-        each_round = twice * self.teacher_clip + 6 * self.student_clip
-        fitting = int(COSTS_SECONDS * Rates().flops("bf16") / each_round)
+        step, most = self.teacher_clip / solver.num_steps, COSTS_SECONDS * Rates().flops("bf16")
+        few = len(job.spec.sigmas) * step
+        clip = step * min(
+            solver.num_steps, max(1, int(most / step))
+        )  # no more steps are timed than go into those seconds
+        fitting = int(most / (clip + few + 6 * self.student_clip))
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
         together = job.at_once if job.at_once > 1 else 0
         streams = 3 * (2 * timed + 5 * together) * self.student_clip
-        alone = (timed + together) * twice * self.teacher_clip
-        decode = (5 * each + test) * job.together * codec.decode  # the rest of a group waits for its first rank
+        alone = (timed + together) * (clip + few) + step
+        branches = self._branches
+        idle = branches if job.together == 1 else 1
+        waits = 3 * each + idle * (2 * each + test)  # the rest of a group waits for its first rank
+        decode = waits * job.together * codec.decode
         parts = [
-            self._part("teacher", (each * twice + test) * self.teacher_clip, "teacher", 2 * each + test),
+            self._part("teacher", (each + test) * self.teacher_clip, "teacher", each + test, branches=branches),
+            self._part("teacher, few steps", each * few, "teacher", each, branches=branches),
             self._part("students", 3 * each * self.student_clip, "student", 3 * each, self.plan.precision),
             self._part("codec", decode, "", 5 * each + test, "fp32"),
             self._part("costs of the teacher", alone, "teacher", 1, together=1),
@@ -319,7 +345,7 @@ class _Stages:
         made = {role: self._made(role, alone=True) for role in ("teacher", "student")}
         if self.recipe.has_custom_network:
             flops, _ = clip_costs(job, "ar_teacher", solver.num_steps)
-            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each))
+            parts.append(self._part("ar_teacher", each * flops, "ar_teacher", each, branches=branches))
         waiting = self._held("teacher") + 3 * made["student"][0]  # on rank 0, which times them in turn
         frames, sides = 1 + (job.spec.horizon_frames - 1) * job.spec.codec.stride, (job.spec.height, job.spec.width)
         video = 3 * frames * math.prod(sides) * min(1.0, SCORED_SIDE / max(sides)) ** 2
@@ -330,6 +356,31 @@ class _Stages:
             made=made,
             host=(self._student_file, (6 * each + 2 * test + config.num_reference) * video + waiting),
         )
+
+
+def _clip_bytes(recipe: "Recipe", features: Mapping[str, Tensor], elements: int) -> float:
+    """What the stage data stores of a clip: latents of so many elements, features, and the text as if no other clip had it."""
+    data, copies = recipe.data, 1 + recipe.data.mirror
+    precision, found = DTYPES[data.precision], 2.0 * copies * elements
+    for name, value in features.items():
+        if name == "text":
+            found += min(CAPTION_TOKENS, value.shape[1]) * value.shape[2] * precision.itemsize
+            continue
+        size = value[:1].numel() * latents.stored_type(name, precision, value).itemsize
+        again = name == "audio" and getattr(
+            data.audio, "whole_clip", False
+        )  # of the clip as one, and as it is streamed
+        found += size * (1 + again if name in latents.SOUND else copies)
+    return found
+
+
+def disk_at_most(stages: Sequence[StageOutlook]) -> float:
+    """Bytes that a run takes at once: what finished stages have left, and checkpoints, which go at the end of theirs."""
+    found = left = 0.0
+    for stage in stages:
+        left += stage.disk
+        found = max(found, left + stage.checkpoints)
+    return found
 
 
 def warnings(stages: Sequence[StageOutlook]) -> Iterator[str]:

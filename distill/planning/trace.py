@@ -11,7 +11,7 @@ from distill.methods.forcing import Forced
 from distill.methods.rollout import rollout
 from distill.pipeline import generate
 from distill.planning.job import CAUSAL, Job, batch_on, inner, kind_of, make_network, meta_networks
-from distill.planning.live_bytes import LiveBytes, OnMeta, Points
+from distill.planning.live_bytes import LiveBytes, OnMeta, Phases, Points
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind
@@ -34,11 +34,12 @@ def forwards(job: Job, stage: str, cadence: int = 60) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True)
 class StepCosts:
-    """`forwards` of a mean training step by network; by role that is updated: `flops` of one of its micro-steps on a rank (forward,
-    backward and recomputation), how often the whole stage updates it, and of a micro-step the collectives among ranks that share
-    sequences, with the bytes that each sends in them."""
+    """`forwards` of a mean training step by network; by role that is updated: the networks that one of its micro-steps `calls`,
+    its `flops` on a rank (forward, backward and recomputation), how often the whole stage updates it, and of a micro-step the
+    collectives among ranks that share sequences, with the bytes that each sends in them."""
 
     forwards: dict[str, float]
+    calls: dict[str, frozenset[str]]
     flops: dict[str, float]
     updates: dict[str, int]
     exchanges: dict[str, tuple[float, float]]
@@ -50,7 +51,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
     part = job.stages[stage]
     made = _method(job, stage, meta_networks(job, stage))
     steps = [made.roles_to_update(step) for step in range(1, cadence + 1)]
-    totals, flops, updates, exchanges = {}, {}, {}, {}
+    totals, calls, flops, updates, exchanges = {}, {}, {}, {}, {}
     for role in sorted({role for roles in steps for role in roles}):
         called: dict[str, float] = {}
 
@@ -61,6 +62,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
 
         flops[role], *exchanged = _at_depth(job, stage, measure, (1, 2))
         exchanges[role] = (exchanged[0], exchanged[1])
+        calls[role] = frozenset(name for name, number in called.items() if number)
         each = sum(roles.count(role) for roles in steps) / cadence
         first = made.roles_to_update(0).count(role) - each
         updates[role] = round(each * part.train.num_steps + first)
@@ -68,7 +70,7 @@ def step_costs(job: Job, stage: str, cadence: int = 60) -> StepCosts:
             totals[name] = totals.get(name, 0.0) + each * number
     order = (*job.needs(stage).trained, *job.needs(stage).frozen)
     called = {name: totals[name] for name in order if totals.get(name)}
-    return StepCosts(forwards=called, flops=flops, updates=updates, exchanges=exchanges)
+    return StepCosts(forwards=called, calls=calls, flops=flops, updates=updates, exchanges=exchanges)
 
 
 def _micro_step(job: Job, stage: str, role: str) -> tuple[dict[str, float], float, float, float]:
@@ -122,14 +124,15 @@ def _at_depth(
     for kind in (
         kind_of(job, role, stage) for role in roles or (*needs.trained, *needs.frozen) if role != "discriminator"
     ):
-        if kind not in kinds and kind.num_blocks > many and kind.shallow(few) != kind:
+        if kind not in kinds and kind.num_blocks > max(many, few + kind.period) and kind.shallow(few) != kind:
             kinds.append(kind)
     if not kinds or "discriminator" in needs.trained:  # whose heads ask for deeper blocks
         return list(measure(job))
     total = start = list(measure(_cut(job, [(kind, few) for kind in kinds])))
     for kind in kinds:
-        deeper = measure(_cut(job, [(other, many if other == kind else few) for other in kinds]))
-        slope = (kind.num_blocks - few) / (many - few)
+        deep = max(many, few + kind.period)
+        deeper = measure(_cut(job, [(other, deep if other == kind else few) for other in kinds]))
+        slope = (kind.num_blocks - few) / (deep - few)
         total = [now + slope * (b - a) for now, a, b in zip(total, start, deeper, strict=True)]
     return total
 
@@ -171,27 +174,31 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
 
 
 def trace(job: Job, stage: str, role: str, *switches: str) -> Points:
-    """Points of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for trajectories
-    one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles. Of networks of many blocks only two
-    points, the peak and what is alive with all gradients, follow lines in their depth, the peak one for each phase: a network's
-    call, and the backward pass."""
+    """The points of `trace_phases`."""
+    return trace_phases(job, stage, role, *switches)[0]
+
+
+def trace_phases(job: Job, stage: str, role: str, *switches: str) -> tuple[Points, Phases]:
+    """Points and phases of one micro-step: the stage's own loss and its backward, of what ranks draw together the largest; for
+    trajectories one step of the solver. `switches`: checkpointing of the blocks, lora for all trained roles. Of networks of
+    many blocks only two points, the peak and what is alive with all gradients, follow lines in their depth, the peak one for
+    each phase: a network's call, and the backward pass."""
     needs = job.needs(stage)
     others = () if needs.trained else needs.frozen  # beside training no block of theirs leaves anything behind
     kept = (*needs.trained, *(name for name in needs.frozen if name in CAUSAL or name in others))
     if all(name == "discriminator" or kind_of(job, name, stage).num_blocks <= 2 * DEPTHS[1] for name in kept):
-        return _trace(job, stage, role, *switches)
+        live = _live(job, stage, role, *switches)
+        return tuple(sorted(live.points.items())), tuple(zip(live.called, live.phases, strict=True))
+    called: list[frozenset[str]] = []
 
     def measure(small: Job) -> list[float]:
         live = _live(small, stage, role, *switches)
+        called[:] = live.called
         return [*max(live.points.items()), *live.phases]
 
     count, last, *phases = map(round, _at_depth(job, stage, measure, DEPTHS, kept))
-    return ((0, max(phases)), (count, last)) if count else ((0, max(phases)),)
-
-
-def _trace(job: Job, stage: str, role: str, *switches: str) -> Points:
-    """`trace` at the depth that the networks have."""
-    return tuple(sorted(_live(job, stage, role, *switches).points.items()))
+    points = ((0, max(phases)), (count, last)) if count else ((0, max(phases)),)
+    return points, tuple(zip(called, phases, strict=True))
 
 
 def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
@@ -202,9 +209,9 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
         job = replace(job, spec=replace(spec, sigmas=spec.sigmas[:2]))
     nets = meta_networks(job, stage, checkpointing=CHECKPOINTING in switches, lora=LORA in switches)
     batch, live = batch_on(job, stage), LiveBytes()
-    for net in nets.values():
+    for name, net in nets.items():
         live.weigh(net)
-        inner(net).register_forward_pre_hook(live.begin_phase)
+        inner(net).register_forward_pre_hook(lambda *_, name=name: live.begin_phase(name))
     rng, shared = (flow.keyed_generator(0, name) for name in ("loss", "shared"))
     made = _method(job, stage, nets) if stage != "trajectories" else None
     given = (*batch.conditions.features.values(), batch.x0, batch.states)
@@ -218,7 +225,9 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
                 solver = net if isinstance(net, AvatarTeacher) else Forced(net, batch.x0)
                 generate.solve_states(solver, batch.conditions, batch.x0, (1.0, 0.5), (0, 1), job.trajectories.guidance)
             else:
-                made.loss(role, batch, rng, shared).value.backward()
+                value = made.loss(role, batch, rng, shared).value
+                live.begin_phase()
+                value.backward()
     except (ValueError, RuntimeError) as error:
         line = str(error).splitlines()[0] if str(error) else repr(error)
         raise UserError(f"{stage}.{role} is not possible: {line}; fix the recipe") from error

@@ -1,7 +1,7 @@
 """One clip of a set, read as a card wants it: frames by their times, at the card's rate and size, its sound and its face box; and
 clips of tensors, written.
 
-A clip is held as a whole, at most `MOST_BYTES` of frames: 54 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
+A clip is held as a whole, at most `MOST_BYTES` of frames: 40 s of 512 x 512 at 25 fps. Beside a generated clip lies its real
 one, and FVD's network takes it as floats, so a process needs up to six times that.
 """
 
@@ -34,7 +34,7 @@ LOSSLESS = ("ffv1", "png", "rawvideo", "huffyuv", "ffvhuff", "utvideo", "qtrle",
 RGB = ("rgb", "bgr", "gbr", "0rgb", "0bgr", "argb", "abgr")
 ROUNDING = Fraction(1, 1000)  # seconds that times in a file may be off
 SAME_RATE = Fraction(1, 10_000)  # 30 and 29.97 are two rates
-MOST_BYTES = 2**30
+MOST_BYTES = 3 * 2**28
 
 
 def read_clip(entry: Entry, card: Card, generated: bool) -> ScoredClip:

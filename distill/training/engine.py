@@ -6,8 +6,8 @@ Which engine runs (`engine.kind`, or accelerate's own flags) is decided here; ho
 import copy
 import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from distill.training.lifecycle.watch import SETTLE_SECONDS, watch
 from distill.training.role import DistributedRole, Kind, MakeOptimizer
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.guidance import AnyGuidance, SharedGuidance
 from teachers.machine import multiplies_bf16
 from teachers.networks.kind import networks_in
 from teachers.networks.sequence import SequenceGroup
@@ -78,6 +79,7 @@ class Engine:
         self.data_rank, self.data_ranks = self.rank // together, self.world_size // together
         self.is_group_main = self.rank % together == 0  # which writes what its group has made
         self.sequence = self._sequence_group() if together > 1 else None
+        self._branch_groups: dict[int, Any] = {}
         self._watch = watch(self) if self.world_size > 1 else None
         self._alone = self.kind != "ddp" and not dist.is_initialized()
         if self._alone:  # the libraries want a group of one, and DeepSpeed a LOCAL_RANK
@@ -88,17 +90,37 @@ class Engine:
             torch.set_num_threads(max(1, threads // local))
 
     def _sequence_group(self) -> SequenceGroup:
-        """This rank's group of the mesh (data, sequence) over all ranks."""
         together = self.config.sequence_parallel
-        shape, names = (self.data_ranks, together), ("data", "sequence")
-        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
-        return SequenceGroup(together, self.rank % together, mesh.get_group("sequence"))
+        return SequenceGroup(together, self.rank % together, self._neighbours(together))
+
+    def _neighbours(self, together: int) -> Any:
+        """This rank's process group of so many neighbouring ones; every rank calls it."""
+        shape, names = (self.world_size // together, together), ("group", "member")
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=names).get_group("member")
 
     def split(self, net: nn.Module) -> Any:
         """`net`, whose networks share sequences with the other ranks of our group, where there are any."""
         for network in networks_in(net) if self.sequence is not None else ():
             network.kind.split_sequence(network, self.sequence)
         return net
+
+    @contextmanager
+    def sharing_branches(self, guidance: AnyGuidance) -> Iterator[AnyGuidance]:
+        """Inside, as many neighbouring ranks as the guidance has branches make each clip together, a branch each, under the
+        guidance that this gives; not where ranks do not divide, or share sequences already. Every rank enters."""
+        together = guidance.passes
+        if together == 1 or self.world_size % together or self.sequence is not None:
+            yield guidance
+            return
+        if together not in self._branch_groups:
+            self._branch_groups[together] = self._neighbours(together)
+        before = self.data_rank, self.data_ranks, self.is_group_main
+        self.data_rank, self.data_ranks = self.rank // together, self.world_size // together
+        self.is_group_main = self.rank % together == 0
+        try:
+            yield SharedGuidance(guidance, self.rank % together, self._branch_groups[together])
+        finally:
+            self.data_rank, self.data_ranks, self.is_group_main = before
 
     def apart(self) -> AbstractContextManager:
         """Inside, this rank computes whole sequences by itself."""

@@ -91,6 +91,8 @@ def adapt(backbone: Any, config: LoraRoles, seed: int, role: str) -> Any:
         p.data = p.data.float()
     rng, tensors = keyed_generator(seed, "lora", role), trained(net)
     for name, linear in chosen.items():
+        # under autocast peft's copy of the input in fp32 would be cast back at once, and kept for each map
+        net.get_submodule(name).cast_input_dtype_enabled = False
         down = tensors[f"{name}.lora_A.weight"]
         bound = linear.in_features**-0.5  # peft's: He's uniform with a = sqrt(5)
         down.data.copy_((2 * torch.rand(down.shape, generator=rng) - 1) * bound)

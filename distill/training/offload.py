@@ -27,7 +27,7 @@ def stream(net: Any, device: torch.device) -> Any:
     own.blocks = blocks
     side = device.type != "cpu"
     apply_group_offloading(own, device, num_blocks_per_group=1, use_stream=side, record_stream=side)
-    hooks = [HookRegistry.check_if_exists_or_initialize(block).get_hook(HOOK) for block in blocks]
+    hooks: list[Any] = [HookRegistry.check_if_exists_or_initialize(block).get_hook(HOOK) for block in blocks]
     for hook, block in zip(hooks, blocks, strict=True):
         hook.group.modules = list(block.children())  # without the block's own table
     for hook, following in pairwise(hooks):

@@ -82,11 +82,9 @@ def clocked(call: Callable[[], object], repeats: int = 1) -> Took:
     return Took((time.perf_counter() - began[0]) / repeats, (time.process_time() - began[1]) / repeats)
 
 
-def median_seconds(call: Callable[[], object], warmup: int = 0, runs: int = 1) -> float:
-    """The median over `runs` of what one call takes, after `warmup` calls that are not measured."""
-    for _ in range(warmup):
-        call()
-    return statistics.median(clocked(call).seconds for _ in range(runs))
+def median_seconds(measure: Callable[[], float], warmup: int = 0, runs: int = 1) -> float:
+    """The median of the seconds that `runs` calls return, after `warmup` calls that do not count."""
+    return statistics.median([measure() for _ in range(warmup + runs)][warmup:])
 
 
 @dataclass(frozen=True)

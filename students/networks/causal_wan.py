@@ -13,7 +13,7 @@ without gradient.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +23,10 @@ from torch import Tensor
 from students.kv_cache import CachedChunk, unrotated
 from students.schedule import DiagonalStep
 from students.spec import Spec
-from students.student import CacheKind, Finished, ReadAhead, State, Student, stacked
+from students.student import CacheKind, Finished, Joined, ReadAhead, State, Student, stacked
 from teachers.conditions import Conditions, taken
 from teachers.errors import UserError
-from teachers.networks.kind import KeyValue, PastParts, to_x0
+from teachers.networks.kind import KeyValue, PastParts, RaggedPast, to_x0
 from teachers.networks.spans import Span, SpanTransformer, rotate
 
 Groups = Sequence[Sequence[int]]
@@ -60,6 +60,23 @@ class CausalWan(Student):
                 "network.guidance: the student has no range of guidance scales; give student.guidance, or remove it"
             )
         self.net, self.spec = net, spec
+        self.one_by_one = ""
+        if spec.schedule.depth > 1:
+            self.one_by_one = "a diagonal schedule, whose chunks in flight enter and leave one by one"
+        elif "anchors" in taken(net.kind):
+            self.one_by_one = "a network with anchors, which each stream keeps for itself"
+
+    def batch_key(self, chunk: int) -> Hashable:
+        n = self.spec.chunk_frames
+        absolute = self.spec.history.positions == "absolute"
+        numbers = self.net.kind.numbered(range(chunk * n, chunk * n + n), n)
+        return chunk == 0, numbers, chunk if absolute else None
+
+    def join(self, states: Sequence[State]) -> Joined:
+        blocks = zip(*(state.read.text or () for state in states), strict=True)
+        text = tuple((torch.cat([kv[0] for kv in block]), torch.cat([kv[1] for kv in block])) for block in blocks)
+        read = ReadAhead(text=text, times=states[0].read.times)
+        return Joined(chunk=states[0].chunk, read=read, rows=tuple(states))
 
     @torch.no_grad()
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:
@@ -162,7 +179,7 @@ class CausalWan(Student):
             audio,
             spans=self._spans(segments),
             past=None if state is None else self._past(state, step),
-            past_frames=0 if state is None else len(state.cached) * n,
+            past_frames=0 if state is None else self._past_frames(state),
             pose=given.pose,
             image=self._image(last.conditions) if read.image is None else read.image,
             remember=keep,
@@ -202,7 +219,14 @@ class CausalWan(Student):
                 start += size
         return spans
 
-    def _past(self, state: State, step: int) -> Sequence[KeyValue | PastParts] | None:
+    def _past_frames(self, state: State) -> int | tuple[int, ...]:
+        """Latent frames of the context; of streams of different ages those of each."""
+        if not isinstance(state, Joined):
+            return len(state.cached) * self.spec.chunk_frames
+        counts = tuple(len(row.cached) * self.spec.chunk_frames for row in state.rows)
+        return counts if len(set(counts)) > 1 else counts[0]
+
+    def _past(self, state: State, step: int) -> Sequence[KeyValue | PastParts | RaggedPast] | None:
         """The context of a step; in parts where blocks are computed again in the backward pass, which would keep it until then."""
         if not (state.cached and self.net.gradient_checkpointing and torch.is_grad_enabled()):
             return self.past(state, step)
@@ -280,7 +304,13 @@ class CausalWan(Student):
         elif len(steps) != len(self.spec.sigmas):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
-        return self.resume(state, (*state.cached, CachedChunk(state.chunk, keys, values)), state.chunk + 1)
+        if not isinstance(state, Joined):
+            return self.resume(state, (*state.cached, CachedChunk(state.chunk, keys, values)), state.chunk + 1)
+        rows = []
+        for i, row in enumerate(state.rows):  # copies, which do not keep the other rows' memory
+            own = (tuple(part[:, i : i + 1].clone() for part in parts) for parts in (keys, values))
+            rows.append(self.resume(row, (*row.cached, CachedChunk(row.chunk, *own)), row.chunk + 1))
+        return Joined(chunk=state.chunk + 1, rows=tuple(rows))
 
     def denoise_diagonal(
         self, state: State, plan: ReadAhead | None, x: Tensor, sigmas: Sequence[float], conditions: Conditions

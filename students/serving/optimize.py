@@ -54,6 +54,7 @@ def prepare(bundle: "Bundle", device: torch.device | str, speed: Speed) -> "Bund
     if speed.compile != "none":
         _allow_graphs(bundle.spec, 2)
         net.compile(mode=speed.compile, dynamic=False)
+        bundle.student.one_by_one = "a compiled step, which would be compiled again for every size of a batch"
     return bundle
 
 

@@ -7,7 +7,7 @@ function is the one that training folds (schedule.advance); the order of work is
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from students.schedule import advance, refine_context
+from students.serving import draw
 from students.serving.checked import LARGEST_SEED, MOST_TEXTS, check_reference, check_text, whole
+from students.serving.draw import Drawn, Ready
 from students.serving.inputs import SessionInputs, Starved
-from students.serving.overlap import Beside, to_device, to_host
+from students.serving.overlap import Beside, to_device
 from students.student import Finished
 from students.weights.checkpoint import Bundle
-from teachers.codecs.linear import DecoderState, to_uint8
+from teachers.codecs.linear import DecoderState
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -142,7 +143,7 @@ class Session:
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
         self.events: tuple[Event, ...] = ()
         self.viewed = 0
-        self.committing = None  # waits for the state that belongs to `point`
+        self.committing: Callable[[], tuple[Any, Tensor]] | None = None  # waits for the state that belongs to `point`
         with torch.inference_mode():
             self.reference, made = None, {}
             self.portrait = None  # its latent [1, C, 1, h, w], where it leads the stream
@@ -211,15 +212,11 @@ class Session:
     def step(self) -> Chunk | Starved:
         """The next chunk, or why there is none."""
         with torch.inference_mode():
-            starved = self._starved()
-            if starved is None:
-                return self._advance()
-            if starved.reason not in ("audio", "pose") or self.idle == "wait":
-                return starved
-            if self.idle == "hold":
-                return self._hold(starved)
-            self.inputs.fill(self.point.chunk)  # silence, and the last pose
-            return self._advance("live")
+            ready = self.begin()
+            if not isinstance(ready, Ready):
+                return ready
+            (drawn,) = draw.draw(self.bundle, [ready], self.beside, self.wait)
+            return self.finish(ready, drawn)
 
     def frames(self) -> Iterator[Chunk]:
         """Every chunk that can be drawn now."""
@@ -292,10 +289,6 @@ class Session:
                 self.points[-1] = settled
             self.point, self.committing = settled, None
 
-    def led(self, x0: Tensor) -> Tensor:
-        """x0 [1, C, n, h, w] of the first chunk as the codec decodes it, behind the lead where there is one."""
-        return x0 if self.portrait is None else torch.cat([self.portrait.to(x0), x0], dim=2)
-
     def _with_events(self) -> Point:
         """The point with the texts of this chunk in effect."""
         point, student = self.point, self.bundle.student
@@ -309,55 +302,60 @@ class Session:
                 point = replace(point, state=state, text=event.text, features=event.features)
         return point
 
-    def _advance(self, idle: Literal["", "live"] = "") -> Chunk:
-        student, spec, codec = self.bundle.student, self.spec, self.bundle.codec
-        clock = [self._now()]
+    @property
+    def batch_key(self) -> Hashable:
+        """What sessions have in common whose next chunks `step_together` draws as one batch."""
+        return (
+            id(self.bundle),
+            draw.batch_key(self.bundle, self.point.chunk, self.point.decoder),
+            self.point.features.shape,
+        )
+
+    def begin(self) -> Ready | Chunk | Starved:
+        """The first half of a step: what the next chunk takes, the commit of the one before done; or the last frame held; or why
+        there is none. The caller holds the lock."""
+        starved = self._starved()
+        idle: Literal["", "live"] = ""
+        if starved is not None:
+            if starved.reason not in ("audio", "pose") or self.idle == "wait":
+                return starved
+            if self.idle == "hold":
+                return self._hold(starved)
+            self.inputs.fill(self.point.chunk)  # silence, and the last pose
+            idle = "live"
+        began = self._now()
         self.settle()
-        clock.append(self._now())
+        settled = self._now()
         point = self._with_events()
-        index = point.chunk
-        ahead = self.inputs.conditions(index, point.features, self.reference, self._scale)
-        clock.append(self._now())
+        ahead = self.inputs.conditions(point.chunk, point.features, self.reference, self._scale)
 
         def noise(place: int, step: int) -> Tensor:
-            return to_device(chunk_noise(spec, self.seed, index + place, step), self.device)
+            return to_device(chunk_noise(self.spec, self.seed, point.chunk + place, step), self.device)
 
-        plan, levels = student.plan(point.state, ahead), spec.steps(point.state.chunk)
-        x0, steps = advance(student, point.state, ahead, noise, levels, plan=plan)
+        seconds = {"wait": settled - began, "encode": self._now() - settled}
+        return Ready(point, ahead, noise, self.portrait, idle, seconds)
+
+    def finish(self, ready: Ready, drawn: Drawn) -> Chunk:
+        """The second half: the chunk that was drawn, handed over; its commit is done when it is needed."""
+        point: Point = ready.point
+        spec, index, ahead = self.spec, point.chunk, ready.conditions
         conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
-        clock.append(self._now())
-
-        def decode() -> tuple[Tensor, DecoderState | None]:
-            if self.bundle.shared is not None and not self.bundle.shared.is_main:
-                first, last = spec.pixel_frames(index)
-                return torch.zeros(1, 1, 1, 3, dtype=torch.uint8).expand(last - first, -1, -1, -1), None
-            latents = x0 if index else self.led(x0)
-            pixels, decoder = codec.decode_chunk(latents, point.decoder)
-            return to_host(to_uint8(pixels)[0].permute(1, 2, 3, 0).contiguous()), decoder
-
-        def commit():
-            kept = refine_context(student, point.state, x0, conditions, steps, noise, len(levels), plan)
-            return student.commit(point.state, kept, conditions, steps, plan), kept
-
-        (frames, decoder), self.committing = self.beside.run(decode, commit)
-        clock.append(self._now())
         visible = spec.history.visible(index + 1)
-        seen = tuple(past for past in (*point.seen, Finished(index, x0, conditions)) if past.chunk in visible)
-        audio = self.inputs.voice(index)
+        seen = tuple(past for past in (*point.seen, Finished(index, drawn.x0, conditions)) if past.chunk in visible)
+        audio, frames = self.inputs.voice(index), drawn.frames
+        self.committing = drawn.commit
         self.point = replace(
             point,
             chunk=index + 1,
             frame=point.frame + len(frames),
-            decoder=decoder,
+            decoder=drawn.decoder,
             seen=seen,
             last=frames[-1:].clone(),
             began=point.frame,
         )
         self.points.append(self.point)
         self._forget()
-        parts = ("wait", "encode", "denoise", "decode")
-        seconds = {name: b - a for name, a, b in zip(parts, clock[:-1], clock[1:], strict=True)}
-        return Chunk(index, point.frame, frames, audio, seconds, idle)
+        return Chunk(index, point.frame, frames, audio, {**ready.seconds, **drawn.seconds}, ready.idle)
 
     def _hold(self, starved: Starved) -> Chunk | Starved:
         """The last frame once more, for as long as a chunk lasts; nothing is drawn."""
@@ -377,7 +375,11 @@ class Session:
         self.inputs.forget(oldest)
         self.events = tuple(event for event in self.events if event.at >= oldest)
 
-    def _now(self) -> float:
+    def wait(self) -> None:
+        """Until the accelerator is done, where the session is timed."""
         if self.timed and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _now(self) -> float:
+        self.wait()
         return time.perf_counter()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from students.kv_cache import CachedChunk
 from students.schedule import InFlight
+from students.serving.draw import lead
 from students.serving.inputs import named
 from students.serving.session import Event, Point, Session
 from students.student import Finished
@@ -180,7 +181,9 @@ def _warm(session: Session, seen: list[Finished], chunk: int):
     recent = [past for past in seen if all(any(p.chunk == k for p in seen) for k in range(past.chunk, chunk))]
     decoder = None
     for past in recent:
-        _, decoder = session.bundle.codec.decode_chunk(past.x0 if past.chunk else session.led(past.x0), decoder)
+        _, decoder = session.bundle.codec.decode_chunk(
+            past.x0 if past.chunk else lead(past.x0, [session.portrait]), decoder
+        )
     return () if decoder is None and chunk else decoder
 
 

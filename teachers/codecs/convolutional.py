@@ -106,8 +106,8 @@ class Residual(nn.Module):
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, width)
         self.first, self.second = nn.Conv2d(width, width, 3, 1, 1), nn.Conv2d(width, width, 3, 1, 1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
+        for p in self.second.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return x + self.second(functional.silu(self.first(functional.silu(self.norm(x)))))

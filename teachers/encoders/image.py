@@ -171,7 +171,9 @@ def from_original(tensors: Mapping[str, Tensor], where: Path) -> Any:
     hint = f"get {ORIGINAL}"
     own = {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
     layers = len({name.split(".")[1] for name in own if name.startswith("transformer.")}) - 1
-    needed = dict.fromkeys(("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight"), ())
+    needed: dict[str, tuple[int, ...]] = dict.fromkeys(
+        ("patch_embedding.weight", "pos_embedding", "transformer.0.mlp.0.weight"), ()
+    )
     check_shapes({name: () for name in needed if name in own}, needed, where, hint)
     width, _, patch, _ = own["patch_embedding.weight"].shape
     shape = CLIPVisionConfig(
@@ -215,6 +217,6 @@ def _renamed(layers: int) -> list[tuple[str, str, int | None]]:
     for theirs, ours, place in (*table, *qkv):
         for layer in range(layers) if "N" in theirs else (0,):
             for kind in ("weight", "bias") if "*" in theirs else ("",):
-                names = (name.replace("N", str(layer)).replace("*", kind) for name in (theirs, ours))
-                rows.append((*names, place))
+                first, second = (name.replace("N", str(layer)).replace("*", kind) for name in (theirs, ours))
+                rows.append((first, second, place))
     return rows

@@ -19,6 +19,7 @@ from teachers.errors import UserError
 from teachers.files import replacing
 from teachers.media.channels import check_samples
 from teachers.media.container import converted
+from teachers.media.mark import COMMENT, state_synthetic
 from teachers.media.streams import Resampler
 
 AAC_SAMPLE_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -55,17 +56,19 @@ def write_video(
     sample_rate: int = 16000,
     upscale: int = 1,
     smooth: bool = False,
+    synthetic: bool = False,
 ) -> int:
     """Write an mp4 and return its frame count T; `frames` gives uint8 [H, W, 3] (iterator, or a tensor [T, H, W, 3]).
 
     H.264 yuv420p (BT.709) at constant rate, T / fps seconds exactly; `audio` [S], or [S, 2] of two channels, in [-1, 1]
     becomes AAC, cut or padded with silence to the same length. Each pixel becomes upscale x upscale of them, nearest or
-    (`smooth`) bicubic; an odd side then gets its last line twice. Frames are taken one by one and not kept. The file appears
+    (`smooth`) bicubic; an odd side then gets its last line twice. A `synthetic` one says so in its metadata
+    (`teachers.media.mark`). Frames are taken one by one and not kept. The file appears
     under its name only when it is whole; nothing is left on failure. Raises UserError for a place that cannot be written (or
     is full) and for samples that are not finite, ValueError for no frames or frames that are not uint8 [H, W, 3] of one size.
     """
     channels = 1 if audio is None or audio.ndim == 1 else 2
-    with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth, channels) as writer:
+    with VideoWriter(path, fps, None if audio is None else sample_rate, upscale, smooth, channels, synthetic) as writer:
         if audio is not None:
             writer.write_audio(audio)
         for frame in frames:
@@ -78,7 +81,7 @@ class VideoWriter:
 
     With a `sample_rate` it has sound of 1 or 2 `channels`, that of `write_audio`, which may come before its frames or after
     them. Held are the sound that has no frames yet and, by the encoders, some seconds of video; the index of the file grows by
-    10 to 20 MB an hour.
+    10 to 20 MB an hour. A `synthetic` one says so in its metadata.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class VideoWriter:
         upscale: int = 1,
         smooth: bool = False,
         channels: int = 1,
+        synthetic: bool = False,
     ):
         check_output(path)
         self.path, self.fps, self.upscale, self.smooth = Path(path), Fraction(fps), upscale, smooth
@@ -107,6 +111,9 @@ class VideoWriter:
         ticks = math.lcm(self.fps.numerator, self._rate)
         options = {"movflags": "+faststart", "movie_timescale": str(ticks if ticks < 2**31 else self._rate)}
         self._container = av.open(f"file:{temporary.absolute()}", "w", format="mp4", options=options)
+        if synthetic:
+            self._container.metadata["comment"] = COMMENT
+        self._temporary = temporary if synthetic else None
         self._place.push(self._close)
 
     def __enter__(self) -> "VideoWriter":
@@ -123,6 +130,8 @@ class VideoWriter:
         finally:
             try:
                 self._container.close()
+                if self._temporary is not None:
+                    state_synthetic(self._temporary)
             except (av.FFmpegError, OSError) as error:
                 if kind is None:
                     raise self._failed(error) from error

@@ -8,8 +8,9 @@ B = batch, C = channels, F = latent frames.
 import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from teachers import flow
@@ -22,6 +23,26 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one block, [B, n, M, d] with M heads of width d."""
 PastParts = tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]
 """A context in parts: un-rotated keys, values, and the table that rotates the keys, of each chunk in the order of attention."""
+
+
+class RaggedPast(NamedTuple):
+    """A context of other length in every row of a batch: rotated keys and values [B, N, M, d], zeros behind the first `lengths` [B]
+    tokens of a row."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+
+    def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, N + m, M, d], in each row the context, then those given [B, m, M, d], then zeros, and how many tokens
+        of a row are not padding [B]."""
+        at = (self.lengths.unsqueeze(1) + torch.arange(key.shape[1], device=key.device))[..., None, None]
+
+        def behind(past: Tensor, own: Tensor) -> Tensor:
+            whole = torch.cat([past, past.new_zeros(own.shape)], dim=1)
+            return whole.scatter_(1, at.expand_as(own), own.to(past))
+
+        return behind(self.keys, key), behind(self.values, value), self.lengths + key.shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +220,11 @@ class NetworkKind:
     def shallow(self, blocks: int = 1) -> "NetworkKind":
         """The same with its first `blocks` blocks, for a plan; itself where it has no more, or cannot be cut."""
         return self
+
+    @property
+    def period(self) -> int:
+        """Blocks after which what they have repeats, for a plan that counts a few of them."""
+        return 1
 
     def with_guidance(self) -> "NetworkKind":
         """The kind with a guidance embedding; UserError where it has none to offer."""

@@ -20,7 +20,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.infinitetalk import AudioContext, AudioProjector, read_tokens, shares
-from teachers.networks.kind import Dims, KeyValue, PastParts
+from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast
 from teachers.networks.longcat_block import AudioInput, FinalLayer, LongCatBlock
 from teachers.networks.spans import Span, SpanKind, SpanTransformer
 from teachers.networks.wan_block import TimeSinusoids
@@ -286,8 +286,8 @@ class LongCat(SpanTransformer):
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[AudioContext],
         spans: Sequence[Span] | None = None,
-        past: Sequence[KeyValue | PastParts] | None = None,
-        past_frames: int = 0,
+        past: Sequence[KeyValue | PastParts | RaggedPast] | None = None,
+        past_frames: int | Sequence[int] = 0,
         pose: Tensor | None = None,  # noqa: ARG002
         image: Tensor | None = None,  # noqa: ARG002
         remember: bool = True,

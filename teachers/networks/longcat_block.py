@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachers.networks.infinitetalk import PLACES, AudioContext, turns
-from teachers.networks.kind import KeyValue, PastParts
-from teachers.networks.spans import Layout, attend_spans, rotate
+from teachers.networks.kind import KeyValue, PastParts, RaggedPast
+from teachers.networks.spans import Layout, attend, attend_spans, rotate
 from teachers.networks.wan_block import gated, modulated
 
 EPS = 1e-6
@@ -91,9 +91,9 @@ class LongCatBlock(nn.Module):
         self.ffn = GatedMLP(dim, ffn_dim)
         self.dim, self.backend = dim, None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of [B, n, M, d] tensors -> [B, n, M d]."""
-        return dispatch_attention_fn(query, key, value, backend=self.backend).flatten(2)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Softmax attention of [B, n, M, d] tensors -> [B, n, M d]; `seen` as `spans.attend` has it."""
+        return attend(query, key, value, seen, self.backend).flatten(2)
 
     def read_time(self, embedding: Tensor) -> Tensor:
         """Modulation [B, F, 9, D] of a time embedding [B, F, E]: shift, scale and gate of self-attention, of the MLP, of audio."""
@@ -124,7 +124,7 @@ class LongCatBlock(nn.Module):
         audio: AudioInput | AudioContext,
         layout: Layout,
         rotary: Sequence[Tensor],
-        past: KeyValue | PastParts | None = None,
+        past: KeyValue | PastParts | RaggedPast | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [B, N, D]; time, the embedding [B, F, E] or `read_time` of it; noisy [B, F, 1], 0 where neither text nor audio is
         taken; embedded text [B, L, D] or `read` of it; audio, or `read_audio` of it; layout, rotary and past of `attend_spans`.
@@ -134,8 +134,8 @@ class LongCatBlock(nn.Module):
         temb, noisy = time if time.ndim == 4 else self.read_time(time), noisy.unsqueeze(2)
         audio = self.read_audio(audio) if isinstance(audio, AudioInput) else audio
 
-        def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self.attend(q, k, v), self.locate(q, k, audio)
+        def both(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return self.attend(q, k, v, seen), self.locate(q, k, audio)
 
         query, key, value = self.attn.read(modulated(self.norm(x.float()), temb, 0).type_as(x))
         seen, places = zip(*attend_spans(query, key, value, layout, rotary, past, both), strict=True)

@@ -14,7 +14,7 @@ B = batch, F = latent frames, S = tokens a frame, N = F S, A = anchor tokens, D 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -150,6 +150,11 @@ class S2VConfig(WanKind):
             else type(self)(**vars(self) | {"num_layers": blocks, "inject_after": after})
         )
 
+    @property
+    def period(self) -> int:
+        """From one audio injector to the next."""
+        return self.inject_after[1] - self.inject_after[0] if len(self.inject_after) > 1 else 1
+
     def numbered(self, numbers: Iterable[int], chunk_frames: int) -> tuple[int, ...]:
         """Counted from the start of each chunk, with which audio begins anew."""
         return tuple(min(number % chunk_frames, self.first_frames) for number in numbers)
@@ -274,6 +279,7 @@ class S2V(AvatarTransformer):
             tokens, summary = (x.unflatten(0, (-1, clips)).flatten(1, 2) for x in self.audio_encoder(rows))
         tokens, summary = tokens.to(self.compute_dtype), F.silu(summary.to(self.compute_dtype))
         read = []
+        own: Any
         for own in self.audio_injector:
             key, value = keys_values(tokens.flatten(0, 1), own.to_k, own.norm_k, own.to_v, self.config.num_heads)
             key, value = (x.unflatten(0, tokens.shape[:2]) for x in (key, value))
@@ -308,7 +314,7 @@ class S2V(AvatarTransformer):
     def anchor_table(self, ahead: int, tokens: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, A, 1, d/2] of as many anchor tokens: the reference at position `ahead`, the motion as far from
         it as it is where the reference is at AHEAD, on a height x width grid of tokens."""
-        rope, device = self.rope, self.rope.freqs_cos.device
+        rope, device = self.rope, torch.device(cast(Any, self.rope.freqs_cos.device))
         key = ("anchors", ahead, tokens, height, width, self.compute_dtype, device)
         if key in self._rope_cache:
             return self._rope_cache[key]
@@ -366,8 +372,15 @@ class S2V(AvatarTransformer):
         )
 
     def arrange(
-        self, spans: Sequence[Span], past_frames: int, frames: int, height: int, width: int, anchors: Any = None
+        self,
+        spans: Sequence[Span],
+        past_frames: int | Sequence[int],
+        frames: int,
+        height: int,
+        width: int,
+        anchors: Any = None,
     ) -> tuple[list, list[Tensor]]:
+        assert isinstance(past_frames, int)  # streams with anchors are drawn one by one
         layout, rotary = super().arrange(spans, past_frames, frames, height, width)
         size, first = height * width, frames * height * width
         if anchors is None:

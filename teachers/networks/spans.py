@@ -5,6 +5,7 @@ student of any.
 B = batch, F = latent frames, S = tokens a frame, N = F S, D = width, M = heads, d = head width.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
@@ -12,15 +13,18 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 from teachers.errors import UserError
-from teachers.networks.kind import KeyValue, NetworkKind, PastParts
+from teachers.networks.kind import KeyValue, NetworkKind, PastParts, RaggedPast
 
 MOST_TABLES = 256
 """Tables of rotary angles that are kept, the newest: absolute positions go on with a stream."""
+HAS_VARLEN = "seqused_k" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12 on
 Layout = list[tuple[slice, tuple[slice, ...]]]
 """The tokens of each span, and those of the input that they see beside themselves."""
 
@@ -153,23 +157,29 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             self._rope_cache[key] = table if self.compute_dtype == torch.float64 else table.to(torch.complex64)
         return self._rope_cache[key]
 
+    def rope_tables(self, first: int | Sequence[int], *rest: int) -> Tensor:
+        """`rope_table`, or where every row of a batch has a first position of its own, those of the rows [B, n*h*w, 1, d/2]."""
+        if isinstance(first, int):
+            return self.rope_table(first, *rest)
+        return torch.cat([self.rope_table(at, *rest) for at in first])
+
     def arrange(
         self,
         spans: Sequence[Span],
-        past_frames: int,
+        past_frames: int | Sequence[int],
         frames: int,  # noqa: ARG002
         height: int,
         width: int,
         anchors: Any = None,  # noqa: ARG002
     ) -> tuple[Layout, list[Tensor]]:
         """What a block takes of the spans over frames of height x width tokens: query tokens and key token slices, and the table
-        that rotates both, of each, behind a past of so many frames. `anchors` as `forward` has them."""
+        that rotates both, of each, behind a past of so many frames, or of so many in each row. `anchors` as `forward` has them."""
         layout, rotary, tokens = [], [], height * width
         for span in spans:
             ranges = (*span.context, (span.start, span.stop))
             sizes = [b - a for a, b in ranges]
             if span.at is None:
-                rotary.append(self.rope_table(past_frames, sum(sizes), height, width))
+                rotary.append(self.rope_tables(past_frames, sum(sizes), height, width))
             else:
                 tables = [self.rope_table(a, size, height, width) for a, size in zip(span.at, sizes, strict=True)]
                 rotary.append(torch.cat(tables, dim=1))
@@ -204,18 +214,45 @@ def joined(past: KeyValue | PastParts) -> KeyValue:
     return torch.cat(parts, dim=1), torch.cat(values, dim=1)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, backend: Any) -> Tensor:
+    """Softmax attention of [B, n, M, d] tensors by a backend of diffusers' dispatcher -> [B, n, M, d].
+
+    `seen`: how many of the first keys each row sees [B] (None: all); whatever the backend, by torch's attention of variable length
+    in half precision on CUDA, else by its own under a mask.
+    """
+    if seen is None:
+        return dispatch_attention_fn(query, key, value, backend=backend)
+    if HAS_VARLEN and query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        return attend_varlen(query, key, value, seen)
+    mask = torch.arange(key.shape[1], device=key.device) < seen.view(-1, 1, 1, 1)
+    parts = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2)
+
+
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """`attend` by `torch.nn.attention.varlen`: rows lie one behind the other, of each the first `seen` keys are read."""
+    rows, queries, keys = len(query), query.shape[1], key.shape[1]
+    starts = torch.arange(rows + 1, device=query.device, dtype=torch.int32)
+    flat = (query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+    used = seen.to(torch.int32)
+    out = varlen.varlen_attn(*flat, starts * queries, starts * keys, queries, keys, seqused_k=used)
+    assert isinstance(out, Tensor)
+    return out.unflatten(0, (rows, queries))
+
+
 def attend_spans(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     layout: Layout,
     rotary: Sequence[Tensor],
-    past: KeyValue | PastParts | None,
-    attend: Callable[[Tensor, Tensor, Tensor], Any],
+    past: KeyValue | PastParts | RaggedPast | None,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Any],
 ) -> list[Any]:
     """What `attend` gives of each span: its rotated queries [B, n, M, d], and the rotated keys and the values [B, m, M, d] of what
-    it sees, the past first."""
-    past, seen = None if past is None else joined(past), []
+    it sees, the past first, and of a ragged past how many of them a row sees [B]."""
+    seen, count = [], None
+    past = past if past is None or isinstance(past, RaggedPast) else joined(past)
     for (tokens, context), rope_table in zip(layout, rotary, strict=True):
         if context:
             parts = (*context, tokens)
@@ -224,7 +261,9 @@ def attend_spans(
         else:
             q, k = rotate(torch.stack((query[:, tokens], key[:, tokens])), rope_table).unbind()
             v = value[:, tokens]
-        if past is not None:
+        if isinstance(past, RaggedPast):
+            k, v, count = past.before(k, v)
+        elif past is not None:
             k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
-        seen.append(attend(q, k, v))
+        seen.append(attend(q, k, v, count))
     return seen

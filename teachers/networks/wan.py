@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.networks.kind import Dims, KeyValue, PastParts, write_reference
+from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
 from teachers.networks.sequence import SequenceGroup, Split
 from teachers.networks.spans import Span, SpanKind, SpanTransformer
 from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
@@ -154,7 +154,7 @@ class AvatarTransformer(SpanTransformer):
         self.add_positions(head_dim, patch, max_positions)
         self.patch_embedding = nn.Conv3d(in_channels, width, kernel_size=size, stride=size)
         self.condition_embedder = WanTimeTextImageEmbedding(width, freq_dim, width * 6, text_dim, image_dim or None)
-        self.condition_embedder.timesteps_proj = TimeSinusoids(freq_dim)
+        self.condition_embedder.timesteps_proj = cast(Any, TimeSinusoids(freq_dim))
         self.blocks = nn.ModuleList(
             self.block_class(width, ffn_dim, num_heads, cross_attn_norm=True, eps=eps, added_kv_proj_dim=added)
             for _ in range(num_layers)
@@ -259,8 +259,8 @@ class AvatarTransformer(SpanTransformer):
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[Any] | None = None,
         spans: Sequence[Span] | None = None,
-        past: Sequence[KeyValue | PastParts] | None = None,
-        past_frames: int = 0,
+        past: Sequence[KeyValue | PastParts | RaggedPast] | None = None,
+        past_frames: int | Sequence[int] = 0,
         pose: Tensor | None = None,
         image: Tensor | Sequence[KeyValue] | None = None,
         remember: bool = True,

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor, nn
 
 from teachers.networks.kind import KeyValue
 from teachers.networks.sequence import Split
-from teachers.networks.spans import attend_spans
+from teachers.networks.spans import attend, attend_spans
 
 
 class AudioPack(nn.Module):
@@ -101,10 +100,10 @@ def gated(x: Tensor, y: Tensor, temb: Tensor | Modulations, row: int) -> Tensor:
 class AvatarBlock(WanTransformerBlock):
     """Wan's transformer block with per-frame modulation, cached past and chunk-wise spans."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`."""
-        backend = getattr(self.attn1.processor, "_attention_backend", None)
-        return dispatch_attention_fn(query, key, value, backend=backend).flatten(2)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Softmax attention of [B, n, M, d] tensors -> [B, n, M*d], by the backend of `set_attention_backend`; `seen` as
+        `spans.attend` has it."""
+        return attend(query, key, value, seen, getattr(self.attn1.processor, "_attention_backend", None)).flatten(2)
 
     def forward(
         self, x, text, temb, spans, rotary, past, image=None, audio=None, split: Split | None = None, anchors=None
@@ -148,8 +147,8 @@ class AvatarBlock(WanTransformerBlock):
         if anchors is not None:
             key, value = (torch.cat(both, dim=1) for both in zip(own, anchors, strict=True))
 
-        def both(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Any]:
-            return self.attend(q, k, v), self.locate(q, k, audio)
+        def both(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Any]:
+            return self.attend(q, k, v, seen), self.locate(q, k, audio)
 
         seen, places = zip(*attend_spans(query, key, value, spans, rotary, past, both), strict=True)
         attended = seen[0] if len(seen) == 1 else torch.cat(seen, dim=1)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.training.config import EngineConfig
+from distill.training.engine import Engine
 
 NAMES = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 
@@ -62,6 +63,8 @@ class RankOfMany:
 
     def autocast(self):
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    freeze = Engine.freeze
 
     def split(self, net):
         """Every rank has whole sequences."""

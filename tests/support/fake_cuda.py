@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -49,7 +50,7 @@ class FakeGPU(TorchDispatchMode):
         self._pinned: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
         self.live = self.peak = 0
         self.phases = [0]
-        self._held: dict[int, weakref.ref] = {}
+        self._held: dict[int, tuple[weakref.ref, int]] = {}
 
     @property
     def peak_gib(self) -> float:
@@ -92,20 +93,33 @@ class FakeGPU(TorchDispatchMode):
         for tensor in tensors:
             if not isinstance(tensor, Tensor) or tensor.device.type != self.device:
                 continue
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            key = storage._cdata
             if key not in self._held:
-                self._held[key] = weakref.ref(storage, lambda _, key=key, size=size: self._forget(key, size))
-                self.live += size
-                self.peak, self.phases[-1] = max(self.peak, self.live), max(self.phases[-1], self.live)
+                self._held[key] = (weakref.ref(storage, lambda _, key=key: self._forget(key)), 0)
+                self._grow(key, storage.nbytes())
+
+    def _grow(self, key: int, size: int) -> None:
+        """The storage takes so many bytes now."""
+        held, before = self._held[key]
+        self._held[key] = held, size
+        self.live += size - before
+        self.peak, self.phases[-1] = max(self.peak, self.live), max(self.phases[-1], self.live)
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        """In the place of UntypedStorage.resize_, by which FSDP2 takes and gives back the memory of gathered weights."""
+        found = _resize(storage, size)
+        if storage._cdata in self._held:
+            self._grow(storage._cdata, size)
+        return found
 
     def begin_phase(self, *_) -> None:
         """What is alive from now on is a phase of its own; a forward hook."""
         self.phases.append(self.live)
 
-    def _forget(self, key: int, size: int) -> None:
-        if self._held.pop(key, None) is not None:
-            self.live -= size
+    def _forget(self, key: int) -> None:
+        if (found := self._held.pop(key, None)) is not None:
+            self.live -= found[1]
 
 
 class FakeStream:
@@ -149,6 +163,7 @@ def _attention(
 
 
 _sdpa: Callable[..., Tensor] = F.scaled_dot_product_attention
+_resize = torch.UntypedStorage.resize_
 
 
 @contextmanager
@@ -167,6 +182,7 @@ def fake_cuda(device: str = "cuda") -> Iterator[FakeGPU]:
         mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch.object(F, "scaled_dot_product_attention", _attention),
+        mock.patch.object(torch.UntypedStorage, "resize_", lambda storage, size: gpu.resize(storage, size)),  # noqa: PLW0108
         mock.patch.object(
             FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True
         ),  # copies are fake here too

@@ -2,24 +2,37 @@
 
 Both are looked at phase by phase, between the calls of networks, and with the same few blocks, so that every phase has to be the
 planned one. A line through one and two blocks would be wrong: the first has no block before it whose result is still alive.
+
+    python -m tests.support.real_size "livetalk 14B to 14B" --blocks 40    # a rank's whole peak, minutes
 """
 
+import argparse
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, nn
+import torch.distributed._tools.fake_collectives  # what a collective gives under fake tensors
 
 from distill import methods
 from distill.compose import RECIPES
 from distill.planning import trace
-from distill.planning.estimate import job_of
+from distill.planning.estimate import Plan, job_of, make_plan, rank_bytes
 from distill.planning.job import Job, batch_on, inner, networks_on, shallow
 from distill.recipe import Recipe, load_recipe
+from distill.training import fsdp
+from distill.training.config import EngineConfig
+from distill.training.engine import make_role
+from distill.training.role import MOMENTS
+from distill.training.trainer import EMA
 from students.serving.optimize import cast
 from teachers.flow import keyed_generator
-from tests.support.fake_cuda import FakeGPU, fake_cuda
+from tests.e2e.fake_ranks import RankOfMany, fake_ranks
+from tests.support.fake_cuda import fake_cuda
 
 BLOCKS = 2
 CARD = 79 * 2**30
@@ -49,12 +62,11 @@ def cut(name: str, blocks: int = BLOCKS) -> Job:
     return shallow(replace(whole, spec=replace(whole.spec, sigmas=whole.spec.sigmas[:2])), blocks)
 
 
-def loss_phases(given: Job, slot: str, role: str, device: str = "cuda") -> tuple[list[float], dict[str, int]]:
-    """Bytes but for weights and their gradients in each phase of a loss, checkpointed, over weights in the engine's precision, as
-    FSDP2 gathers them and autocast copies them; and what the host waited for. On "cuda" the forward alone, on "cpu" the backward
-    too, whose phase begins with the first gradient."""
-    with fake_cuda(device) as gpu:
-        roles = networks_on(replace(given, checkpointing=True), slot, device)
+def loss_phases(given: Job, slot: str, role: str) -> tuple[list[float], dict[str, int]]:
+    """Bytes but for weights in each phase of a loss's forward on "cuda", checkpointed, over weights in the engine's precision, as
+    FSDP2 gathers them and autocast copies them; and what the host waited for."""
+    with fake_cuda() as gpu:
+        roles = networks_on(replace(given, checkpointing=True), slot, "cuda")
         for name, net in roles.items():
             if name not in given.lora:  # over a backbone that is narrow, adapters that autocast casts
                 cast(net.net, torch.bfloat16)
@@ -63,36 +75,96 @@ def loss_phases(given: Job, slot: str, role: str, device: str = "cuda") -> tuple
             gpu.weigh(net)
             inner(net).register_forward_pre_hook(gpu.begin_phase)
         weights, gpu.phases = gpu.live, [gpu.live]
-        method: Any = methods.build(given.stages[slot].method, roles, (*given.spec.sigmas, 0.0))
-        if hasattr(method, "_exits"):
-            method._exits = lambda start, count, shared: [len(given.spec.sigmas) - 1] * count
-        batch = batch_on(given, slot, device)
+        method, batch = _method(given, slot, roles), batch_on(given, slot, "cuda")
         rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
             loss = method.loss(role, batch, rng, shared)
         assert loss.value.dtype == torch.float32
-        if device == "cpu":
-            _backward(loss.value, roles[role], gpu)
     return [size - weights for size in gpu.phases], dict(gpu.waits)
-
-
-def _backward(value: Tensor, net: nn.Module, gpu: FakeGPU) -> None:
-    """Gradients are let go when they are made, as they are reduced to shards."""
-    made = 0
-
-    def reduce(parameter: Tensor) -> None:
-        nonlocal made
-        parameter.grad, made = None, made + 1
-        if made == 1:
-            gpu.begin_phase()
-
-    for p in net.parameters():
-        if p.requires_grad:
-            p.register_post_accumulate_grad_hook(reduce)
-    value.backward()
-    assert made
 
 
 def planned_phases(given: Job, slot: str, role: str) -> list[float]:
     """The same as the planner counts it on the meta device; the last is that of the backward pass."""
     return list(trace._live(given, slot, role, trace.CHECKPOINTING).phases)
+
+
+def engine_of(name: str) -> tuple[EngineConfig, int]:
+    """A recipe's engine and its number of ranks, 8 where they hold shards. Nothing waits in the host's memory: what does is a plain
+    sum, and fake CPU tensors stand for those of the device."""
+    config = replace(recipe(name).engine, offload=())
+    return config, 8 if config.kind == "fsdp2" else 1
+
+
+def rank_peak(name: str, slot: str, role: str, blocks: int = BLOCKS) -> int:
+    """Bytes on a rank at the peak of a micro-step of `role` under the engine's own roles: weights, moments and average, gathered
+    weights, activations and gradients. On fake CPU tensors, for the backward pass; nothing is sent."""
+    config, world = engine_of(name)
+    given = replace(cut(name, blocks), checkpointing=config.checkpointing)
+    needs = given.needs(slot)
+    with fake_ranks(world), fake_mesh(config, world) as engine, fake_cuda("cpu") as gpu:
+        roles = networks_on(given, slot, "cpu")
+        for other in needs.frozen if engine.kind == "fsdp2" else ():
+            fsdp.shard(engine, roles[other])
+        make = functools.partial(torch.optim.AdamW, lr=0.0)
+        held = {other: make_role(engine, engine.kind, roles[other], make, 1.0, 1) for other in needs.trained}
+        average = EMA(held[needs.trained[0]], 0.9)
+        for other, own in held.items():
+            for p in own.params.values():
+                own.optimizer.state[p] |= {moment: torch.zeros_like(p) for moment in MOMENTS}
+                p.requires_grad_(other == role)
+        gpu.weigh(*roles.values())
+        method = _method(given, slot, roles)
+        rng, shared = keyed_generator(0, "a"), keyed_generator(0, "b")
+        batch = batch_on(given, slot, "cpu")
+        gpu.peak = gpu.live
+        held[role].backward(held[role].forward(lambda: method.loss(role, batch, rng, shared).value), last=True)
+        assert average.shadow
+    return gpu.peak
+
+
+@contextmanager
+def fake_mesh(config: EngineConfig, world: int) -> Iterator[Any]:
+    """A rank whose mesh is made before any tensor is fake, as a mesh asks for values."""
+    engine: Any = RankOfMany(world, config)
+    engine.kind = config.kind
+    mesh = fsdp.mesh_of(engine)
+    with mock.patch.object(fsdp, "mesh_of", return_value=mesh):
+        yield engine
+
+
+@cache
+def plan(name: str, blocks: int = BLOCKS) -> Plan:
+    return make_plan(cut(name, blocks))
+
+
+def planned_peak(name: str, slot: str, role: str, blocks: int = BLOCKS) -> float:
+    """The same as `distill plan` has it."""
+    found, (config, world) = plan(name, blocks), engine_of(name)
+    update = next(update for update in found.updates if (update.stage, update.role) == (slot, role))
+    return rank_bytes(found, update, config.kind or "ddp", world, ("checkpointing",) * config.checkpointing)["peak"]
+
+
+def _method(given: Job, slot: str, roles: dict[str, Any]) -> Any:
+    """The loss of a slot, at its longest rollout."""
+    method: Any = methods.build(given.stages[slot].method, roles, (*given.spec.sigmas, 0.0))
+    if hasattr(method, "_exits"):
+        method._exits = lambda start, count, shared: [len(given.spec.sigmas) - 1] * count
+    return method
+
+
+def main() -> None:
+    """A row for each update of a recipe, with so many of its blocks (40: all)."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("name", choices=tuple(WORDS))
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
+    args = parser.parse_args()
+    for update in plan(args.name, args.blocks).updates:
+        if update.trained:
+            given = (args.name, update.stage, update.role, args.blocks)
+            found, planned = rank_peak(*given), planned_peak(*given)
+            sizes = f"simulated {found / 2**30:.2f} GiB, planned {planned / 2**30:.2f}, ratio {found / planned:.3f}"
+            print(f"{args.name}, {args.blocks} blocks, {update.name}: {sizes}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,12 +18,12 @@ MOUTH = slice(10, 14)  # rows of the puppet's mouth
 
 
 @contextmanager
-def serving(bundle: Bundle | None = None, talker=None, viewers: int = 4, lead: int = 2):
+def serving(bundle: Bundle | None = None, talker=None, viewers: int | None = 4, lead: int = 2, options=None):
     """Yields (address "127.0.0.1:port", engine)."""
     bundle = bundle or tiny.a_bundle()
     engine = Engine(bundle, talker or Echo(), viewers, lead)
     engine.warm_up(tiny.a_portrait())
-    with running(engine, read_portraits([], (bundle.spec.height, bundle.spec.width))) as address:
+    with running(engine, read_portraits([], (bundle.spec.height, bundle.spec.width)), options) as address:
         yield address, engine
     assert not engine.thread.is_alive()
 
@@ -47,6 +47,8 @@ class Puppet:
 
 class PuppetStudent(nn.Module):
     """x0: channel 0 and 1 the loudness of the two pixel frames of a latent frame, 2 the noise, 3 the text."""
+
+    one_by_one = "a puppet"
 
     def __init__(self, spec):
         super().__init__()

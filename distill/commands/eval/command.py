@@ -123,6 +123,7 @@ def is_student(folder: Path) -> bool:
 
 def setting(args: argparse.Namespace, source: Path, cache: Path) -> Setting:
     """The options as one value, features being kept in `cache`; raises UserError for options that cannot be."""
+    devices.alone("distill eval")
     if args.protocol is None:
         raise UserError("--protocol is missing: distill eval; see distill eval --help")
     card = load_card(args.protocol)

@@ -107,7 +107,9 @@ def run(args: argparse.Namespace) -> int:
     upscale = max(1, 256 // min(bundle.spec.height, bundle.spec.width))
     for number, one in enumerate(played):
         sound = torch.from_numpy(one.sound)
-        media.write_video(args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=upscale)
+        media.write_video(
+            args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=upscale, synthetic=True
+        )
     atomic_write(args.out / "multiturn.json", json.dumps(report, indent=1) + "\n")
     sys.stdout.write(table(report))
     return 0

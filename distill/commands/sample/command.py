@@ -21,6 +21,7 @@ from distill.commands import devices
 from teachers import media
 from teachers.errors import UserError
 from teachers.media.crop import CROPS
+from teachers.media.mark import Mark
 
 if TYPE_CHECKING:
     from distill.commands.sample.inputs import Duet, Steering
@@ -94,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="refuse a picture or words unlike what the student was trained on"
     )
+    parser.add_argument(
+        "--mark", default="", metavar="TEXT", help="words in a corner of every frame, such as AI (default: none)"
+    )
+    parser.add_argument(
+        "--no-label", action="store_true", help="leave out of the file's metadata that it is AI-generated"
+    )
     devices.add_arguments(parser)
 
 
@@ -136,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         lead = LEAD_CHUNKS if args.realtime else None
         text = args.text if script is None or not script.begins else script.timeline[0].do
         drop = () if steering else ("pose",)
+        mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
         session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
         step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
@@ -144,14 +152,16 @@ def run(args: argparse.Namespace) -> int:
         expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
         started, first_frame_seconds = time.perf_counter(), 0.0
         with (
-            media.VideoWriter(args.out, spec.fps, sound.rate, upscale, smooth=True, channels=channels) as writer,
+            media.VideoWriter(
+                args.out, spec.fps, sound.rate, upscale, smooth=True, channels=channels, synthetic=not args.no_label
+            ) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
             for frames in _stream(session, step, sound, push_ms, viewer, writer, steering):
                 if writer.num_frames == 0:
                     first_frame_seconds = time.perf_counter() - started
                     progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
-                for frame in frames:
+                for frame in frames if mark is None else mark(frames):
                     writer.write(frame)
                 progress.update(len(frames))
             progress.total = writer.num_frames  # what the file claims is an estimate

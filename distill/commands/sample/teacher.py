@@ -23,6 +23,7 @@ from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.conditions import blank_features
 from teachers.errors import UserError
+from teachers.media.mark import Mark
 from teachers.media.sound import SAMPLE_RATE
 
 LONGEST_SECONDS = 120
@@ -82,7 +83,10 @@ def run(args: argparse.Namespace) -> int:
         frames = encoders.decode(last, conditions.lead)[0].permute(1, 2, 3, 0).contiguous()
     seconds = time.perf_counter() - began
     upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-    media.write_video(args.out, frames, spec.fps, played.squeeze(1), rate, upscale, smooth=True)
+    if args.mark:
+        frames = Mark(args.mark, spec.height, spec.width)(frames)
+    sound = played.squeeze(1)
+    media.write_video(args.out, frames, spec.fps, sound, rate, upscale, smooth=True, synthetic=not args.no_label)
     report_track(own)
     deviation = float(to_float(frames).std())
     sys.stdout.write(

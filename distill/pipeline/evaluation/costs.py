@@ -3,27 +3,36 @@
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distill.data.prepare.workers import one_thread
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
-from distill.pipeline.evaluation.systems import SAME_NOISE, Generate, LastStudent, in_precision, systems
+from distill.pipeline.evaluation.systems import (
+    SAME_NOISE,
+    Generate,
+    LastStudent,
+    in_precision,
+    student_systems,
+    teacher_systems,
+)
 from distill.training.offload import is_streamed
 from eval.speed.latency import clocked, median_seconds, percentile, timed
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle
+from teachers import flow
 from teachers.codecs.linear import to_float
 from teachers.conditions import Conditions
 
 COSTS_SECONDS = 60.0  # for timing systems on rank 0, while the others wait
+Decode = Callable[[Tensor, Conditions], object]
 
 
 @contextmanager
@@ -44,7 +53,8 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
     network at a time, the others wait in the host's memory.
 
     A clip alone is bound by launching small kernels, which one thread does fastest; teacher and student both run so, in turn,
-    so that what else the machine does hits all of them.
+    so that what else the machine does hits all of them. Of a teacher that takes longer than COSTS_SECONDS for a clip as many steps
+    are timed as go into them, as the other ranks wait.
     """
     spec, config, settings = artifacts.spec, artifacts.recipe.eval, artifacts.recipe.trajectories
     at_once = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)
@@ -56,23 +66,30 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
     artifacts.release(())
     students = {name: student.cpu() for name, student in LastStudent(artifacts).items()}
     nfe |= dict.fromkeys(students, spec.nfe_per_chunk)
+    made = teacher_systems(artifacts, batch, settings.guidance) | student_systems(artifacts, students, batch)
     alone: dict[str, Callable[[], list[float]]] = {}
-    together = {}
-    for name, generate in systems(artifacts, students, batch).items():
+    together, steps = {}, {}
+
+    def decode(x0: Tensor, conditions: Conditions) -> None:
+        with artifacts.engine.autocast():  # as a session decodes
+            artifacts.encoders.decode(x0, conditions.lead)
+
+    for name, generate in made.items():
+        if name == SAME_NOISE:
+            continue
         net: Any = students.get(name) or (artifacts.ar_teacher if name == "ar_teacher" else artifacts.teacher)
-        on_device = partial(resident, net, artifacts.engine.device)
-
-        def clips(conditions: Conditions, generate: Generate = generate) -> None:
-            with artifacts.engine.autocast():  # as a session decodes
-                artifacts.encoders.decode(generate(conditions, None, 0, "cost"), conditions.lead)
-
+        on_device, repeats = partial(resident, net, artifacts.engine.device), ()
+        clips = partial(clip_seconds, generate, decode)
+        if name == "teacher":
+            with on_device():
+                grid = flow.sigma_grid(settings.num_steps, settings.shift)
+                steps[name] = steps_that_fit(generate, one, grid)
+            clips = partial(solution_seconds, generate, decode, grid, steps[name])
         if name in students:
             measure = in_precision(artifacts, partial(stream_marks, artifacts.bundle(net), test))
             repeats = (1, min(5, config.latency_runs))
-        elif name != SAME_NOISE:
-            measure, repeats = (lambda clips=clips: [clocked(partial(clips, one)).seconds]), ()
         else:
-            continue
+            measure = lambda clips=clips: [clips(one)]  # noqa: E731
         alone[name] = on_device()(measure)
         with on_device():
             together[name] = median_seconds(partial(clips, many), *repeats) if batch > 1 else 0.0
@@ -80,7 +97,30 @@ def measure_costs(artifacts: Artifacts, test: ClipSet) -> dict[str, dict]:
         marks = timed(alone, config.latency_warmup, config.latency_runs, COSTS_SECONDS)
     for name in alone if batch == 1 else ():
         together[name] = statistics.median(run[-1] for run in marks[name])
-    return {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
+    found = {name: cost(marks[name], together[name] / batch, batch, nfe[name], artifacts) for name in alone}
+    for name, count in steps.items():
+        found[name] |= {} if count == settings.num_steps else {"timed_steps": count}
+    return found
+
+
+def clip_seconds(generate: Generate, decode: Decode, conditions: Conditions) -> float:
+    """Seconds of these clips, decoded."""
+    return clocked(lambda: decode(generate(conditions, None, 0, "cost"), conditions)).seconds
+
+
+def steps_that_fit(generate: Generate, conditions: Conditions, grid: Sequence[float]) -> int:
+    """How many of the solution's steps go into COSTS_SECONDS, one at least."""
+    step = clocked(lambda: generate(conditions, None, 0, "cost", grid=grid[:2])).seconds
+    return max(1, min(len(grid) - 1, int(COSTS_SECONDS / step)))
+
+
+def solution_seconds(
+    generate: Generate, decode: Decode, grid: Sequence[float], steps: int, conditions: Conditions
+) -> float:
+    """Seconds of these clips solved on `grid`, of which the first `steps` are timed and the others take as long each; decoded."""
+    made: list[Tensor] = []
+    solved = clocked(lambda: made.append(generate(conditions, None, 0, "cost", grid=grid[: steps + 1]))).seconds
+    return solved * (len(grid) - 1) / steps + clocked(lambda: decode(made[0], conditions)).seconds
 
 
 def stream_marks(bundle: Bundle, test: ClipSet) -> list[float]:

@@ -24,6 +24,7 @@ from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.files import load_tensors, save_tensors
+from teachers.guidance import AnyGuidance
 
 WORDS = {  # for people
     "black": "black frames",
@@ -201,18 +202,19 @@ class HealthCheck:
         settings = artifacts.recipe.trajectories
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
-        def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
+        def make(given: Conditions, rows: Tensor, seed: int, guidance: AnyGuidance) -> Tensor:
             noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
-            return teacher_clips(artifacts.teacher, given, noise, grid, settings.guidance, self.batch)
+            return teacher_clips(artifacts.teacher, given, noise, grid, guidance, self.batch)
 
         parts = torch.arange(num).split(self.batch)
         units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}.safetensors")
                  for name in variants(self.conditions) for rows in parts]  # fmt: skip
-        for name, rows, file in (units[i] for i in engine.missing([file for _, _, file in units])):
-            given, seed = variants(self.conditions)[name]
-            x0 = make(given.index(rows), rows, seed)
-            if engine.is_group_main:
-                save_tensors(file, {"video": scored(artifacts.encoders.decode(x0, given.index(rows).lead))})
+        with engine.sharing_branches(settings.guidance) as guidance:
+            for name, rows, file in (units[i] for i in engine.missing([file for _, _, file in units])):
+                given, seed = variants(self.conditions)[name]
+                x0 = make(given.index(rows), rows, seed, guidance)
+                if engine.is_group_main:
+                    save_tensors(file, {"video": scored(artifacts.encoders.decode(x0, given.index(rows).lead))})
         engine.barrier()
         videos = {
             name: torch.cat([load_tensors(file)["video"] for other, _, file in units if other == name])

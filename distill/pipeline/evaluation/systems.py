@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from distill.pipeline.generate import Rows, clip_noise, many_step_clips, stream_
 from students.student import Student
 from teachers import flow
 from teachers.files import load_tensors, save_tensors
+from teachers.guidance import AnyGuidance
 
 SAME_NOISE = "teacher_same_noise"
 Generate = Callable[..., Tensor]  # (conditions, rows of them or None, seed and other keys of the noise) -> x0
@@ -44,11 +45,11 @@ class LastStudent(Mapping[str, Student]):
         return len(self.stages)
 
 
-def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
-    """The systems of the report: how each generates x0 for rows of conditions, `batch` at a time. A student with a network of
-    its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that students start from.
-    """
-    recipe, spec, guidance = artifacts.recipe, artifacts.spec, artifacts.recipe.trajectories.guidance
+def teacher_systems(artifacts: Artifacts, batch: int, guidance: AnyGuidance) -> dict[str, Generate]:
+    """The systems of the report under `guidance`: how each generates x0 for rows of conditions, `batch` at a time. A student with
+    a network of its own has its own many-step teacher among them. SAME_NOISE is none, but the teacher from the noise that
+    students start from."""
+    recipe, spec = artifacts.recipe, artifacts.spec
     grid = flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift)
 
     def teacher(conditions: Rows, rows: Tensor | None, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
@@ -64,15 +65,19 @@ def systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -
         noise = stream_noise(spec, conditions.num_rows, *keys)
         return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch, rows)
 
-    def student(conditions: Rows, rows: Tensor | None, *keys: Any, name: str) -> Tensor:
-        return student_clips(students[name], conditions, stream_noise(spec, conditions.num_rows, *keys), batch, rows)
-
-    found = (
-        {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
-        | ({"ar_teacher": own_teacher} if recipe.has_custom_network else {})
-        | {name: partial(student, name=name) for name in students}
-    )
+    found = {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
+    found |= {"ar_teacher": own_teacher} if recipe.has_custom_network else {}
     return {name: in_precision(artifacts, generate) for name, generate in found.items()}
+
+
+def student_systems(artifacts: Artifacts, students: Mapping[str, Student], batch: int) -> dict[str, Generate]:
+    """How each of the students, which is asked for when it is called, generates x0 for rows of conditions."""
+
+    def student(conditions: Rows, rows: Tensor | None, *keys: Any, name: str) -> Tensor:
+        noise = stream_noise(artifacts.spec, conditions.num_rows, *keys)
+        return student_clips(students[name], conditions, noise, batch, rows)
+
+    return {name: in_precision(artifacts, partial(student, name=name)) for name in students}
 
 
 def in_precision(artifacts: Artifacts, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,33 +94,48 @@ def generate_all(
     artifacts: Artifacts, students: Mapping[str, Student], folder: Path, sets: Mapping[str, tuple[Rows, int]]
 ) -> None:
     """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
-    ones at their own. Jobs are shared out over the ranks and kept in the stage, so that a killed evaluation goes on."""
-    config, engine, batch = (
-        artifacts.recipe.eval,
-        artifacts.engine,
-        clip_sets.generated_at_once(artifacts.recipe, artifacts.spec),
-    )
-    jobs = [
-        (system, generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
-        for system, generate in systems(artifacts, students, batch).items()
-        for name, (conditions, seeds) in sets.items()
-        for seed in range(seeds)
-        if system != SAME_NOISE or (name == "test" and seed == 0)
-        for rows in torch.arange(conditions.num_rows).split(batch)
-    ]
+    ones at their own. Jobs are shared out over the ranks, those of the teacher over groups that share its branches, and kept in the
+    stage, so that a killed evaluation goes on."""
+    batch = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)
+
+    def jobs(systems: Mapping[str, Generate]) -> list[Job]:
+        return [
+            Job(generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
+            for system, generate in systems.items()
+            for name, (conditions, seeds) in sets.items()
+            for seed in range(seeds)
+            if system != SAME_NOISE or (name == "test" and seed == 0)
+            for rows in torch.arange(conditions.num_rows).split(batch)
+        ]
+
     (folder / "clips").mkdir(exist_ok=True)
-    mine = [jobs[i] for i in engine.missing([job[-1] for job in jobs])]
-    bar, last = tqdm(mine, desc="clips", disable=not engine.is_main, mininterval=1.0), ""
-    for system, generate, conditions, rows, keys, file in bar:
-        if system in students and system != last:
-            artifacts.release(())
-        last = system
-        x0 = generate(conditions, rows, config.condition_seed, *keys)
+    with artifacts.engine.sharing_branches(artifacts.recipe.trajectories.guidance) as guidance:
+        _generate(artifacts, jobs(teacher_systems(artifacts, batch, guidance)), "the teacher's clips")
+    artifacts.release(())
+    _generate(artifacts, jobs(student_systems(artifacts, students, batch)), "the students' clips")
+    artifacts.engine.barrier()
+
+
+class Job(NamedTuple):
+    """A few clips of one system: rows of a set's conditions, the keys of their noise, and the file that they are kept in."""
+
+    generate: Generate
+    conditions: Rows
+    rows: Tensor
+    keys: tuple[str, int]
+    file: Path
+
+
+def _generate(artifacts: Artifacts, jobs: Sequence[Job], what: str) -> None:
+    """This rank's share of the jobs that are not done."""
+    engine, config = artifacts.engine, artifacts.recipe.eval
+    mine = [jobs[i] for i in engine.missing([job.file for job in jobs])]
+    for job in tqdm(mine, desc=what, disable=not engine.is_main, mininterval=1.0):
+        x0 = job.generate(job.conditions, job.rows, config.condition_seed, *job.keys)
         if engine.is_group_main:
-            video = artifacts.encoders.decode(x0, conditions.index(rows).lead)
-            shown = max(0, config.num_samples - int(rows[0])) if keys == ("test", 0) else 0
-            save_tensors(file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
-    engine.barrier()
+            video = artifacts.encoders.decode(x0, job.conditions.index(job.rows).lead)
+            shown = max(0, config.num_samples - int(job.rows[0])) if job.keys == ("test", 0) else 0
+            save_tensors(job.file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
 
 
 def clips_file(folder: Path, name: str, system: str, seed: int, start: int) -> Path:

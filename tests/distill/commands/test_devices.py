@@ -55,6 +55,16 @@ def test_every_command_with_a_student_has_them(command):
         assert (before.device, before.dtype) == ("cuda:1", "bf16")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["drift", "--run", "r"], ["eval", "--student", "s", "--real", "r", "--out", "o", "--protocol", "embedded"]],
+)
+def test_what_several_processes_would_repeat_is_refused(words, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert f"distill {words[0]} is one process: 2 were started, and each would do all of it" in capsys.readouterr().err
+
+
 def test_the_default_is_bf16_on_a_gpu_and_fp32_elsewhere(capsys):
     with (
         mock.patch("torch.cuda.is_available", return_value=True),

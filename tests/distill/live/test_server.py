@@ -3,15 +3,17 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
+from websockets.sync.server import serve
 
 from distill.cli import main
 from distill.live import protocol
@@ -29,6 +32,7 @@ from tests.distill.live.test_uploads import png, wav
 from tests.support import tiny
 from tests.support.serving import a_puppet, eventually, serving
 
+HELLO = json.dumps({"type": "hello", "version": protocol.VERSION})
 ROOT = Path(__file__).resolve().parents[3]
 FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 
@@ -123,6 +127,7 @@ def test_a_viewer_who_vanishes_or_is_frozen_is_freed_in_5_seconds(served, url):
 from websockets.sync.client import connect
 with connect({url!r}) as page:
     page.recv()
+    page.send({HELLO!r})
     page.send('{{"type": "open"}}')
     page.send('{{"type": "say", "text": "a b c d e f g h"}}')
     while True:
@@ -147,6 +152,7 @@ def test_a_viewer_who_does_not_read_holds_no_memory_and_no_one_up(served, url):
     _, engine = served
     with connect(url, compression=None) as rude:
         rude.recv()
+        rude.send(HELLO)
         rude.send('{"type": "open"}')
         eventually(lambda: engine.viewers and engine.viewers[0].session is not None, 20)
         time.sleep(1.0)
@@ -181,6 +187,7 @@ def test_uploads_are_bounded_before_they_are_read(url):
     for size in (protocol.MAX_MESSAGE + 2, 200 * 2**20):
         with connect(url, compression=None, max_size=None) as socket_:
             socket_.recv()
+            socket_.send(HELLO)
             with suppress(ConnectionClosed):
                 socket_.send(bytes([protocol.FILE]) + bytes(size))
             assert closing(socket_) in (None, 1009)
@@ -208,10 +215,71 @@ def test_files_are_decoded_in_another_process(url, monkeypatch):
 
 def test_after_20_mistakes_a_page_is_shut_out(url):
     with connect(url) as socket_:
+        socket_.send(HELLO)
         for _ in range(25):
             socket_.send("{")
         assert closing(socket_) == 1001
     still_answers(url)
+
+
+@pytest.mark.parametrize(
+    ("first", "why"),
+    [
+        ('{"type": "hello", "version": 2}', "the client speaks protocol 2, this side 1; update the older one"),
+        ('{"type": "open"}', 'the first message must be {"type": "hello", "version": 1}'),
+        ('{"type": "hello"}', 'the first message must be {"type": "hello", "version": 1}'),
+        (b"\x00\x00\x00", 'the first message must be {"type": "hello", "version": 1}'),
+    ],
+)
+def test_a_client_of_another_version_is_refused_in_one_line_and_closed(url, first, why):
+    with connect(url) as socket_:
+        assert json.loads(socket_.recv())["version"] == protocol.VERSION
+        socket_.send(first)
+        answer = json.loads(socket_.recv())
+        assert answer["type"] == "error"
+        assert why in answer["message"]
+        assert "\n" not in answer["message"]
+        assert closing(socket_) == 1001
+    still_answers(url)
+
+
+def test_the_client_refuses_a_server_of_another_version():
+    def answer(page):
+        page.send(json.dumps({"type": "hello", "version": 2}))
+        page.recv()
+
+    with serve(answer, "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with pytest.raises(UserError, match="the server speaks protocol 2, this side 1; update the older one"):
+            Client(f"ws://127.0.0.1:{server.socket.getsockname()[1]}/live")
+        server.shutdown()
+        thread.join()
+
+
+def test_a_client_speaks_through_the_avatar_and_interrupts_it(url):
+    with Client(url) as client:
+        client.open()
+        said = 0.4 * np.sin(np.arange(16_000 * 3 // 2) * 0.157).astype(np.float32)
+        for piece in np.array_split(said, 7):
+            client.speak(piece)
+        client.spoken()
+        client.until(lambda: client.answers and client.answers[1].end is not None, 10)
+        answer = client.answers[1]
+        client.until(lambda: min(client.place(), client.last) > answer.end, 10)
+        heard = np.concatenate([client.sound[n] for n in range(answer.frame, answer.end)])
+        assert np.abs(heard[: len(said)] - said).max() < 1e-4
+        assert not heard[len(said) :].any()
+        open_ = [n for n in sorted(client.frames) if client.frames[n][11, 8, 0] > 60]
+        assert open_ == list(range(answer.frame, answer.frame + 19))  # of 18.75 frames of sound
+        for _ in range(30):
+            client.speak(said)
+        client.until(lambda: 2 in client.answers and client.answers[2].frame is not None, 10)
+        client.pump(0.5)
+        client.interrupt()
+        client.until(lambda: client.answers[2].end is not None, 5)
+        client.pump(1.0)
+        assert not any(np.abs(client.sound[n]).max() > 0.01 for n in client.sound if n >= client.answers[2].end)
 
 
 def a_mess(rng: random.Random) -> str | bytes:
@@ -257,6 +325,8 @@ def test_noise_on_the_line_ends_no_other_stream(served, url):
     while time.monotonic() < end:
         try:
             with connect(url, compression=None, close_timeout=0.5) as socket_:
+                if rng.random() < 0.9:
+                    socket_.send(HELLO)
                 for _ in range(rng.randrange(1, 60)):
                     socket_.send(a_mess(rng))
                     sent += 1
@@ -277,43 +347,93 @@ def test_noise_on_the_line_ends_no_other_stream(served, url):
 def test_metrics_count_what_happened(served, url):
     address, _ = served
     still_answers(url)
-    values = dict(line.rsplit(" ", 1) for line in get(address, "/metrics")[1].decode().splitlines())
+    lines = get(address, "/metrics")[1].decode().splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values["distill_viewers_limit"]) == 3
     assert float(values["distill_chunks_total"]) > 0
-    assert float(values['distill_chunk_seconds{quantile="0.5"}']) > 0
-    assert float(values["distill_resident_bytes"]) > 1e6
+    assert float(values["distill_chunk_seconds_count"]) == float(values["distill_chunks_total"])
+    assert values['distill_chunk_seconds_bucket{le="+Inf"}'] == values["distill_chunk_seconds_count"]
+    assert float(values["process_resident_memory_bytes"]) > 1e6
+
+
+@contextmanager
+def a_server(folder: Path, *words: str):
+    """`distill serve` of a student in `folder`: its process and its first line."""
+    command = [sys.executable, "-m", "distill", "serve", "--student", folder, "--port", "0", "--talker", "echo", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("http"), line + process.stderr.read()
+            yield process, line
+        finally:
+            process.kill()
 
 
 def test_sigterm_ends_a_talking_server_cleanly(tmp_path):
     save_student(tmp_path / "student", tiny.a_bundle(), "card")
-    command = [
-        sys.executable,
-        "-m",
-        "distill",
-        "serve",
-        "--student",
-        tmp_path / "student",
-        "--port",
-        "0",
-        "--talker",
-        "echo",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    ) as process:
-        line = process.stdout.readline()
-        assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+    with a_server(tmp_path / "student") as (process, line):
+        assert line.startswith("http://127.0.0.1:")
         client = Client(line.split()[0].replace("http", "ws") + "live")
         client.open()
         client.ask("a b c d e f g h i j")
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        with pytest.raises(ConnectionClosed):
+        with pytest.raises(ConnectionClosed) as closed:
             client.pump(20)
-        assert time.monotonic() - began < 12  # before the talk would have ended
+        assert time.monotonic() - began < 5
+        assert closed.value.rcvd.code == 1012
+        assert {"type": "note", "message": "this server is closing; connect again in a moment"} in client.messages
         assert process.wait(30) == 0  # most of it Python taking its modules down
         assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed: no certificate")
+def test_a_server_for_others_has_tls_a_token_a_name_a_mark_and_another_student(tmp_path):
+    certificate, key, folder = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "student"
+    words = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=avatar.test"]
+    words += ["-addext", "subjectAltName=DNS:avatar.test,IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", *words], check=True, capture_output=True)
+    save_student(folder, tiny.a_bundle(), "card")
+    options = ["--host", "0.0.0.0", "--token", "auto", "--tls-cert", certificate, "--tls-key", key]
+    with a_server(folder, *options, "--allow-host", "avatar.test", "--mark", "AI") as (process, line):
+        address, _, token = line.split()[0].partition("/?token=")
+        assert address.startswith("https://0.0.0.0:")
+        assert len(token) >= 32
+        assert "  student" in line
+        port, tls = address.rpartition(":")[2], ssl.create_default_context(cafile=certificate)
+        base = f"https://127.0.0.1:{port}"
+
+        def ask(path: str, **headers: str) -> int:
+            try:
+                with urllib.request.urlopen(
+                    urllib.request.Request(base + path, headers=headers), context=tls
+                ) as answer:
+                    return answer.status
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        assert ask("/health") == 200
+        assert ask("/") == 401
+        assert ask(f"/portraits/0.png?token={token}") == 200
+        assert ask(f"/portraits/0.png?token={token}", Host=f"avatar.test:{port}") == 200
+        assert ask(f"/portraits/0.png?token={token}", Host="evil.test") == 403
+        url, bearer = f"wss://127.0.0.1:{port}/live", {"Authorization": f"Bearer {token}"}
+        client = Client(url, additional_headers=bearer, ssl=tls)
+        client.open(seed=1)
+        before = client.frames[1]
+        assert (before[-3, 1:9].max(axis=0) > 200).any(), "the mark is not there"
+        save_student(folder, tiny.a_bundle(seed=5), "card")
+        process.send_signal(signal.SIGHUP)
+        while "is taken by streams" not in (text := process.stderr.readline()):
+            assert text, "it ended"
+            client.pump(0.05)
+        client.send(type="open", portrait=0, text="a person talks", seed=1)
+        client.until(lambda: bool((client.frames[1] != before).any()), 10)
+        client.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):
@@ -324,6 +444,11 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
             (["--student", str(tmp_path), "--port", port], "cannot serve on"),
             (["--student", str(tmp_path), "--port", "70000"], "--port"),
             (["--student", str(tmp_path), "--talker", "nobody"], "no talker"),
+            (["--student", str(tmp_path), "--host", "0.0.0.0"], "--host 0.0.0.0: whoever reaches it"),
+            (["--student", str(tmp_path), "--token", "short"], "--token: give 16 characters"),
+            (["--student", str(tmp_path), "--token", "@nowhere"], "--token @nowhere: cannot be read"),
+            (["--student", str(tmp_path), "--tls-cert", "x.pem"], "--tls-cert and --tls-key belong together"),
+            (["--student", str(tmp_path), "--viewers", "0"], "--viewers"),
         ):
             assert main(["serve", *words]) == 2
             lines = capsys.readouterr().err.strip().splitlines()

@@ -10,9 +10,12 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distill.compose import RECIPES
+from distill.methods.rollout import rollout
 from distill.pipeline import artifacts as module
 from distill.pipeline import pretrained
 from distill.pipeline.artifacts import Artifacts
+from distill.planning.estimate import job_of
+from distill.planning.job import batch_on
 from distill.recipe import load_recipe, spec_of
 from distill.training.offload import is_streamed
 from teachers.errors import UserError
@@ -51,6 +54,22 @@ def test_a_whole_teacher_is_streamed_where_it_is_offloaded(monkeypatch):
     assert is_streamed(artifacts.frozen("teacher"))
     plain = some_artifacts(1, monkeypatch, kind="ddp")
     assert not is_streamed(plain.teacher)
+
+
+def test_an_adapted_ar_teacher_computes_without_autocast(monkeypatch):
+    """As a stage that solves trajectories calls it, over a backbone in bf16."""
+    monkeypatch.setattr(module.lora, "load", lambda *_: None)
+    monkeypatch.setattr(module, "load_tensors", lambda _: {})
+    artifacts = some_artifacts(1, monkeypatch, "omniavatar_one_gpu", kind="ddp", precision="bf16")
+    artifacts.engine.split = lambda net: net
+    job = job_of(artifacts.recipe)
+    batch = batch_on(job, "clips", "cpu")
+    assert batch.x0 is not None
+    n = artifacts.spec.chunk_frames
+    with torch.no_grad():
+        x0 = rollout(artifacts.ar_teacher, batch.conditions, lambda *_: batch.x0[:, :, :n])
+    assert x0.shape == batch.x0.shape
+    assert artifacts.ar_teacher.net.get_submodule("blocks.0.attn1.to_q").lora_A.default.weight.dtype == torch.bfloat16
 
 
 def test_lora_roles_keep_the_teacher(monkeypatch):

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from distill.commands import plan as command
 from distill.methods import dmd, flow_matching, ode_init
 from distill.methods.rollout import draw_noise
 from distill.pipeline import trajectories
+from distill.planning import report
 from distill.planning.estimate import (
     ENGINES,
     GIB,
@@ -28,7 +28,7 @@ from distill.planning.estimate import (
     trajectory_bytes,
 )
 from distill.planning.job import Job, meta_networks
-from distill.planning.trace import forwards
+from distill.planning.trace import StepCosts, forwards
 from distill.recipe import MethodStage, TrajectoriesConfig
 from distill.training.config import OptimizerConfig, TrainConfig
 from students.history import History
@@ -197,7 +197,7 @@ def a_plan(points=((0, 0),), precision="fp32", accumulation=1, count=1000, batch
         ("zero1", (4000, 1000, 1000, 2000, 4000), 1000),
         ("zero2", (4000, 1000, 1000, 2000, 1000), 1000),
         ("zero3", (1000, 0, 1000, 2000, 1000), 1000 + 1000 + 4 * 8000),
-        ("fsdp2", (1000, 0, 1000, 2000, 1000), 4 * (1000 + 100)),
+        ("fsdp2", (1000, 0, 1000, 2000, 1000), 4 * (1000 + 3 * 100)),
     ],
 )
 def test_every_part_of_every_engine(engine, expected, peak):
@@ -248,7 +248,7 @@ def test_ranks_that_share_shards_hold_more_than_all_together():
 def test_what_is_gathered_once_is_held_whole():
     plan = a_plan(precision="bf16")
     whole = rank_bytes(replace(plan, gather_once=True), plan.updates[0], "fsdp2", 4)
-    assert whole["gathered"] == 2 * 2 * 1000 + 2 * plan.blocks["teacher"] + 4 * plan.outside["teacher"]
+    assert whole["gathered"] == 2 * (2 * 900 + 4 * 100) + 2 * plan.blocks["teacher"] + 4 * plan.outside["teacher"]
 
 
 def test_half_precision_copies_gathers_and_holds_the_teacher():
@@ -257,7 +257,17 @@ def test_half_precision_copies_gathers_and_holds_the_teacher():
     assert ddp["bf16 copies"] == zero2["bf16 copies"] == 2 * 1000
     assert "bf16 copies" not in fsdp2
     assert (ddp["student weights"], ddp["teacher weights"], fsdp2["teacher weights"]) == (4000, 16000, 4000)
-    assert fsdp2["gathered"] == 2 * 1000 + 2 * 100
+    assert fsdp2["gathered"] == 2 * 1000 + 2 * 100 + 2 * 4 * 100
+
+
+def test_what_a_micro_step_does_not_call_is_not_gathered():
+    """The teacher, in an update of the fake score."""
+    calls = {"student": frozenset({"student", "fake_score"})}
+    costs = StepCosts(forwards={}, calls=calls, flops={}, updates={}, exchanges={})
+    plan = a_plan(precision="bf16", costs={"distill": costs})
+    found = rank_bytes(plan, plan.updates[0], "fsdp2", 4)
+    assert found["gathered"] == 2 * plan.blocks["student"] + 2 * 4 * 100
+    assert found["teacher weights"] == 8000
 
 
 def test_activations_and_gradients_meet_only_as_they_do():
@@ -278,7 +288,7 @@ def test_a_global_batch_sets_the_micro_steps():
     plan = a_plan(((0, 9000),), batch=8)
     peaks = [rank_bytes(plan, plan.updates[0], "ddp", ranks)["peak"] for ranks in (4, 8)]
     assert peaks[0] - peaks[1] == 4000
-    text = command.as_text(plan, "name", [3, 4], ["ddp"], 80.0)
+    text = report.as_text(plan, "name", [3, 4], ["ddp"], 80.0)
     assert "train.global_batch: 8 is no multiple of 3" in text
     assert "micro-steps an update: distill 2" in text
 
@@ -352,7 +362,7 @@ def test_the_table_of_livetalk(capsys):
     assert plan.trajectories == pytest.approx(16_000 * 13.76e6, rel=1e-3)
     assert plan.forwards["distill"] == {"student": 6 * (7 * 2.5 + 6), "teacher": 2.0, "fake_score": 6.0}
     assert plan.context["distill"] == 2 * 6 * 2 * 2 * 3 * 1024 * 1536 * 2
-    print(command.as_text(plan, "livetalk", [1, 4, 8, 64], ["zero3", "fsdp2"], 80.0))
+    print(report.as_text(plan, "livetalk", [1, 4, 8, 64], ["zero3", "fsdp2"], 80.0))
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("ZeRO-3     FSDP2") for line in lines) == 4
     student = next(update for update in plan.updates if update.name == "distill.student")

@@ -7,7 +7,7 @@ import pytest
 from distill.cli import Parser
 from distill.commands import plan as command
 from distill.compose import RECIPES
-from distill.planning import batches
+from distill.planning import batches, report
 from distill.planning.estimate import (
     ENGINES,
     GIB,
@@ -56,9 +56,9 @@ def test_chunks_in_flight_are_counted(tmp_path):
 
 def test_what_does_not_fit_is_named_with_what_mends_it():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
-    lines = command.as_text(plan, "name", [1], ["ddp", "fsdp2"], 64.0).splitlines()
+    lines = report.as_text(plan, "name", [1], ["ddp", "fsdp2"], 64.0).splitlines()
     assert lines[-2] == "DDP     does not fit into 64 GiB: distill.student 100.0; fits with checkpointing"
-    assert lines[-1].startswith("FSDP2   does not fit into 64 GiB: distill.student 104.4; ")
+    assert lines[-1].startswith("FSDP2   does not fit into 64 GiB: distill.student 105.2; ")
     for gib, words in (
         (64, "fits into 64 GiB with checkpointing, which the recipe has"),
         (
@@ -67,26 +67,26 @@ def test_what_does_not_fit_is_named_with_what_mends_it():
             "fits with offload of teacher too",
         ),
     ):
-        assert list(command._table(plan, 1, ["ddp"], gib, ("checkpointing",)))[-1] == f"DDP     {words}"
-    lines = command.as_text(plan, "name", [64], ["ddp", "fsdp2"], 5.0).splitlines()
+        assert list(report._table(plan, 1, ["ddp"], gib, ("checkpointing",)))[-1] == f"DDP     {words}"
+    lines = report.as_text(plan, "name", [64], ["ddp", "fsdp2"], 5.8).splitlines()
     assert lines[-2].endswith("; take more GPUs, smaller batches or networks")
     assert (
         lines[-1]
-        == "FSDP2   does not fit into 5 GiB: distill.student 45.3; fits with checkpointing + offload of teacher"
+        == "FSDP2   does not fit into 5.8 GiB: distill.student 46.1; fits with checkpointing + offload of teacher"
     )
 
 
 def test_counts_that_do_not_divide_come_with_overrides():
     """8 clips a step: ranks that share each clip, where the network can, or larger batches."""
     plan = a_plan(batch=8)
-    shipped = command.Shipped((), Rates(), "ddp", (), (2, 4))
+    shipped = report.Shipped((), Rates(), "ddp", (), (2, 4))
     found = {count: batches.whole_batches(plan, (2, 4), count) for count in (16, 12, 64)}
     assert found == {
         16: ["engine.sequence_parallel=2", "distill.train.global_batch=16"],
         12: ["distill.train.global_batch=12"],
         64: ["distill.train.global_batch=64"],
     }
-    text = command.as_text(plan, "name", [16], [], 80.0, shipped)
+    text = report.as_text(plan, "name", [16], [], 80.0, shipped)
     assert "8 is no multiple of 16, 16 processes of batch_size 1; change one of the three" in text
     assert "it does with engine.sequence_parallel=2" in text
     larger = a_plan(batch=16)

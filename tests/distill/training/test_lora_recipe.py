@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from distill.commands import plan as command
 from distill.compose import RECIPES
 from distill.pipeline.stages import Pipeline
+from distill.planning import report
 from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
@@ -125,7 +125,7 @@ def test_the_plan_of_the_real_size_knows_adapters_and_one_backbone():
     )
     assert whole == (4 + 8 + 8) * count
     assert 0.05 * whole < learned <= 0.1 * whole
-    text = command.as_text(plan, "name", [1], ["ddp", "fsdp2"], 80.0)
+    text = report.as_text(plan, "name", [1], ["ddp", "fsdp2"], 80.0)
     assert "backbone     one set of weights for teacher, student, fake_score" in text
     assert f"a LoRA of {by_hand(recipe.lora):,}" in text
     assert "FSDP2   shards weights, which LoRA roles share: use ddp, zero1 or zero2" in text
@@ -143,4 +143,4 @@ def test_lora_is_named_as_the_switch_that_makes_it_fit():
     full, switched = (peak_bytes(plan, "ddp", 1, on) for on in ((), ("checkpointing", "lora")))
     assert switched < 0.3 * full
     assert suggest_fix(plan, "ddp", 1, 0.5 * full) == ("checkpointing", "lora")
-    assert "fits with checkpointing + lora" in command.as_text(plan, "name", [1], ["ddp"], 0.5 * full / 2**30)
+    assert "fits with checkpointing + lora" in report.as_text(plan, "name", [1], ["ddp"], 0.5 * full / 2**30)

@@ -11,7 +11,7 @@ from torch._inductor import compile_fx, config
 from students.history import History
 from students.serving.optimize import Speed, prepare
 from teachers.errors import UserError
-from teachers.networks import wan_block
+from teachers.networks import spans
 from teachers.networks.wan import NetworkConfig
 from tests.students.serving.test_session import PER_FRAME, film, play
 from tests.support.tiny import NETWORK, a_bundle, some_sound
@@ -64,7 +64,7 @@ def test_an_attention_backend_is_used_by_its_student_alone_and_an_unknown_one_is
         used.append(backend)
         return attention_dispatch.dispatch_attention_fn(*inputs, backend=backend, **given)
 
-    monkeypatch.setattr(wan_block, "dispatch_attention_fn", dispatch)
+    monkeypatch.setattr(spans, "dispatch_attention_fn", dispatch)
     before = attention_dispatch._AttentionBackendRegistry.get_active_backend()
     chosen = shown(Speed(attention="_native_math"))
     assert set(used) == {"_native_math"}

@@ -12,7 +12,7 @@ from distill.commands.sample.inputs import check_coverage
 from distill.data.procedural import render
 from distill.live.client import Client
 from distill.live.scheduler import Engine
-from distill.live.server import running
+from distill.live.server import Options, running
 from distill.live.talkers import Echo
 from students.serving.pipeline import AvatarPipeline
 from students.weights.checkpoint import load_student, save_student
@@ -136,7 +136,7 @@ def test_sample_and_pipeline_warn_and_refuse(narrow, capsys):
 @pytest.mark.parametrize(("strict", "kind"), [(False, "note"), (True, "error")])
 def test_the_page_warns_or_refuses(narrow, strict, kind):
     bundle = replace(a_puppet(), codec=tiny.fitted_codec(), coverage=narrow)
-    with running(Engine(bundle, Echo(), 2, 2), [tiny.a_portrait()], strict=strict) as address:
+    with running(Engine(bundle, Echo(), 2, 2), [tiny.a_portrait()], Options(strict=strict)) as address:
         client = Client(f"ws://{address}/live")
         client.send(type="open", portrait=0, text="a fox nods")
         client.until(lambda: any(m["type"] == kind and "unlike" in m["message"] for m in client.messages), 20.0)

@@ -54,7 +54,8 @@ def write_film(
     movflags: str = "",
     **options: str,
 ) -> Path:
-    """A film of `pictures` at `times` (seconds, or a constant rate), H.264 with one key frame in front and B-frames."""
+    """A film of `pictures` at `times` (seconds, or a constant rate), H.264 with one key frame in front and B-frames; `sound` [S] or
+    [S, 2]."""
     constant = isinstance(times, Fraction)
     with av.open(str(path), "w", options={"movflags": movflags} if movflags else {}) as container:
         video = container.add_stream(
@@ -67,7 +68,8 @@ def write_film(
         audio = None
         if sound is not None:
             sample_format = "fltp" if audio_codec in ("aac", "libopus") else "s16"
-            audio = container.add_stream(audio_codec, rate=rate, layout="mono", format=sample_format)
+            layout, sound = "mono" if sound.ndim == 1 else "stereo", sound.reshape(len(sound), -1)
+            audio = container.add_stream(audio_codec, rate=rate, layout=layout, format=sample_format)
         for number, (picture, time) in enumerate(
             zip(pictures, range(len(pictures)) if constant else list(times), strict=True)
         ):
@@ -80,8 +82,8 @@ def write_film(
             for start in range(0, len(sound), 4800):
                 if sound_hole[0] <= start / rate < sound_hole[1]:
                     continue
-                block = np.ascontiguousarray(sound[None, start : start + 4800])
-                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+                block = np.ascontiguousarray(sound[start : start + 4800].T)
+                frame = av.AudioFrame.from_ndarray(block, format="fltp", layout=layout)
                 frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
                 frame.pts = start + round(sound_start * rate)
                 container.mux(audio.encode(frame))

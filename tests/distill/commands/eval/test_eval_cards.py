@@ -135,7 +135,7 @@ def test_faces_that_were_not_found_count_and_missing_boxes_are_refused(stand_ins
         assert "face" in refused_in_one_line(capsys, tmp_path / "bad", *base)
 
 
-@pytest.mark.parametrize("kind", ["silent", "none", "not finite", "antiphase", "cut short"])
+@pytest.mark.parametrize("kind", ["silent", "none", "not finite", "antiphase", "antiphase track", "cut short"])
 def test_what_is_wrong_with_the_sound_costs_the_metrics_of_sound_alone(stand_ins, tmp_path, kind):
     real = a_set(tmp_path / "real")
     boxes = {name: [2, 2, 14, 14] for name in "abcde"}
@@ -143,19 +143,25 @@ def test_what_is_wrong_with_the_sound_costs_the_metrics_of_sound_alone(stand_ins
     video = a_clip(0)
     samples = torch.zeros(19_200) if kind == "silent" else torch.full((19_200,), torch.nan)
     write_clip(real / "a.safetensors", video, FPS, None if kind == "none" else samples, "a person nods")
-    if kind in ("antiphase", "cut short"):
+    if kind in ("antiphase", "antiphase track", "cut short"):
         (real / "a.safetensors").unlink()
-        frames = [frame.permute(1, 2, 0).numpy() for frame in video.unbind(1)]
-        write_film(real / "a.mkv", frames, FPS)
-        voice = tone(1.2, 16_000)
+        frames, voice = [frame.permute(1, 2, 0).numpy() for frame in video.unbind(1)], tone(1.2, 16_000)
+        own = np.stack([voice, -voice], 1) if kind == "antiphase track" else None
+        write_film(real / "a.mkv", frames, FPS, own, 16_000)
+    if kind in ("antiphase", "cut short"):
         beside = write_sound(real / "a.wav", "pcm_s16le", 16_000, np.stack([voice, -voice], 1))
         if kind == "cut short":
             beside.write_bytes(beside.read_bytes()[:30])
     words = ("--generated", real, "--real", real, "--protocol", a_card(tmp_path / "card.yaml", clips__lossless=False))
     report = evaluated(tmp_path / "out", *words, "--metrics", "fid,fvd,sync")
     assert {"fid", "fvd"} <= set(report["rows"]["real"]["metrics"])
-    why = {"none": "a: no sound", "not finite": "a: no sound: audio must be finite", "antiphase": "cancel each other",
-           "cut short": "a: audio file"}.get(kind)  # fmt: skip
+    why = {
+        "none": "a: no sound",
+        "not finite": "a: no sound: audio must be finite",
+        "antiphase": "cancel each other",
+        "antiphase track": "two channels of the sound cancel each other: a.mkv",
+        "cut short": "a: audio file",
+    }.get(kind)
     assert why is None or why in report["refused"]["sync"]
 
 

@@ -38,7 +38,8 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
         systems, "student_clips", lambda _, __, noise, *___: seen.setdefault("student", []).append(noise)
     )
     conditions = Conditions(text=torch.zeros(3, 1, 1), audio=torch.zeros(3, spec.horizon_frames, 1, 1))
-    found = systems.systems(artifacts, {"student": artifacts.student("distill")}, 2)
+    found = systems.teacher_systems(artifacts, 2, artifacts.recipe.trajectories.guidance)
+    found |= systems.student_systems(artifacts, {"student": artifacts.student("distill")}, 2)
     for name in (systems.SAME_NOISE, "teacher", "student"):
         found[name](conditions, None, 5, "test", 1)
     same, own = seen["teacher"]

@@ -1,0 +1,138 @@
+"""client.js in a real browser, embedded as docs/serving.md says, against the real server."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from distill.commands.serve import read_portraits
+from distill.live.scheduler import Engine
+from distill.live.server import CLIENT, Options, running
+from distill.live.talkers import Echo
+from tests.distill.live.test_browser import RECORD, chromium, tapes, until  # noqa: F401 (a fixture)
+from tests.support import serving
+from tests.support.serving import MOUTH
+
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
+FRAME = 0.08
+NAMES = """() => {
+  const {context, out, canvas} = window.avatar = avatarClient, pen = canvas.getContext("2d");
+  avatar.player = {context, out, canvas, pen, get shown() { return avatar.shown; }};
+}"""
+"""What RECORD reads, by the page's names."""
+CONNECT = """async url => {
+  const {Avatar} = await import(url);
+  try { (window.kept ??= []).push(await Avatar.connect(document.createElement("canvas"))); return "in"; }
+  catch (error) { return error.message; }
+}"""
+SPEAK = "avatarClient.speak(Int16Array.from({length: 16000 * %d}, (_, i) => 12000 * Math.sin(i * 0.157)))"
+
+
+def guide(language: str, marker: str) -> str:
+    """The guide's block of a language that holds a marker."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    (found,) = (block for block in blocks if marker in block)
+    return found
+
+
+class Embedded:
+    """The guide's snippet on the server's own host, and a client of another version."""
+
+    def routes(self) -> list[Route]:
+        snippet = guide("html", "/client.js")
+        other = CLIENT.read_text(encoding="utf-8").replace("VERSION = 1,", "VERSION = 2,")
+        return [
+            Route("/embed", lambda _: HTMLResponse(f"<!doctype html>{snippet}")),
+            Route("/other.js", lambda _: Response(other, media_type="text/javascript")),
+        ]
+
+    async def run(self) -> None:
+        pass
+
+
+@pytest.fixture
+def page(chromium):  # noqa: F811
+    engine = Engine(serving.a_puppet(), Echo(), 2)
+    with running(engine, read_portraits([], (16, 16)), Options(doors=[Embedded()])) as address:
+        page, faults = chromium.new_page(), []
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.goto(f"http://{address}/embed")
+        yield page
+        page.close()
+        serving.eventually(lambda: not engine.viewers, 20.0)
+        assert faults == []
+
+
+def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
+    page.click("#talk")
+    until(page, "window.avatarClient && avatarClient.shown > 4")
+    page.evaluate(NAMES)
+    page.evaluate(RECORD, MOUTH.start + 1)
+    page.evaluate(SPEAK % 2)
+    page.evaluate("avatarClient.spoken()")
+    page.wait_for_timeout(3500)
+    sound, began, drawn = tapes(page)
+    loud = np.flatnonzero(np.abs(sound) > 0.05)
+    heard = began + loud[[0, -1]] / 16000
+    assert np.diff(heard)[0] == pytest.approx(2.0, abs=0.02)
+    opened = drawn[drawn[:, 2] > 60, 0]
+    closed = drawn[drawn[:, 0] > opened[-1], 0][0]
+    assert np.abs(np.array([opened[0], closed]) - heard).max() <= FRAME + 0.03  # and two of the screen's frames
+    page.evaluate(SPEAK % 30)
+    page.wait_for_timeout(1500)
+    assert np.abs(tapes(page)[0][-1600:]).max() > 0.05
+    page.evaluate("avatarClient.interrupt()")
+    page.wait_for_timeout(1500)
+    assert np.abs(tapes(page)[0][-8000:]).max() < 0.01
+
+
+def test_another_version_and_one_too_many_are_rejected_in_words(page):
+    assert page.evaluate(CONNECT, "/other.js") == "the server speaks protocol 1, this client 2; update the older one"
+    answers = [page.evaluate(CONNECT, "/client.js") for _ in range(3)]
+    assert answers == ["in", "in", "maximum number of viewers reached (2); try again later"]
+    page.evaluate("kept.forEach(avatar => avatar.close())")
+
+
+def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):  # noqa: F811
+    engine = Engine(serving.a_puppet(), Echo(), 2)
+    with running(engine, read_portraits([], (16, 16))) as address, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        app = guide("python", "uvicorn.run").replace("127.0.0.1:8800", address).replace("port=8000", f"port={port}")
+        assert len(app.splitlines()) <= 52
+        (tmp_path / "app.py").write_text(app, encoding="utf-8")
+        with subprocess.Popen([sys.executable, tmp_path / "app.py"], stderr=subprocess.PIPE, text=True) as process:
+            try:
+                while "running on" not in process.stderr.readline():
+                    assert process.poll() is None
+                page = chromium.new_page()
+                page.goto(f"http://127.0.0.1:{port}/")
+                page.fill("#question", "one two three")
+                page.click("button")
+                until(page, "window.avatarClient && avatarClient.shown > 4")
+                page.evaluate(NAMES)
+                page.evaluate(RECORD, MOUTH.start + 1)
+                page.click("button")
+                page.wait_for_timeout(3000)
+                sound, _, drawn = tapes(page)
+                assert np.abs(sound).max() > 0.1
+                assert np.ptp(drawn[:, 2]) > 100
+                assert page.inner_text("#answer") == "You asked: one two three"
+                page.close()
+                serving.eventually(lambda: not engine.viewers, 20.0)
+            finally:
+                process.kill()
+
+
+def test_the_guides_program_talks_through_the_avatar(capsys):
+    engine = Engine(serving.a_puppet(), Echo(), 2)
+    with running(engine, read_portraits([], (16, 16))) as address:
+        code = guide("python", "import Client").replace("127.0.0.1:8800", address)
+        exec(compile(code, str(GUIDE), "exec"), {})
+    assert "(16, 16, 3)" in capsys.readouterr().out
