@@ -195,6 +195,7 @@ class LiveKitRoom(LiveKit):
         await self.agent.disconnect()
         await self.user.disconnect()
         self.server.kill()
+        await self.server.wait()
 
 
 class Pipecat:
@@ -284,6 +285,7 @@ async def long_speech(door, minutes: float) -> dict:
         "pushed_in_s": round(pushed, 2),
         "all_samples_in_order": bool(len(heard) == len(pcm) and np.array_equal(heard, pcm)),
         "offset_ms": spread(offsets),
+        "over_a_frame": int((np.abs(offsets) > 1 / door.fps).sum()),
         "offset_ms_by_minute": [
             float(np.median(offsets[i : i + minute]).round(4) * 1000) for i in range(0, len(offsets), minute)
         ],
@@ -345,8 +347,9 @@ async def measure(args: argparse.Namespace) -> dict:
     engine.warm_up(portrait)
     engine.start()
     door = await DOORS[args.door]().open(engine, portrait)
+    door.fps = float(bundle.spec.fps)
     await asyncio.sleep(1.0)
-    results = {"door": args.door, "fps": float(bundle.spec.fps), "torch": torch.__version__}
+    results = {"door": args.door, "fps": door.fps, "torch": torch.__version__}
     try:
         for name, part in (
             ("turns", lambda: turns(door, args.turns)),
