@@ -6,6 +6,8 @@
 import argparse
 import gc
 import json
+import os
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +78,16 @@ def scene(bundle: Bundle) -> dict[str, Tensor]:
 def worker(folder: Path) -> None:
     words = json.loads((folder / "scene").read_text())
     if words:
-        for command in words:
+        for number, command in enumerate(words):
             with suppress(SystemExit):
                 assert main(command) == 0
             devices.leave()  # as at exit, which multiprocessing leaves out
+            # both, since a store that is still up has the old addresses
+            left = [folder / f"left-{number}-{rank}" for rank in range(2)]
+            left[int(os.environ["RANK"])].touch()
+            until = time.monotonic() + 60
+            while not all(file.exists() for file in left) and time.monotonic() < until:
+                time.sleep(0.01)
         return
     engine = Engine(EngineConfig(precision="fp32", sequence_parallel=2))
     for name, history in HISTORIES.items():
