@@ -1,11 +1,13 @@
 """`distill serve`: a page in the browser where a student listens, talks and idles."""
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from teachers.media.picture import SUFFIXES
 
 NEEDED = ("starlette", "uvicorn", "websockets")
 MAX_PORTRAITS = 24
+M_ARENA_MAX = -8  # of malloc.h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.live.server import Options, build_app
     from distill.live.talkers import load_talker
 
+    _few_arenas()
     token = read_token(args.token)
     access = Access(host=args.host, token=token, names=args.allow_host, insecure=args.insecure)
     bound = _bind(args.host, args.port)
@@ -144,6 +148,12 @@ def run(args: argparse.Namespace) -> int:
     server.run(sockets=[bound])
     gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
+
+
+def _few_arenas() -> None:
+    """Let all threads share glibc's memory, or a server of many short streams grows for hours with what each has freed."""
+    with suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _announce(args: argparse.Namespace, bound: socket.socket, token: str | None, facts: str) -> None:
