@@ -5,13 +5,13 @@ import subprocess
 import sys
 import time
 
-import aiohttp
 import numpy as np
 import pytest
 
 pytest.importorskip("livekit.agents", reason="the LiveKit door: pip install 'avatar-distill[livekit]'")
 pytest.importorskip("aiortc", reason="the stand-in for a LiveKit server: pip install aiortc")
 
+import aiohttp
 from livekit import api, rtc
 from livekit.agents import Agent, AgentSession
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
