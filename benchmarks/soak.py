@@ -120,8 +120,8 @@ async def churn(url: str, viewers: int, minutes: float, process: psutil.Process,
                     "decoders_mib": round(sum(children) / 2**20, 1),
                     "threads": process.num_threads(),
                     "files": process.num_fds(),
-                    "viewers": counted(url, "distill_viewers"),
-                    "errors": counted(url, "distill_stream_errors_total"),
+                    "viewers": await asyncio.to_thread(counted, url, "distill_viewers"),
+                    "errors": await asyncio.to_thread(counted, url, "distill_stream_errors_total"),
                     **counts,
                 }
             )

@@ -231,7 +231,7 @@ async def talk(url: str, viewers: int, seconds: float, seed: int, last: str) -> 
     tasks = [asyncio.create_task(one.run(until)) for one in talkers]
     command = [sys.executable, __file__, "--flood", last, "--url", url, "--seconds", str(seconds), "--seed", str(seed)]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE) if flood else None
-    while counted(url, "distill_viewers") < viewers and time.monotonic() < until:
+    while await asyncio.to_thread(counted, url, "distill_viewers") < viewers and time.monotonic() < until:
         await asyncio.sleep(0.5)
     async with connect(url, proxy=None) as socket:
         first = json.loads(await socket.recv())

@@ -10,7 +10,7 @@ FACE = {
     "teachers": {"Conditions", "Guidance", "Teacher", "UserError", "load_teacher"},
     "students": {
         *("AvatarPipeline", "Chunk", "History", "Schedule", "Session", "Starved"),
-        *("load_session", "load_student", "save_session", "save_student"),
+        *("load_session", "load_student", "save_session", "save_student", "step_together"),
     },
     "eval": {"Card", "load_card"},
     "distill": {"Recipe", "load_recipe", "load_teacher", "run"},

@@ -1,12 +1,15 @@
 """Overlap decoding (on the latency path) with the KV-cache commit (off it), and copies that the host does not wait for."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+WORKERS = 4  # threads for commits, of all streams: each new one would keep memory of the math libraries behind it
 First = TypeVar("First")
 Second = TypeVar("Second")
 
@@ -25,6 +28,13 @@ def to_host(value: Tensor) -> Tensor:
     return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
 
 
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that commit while others decode."""
+    os.register_at_fork(after_in_child=workers.cache_clear)  # a child has none of them
+    return ThreadPoolExecutor(WORKERS, thread_name_prefix="commit")
+
+
 class Beside:
     """On CUDA the first runs on a stream of its own beside the second. On a CPU the second runs in a worker thread if
     `threaded`, else when its result is needed: where the first is short, changing threads costs more than it hides (LOG.md)."""
@@ -32,7 +42,7 @@ class Beside:
     def __init__(self, device: torch.device, threaded: bool):
         self.device = device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="commit") if threaded and self.side is None else None
+        self.pool = workers() if threaded and self.side is None else None
 
     def run(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Callable[[], Second]]:
         """The first one's result as soon as it is there, and a function that gives the second one's (called once)."""
