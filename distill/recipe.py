@@ -147,7 +147,7 @@ class Limits:
     text: float
     sharpness: tuple[float, float] = (0.5, 2.0)
     change: float = 0.25
-    motion_change: float = 0.3
+    motion_change: float = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
