@@ -5,7 +5,6 @@ Who gets in is `distill.live.operations`'s to say. A slow reader is cut off, nev
 
 import asyncio
 import io
-import json
 import logging
 import signal
 import socket
@@ -26,8 +25,9 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
 
-from distill.live import protocol, uploads
+from distill.live import protocol
 from distill.live.apart import Decoders
+from distill.live.connection import Connection
 from distill.live.operations.access import Access, Guard
 from distill.live.operations.limits import Peers
 from distill.live.operations.metrics import Histogram, report
@@ -37,19 +37,12 @@ from distill.live.scheduler import Engine
 from distill.live.viewer import Viewer
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import to_uint8
-from teachers.encoders.small import SAMPLE_RATE
-from teachers.errors import UserError
 
 log = logging.getLogger(__name__)
 QUEUE = 64  # messages on their way to a page
-INBOX = 8  # messages of a page that wait until the one before is done
-MAX_MISTAKES = 20
-SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
-OPEN_SECONDS = 60.0  # and one that never opens a stream
 DRAIN_SECONDS = 2.5  # that sentences have to end when the server is to
 STUCK_SECONDS = 30.0  # without an answer of the engine's thread
 FULL, GONE = 1013, 1001
-KINDS = {message: name for name, message in protocol.MESSAGES.items()}
 PAGE = Path(__file__).with_name("page.html")
 CLIENT = Path(__file__).with_name("client.js")
 HEADERS = {
@@ -166,7 +159,7 @@ class Server:
     async def health(self, _: Request) -> Response:
         """200 where viewers are served, 503 once the server is closing, or where the engine hangs."""
         try:
-            await asyncio.wait_for(self._ask(lambda: None), STUCK_SECONDS)
+            await asyncio.wait_for(self.ask(lambda: None), STUCK_SECONDS)
         except (TimeoutError, asyncio.CancelledError):
             return JSONResponse({"status": "stuck"}, 503)
         if self.engine.closing:
@@ -180,7 +173,7 @@ class Server:
         """Let nobody in any more, say so to all who are here, and wait until no avatar talks, at most DRAIN_SECONDS."""
         end = time.monotonic() + DRAIN_SECONDS
         with suppress(TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(self._ask(self.engine.close), DRAIN_SECONDS)
+            await asyncio.wait_for(self.ask(self.engine.close), DRAIN_SECONDS)
         for put in self.pages:
             put({"type": "note", "message": self.engine.full()})
         while not self.engine.talked_out and time.monotonic() < end:
@@ -206,7 +199,7 @@ class Server:
         why = self.peers.enter(peer)
         if why:
             self.turned_away["peer"] += 1
-        viewer = None if why else await self._ask(self.engine.join, emit)
+        viewer = None if why else await self.ask(self.engine.join, emit)
         if viewer is None:
             if not why:
                 self.peers.leave(peer)
@@ -214,9 +207,10 @@ class Server:
             await page.close(FULL)
             return
         self.pages.add(put)
+        connection = Connection(self, page, viewer, put)
         tasks = [
-            asyncio.create_task(self._send(page, queue)),
-            asyncio.create_task(self._receive(page, viewer, put)),
+            asyncio.create_task(connection.send(queue)),
+            asyncio.create_task(connection.receive()),
             asyncio.create_task(ended.wait()),
         ]
         try:
@@ -227,7 +221,7 @@ class Server:
                 task.cancel()
             self.pages.discard(put)
             self.peers.leave(peer)
-            await self._ask(self.engine.leave, viewer)
+            await self.ask(self.engine.leave, viewer)
             for fault in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(fault, Exception) and not isinstance(fault, WebSocketDisconnect | OSError | RuntimeError):
                     log.error("a viewer's connection failed", exc_info=fault)
@@ -249,137 +243,9 @@ class Server:
             "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
         }
 
-    async def _ask(self, function: Any, *given: Any, of: Viewer | None = None) -> Any:
+    async def ask(self, function: Any, *given: Any, of: Viewer | None = None) -> Any:
+        """What the engine's thread answers."""
         return await asyncio.wrap_future(self.engine.call(function, *given, of=of))
-
-    @staticmethod
-    async def _send(page: WebSocket, queue: asyncio.Queue) -> None:
-        while True:
-            message = await queue.get()
-            if isinstance(message, bytes):
-                await page.send_bytes(message)
-            else:
-                await page.send_text(json.dumps(message))
-
-    @staticmethod
-    async def _read(page: WebSocket, inbox: asyncio.Queue) -> None:
-        """Put every message into the inbox as it comes: a connection that is not read answers no pings and is cut off."""
-        message = {}
-        while message.get("type") != "websocket.disconnect":
-            try:
-                message = await page.receive()
-            except (RuntimeError, OSError):
-                message = {"type": "websocket.disconnect"}
-            await inbox.put(message)
-
-    async def _receive(self, page: WebSocket, viewer: Viewer, put: Any) -> None:
-        """Message after message, each done before the next is begun."""
-        inbox = asyncio.Queue(INBOX)
-        reader = asyncio.create_task(self._read(page, inbox))
-        try:
-            await self._answer(inbox, viewer, put)
-        finally:
-            reader.cancel()
-            with suppress(asyncio.CancelledError):
-                await reader
-
-    async def _answer(self, inbox: asyncio.Queue, viewer: Viewer, put: Any) -> None:
-        picture: list[tuple[Tensor, str]] = []  # the one that was sent last, and a note on its crop
-        mistakes, greeted = 0, False
-        while mistakes < MAX_MISTAKES:
-            patience = SILENT_SECONDS if viewer.session is not None else OPEN_SECONDS
-            try:
-                message = await asyncio.wait_for(inbox.get(), patience)
-            except TimeoutError:
-                put({"type": "error", "message": f"no message from this page for {patience:.0f} s: closed"})
-                await asyncio.sleep(0.1)
-                return
-            if message["type"] == "websocket.disconnect":
-                return
-            try:
-                if not greeted:
-                    protocol.check_hello(message.get("text"))
-                    greeted = True
-                elif message.get("bytes") is not None:
-                    await self._binary(viewer, message["bytes"], picture, put)
-                else:
-                    await self._handle(viewer, protocol.parse(message.get("text") or ""), picture, put)
-            except UserError as error:
-                mistakes += 1
-                self.mistakes += 1
-                put({"type": "error", "message": str(error)[:300]})
-                if isinstance(error, protocol.ProtocolError):
-                    await asyncio.sleep(0.1)
-                    return
-        put({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
-        await asyncio.sleep(0.1)
-
-    async def _binary(self, viewer: Viewer, data: bytes, picture: list[tuple[Tensor, str]], put: Any) -> None:
-        kind, content = protocol.unpack(data)
-        if kind in (protocol.IMAGE, protocol.FILE):
-            viewer.allowance.take("upload", time.monotonic())
-        else:
-            what = "speech" if kind == protocol.SPEECH else "sound"
-            viewer.allowance.take(what, time.monotonic(), len(content) / (2 * SAMPLE_RATE))
-        if kind == protocol.IMAGE:
-            size = (viewer.spec.height, viewer.spec.width)
-            sent, note = await asyncio.to_thread(
-                self.decoders.run, uploads.decode_picture, content, size, self.options.crop
-            )
-            if self.options.strict:  # else a note is sent when the page opens a stream with it
-                await self._check_coverage(sent, "", put)
-            picture[:] = [(sent, note)]
-            put({"type": "portrait"})
-        elif kind == protocol.FILE:
-            sound, _ = await asyncio.to_thread(self.decoders.run, uploads.decode_file, content)
-            await self._ask(viewer.say, sound, time.monotonic(), of=viewer)
-        elif kind == protocol.SPEECH:
-            await self._ask(lambda: viewer.speak(protocol.to_sound(content), time.monotonic()), of=viewer)
-        else:
-            await self._ask(lambda: viewer.feed(protocol.to_sound(content), time.monotonic()), of=viewer)
-
-    async def _check_coverage(self, reference: Tensor | None, text: str, put: Any, note: str = "") -> None:
-        """A note on the page, with `note`, for a picture and a text outside what the student was trained on; UserError where that
-        is refused."""
-        lines = await asyncio.to_thread(self.engine.bundle.unlike, reference, text)
-        if self.options.strict and lines:
-            raise UserError(f"{lines[0]}; this server takes no such input")
-        if found := [line for line in (*lines, note) if line]:
-            put({"type": "note", "message": "; ".join(found)})
-
-    async def _handle(self, viewer: Viewer, message: Any, picture: list[tuple[Tensor, str]], put: Any) -> None:
-        now = time.monotonic()
-        viewer.allowance.take(KINDS[type(message)], now)
-        if isinstance(message, protocol.Open):
-            reference, note = self._reference(message, picture)
-            await self._check_coverage(reference, message.text, put, note)
-            await self._ask(viewer.open, reference, message.text, message.seed, now, of=viewer)
-        elif isinstance(message, protocol.Say):
-            if not message.text.strip():
-                raise UserError("nothing to say: the sentence is empty")
-            await self._ask(viewer.say, message.text, now, of=viewer)
-        elif isinstance(message, protocol.SetText):
-            await self._check_coverage(None, message.text, put)
-            await self._ask(lambda: viewer.set_text(message.text, time.monotonic()), of=viewer)
-        elif isinstance(message, protocol.Spoken):
-            await self._ask(viewer.spoken, of=viewer)
-        elif isinstance(message, protocol.Interrupt):
-            await self._ask(lambda: viewer.interrupt(time.monotonic()), of=viewer)
-        elif isinstance(message, protocol.Played):
-            await self._ask(viewer.played, message.frame, message.epoch, now, of=viewer)
-        elif isinstance(message, protocol.Microphone):
-            await self._ask(viewer.microphone, message.on, now, of=viewer)
-        elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
-            self.seen.add(message.ms / 1000)
-
-    def _reference(self, message: protocol.Open, picture: list[tuple[Tensor, str]]) -> tuple[Tensor, str]:
-        if message.portrait is None and picture:
-            return picture[0]
-        if message.portrait is None or not 0 <= message.portrait < len(self.portraits):
-            raise UserError(
-                f"no portrait {message.portrait}: choose 0..{len(self.portraits) - 1} or send a picture first"
-            )
-        return self.portraits[message.portrait], ""
 
 
 def _png(portrait: Tensor) -> bytes:

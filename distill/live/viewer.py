@@ -53,7 +53,7 @@ class Viewer:
         self.opened = self.ttff = 0.0
         self.waited = False  # for the viewer's playhead, since the last chunk
         self.seconds: deque[float] = deque(maxlen=KEPT)
-        self.allowance = Allowance()
+        self.allowance, self.mistakes = Allowance(), 0  # what it may still send, and what was refused of what it sent
         self.spent = 0.0  # seconds of the engine, the older the less
         self.answered: dict[int, float] = {}  # seconds from the turn's end to the handing over of its first chunk
 

@@ -1,0 +1,58 @@
+"""What many messages of one viewer cost: nothing waits for the engine that comes many times a second."""
+
+import json
+import time
+
+import numpy as np
+from websockets.sync.client import connect
+
+from distill.live import protocol
+from distill.live.client import Client
+from tests.support.serving import a_puppet, eventually, serving
+
+
+def test_a_busy_engine_cuts_nobody_off():
+    """Batches of half a second: the playhead 20 times a second and a microphone 25 times, and pings are answered all the time."""
+    with serving(a_puppet(), viewers=2) as (address, engine):
+        client = Client(f"ws://{address}/live")
+        client.open()
+        slow = [engine.call(time.sleep, 0.5) for _ in range(1)]
+        end, quiet = time.monotonic() + 6.0, bytes([protocol.SOUND]) + bytes(1280)
+        while time.monotonic() < end:
+            client.socket.send(quiet)
+            if slow[-1].done():
+                slow.append(engine.call(time.sleep, 0.5))
+            client.pump(0.04)
+        assert len(slow) > 5
+        assert client.last > 20
+        eventually(lambda: not engine.calls, 5)
+        client.close()
+
+
+def test_what_is_wrong_with_a_report_is_said_and_counted():
+    with serving(a_puppet(), viewers=2) as (address, engine):
+        client = Client(f"ws://{address}/live")
+        client.open()
+        for _ in range(3):
+            client.send(type="played", frame=10**6, epoch=client.epoch)
+        client.until(lambda: sum("frames were drawn" in m.get("message", "") for m in client.messages) == 3, 5)
+        assert engine.viewers[0].mistakes == 3
+        client.close()
+
+
+def test_many_large_messages_do_not_fill_the_memory():
+    """Of those that wait one at a time is read; small ones go on."""
+    with serving(a_puppet(), viewers=2) as (address, engine):
+        with connect(f"ws://{address}/live", compression=None, max_size=None) as page:
+            page.send(json.dumps({"type": "hello", "version": protocol.VERSION}))
+            page.recv()
+            noise = np.random.default_rng(0).integers(0, 256, 2**20, np.uint8).tobytes()
+            for _ in range(4):
+                page.send(bytes([protocol.IMAGE]) + noise)
+            page.send("x" * 100_000)
+            errors = []
+            while len(errors) < 5:
+                message = json.loads(page.recv(timeout=60))
+                errors += [message["message"]] if message["type"] == "error" else []
+            assert "100000 characters" in errors[-1]
+        eventually(lambda: not engine.viewers, 10)
