@@ -7,6 +7,7 @@ import argparse
 import gc
 import json
 import os
+import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -75,19 +76,28 @@ def scene(bundle: Bundle) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in found.items()}
 
 
+def port_of(file: Path) -> str:
+    """A free port that rank 0 has chosen: at the one of the command before, its store may still be up."""
+    if os.environ["RANK"] == "0":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            file.with_suffix(".new").write_text(str(free.getsockname()[1]))
+        file.with_suffix(".new").rename(file)
+    until = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return file.read_text()
+
+
 def worker(folder: Path) -> None:
     words = json.loads((folder / "scene").read_text())
     if words:
         for number, command in enumerate(words):
+            os.environ["MASTER_PORT"] = port_of(folder / f"port-{number}")
             with suppress(SystemExit):
                 assert main(command) == 0
             devices.leave()  # as at exit, which multiprocessing leaves out
-            # both, since a store that is still up has the old addresses
-            left = [folder / f"left-{number}-{rank}" for rank in range(2)]
-            left[int(os.environ["RANK"])].touch()
-            until = time.monotonic() + 60
-            while not all(file.exists() for file in left) and time.monotonic() < until:
-                time.sleep(0.01)
         return
     engine = Engine(EngineConfig(precision="fp32", sequence_parallel=2))
     for name, history in HISTORIES.items():
