@@ -132,17 +132,14 @@ def run(args: argparse.Namespace) -> int:
         peer_viewers=args.peer_viewers,
         doors=[door.open(engine, portraits) for door in doors],
     )
-    load = (
-        None if bundle.shared else lambda: devices.load(args.student, args)
-    )  # ranks would each need the other student
+    # ranks would each need the other student
+    load = None if bundle.shared else lambda: devices.load(args.student, args)
     app = build_app(engine, portraits, options, load)
     server = DrainingServer(app, args.host, args.port, args.tls_cert, args.tls_key)
     if bundle.student.one_by_one:
         sys.stderr.write(f"viewers are drawn one by one, not in batches: {bundle.student.one_by_one}\n")
-    for name in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # uvicorn has its own meanwhile, and sends the signal on: a clean end here
+    for name in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn has its own meanwhile, and sends the signal on: a clean end here
         signal.signal(name, lambda *_: setattr(server, "should_exit", True))
     _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
     server.run(sockets=[bound])

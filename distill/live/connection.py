@@ -116,9 +116,8 @@ class Connection:
             finally:
                 if is_large(message):
                     self.large.release()
-        viewer.emit(
-            {"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"}
-        )  # behind the last one
+        # behind the last one
+        viewer.emit({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
     async def _binary(self, data: bytes) -> None:

@@ -322,9 +322,8 @@ class _Stages:
         each = test * config.num_seeds + config.diversity_conditions * config.diversity_seeds
         step, most = self.teacher_clip / solver.num_steps, COSTS_SECONDS * Rates().flops("bf16")
         few = len(job.spec.sigmas) * step
-        clip = step * min(
-            solver.num_steps, max(1, int(most / step))
-        )  # no more steps are timed than go into those seconds
+        # no more steps are timed than go into those seconds
+        clip = step * min(solver.num_steps, max(1, int(most / step)))
         fitting = int(most / (clip + few + 6 * self.student_clip))
         timed = min(config.latency_warmup + config.latency_runs, max(1, fitting))
         together = job.at_once if job.at_once > 1 else 0
@@ -367,9 +366,8 @@ def _clip_bytes(recipe: "Recipe", features: Mapping[str, Tensor], elements: int)
             found += min(CAPTION_TOKENS, value.shape[1]) * value.shape[2] * precision.itemsize
             continue
         size = value[:1].numel() * latents.stored_type(name, precision, value).itemsize
-        again = name == "audio" and getattr(
-            data.audio, "whole_clip", False
-        )  # of the clip as one, and as it is streamed
+        # of the clip as one, and as it is streamed
+        again = name == "audio" and getattr(data.audio, "whole_clip", False)
         found += size * (1 + again if name in latents.SOUND else copies)
     return found
 

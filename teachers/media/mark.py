@@ -41,9 +41,8 @@ class Mark:
             raise UserError(f"--mark: '{text[:40]}' is {across} pixels wide, frames are {width}; give fewer words")
         letters = Image.new("L", (across, down), 0)
         ImageDraw.Draw(letters).text((2 - left, 2 - top), text, fill=255, font=font)
-        self.letters = torch.from_numpy(np.array(letters).astype(np.int32) * 3 // 2)[..., None].clamp(
-            max=255
-        )  # thin ones are grey
+        # thin ones are grey
+        self.letters = torch.from_numpy(np.array(letters).astype(np.int32) * 3 // 2)[..., None].clamp(max=255)
         self.height, self.width = down, across
 
     def __call__(self, frames: Tensor) -> Tensor:

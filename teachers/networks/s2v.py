@@ -227,19 +227,8 @@ class S2V(AvatarTransformer):
         eps: float = 1e-6,
         max_positions: int = 1024,
     ):
-        sizes = (
-            latent_channels,
-            num_layers,
-            num_heads,
-            head_dim,
-            ffn_dim,
-            text_dim,
-            audio_dim,
-            stride,
-            freq_dim,
-            patch,
-        )
-        super().__init__(*sizes, prediction=prediction, reference=False, eps=eps, max_positions=max_positions)
+        sizes = (latent_channels, num_layers, num_heads, head_dim, ffn_dim, text_dim, audio_dim, stride, freq_dim)
+        super().__init__(*sizes, patch, prediction=prediction, reference=False, eps=eps, max_positions=max_positions)
         if audio_dim % audio_states:
             raise UserError(
                 f"network s2v: an audio row has {audio_dim} numbers, not {audio_states} states; set audio_states"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.long_streams import COLUMNS, light_of, scores, windows
+from benchmarks.lab.long_streams import COLUMNS, light_of, scores, windows
 from distill.compose import RECIPES
 from distill.data.procedural.source import DataConfig, held_out
 from distill.recipe import load_recipe

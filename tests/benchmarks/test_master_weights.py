@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.master_weights import changed, round_to_bf16
+from benchmarks.lab.master_weights import changed, round_to_bf16
 
 
 @pytest.mark.parametrize(("relative", "kept"), [(2**-10, 0.0), (2**-8, 1.0)])

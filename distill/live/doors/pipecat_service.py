@@ -49,9 +49,8 @@ class AvatarVideoService(AIService):
         self._rate = 24_000
         self._stream: AvatarStream | None = None
         self._emitting: asyncio.Task | None = None
-        self._stops: deque[list[TTSStoppedFrame]] = (
-            deque()
-        )  # for each sentence that is held to its end, what follows it
+        # for each sentence that is held to its end, what follows it
+        self._stops: deque[list[TTSStoppedFrame]] = deque()
         self._context: str | None = None
         self._passing = asyncio.Lock()  # a beat goes out whole, or not at all
         self._said = asyncio.Event()
@@ -92,7 +91,7 @@ class AvatarVideoService(AIService):
         await self._close()
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
-        """Take speech; pass everything else on, in the order that is heard."""
+        """Take speech; pass everything else on, in the order in which it is played."""
         if isinstance(frame, StartFrame):
             await self.push_frame(frame, direction)  # images must not come before it
             await super().process_frame(frame, direction)
@@ -115,7 +114,7 @@ class AvatarVideoService(AIService):
         elif isinstance(frame, TTSStoppedFrame) and self._stream.voice.open:
             self._stops.append([frame])
             self._stream.end()
-        elif isinstance(frame, TTSStoppedFrame) and self._stops:  # of nothing that is heard: behind the one before
+        elif isinstance(frame, TTSStoppedFrame) and self._stops:  # without sound: behind the one before
             self._stops[-1].append(frame)
         else:
             await self.push_frame(frame, direction)

@@ -46,7 +46,7 @@ class Beat:
 
 
 class Voice:
-    """What was pushed since the last interrupt: the samples as they are to be heard, and where the session has put them.
+    """What was pushed since the last interrupt: the samples as they are to be played, and where the session has put them.
 
     Places of the session and of the voice count samples at 16 kHz; `rate` is that of the sound that comes out.
     """
@@ -65,14 +65,14 @@ class Voice:
         before = self._finish() if rate != self.source else torch.zeros(0)
         if rate != self.source:
             self.source = rate
-            ways = (None if rate == target else Resampler(rate, target) for target in (self.rate, SAMPLE_RATE))
-            self.resamplers = tuple(ways)  # type: ignore[assignment]
+            out, own = (None if rate == target else Resampler(rate, target) for target in (self.rate, SAMPLE_RATE))
+            self.resamplers = out, own
         sound = torch.from_numpy(pcm.astype(np.float32) / 32768)
-        out, own = (sound if way is None else way.push(sound) for way in self.resamplers)
-        self._keep(out)
-        own = torch.cat([before, own])
-        self.pushed += len(own)
-        return own
+        played, read = (sound if way is None else way.push(sound) for way in self.resamplers)
+        self._keep(played)
+        read = torch.cat([before, read])
+        self.pushed += len(read)
+        return read
 
     def end(self) -> Tensor:
         """The sentence is complete: its last samples at 16 kHz."""
@@ -151,7 +151,7 @@ def load_avatar(student: Path, portrait: Path, viewers: int = 8, crop: str = "fa
 
 class AvatarStream:
     """`open` it, `push` speech and `end` sentences as they come, `interrupt`, and read beats with `async for`, each when it is due;
-    while sound is heard, those after the first come `ahead` frames early, so that a transport never runs dry. All on one loop."""
+    while sound is played, those after the first come `ahead` frames early, so that a transport never runs dry. All on one loop."""
 
     def __init__(self, engine: Engine, rate: int, ahead: float):
         self.engine, self.rate = engine, rate
@@ -279,9 +279,8 @@ class AvatarStream:
         viewer = self.joined
         if viewer is not None and viewer.session is not None:
             viewer.interrupt(time.monotonic())
-            viewer.played(
-                viewer.session.point.frame, viewer.epoch, time.monotonic()
-            )  # what lies before will not be shown
+            # what lies before will not be shown
+            viewer.played(viewer.session.point.frame, viewer.epoch, time.monotonic())
         self._emit({"type": "cut"})
 
     def _pack(self, chunk: Chunk, epoch: int) -> tuple[Chunk, int, tuple[tuple[int, int], ...]]:

@@ -17,7 +17,7 @@ import jwt
 from livekit import rtc
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
-from benchmarks.livekit_room import Room, Tape, a_room
+from benchmarks.serving.livekit_room import Room, Tape, a_room
 from distill.cli import main
 from distill.live.doors import livekit_agent as door
 from distill.live.doors.stream import AvatarStream
@@ -146,14 +146,14 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
             at = time.monotonic()
             output.clear_buffer()
             await output.wait_for_playout()
-            told = time.monotonic()
+            reported = time.monotonic()
             await asyncio.sleep(0.8)
             await say(output, NEW)
             await output.wait_for_playout()
             await asyncio.sleep(0.2)
-            return at, told, finished, tape
+            return at, reported, finished, tape
 
-    at, told, finished, tape = run_in_time(run())
+    at, reported, finished, tape = run_in_time(run())
     assert [event.interrupted for event in finished] == [True, False]
     counted = finished[1].playback_position  # by the runner, which may count what was on its way when it was cleared
     assert -0.001 < counted - len(NEW) / RATE < FRAME + 0.001
@@ -164,7 +164,7 @@ def test_clear_buffer_is_heard_within_150_ms_and_nothing_of_the_old_sentence_aft
     voiced = tape.voiced()
     assert len(voiced) == 3
     assert voiced[0, 1] - at < 0.1
-    assert told - at < 0.15
+    assert reported - at < 0.15
     assert finished[0].playback_position == pytest.approx(voiced[0, 1] - voiced[0, 0], abs=0.2)
     assert voiced[1, 1] - voiced[1, 0] == pytest.approx(0.5, abs=0.03)
     between = mouth[(mouth[:, 0] > at + 0.15) & (mouth[:, 0] < voiced[1, 0] - 0.04)]

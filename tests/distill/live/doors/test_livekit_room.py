@@ -17,7 +17,7 @@ from livekit.agents import Agent, AgentSession
 from livekit.agents.types import ATTRIBUTE_PUBLISH_ON_BEHALF
 from livekit.agents.voice.avatar import DataStreamAudioOutput
 
-from benchmarks.livekit_room import listen, look
+from benchmarks.serving.livekit_room import listen, look
 from distill.live.doors.livekit_agent import LiveKitDoor
 from distill.live.scheduler import Engine
 from distill.live.server import Options, running
@@ -34,7 +34,7 @@ FRAME = 0.08
 
 @pytest.fixture
 def server():
-    command = [sys.executable, "-m", "benchmarks.livekit_server"]
+    command = [sys.executable, "-m", "benchmarks.serving.livekit_server"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield process.stdout.readline().strip()
         process.kill()
@@ -97,7 +97,7 @@ async def a_call(server: str, address: str) -> tuple[User, AgentSession, list, d
     at["cut"] = time.monotonic()
     await session.interrupt()
     await asyncio.wait_for(handles[1].wait_for_playout(), 30)
-    at["told"] = time.monotonic()
+    at["reported"] = time.monotonic()
     await asyncio.sleep(1.0)
     assert user.room.remote_participants["avatar"].attributes[ATTRIBUTE_PUBLISH_ON_BEHALF] == "agent"
     await session.aclose()
@@ -119,7 +119,7 @@ def test_an_agent_a_user_and_the_avatar_in_a_room(server):
     assert said[0].text_content == "hello there"
     assert len(said[1].text_content) < len("a long story of many words")  # the agent knows where it was interrupted
     user.lag.skip_if_busy()
-    assert at["told"] - at["cut"] < 0.3
+    assert at["reported"] - at["cut"] < 0.3
     voiced = user.voiced()
     assert len(voiced) == 2
     assert voiced[0, 1] - voiced[0, 0] == pytest.approx(1.5, abs=0.1)

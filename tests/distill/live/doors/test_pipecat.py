@@ -27,7 +27,7 @@ from pipecat.pipeline.worker import PipelineParams, PipelineWorker
 from pipecat.tests.utils import SleepFrame, run_test
 from pipecat.workers.runner import WorkerRunner
 
-from benchmarks.pipecat_screen import Screen
+from benchmarks.serving.pipecat_screen import Screen
 from distill.live.doors.pipecat_service import AvatarVideoService
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo

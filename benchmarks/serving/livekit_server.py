@@ -1,7 +1,7 @@
 """A stand-in for a LiveKit server on this machine, for tests: the part of its signalling that one room of a few participants needs,
 two peer connections a participant (aiortc), media and data passed on. No rights are checked, nothing is kept.
 
-    python -m benchmarks.livekit_server [--port 7880]
+    python -m benchmarks.serving.livekit_server [--port 7880]
 
 It prints its URL. Any key and secret make a token for it.
 """

@@ -1,9 +1,9 @@
 """The failure laboratory: the jobs of a sweep up to their distilled student, and the quality by time window of each one's streams.
 
-    python benchmarks/failure_lab.py SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
+    python benchmarks/lab/failure_lab.py SWEEP [--seeds 0 1 2] [--clips 1] [--jobs NAME ...] [--out runs/lab] [--recipe lab_avatar]
 
 It runs what `distill run lab_avatar -m sweep=SWEEP` runs, without each job's report, whose many-step teacher takes as long as the
-training: streams are scored by `benchmarks.long_streams`. Stages that are equal are made once for all sweeps of one --out.
+training: streams are scored by `benchmarks.lab.long_streams`. Stages that are equal are made once for all sweeps of one --out.
 `--seeds` are those of the last stage alone (`distill.train.seed`), `--seed` is the recipe's. It ends with a table, mean and half
 range over the seeds, a row a job and window; what is done is not done again.
 """
@@ -26,9 +26,9 @@ from distill.training.engine import Engine
 from eval.report.tables import grid
 from teachers.files import atomic_write, read_json_or_none, save_tensors
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from benchmarks.long_streams import COLUMNS, World  # noqa: E402, of a script started by its path
+from benchmarks.lab.long_streams import COLUMNS, World  # noqa: E402, of a script started by its path
 
 LAST, KEPT = "distill", 4
 

@@ -1,6 +1,6 @@
 """Minutes with one avatar, in real time: a viewer who talks to it, interrupts it, changes its text and is silent; a row a minute.
 
-    python benchmarks/live.py --run runs/dmd_avatar [--minutes 30] [--talker formant] [--seed 0] [--json OUT]
+    python benchmarks/serving/live.py --run runs/dmd_avatar [--minutes 30] [--talker formant] [--seed 0] [--json OUT]
 
 The server is `distill serve` in a process of its own, whose memory is read. Each minute is scored as the viewer
 got it: lag of the mouth behind the loudness (frames) and their correlation, mean distance of the identity from the portrait's,

@@ -1,6 +1,6 @@
 """Quality by time window of streams far beyond the trained length, of students of finished runs.
 
-    python benchmarks/long_streams.py RUN [RUN ...] [--stages init distill] [--streams 32] [--clips 8] [--sinks N] [--window N]
+    python benchmarks/lab/long_streams.py RUN [RUN ...] [--stages init distill] [--streams 32] [--clips 8] [--sinks N] [--window N]
 
 Every stream is the rollout that serving runs, under the portrait, text and speech of a clip of the world as long as it; a window
 is one trained clip long. All runs have the same conditions and noise. A row a stage and window, `real` first:

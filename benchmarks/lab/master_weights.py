@@ -1,6 +1,6 @@
 """What becomes of small learning rates where the master weights are bf16: steps that are lost.
 
-    python benchmarks/master_weights.py RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
+    python benchmarks/lab/master_weights.py RUN [--rates 5e-4 5e-5 5e-6] [--steps 48] [--seeds 0 1 2]
 
 The initialisation of a run (its method, batches and teacher) at a constant rate, twice from the same weights: with fp32 masters,
 as the engine has them, and with masters that are rounded to bf16 after every update (AdamW's arithmetic and moments stay fp32,
@@ -27,9 +27,9 @@ from distill.training.role import trained
 from eval.report.tables import grid
 from teachers.flow import keyed_generator
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from benchmarks.long_streams import recipe_of  # noqa: E402, of a script started by its path
+from benchmarks.lab.long_streams import recipe_of  # noqa: E402, of a script started by its path
 
 HELD_OUT = 16  # pairs
 

@@ -1,6 +1,6 @@
 """A server for hours, whose viewers come, talk and vanish, beside strangers who send nonsense; its memory, a row a minute.
 
-    python benchmarks/soak.py --student runs/dmd_avatar/student [--minutes 60] [--viewers 6] [--json OUT]
+    python benchmarks/serving/soak.py --student runs/dmd_avatar/student [--minutes 60] [--viewers 6] [--json OUT]
 
 Viewers stay for 3 to 20 s and leave in every way there is: a clean close, a cut line, or they stop reading. Strangers send half
 requests, silence, wrong names, garbage and floods. At the end SIGTERM, timed. A script, not a test; it writes nothing but OUT.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from benchmarks.viewers import Flooder, Talker, counted, server
+from benchmarks.serving.viewers import Flooder, Talker, counted, server
 
 GONE = (ConnectionClosed, OSError, TimeoutError)
 

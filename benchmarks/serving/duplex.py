@@ -1,6 +1,6 @@
 """What a duplex, steered student does with two voices and a direction: correlations, answers and reaction time, and two demos.
 
-    python benchmarks/duplex.py RUN_DIR [--stage distill] [--clips 24] [--out DIR]
+    python benchmarks/serving/duplex.py RUN_DIR [--stage distill] [--clips 24] [--out DIR]
 
 Streams of five seconds for held-out conditions of the run's world, by the rollout that serving equals bit for bit, read by the
 run's own probes; beside them what the same probes read of the world's own films through the codec. Controls use the same noise:

@@ -1,6 +1,6 @@
 """Many viewers of one student: batches against one by one, viewers who talk over the network, and one who floods the server.
 
-    python benchmarks/viewers.py --student runs/dmd_avatar/student [--viewers 16] [--seconds 40] [--json OUT]
+    python benchmarks/serving/viewers.py --student runs/dmd_avatar/student [--viewers 16] [--seconds 40] [--json OUT]
 
 1. Sessions in this process, turn about one by one and together: chunks a second of both, and how far their frames differ.
 2. `distill serve` in a process of its own: so many viewers talk, listen and interrupt, the next one is refused.
@@ -28,7 +28,7 @@ import torch
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from benchmarks.live import SENTENCES, TEXT_ENCODERS
+from benchmarks.serving.live import SENTENCES, TEXT_ENCODERS
 from distill.live import protocol
 from eval.speed.latency import percentile
 from students import Session, load_student, step_together

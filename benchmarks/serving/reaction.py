@@ -1,6 +1,6 @@
 """How soon a stream answers a new text: chunks from the switch until its frames change, and until half of the change is there.
 
-    python benchmarks/reaction.py RUN [RUN ...] [--streams 16]
+    python benchmarks/serving/reaction.py RUN [RUN ...] [--streams 16]
 
 Every stream runs twice with the same sound and noise, once under its first text and once with another from chunk 8 on, said when
 chunk 7 has been drawn. Counted from the first chunk drawn after that: 0 is that chunk itself. The change is the mean absolute

@@ -1,13 +1,13 @@
 """An agent that talks through a door in real time: how late the first frame is, how far sound and picture are apart, and what an
 interrupt leaves.
 
-    python -m benchmarks.doors livekit|room|pipecat --student runs/dmd_avatar/student [--minutes 10] [--turns 40] [--json OUT]
+    python -m benchmarks.serving.doors livekit|room|pipecat --student DIR [--minutes 10] [--turns 40] [--json OUT]
 
 Turns; then turns that are interrupted; then one sentence of so many minutes, pushed at once. livekit: livekit-agents' own output,
 receiver, runner and tracks, in a room without a server; times are those at which an encoder gets a block of 10 ms or a frame.
-room: the same over WebRTC in a room of `benchmarks.livekit_server`; times are a user's, whose sound is lossy, so that only where
-it begins and ends is known. pipecat: the service in a pipeline, before an output transport that plays in real time. Frames carry
-their number as black and white blocks, and no sample is zero: each frame's time is held against that of its first sample.
+room: the same over WebRTC in a room of `benchmarks.serving.livekit_server`; times are a user's, whose sound is lossy, so that only
+where it begins and ends is known. pipecat: the service in a pipeline, before an output transport that plays in real time. Frames
+carry their number as black and white blocks, and no sample is zero: each frame's time is held against that of its first sample.
 """
 
 import argparse
@@ -116,7 +116,7 @@ class LiveKit:
         from livekit import rtc
         from livekit.agents.voice.avatar import DataStreamAudioOutput
 
-        from benchmarks.livekit_room import Tape, a_room
+        from benchmarks.serving.livekit_room import Tape, a_room
         from distill.live.doors import livekit_agent as door
 
         self.rtc, self.tape = rtc, Recorder()
@@ -154,12 +154,12 @@ class LiveKitRoom(LiveKit):
         from livekit import api, rtc
         from livekit.agents.voice.avatar import DataStreamAudioOutput
 
-        from benchmarks.livekit_room import listen, look
+        from benchmarks.serving.livekit_room import listen, look
         from distill.live.doors import livekit_agent as door
 
         door.AvatarStream = Marked
         self.rtc, self.tape, self.tasks = rtc, Recorder(lossy=True), []
-        command = (sys.executable, "-m", "benchmarks.livekit_server")
+        command = (sys.executable, "-m", "benchmarks.serving.livekit_server")
         self.server = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
         url = (await self.server.stdout.readline()).decode().strip()
 
@@ -208,7 +208,7 @@ class Pipecat:
         from pipecat.pipeline.worker import PipelineParams, PipelineWorker
         from pipecat.workers.runner import WorkerRunner
 
-        from benchmarks.pipecat_screen import Screen
+        from benchmarks.serving.pipecat_screen import Screen
         from distill.live.doors import pipecat_service as door
 
         logger.remove()
