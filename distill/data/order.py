@@ -35,8 +35,11 @@ def batch_rows(
 def made_ahead(
     make: Callable[[Item], Made], items: Iterable[Item], workers: int = 1, ahead: int = AHEAD
 ) -> Generator[Made]:
-    """make(item) of each item, in order; `workers` threads make the next `ahead` of them while one is worked on. An error of `make`
-    is raised where its item would have come."""
+    """make(item) of each item, in order; `workers` threads make the next `ahead` of them while one is worked on (0: none, each is
+    made when it is asked for). An error of `make` is raised where its item would have come."""
+    if not ahead:
+        yield from map(make, items)
+        return
     waiting: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(workers, "made-ahead") as pool:
         try:
@@ -51,17 +54,20 @@ def made_ahead(
 
 
 class Positions(Generic[Made]):
-    """make(position), a pure function, for positions that are asked for one after the other: the next ones are made by a thread
-    meanwhile. Another position than the next starts anew, so what is given depends on the position alone."""
+    """make(position), a pure function, for positions that are asked for one after the other: the next `ahead` are made by a thread
+    meanwhile. Another position than the next starts anew, so what is given depends on the position alone.
 
-    def __init__(self, make: Callable[[int], Made]):
-        self.make, self.next = make, -1
+    Where the training itself computes on the CPU, ahead=0: OpenMP's threads wait for each other at every product, and beside a
+    second thread that uses them they sleep there, which took three times as long (LOG.md, 2026-12-01)."""
+
+    def __init__(self, make: Callable[[int], Made], ahead: int = AHEAD):
+        self.make, self.ahead, self.next = make, ahead, -1
         self.coming: Generator[Made] | None = None
 
     def __call__(self, position: int) -> Made:
         if position != self.next:
             self.close()
-            self.next, self.coming = position, made_ahead(self.make, count(position))
+            self.next, self.coming = position, made_ahead(self.make, count(position), ahead=self.ahead)
         self.next += 1
         assert self.coming is not None
         return next(self.coming)

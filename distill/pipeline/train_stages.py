@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill import methods
-from distill.data.order import Positions, batch_rows
+from distill.data.order import AHEAD, Positions, batch_rows
 from distill.methods import Batch
 from distill.methods.discriminator import Discriminator, build_discriminator
 from distill.pipeline import trajectories
@@ -133,7 +133,8 @@ def run_training(
         batch = batch_of(rows, torch.device("cpu"))
         return batch.map(Tensor.pin_memory) if engine.device.type == "cuda" else batch
 
-    with artifacts.training(frozen), closing(Positions(make)) as made:
+    ahead = 0 if engine.device.type == "cpu" else AHEAD
+    with artifacts.training(frozen), closing(Positions(make, ahead)) as made:
         held = {name: artifacts.frozen(name) for name in frozen}
         _make_fast(artifacts, held)
         method = methods.build(config.method, {**roles, **held}, grid)

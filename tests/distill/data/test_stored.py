@@ -225,6 +225,11 @@ def test_batches_are_made_ahead_and_depend_on_their_position_alone():
             batches(9)
     assert threading.current_thread().name not in names
     assert not any(thread.name.startswith("made-ahead") for thread in threading.enumerate())
+    made.clear()
+    with closing(Positions(make, ahead=0)) as batches:
+        assert [batches(position) for position in (3, 4, 1)] == [30, 40, 10]
+    assert made == [3, 4, 1], "none before it is asked for"
+    assert threading.current_thread().name in names
     assert [*made_ahead(str, range(5), workers=3)] == ["0", "1", "2", "3", "4"]
     endless = made_ahead(str, count())
     assert [next(endless), next(endless)] == ["0", "1"]

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 from distill.compose import RECIPES
 from distill.methods import flow_matching, ode_init
+from distill.pipeline import train_stages
+from distill.pipeline.pretrained import digest
 from distill.pipeline.stages import Pipeline, facts, field_value, stages
 from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe
 from distill.training.config import EngineConfig
@@ -20,6 +23,7 @@ from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
 from teachers.errors import UserError
 from tests.distill.pipeline.evaluation.test_health import SMALL
+from tests.support.faults import around
 
 CASES = {
     "plain": ("scratch_avatar", ()),
@@ -264,6 +268,30 @@ def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
         assert allowed, f"stage {stage_name} reads {field}, which neither it nor an input declares"
     assert len(set(READ)) > (40 if name == "plain" else 20)
     pipeline.artifacts.log.close()
+
+
+def test_a_stage_of_another_seed_is_another_and_those_before_it_are_the_same(tmp_path, monkeypatch):
+    threads = set()
+
+    def rows(original, *given):
+        threads.add(threading.current_thread())
+        return original(*given)
+
+    around(monkeypatch, train_stages, "batch_rows", rows)
+
+    def weights(*words):
+        name = words[0] if words else "init"
+        recipe = load_recipe(RECIPES / "scratch_avatar.yaml", (*SMALL, f"run_dir={tmp_path / name}", *words))
+        pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
+        for stage in list(pipeline.stages)[: list(pipeline.stages).index("init") + 1]:
+            pipeline.stage(stage)
+        pipeline.close()
+        return {file.parent.name: digest(file) for file in (tmp_path / name).glob("stages/*/model.safetensors")}
+
+    first, second = weights(), weights("init.train.seed=1", f"reuse={tmp_path / 'init'}")
+    assert len(first) > 1
+    assert [name for name in first if first[name] != second[name]] == ["init"]
+    assert threads == {threading.main_thread()}, "a CPU that trains makes its batches in no second thread"
 
 
 @pytest.mark.parametrize(
