@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.live.operations.capacity import LARGEST, Capacity, measure
 from distill.live.operations.metrics import Histogram
-from distill.live.talkers import Talker
+from distill.live.talkers import Talker, Words, spoken
 from distill.live.turns import Turn
 from distill.live.viewer import Viewer
 from eval.speed.latency import percentile
@@ -115,8 +115,12 @@ class Engine:
         conversation = self.talker.conversation()
 
         def talk(turn: Turn, utterance: str | Tensor) -> None:
+            def tell(words: Words) -> None:
+                if not turn.cancelled.is_set():
+                    emit({"type": "words", "turn": turn.number, "who": words.who, "text": words.text})
+
             self.totals.turns += 1
-            self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
+            self.talking.submit(turn.fill, lambda: spoken(conversation.turn(utterance), tell), self.woken.set)
 
         viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
         self.viewers.append(viewer)
