@@ -4,11 +4,13 @@ import argparse
 import ctypes
 import gc
 import importlib.util
+import os
 import signal
 import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from teachers.errors import UserError
 from teachers.media.crop import CROPS
 from teachers.media.mark import Mark
 from teachers.media.picture import SUFFIXES
+
+if TYPE_CHECKING:
+    from distill.live.answering.talker import Choice
 
 NEEDED = ("starlette", "uvicorn", "websockets")
 MAX_PORTRAITS = 24
@@ -48,8 +53,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--talker",
         default="auto",
         metavar="NAME|DIR",
-        help="auto, espeak, formant, echo, or a local audio language model",
+        help="the voice: auto, espeak, formant, echo, 'cmd:PROGRAM ARGUMENTS' that reads a text and writes a WAV file, "
+        "my_file:Thing, a local VITS model, or a local audio language model, which answers too",
     )
+    answer = parser.add_argument_group(
+        "conversation mode; without it the avatar repeats what is typed or said (docs/serving.md)"
+    )
+    answer.add_argument(
+        "--answer",
+        metavar="URL|DIR",
+        help="OpenAI-compatible API (its token: ANSWER_TOKEN), or a local chat model's folder",
+    )
+    answer.add_argument("--answer-model", metavar="NAME", help="model of that API (default: the only one it has)")
+    answer.add_argument("--answer-prompt", metavar="TEXT", help="what the model is told of its part")
+    answer.add_argument(
+        "--transcribe",
+        metavar="URL|DIR",
+        help="the same for speech to text (TRANSCRIBE_TOKEN); without it only what is typed is answered",
+    )
+    answer.add_argument("--transcribe-model", metavar="NAME", help="model of that API (default: the only one it has)")
     parser.add_argument(
         "--crop",
         choices=CROPS,
@@ -118,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     token = read_token(args.token)
     access = Access(host=args.host, token=token, names=args.allow_host, insecure=args.insecure)
     bound = _bind(args.host, args.port)
-    talker = load_talker(args.talker)
+    talker = _choice(args).join(load_talker(args.talker), os.environ)
     bundle = devices.load(args.student, args)
     spec = bundle.spec
     mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
@@ -141,10 +163,21 @@ def run(args: argparse.Namespace) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         # uvicorn has its own meanwhile, and sends the signal on: a clean end here
         signal.signal(name, lambda *_: setattr(server, "should_exit", True))
-    _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
+    mode = f"{talker.model} answers" if talker.model else "echo mode"
+    _announce(
+        args, bound, token, f"student {args.student}, talker {talker.name}, {mode}, up to {engine.max_viewers} viewers"
+    )
     server.run(sockets=[bound])
     gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
+
+
+def _choice(args: argparse.Namespace) -> "Choice":
+    from distill.live.answering.talker import Choice
+
+    prompt = {} if args.answer_prompt is None else {"prompt": args.answer_prompt}
+    names = ("answer", "answer_model", "transcribe", "transcribe_model")
+    return Choice(**{name: getattr(args, name) for name in names}, **prompt)
 
 
 def _few_arenas() -> None:

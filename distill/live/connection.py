@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ OPEN_SECONDS = 60.0  # and one that never opens a stream
 KINDS = {message: name for name, message in protocol.MESSAGES.items()}
 
 
-def is_large(message: dict[str, Any]) -> bool:
+def is_large(message: Mapping[str, Any]) -> bool:
     """Whether a message is one of which only one waits."""
     return len(message.get("bytes") or message.get("text") or "") > SMALL
 
@@ -37,7 +37,7 @@ class Connection:
         self.server, self.page, self.viewer, self.put = server, page, viewer, put
         self.inbox: asyncio.Queue[Any] = asyncio.Queue(INBOX)
         self.large = asyncio.Semaphore(1)
-        self.picture: tuple[Tensor, str] | None = None  # the one that was sent last, and a note on its crop
+        self.picture: Tensor | None = None  # the one that was sent last
 
     def _tell(self, function: Any, *given: Any) -> None:
         """Ask the engine for what comes many times a second, and wait for nothing; what is wrong is said when it is known."""
@@ -102,7 +102,7 @@ class Connection:
                 return
             try:
                 if not greeted:
-                    protocol.check_hello(message.get("text"))
+                    await self._greeted(protocol.check_hello(message.get("text")))
                     greeted = True
                 elif message.get("bytes") is not None:
                     await self._binary(message["bytes"])
@@ -120,6 +120,12 @@ class Connection:
         viewer.emit({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)
 
+    async def _greeted(self, hello: protocol.Hello) -> None:
+        """What is sent from now on is packed as the client wants it."""
+        viewer, spec = self.viewer, self.viewer.spec
+        pack = protocol.packer(hello, (spec.height, spec.width), spec.fps)
+        await self.server.ask(setattr, viewer, "pack", pack, of=viewer)
+
     async def _binary(self, data: bytes) -> None:
         viewer, server = self.viewer, self.server
         kind, content = protocol.unpack(data)
@@ -133,10 +139,10 @@ class Connection:
             sent, note = await asyncio.to_thread(
                 server.decoders.run, uploads.decode_picture, content, size, server.options.crop
             )
-            if self.server.options.strict:  # else a note is sent when the page opens a stream with it
-                await self._check_coverage(sent, "")
-            self.picture = sent, note
-            self.put({"type": "portrait"})
+            notes = [note, *await self._unlike(sent, "")]
+            self.picture = sent
+            image = await asyncio.to_thread(protocol.to_data_url, sent)
+            self.put({"type": "portrait", "image": image, "note": "; ".join(filter(None, notes))})
         elif kind == protocol.FILE:
             sound, _ = await asyncio.to_thread(server.decoders.run, uploads.decode_file, content)
             await self.server.ask(viewer.say, sound, time.monotonic(), of=viewer)
@@ -145,21 +151,25 @@ class Connection:
         else:
             self._tell(viewer.feed, protocol.to_sound(content), time.monotonic())
 
-    async def _check_coverage(self, reference: Tensor | None, text: str, note: str = "") -> None:
-        """A note on the page, with `note`, for a picture and a text outside what the student was trained on; UserError where that
-        is refused."""
+    async def _unlike(self, reference: Tensor | None, text: str) -> list[str]:
+        """Why a picture and a text are outside what the student was trained on, in lines; UserError where such are refused."""
         lines = await asyncio.to_thread(self.server.engine.bundle.unlike, reference, text)
         if self.server.options.strict and lines:
             raise UserError(f"{lines[0]}; this server takes no such input")
-        if found := [line for line in (*lines, note) if line]:
-            self.put({"type": "note", "message": "; ".join(found)})
+        return lines
+
+    async def _check_coverage(self, reference: Tensor | None, text: str) -> None:
+        """A note on the page for a picture and a text outside what the student was trained on; UserError where that is refused."""
+        if lines := await self._unlike(reference, text):
+            self.put({"type": "note", "message": "; ".join(lines)})
 
     async def _handle(self, message: Any) -> None:
         viewer, now = self.viewer, time.monotonic()
         viewer.allowance.take(KINDS[type(message)], now)
         if isinstance(message, protocol.Open):
-            reference, note = self._reference(message)
-            await self._check_coverage(reference, message.text, note)
+            reference = self._reference(message)
+            sent = message.portrait is None  # its notes are told already
+            await self._check_coverage(None if sent else reference, message.text)
             await self.server.ask(viewer.open, reference, message.text, message.seed, now, of=viewer)
         elif isinstance(message, protocol.Say):
             if not message.text.strip():
@@ -179,10 +189,10 @@ class Connection:
         elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
             self.server.seen.add(message.ms / 1000)
 
-    def _reference(self, message: protocol.Open) -> tuple[Tensor, str]:
+    def _reference(self, message: protocol.Open) -> Tensor:
         portraits = self.server.portraits
         if message.portrait is None and self.picture is not None:
             return self.picture
         if message.portrait is None or not 0 <= message.portrait < len(portraits):
             raise UserError(f"no portrait {message.portrait}: choose 0..{len(portraits) - 1} or send a picture first")
-        return portraits[message.portrait], ""
+        return portraits[message.portrait]

@@ -6,10 +6,14 @@ microphone samples, or SPEECH, what the avatar is to say (both s16le, mono, 16 k
 No file name is ever sent. The server sends JSON, `hello` first, and one binary message a chunk, laid out by `pack_chunk`.
 """
 
+import base64
 import io
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,9 +21,11 @@ import torch
 from torch import Tensor
 
 from students.serving.session import Chunk
+from teachers.codecs.linear import to_uint8
 from teachers.config import convert
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.media.realtime import Vp8Encoder
 
 VERSION = 1
 """Of all that is below: raised by what a client of before would misread or a server of before refuse, not by a new message of the
@@ -29,7 +35,7 @@ MAX_TEXT = 600
 MAX_MESSAGE = 8 * 2**20  # bytes
 MAX_SOUND_SAMPLES = SAMPLE_RATE  # of one message of samples
 SOUND, IMAGE, FILE, SPEECH = range(4)
-RAW, JPEG = 0, 1
+RAW, JPEG, VP8 = range(3)
 RAW_PIXELS = 128 * 128  # up to here frames are sent as they are
 HEADER = struct.Struct("<BBHIII")  # VERSION, frame format, frames, first frame, epoch, samples
 
@@ -40,9 +46,10 @@ class ProtocolError(UserError):
 
 @dataclass(frozen=True)
 class Hello:
-    """The first message: the version that the client speaks."""
+    """The first message: the version that the client speaks, and the video codecs that it decodes (`vp8`)."""
 
     version: int
+    video: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ def parse(text: str) -> Any:
     return message
 
 
-def check_hello(text: str | None) -> None:
-    """ProtocolError, in one line for both sides, unless a client's first message is a Hello of this version."""
+def check_hello(text: str | None) -> Hello:
+    """A client's first message; ProtocolError, in one line for both sides, unless it is a Hello of this version."""
     try:
         hello = parse(text or "")
     except UserError:
@@ -145,6 +152,7 @@ def check_hello(text: str | None) -> None:
     if not isinstance(hello, Hello):
         raise ProtocolError(f'protocol {VERSION}: the first message must be {{"type": "hello", "version": {VERSION}}}')
     check_version(hello.version, "client")
+    return hello
 
 
 def check_version(version: Any, whose: str) -> None:
@@ -173,22 +181,47 @@ def to_sound(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, "<i2").astype(np.float32) / 32768)
 
 
-def pack_chunk(chunk: Chunk, epoch: int) -> bytes:
-    """HEADER, the frames, the sound (s16le, mono, 16 kHz). Frames are RGB rows, or each its length (u32) and a JPEG."""
-    frames = chunk.frames.numpy()
-    count, height, width, _ = frames.shape
-    raw = height * width <= RAW_PIXELS
+def pack_chunk(chunk: Chunk, epoch: int, encoder: Vp8Encoder | None = None) -> bytes:
+    """HEADER, the frames, the sound (s16le, mono, 16 kHz). Small frames are RGB rows, others each its length (u32) and a packet of
+    the viewer's `encoder`, or a JPEG."""
+    count, height, width, _ = chunk.frames.shape
+    if height * width <= RAW_PIXELS:
+        kind, frames = RAW, [chunk.frames.numpy().tobytes()]
+    else:
+        kind, encode = (JPEG, _jpeg) if encoder is None else (VP8, encoder.encode)
+        parts = [encode(frame) for frame in chunk.frames]
+        frames = [struct.pack("<I", len(part)) + part for part in parts]
     sound = (chunk.audio.clamp(-1, 1) * 32767).round().to(torch.int16).numpy().astype("<i2").tobytes()
-    head = HEADER.pack(VERSION, RAW if raw else JPEG, count, chunk.first_frame, epoch, len(chunk.audio))
-    return b"".join([head, frames.tobytes() if raw else b"".join(_jpeg(frame) for frame in frames), sound])
+    head = HEADER.pack(VERSION, kind, count, chunk.first_frame, epoch, len(chunk.audio))
+    return b"".join([head, *frames, sound])
 
 
-def _jpeg(frame: np.ndarray) -> bytes:
+def packer(hello: Hello, size: tuple[int, int], fps: Fraction) -> Callable[[Chunk, int], bytes]:
+    """How chunks of frames (H, W) are packed for a client."""
+    moving = "vp8" in hello.video and size[0] * size[1] > RAW_PIXELS
+    return partial(pack_chunk, encoder=Vp8Encoder(size, fps)) if moving else pack_chunk
+
+
+def _jpeg(frame: Tensor) -> bytes:
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(frame).save(file, "JPEG", quality=90)
-    return struct.pack("<I", file.tell()) + file.getvalue()
+    Image.fromarray(frame.numpy()).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def to_png(picture: Tensor) -> bytes:
+    """A picture [3, H, W] in [-1, 1] as a file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(to_uint8(picture[None])[0].permute(1, 2, 0).numpy())).save(file, "PNG")
+    return file.getvalue()
+
+
+def to_data_url(picture: Tensor) -> str:
+    """The same as pages show it."""
+    return f"data:image/png;base64,{base64.b64encode(to_png(picture)).decode()}"
 
 
 @dataclass(frozen=True)
@@ -210,6 +243,8 @@ def read_chunk(data: bytes, size: tuple[int, int]) -> Received:
     place, pictures = HEADER.size, []
     for _ in range(count):
         length = size[0] * size[1] * 3
+        if kind == VP8:
+            raise ProtocolError("frames are VP8, which this client did not ask for; update it")
         if kind == JPEG:
             (length,) = struct.unpack_from("<I", data, place)
             place += 4

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distill.live.operations.capacity import LARGEST, Capacity, measure
 from distill.live.operations.metrics import Histogram
-from distill.live.talkers import Talker
+from distill.live.talkers import Talker, Words, spoken
 from distill.live.turns import Turn
 from distill.live.viewer import Viewer
 from eval.speed.latency import percentile
@@ -116,12 +116,30 @@ class Engine:
 
         def talk(turn: Turn, utterance: str | Tensor) -> None:
             self.totals.turns += 1
-            self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
+            tell = self._teller(turn, emit)
+            self.talking.submit(turn.fill, lambda: spoken(conversation.turn(utterance), tell), self.woken.set)
 
         viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer
+
+    def _teller(self, turn: Turn, emit: Callable[[Any], None]) -> Callable[[Words], None]:
+        """Takes the words of a turn from its talker's thread, and sends them behind its announcement, none after its end."""
+        waiting: deque[Words] = deque()
+
+        def send() -> None:
+            while waiting and turn.number and not turn.cancelled.is_set():
+                words = waiting.popleft()
+                emit({"type": "words", "turn": turn.number, "who": words.who, "text": words.text})
+            if waiting and not turn.cancelled.is_set():
+                self.call(send)
+
+        def tell(words: Words) -> None:
+            waiting.append(words)
+            self.call(send)
+
+        return tell
 
     def leave(self, viewer: Viewer) -> None:
         """Free a viewer's session. On the engine's thread."""

@@ -4,7 +4,6 @@ Who gets in is `distill.live.operations`'s to say. A slow reader is cut off, nev
 """
 
 import asyncio
-import io
 import logging
 import signal
 import socket
@@ -16,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import Tensor
@@ -36,18 +33,18 @@ from distill.live.operations.sockets import DrainingServer
 from distill.live.scheduler import Engine
 from distill.live.viewer import Viewer
 from students.weights.checkpoint import Bundle
-from teachers.codecs.linear import to_uint8
 
 log = logging.getLogger(__name__)
 QUEUE = 64  # messages on their way to a page
 DRAIN_SECONDS = 2.5  # that sentences have to end when the server is to
 STUCK_SECONDS = 30.0  # without an answer of the engine's thread
 FULL, GONE = 1013, 1001
-PAGE = Path(__file__).with_name("page.html")
+PAGE = Path(__file__).with_name("page")
 CLIENT = Path(__file__).with_name("client.js")
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline' blob:; worker-src blob:; style-src 'unsafe-inline';"
-    " img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self';"
+    " frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
@@ -101,6 +98,8 @@ def build_app(
     routes = [
         Route("/", server.page),
         Route("/client.js", server.client),
+        Route("/page/{name}", server.part),
+        Route("/hello", server.greet),
         Route("/portraits/{number:int}.png", server.portrait),
         Route("/health", server.health),
         Route("/metrics", server.metrics),
@@ -135,7 +134,8 @@ class Server:
 
     def __init__(self, engine: Engine, portraits: list[Tensor], options: Options):
         self.engine, self.portraits, self.options = engine, portraits, options
-        self.pictures = [_png(portrait) for portrait in portraits]
+        self.pictures = [protocol.to_png(portrait) for portrait in portraits]
+        self.files = {file.name: file for file in PAGE.iterdir() if file.suffix in KINDS}
         self.decoders, self.peers = Decoders(), Peers(options.peer_viewers)
         self.started = time.time()
         self.pages: set[Any] = set()  # what puts a message on its way to each viewer
@@ -145,10 +145,19 @@ class Server:
 
     async def page(self, _: Request) -> Response:
         self.decoders.start()  # somebody comes who may send files
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=HEADERS)
+        return _file(self.files["index.html"])
 
     async def client(self, _: Request) -> Response:
-        return Response(CLIENT.read_text(encoding="utf-8"), media_type="text/javascript", headers=HEADERS)
+        return _file(CLIENT)
+
+    async def part(self, request: Request) -> Response:
+        """A style or a script of the page."""
+        file = self.files.get(request.path_params["name"])
+        return PlainTextResponse("no such file\n", 404) if file is None else _file(file)
+
+    async def greet(self, _: Request) -> Response:
+        """What a viewer is told first, for who is none yet."""
+        return JSONResponse(self._hello(), headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
         number = request.path_params["number"]
@@ -214,7 +223,7 @@ class Server:
             asyncio.create_task(ended.wait()),
         ]
         try:
-            put(self._hello(viewer))
+            put(self._hello())
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
@@ -228,8 +237,8 @@ class Server:
         with suppress(RuntimeError, WebSocketDisconnect, OSError, TimeoutError):  # closed already
             await asyncio.wait_for(page.close(GONE), 1.0)
 
-    def _hello(self, viewer: Viewer) -> dict[str, Any]:
-        spec = viewer.spec
+    def _hello(self) -> dict[str, Any]:
+        spec, talker = self.engine.bundle.spec, self.engine.talker
         return {
             "type": "hello",
             "version": protocol.VERSION,
@@ -237,9 +246,12 @@ class Server:
             "height": spec.height,
             "fps": float(spec.fps),
             "samples_per_frame": spec.samples_per_frame,
-            "lead": viewer.lead,
+            "lead": self.engine.lead,
             "portraits": len(self.portraits),
-            "talker": self.engine.talker.name,
+            "talker": talker.name,
+            "model": talker.model,
+            "mode": "conversation" if talker.model else "echo",
+            "hears": talker.hears,
             "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
         }
 
@@ -248,8 +260,5 @@ class Server:
         return await asyncio.wrap_future(self.engine.call(function, *given, of=of))
 
 
-def _png(portrait: Tensor) -> bytes:
-    file = io.BytesIO()
-    pixels = np.ascontiguousarray(to_uint8(portrait[None])[0].permute(1, 2, 0).numpy())
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+def _file(file: Path) -> Response:
+    return FileResponse(file, media_type=KINDS[file.suffix], headers=HEADERS)

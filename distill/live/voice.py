@@ -1,4 +1,4 @@
-"""Text to speech with nothing downloaded: a small formant voice, and espeak-ng through its command line.
+"""Text to speech with nothing downloaded: a small formant voice, and espeak-ng or any other program through its command line.
 
 The formant voice is a source-filter synthesiser with the vowels of `distill.data.procedural.speech`, on which the embedded student
 was trained: letters become vowels, closures, hisses and pauses on a 100 Hz grid. It is made for lips, not for understanding.
@@ -6,14 +6,18 @@ was trained: letters become vowels, closures, hisses and pauses on a 100 Hz grid
 
 import re
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill.data.procedural.speech import HOP, N_FFT, SAMPLE_RATE, VOWELS
+from teachers.errors import UserError
 from teachers.media.streams import Resampler
 
 PIECE = SAMPLE_RATE // 10
@@ -23,6 +27,8 @@ LETTERS = {"ee": "i", "ea": "i", "oo": "u", "ou": "u", "ai": "e", "ay": "e", "au
 HISSES, CLOSURES = set("fvszxjhc"), set("pbmtdkgqn")
 PAUSES = {",": 18, ";": 22, ":": 22, ".": 32, "!": 32, "?": 32, "\n": 32}
 ESPEAK = "espeak-ng"
+ESPEAK_COMMAND = (ESPEAK, "--stdin", "--stdout", "-v", "en", "-s", "150", "-b", "1")
+MAX_PART = 2**16  # bytes of a part of a WAV file before its samples
 
 
 def syllables(text: str) -> list[tuple[str, int]]:
@@ -102,22 +108,30 @@ def has_espeak() -> bool:
 
 
 def espeak_voice(text: str) -> Iterator[Tensor]:
-    """The same by espeak-ng, read from its pipe as it speaks; leading silence is left out."""
-    command = [ESPEAK, "--stdin", "--stdout", "-v", "en", "-s", "150", "-b", "1"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    """The same by espeak-ng."""
+    return command_voice(ESPEAK_COMMAND, text)
+
+
+def command_voice(command: Sequence[str], text: str) -> Iterator[Tensor]:
+    """The same by a program that reads the text from its standard input and writes a WAV file (s16) to its standard output, read as
+    it speaks; leading silence is left out. UserError where it writes none."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(text.encode("utf-8", "replace"))
-            process.stdin.close()
-            head = process.stdout.read(44)
-            rate = int.from_bytes(head[24:28], "little")
-            if len(head) < 44 or not head.startswith(b"RIFF") or not 8000 <= rate <= 48000:
-                return
+            with suppress(BrokenPipeError):
+                process.stdin.write(text.encode("utf-8", "replace"))
+                process.stdin.close()
+            found = _read_head(process.stdout)
+            if found is None:
+                raise UserError(f"{command[0]} wrote no WAV file of 16 bits (exit status {process.wait(5)})")
+            rate, channels = found
             resampler, silent = Resampler(rate, SAMPLE_RATE), True
-            while block := process.stdout.read(rate // 10 * 2):
-                samples = torch.frombuffer(bytearray(block[: len(block) // 2 * 2]), dtype=torch.int16).float() / 32768
-                piece = resampler.push(samples)
+            while block := process.stdout.read(rate // 10 * 2 * channels):
+                whole = torch.frombuffer(
+                    bytearray(block[: len(block) // (2 * channels) * 2 * channels]), dtype=torch.int16
+                )
+                piece = resampler.push(whole.view(-1, channels).float().mean(1) / 32768)
                 if silent:
                     loud = (piece.abs() > 0.01).nonzero()
                     if len(loud) == 0:
@@ -127,3 +141,19 @@ def espeak_voice(text: str) -> Iterator[Tensor]:
             yield resampler.finish()
         finally:
             process.kill()
+
+
+def _read_head(file: IO[bytes]) -> tuple[int, int] | None:
+    """Rate and channels of a WAV file of 16 bits, read up to its samples; None for anything else."""
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    found = None
+    while len(part := file.read(8)) == 8 and part[:4] != b"data":
+        content = file.read(min(int.from_bytes(part[4:], "little"), MAX_PART))
+        if part[:4] == b"fmt " and len(content) >= 16:
+            kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content)
+            found = (rate, channels) if (bits, kind in (1, 0xFFFE)) == (16, True) else None
+    if found is None or part[:4] != b"data" or not (8000 <= found[0] <= 192_000 and 1 <= found[1] <= 8):
+        return None
+    return found

@@ -22,8 +22,9 @@ def serving(bundle: Bundle | None = None, talker=None, viewers: int | None = 4, 
     """Yields (address "127.0.0.1:port", engine)."""
     bundle = bundle or tiny.a_bundle()
     engine = Engine(bundle, talker or Echo(), viewers, lead)
-    engine.warm_up(tiny.a_portrait())
-    with running(engine, read_portraits([], (bundle.spec.height, bundle.spec.width)), options) as address:
+    portraits = read_portraits([], (bundle.spec.height, bundle.spec.width))
+    engine.warm_up(portraits[0])
+    with running(engine, portraits, options) as address:
         yield address, engine
     assert not engine.thread.is_alive()
 
@@ -96,6 +97,7 @@ class PuppetCodec(nn.Module):
         return picture.clamp(-1, 1), 1
 
 
-def a_puppet() -> Bundle:
-    spec = tiny.make_spec()
+def a_puppet(**changes) -> Bundle:
+    """`changes` of its spec, such as height and width."""
+    spec = tiny.make_spec(**changes)
     return Bundle(PuppetStudent(spec), PuppetCodec(spec), spec.audio.load(spec.samples_per_frame), tiny.text_encoder())

@@ -112,6 +112,11 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
             (["--student", str(tmp_path), "--port", port], "cannot serve on"),
             (["--student", str(tmp_path), "--port", "70000"], "--port"),
             (["--student", str(tmp_path), "--talker", "nobody"], "no talker"),
+            (["--student", str(tmp_path), "--transcribe", "http://x/v1"], "--transcribe is of conversation mode"),
+            (
+                ["--student", str(tmp_path), "--answer", "http://127.0.0.1:9/v1"],
+                "--answer: no answer (ConnectionRefused",
+            ),
             (["--student", str(tmp_path), "--host", "0.0.0.0"], "--host 0.0.0.0: whoever reaches it"),
             (["--student", str(tmp_path), "--token", "short"], "--token: give 16 characters"),
             (["--student", str(tmp_path), "--token", "@nowhere"], "--token @nowhere: cannot be read"),

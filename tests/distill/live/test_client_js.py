@@ -15,17 +15,11 @@ from distill.commands.serve import read_portraits
 from distill.live.scheduler import Engine
 from distill.live.server import CLIENT, Options, running
 from distill.live.talkers import Echo
-from tests.distill.live.test_browser import RECORD, chromium, tapes, until  # noqa: F401 (a fixture)
 from tests.support import serving
-from tests.support.serving import MOUTH
+from tests.support.browser import record, tapes, until
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 FRAME = 0.08
-NAMES = """() => {
-  const {context, out, canvas} = window.avatar = avatarClient, pen = canvas.getContext("2d");
-  avatar.player = {context, out, canvas, pen, get shown() { return avatar.shown; }};
-}"""
-"""What RECORD reads, by the page's names."""
 CONNECT = """async url => {
   const {Avatar} = await import(url);
   try { (window.kept ??= []).push(await Avatar.connect(document.createElement("canvas"))); return "in"; }
@@ -57,7 +51,7 @@ class Embedded:
 
 
 @pytest.fixture
-def page(chromium):  # noqa: F811
+def page(chromium):
     engine = Engine(serving.a_puppet(), Echo(), 2)
     with running(engine, read_portraits([], (16, 16)), Options(doors=[Embedded()])) as address:
         page, faults = chromium.new_page(), []
@@ -72,7 +66,7 @@ def page(chromium):  # noqa: F811
 def speech_and_lips(page) -> float:
     """Two seconds of speech: seconds between what is heard and the lips, at its start or its end, or that it lasts too long,
     whichever is most."""
-    before = page.evaluate("avatar.player.context.currentTime")
+    before = page.evaluate("avatarClient.context.currentTime")
     page.evaluate(SPEAK % 2)
     page.evaluate("avatarClient.spoken()")
     page.wait_for_timeout(3500)
@@ -88,8 +82,7 @@ def speech_and_lips(page) -> float:
 def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
     page.click("#talk")
     until(page, "window.avatarClient && avatarClient.shown > 4")
-    page.evaluate(NAMES)
-    page.evaluate(RECORD, MOUTH.start + 1)
+    record(page, "avatarClient")
     apart = [speech_and_lips(page) for _ in range(3)]
     # a frame and two of the screen's; a busy machine draws late at times, not always
     assert min(apart) <= FRAME + 0.03, apart
@@ -108,7 +101,7 @@ def test_another_version_and_one_too_many_are_rejected_in_words(page):
     page.evaluate("kept.forEach(avatar => avatar.close())")
 
 
-def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):  # noqa: F811
+def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):
     engine = Engine(serving.a_puppet(), Echo(), 2)
     with running(engine, read_portraits([], (16, 16))) as address, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -125,8 +118,7 @@ def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):  # noq
                 page.fill("#question", "one two three")
                 page.click("button")
                 until(page, "window.avatarClient && avatarClient.shown > 4")
-                page.evaluate(NAMES)
-                page.evaluate(RECORD, MOUTH.start + 1)
+                record(page, "avatarClient")
                 page.click("button")
                 page.wait_for_timeout(3000)
                 sound, _, drawn = tapes(page)

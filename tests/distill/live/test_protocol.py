@@ -1,8 +1,11 @@
 """What pages may send, and what they may not."""
 
 import json
+import struct
 from contextlib import suppress
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -79,6 +82,41 @@ def test_a_chunk_survives_the_way(side, exact):
     assert np.abs(read.sound - sound.numpy()).max() < 1e-4
     gap = np.abs(read.frames.astype(int) - frames.numpy())
     assert gap.max() == 0 if exact else gap.max() < 8
+
+
+def moving_frames(count: int, side: int) -> torch.Tensor:
+    """uint8 [T, H, W, 3] of a wave that moves over a ramp."""
+    place = torch.arange(side) / side
+    wave = torch.sin(12 * place[None, :, None] + 9 * place[None, None] + 0.3 * torch.arange(count)[:, None, None])
+    return (127 + 80 * wave + 40 * (place[:, None] - 0.5)).byte()[..., None].expand(-1, -1, -1, 3).contiguous()
+
+
+def test_frames_of_a_client_that_decodes_vp8_are_small_and_stay_right_over_a_rewind():
+    frames, sound = moving_frames(12, 192), torch.zeros(300)
+    hello = protocol.check_hello('{"type": "hello", "version": 1, "video": ["av9", "vp8"]}')
+    pack = protocol.packer(hello, (192, 192), Fraction(25, 2))
+    # the second chunk is taken back, and comes again
+    sent = [pack(Chunk(0, first, frames[first : first + 4], sound, {}), 0) for first in (0, 4, 4, 8)]
+    decoder, seen = av.CodecContext.create("vp8", "r"), []
+    for data in sent:
+        _, kind, count, *_ = protocol.HEADER.unpack_from(data)
+        assert kind == protocol.VP8
+        place = protocol.HEADER.size
+        for _ in range(count):
+            (length,) = struct.unpack_from("<I", data, place)
+            (frame,) = decoder.decode(av.Packet(data[place + 4 : place + 4 + length]))
+            seen.append(frame.to_ndarray(format="rgb24"))
+            place += 4 + length
+        assert len(data) - place == 600
+    expected = [*frames[:8], *frames[4:]]
+    gaps = [np.abs(one.astype(int) - other.numpy()).mean() for one, other in zip(seen, expected, strict=True)]
+    assert max(gaps) < 6
+    jpegs = protocol.pack_chunk(Chunk(0, 8, frames[8:], sound, {}), 0)
+    assert len(sent[-1]) < len(jpegs) / 2
+    with pytest.raises(UserError, match="VP8"):
+        protocol.read_chunk(sent[0], (192, 192))
+    assert protocol.packer(hello, (64, 64), Fraction(25)) is protocol.pack_chunk
+    assert protocol.packer(protocol.Hello(1), (192, 192), Fraction(25)) is protocol.pack_chunk
 
 
 def test_microphone_messages_are_whole_samples():

@@ -1,5 +1,6 @@
 """`distill serve`: many viewers, rude ones, vanishing ones, and the end."""
 
+import base64
 import json
 import os
 import random
@@ -173,6 +174,9 @@ def test_other_sites_names_and_paths_are_refused(served, url):
         "/page.html",
     ):
         assert get(address, path)[0] == 404
+    for path in ("/page/..%2fserver.py", "/page/server.py", "/page/%2e%2e/client.py", "/page/"):
+        assert get(address, path)[0] == 404
+    assert get(address, "/page/main.js")[0] == 200
     assert get(address, "/portraits/0.png")[1].startswith(b"\x89PNG")
     assert get(address, "/portraits/99.png")[0] == 404
     assert get(address, "/portraits/-1.png")[0] == 404
@@ -201,7 +205,12 @@ def test_files_are_decoded_in_another_process(url, monkeypatch):
     monkeypatch.setattr("teachers.media.sound._Track.__init__", None)
     client = Client(url)
     client.socket.send(bytes([protocol.IMAGE]) + png(40, 40))
-    client.until(lambda: {"type": "portrait"} in client.messages, 120)
+    client.until(lambda: any(message["type"] == "portrait" for message in client.messages), 120)
+    (answer,) = (message for message in client.messages if message["type"] == "portrait")
+    kind, _, seen = answer["image"].partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(seen) == png(16, 16)
+    assert answer["note"] == ""
     client.open()
     client.socket.send(bytes([protocol.FILE]) + wav(0.5))
     client.until(lambda: client.answers, 120)
