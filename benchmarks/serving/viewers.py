@@ -43,7 +43,7 @@ class Talker:
     def __init__(self, url: str, number: int, seed: int):
         self.url, self.number, self.rng = url, number, random.Random(1000 * seed + number)
         self.origin: float | None = None
-        self.last, self.epoch, self.stalls, self.stalled = -1, 0, 0, 0.0
+        self.last, self.end, self.epoch, self.stalls, self.stalled = -1, 0, 0, 0, 0.0
         self.asked: dict[int, float] = {}
         self.begins: dict[int, int] = {}
         self.latencies: list[float] = []
@@ -89,6 +89,7 @@ class Talker:
                 self.epoch, self.origin, self.last = message["epoch"], None, -1
             elif kind == "rewind":
                 self.epoch, self.last = message["epoch"], message["frame"] - 1
+                self.end = self.end if message["speech"] else min(self.end, message["frame"])
             elif kind == "thinking":
                 self.asked[turn] = self.asking
             elif kind == "turn":

@@ -44,7 +44,7 @@ export class Avatar {
     if (message.type === "rewind") { this.cut(message.frame); this.epoch = message.epoch; }
   }
   cut(frame) {  // nothing from this frame on is heard or seen
-    for (const {first, node} of this.nodes) if (first >= frame) node.stop();
+    for (const {first, node} of this.nodes) node.stop(first >= frame ? 0 : Math.max(0, this.origin + frame * this.frame));
     this.nodes = this.nodes.filter(({first}) => first < frame);
     for (const number of [...this.frames.keys()]) if (number >= frame) this.frames.delete(number);
     this.last = Math.min(this.last, frame - 1);

@@ -25,7 +25,6 @@ from teachers.errors import UserError
 
 TICK = 0.02  # seconds; the longest that a deadline is slept over
 PANEL_EVERY = 1.0
-NETWORK = 0.03  # seconds that a chunk may need to reach the page
 SPENT_SECONDS = 5.0  # after which what a viewer has cost counts a third
 GREEDY = 2.0  # times the others' mean, from which on a viewer waits until nobody else does
 log = logging.getLogger(__name__)
@@ -118,7 +117,8 @@ class Engine:
             self.totals.turns += 1
             self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
-        viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
+        options = {"lead": self.lead, "margin": self._margin, **options}
+        viewer = Viewer(self.bundle, emit=emit, start=talk, **options)
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer
@@ -149,8 +149,8 @@ class Engine:
     # ---- inside
 
     def _margin(self) -> float:
-        """A batch that is being drawn, the own one, and the way to the page."""
-        return NETWORK + percentile(self.recent, 90) + self.capacity.cost(1)
+        """A batch that is being drawn, and the own one."""
+        return percentile(self.recent, 90) + self.capacity.cost(1)
 
     def _run(self) -> None:
         while not self.stopping:
@@ -246,7 +246,7 @@ class Engine:
             self.totals.batches.add(drawn)
         for viewer, one in zip(batch, found, strict=True):
             stalls = viewer.stalls
-            chunk = viewer.deliver(one, now, began, ended)
+            chunk = viewer.deliver(one, now, began, time.monotonic())
             if chunk is not None:
                 self.totals.chunks += 1
                 self.totals.stalls += viewer.stalls - stalls

@@ -14,24 +14,43 @@ from torch import Tensor
 from teachers.encoders.small import SAMPLE_RATE
 
 MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then waits too
+NETWORK = 0.03  # least seconds for a message to the page and one back
+TRIPS = 8  # measured ones that count
 
 
 @dataclass
 class Playhead:
-    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself."""
+    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself. `local`: its player is
+    in this process and reports each frame, so that nothing has to be guessed."""
 
     fps: Fraction
+    local: bool = False
     frame: int = 0
     at: float | None = None
+    asked: float | None = None  # when something was sent that the next report answers
+    trips: deque[float] = field(default_factory=lambda: deque(maxlen=TRIPS))
+
+    def ask(self, now: float) -> None:
+        """Something was sent that the next report answers."""
+        self.asked = now if self.asked is None else self.asked
 
     def update(self, frame: int, now: float) -> None:
-        self.frame, self.at = frame, now
+        """The viewer reports `frame` frames seen."""
+        if self.asked is not None:
+            self.trips.append(now - self.asked)
+        self.frame, self.at, self.asked = frame, now, None
+
+    @property
+    def trip(self) -> float:
+        """Seconds for a message to the viewer and its answer, at most: the time between two reports is in them."""
+        return 0.0 if self.local else max(NETWORK, min(self.trips, default=NETWORK))
 
     def place(self, now: float, drawn: int) -> float:
         """Frames seen by now, no more than were drawn."""
         if self.at is None:
             return 0.0
-        return min(self.frame + (now - self.at) * float(self.fps), float(drawn))
+        since = 0.0 if self.local else now - self.at
+        return min(self.frame + since * float(self.fps), float(drawn))
 
     def dry(self, now: float, drawn: int) -> float:
         """The time at which the last drawn frame has been shown; now, before the viewer began."""
