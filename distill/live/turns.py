@@ -32,7 +32,7 @@ class Playhead:
 
     def ask(self, now: float) -> None:
         """Something was sent that the next report answers."""
-        self.asked = now if self.asked is None else self.asked
+        self.asked = now
 
     def update(self, frame: int, now: float) -> None:
         """The viewer reports `frame` frames seen."""
