@@ -142,8 +142,10 @@ def run(args: argparse.Namespace) -> int:
         # uvicorn has its own meanwhile, and sends the signal on: a clean end here
         signal.signal(name, lambda *_: setattr(server, "should_exit", True))
     _announce(args, bound, token, f"student {args.student}, talker {talker.name}, up to {engine.max_viewers} viewers")
+    # a full collection would stop all streams while it looks through every module's objects, and Python's end does one
+    gc.collect()
+    gc.freeze()
     server.run(sockets=[bound])
-    gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
 
 

@@ -114,7 +114,7 @@ class Engine:
         conversation = self.talker.conversation()
 
         def talk(turn: Turn, utterance: str | Tensor) -> None:
-            self.totals.turns += 1
+            self.call(self._count_turn)
             self.talking.submit(turn.fill, lambda: conversation.turn(utterance), self.woken.set)
 
         options = {"lead": self.lead, "margin": self._margin, **options}
@@ -122,6 +122,9 @@ class Engine:
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer
+
+    def _count_turn(self) -> None:
+        self.totals.turns += 1
 
     def leave(self, viewer: Viewer) -> None:
         """Free a viewer's session. On the engine's thread."""

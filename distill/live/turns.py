@@ -58,7 +58,8 @@ class Playhead:
 
 
 class Turn:
-    """The avatar's turn: a talker's pieces on their way to the session. `cancel` makes the talker stop at its next piece."""
+    """The avatar's turn, `number` of the stream's: a talker's pieces on their way to the session. `cancel` makes the talker stop at
+    its next piece."""
 
     def __init__(self, number: int, ended: float):
         self.number, self.ended = number, ended  # ended: when the user's turn did

@@ -76,24 +76,28 @@ class Viewer:
         self.opened, self.ttff, self.chunks = now, 0.0, 0
         self.emit({"type": "opened", "epoch": self.epoch, "text": text})
 
-    def say(self, utterance: str | Tensor, now: float) -> int:
-        """The user's turn has ended with a sentence or a sound: the number of the avatar's turn that begins. What the avatar was
-        saying is broken off."""
+    def answer(self, utterance: str | Tensor, now: float) -> Turn:
+        """The user's turn has ended with a sentence or a sound: the talker begins to answer, whatever the engine does meanwhile.
+        Any thread's to call; `say` makes it the avatar's turn."""
+        turn = Turn(0, now)
+        self.start(turn, utterance)
+        return turn
+
+    def say(self, turn: Turn, now: float) -> None:
+        """The avatar's turn begins with what `answer` gave. What it was saying is broken off."""
         self._open()
         if self.turn is not None:
             self.interrupt(now)
-        self.turn = self._new_turn(now)
-        self.start(self.turn, utterance)
-        return self.turns
+        self.turn = self._announce(turn)
 
     def speak(self, samples: Tensor, now: float) -> None:
         """Let the avatar say samples [n] at 16 kHz, which come piece by piece: behind what it is saying, else in a new turn."""
         self._open()
         turn = self.next or self.turn
         if turn is None:
-            turn = self.turn = self._new_turn(now)
+            turn = self.turn = self._announce(Turn(0, now))
         elif turn.end is not None:
-            turn = self.next = self._new_turn(now)
+            turn = self.next = self._announce(Turn(0, now))
         if turn.held + len(samples) > MAX_SPOKEN:
             raise UserError(f"more than {MAX_SPOKEN // SAMPLE_RATE} s of speech wait to be said; send it later")
         turn.finished = False
@@ -113,7 +117,7 @@ class Viewer:
             self.listening.put(samples)
         for found in self.endpointer.feed(samples):
             if isinstance(found, Tensor):
-                self.say(found, now)
+                self.say(self.answer(found, now), now)
             elif self.turn is not None:
                 self.interrupt(now)
 
@@ -124,8 +128,10 @@ class Viewer:
         self.endpointer = Endpointer()
 
     def interrupt(self, now: float) -> None:
-        """Be quiet from the first frame on that can still reach the viewer."""
+        """Be quiet from the first frame on that can still reach the viewer; nothing happens where the avatar is."""
         turn = self.turn
+        if turn is None and not self.playhead.local:
+            return
         self._drop_turn()
         frame = self._rewind(now, 0.0 if self.playhead.local else self.margin(), keep_input=False)
         self.resuming = True
@@ -246,10 +252,10 @@ class Viewer:
             self.emit({"type": "note", "message": str(note.message)})
         return result
 
-    def _new_turn(self, now: float) -> Turn:
-        self.turns += 1
-        self.emit({"type": "thinking", "turn": self.turns})
-        return Turn(self.turns, now)
+    def _announce(self, turn: Turn) -> Turn:
+        self.turns = turn.number = self.turns + 1
+        self.emit({"type": "thinking", "turn": turn.number})
+        return turn
 
     def _drop_turn(self) -> None:
         if self.turn is not None:

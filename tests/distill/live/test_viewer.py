@@ -99,7 +99,7 @@ class Stage:
         self.run(1)
 
     def say(self, sound, done=True):
-        self.viewer.say("something", self.now)
+        self.viewer.say(self.viewer.answer("something", self.now), self.now)
         turn = self.started[-1][0]
         for piece in sound.split(1600):
             turn.put(piece, self.now)
