@@ -15,6 +15,7 @@ from teachers.encoders.small import SAMPLE_RATE
 
 MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then waits too
 NETWORK = 0.03  # least seconds for a message to the page and one back
+AT_FIRST = 0.08  # what is taken until some were measured
 TRIPS = 8  # measured ones that count
 
 
@@ -43,7 +44,9 @@ class Playhead:
     @property
     def trip(self) -> float:
         """Seconds for a message to the viewer and its answer, at most: the time between two reports is in them."""
-        return 0.0 if self.local else max(NETWORK, min(self.trips, default=NETWORK))
+        if self.local:
+            return 0.0
+        return max(NETWORK, min(self.trips)) if len(self.trips) > 1 else AT_FIRST
 
     def place(self, now: float, drawn: int) -> float:
         """Frames seen by now, no more than were drawn."""

@@ -202,8 +202,6 @@ class Viewer:
         dry = self.playhead.dry(now, found.first_frame)
         if self.resuming:
             found = self._resume(found, ended)
-        if self.playhead.at is None and self.playhead.asked is None:
-            self.playhead.ask(ended)
         shift = self._open().shift * self.spec.samples_per_frame
         self.placed = [(at + shift, count) for at, count in self.placed]
         self.emit(self.pack(found, self.epoch))
