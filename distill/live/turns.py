@@ -21,11 +21,11 @@ TRIPS = 8  # measured ones that count
 
 @dataclass
 class Playhead:
-    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself. `local`: its player is
-    in this process and reports each frame, so that nothing has to be guessed."""
+    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself. `local` gives the frames
+    that a player in this process has shown by now, so that nothing has to be guessed."""
 
     fps: Fraction
-    local: bool = False
+    local: Callable[[], int] | None = None
     frame: int = 0
     at: float | None = None
     asked: float | None = None  # when something was sent that the next report answers
@@ -44,16 +44,17 @@ class Playhead:
     @property
     def trip(self) -> float:
         """Seconds for a message to the viewer and its answer, at most: the time between two reports is in them."""
-        if self.local:
+        if self.local is not None:
             return 0.0
         return max(NETWORK, min(self.trips)) if len(self.trips) > 1 else AT_FIRST
 
     def place(self, now: float, drawn: int) -> float:
         """Frames seen by now, no more than were drawn."""
+        if self.local is not None:
+            return float(min(self.local(), drawn))
         if self.at is None:
             return 0.0
-        since = 0.0 if self.local else now - self.at
-        return min(self.frame + since * float(self.fps), float(drawn))
+        return min(self.frame + (now - self.at) * float(self.fps), float(drawn))
 
     def dry(self, now: float, drawn: int) -> float:
         """The time at which the last drawn frame has been shown; now, before the viewer began."""

@@ -27,8 +27,8 @@ MAX_SPOKEN = 1800 * SAMPLE_RATE  # samples of speech that may wait to be said
 
 class Viewer:
     """`emit` takes what goes to the page: a dict (JSON) or what `pack` makes of a chunk and the epoch. `start` runs a turn's
-    talker somewhere else, given the turn and the user's utterance. `margin` gives the seconds until a new chunk is drawn. `local`:
-    the player is in this process, reports each frame as it hands it out, and drops them all when it interrupts.
+    talker somewhere else, given the turn and the user's utterance. `margin` gives the seconds until a new chunk is drawn. `local`
+    gives the frames that a player in this process has handed out by now; it drops the others when it interrupts.
 
     Speech, and an interrupt, take effect within a chunk: the viewer goes on to see the one before while the next is drawn, which
     then follows at once (`Session.skip`)."""
@@ -41,7 +41,7 @@ class Viewer:
         start: Callable[[Turn, str | Tensor], None],
         margin: Callable[[], float] = lambda: 0.06,
         pack: Callable[[Chunk, int], Any] = protocol.pack_chunk,
-        local: bool = False,
+        local: Callable[[], int] | None = None,
     ):
         self.bundle, self.spec, self.lead = bundle, bundle.spec, lead
         self.emit, self.start, self.margin, self.pack = emit, start, margin, pack
@@ -130,10 +130,10 @@ class Viewer:
     def interrupt(self, now: float) -> None:
         """Be quiet from the first frame on that can still reach the viewer; nothing happens where the avatar is."""
         turn = self.turn
-        if turn is None and not self.playhead.local:
+        if turn is None and self.playhead.local is None:
             return
         self._drop_turn()
-        frame = self._rewind(now, 0.0 if self.playhead.local else self.margin(), keep_input=False)
+        frame = self._rewind(now, 0.0 if self.playhead.local is not None else self.margin(), keep_input=False)
         self.resuming = True
         if turn is not None:  # also where nothing could be taken back: the page must know that it is over
             self.emit({"type": "done", "turn": turn.number, "frame": frame})

@@ -164,6 +164,7 @@ class AvatarStream:
         self.fault: BaseException | None = None
         self.changed = asyncio.Event()
         self.epoch = self.cuts = self.cutting = self.stalls = self.ended = 0
+        self.handed = 0  # frames that were handed out, which the engine's thread reads
         self.due: float | None = None
         self.early = 0.0
         self.interrupted = False  # the picture waits for what follows an interrupt
@@ -176,7 +177,7 @@ class AvatarStream:
         reached."""
         self = cls(engine, rate, ahead)
         # a lead of one would wait for frames that an interrupt has dropped
-        options = {"pack": self._pack, "local": True, "lead": max(2, engine.lead)}
+        options = {"pack": self._pack, "local": lambda: self.handed, "lead": max(2, engine.lead)}
         self.viewer = self.joined = await self._ask(lambda: engine.join(self._emit, **options))
         if self.viewer is None:
             raise UserError(engine.full() or "the avatar could not join; try again")
@@ -258,6 +259,7 @@ class AvatarStream:
 
     def _hand_out(self) -> Beat:
         number, picture = self.frames.popleft()
+        self.handed = number + 1
         now = self.loop.time()
         sound, reached = self.voice.between(number * self.samples, (number + 1) * self.samples)
         self.voice.forget((number + 1) * self.samples)

@@ -34,7 +34,7 @@ CONNECT = """async url => {
 CUT = """async url => {
   const {Avatar} = await import(url), stopped = {};
   const node = first => ({first, node: {stop: when => stopped[first] = when}});
-  const avatar = Object.assign(new Avatar(), {frames: new Map(), nodes: [node(8), node(16), node(24)], origin: 2, frame: 0.08, last: 31});
+  const avatar = Object.assign(new Avatar(), {frames: new Map(), nodes: [8, 16, 24].map(node), origin: 2, frame: 0.08, last: 31});
   avatar.cut(20);
   return [stopped, avatar.last, avatar.nodes.map(({first}) => first)];
 }"""

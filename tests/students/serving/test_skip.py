@@ -223,7 +223,7 @@ def test_only_what_was_not_seen_of_the_chunk_before_can_be_left_out(bundle):
 
 
 def test_a_planner_is_given_what_was_played(bundle):
-    session, planner = a_session(bundle), Noted(Fraction(1, 2))
+    session, planner = a_session(bundle), Noted(Fraction(1))
     director, played = Director(session, planner), Tape()
     session.push(some_sound(40 * PER_FRAME))
     for _ in range(3):
@@ -243,7 +243,7 @@ def test_a_planner_is_given_what_was_played(bundle):
             _, received, _ = planner.asked.pop()
             whole = torch.cat([played.sound[n] for n in sorted(played.sound)])
             assert torch.equal(received, whole[-len(received) :])
-            assert len(received) == 8000
+            assert len(received) == 16000
             break
         played.put(chunk, chunk.first_frame)
         session.played(chunk.first_frame)
