@@ -1,5 +1,7 @@
 """One viewer's stream on a clock of its own: turns, rewinds, back-pressure, and that nothing is lost or shifted."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,7 @@ def test_it_idles_in_bounded_advance_and_waits_for_a_viewer_who_stops():
 def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_sample_is_played():
     stage = Stage()
     stage.open()
+    stage.run(0.12)
     asked, sound = stage.place(), a_tone(1.0)
     turn = stage.say(sound)
     stage.run(3)
@@ -143,6 +146,7 @@ def test_an_answer_begins_at_the_next_frame_that_can_reach_the_viewer_and_every_
     bright = [n for n in sorted(stage.seen) if stage.seen[n][11, 8, 0] > 100]
     assert bright == stage.loud()  # the mouth is open in just those frames
     assert stage.late == []
+    assert stage.viewer.session.shift < 0, "nothing was left out"
     assert stage.types().index("turn") < stage.types().index("answer") < stage.types().index("done")
     assert [m["frame"] for m in stage.messages if m["type"] in ("turn", "done")] == [first, first + 13]
     assert stage.viewer.turn is None
@@ -164,8 +168,9 @@ def test_speech_that_comes_piece_by_piece_has_no_hole_while_there_is_time():
     assert stage.late == []
 
 
-def test_a_talker_that_stops_in_the_middle_does_not_stop_the_picture():
-    stage = Stage()
+@pytest.mark.parametrize("drawing", [0.0, 0.1])
+def test_a_talker_that_stops_in_the_middle_does_not_stop_the_picture(drawing):
+    stage = Stage(drawing=drawing)
     stage.open()
     turn = stage.say(a_tone(0.5), done=False)
     stage.run(3)
@@ -186,6 +191,7 @@ def test_interrupt_is_felt_within_a_chunk_and_a_new_sentence_interrupts_too():
     asked = stage.place()
     stage.viewer.interrupt(stage.now)
     assert turn.cancelled.is_set()
+    assert stage.viewer.due(stage.now) == -math.inf, "silence waits for nobody's pictures"
     stage.run(2)
     assert max(n for n in stage.loud() if n >= turn.first_frame) < asked + AT_FIRST
     first = stage.say(a_tone(8.0))
@@ -196,6 +202,15 @@ def test_interrupt_is_felt_within_a_chunk_and_a_new_sentence_interrupts_too():
     assert second.first_frame > first.first_frame
     assert stage.late == []
     assert max(stage.loud()) < second.first_frame + 6
+
+
+def test_nothing_happens_where_a_silent_avatar_is_interrupted():
+    stage = Stage()
+    stage.open()
+    said, frame = len(stage.messages), stage.viewer.session.point.frame
+    stage.viewer.interrupt(stage.now)
+    assert (len(stage.messages), stage.viewer.session.point.frame) == (said, frame)
+    assert stage.viewer.due(stage.now) != -math.inf
 
 
 @pytest.mark.parametrize(("drawing", "way"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.05, 0.02)])
