@@ -32,7 +32,7 @@ from websockets.exceptions import ConnectionClosed
 from benchmarks.serving.live import SENTENCES, TEXT_ENCODERS
 from distill.live import protocol
 from eval.speed.latency import percentile
-from students import Session, load_student, step_together
+from students import Chunk, Session, load_student, step_together
 
 BUFFER = 0.03  # seconds between a first chunk's arrival and its sound, as on the page
 REPORT = 0.05  # between two reports of the playhead, as the protocol asks
@@ -200,7 +200,9 @@ def throughput(student: Path, viewers: int, rounds: int) -> dict[str, float]:
         marks.append({name: clock() for name, clock in clocks.items()})
         for name in clocks:
             spent[name].append((marks[1][name] - marks[0][name], marks[2][name] - marks[1][name]))
-        gap = max(gap, *(int((a.frames.int() - b.frames.int()).abs().max()) for a, b in zip(one, both, strict=True)))
+        for a, b in zip(one, both, strict=True):
+            assert isinstance(a, Chunk) and isinstance(b, Chunk)  # noqa: PT018
+            gap = max(gap, int((a.frames.int() - b.frames.int()).abs().max()))
     found: dict[str, float] = {"largest_gap_grey_levels": gap}
     for name, pairs in spent.items():  # but for the first round, which makes what is made once
         ratios = sorted(a / b for a, b in pairs[1:])
@@ -281,7 +283,7 @@ async def flood(url: str, seconds: float, seed: int, wild: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--student", type=Path)
     parser.add_argument("--viewers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=12, help="of one by one and together (default 12; 0: none)")

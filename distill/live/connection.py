@@ -68,7 +68,7 @@ class Connection:
 
     async def _read(self) -> None:
         """Put every message into the inbox as it comes: a connection that is not read answers no pings and is cut off."""
-        message = {}
+        message: Any = {}
         while message.get("type") != "websocket.disconnect":
             try:
                 message = await self.page.receive()
