@@ -1,10 +1,11 @@
 """Many viewers of one student: batches against one by one, viewers who talk over the network, and one who floods the server.
 
-    python benchmarks/serving/viewers.py --student runs/dmd_avatar/student [--viewers 16] [--seconds 40] [--json OUT]
+    python benchmarks/serving/viewers.py --student runs/dmd_avatar/student [--viewers 16] [--seconds 20] [--repeat 3] [--json OUT]
 
 1. Sessions in this process, turn about one by one and together: chunks a second of both, and how far their frames differ.
 2. `distill serve` in a process of its own: so many viewers talk, listen and interrupt, the next one is refused.
-3. The same while one of them asks for all that its limits allow, and while one ignores them: what the others lose.
+3. The same while one of them asks for all that its limits allow, and while one ignores them, turn about and again and again: what
+   the others lose, with its standard error.
 
 A script, not a test; it writes nothing but OUT.
 """
@@ -31,10 +32,10 @@ from websockets.exceptions import ConnectionClosed
 from benchmarks.serving.live import SENTENCES, TEXT_ENCODERS
 from distill.live import protocol
 from eval.speed.latency import percentile
-from students import Session, load_student, step_together
+from students import Chunk, Session, load_student, step_together
 
 BUFFER = 0.03  # seconds between a first chunk's arrival and its sound, as on the page
-REPORT = 0.1  # between two reports of the playhead
+REPORT = 0.05  # between two reports of the playhead, as the protocol asks
 
 
 class Talker:
@@ -43,10 +44,11 @@ class Talker:
     def __init__(self, url: str, number: int, seed: int):
         self.url, self.number, self.rng = url, number, random.Random(1000 * seed + number)
         self.origin: float | None = None
-        self.last, self.epoch, self.stalls, self.stalled = -1, 0, 0, 0.0
+        self.last, self.end, self.epoch, self.stalls, self.stalled = -1, 0, 0, 0, 0.0
         self.asked: dict[int, float] = {}
         self.begins: dict[int, int] = {}
         self.latencies: list[float] = []
+        self.parts: list[dict[str, float]] = []
         self.done, self.asking, self.refused = asyncio.Event(), 0.0, 0
 
     def place(self) -> float:
@@ -89,10 +91,13 @@ class Talker:
                 self.epoch, self.origin, self.last = message["epoch"], None, -1
             elif kind == "rewind":
                 self.epoch, self.last = message["epoch"], message["frame"] - 1
+                self.end = self.end if message["speech"] else min(self.end, message["frame"])
             elif kind == "thinking":
                 self.asked[turn] = self.asking
             elif kind == "turn":
                 self.begins[turn] = message["frame"]
+            elif kind == "answer":
+                self.parts.append(message["parts_ms"])
             elif kind == "done":
                 self.begins.pop(turn, None)
                 self.end = message["frame"]
@@ -195,7 +200,9 @@ def throughput(student: Path, viewers: int, rounds: int) -> dict[str, float]:
         marks.append({name: clock() for name, clock in clocks.items()})
         for name in clocks:
             spent[name].append((marks[1][name] - marks[0][name], marks[2][name] - marks[1][name]))
-        gap = max(gap, *(int((a.frames.int() - b.frames.int()).abs().max()) for a, b in zip(one, both, strict=True)))
+        for a, b in zip(one, both, strict=True):
+            assert isinstance(a, Chunk) and isinstance(b, Chunk)  # noqa: PT018
+            gap = max(gap, int((a.frames.int() - b.frames.int()).abs().max()))
     found: dict[str, float] = {"largest_gap_grey_levels": gap}
     for name, pairs in spent.items():  # but for the first round, which makes what is made once
         ratios = sorted(a / b for a, b in pairs[1:])
@@ -209,11 +216,13 @@ def throughput(student: Path, viewers: int, rounds: int) -> dict[str, float]:
     return found
 
 
-def summary(viewers: list[Talker], seconds: float) -> dict[str, float]:
+def summary(viewers: list[Talker], seconds: float) -> dict[str, Any]:
     """Of viewers who talked for so long."""
     latencies = [latency for viewer in viewers for latency in viewer.latencies]
+    parts = [part for viewer in viewers for part in viewer.parts]
     return {
         "viewers": len(viewers),
+        "parts_ms": {name: round(statistics.mean(part[name] for part in parts)) for name in parts[0]},
         "turns": len(latencies),
         "p50_s": round(percentile(latencies, 50), 3),
         "p95_s": round(percentile(latencies, 95), 3),
@@ -237,9 +246,26 @@ async def talk(url: str, viewers: int, seconds: float, seed: int, last: str) -> 
         first = json.loads(await socket.recv())
     await asyncio.gather(*tasks)
     found = summary(talkers[: viewers - 1], seconds) | {"last": last, "one_more": first.get("message", "was let in")}
+    found["latencies"] = [round(latency, 3) for one in talkers[: viewers - 1] for latency in one.latencies]
     if process is not None:
         found |= json.loads((await process.communicate())[0])
     return found
+
+
+def lost(phases: list[dict[str, Any]], last: str) -> dict[str, float]:
+    """What the others lose while one floods, against the phases in which all talk, in per cent: of their mean latency, with the
+    standard error of the difference, and of the time in which their picture moves."""
+    all_of = {
+        name: [x for phase in phases if phase["last"] == name for x in phase["latencies"]] for name in ("talks", last)
+    }
+    mean = {name: statistics.mean(values) for name, values in all_of.items()}
+    error = sum(statistics.variance(values) / len(values) for values in all_of.values()) ** 0.5
+    smooth = {name: statistics.mean(phase["smooth"] for phase in phases if phase["last"] == name) for name in all_of}
+    return {
+        "latency_percent": round(100 * (mean[last] / mean["talks"] - 1), 1),
+        "standard_error": round(100 * error / mean["talks"], 1),
+        "smooth_percent": round(100 * (smooth["talks"] - smooth[last]), 2),
+    }
 
 
 def counted(url: str, name: str) -> float:
@@ -257,11 +283,12 @@ async def flood(url: str, seconds: float, seed: int, wild: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--student", type=Path)
     parser.add_argument("--viewers", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--rounds", type=int, default=12, help="of one by one and together (default 12; 0: none)")
+    parser.add_argument("--seconds", type=float, default=20, help="of a phase (default 20)")
+    parser.add_argument("--repeat", type=int, default=3, help="how often each phase comes (default 3)")
     parser.add_argument("--threads", type=int, default=2, help="of torch (default 2)")
     parser.add_argument("--measured", action="store_true", help="let the server choose how many viewers it lets in")
     parser.add_argument("--seed", type=int, default=0)
@@ -274,16 +301,24 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"torch": torch.__version__, "threads": args.threads, "load": os.getloadavg()[0]}
-    report["throughput"] = throughput(args.student, args.viewers, args.rounds)
+    if args.rounds:
+        report["throughput"] = throughput(args.student, args.viewers, args.rounds)
     print(json.dumps(report), flush=True)
     words = [] if args.measured else ["--viewers", str(args.viewers)]
     with server(args.student, args.threads, *words) as (address, _):
-        for i, last in enumerate(("talks", "limits", "wild", "talks")):
-            found = asyncio.run(
-                talk(address.replace("http", "ws") + "live", args.viewers, args.seconds, args.seed + i, last)
-            )
-            report[f"{i}-{last}"] = found
-            print(json.dumps(found), flush=True)
+        report["phases"] = phases = []
+        for i, last in enumerate(("talks", "limits", "wild") * args.repeat):
+            url = address.replace("http", "ws") + "live"
+            phases.append(asyncio.run(talk(url, args.viewers, args.seconds, args.seed + i // 3, last)))
+            print(json.dumps({name: value for name, value in phases[-1].items() if name != "latencies"}), flush=True)
+    latencies = [x for phase in phases if phase["last"] == "talks" for x in phase["latencies"]]
+    report["all"] = {
+        "turns": len(latencies),
+        **{f"p{q}_s": round(percentile(latencies, q), 3) for q in (50, 95, 99)},
+        "stalls": sum(phase["stalls"] for phase in phases if phase["last"] == "talks"),
+        **{f"lost_to_{last}": lost(phases, last) for last in ("limits", "wild")},
+    }
+    print(json.dumps(report["all"]))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

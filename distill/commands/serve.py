@@ -167,8 +167,10 @@ def run(args: argparse.Namespace) -> int:
     _announce(
         args, bound, token, f"student {args.student}, talker {talker.name}, {mode}, up to {engine.max_viewers} viewers"
     )
+    # a full collection would stop all streams while it looks through every module's objects, and Python's end does one
+    gc.collect()
+    gc.freeze()
     server.run(sockets=[bound])
-    gc.freeze()  # Python's end would look through every module's objects, for seconds on a machine at work
     return 0
 
 

@@ -11,7 +11,7 @@ export class Avatar {
   // {type: "shown", frame} for each frame that is drawn, and {type: "closed"} in the end. A context of your own is left open.
   static connect(canvas, {url = new URL("live", import.meta.url), on = () => {}, context} = {}) {
     const avatar = new Avatar(), socket = avatar.socket = new WebSocket(String(url).replace(/^http/, "ws"));
-    Object.assign(avatar, {canvas, on, frames: new Map(), nodes: [], origin: null, last: -1, shown: -1, epoch: 0, stalls: 0});
+    Object.assign(avatar, {canvas, on, frames: new Map(), awaited: new Map(), nodes: [], origin: null, last: -1, shown: -1, epoch: 0, stalls: 0});
     avatar.context = context ?? new AudioContext({sampleRate: RATE, latencyHint: "interactive"});
     avatar.ownContext = !context;
     avatar.out = avatar.context.createGain();  // its gain is the volume
@@ -62,9 +62,9 @@ export class Avatar {
     if (message.type === "rewind") { this.cut(message.frame); this.epoch = message.epoch; }
   }
   cut(frame) {  // nothing from this frame on is heard or seen
-    for (const {first, node} of this.nodes) if (first >= frame) node.stop();
+    for (const {first, node} of this.nodes) node.stop(first >= frame ? 0 : Math.max(0, this.origin + frame * this.frame));
     this.nodes = this.nodes.filter(({first}) => first < frame);
-    for (const number of [...this.frames.keys()]) if (number >= frame) this.frames.delete(number);
+    for (const held of [this.frames, this.awaited]) for (const number of [...held.keys()]) if (number >= frame) held.delete(number);
     this.last = Math.min(this.last, frame - 1);
     this.shown = Math.min(this.shown, this.last);
   }
@@ -75,7 +75,9 @@ export class Avatar {
     if (epoch !== this.epoch) return;  // the server sends none, or VP8's packets would miss one
     for (let i = 0, place = 16; i < count; i++) {
       const raw = format === 0, length = raw ? 3 * width * height : view.getUint32(place, true);
-      const bytes = new Uint8Array(data, place += raw ? 0 : 4, length), keep = image => { if (epoch === this.epoch || first + i <= this.last) this.frames.set(first + i, image); };
+      const bytes = new Uint8Array(data, place += raw ? 0 : 4, length), number = first + i;
+      const keep = image => { if (this.awaited.get(number) === bytes) { this.frames.set(number, image); this.awaited.delete(number); } };
+      this.awaited.set(number, bytes);
       if (format === 2) this.decode(bytes, keep);
       else createImageBitmap(raw ? this.rgba(bytes) : new Blob([bytes])).then(keep);
       place += length;

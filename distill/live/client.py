@@ -171,6 +171,8 @@ class Client:
             self.epoch, self.origin, self.last = message["epoch"], None, -1
         elif kind == "rewind":
             self.epoch, self.last = message["epoch"], message["frame"] - 1
+            for answer in self.answers.values() if not message["speech"] else ():
+                answer.end = None if answer.end is None else min(answer.end, message["frame"])
         elif kind == "thinking":
             self.answers[number] = Answer(number, self.asked or now)
             self.asked = 0.0

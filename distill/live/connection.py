@@ -68,7 +68,7 @@ class Connection:
 
     async def _read(self) -> None:
         """Put every message into the inbox as it comes: a connection that is not read answers no pings and is cut off."""
-        message = {}
+        message: Any = {}
         while message.get("type") != "websocket.disconnect":
             try:
                 message = await self.page.receive()
@@ -145,7 +145,7 @@ class Connection:
             self.put({"type": "portrait", "image": image, "note": "; ".join(filter(None, notes))})
         elif kind == protocol.FILE:
             sound, _ = await asyncio.to_thread(server.decoders.run, uploads.decode_file, content)
-            await self.server.ask(viewer.say, sound, time.monotonic(), of=viewer)
+            await self._say(sound)
         elif kind == protocol.SPEECH:
             self._tell(viewer.speak, protocol.to_sound(content), time.monotonic())
         else:
@@ -174,7 +174,7 @@ class Connection:
         elif isinstance(message, protocol.Say):
             if not message.text.strip():
                 raise UserError("nothing to say: the sentence is empty")
-            await self.server.ask(viewer.say, message.text, now, of=viewer)
+            await self._say(message.text)
         elif isinstance(message, protocol.SetText):
             await self._check_coverage(None, message.text)
             await self.server.ask(lambda: viewer.set_text(message.text, time.monotonic()), of=viewer)
@@ -188,6 +188,16 @@ class Connection:
             await self.server.ask(viewer.microphone, message.on, now, of=viewer)
         elif isinstance(message, protocol.Seen) and 0 <= message.ms < 600_000:
             self.server.seen.add(message.ms / 1000)
+
+    async def _say(self, utterance: str | Tensor) -> None:
+        """The talker begins at once, and not behind the batch that is being drawn."""
+        now = time.monotonic()
+        turn = self.viewer.answer(utterance, now)
+        try:
+            await self.server.ask(self.viewer.say, turn, now, of=self.viewer)
+        except BaseException:
+            turn.cancel()
+            raise
 
     def _reference(self, message: protocol.Open) -> Tensor:
         portraits = self.server.portraits

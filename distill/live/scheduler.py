@@ -25,7 +25,6 @@ from teachers.errors import UserError
 
 TICK = 0.02  # seconds; the longest that a deadline is slept over
 PANEL_EVERY = 1.0
-NETWORK = 0.03  # seconds that a chunk may need to reach the page
 SPENT_SECONDS = 5.0  # after which what a viewer has cost counts a third
 GREEDY = 2.0  # times the others' mean, from which on a viewer waits until nobody else does
 log = logging.getLogger(__name__)
@@ -115,14 +114,18 @@ class Engine:
         conversation = self.talker.conversation()
 
         def talk(turn: Turn, utterance: str | Tensor) -> None:
-            self.totals.turns += 1
+            self.call(self._count_turn)
             tell = self._teller(turn, emit)
             self.talking.submit(turn.fill, lambda: spoken(conversation.turn(utterance), tell), self.woken.set)
 
-        viewer = Viewer(self.bundle, self.lead, emit, talk, **{"margin": self._margin, **options})
+        options = {"lead": self.lead, "margin": self._margin, **options}
+        viewer = Viewer(self.bundle, emit=emit, start=talk, **options)
         self.viewers.append(viewer)
         self.totals.opened += 1
         return viewer
+
+    def _count_turn(self) -> None:
+        self.totals.turns += 1
 
     def _teller(self, turn: Turn, emit: Callable[[Any], None]) -> Callable[[Words], None]:
         """Takes the words of a turn from its talker's thread, and sends them behind its announcement, none after its end."""
@@ -167,8 +170,8 @@ class Engine:
     # ---- inside
 
     def _margin(self) -> float:
-        """A batch that is being drawn, the own one, and the way to the page."""
-        return NETWORK + percentile(self.recent, 90) + self.capacity.cost(1)
+        """A batch that is being drawn, and the own one."""
+        return percentile(self.recent, 90) + self.capacity.cost(1)
 
     def _run(self) -> None:
         while not self.stopping:
@@ -264,7 +267,7 @@ class Engine:
             self.totals.batches.add(drawn)
         for viewer, one in zip(batch, found, strict=True):
             stalls = viewer.stalls
-            chunk = viewer.deliver(one, now, began, ended)
+            chunk = viewer.deliver(one, now, began, time.monotonic())
             if chunk is not None:
                 self.totals.chunks += 1
                 self.totals.stalls += viewer.stalls - stalls

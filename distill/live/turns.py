@@ -14,21 +14,44 @@ from torch import Tensor
 from teachers.encoders.small import SAMPLE_RATE
 
 MAX_HELD = 20 * SAMPLE_RATE  # samples of a turn that may wait; its talker then waits too
+NETWORK = 0.03  # least seconds for a message to the page and one back
+AT_FIRST = 0.08  # what is taken until some were measured
+TRIPS = 8  # measured ones that count
 
 
 @dataclass
 class Playhead:
-    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself."""
+    """Where the viewer is, from its last report: frames seen `frame`, at the time `at`; runs on by itself. `local` gives the frames
+    that a player in this process has shown by now, so that nothing has to be guessed."""
 
     fps: Fraction
+    local: Callable[[], int] | None = None
     frame: int = 0
     at: float | None = None
+    asked: float | None = None  # when something was sent that the next report answers
+    trips: deque[float] = field(default_factory=lambda: deque(maxlen=TRIPS))
+
+    def ask(self, now: float) -> None:
+        """Something was sent that the next report answers."""
+        self.asked = now
 
     def update(self, frame: int, now: float) -> None:
-        self.frame, self.at = frame, now
+        """The viewer reports `frame` frames seen."""
+        if self.asked is not None:
+            self.trips.append(now - self.asked)
+        self.frame, self.at, self.asked = frame, now, None
+
+    @property
+    def trip(self) -> float:
+        """Seconds for a message to the viewer and its answer, at most: the time between two reports is in them."""
+        if self.local is not None:
+            return 0.0
+        return max(NETWORK, min(self.trips)) if len(self.trips) > 1 else AT_FIRST
 
     def place(self, now: float, drawn: int) -> float:
         """Frames seen by now, no more than were drawn."""
+        if self.local is not None:
+            return float(min(self.local(), drawn))
         if self.at is None:
             return 0.0
         return min(self.frame + (now - self.at) * float(self.fps), float(drawn))
@@ -39,7 +62,8 @@ class Playhead:
 
 
 class Turn:
-    """The avatar's turn: a talker's pieces on their way to the session. `cancel` makes the talker stop at its next piece."""
+    """The avatar's turn, `number` of the stream's: a talker's pieces on their way to the session. `cancel` makes the talker stop at
+    its next piece."""
 
     def __init__(self, number: int, ended: float):
         self.number, self.ended = number, ended  # ended: when the user's turn did

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from students.weights.checkpoint import Bundle
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 
-SLACK = 0.12  # seconds before the picture would stand still at which missing speech is no longer waited for
 KEPT = 200  # chunk times of the panel
 PIECE = SAMPLE_RATE // 10
 MAX_SPOKEN = 1800 * SAMPLE_RATE  # samples of speech that may wait to be said
@@ -27,8 +27,11 @@ MAX_SPOKEN = 1800 * SAMPLE_RATE  # samples of speech that may wait to be said
 
 class Viewer:
     """`emit` takes what goes to the page: a dict (JSON) or what `pack` makes of a chunk and the epoch. `start` runs a turn's
-    talker somewhere else, given the turn and the user's utterance. `margin` gives the seconds that a new chunk needs to reach
-    the viewer."""
+    talker somewhere else, given the turn and the user's utterance. `margin` gives the seconds until a new chunk is drawn. `local`
+    gives the frames that a player in this process has handed out by now; it drops the others when it interrupts.
+
+    Speech, and an interrupt, take effect within a chunk: the viewer goes on to see the one before while the next is drawn, which
+    then follows at once (`Session.skip`)."""
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class Viewer:
         start: Callable[[Turn, str | Tensor], None],
         margin: Callable[[], float] = lambda: 0.06,
         pack: Callable[[Chunk, int], Any] = protocol.pack_chunk,
+        local: Callable[[], int] | None = None,
     ):
         self.bundle, self.spec, self.lead = bundle, bundle.spec, lead
         self.emit, self.start, self.margin, self.pack = emit, start, margin, pack
@@ -47,11 +51,12 @@ class Viewer:
         self.placed: list[
             tuple[int, int]
         ] = []  # place in the stream and number of the samples let in since the last chunk
-        self.playhead = Playhead(self.spec.fps)
+        self.playhead = Playhead(self.spec.fps, local)
         self.endpointer, self.listening = Endpointer(), Listening()
         self.epoch = self.turns = self.chunks = self.stalls = 0
         self.opened = self.ttff = 0.0
         self.waited = False  # for the viewer's playhead, since the last chunk
+        self.resuming = False  # the next chunk is to follow what the viewer has seen by then
         self.seconds: deque[float] = deque(maxlen=KEPT)
         self.allowance, self.mistakes = Allowance(), 0  # what it may still send, and what was refused of what it sent
         self.spent = 0.0  # seconds of the engine, the older the less
@@ -65,30 +70,34 @@ class Viewer:
         session = self._noting(
             lambda: Session(self.bundle, reference, text, seed, lead=self.lead, idle="live", drop=("pose",))
         )
-        self.session, self.playhead = session, Playhead(self.spec.fps)
-        self.endpointer, self.listening, self.waited = Endpointer(), Listening(), False
+        self.session, self.playhead = session, Playhead(self.spec.fps, self.playhead.local)
+        self.endpointer, self.listening, self.waited, self.resuming = Endpointer(), Listening(), False, False
         self.epoch += 1
         self.opened, self.ttff, self.chunks = now, 0.0, 0
         self.emit({"type": "opened", "epoch": self.epoch, "text": text})
 
-    def say(self, utterance: str | Tensor, now: float) -> int:
-        """The user's turn has ended with a sentence or a sound: the number of the avatar's turn that begins. What the avatar was
-        saying is broken off."""
+    def answer(self, utterance: str | Tensor, now: float) -> Turn:
+        """The user's turn has ended with a sentence or a sound: the talker begins to answer, whatever the engine does meanwhile.
+        Any thread's to call; `say` makes it the avatar's turn."""
+        turn = Turn(0, now)
+        self.start(turn, utterance)
+        return turn
+
+    def say(self, turn: Turn, now: float) -> None:
+        """The avatar's turn begins with what `answer` gave. What it was saying is broken off."""
         self._open()
         if self.turn is not None:
             self.interrupt(now)
-        self.turn = self._new_turn(now)
-        self.start(self.turn, utterance)
-        return self.turns
+        self.turn = self._announce(turn)
 
     def speak(self, samples: Tensor, now: float) -> None:
         """Let the avatar say samples [n] at 16 kHz, which come piece by piece: behind what it is saying, else in a new turn."""
         self._open()
         turn = self.next or self.turn
         if turn is None:
-            turn = self.turn = self._new_turn(now)
+            turn = self.turn = self._announce(Turn(0, now))
         elif turn.end is not None:
-            turn = self.next = self._new_turn(now)
+            turn = self.next = self._announce(Turn(0, now))
         if turn.held + len(samples) > MAX_SPOKEN:
             raise UserError(f"more than {MAX_SPOKEN // SAMPLE_RATE} s of speech wait to be said; send it later")
         turn.finished = False
@@ -108,7 +117,7 @@ class Viewer:
             self.listening.put(samples)
         for found in self.endpointer.feed(samples):
             if isinstance(found, Tensor):
-                self.say(found, now)
+                self.say(self.answer(found, now), now)
             elif self.turn is not None:
                 self.interrupt(now)
 
@@ -119,10 +128,13 @@ class Viewer:
         self.endpointer = Endpointer()
 
     def interrupt(self, now: float) -> None:
-        """Be quiet from the first frame on that can still reach the viewer."""
+        """Be quiet from the first frame on that can still reach the viewer; nothing happens where the avatar is."""
         turn = self.turn
+        if turn is None and self.playhead.local is None:
+            return
         self._drop_turn()
-        frame = self._rewind(now, keep_input=False)
+        frame = self._rewind(now, 0.0 if self.playhead.local is not None else self.margin(), keep_input=False)
+        self.resuming = True
         if turn is not None:  # also where nothing could be taken back: the page must know that it is over
             self.emit({"type": "done", "turn": turn.number, "frame": frame})
 
@@ -130,7 +142,7 @@ class Viewer:
         """Another text condition, felt from the next chunk on that can still reach the viewer."""
         session = self._open()
         how = "recache" if session.spec.history.commit == "clean" else "keep"
-        self._rewind(now, keep_input=True)
+        self._rewind(now, self.margin(), keep_input=True)
         self._noting(lambda: session.set(text, how=how))
         self.emit({"type": "text", "text": text})
 
@@ -155,11 +167,12 @@ class Viewer:
         session, turn = self.session, self.turn
         if session is None or self.waited:
             return None
-        if turn is not None and not turn.begun and self._ready(turn):
+        if self.resuming or (turn is not None and not turn.begun and self._ready(turn)):
             return -math.inf  # an answer is waiting: first of all
         dry = self.playhead.dry(now, session.point.frame)
-        if turn is not None and turn.begun and not turn.over and self._missing(turn) > 0 and dry - now > SLACK:
-            return None
+        if turn is not None and turn.begun and not turn.over and self._missing(turn) > 0:
+            # speech that is late is waited for as long as the picture does not stand still
+            return None if dry - now > self.margin() + self.playhead.trip else dry
         return dry
 
     def step(self, now: float, clock: Callable[[], float]) -> Chunk | None:
@@ -182,11 +195,15 @@ class Viewer:
 
     def deliver(self, found: Chunk | Starved, now: float, began: float, ended: float) -> Chunk | None:
         """The second half: hand over what the session gave; None where that is no chunk. `now` is the first half's, drawing `began`
-        and `ended` then."""
+        and `ended` then, which is now."""
         if not isinstance(found, Chunk):
             self.waited = True
             return None
         dry = self.playhead.dry(now, found.first_frame)
+        if self.resuming:
+            found = self._resume(found, ended)
+        shift = self._open().shift * self.spec.samples_per_frame
+        self.placed = [(at + shift, count) for at, count in self.placed]
         self.emit(self.pack(found, self.epoch))
         self.placed.clear()
         self.seconds.append(ended - began)
@@ -233,10 +250,10 @@ class Viewer:
             self.emit({"type": "note", "message": str(note.message)})
         return result
 
-    def _new_turn(self, now: float) -> Turn:
-        self.turns += 1
-        self.emit({"type": "thinking", "turn": self.turns})
-        return Turn(self.turns, now)
+    def _announce(self, turn: Turn) -> Turn:
+        self.turns = turn.number = self.turns + 1
+        self.emit({"type": "thinking", "turn": turn.number})
+        return turn
 
     def _drop_turn(self) -> None:
         if self.turn is not None:
@@ -244,16 +261,40 @@ class Viewer:
         self.turn = self.next = None
         self.placed.clear()
 
-    def _rewind(self, now: float, keep_input: bool) -> int:
-        """Take back what cannot have been seen when the next chunk arrives."""
+    def _rewind(self, now: float, margin: float, keep_input: bool) -> int:
+        """Take back the chunks that cannot have been begun when the next one arrives, `margin` seconds and a way to the viewer
+        from now; the frame at which those that are left end."""
         session, drawn = self._open(), self._open().point.frame
-        place = self.playhead.place(now, drawn) + self.margin() * float(self.spec.fps)
-        frame = session.interrupt(min(max(math.ceil(place), session.viewed), drawn), keep_input=keep_input)
+        frame = session.interrupt(self._reached(now, margin, drawn), keep_input=keep_input)
         if frame < drawn:
-            self.epoch += 1
-            self.emit({"type": "rewind", "frame": frame, "epoch": self.epoch, "speech": keep_input})
+            self._send_rewind(frame, now, keep_input)
         self.waited = False
         return frame
+
+    def _resume(self, chunk: Chunk, now: float) -> Chunk:
+        """The chunk that was just drawn, from the first frame on that it can still take the place of."""
+        session, end = self._open(), chunk.first_frame
+        earliest = session.points[-2].began
+        frame = max(self._reached(now, 0.0, end), earliest)
+        self.resuming = False
+        if frame < end:
+            session.skip(frame)
+            self._send_rewind(frame, now, keep_input=False)
+        turn = self.turn
+        if turn is not None and turn.begun and not turn.shown:
+            turn.first_frame = frame
+            self.emit({"type": "turn", "turn": turn.number, "frame": frame})
+        return replace(chunk, first_frame=frame)
+
+    def _reached(self, now: float, margin: float, last: int) -> int:
+        """Frames that the viewer has begun to see when a chunk arrives that is drawn in `margin` seconds, at most `last`."""
+        place = self.playhead.place(now, last) + (margin + self.playhead.trip) * float(self.spec.fps)
+        return min(max(math.ceil(place), self._open().viewed), last)
+
+    def _send_rewind(self, frame: int, now: float, keep_input: bool) -> None:
+        self.epoch += 1
+        self.playhead.ask(now)
+        self.emit({"type": "rewind", "frame": frame, "epoch": self.epoch, "speech": keep_input})
 
     def _let_in(self, own: Tensor | None, count: int) -> None:
         """The next `count` samples: the avatar's own voice, and to a student of two speakers the user's."""
@@ -281,8 +322,8 @@ class Viewer:
         turn.parts["talker"] = (turn.first_piece or now) - turn.ended
         turn.parts["queue"] = now - (turn.first_piece or now)
         if turn.held:
-            turn.first_frame = self._rewind(now, keep_input=False)
-            self.emit({"type": "turn", "turn": turn.number, "frame": turn.first_frame})
+            self._rewind(now, self.margin(), keep_input=False)
+            self.resuming = True
 
     def _send_timing(self, turn: Turn, chunk: Chunk, now: float, ended: float) -> None:
         if not turn.shown and chunk.first_frame >= turn.first_frame and turn.first_piece is not None:
@@ -295,5 +336,5 @@ class Viewer:
         if turn.over and turn.end is None:
             if turn.failed:
                 self.emit({"type": "error", "message": f"the talker failed ({turn.failed[:200]})"})
-            turn.end = -(-self._open().inputs.audio.end // self.spec.samples_per_frame)
+            turn.end = -(-self._open().inputs.audio.end // self.spec.samples_per_frame) + self._open().shift
             self.emit({"type": "done", "turn": turn.number, "frame": turn.end})

@@ -12,7 +12,7 @@ from torch import Tensor
 from students.schedule import Noise, advance, refine_context
 from students.serving.overlap import Beside, to_host
 from students.spec import Spec
-from students.student import Joined
+from students.student import Finished, Joined
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import DecoderState, to_uint8
 from teachers.conditions import Conditions
@@ -21,11 +21,26 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
+class Point:
+    """Everything that a step changes, before chunk number `chunk`: a value, so that going back is taking an earlier one."""
+
+    chunk: int
+    frame: int  # handed over so far, held frames counted and skipped ones not
+    state: Any  # the student's
+    text: str
+    features: Tensor  # of the text
+    decoder: DecoderState | None = None
+    seen: tuple[Finished, ...] = ()
+    last: Tensor | None = None  # the last frame [1, H, W, 3]
+    began: int = 0  # the first frame of what was handed over last
+
+
+@dataclass(frozen=True)
 class Ready:
     """What a stream's next chunk takes: the `Point` before it, the conditions of the chunk and of those in flight behind it, the
     noise, and where the portrait leads the stream its latent [1, C, 1, h, w]. `idle` and `seconds` are the `Chunk`'s."""
 
-    point: Any
+    point: Point
     conditions: Conditions
     noise: Noise
     portrait: Tensor | None

@@ -19,12 +19,11 @@ from torch import Tensor
 
 from students.serving import draw
 from students.serving.checked import LARGEST_SEED, MOST_TEXTS, check_reference, check_text, whole
-from students.serving.draw import Drawn, Ready
+from students.serving.draw import Drawn, Point, Ready
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside, to_device
 from students.student import Finished
 from students.weights.checkpoint import Bundle
-from teachers.codecs.linear import DecoderState
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -46,21 +45,6 @@ class Chunk:
     audio: Tensor
     seconds: dict[str, float]
     idle: Literal["", "live", "hold"] = ""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Everything that a step changes, before chunk number `chunk`: a value, so that going back is taking an earlier one."""
-
-    chunk: int
-    frame: int  # handed over so far, held frames included
-    state: Any  # the student's
-    text: str
-    features: Tensor  # of the text
-    decoder: DecoderState | None = None
-    seen: tuple[Finished, ...] = ()
-    last: Tensor | None = None  # the last frame [1, H, W, 3]
-    began: int = 0  # the first frame of what was handed over last
 
 
 @dataclass(frozen=True)
@@ -251,6 +235,32 @@ class Session:
             self.inputs.cut(start)
         return self.point.frame
 
+    @alone
+    def skip(self, frame: int) -> None:
+        """Let the last chunk be frames from `frame` on: what is left of the chunk before it is never shown. For a viewer who has
+        seen the frames before `frame` by now, so that what was drawn after an `interrupt` follows at once.
+
+        Numbers alone change: every frame and sample that follows is what it would be without this, so many places earlier. The
+        context holds the chunk that was cut short whole.
+        """
+        frame = whole("skip to frame", frame, 0)
+        cut = self.points[-2] if len(self.points) > 1 else self.point
+        earliest = max(cut.began, self.viewed)
+        if cut is self.point or not earliest <= frame <= cut.frame:
+            raise UserError(
+                f"skip to frame {frame}: a chunk that is kept, before the last one, has to be cut there, "
+                f"not seen any further; it is {earliest}..{cut.frame}"
+            )
+        count = self.point.frame - self.point.began
+        self.points[-2] = replace(cut, frame=frame)
+        self.points[-1] = self.point = replace(self.point, frame=frame + count, began=frame)
+
+    @property
+    def shift(self) -> int:
+        """What is added to a frame's number in the input to get its number in the stream, from the next chunk on: held frames count
+        up, skipped ones down."""
+        return self.point.frame - self.spec.pixel_frames(self.point.chunk)[0]
+
     # ---- inside
 
     def _read(self, text: str) -> Tensor:
@@ -337,8 +347,8 @@ class Session:
 
     def finish(self, ready: Ready, drawn: Drawn) -> Chunk:
         """The second half: the chunk that was drawn, handed over; its commit is done when it is needed."""
-        point: Point = ready.point
-        spec, index, ahead = self.spec, point.chunk, ready.conditions
+        spec, point, ahead = self.spec, ready.point, ready.conditions
+        index = point.chunk
         conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
         visible = spec.history.visible(index + 1)
         seen = tuple(past for past in (*point.seen, Finished(index, drawn.x0, conditions)) if past.chunk in visible)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from students.kv_cache import CachedChunk
 from students.schedule import InFlight
-from students.serving.draw import lead
+from students.serving.draw import Point, lead
 from students.serving.inputs import named
-from students.serving.session import Event, Point, Session
+from students.serving.session import Event, Session
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions

@@ -159,7 +159,8 @@ def chunk_at(spec: Spec, seconds: Fraction) -> int:
 
 
 class Director:
-    """A session whose texts a planner chooses: `step` and `frames` in the place of the session's, everything else stays there.
+    """A session whose texts a planner chooses: `step`, `frames` and `skip` in the place of the session's, everything else stays
+    there.
 
     A text that was set by hand holds until the planner is called next. What was played is not in a saved session: a planner that
     uses it begins anew after a load, a Timeline goes on as if nothing was.
@@ -176,8 +177,7 @@ class Director:
     def step(self) -> Chunk | Starved:
         """The next chunk under the text that the planner wants, or why there is none."""
         point = self.session.point
-        while self.played and self.played[-1][0] >= point.frame:  # what was taken back
-            self.played.pop()
+        self._take_back()
         if point.chunk < self.called:
             self.called = -1
         if self._due(point.chunk):
@@ -191,6 +191,19 @@ class Director:
         """Every chunk that can be drawn now."""
         while isinstance(chunk := self.step(), Chunk):
             yield chunk
+
+    def skip(self, frame: int) -> None:
+        """`Session.skip`, and what was not played is forgotten."""
+        self._take_back()
+        self.session.skip(frame)
+        if len(self.played) > 1:
+            (_, last), (began, cut) = self.played.pop(), self.played.pop()
+            self.played.append((began, cut[: (frame - began) * self.session.spec.samples_per_frame]))
+            self.played.append((frame, last))
+
+    def _take_back(self) -> None:
+        while self.played and self.played[-1][0] >= self.session.point.frame:
+            self.played.pop()
 
     def _due(self, chunk: int) -> bool:
         """A function of the chunk's number alone, and once a chunk; one that takes audio is not called before there is some."""

@@ -1,8 +1,7 @@
 """An avatar that says what an agent gives it: speech in at any rate and pace, frames with their sound out in real time.
 
 The stream is a viewer of an `Engine` like any page, in the place of whose player it stands: it drops what is taken back, and
-reports what it has handed out. Where speech begins, and after an interrupt, it leaves out what is left of the chunk that is being
-shown, so that neither waits for it. The doors are thin: they move its beats to a library's transport.
+reports what it has handed out. The doors are thin: they move its beats to a library's transport.
 """
 
 import asyncio
@@ -165,7 +164,7 @@ class AvatarStream:
         self.fault: BaseException | None = None
         self.changed = asyncio.Event()
         self.epoch = self.cuts = self.cutting = self.stalls = self.ended = 0
-        self.begins = -1  # the first frame of the turn that has begun
+        self.handed = 0  # frames that were handed out, which the engine's thread reads
         self.due: float | None = None
         self.early = 0.0
         self.interrupted = False  # the picture waits for what follows an interrupt
@@ -177,7 +176,8 @@ class AvatarStream:
         """Begin a stream of the portrait [3, H, W] in [-1, 1], which idles. UserError when the maximum number of viewers is
         reached."""
         self = cls(engine, rate, ahead)
-        options = {"pack": self._pack, "margin": lambda: 0.0}
+        # a lead of one would wait for frames that an interrupt has dropped
+        options = {"pack": self._pack, "local": lambda: self.handed, "lead": max(2, engine.lead)}
         self.viewer = self.joined = await self._ask(lambda: engine.join(self._emit, **options))
         if self.viewer is None:
             raise UserError(engine.full() or "the avatar could not join; try again")
@@ -259,6 +259,7 @@ class AvatarStream:
 
     def _hand_out(self) -> Beat:
         number, picture = self.frames.popleft()
+        self.handed = number + 1
         now = self.loop.time()
         sound, reached = self.voice.between(number * self.samples, (number + 1) * self.samples)
         self.voice.forget((number + 1) * self.samples)
@@ -279,8 +280,6 @@ class AvatarStream:
         viewer = self.joined
         if viewer is not None and viewer.session is not None:
             viewer.interrupt(time.monotonic())
-            # what lies before will not be shown
-            viewer.played(viewer.session.point.frame, viewer.epoch, time.monotonic())
         self._emit({"type": "cut"})
 
     def _pack(self, chunk: Chunk, epoch: int) -> tuple[Chunk, int, tuple[tuple[int, int], ...]]:
@@ -295,8 +294,6 @@ class AvatarStream:
         if isinstance(message, tuple):
             chunk, epoch, placed = message
             if not self.cutting and epoch == self.epoch:
-                if chunk.first_frame == self.begins:  # speech does not wait for idle frames before it
-                    self.frames.clear()
                 for at, count in placed:
                     self.voice.place(at, count)
                 self.frames.extend(enumerate(chunk.frames.numpy(), chunk.first_frame))
@@ -305,8 +302,6 @@ class AvatarStream:
         kind = message["type"]
         if kind == "cut":
             self.cutting -= 1
-        elif kind == "turn":
-            self.begins = message["frame"]
         elif kind in ("opened", "rewind"):
             self.epoch = message["epoch"]
             self.frames = deque(frame for frame in self.frames if frame[0] < message.get("frame", 0))

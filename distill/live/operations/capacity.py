@@ -13,6 +13,7 @@ from students.weights.checkpoint import Bundle
 
 LARGEST = 32  # chunks of a batch
 LONGEST = 0.5  # of a chunk's length, that a batch may take: so long an answer waits behind it
+WORTH = 1.15  # times the least cost of a chunk that a smaller batch may have, behind which answers wait less
 LOAD = 0.75  # of the time that is given away; the rest is for talkers, encoders, pages and rewinds
 ROUNDS = 2  # measured, of each size; the least counts
 NEW = 0.03  # weight of the newest batch in how much slower all is than it was measured
@@ -39,9 +40,10 @@ class Capacity:
 
     @property
     def largest(self) -> int:
-        """Chunks of the largest batch that does not take too long."""
-        fitting = [n for n in self.measured if self.cost(n) <= LONGEST * self.chunk_seconds]
-        return max(fitting, default=1)
+        """Chunks of the largest batch: of those that do not take too long the smallest that draws a chunk about as cheaply as
+        any."""
+        each = {n: self.cost(n) / n for n in self.measured if self.cost(n) <= LONGEST * self.chunk_seconds}
+        return min((n for n in each if each[n] <= WORTH * min(each.values())), default=1)
 
     @property
     def viewers(self) -> int:

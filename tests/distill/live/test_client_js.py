@@ -25,6 +25,13 @@ CONNECT = """async url => {
   try { (window.kept ??= []).push(await Avatar.connect(document.createElement("canvas"))); return "in"; }
   catch (error) { return error.message; }
 }"""
+CUT = """async url => {
+  const {Avatar} = await import(url), stopped = {};
+  const node = first => ({first, node: {stop: when => stopped[first] = when}});
+  const avatar = Object.assign(new Avatar(), {frames: new Map(), nodes: [8, 16, 24].map(node), origin: 2, frame: 0.08, last: 31});
+  avatar.cut(20);
+  return [stopped, avatar.last, avatar.nodes.map(({first}) => first)];
+}"""
 SPEAK = "avatarClient.speak(Int16Array.from({length: 16000 * %d}, (_, i) => 12000 * Math.sin(i * 0.157)))"
 
 
@@ -92,6 +99,12 @@ def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
     page.evaluate("avatarClient.interrupt()")
     page.wait_for_timeout(1500)
     assert np.abs(tapes(page)[0][-8000:]).max() < 0.01
+
+
+def test_a_chunk_that_is_cut_is_heard_to_there(page):
+    stopped, last, kept = page.evaluate(CUT, "/client.js")
+    assert stopped == pytest.approx({"8": 2 + 20 * 0.08, "16": 2 + 20 * 0.08, "24": 0})
+    assert (last, kept) == (19, [8, 16])
 
 
 def test_another_version_and_one_too_many_are_rejected_in_words(page):

@@ -8,6 +8,7 @@ from websockets.sync.client import connect
 
 from distill.live import protocol
 from distill.live.client import Client
+from distill.live.talkers import Echo
 from tests.support.serving import a_puppet, eventually, serving
 
 
@@ -26,6 +27,25 @@ def test_a_busy_engine_cuts_nobody_off():
         assert len(slow) > 5
         assert client.last > 20
         eventually(lambda: not engine.calls, 5)
+        client.close()
+
+
+def test_a_talker_begins_while_the_engine_draws():
+    busy = []
+
+    class Noting(Echo):
+        def speak(self, text):
+            busy.append(not slow.done())
+            return super().speak(text)
+
+    with serving(a_puppet(), Noting(), viewers=1) as (address, engine):
+        client = Client(f"ws://{address}/live")
+        client.open()
+        slow = engine.call(time.sleep, 2.0)
+        answer = client.converse("one two")
+        assert busy == [True]
+        assert answer.parts_ms["talker"] < 1000 < answer.parts_ms["queue"]
+        assert engine.totals.turns == 1
         client.close()
 
 

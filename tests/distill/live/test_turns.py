@@ -3,13 +3,14 @@
 import json
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 import torch
 
 from distill.live import turns, voice
 from distill.live.talkers import BUILT_IN, Echo, Omni, TextToSpeech, Voice, load_talker
-from distill.live.turns import Endpointer, Turn
+from distill.live.turns import AT_FIRST, NETWORK, Endpointer, Playhead, Turn
 from teachers.errors import UserError
 from tests.support.serving import eventually
 
@@ -18,6 +19,34 @@ RATE = 16000
 
 def whole(pieces) -> torch.Tensor:
     return torch.cat([piece for piece in pieces if isinstance(piece, torch.Tensor)])
+
+
+def test_the_way_to_the_viewer_is_the_least_that_a_rewind_and_the_next_report_took():
+    playhead = Playhead(Fraction(25, 2))
+    playhead.update(0, 0.5)  # of nothing that was asked
+    assert playhead.trip == AT_FIRST
+    for asked, answered in ((1.0, 1.3), (2.0, 2.15), (3.0, 3.2)):
+        playhead.ask(asked - 0.5)  # a rewind that another one follows
+        playhead.ask(asked)
+        playhead.update(10, answered)
+        playhead.update(11, answered + 0.3)
+    assert playhead.trip == pytest.approx(0.15)
+    for _ in range(8):
+        playhead.ask(4.0)
+        playhead.update(12, 4.001)
+    assert playhead.trip == NETWORK
+    assert Playhead(Fraction(25, 2), lambda: 7).trip == 0.0
+
+
+def test_a_player_in_this_process_is_where_it_says():
+    shown, playhead = [5], Playhead(Fraction(25, 2))
+    playhead.update(4, 1.0)
+    assert playhead.place(1.2, 100) == pytest.approx(6.5)
+    assert playhead.place(9.0, 20) == 20
+    playhead.local = lambda: shown[0]
+    assert playhead.place(9.0, 100) == 5
+    shown[0] = 30
+    assert playhead.place(9.0, 20) == 20
 
 
 def test_the_endpointer_finds_a_turn_in_noise_however_it_is_cut():

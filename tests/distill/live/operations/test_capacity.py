@@ -17,9 +17,10 @@ def test_costs_lie_on_the_line_between_measured_sizes():
 
 
 def test_viewers_are_those_that_the_best_batch_draws_in_time():
-    capacity = Capacity(0.64, {1: 0.02, 2: 0.03, 4: 0.05, 8: 0.09, 16: 0.4})
+    capacity = Capacity(0.64, {1: 0.02, 2: 0.03, 4: 0.06, 8: 0.09, 16: 0.4})
     assert capacity.largest == 8, "a batch of 16 would keep an answer waiting"
     assert capacity.viewers == int(LOAD * 0.64 / (0.09 / 8))
+    assert Capacity(0.64, {1: 0.042, 2: 0.059, 4: 0.094, 8: 0.176, 16: 0.335}).largest == 4, "a CPU gains little beyond"
     capacity.room = 7
     assert capacity.viewers == 7
     assert Capacity(0.64, {1: 3.0}).viewers == 1
