@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,7 +84,7 @@ class StableAvatarConfig(ImageToVideoKind):
         return (*super().lora_targets, "to_k_vocal", "to_v_vocal", "add_k_proj", "add_v_proj")
 
 
-class States(NamedTuple):
+class ProjectedStates(NamedTuple):
     """What the sound alone decides: projected states [B, F, 17, D] of each latent frame's window, zeros outside the clip, and
     whether the frame has any sound [B, F, 1, 1]."""
 
@@ -107,18 +108,6 @@ class FrameAttention(nn.Module):
         return self.to_out[0](F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape))
 
 
-class GeluMLP(nn.Module):
-    """Linear, GELU by tanh, linear, under the names of diffusers' feed-forward."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(width, 2 * width)})
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(2 * width, width)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(cast(Any, self.net[0])["proj"](x), approximate="tanh"))
-
-
 class TokenBlock(nn.Module):
     """A block of the audio tokens, modulated as Wan's; where Wan has self-attention it has nothing but the modulation."""
 
@@ -126,7 +115,8 @@ class TokenBlock(nn.Module):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
         self.norm3 = FP32LayerNorm(width, eps)
-        self.attn, self.ffn, self.eps = FrameAttention(width, eps), GeluMLP(width), eps
+        self.attn, self.eps = FrameAttention(width, eps), eps
+        self.ffn = FeedForward(width, inner_dim=2 * width, activation_fn="gelu-approximate")
 
     def forward(self, x: Tensor, modulation: Tensor, frame: Tensor) -> Tensor:
         """x [B, F, 17, D], modulation [B, F or 1, 6, D] in fp32, patch tokens of the frames [B, F, S, D] -> [B, F, 17, D]."""
@@ -185,13 +175,13 @@ class StableAvatar(AvatarTransformer):
         audio: Tensor,
         numbers: Sequence[int] | None = None,
         regions: Tensor | None = None,  # noqa: ARG002
-    ) -> tuple[States, ...]:
+    ) -> tuple[ProjectedStates, ...]:
         """The projected states of the rows [B, F, 4, 11 E]: what there is of the sound before latents and time are known."""
         own = self.vocal_projector
         tokens = own.norm(own.proj(windows(audio).to(self.compute_dtype)))
         kept = [[t in part for t in range(STATES)] for part in inside(numbers, audio.shape[1])]
         present = audio.flatten(2).any(2)[..., None, None].to(tokens)
-        return (States(tokens * torch.tensor(kept).to(tokens).unsqueeze(-1), present),) * len(self.blocks)
+        return (ProjectedStates(tokens * torch.tensor(kept).to(tokens).unsqueeze(-1), present),) * len(self.blocks)
 
     def with_latents(self, audio: Any, x: Tensor, time: Time) -> tuple[AudioInput, ...]:
         states, embedder = audio[0], self.condition_embedder
