@@ -165,7 +165,8 @@ class CausalWan(Student):
         text = last.conditions.text if read.text is None else read.text
         anchors: Any = None if read.anchors is None else read.anchors[1]
         if anchors is None and "anchors" in taken(self.net.kind):
-            anchors = self.net.read_anchors(last.conditions.anchors, text)
+            rolled = None if state is None else state.read.rolled
+            anchors = self.net.read_anchors(last.conditions.anchors if rolled is None else rolled, text)
         audio: Any = given.audio if read.audio is None else read.audio
         kind = self.net.kind
         levels = [kind.levels(part.sigma, part.x.shape[2], part.known) for part in segments]

@@ -225,8 +225,14 @@ def read_checkpoint(path: Path, entry: str | None = None, leave_out: Sequence[st
 
 
 def _of_archive(file: Path, entry: str | None) -> tuple[dict[str, Lazy], list[str]]:
-    """Tensors of the requested entry, by default the first of ENTRIES, and what is ignored."""
+    """Tensors of the requested entry, by default those of all entries of a kind, else the first of ENTRIES, and what is ignored."""
     entries, others = weights.read_archive(file)
+    parts = next(
+        (kind.entries for kind in layouts.KINDS.values() if kind.entries and entries.keys() >= set(kind.entries)), ()
+    )
+    if parts and entry is None:
+        joined = {f"{part}.{name}": tensor for part in parts for name, tensor in entries[part].items()}
+        return joined, [name for name in (*entries, *others) if name not in parts]
     chosen = next((name for name in ENTRIES if name in entries), None) if entry is None else entry
     if chosen is None or chosen not in entries:
         reason = f"has no entry {entry}" if entry else f"has none of the entries {', '.join(ENTRIES[:-1])}"

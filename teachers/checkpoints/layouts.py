@@ -211,7 +211,7 @@ def _expand(architecture: Architecture) -> Iterator[tuple[str, str, Shape]]:
     groups = ((WHOLE[a.kind], True),) if a.kind in WHOLE else groups
     for wan, ours, dims in chain.from_iterable(rows for rows, exists in groups if exists):
         shape = tuple(int(size) if size.isdecimal() else sizes[size] for size in dims)
-        count = a.num_layers if wan.startswith("blocks.") else a.num_audio if "{}" in wan else 1
+        count = a.num_layers if ours.startswith("blocks.") else a.num_audio if "{}" in wan else 1
         yield from ((wan.format(i), ours.format(i), shape) for i in range(count))
 
 

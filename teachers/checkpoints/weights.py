@@ -91,7 +91,9 @@ def find(path: Path) -> list[Path]:
             return _shards(folder, stem)
     found = [folder / name for name in PICKLES if (folder / name).is_file()]
     if not found:
-        found = list(folder.glob("*.safetensors"))  # an adapter or a LoRA under a name of its own
+        found = [
+            file for end in ("safetensors", "ckpt", "pt") for file in folder.glob(f"*.{end}")
+        ]  # of a name of its own
     if len(found) != 1:
         raise UserError(
             f"no weights: {folder} holds not one of {STEM}.safetensors, model.safetensors, pytorch_model.pt; name the file"

@@ -68,11 +68,14 @@ class NetworkKind:
     first_frames  how many first latent frames of a stream are read unlike all others (a shorter audio window): 0 for none
     lead        latent frames in front of a clip that are the portrait's: they prime the codec, which gives 1 pixel frame for the
                 first of a video and `stride` for every other, and belong to no chunk; 0 or 1
+    past        how many latents of the film before a clip it reads, where its sampler draws one clip behind the other; 0: none
     rows        what a network of Wan's shape has beyond Wan in its published layout: lines `published name | our name | sizes` as
                 in teachers.checkpoints.layouts, the first of which tells the kind
     whole       whether `rows` are all that it has: another backbone, whose layout has the kind's name and whose config.json there
                 is `published_config`
     apart       whether what it has beyond Wan is published in a file of its own, NAME.safetensors over Wan's weights
+    entries     the entries of a published torch archive that together are its weights, and of whose tensors' names each is the
+                beginning; none: one entry is them all
     audio_row   of such rows: the symbol of an audio state's size, and how many states a row of the audio encoder has
     layouts     published layouts that `distill convert` reads for it; empty: our own safetensors file alone
     source      where its published weights are to be had, for messages
@@ -89,6 +92,7 @@ class NetworkKind:
     rows: ClassVar[str] = ""
     whole: ClassVar[bool] = False
     apart: ClassVar[bool] = False
+    entries: ClassVar[tuple[str, ...]] = ()
     audio_row: ClassVar[tuple[str, int]] = ("A", 0)
     layouts: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str] = ""
@@ -99,6 +103,7 @@ class NetworkKind:
     can_checkpoint: ClassVar[bool] = False
     first_frames: ClassVar[int] = 0
     lead: ClassVar[int] = 0
+    past: ClassVar[int] = 0
     clean_known: ClassVar[bool] = False
     prediction: str = "velocity"
     reference: bool = True
@@ -202,6 +207,11 @@ class NetworkKind:
         """Anchors like these [B, C, R, H, W] of the first latents of a stream [B, C, F, H, W]; UserError for a kind without any."""
         raise UserError(f"student.history.anchors_roll: {label(self)} has no anchors; set it to 0")
 
+    def behind(self, conditions: Conditions, past: Tensor) -> Conditions:
+        """The conditions of a clip behind a film whose last latents are `past` [B, C, past, H, W]; UserError where it reads none,
+        or not of that size."""
+        raise UserError(f"{label(self)} does not read the film before a clip; draw one clip")
+
     def student(self, net: Any, spec: Any) -> Any:
         """The causal student of this network; UserError where the kind has none."""
         if not self.causal:
@@ -284,6 +294,8 @@ NETWORKS = Registry(
         "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
         "s2v": "teachers.networks.s2v:S2VConfig",
         "longcat": "teachers.networks.longcat:LongCatConfig",
+        "fantasytalking": "teachers.networks.fantasytalking:FantasyTalkingConfig",
+        "stableavatar": "teachers.networks.stableavatar:StableAvatarConfig",
     },
     methods={"build": "def build(self, dims: Dims) -> torch.nn.Module"},
     base="teachers.networks.kind:NetworkKind",

@@ -13,7 +13,7 @@ B = batch, F = latent frames, S = tokens a frame, N = F S, A = anchor tokens, D 
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -49,6 +49,7 @@ class S2VConfig(WanKind):
     source: ClassVar = "Wan-AI/Wan2.2-S2V-14B from the Hugging Face hub"
     first_frames: ClassVar = 2  # latent frames 0 and 1 read the copies of row 0
     lead: ClassVar = 1
+    past: ClassVar = sum(MOTION)
     rows: ClassVar[str] = """
         casual_audio_encoder.weights                      | audio_encoder.weights          | 1 states 1 1
         casual_audio_encoder.encoder.conv1_local.conv.*   | audio_encoder.conv1_local.*    | local audio 3
@@ -115,11 +116,8 @@ class S2VConfig(WanKind):
             )
         sizes = {name: getattr(dims, name) for name in ("latent_channels", "text_dim", "audio_dim", "stride")}
         net = initialise(S2V(**sizes, **{name: getattr(self, name) for name in SIZES}))
-        for zero in (
-            net.pose_embedding,
-            net.token_kind,
-            *(part.to_out[0] for part in net.audio_injector),
-        ):  # as published
+        zeros = (net.pose_embedding, net.token_kind, *(part.to_out[0] for part in net.audio_injector))
+        for zero in zeros:  # as published
             for parameter in zero.parameters():
                 nn.init.zeros_(parameter)
         return net
@@ -144,11 +142,7 @@ class S2VConfig(WanKind):
 
     def shallow(self, blocks: int = 1) -> "S2VConfig":
         after = tuple(block for block in self.inject_after if block < blocks) or (0,)
-        return (
-            self
-            if blocks >= self.num_layers
-            else type(self)(**vars(self) | {"num_layers": blocks, "inject_after": after})
-        )
+        return self if blocks >= self.num_layers else replace(self, num_layers=blocks, inject_after=after)
 
     @property
     def period(self) -> int:
@@ -165,6 +159,11 @@ class S2VConfig(WanKind):
     def roll_anchors(self, anchors: Tensor, drawn: Tensor) -> Tensor:
         motion = torch.cat([anchors[:, :, 1:], drawn], dim=2)[:, :, -sum(MOTION) :]
         return torch.cat([drawn[:, :, :1], motion], dim=2) if anchors.shape[2] > 1 else drawn[:, :, :1]
+
+    def behind(self, conditions: Conditions, past: Tensor) -> Conditions:
+        check_motion(past)
+        reference = conditions.anchors[:, :, :1]
+        return Conditions(conditions.features, anchors=torch.cat([reference, past.to(reference)], dim=2))
 
     def compose(self, x: Tensor, conditions: Conditions, known: Sequence[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """(x, [x | latents of the pose] or x alone)."""
@@ -183,6 +182,12 @@ class S2VConfig(WanKind):
         audio = conditions.audio if conditions.clip_audio is None else conditions.clip_audio
         given = {"anchors": conditions.anchors, "numbers": numbers, "remember": False}
         return net(inputs, sigma, conditions.text, audio, **given)[0]
+
+
+def check_motion(motion: Tensor) -> None:
+    """UserError for latents [B, C, R, H, W] that cannot be packed."""
+    if any(side % 8 for side in motion.shape[3:]):
+        raise UserError(f"anchors: {list(motion.shape[3:])} latent rows and columns with motion; give multiples of 8")
 
 
 class S2VBlock(AvatarBlock):
@@ -291,10 +296,7 @@ class S2V(AvatarTransformer):
         motion = anchors[:, :, 1:][:, :, -sum(MOTION) :]
         if not motion.shape[2]:
             return reference
-        if any(side % 8 for side in motion.shape[3:]):
-            raise UserError(
-                f"anchors: {list(motion.shape[3:])} latent rows and columns with motion; give multiples of 8"
-            )
+        check_motion(motion)
         motion = F.pad(motion, (0, 0, 0, 0, sum(MOTION) - motion.shape[2], 0))
         parts = zip(("far", "middle", "near"), motion.split(MOTION, dim=2), strict=True)
         packed = [self.motion_embedding[name](part).flatten(2).mT for name, part in parts]
@@ -333,11 +335,9 @@ class S2V(AvatarTransformer):
     def forward(self, x: Tensor | None, sigma: Any, text: Any, *given: Any, **named: Any) -> Any:
         """As Wan's; without x (None, keys and values as `read_anchors` gives them), in a call of the whole module, which an engine
         that shards it wants."""
-        return (
-            super().forward(x, sigma, text, *given, **named)
-            if x is not None
-            else (None, self._read(named["anchors"], text))
-        )
+        if x is None:
+            return None, self._read(named["anchors"], text)
+        return super().forward(x, sigma, text, *given, **named)
 
     def read_anchors(self, anchors: Tensor, text: Tensor | Sequence[KeyValue]) -> tuple[KeyValue, ...]:
         """Each block's un-rotated keys and values [B, A, M, d] of anchors [B, C, R, H, W] that see one another and the text alone,

@@ -245,6 +245,11 @@ class AvatarTransformer(SpanTransformer):
         packed = self.audio_proj(audio.to(self.compute_dtype))
         return tuple(project(packed).unsqueeze(2) for project in self.audio_cond_projs)
 
+    def with_latents(self, audio: Sequence[Any], x: Tensor, time: Time) -> Sequence[Any]:  # noqa: ARG002
+        """What each block of `audio_at` is given of audio that was read, with the patch tokens x [B, N, D] and the time: the
+        same, where it depends on neither."""
+        return audio
+
     @torch.no_grad()
     def read_audio(
         self, audio: Tensor, numbers: Sequence[int] | None = None, regions: Tensor | None = None
@@ -301,7 +306,8 @@ class AvatarTransformer(SpanTransformer):
             embedded = cast(nn.Module, self.condition_embedder.image_embedder)(image.to(dtype))
             image = [embedded] * len(self.blocks)
         given = self.audio_inputs(audio, numbers, regions) if isinstance(audio, Tensor) else audio
-        by_block = dict(zip(self.audio_at, given or (), strict=True))
+        given = self.with_latents(given, x, sigma) if given else ()
+        by_block = dict(zip(self.audio_at, given, strict=True))
         x, temb, anchors = self.with_anchors(x, temb, anchors)
         cache = []
         for i, block in enumerate(self.blocks):

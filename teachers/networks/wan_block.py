@@ -184,12 +184,14 @@ class AvatarBlock(WanTransformerBlock):
         """x [B, N, D] behind the block, its last tokens the anchors'."""
         return x
 
-    def attend_frames(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend_frames(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None) -> Tensor:
         """Attention of every frame's tokens, query [B, F S, M, d], to what belongs to that frame alone, key and value
-        [B, F, K, M, d] -> [B, F S, M d]."""
+        [B, F, K, M, d], of which a frame sees the first `seen` [F] (None: all) -> [B, F S, M d]."""
         batch, frames = key.shape[:2]
         query = query.unflatten(1, (frames, -1)).flatten(0, 1)
-        return self.attend(query, key.flatten(0, 1), value.flatten(0, 1)).unflatten(0, (batch, frames)).flatten(1, 2)
+        seen = None if seen is None else seen.repeat(batch)
+        attended = self.attend(query, key.flatten(0, 1), value.flatten(0, 1), seen)
+        return attended.unflatten(0, (batch, frames)).flatten(1, 2)
 
     def read(self, text: Tensor) -> KeyValue:
         """Cross-attention keys and values [B, L, M, d] of embedded text [B, L, D]."""

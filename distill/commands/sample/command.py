@@ -43,6 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="one clip of a recipe's many-step teacher, to see that it loads right",
     )
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many clips of --teacher one behind the other, where it reads the film before (Wan2.2-S2V; default 1)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
     parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a video with sound")
@@ -191,6 +198,8 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; remove it")
     if args.teacher is not None and args.timeline is not None:
         raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; remove it")
+    if args.clips < 1 or (args.student is not None and args.clips > 1):
+        raise UserError(f"--clips {args.clips}: a count from 1, of --teacher alone; remove it")
     if not 0 <= args.seed <= LARGEST_SEED:
         raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
     if not 1 <= args.size <= 4096:

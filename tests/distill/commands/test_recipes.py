@@ -14,7 +14,8 @@ from distill.recipe import load_recipe, to_dict
 from teachers.errors import UserError
 
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "infinitetalk", "longcat", "s2v")
+REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "stableavatar", "infinitetalk", "fantasytalking", "longcat",
+        "s2v")  # fmt: skip
 NEEDS = {name: ["teacher.path=anywhere"] for name in (*REAL, "liveavatar")}
 ROOT = RECIPES.parent
 

@@ -32,13 +32,14 @@ from tests.students.networks.test_causal_talk import inputs as talk_inputs
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student, a_teacher, randn, some_conditions, some_latents
 from tests.teachers.networks import test_echomimic as echomimic
+from tests.teachers.networks import test_fantasytalking as fantasytalking
 
 KINDS = ("ddp", "fsdp2", "zero2")
 BOTH = {"text": 2.0, "audio": 3.0}
 PATHS = {"livetalk": ["teacher.path=anywhere"]}
 LOSSES = ("flow_matching", "dmd student", "dmd fake_score", "gan discriminator", "gan student", "ode_init", "forcing",
           "consistency", "diagonal", "same_level", "checkpointed")  # fmt: skip
-TALKERS = ("1", "2", "face")
+TALKERS = ("1", "2", "face", "frames")
 
 
 def attention(split: Split | None) -> dict[str, Tensor]:
@@ -119,10 +120,12 @@ def gradients(engine: Any, name: str) -> dict[str, Tensor]:
 
 
 def talkers(engine: Any, name: str) -> dict[str, Tensor]:
-    """A masked forward, its gradients and a stream of students whose tokens belong to speakers (of one or two), or to the face. In
-    fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process already."""
-    if name == "face":
-        student, (x, given, _) = echomimic.a_student(History(sinks=1, window=1)), echomimic.inputs(6, extra=10)
+    """A masked forward, its gradients and a stream of students whose tokens belong to speakers (of one or two), or to the face, or
+    read a part of their frame's sound. In fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process
+    already."""
+    if name in ("face", "frames"):
+        history, source = History(sinks=1, window=1), echomimic if name == "face" else fantasytalking
+        student, (x, given, _) = source.a_student(history), source.inputs(6, extra=10)
         clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
     else:
         student, (given, x, clean, sigma) = a_talk_student(int(name), sinks=1, window=1), talk_inputs(int(name))

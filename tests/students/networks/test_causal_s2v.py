@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
+from distill.methods.rollout import draw_noise, rollout
 from students.history import History
 from students.networks.causal_wan import CausalWan
 from students.networks.windowed import WindowedConfig
@@ -212,3 +213,14 @@ def test_pixel_frames_of_a_clip_with_a_lead():
     assert [spec.pixel_frames(k) for k in range(3)] == [(0, 13), (13, 25), (25, 37)]
     assert spec.takes_image
     assert not spec.network.reference
+
+
+def test_a_rollout_with_gradient_is_the_one_without_also_behind_anchors_of_its_own():
+    """The step with gradient reads the anchors that were made again, as the steps without and serving do."""
+    spec = a_spec(ahead=18, **LIVE)
+    spec = replace(spec, horizon_frames=2 * N, history=replace(spec.history, anchors_roll=2 * N))
+    student, given = SMALL.student(an_s2v_net(), spec), inputs()[0]
+    noise = draw_noise(student, 1, torch.Generator().manual_seed(0), CHUNKS)
+    with torch.no_grad():
+        expected = rollout(student, given, noise)
+    assert torch.equal(rollout(student, given, noise).detach(), expected)

@@ -228,3 +228,10 @@ def test_what_has_a_place_is_let_through():
         layouts.check_representable(IMAGE_14B, layout, "here")
     layouts.check_representable(replace(IMAGE_14B, stride=2, in_channels=34), "ours", "here")
     layouts.check_representable(AVATAR_14B, "wan", "here")
+
+
+def test_no_two_kinds_give_one_of_our_names_to_tensors_of_other_published_names():
+    """Renaming knows no kind: a name of ours that two kinds shared would come back under the later one's."""
+    for table in ("TO_WAN", "TO_OURS"):
+        pairs = {(ours, wan) if table == "TO_WAN" else (wan, ours) for wan, ours, _ in layouts.ROWS}
+        assert len(pairs) == len(getattr(layouts, table)), table

@@ -6,6 +6,7 @@ shares no code with the network that it judges. `fault`: one of FAULTS is put in
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class EchoMimic:
         time = linear(w, "time_embedding.2", silu(time))
         modulation = linear(w, "time_projection.1", silu(time)).unflatten(-1, (6, -1))
         text = linear(w, "text_embedding.2", gelu_tanh(linear(w, "text_embedding.0", text)))
-        image, sound = self._image(image), self._sound(states, frames)
+        image, sound = self._image(image), self._of_latents(self._sound(states, frames), h, modulation, time)
         for i in range(1 + max(int(name.split(".")[1]) for name in w if name.startswith("blocks."))):
             h = self._block(i, h, modulation, angles, text, image, sound, face)
         shift, scale = (w["head.modulation"] + time.unsqueeze(1)).unbind(1)
@@ -118,6 +119,10 @@ class EchoMimic:
             tokens.append(torch.stack(window, dim=1))
             real.append(torch.tensor([0 <= t < count for t in at]))
         return torch.stack(tokens, dim=1), torch.stack(real)
+
+    def _of_latents(self, sound: Any, h: Tensor, modulation: Tensor, time: Tensor) -> Any:
+        """The sound's tokens where they depend on patch tokens and time, for StableAvatar."""
+        return sound
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
