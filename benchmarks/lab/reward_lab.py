@@ -141,6 +141,7 @@ def main(words: Sequence[str] | None = None) -> int:
     common, jobs = read_sweep(recipe, args.sweep)
     chosen = {name: own for name, own in jobs.items() if args.jobs is None or name in args.jobs}
     file = args.out / f"{args.sweep}-scores.json"
+    (args.out / "streams").mkdir(parents=True, exist_ok=True)
     found: dict = read_json_or_none(file) or {}
     lab = Lab(load_recipe(recipe, [*common, f"run_dir={quoted(str(base))}"]), args.conditions)
 

@@ -129,6 +129,15 @@ def weigh(
     return Weighed(weights[start : start + own.shape[1]], values, weights)
 
 
+def check_number(name: str, reward: Reward, num: int) -> None:
+    """UserError where the `num` clips that one update has on all ranks do not suffice to standardise a reward."""
+    if reward.weight and reward.scale is None and num < LEAST_CLIPS:
+        raise UserError(
+            f"rewards.{name}: {num} clip in an update has no standard deviation; raise train.batch_size or the number of GPUs, or "
+            f"give rewards.{name}.scale: [mean, std]"
+        )
+
+
 def standardised(name: str, reward: Reward, values: Float[Tensor, " n"], reason: str = "") -> Float[Tensor, " n"]:
     """z of the clips; a clip without this reward (NaN: no face was found, say) has the least of all that have it. UserError, with
     the `reason`, where none has it."""
@@ -137,11 +146,7 @@ def standardised(name: str, reward: Reward, values: Float[Tensor, " n"], reason:
         return torch.zeros_like(values)
     if len(known) == 0:
         raise UserError(f"rewards.{name}: none of {len(values)} clips has it: {reason}; or remove the reward")
-    if reward.scale is None and len(values) < LEAST_CLIPS:
-        raise UserError(
-            f"rewards.{name}: {len(values)} clip in an update has no standard deviation; raise train.batch_size or the number of "
-            f"GPUs, or give rewards.{name}.scale: [mean, std]"
-        )
+    check_number(name, reward, len(values))
     mean, spread = (
         (known.mean(), known.std(correction=0)) if reward.scale is None else map(known.new_tensor, reward.scale)
     )

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.methods import Batch
-from distill.methods.rewards import Reward
+from distill.methods.rewards import Reward, check_number
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation.clip_sets import scored
 from eval.metric import Clip
@@ -30,10 +30,11 @@ FULL_SIZE = {"box", *REGISTRY}
 
 
 class ClipReader:
-    """Decodes this rank's clips a few at a time, without a gradient and outside of autocast, and scores each by itself."""
+    """Decodes this rank's clips, of which an update has `batch_size`, a few at a time, without a gradient and outside of autocast,
+    and scores each by itself."""
 
-    def __init__(self, artifacts: Artifacts):
-        self.artifacts, self.engine = artifacts, artifacts.engine
+    def __init__(self, artifacts: Artifacts, batch_size: int):
+        self.artifacts, self.engine, self.num = artifacts, artifacts.engine, batch_size * artifacts.engine.data_ranks
         self.rank, self.codec = artifacts.engine.data_rank, artifacts.encoders
         self.networks = Networks(artifacts.probes, device=str(artifacts.engine.device))
         data, spec = artifacts.recipe.data, artifacts.spec
@@ -43,11 +44,12 @@ class ClipReader:
         self.reasons: dict[str, str] = {}
 
     def check(self, rewards: Mapping[str, Reward], face: tuple[float, ...] | None) -> None:
-        """UserError where the clips of training do not bring what a reward needs, or its published weights are not there."""
+        """UserError where the clips of training are too few, or do not bring what a reward needs, or its weights are not there."""
         size, kept = (self.artifacts.spec.width, self.artifacts.spec.height), self.artifacts.recipe.data.keep_sound
         self.box = None if face is None else torch.tensor(face) * torch.tensor(size * 2)
         for name, reward in rewards.items():
             metric = reward.metric
+            check_number(name, reward, self.num)
             heard = kept or (self.audio_is_log_mel and "probes" in metric.needs)  # who take rows as they are
             offers = self.networks.offers | ({"sound"} if heard else set()) | ({"box"} if face is not None else set())
             if missing := lacking(metric, offers):

@@ -139,7 +139,7 @@ def run_training(
         held = {name: artifacts.frozen(name) for name in frozen}
         _make_fast(artifacts, held)
         if methods.needs(config.method).decodes:
-            held["clip_reader"] = ClipReader(artifacts)
+            held["clip_reader"] = ClipReader(artifacts, settings.batch_size)
         method = methods.build(config.method, {**roles, **held}, grid)
 
         def batches(position: int) -> Batch:

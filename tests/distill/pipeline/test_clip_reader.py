@@ -14,12 +14,14 @@ from distill.methods import Batch
 from distill.methods.rewards import Reward
 from distill.pipeline.clip_reader import ClipReader
 from distill.pipeline.evaluation.reward_watch import hacked
-from distill.recipe import load_recipe, spec_of
+from distill.pipeline.stages import facts, stages
+from distill.recipe import Recipe, load_recipe, spec_of, to_dict
 from eval.embedded.extractors import Probes
 from eval.metrics.identity import Identity
 from eval.metrics.lip_sync import SyncNetSync
 from eval.metrics.sharpness import Sharpness
 from eval.metrics.sync import Sync, mouth_sync
+from teachers.config import convert
 from teachers.errors import UserError
 from tests.support.tiny import Ranks
 
@@ -61,7 +63,7 @@ def hearing(artifacts, **changes):
 
 def test_rewards_are_the_metrics_own_numbers_of_each_clip(world):
     artifacts, clips = world
-    reader = ClipReader(artifacts)
+    reader = ClipReader(artifacts, 4)
     x0, conditions = artifacts.encoders.of_clips(clips)
     rewards = artifacts.recipe.distill.method.rewards
     reader.check(rewards, None)
@@ -89,7 +91,7 @@ def test_a_clip_may_be_compared_with_the_datas_own(world):
     reward, (x0, conditions) = Reward(metric=Sharpness(relative=True)), artifacts.encoders.of_clips(clips)
     own = x0.clone()
     own[1] = x0[2]
-    found = ClipReader(artifacts).read({"sharpness": reward}, own, conditions, Batch(conditions, x0))
+    found = ClipReader(artifacts, 4).read({"sharpness": reward}, own, conditions, Batch(conditions, x0))
     assert reward.compares
     assert not SYNC.compares
     assert torch.allclose(found[0, [0, 2, 3]], torch.ones(3, dtype=torch.float64), atol=1e-6)
@@ -97,17 +99,18 @@ def test_a_clip_may_be_compared_with_the_datas_own(world):
 
 
 @pytest.mark.parametrize(
-    ("reward", "changes", "face", "words"),
+    ("reward", "changes", "face", "batch", "words"),
     [
-        (PUBLISHED, {}, (0.2, 0.2, 0.8, 0.9), "rewards.one: lip_sync needs sound; set data.keep_sound=true"),
-        (PUBLISHED, {"keep_sound": True}, None, "rewards.one: lip_sync needs box; give method.face"),
-        (PUBLISHED, {"keep_sound": True}, (0.2, 0.2, 0.8, 0.9), "syncnet_v2.model"),
+        (PUBLISHED, {}, (0.2, 0.2, 0.8, 0.9), 4, "rewards.one: lip_sync needs sound; set data.keep_sound=true"),
+        (PUBLISHED, {"keep_sound": True}, None, 4, "rewards.one: lip_sync needs box; give method.face"),
+        (PUBLISHED, {"keep_sound": True}, (0.2, 0.2, 0.8, 0.9), 4, "syncnet_v2.model"),
+        (SYNC, {}, None, 1, "rewards.one: 1 clip in an update"),
     ],
 )
-def test_what_a_reward_lacks_is_named(world, monkeypatch, tmp_path, reward, changes, face, words):
+def test_what_a_reward_lacks_is_named(world, monkeypatch, tmp_path, reward, changes, face, batch, words):
     monkeypatch.setenv("AVATAR_DISTILL_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match=words):
-        ClipReader(hearing(world[0], **changes)).check({"one": reward}, face)
+        ClipReader(hearing(world[0], **changes), batch).check({"one": reward}, face)
 
 
 def test_a_metric_of_the_users_is_a_reward(world, tmp_path):
@@ -118,7 +121,7 @@ def test_a_metric_of_the_users_is_a_reward(world, tmp_path):
         name = f"{tmp_path / f'own{int(broken)}.py'}:Brightness"
         words = ["method@distill=dmd_reward", f'distill.method.rewards={{luma: {{metric: {{name: "{name}"}}}}}}']
         rewards = load_recipe(RECIPES / "dmd_avatar.yaml", words).distill.method.rewards
-        reader, (x0, conditions) = ClipReader(artifacts), artifacts.encoders.of_clips(clips)
+        reader, (x0, conditions) = ClipReader(artifacts, 4), artifacts.encoders.of_clips(clips)
         reader.check(rewards, None)
         found = reader.read(rewards, x0, conditions, Batch(conditions))
         if broken:
@@ -127,6 +130,23 @@ def test_a_metric_of_the_users_is_a_reward(world, tmp_path):
         else:
             luma = artifacts.encoders.decode(x0).float().mean((1, 2, 3, 4)) / 255
             assert torch.allclose(found[-1].float(), luma, atol=1e-6)
+
+
+def test_a_recipe_with_rewards_reads_back_and_knows_the_users_file(tmp_path):
+    """What a run saves is the same recipe; an edit of the metric's file is another fingerprint."""
+    file, found = tmp_path / "mine.py", []
+    for luma in ("255", "256"):
+        file.write_text(BRIGHTNESS.replace("FULL", luma))
+        words = [
+            "method@distill=dmd_reward",
+            f'distill.method.rewards={{luma: {{metric: {{name: "{file}:Brightness"}}}}}}',
+        ]
+        recipe = load_recipe(RECIPES / "dmd_avatar.yaml", words)
+        assert to_dict(convert(Recipe, to_dict(recipe))) == to_dict(recipe)
+        stage = next(stage for stage in stages(recipe) if stage.name == "distill")
+        found.append(facts(stage, recipe, {}))
+        assert "extractors" in stage.inputs
+    assert found[0] != found[1]
 
 
 def logged(**ends: tuple[float, float]) -> list[dict[str, float]]:
