@@ -161,6 +161,7 @@ def main(words: Sequence[str] | None = None) -> int:
             began, folder = time.process_time(), args.out / f"{args.sweep}-{name}-{seed}"
             job = load_recipe(recipe, [*common, *own, f"distill.train.seed={seed}"])
             rows = lab.train(job, folder)
+            row: dict[str, Any]
             row, video = lab.of_student(folder / "model.safetensors")
             rewards = getattr(job.distill.method, "rewards", {})
             row |= {"cpu_seconds": round(time.process_time() - began, 1)}

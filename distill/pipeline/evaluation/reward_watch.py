@@ -2,7 +2,7 @@
 
 The rewards' own means over the clips of the first and the last quarter of a stage's student updates are in metrics.jsonl
 (`reward_NAME`, `spread_NAME` of a method with `rewards`). They are held against everything that was not rewarded: rewards of weight
-0, the scores of the validation beside those of the student that the stage began with, and health beside the teacher's.
+0, the scores of the validation beside those of the student that the stage began with, and health beside the teacher's. The limits are guesses: no run has set them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 
 GAINED = 0.5
 """A rewarded mean has risen when it did by so many of its standard deviations over clips."""
-LOST = 0.5
-"""A watched reward has got worse when it fell by so many of its own, or, where neither way is better, moved."""
+LOST = 1.0
+"""A watched reward has got worse when it fell by so many of its own; one of which neither way is better is not judged."""
 WORSE = {"fid": 1.25, "fvd": 1.25}
 """A distance has got worse when it grew to more than so many times the start's."""
 AWAY = {"motion_energy": 0.15, "sharpness": 0.15}
@@ -66,7 +66,7 @@ def _is_worse(reward: Any, moved: float) -> bool:
     better = reward.metric.columns[reward.column].better if reward.band is None else "higher"
     if better == "lower":
         return moved >= LOST
-    return moved <= -LOST if better is not None else abs(moved) >= LOST
+    return better is not None and moved <= -LOST
 
 
 def _scores(start: Mapping[str, float], now: Mapping[str, float], rewarded: set[str]) -> list[str]:
