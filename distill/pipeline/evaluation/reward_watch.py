@@ -2,7 +2,8 @@
 
 The rewards' own means over the clips of the first and the last quarter of a stage's student updates are in metrics.jsonl
 (`reward_NAME`, `spread_NAME` of a method with `rewards`). They are held against everything that was not rewarded: rewards of weight
-0, the scores of the validation beside those of the student that the stage began with, and health beside the teacher's. The limits are guesses: no run has set them.
+0, the scores of the validation beside those of the student that the stage began with, and health beside the teacher's. The limits
+are guesses: no run has set them.
 """
 
 from collections.abc import Mapping, Sequence
