@@ -130,8 +130,8 @@ class Metric:
     "mouth", "identity" of probes that know them;
     "sound", "box"; labels and videos that only a run has ("gesture", "expression", "noises", "teacher")
     paired: compares a clip with its own real one, so that the ground truth has no score
-    against: what `reference` of `score` is: other "real" clips, or the "ceiling" (the same clips after the codec; in `distill eval`
-    both are the real clips), or nothing
+    against: what `reference` of `score` is (or a property that says so): other "real" clips, or the "ceiling" (the same clips after
+    the codec; in `distill eval` both are the real clips), or nothing
     over: "clips", one a condition, or "noises", several a condition
     admitted_with: the metric with whose admission on known cases it stands and falls, where it has no `admit` of its own
     least: clips below which a set has no score, or none with an error
@@ -145,7 +145,7 @@ class Metric:
     plot: ClassVar[bool] = False
     paired: ClassVar[bool] = False
     needs: ClassVar[Any] = ()
-    against: ClassVar[Literal["real", "ceiling"] | None] = None
+    against: ClassVar[Any] = None
     over: ClassVar[Literal["clips", "noises"]] = "clips"
     admitted_with: ClassVar[str | None] = None
     least: ClassVar[int] = 1
@@ -182,6 +182,12 @@ class Metric:
     ) -> Mapping[str, Score | tuple[float, float]]:
         """Scores of a set of clips; `reference` as `against` states, None for the ground truth itself. UserError for too few."""
         raise NotImplementedError
+
+    def of_clip(self, features: Features, real: Features | None) -> dict[str, float]:
+        """What one clip is worth by itself, as a reward takes it: by default its scores as a set of one; `real`: features of its
+        real clip, where the metric is `against` one. A metric of whole sets gives what stands for a clip."""
+        found = self.score([features], None if real is None else [real])
+        return {name: float(score[0]) for name, score in found.items()}
 
     def floor(self, real: Sequence[Features], splits: int) -> tuple[dict[str, tuple[float, float]], int] | None:
         """(mean, spread) between random halves of the real clips, and the clips in a half; None without a floor."""

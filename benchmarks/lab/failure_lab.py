@@ -75,6 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     common, jobs = read_sweep(recipe, args.sweep)
     chosen = {name: own for name, own in jobs.items() if args.jobs is None or name in args.jobs}
     file = args.out / f"{args.sweep}-{args.clips}.json"
+    (args.out / "streams").mkdir(parents=True, exist_ok=True)
     found: dict = read_json_or_none(file) or {}
     world = None
     for seed in args.seeds:

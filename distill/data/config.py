@@ -18,8 +18,8 @@ class ClipsConfig:
     fitted text encoder. `negative`: the prompt that replaces a dropped text (null: zeros). `precision`: that of stored features
     of sound and text; bf16 loses nothing of an encoder that gives bf16 (umT5). `mirror`: the mirror image of every clip is
     trained on too. `lead`: the first latent frame of a clip is the portrait's alone, for networks whose kind has such a lead: it
-    primes the codec and is in no chunk (0: it is a frame like the others). A source's own config inherits from it and opens the
-    source."""
+    primes the codec and is in no chunk (0: it is a frame like the others). `keep_sound`: the training set keeps each clip's own
+    sound beside the features of it, for rewards that listen. A source's own config inherits from it and opens the source."""
 
     world: WorldConfig
     codec: CodecKind = field(metadata={"kinds": registry.CODECS})
@@ -31,6 +31,7 @@ class ClipsConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     mirror: bool = True
     lead: int = 0
+    keep_sound: bool = False
 
     def __post_init__(self):
         world, codec = self.world, self.codec

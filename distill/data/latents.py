@@ -38,13 +38,14 @@ COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the t
 @dataclass(frozen=True)
 class TrainSet:
     """The training set: x0 fp16 [N, C, F, h, w]; `features`, the stored conditions by name, a row a clip; `shared`, those that are
-    one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network. Batches are
-    fp32."""
+    one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network. `sound` int16
+    [N, S], where it is kept (`data.keep_sound`). Batches are fp32."""
 
     x0: Tensor | Stored
     features: Mapping[str, Tensor | Stored | Texts]
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     reference: bool = True
+    sound: Stored | None = None
 
     def __len__(self) -> int:
         return self.x0.shape[0]
@@ -55,11 +56,22 @@ class TrainSet:
         features = {name: _widened(value[rows]) for name, value in self.features.items()}
         shared = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.shared.items()}
         conditions = Conditions(features | shared, reference=x0[:, :, :1] if self.reference else None)
-        return Batch(conditions=conditions.to(device), x0=x0.to(device))
+        sound = None if self.sound is None else from_int16(self.sound[rows]).to(device)
+        return Batch(conditions=conditions.to(device), x0=x0.to(device), sound=sound)
 
 
 def _widened(value: Tensor) -> Tensor:
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def to_int16(sound: Tensor) -> Tensor:
+    """Samples in [-1, 1] as 16 bits."""
+    return (sound.clamp(-1, 1) * 32767).round().to(torch.int16)
+
+
+def from_int16(sound: Tensor) -> Tensor:
+    """16 bits as fp32 samples in [-1, 1]."""
+    return sound.float() / 32767
 
 
 def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, engine: Engine) -> dict:
@@ -152,7 +164,7 @@ def write_shards(
             again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
             rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
         rows = {name: value.to(stored_type(name, precision, value)) for name, value in rows.items()}
-        rows = {"x0": x0.half(), **rows}
+        rows = {"x0": x0.half(), **rows} | ({"sound": to_int16(clips.voice)} if source.config.keep_sound else {})
         _check_finite(rows, source, i)
         save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
     engine.barrier()
@@ -232,13 +244,13 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
     text_files = files_of(folder, "text", -(-facts["texts"] // TEXTS_A_FILE))
     rows = [copies * len(own) for own in said]
     whole = {name: Stored(files, rows, name, opened) for name in opened(files[0])}
-    x0 = whole.pop("x0")
+    x0, sound = whole.pop("x0"), whole.pop("sound", None)
     for name in whole:
         known(name)
     texts = Texts(text_files, torch.tensor([k for own in said for k in copies * own]), facts["tokens"], opened)
     file = folder / "negative.safetensors"
     shared = {"negative": load_tensors(file)["text"]} if file.is_file() else {}
-    return TrainSet(x0, {**whole, "text": texts}, shared, reference)
+    return TrainSet(x0, {**whole, "text": texts}, shared, reference, sound)
 
 
 def fit_text(

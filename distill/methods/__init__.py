@@ -28,16 +28,19 @@ class Loss:
 
 @dataclass(frozen=True)
 class Batch:
-    """conditions; x0 [B, C, F, H, W] of data where a method needs data; states [B, K+1, C, F, H, W] of trajectories, x0 last."""
+    """conditions; x0 [B, C, F, H, W] of data where a method needs data; states [B, K+1, C, F, H, W] of trajectories, x0 last; sound
+    [B, S] of the data at 16 kHz in [-1, 1], where the training set keeps it."""
 
     conditions: Conditions
     x0: Tensor | None = None
     states: Tensor | None = None
+    sound: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed alike."""
-        x0, states = (None if value is None else change(value) for value in (self.x0, self.states))
-        return Batch(self.conditions.map(change), x0, states)
+        given = (self.x0, self.states, self.sound)
+        x0, states, sound = (None if value is None else change(value) for value in given)
+        return Batch(self.conditions.map(change), x0, states, sound)
 
     def not_finite(self) -> list[str]:
         """The parts that hold a number that is not finite."""
@@ -51,11 +54,13 @@ class Needs:
 
     Roles: student, teacher (bidirectional), ar_teacher (a causal network trained by `forcing`), fake_score, discriminator.
     forced: trajectories are solved by the ar_teacher under the data's clean chunks, and come with that data as x0.
+    decodes: it looks at frames of rollouts: the roles hold a `clip_reader` too (`distill.methods.rewards.ClipReader`).
     """
 
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     batch: Literal["x0", "trajectories", "forced"] = "x0"
+    decodes: bool = False
 
 
 def check_drop(key: str, drop: Mapping[str, float]) -> None:

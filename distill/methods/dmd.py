@@ -104,9 +104,9 @@ class DMD:
         sigma = flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(x0)
         eps = torch.randn(x0.shape, generator=rng).to(x0)
         if role == "student":
-            return self._student(x0, sigma, eps, conditions)
+            return self._student(x0, sigma, eps, conditions, batch)
         if role == "fake_score":
-            return self._fake_score(x0, sigma, eps, conditions)
+            return self._fake_score(x0, sigma, eps, conditions, batch)
         return self._discriminator(x0, sigma, eps, conditions, batch, rng)
 
     def _generate(
@@ -146,14 +146,14 @@ class DMD:
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
-    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
+    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
         x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
         value = losses.denoising(
             x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor, len(conditions.known)
         )
         return Loss(value, {"loss": value.detach()})
 
-    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
+    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
         with torch.no_grad():
             gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), len(conditions.known))
         value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean()}

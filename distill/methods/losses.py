@@ -18,14 +18,23 @@ def frame_mean(x: Latents, start: int = 1) -> Float[Tensor, " batch"]:
     return x[:, :, start:].flatten(1).mean(dim=1)
 
 
-def denoising(x0_hat: Latents, x0: Latents, sigma: Level, power: float, floor: float, start: int = 1) -> Scalar:
-    """|x0_hat - x0|^2 / max(sigma, floor)^power, mean over generated elements.
+def denoising(
+    x0_hat: Latents,
+    x0: Latents,
+    sigma: Level,
+    power: float,
+    floor: float,
+    start: int = 1,
+    weights: Float[Tensor, " batch"] | None = None,
+) -> Scalar:
+    """|x0_hat - x0|^2 / max(sigma, floor)^power, mean over generated elements, clips counted by `weights` where they are given.
 
     power 2 is the velocity (flow matching) loss, eq. 14 of Lipman et al. 2210.02747 with x0-prediction; power 1 weighs noise
     levels as embedded networks like it. sigma [B] or [B, F].
     """
     error = (x0_hat.float() - x0.float()).square() / flow.expand(sigma, x0).float().clamp(min=floor) ** power
-    return frame_mean(error, start).mean()
+    each = frame_mean(error, start)
+    return (each if weights is None else weights * each).mean()
 
 
 def regression(x0_hat: Latents, x0: Latents, start: int = 1) -> Scalar:

@@ -117,7 +117,9 @@ def _slot(recipe: Recipe, slot: str) -> Stage:
     if slot != "ar_teacher":  # its health is compared with the teacher's
         fields, inputs = (*fields, *SOLVER), [*inputs, "teacher"]
     if slot == "distill":
-        fields, inputs = (*fields, *HELD_OUT), [*inputs, "extractors"]
+        fields = (*fields, *HELD_OUT)
+    if slot == "distill" or needs.decodes:
+        inputs.append("extractors")
     return Stage(slot, tuple(dict.fromkeys(fields)), tuple(dict.fromkeys(inputs)), partial(train_student, slot=slot))
 
 

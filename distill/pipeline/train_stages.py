@@ -20,6 +20,7 @@ from distill.methods import Batch
 from distill.methods.discriminator import Discriminator, build_discriminator
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
+from distill.pipeline.clip_reader import ClipReader
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.health import HealthCheck, logged, outcome, readiness
 from distill.pipeline.evaluation.validation import Validation
@@ -82,7 +83,8 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
     clip_sets.discard(artifacts, folder)
     if "best" in found:
-        found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.healthy)
+        alarms = check.hacked(found["best"])
+        found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.healthy, alarms)
         if artifacts.engine.is_main:
             tqdm.write(f"distill: student: {found['outcome']}", file=sys.stderr)
     return found
@@ -137,6 +139,8 @@ def run_training(
     with artifacts.training(frozen), closing(Positions(make, ahead)) as made:
         held = {name: artifacts.frozen(name) for name in frozen}
         _make_fast(artifacts, held)
+        if methods.needs(config.method).decodes:
+            held["clip_reader"] = ClipReader(artifacts, settings.batch_size)
         method = methods.build(config.method, {**roles, **held}, grid)
 
         def batches(position: int) -> Batch:

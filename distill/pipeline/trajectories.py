@@ -40,7 +40,8 @@ class Trajectories:
         conditions = batch.conditions
         if self.guidance is not None:
             conditions = replace(conditions, guidance=self.guidance[rows].to(device))
-        return Batch(conditions=conditions, x0=batch.x0, states=self.states[rows].float().to(device))
+        states = self.states[rows].float().to(device)
+        return Batch(conditions=conditions, x0=batch.x0, states=states, sound=batch.sound)
 
 
 def make(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from distill.pipeline.evaluation.clip_sets import generated_at_once
+from distill.planning.codec import codec_costs
 from distill.planning.job import LORA_RANK, Job, inner, meta_networks
 from distill.planning.live_bytes import Phases, Points
 from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, trace_phases
@@ -347,6 +348,7 @@ def job_of(recipe: "Recipe") -> Job:
         ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
         adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
     spec, networks, shared = spec_of(recipe), {"teacher": recipe.teacher.network}, recipe.engine.sequence_parallel
+    decodes = any(recipe.needs(slot).decodes for slot in recipe.slots)
     if recipe.has_custom_network:  # which only the student has
         networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
     return Job(
@@ -364,6 +366,7 @@ def job_of(recipe: "Recipe") -> Job:
         gather_once=recipe.engine.gather_once,
         backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
         sequence=SequenceGroup(shared) if shared > 1 else None,
+        decode_bytes=codec_costs(spec, recipe).decode_bytes if decodes else 0.0,
         **adapters,
     )
 

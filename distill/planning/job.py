@@ -30,7 +30,7 @@ class Job:
     (`solves`); `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the modules `full` as a whole;
     `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles held in bf16;
     `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together; `sequence`: the ranks that
-    share every sequence, where they do."""
+    share every sequence, where they do; `decode_bytes`: at the peak of one clip that a method decodes."""
 
     spec: Spec
     stages: Mapping[str, Any]
@@ -49,6 +49,7 @@ class Job:
     checkpointing: bool = False
     at_once: int = 1
     sequence: SequenceGroup | None = None
+    decode_bytes: float = 0.0
 
     @property
     def together(self) -> int:

@@ -9,19 +9,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from distill.data import latents
 from distill.pipeline.evaluation.clip_sets import SCORED_SIDE
 from distill.pipeline.evaluation.costs import COSTS_SECONDS
+from distill.planning.codec import codec_costs
 from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
-from distill.planning.live_bytes import LiveBytes
 from distill.planning.trace import clip_costs
 from students.serving.optimize import DTYPES
-from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
+from teachers.encoders.small import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -33,7 +31,6 @@ MANY_PARAMETERS = 10**9
 """A network of more, computed in fp32, is worth a warning."""
 NODE = 8  # GPUs of a machine
 CAPTION_TOKENS = 60  # of a clip's text, which is stored without padding
-SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many latent frames; convolutions follow the pixels
 ENCODERS = {"WanVAEConfig": 4 * 126_892_531, "UMT5Config": 2 * 5_680_910_336, "Wav2VecConfig": 4 * 94_371_712}
 ENCODERS["WanImageConfig"] = 4 * 611_086_080
 """Bytes on the device: Wan2.1's VAE in fp32, umT5-xxl's encoder in bf16, wav2vec2-base and CLIP ViT-H/14 in fp32."""
@@ -144,36 +141,6 @@ def host_bytes(plan: Plan, stage: StageOutlook, engine: str, ranks: int, switche
     return (stage.host[0] + max(waits, default=0.0)) * min(ranks, NODE) + stage.host[1]
 
 
-@dataclass(frozen=True)
-class CodecCosts:
-    """FLOPs and bytes at the peak of one clip, encoded and decoded; zeros for a codec that is not Wan's."""
-
-    encode: float = 0
-    decode: float = 0
-    encode_bytes: float = 0
-    decode_bytes: float = 0
-
-
-def codec_costs(job: Job, recipe: "Recipe") -> CodecCosts:
-    """Of the recipe's codec at its size; each latent frame costs what the one before cost."""
-    if recipe.tiny or not isinstance(recipe.data.codec, WanVAEConfig):
-        return CodecCosts()
-    with torch.device("meta"):
-        vae = WanVAE(AutoencoderKLWan())
-    counts = []
-    for groups in GROUPS:
-        video = torch.empty(1, 3, 1 + 4 * (groups - 1), SIDE, SIDE, device="meta")
-        latents = torch.empty(1, 16, groups, SIDE // 8, SIDE // 8, device="meta")
-        with LiveBytes() as one:
-            vae.encode(video)
-        with LiveBytes() as other:
-            vae.decode_chunk(latents)
-        counts.append((one.flops, other.flops, max(one.points.values()), max(other.points.values())))
-    scale = job.spec.height * job.spec.width / SIDE**2
-    more = (job.spec.horizon_frames - GROUPS[1]) / (GROUPS[1] - GROUPS[0])
-    return CodecCosts(*(scale * (b + more * (b - a)) for a, b in zip(*counts, strict=True)))
-
-
 def outlook(plan: Plan, job: Job, recipe: "Recipe") -> list[StageOutlook]:
     """Every stage that computes, in order."""
     return list(_Stages(plan, job, recipe).all())
@@ -183,7 +150,7 @@ class _Stages:
     """What the stages of one recipe have in common."""
 
     def __init__(self, plan: Plan, job: Job, recipe: "Recipe"):
-        self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job, recipe)
+        self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job.spec, recipe)
         data, spec = recipe.data, job.spec
         self.num_train = data.world.num_train or 0
         parts = () if recipe.tiny else (data.codec, data.audio, data.text, data.image)
@@ -272,6 +239,8 @@ class _Stages:
         decode = self.job.together * codec.decode  # every rank of a group decodes, or waits
         clip, num = self.student_clip + decode, recipe.health.num_conditions
         panel, teacher = self.variants * num, self.teacher_clip + decode
+        if self.job.needs(name).decodes:
+            steps.append(self._rewards(name, micro_steps))
         if name != "distill":
             steps.append(self._part("health", panel * clip, "student", num, plan.precision))
             made = {"student": self._made("student")}
@@ -287,6 +256,18 @@ class _Stages:
             self._part("health", times * panel * clip, "student", num, plan.precision),
         ]
         return self._stage(name, steps, clips=max(self.student_bytes, codec.decode_bytes), **facts)
+
+    def _rewards(self, name: str, micro_steps: float) -> Part:
+        """The decoding of rollouts, and of the data's clips where a reward compares them."""
+        method, train = self.job.stages[name].method, self.job.stages[name].train
+        roles = ("student",) if method.weighs == "student" else ("student", "fake_score")
+        updates = sum(self.plan.costs[name].updates[role] for role in roles)
+        clips = (
+            updates * micro_steps * train.batch_size * (2 if any(r.compares for r in method.rewards.values()) else 1)
+        )
+        jobs = 0 if train.global_batch else 1
+        flops = self.job.together * clips * self.codec.decode
+        return Part(name="decoding for rewards", flops=flops, precision="fp32", jobs=jobs, together=self.job.together)
 
     def _learned(self, role: str) -> int:
         return (self.plan.lora if role in self.plan.adapted else self.plan.parameters)[role]
@@ -361,6 +342,8 @@ def _clip_bytes(recipe: "Recipe", features: Mapping[str, Tensor], elements: int)
     """What the stage data stores of a clip: latents of so many elements, features, and the text as if no other clip had it."""
     data, copies = recipe.data, 1 + recipe.data.mirror
     precision, found = DTYPES[data.precision], 2.0 * copies * elements
+    if data.keep_sound:
+        found += 2.0 * SAMPLE_RATE * data.world.num_frames / float(data.world.fps)
     for name, value in features.items():
         if name == "text":
             found += min(CAPTION_TOKENS, value.shape[1]) * value.shape[2] * precision.itemsize

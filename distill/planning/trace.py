@@ -10,6 +10,7 @@ from distill import methods
 from distill.methods.forcing import Forced
 from distill.methods.rollout import rollout
 from distill.pipeline import generate
+from distill.planning.codec import PlannedReader
 from distill.planning.job import CAUSAL, Job, batch_on, inner, kind_of, make_network, meta_networks
 from distill.planning.live_bytes import LiveBytes, OnMeta, Phases, Points
 from teachers import flow
@@ -235,4 +236,5 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
 
 
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
-    return methods.build(job.stages[stage].method, dict(nets), (*job.spec.sigmas, 0.0))
+    roles = {**nets, "clip_reader": PlannedReader(job.spec, job.decode_bytes)}
+    return methods.build(job.stages[stage].method, roles, (*job.spec.sigmas, 0.0))

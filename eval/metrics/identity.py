@@ -23,6 +23,11 @@ class Identity(Metric):
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
         return {"identity": Score(*identity_agreement(stacked(features, "identity"), stacked(features, "portrait")))}
 
+    def of_clip(self, features: Features, real: Features | None) -> dict[str, float]:
+        """1 - E|g_t - r|^2 / 2 I: the identity outputs [I] are standardised, so 2 I is what a swapped face has in expectation."""
+        faces, portrait = features["identity"][1:].double(), features["portrait"].double()
+        return {"identity": float(1 - (faces - portrait).square().sum(1).mean() / (2 * len(portrait)))}
+
     def admit(self, cases) -> tuple[dict[str, float], bool]:
         """Own face > 0.5 > another clip's face."""
         real = cases.features(self, "real")

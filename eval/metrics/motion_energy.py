@@ -16,7 +16,11 @@ class Energy(Metric):
 
     relative: bool
 
-    table, against = "Motion", "ceiling"
+    table = "Motion"
+
+    @property
+    def against(self) -> str | None:
+        return "ceiling" if self.relative else None
 
     @property
     def columns(self) -> dict[str, Column]:

@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -154,9 +154,9 @@ def logged(values: Mapping[str, float]) -> dict[str, float]:
     return {name.removeprefix("health/"): x for name, x in values.items() if name.startswith("health/")}
 
 
-def outcome(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits) -> str:
-    """The alarms of a distilled student, in words."""
-    found = violations(own, teacher, limits)
+def outcome(own: Mapping[str, float], teacher: Mapping[str, float], limits: Limits, others: Sequence[str] = ()) -> str:
+    """The alarms of a distilled student, in words, `others` first."""
+    found = [*others, *violations(own, teacher, limits)]
     return f"alarms, see docs/troubleshooting.md, symptoms: {'; '.join(found)}" if found else "no alarm"
 
 

@@ -1,5 +1,6 @@
 """The embedded extractors, and validation while training."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.health import HealthCheck, logged, violations
+from distill.pipeline.evaluation.reward_watch import hacked
 from distill.pipeline.generate import stream_noise, student_clips
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
@@ -105,7 +107,20 @@ class Validation:
         score = 2 * lost + sum(now[name] / then[name] for name in ("fid", "fvd") if name in now)
         score += sum(abs(now[name] - 1) for name in ("motion_energy", "sharpness") if name in now)
         health = self.check.student(self.student)
-        return {**now, "score": score, **{f"health/{name}": value for name, value in health.items()}}
+        found = {**now, "score": score, **{f"health/{name}": value for name, value in health.items()}}
+        if self.artifacts.engine.is_main:
+            for line in self.hacked(found):
+                tqdm.write(f"distill: {line}", file=sys.stderr)
+        return found
+
+    def hacked(self, values: Mapping[str, float]) -> list[str]:
+        """The rewards of the method that a student of these numbers has hacked (`reward_watch.hacked`)."""
+        recipe, log = self.artifacts.recipe, self.artifacts.log
+        rewards = getattr(recipe.distill.method, "rewards", None)
+        if not rewards:
+            return []
+        wrong = violations(logged(values), self.teacher, recipe.health.healthy)
+        return hacked(rewards, log.rows("distill"), self.start, values, wrong)
 
     def collapse(self, values: Mapping[str, float]) -> str | None:
         """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""

@@ -110,9 +110,14 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
         assert torch.equal(batch.conditions.audio, given.audio.repeat(2, 1, 1, 1))
         assert torch.allclose(batch.conditions.text, given.text.repeat(2, 1, 1), atol=1e-5)
         row += 2 * n
-    plain = replace(DATA, mirror=False).open()
+    plain = replace(DATA, mirror=False, keep_sound=True).open()
     assert latents.prepare(plain.config, plain, 0, other, Ranks())["clips"] == 10
-    assert len(latents.load_train_set(other, fitted_fingerprint(other))) == 10
+    assert pool.batch(torch.arange(2)).sound is None
+    kept = latents.load_train_set(other, fitted_fingerprint(other))
+    assert len(kept) == 10
+    heard = kept.batch(torch.arange(4)).sound
+    assert heard is not None
+    assert torch.allclose(heard, clips[0].voice, atol=2e-5)
 
 
 @pytest.mark.parametrize(

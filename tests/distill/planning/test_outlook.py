@@ -12,11 +12,11 @@ from distill.commands import plan as command
 from distill.compose import RECIPES
 from distill.planning import report
 from distill.planning import trace as tracing
+from distill.planning.codec import CodecCosts
 from distill.planning.estimate import GIB, job_of, make_plan
 from distill.planning.job import Job
 from distill.planning.outlook import (
     FP32_SLOWER,
-    CodecCosts,
     Part,
     Rates,
     StageOutlook,

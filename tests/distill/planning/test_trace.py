@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.methods import dmd
+from distill.methods import dmd, dmd_reward
+from distill.methods.rewards import Reward
 from distill.planning.estimate import (
     context_bytes,
     make_plan,
@@ -15,6 +16,7 @@ from distill.planning.job import batch_on, meta_networks
 from distill.planning.live_bytes import LiveBytes, OnMeta
 from distill.planning.trace import trace
 from distill.recipe import TrajectoriesConfig
+from eval.metrics.sync import Sync
 from students.history import History
 from students.spec import student_sigmas
 from tests.distill.planning.test_estimate import a_job
@@ -81,6 +83,21 @@ def test_activations_follow_the_batch_and_half_precision_halves_some():
     assert max(two.values()) == pytest.approx(2 * max(one.values()), rel=0.15)
     half = dict(trace(a_job(spec, batch=8, precision="bf16"), "distill", "student"))
     assert 0.4 * max(one.values()) < max(half.values()) < 0.95 * max(one.values())
+
+
+@pytest.mark.parametrize(("weighs", "roles"), [("student", {"student"}), ("fake_score", {"student", "fake_score"})])
+def test_decoding_for_rewards_is_alive_beside_the_rollout(weighs, roles):
+    """Its bytes are at the peak of the updates that decode, for as many clips as are decoded at once."""
+    reward = Reward(metric=Sync(max_lag=4, sound="own"))
+    method = dmd_reward.Config(rewards={"sync": reward}, exit_step="last", weighs=weighs)
+    job = a_job(make_spec(), method=method)
+    for role in ("student", "fake_score"):
+        plain, decoding = (
+            max(size for _, size in trace(replace(job, decode_bytes=each), "distill", role)) for each in (0.0, 2.0**30)
+        )
+        batch = job.stages["distill"].train.batch_size
+        assert (decoding > batch * 2**30) == (role in roles)
+        assert decoding == plain or role in roles
 
 
 def test_steps_without_gradient_leave_nothing_behind():

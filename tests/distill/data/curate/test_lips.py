@@ -5,6 +5,9 @@ import pytest
 import torch
 
 from distill.data.curate import lips
+from distill.data.curate.metric import MouthMotion
+from eval.metric import Clip
+from teachers.errors import UserError
 from teachers.media.crop import Box
 from tests.support.media import talking
 
@@ -111,3 +114,14 @@ def test_silence_and_short_clips_have_no_score_to_speak_of(motion, sound):
     assert lips.sync(motion[:50], sound, talking.FPS)[0] is not None
     frozen = lips.sync(np.zeros(len(motion)), sound, talking.FPS)
     assert frozen[0] == 0
+
+
+def test_the_score_is_a_metric_of_one_clip(restless, sound, motion):
+    """As a reward takes it: in the clip's face box, with its own sound; without a box it is refused."""
+    video, heard = restless[0].expand(3, -1, -1, -1), torch.from_numpy(sound)
+    clip = Clip(video=video, fps=talking.FPS, sound=heard, box=torch.tensor(talking.FACE).float(), has_box=True)
+    metric = MouthMotion()
+    found = metric.of_clip(metric.features(clip, clip, None), None)
+    assert found["mouth_motion"] == pytest.approx(lips.sync(motion, sound, talking.FPS)[0], abs=1e-3)
+    with pytest.raises(UserError, match="no face box"):
+        metric.features(clip, Clip(video=video, fps=talking.FPS), None)

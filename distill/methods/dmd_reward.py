@@ -1,0 +1,90 @@
+"""DMD that prefers clips with a high reward: `dmd` with the weights of `distill.methods.rewards` (2512.04678, 2604.23632).
+
+    weighs: student       a clip's loss of the student times w ~ exp(beta R): the published form. A student that can hold the
+                          teacher's distribution ends at it whatever the reward, as every clip's gradient vanishes there; one
+                          that cannot is nearest to it where the reward is high.
+    weighs: fake_score    a clip's loss of the fake score times w ~ exp(-beta R): the fake score learns the student's distribution
+                          times exp(-beta R), DMD makes that equal to the teacher's p, and so the student ends at p exp(beta R), the
+                          tilted distribution that reward-weighted learning is after (ours; `tests/distill/methods/test_reward.py`).
+                          It decodes in every update of the fake score too.
+
+The weights are constants: no gradient goes through codec or metric. With beta 0 it is `dmd`, bit for bit. All rewards, those of
+weight 0 too, are logged in every student update, and `distill.pipeline.evaluation.reward_watch` compares them at the end.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor
+
+from distill.methods import Batch, Loss, Needs, dmd, losses
+from distill.methods.rewards import ClipReader, Reward, Weighed, weigh
+from teachers import flow
+from teachers.conditions import Conditions
+from teachers.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(dmd.Config):
+    """`beta`: 0 is plain DMD; `limit` of |R| (see `rewards`). `face`: left, top, right, bottom of the face as shares of the frame,
+    for rewards that want a box (Sync-C): clips are cropped around it."""
+
+    rewards: dict[str, Reward]
+    beta: float = 1.0
+    limit: float = 3.0
+    weighs: Literal["student", "fake_score"] = "student"
+    face: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not any(reward.weight for reward in self.rewards.values()):
+            raise UserError("dmd_reward.rewards: none has a weight; give one, or use method@distill=dmd")
+        if self.beta < 0.0 or self.limit <= 0.0:
+            raise UserError(
+                f"dmd_reward: got beta {self.beta} and limit {self.limit}; beta is at least 0, limit above it"
+            )
+        if self.rollout_chunks:
+            raise UserError("dmd_reward.rollout_chunks: a reward is of the clip that the data have a sound for; use 0")
+
+
+class RewardDMD(dmd.DMD):
+    """DMD whose clips count by their rewards; `reader` decodes and scores them."""
+
+    config: Config
+    reader: ClipReader
+
+    def _weigh(self, beta: float, x0: Tensor, conditions: Conditions, batch: Batch) -> Weighed:
+        config = self.config
+        return weigh(config.rewards, beta, config.limit, self.reader, x0, conditions, batch)
+
+    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+        found = self._weigh(self.config.beta if self.config.weighs == "student" else 0.0, x0, conditions, batch)
+        loss = super()._student(weighted(x0, found.weights), sigma, eps, conditions, batch)
+        return replace(loss, metrics=loss.metrics | found.metrics(self.config.rewards))
+
+    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+        if self.config.weighs == "student":
+            return super()._fake_score(x0, sigma, eps, conditions, batch)
+        weights = self._weigh(-self.config.beta, x0, conditions, batch).weights.to(x0)
+        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
+        power, floor = self.config.loss_power, self.config.loss_floor
+        value = losses.denoising(x0_hat, x0, sigma, power, floor, len(conditions.known), weights)
+        return Loss(value, {"loss": value.detach()})
+
+
+def weighted(x0: Tensor, weights: Tensor) -> Tensor:
+    """x0 [B, C, F, H, W] itself, through which a clip's gradient goes times its weight [B]."""
+    fixed = x0.detach()
+    return fixed + weights.to(x0).view(-1, 1, 1, 1, 1) * (x0 - fixed)
+
+
+def needs(config: Config) -> Needs:
+    return replace(dmd.needs(config), decodes=True)
+
+
+def build(config: Config, roles: dict, grid=None) -> RewardDMD:
+    plain, reader = dmd.build(config, roles, grid), roles["clip_reader"]
+    reader.check(config.rewards, config.face)
+    made = RewardDMD(config, plain.student, plain.teacher, plain.fake_score, plain.discriminator)
+    made.reader = reader
+    return made
