@@ -118,6 +118,7 @@ def _slot(recipe: Recipe, slot: str) -> Stage:
         fields, inputs = (*fields, *SOLVER), [*inputs, "teacher"]
     if slot == "distill":
         fields, inputs = (*fields, *HELD_OUT), [*inputs, "extractors"]
+        fields += ("health",) if recipe.distill.train.stop is not None else ()  # where it ends
     return Stage(slot, tuple(dict.fromkeys(fields)), tuple(dict.fromkeys(inputs)), partial(train_student, slot=slot))
 
 

@@ -27,9 +27,11 @@ from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
 from distill.training.loop import train
+from distill.training.selection import LEFT
 from distill.training.trainer import Trainer
 from students.serving.optimize import compile_blocks, set_attention
 from teachers.checkpoints.strict import check_finite
+from teachers.errors import UserError
 from teachers.files import save_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher, networks_in
@@ -112,13 +114,15 @@ def run_training(
     batch_of: Callable[[Tensor, torch.device], Batch],
     size: int,
     grid: tuple[float, ...] = (),
-    validate: Callable[[], dict[str, float]] | None = None,
-    alarm: Callable[[Mapping[str, float]], str | None] | None = None,
+    validate: Callable[[], dict[str, Any]] | None = None,
+    alarm: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> dict:
     """Train `roles` with the stage's method on batches of rows of `size`; model.safetensors holds the averaged weights of the first
     role (with validation: the best of them)."""
     engine, settings = artifacts.engine, config.train
     assert settings is not None
+    if settings.stop is not None and validate is None:
+        raise UserError(f"{stage}.train.stop: only distill is validated while it trains; remove it")
     seed = artifacts.recipe.seed if settings.seed is None else settings.seed
     if engine.config.checkpointing:
         for network in (net for role in roles.values() for net in networks_in(role)):
@@ -144,10 +148,11 @@ def run_training(
         train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
     _save_averaged(trainer, folder)
     return {
-        "steps": settings.num_steps,
+        "steps": trainer.step,
         "parameters": parameters,
         **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if artifacts.recipe.lora else {}),
-        **({"best": trainer.best} if trainer.best else {}),
+        **({"best": {x: value for x, value in trainer.best.items() if x != LEFT}} if trainer.best else {}),
+        **({"ended": trainer.selection.ended} if trainer.selection.ended else {}),
     }
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
+from distill.training.selection import Selection
 from teachers.checkpoints.strict import is_finite
 from teachers.errors import UserError
 
@@ -72,8 +73,13 @@ class Trainer:
         self.skipped = 0
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
-        self.best: dict[str, float] | None = None
+        self.selection = Selection()
         self.step = 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The numbers of the kept validation, and its `step`."""
+        return self.selection.best
 
     def save(self) -> None:
         """Begin to write everything that resume needs, whole or not at all; every rank calls it. See `checkpoint.Writer`."""
@@ -83,7 +89,7 @@ class Trainer:
             "updates": self.updates,
             "roles_done": self.roles_done,
             "skipped": self.skipped,
-            "best": self.best,
+            **vars(self.selection),
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
@@ -129,7 +135,7 @@ class Trainer:
                 f"{self.config.batch_size} never reach; use another number of processes"
             )
         self.step, self.position = facts["step"], facts["rows"] // together
-        self.updates, self.best = facts["updates"], facts["best"]
+        self.updates, self.selection = facts["updates"], Selection(*(facts[name] for name in vars(self.selection)))
         self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
