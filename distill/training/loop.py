@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from distill.methods import Batch, Method
+from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
 from distill.training.lifecycle.signals import terminations
 from distill.training.metrics_log import MetricsLog
@@ -41,6 +41,7 @@ def train(
     training saved, then SystemExit (128 + the signal) is raised.
     """
     config, engine, writer = trainer.config, trainer.engine, trainer.writer
+    trainer.adaptive = method if isinstance(method, Adaptive) and method.watched else None
     trainer.load()
     log.resume(stage, trainer.step + 1)
     totals = dict.fromkeys(trainer.roles, 0)

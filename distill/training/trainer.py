@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from distill.methods import Batch, Method
+from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
@@ -74,6 +74,7 @@ class Trainer:
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
         self.selection = Selection()
+        self.adaptive: Adaptive | None = None
         self.step = 0
 
     @property
@@ -90,6 +91,7 @@ class Trainer:
             "roles_done": self.roles_done,
             "skipped": self.skipped,
             **vars(self.selection),
+            "method": self.adaptive.state() if self.adaptive else {},
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
@@ -136,6 +138,8 @@ class Trainer:
             )
         self.step, self.position = facts["step"], facts["rows"] // together
         self.updates, self.selection = facts["updates"], Selection(*(facts[name] for name in vars(self.selection)))
+        if self.adaptive:
+            self.adaptive.load(facts["method"])
         self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
@@ -184,13 +188,22 @@ class Trainer:
         micro-step, ended it: the updates that were complete stay, the one under way is dropped."""
         metrics: dict[str, Tensor] = {}
         for role in method.roles_to_update(self.step)[self.roles_done :]:
-            found = self.update(role, method, batches, seed, totals[role], stopping)
+            found = self.update(role, method, batches, seed, self._total(role, totals), stopping)
             if found is None:
                 return None
             metrics |= found
             self.roles_done += 1
         self.step, self.roles_done = self.step + 1, 0
+        if self.adaptive and (seen := {name: metrics[name] for name in self.adaptive.watched if name in metrics}):
+            self.adaptive.observe(self.reduced(seen))
         return metrics
+
+    def _total(self, role: str, totals: Mapping[str, int]) -> int:
+        """The updates of a role by which its rate decays. Where their number is not known before, as many as it had so far a step:
+        the rate then follows the steps."""
+        if self.adaptive is None:
+            return totals[role]
+        return round(max(1, self.updates[role]) * self.config.num_steps / max(1, self.step))
 
     def update(
         self,
