@@ -1,4 +1,4 @@
-"""The rule that ends a distillation (`distill.training.selection`) beside fixed numbers of steps, on the jobs of a sweep.
+"""The rule that ends a distillation (`distill.training.lifecycle.selection`) beside fixed numbers of steps, on the jobs of a sweep.
 
     python benchmarks/lab/stop_lab.py SWEEP [--jobs NAME ...] [--recipe lab_avatar] [--out runs/lab_stop] [--table]
 
@@ -30,7 +30,7 @@ from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import run_training
 from distill.recipe import Limits, load_recipe
 from distill.training.engine import Engine
-from distill.training.selection import LEFT, Selection, StopConfig, validations
+from distill.training.lifecycle.selection import LEFT, Selection, StopConfig, validations
 from eval.frechet import difference_with_error, jackknife_error
 from eval.report.tables import grid
 from teachers.config import convert, to_plain
@@ -38,12 +38,13 @@ from teachers.files import atomic_write, read_json_or_none
 
 FIXED = (16, 32, 64, 128, 256)
 """The last one is the sweep's num_steps."""
-TEST_SEED, TEST_CONDITIONS = 777, 16  # twice as many clips
+TEST_SEED, TEST_CONDITIONS = 777, 12  # twice as many clips
 LAST = "distill"
 
 
-def record(pipeline: Pipeline, file: Path) -> None:
-    """Train a job and write, step by step, what validation and test say of its averaged weights."""
+def record(pipeline: Pipeline, file: Path, sets: Path) -> None:
+    """Train a job and write, step by step, what validation and test say of its averaged weights. `sets`: where the clips that all
+    jobs are compared with lie."""
     artifacts = pipeline.artifacts
     recipe, engine = artifacts.recipe, artifacts.engine
     config, needs, stop = recipe.distill, recipe.needs(LAST), recipe.distill.train.stop
@@ -51,10 +52,10 @@ def record(pipeline: Pipeline, file: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     artifacts.release(needs.frozen)
     roles: dict[str, Any] = {"student": artifacts.trainee("init"), "fake_score": artifacts.fake_score()}
-    check = Validation(artifacts, roles["student"], folder)
+    check = Validation(artifacts, roles["student"], sets / "validate")
     unseen = replace(recipe, eval=replace(recipe.eval, condition_seed=TEST_SEED, num_conditions=TEST_CONDITIONS))
     artifacts.recipe = unseen
-    test = Validation(artifacts, roles["student"], folder / "test")
+    test = Validation(artifacts, roles["student"], sets / "test")
     artifacts.recipe = recipe
     due = set(validations(config.train.validate_every, config.train.num_steps, stop))
     found: dict = read_json_or_none(file) or {"teacher": check.teacher, "limits": to_plain(recipe.health), "steps": {}}
@@ -98,7 +99,7 @@ def train(recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Pat
         names = list(pipeline.stages)
         for name in names[: names.index(LAST)]:
             pipeline.stage(name)
-        record(pipeline, folder / "record.json")
+        record(pipeline, folder / "record.json", folder.parent / "sets")
     finally:
         pipeline.close()
 

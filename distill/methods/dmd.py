@@ -46,10 +46,11 @@ from teachers.networks.kind import AvatarTeacher
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`fake_updates` fake-score steps precede each student step (with `adapt` the first ones), `warmup` more come first. Scores are compared at sigma drawn
-    uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]. `exit_step`: random is Self Forcing's, one for all chunks
-    and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture.
-    A rollout has a random number of chunks up to `rollout_chunks`, 0: those of the conditions."""
+    """`fake_updates` fake-score steps precede each student step, `warmup` more come first; with `adapt` they are those that it
+    starts with. Scores are compared at sigma drawn uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max].
+    `exit_step`: random is Self Forcing's, one for all chunks and ranks; last trains what is served: with random exits the fake
+    score sees, and the student matches, their mixture. A rollout has a random number of chunks up to `rollout_chunks`, 0: those of
+    the conditions."""
 
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
@@ -94,8 +95,8 @@ class DMD:
         self.ratio = None if config.adapt is None else FakeRatio(config.adapt, config.fake_updates)
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
-        """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student. With `adapt` that of
-        the step under way, for whatever step."""
+        """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student. With `adapt` so
+        many times as it has found for the next step, whichever that is."""
         updates = self.config.fake_updates if self.ratio is None else self.ratio.updates
         critics = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
         return critics * (updates + (self.config.warmup if step == 0 else 0)) + ("student",)

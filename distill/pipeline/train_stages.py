@@ -26,8 +26,8 @@ from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
+from distill.training.lifecycle.selection import LEFT
 from distill.training.loop import train
-from distill.training.selection import LEFT
 from distill.training.trainer import Trainer
 from students.serving.optimize import compile_blocks, set_attention
 from teachers.checkpoints.strict import check_finite

@@ -20,7 +20,7 @@ from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
 from distill.planning.live_bytes import LiveBytes
 from distill.planning.trace import clip_costs
-from distill.training.selection import validations
+from distill.training.lifecycle.selection import validations
 from students.serving.optimize import DTYPES
 from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
 

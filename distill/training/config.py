@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distill.training.lifecycle.selection import StopConfig
 from distill.training.role import Kind, RoleName
-from distill.training.selection import StopConfig
 from students.serving.optimize import Compile
 from teachers.errors import UserError
 
@@ -40,7 +40,7 @@ class TrainConfig:
     written every `checkpoint_every` steps and after `checkpoint_minutes` since the last. Up to `skip_nonfinite` updates of a
     stage whose gradient is not finite are skipped, counted and logged; one more stops it. `seed` is this stage's alone (null: the
     recipe's), so that a stage can be repeated on what those before it made. Of its validations one is kept that is better by more
-    than `sure` standard errors; `stop` ends the stage before `num_steps` (`distill.training.selection`).
+    than `sure` standard errors; `stop` ends the stage before `num_steps` (`distill.training.lifecycle.selection`).
     """
 
     num_steps: int

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
+from distill.training.lifecycle.selection import LEFT, validations
 from distill.training.lifecycle.signals import terminations
 from distill.training.metrics_log import MetricsLog
-from distill.training.selection import LEFT, validations
 from distill.training.trainer import Trainer
 from teachers.errors import UserError
 

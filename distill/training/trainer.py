@@ -19,8 +19,8 @@ from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
+from distill.training.lifecycle.selection import Selection
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
-from distill.training.selection import Selection
 from teachers.checkpoints.strict import is_finite
 from teachers.errors import UserError
 

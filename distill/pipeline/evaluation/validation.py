@@ -13,7 +13,7 @@ from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.health import HealthCheck, logged, violations
 from distill.pipeline.generate import stream_noise, student_clips
-from distill.training.selection import LEFT
+from distill.training.lifecycle.selection import LEFT
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
 from eval.embedded.evaluation import Evaluation
