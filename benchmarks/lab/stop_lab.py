@@ -2,8 +2,8 @@
 
     python benchmarks/lab/stop_lab.py SWEEP [--jobs NAME ...] [--recipe lab_avatar] [--out runs/lab_stop] [--table]
 
-Each job is trained once to the sweep's num_steps, with the rule off: at constant rates a run of N steps is its beginning. At the
-steps of FIXED, and at those at which the rule would have validated, its averaged weights get the validation's numbers, by which the
+Each job is trained once to the sweep's num_steps, with the rule off: at constant rates a run of N steps is its beginning. After 1/16
+to all of these steps, and at those at which the rule would have validated, its averaged weights get the validation's numbers, by which the
 rule decides, and a score on other conditions and noises (TEST_SEED), by which rule and fixed steps are compared. CPU seconds of
 training and of validations are counted apart. What is recorded is not made again; --table only reads it.
 
@@ -36,10 +36,15 @@ from eval.report.tables import grid
 from teachers.config import convert, to_plain
 from teachers.files import atomic_write, read_json_or_none
 
-FIXED = (16, 32, 64, 128, 256)
-"""The last one is the sweep's num_steps."""
-TEST_SEED, TEST_CONDITIONS = 777, 12  # twice as many clips
+FIXED = (16, 8, 4, 2, 1)
+"""What a sweep's num_steps are divided by."""
+TEST_SEED, TEST_CONDITIONS = 777, 8  # twice as many clips
 LAST = "distill"
+
+
+def fixed_steps(total: int) -> tuple[int, ...]:
+    """The fixed numbers of steps that a rule is compared with."""
+    return tuple(total // part for part in FIXED)
 
 
 def record(pipeline: Pipeline, file: Path, sets: Path) -> None:
@@ -57,9 +62,15 @@ def record(pipeline: Pipeline, file: Path, sets: Path) -> None:
     artifacts.recipe = unseen
     test = Validation(artifacts, roles["student"], sets / "test")
     artifacts.recipe = recipe
-    due = set(validations(config.train.validate_every, config.train.num_steps, stop))
+    total = config.train.num_steps
+    due = set(validations(config.train.validate_every, total, stop))
     found: dict = read_json_or_none(file) or {"teacher": check.teacher, "limits": to_plain(recipe.health), "steps": {}}
-    found |= {"stop": to_plain(stop), "every": config.train.validate_every, "sure": config.train.sure}
+    found |= {
+        "stop": to_plain(stop),
+        "num_steps": total,
+        "every": config.train.validate_every,
+        "sure": config.train.sure,
+    }
     clock = [time.process_time()]
 
     def validate() -> dict[str, Any]:
@@ -69,7 +80,7 @@ def record(pipeline: Pipeline, file: Path, sets: Path) -> None:
             row["values"] = check()
             row["validate_seconds"] = time.process_time() - began
         found["steps"][str(step)] = row
-        if step in FIXED or (step in due and (replay(found)[0].best or {}).get("step") == step):
+        if step in fixed_steps(total) or (step in due and (replay(found)[0].best or {}).get("step") == step):
             artifacts.recipe = unseen
             seen, start = test.measure(), test.start
             artifacts.recipe = recipe
@@ -109,7 +120,7 @@ def replay(found: Mapping[str, Any], stop: StopConfig | None = None) -> tuple[Se
     rule = stop or convert(StopConfig, found["stop"])
     limits = convert(Limits, found["limits"]["collapse"])
     selection, step = Selection(), 0
-    for step in validations(found["every"], FIXED[-1], rule):
+    for step in validations(found["every"], found["num_steps"], rule):
         if str(step) not in found["steps"]:
             break
         values = found["steps"][str(step)]["values"]
@@ -125,18 +136,21 @@ def replay(found: Mapping[str, Any], stop: StopConfig | None = None) -> tuple[Se
 def compared(found: Mapping[str, Any]) -> dict[str, Any]:
     """The rule beside the fixed steps, on the test conditions."""
     rows = found["steps"]
-    tests = {step: rows[str(step)]["test"] for step in FIXED}
+    fixed = fixed_steps(found["num_steps"])
+    tests = {step: rows[str(step)]["test"] for step in fixed}
     selection, end = replay(found)
     assert selection.best is not None
     kept = selection.best["step"]
-    best = min(FIXED, key=lambda step: tests[step]["score"])
+    best = min(fixed, key=lambda step: tests[step]["score"])
     ours, theirs = rows[str(kept)]["test"], tests[best]
     pair = [(one["score"], torch.tensor(one[LEFT], dtype=torch.float64)) for one in (ours, theirs)]
     seconds = [rows[step]["train_seconds"] for step in sorted(rows, key=int)]
     each = sum(seconds) / (len(seconds) * found["every"])
     check = [row["validate_seconds"] for row in rows.values() if "validate_seconds" in row]
     cost = sum(check) / len(check)
-    times = sum(1 for step in validations(found["every"], FIXED[-1], convert(StopConfig, found["stop"])) if step <= end)
+    times = sum(
+        1 for step in validations(found["every"], found["num_steps"], convert(StopConfig, found["stop"])) if step <= end
+    )
     return {
         "fixed": {step: (one["score"], jackknife_error(torch.tensor(one[LEFT]))) for step, one in tests.items()},
         "kept": kept,
@@ -147,10 +161,15 @@ def compared(found: Mapping[str, Any]) -> dict[str, Any]:
         "over": ours["score"] / theirs["score"],
         "error": difference_with_error(*pair)[1] / theirs["score"],
         "seconds": end * each + times * cost,
-        "fixed_seconds": {step: step * each + cost for step in FIXED},
+        "fixed_seconds": {step: step * each + cost for step in fixed},
         "validation": cost,
         "step": each,
     }
+
+
+def is_whole(found: Mapping[str, Any]) -> bool:
+    """Whether a job is recorded to its last step."""
+    return str(found.get("num_steps")) in found.get("steps", {})
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -163,7 +182,8 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         over = f"{row['over']:.3f} ± {row['error']:.3f} of {row['best']}"
         seconds = " ".join(f"{value:.0f}" for value in row["fixed_seconds"].values())
         lines.append([job, *fixed, rule, over, f"{row['seconds']:.0f}", seconds])
-    return grid(["job", *map(str, FIXED), "rule", "over the best fixed", "CPU s", "CPU s of fixed"], lines)
+    steps = fixed_steps(next(iter(found.values()))["num_steps"])
+    return grid(["job", *map(str, steps), "rule", "over the best fixed", "CPU s", "CPU s of fixed"], lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -181,14 +201,14 @@ def main(words: Sequence[str] | None = None) -> int:
         if args.jobs is not None and name not in args.jobs:
             continue
         folder = args.out / f"{args.sweep}-{name}"
-        done = read_json_or_none(folder / "record.json") or {"steps": {}}
-        if str(FIXED[-1]) not in done["steps"] and not args.table:
+        done = read_json_or_none(folder / "record.json") or {}
+        if not is_whole(done) and not args.table:
             others = sorted(path.parent for path in args.out.glob("*/stages") if path.is_dir())
             train(recipe, [*common, *own], folder, others)
             done = read_json_or_none(folder / "record.json") or done
-        if str(FIXED[-1]) in done["steps"]:
+        if is_whole(done):
             found[name] = done
-    print("\n".join(table(found)))
+    print("\n".join(table(found)) if found else "nothing is recorded")
     return 0
 
 

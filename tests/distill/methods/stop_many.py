@@ -2,8 +2,8 @@
 
     python -m tests.distill.methods.stop_many [--seeds 5]
 
-Five settings at constant rates, each once to 256 steps a seed; the rule sees the Frechet distance of 32 clips from 512 real ones over
-that of the start; rule and fixed steps are compared by that of 8,192 other clips from very many.
+Five settings at constant rates, each once to 256 steps a seed; the rule sees the Frechet distance of 32 clips from 512 real ones
+over that of the start; rule and fixed steps are compared by that of 8,192 other clips from very many.
 """
 
 import argparse
