@@ -2,10 +2,10 @@
 
     python benchmarks/lab/stop_lab.py SWEEP [--jobs NAME ...] [--recipe lab_avatar] [--out runs/lab_stop] [--table]
 
-Each job is trained once to the sweep's num_steps, with the rule off: at constant rates a run of N steps is its beginning. After 1/16
-to all of these steps, and at those at which the rule would have validated, its averaged weights get the validation's numbers, by which the
-rule decides, and a score on other conditions and noises (TEST_SEED), by which rule and fixed steps are compared. CPU seconds of
-training and of validations are counted apart. What is recorded is not made again; --table only reads it.
+Each job is trained once to the sweep's num_steps, with the rule off: at constant rates a run of N steps is its beginning. After
+1/16 to all of these steps, and where the rule would validate, its averaged weights get the validation's numbers, by which the
+rule decides, and a score on other conditions and noises (TEST_SEED), by which rule and fixed numbers of steps are compared. CPU
+seconds of training and of validations are counted apart. What is recorded is not made again; --table only reads it.
 
 The table, a row a job: the score (lower is better) after each fixed number of steps, with its jackknife error; what the rule kept,
 and where it ended; its score over the best fixed one's; CPU seconds of the rule, validations included, beside those of the fixed
