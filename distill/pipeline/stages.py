@@ -267,6 +267,10 @@ def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:
     """UserError where methods, trajectories and networks do not fit together or a teacher is missing."""
     for slot in recipe.slots:
         _check_slot(recipe, slot)
+    for name in ("teacher", "base", "ar_teacher", "init"):
+        train = field_value(recipe, f"{name}.train")
+        if train is not None and train.stop is not None:
+            raise UserError(f"{name}.train.stop: only distill is validated while it trains; remove it")
     needs = recipe.needs("init")
     if spec.guidance is not None and needs.batch == "x0":
         raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")

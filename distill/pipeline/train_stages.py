@@ -31,7 +31,6 @@ from distill.training.loop import train
 from distill.training.trainer import Trainer
 from students.serving.optimize import compile_blocks, set_attention
 from teachers.checkpoints.strict import check_finite
-from teachers.errors import UserError
 from teachers.files import save_tensors
 from teachers.flow import keyed_generator
 from teachers.networks.kind import AvatarTeacher, networks_in
@@ -121,8 +120,6 @@ def run_training(
     role (with validation: the best of them)."""
     engine, settings = artifacts.engine, config.train
     assert settings is not None
-    if settings.stop is not None and validate is None:
-        raise UserError(f"{stage}.train.stop: only distill is validated while it trains; remove it")
     seed = artifacts.recipe.seed if settings.seed is None else settings.seed
     if engine.config.checkpointing:
         for network in (net for role in roles.values() for net in networks_in(role)):
