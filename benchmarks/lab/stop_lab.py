@@ -127,7 +127,7 @@ def replay(found: Mapping[str, Any], stop: StopConfig | None = None) -> tuple[Se
         if selection.best is not None and (reasons := violations(logged(values), found["teacher"], limits)):
             selection.ended = f"collapsed: {'; '.join(reasons)}"
             break
-        selection.take(values, step, found["sure"])
+        selection.take(values, step, found["sure"], rule)
         if selection.is_over(rule):
             break
     return selection, step

@@ -39,8 +39,9 @@ class TrainConfig:
     `global_batch` is that of an update over all processes; `accumulation` follows from it, where it is given. Checkpoints are
     written every `checkpoint_every` steps and after `checkpoint_minutes` since the last. Up to `skip_nonfinite` updates of a
     stage whose gradient is not finite are skipped, counted and logged; one more stops it. `seed` is this stage's alone (null: the
-    recipe's), so that a stage can be repeated on what those before it made. Of its validations one is kept that is better by more
-    than `sure` standard errors; `stop` ends the stage before `num_steps` (`distill.training.lifecycle.selection`).
+    recipe's), so that a stage can be repeated on what those before it made. Of its validations the best is kept, a later one where
+    it is better by more than `sure` standard errors; `stop` ends the stage before `num_steps`
+    (`distill.training.lifecycle.selection`).
     """
 
     num_steps: int
@@ -52,7 +53,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     checkpoint_minutes: float = 30.0
     validate_every: int = 0
-    sure: float = 1.0
+    sure: float = 0.0
     stop: StopConfig | None = None
     skip_nonfinite: int = 0
     seed: int | None = None

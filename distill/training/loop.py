@@ -117,12 +117,16 @@ def _validate(
     narrow = trainer.engine.autocast() if trainer.kind == "fsdp2" or len(held) > 1 else nullcontext()
     with trainer.showing_average(), narrow:
         values = trainer.engine.from_main(validate())
-    selection, shown = trainer.selection, {name: value for name, value in values.items() if name != LEFT}
+    selection, stop, shown = (
+        trainer.selection,
+        trainer.config.stop,
+        {name: value for name, value in values.items() if name != LEFT},
+    )
     if selection.best is not None:
         shown["gain"], shown["gain_error"] = selection.gain(values)
     log.write(stage, trainer.step, {x if "/" in x else f"validate/{x}": value for x, value in shown.items()})
     reason = alarm(values) if alarm else None
-    if reason and trainer.config.stop is not None and selection.best is not None:
+    if reason and stop is not None and selection.best is not None:
         selection.ended = f"the student has collapsed: {reason}"
     elif reason:
         trainer.writer.finish()
@@ -131,7 +135,7 @@ def _validate(
             path = checkpoint.best_in(trainer.folder, trainer.best)
             kept = f"the best weights, of step {trainer.best['step']:.0f}, are in {path}"
         raise UserError(f"{stage} collapsed at step {trainer.step}: {reason}; {kept}; health.stop=false goes on")
-    elif selection.take(values, trainer.step, trainer.config.sure):
+    elif selection.take(values, trainer.step, trainer.config.sure, stop):
         trainer.save_best()
-    if selection.is_over(trainer.config.stop) and trainer.engine.is_main:
+    if selection.is_over(stop) and trainer.engine.is_main:
         tqdm.write(f"distill: {stage} ends at step {trainer.step}: {selection.ended}", file=sys.stderr)

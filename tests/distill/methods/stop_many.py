@@ -96,7 +96,7 @@ def ended(found, sure: float, rule: StopConfig) -> tuple[int, int]:
     """The step that the rule keeps, and the one at which it ends."""
     selection, step = Selection(), 0
     for step in validations(EVERY, FIXED[-1], rule):
-        selection.take(found[step][0], step, sure)
+        selection.take(found[step][0], step, sure, rule)
         if selection.is_over(rule):
             break
     assert selection.best is not None

@@ -27,10 +27,10 @@ def scored(clips: torch.Tensor) -> dict[str, Any]:
     return {"score": float(clips.mean()), LEFT: left.tolist()}
 
 
-def chosen(*rows: dict[str, Any], sure: float = 1.0) -> Selection:
+def chosen(*rows: dict[str, Any], sure: float = 1.0, stop: StopConfig | None = None) -> Selection:
     selection = Selection()
     for step, values in enumerate(rows, start=1):
-        selection.take(values, step, sure)
+        selection.take(values, step, sure, stop)
     return selection
 
 
@@ -53,6 +53,29 @@ def test_a_gain_within_its_error_keeps_the_earlier(sure, kept):
     assert chosen(scored(own), scored(own - gain), sure=sure).best["step"] == kept  # type: ignore[index]
 
 
+@pytest.mark.parametrize(
+    ("noise", "gain", "stale"), [(0.01, 0.0, 1), (0.01, 0.02, 1), (1.0, 0.0, 0), (1.0, -0.3, 0), (1.0, -9.0, 1)]
+)
+def test_what_is_not_known_ends_no_stage(noise, gain, stale):
+    """A gain of 0 with a small error counts, with a large one not; nor does one of 0.02 that 3 % of the score hide."""
+    own, other = torch.randn(2, CLIPS, generator=rng(6)).double()
+    clips = own - own.mean() + 1.0
+    change = noise * (other - other.mean()) / other.std() + gain
+    selection = chosen(scored(clips))
+    assert not selection.take(scored(clips - change), 2, 4.0, StopConfig(worth=0.03, sure=4.0))
+    assert selection.stale == stale, "4 errors are 0.63 noises"
+
+
+def test_small_gains_are_kept_and_counted():
+    """Each of 1 % is kept, for nothing; two of them end the stage all the same, and one of 10 % begins the count anew."""
+    own = 1 + torch.rand(CLIPS, generator=rng(7)).double()
+    rows = [scored(own * factor) for factor in (1.0, 0.99, 0.89, 0.88, 0.87)]
+    selection = chosen(*rows[:2], sure=0.0, stop=StopConfig())
+    assert (selection.best["step"], selection.stale) == (2, 1)  # type: ignore[index]
+    selection = chosen(*rows, sure=0.0, stop=StopConfig())
+    assert (selection.best["step"], selection.stale, selection.is_over(StopConfig())) == (5, 2, True)  # type: ignore[index]
+
+
 def test_small_gains_add_up():
     """Each within the error of its difference from the one before: what is kept moves on all the same."""
     own, noise = torch.randn(2, CLIPS, generator=rng(4)).double()
@@ -62,7 +85,8 @@ def test_small_gains_add_up():
 
 
 def test_a_score_that_is_not_finite_is_none_and_without_errors_less_is_better():
-    selection = chosen({"score": math.nan}, {"score": 2.0}, {"score": 1.9}, {"score": math.nan}, {"score": math.inf})
+    rows = ({"score": math.nan}, {"score": 2.0}, {"score": 1.9}, {"score": math.nan}, {"score": math.inf})
+    selection = chosen(*rows, stop=StopConfig())
     assert (selection.best, selection.stale) == ({"score": 1.9, "step": 3}, 2)
 
 
@@ -85,6 +109,8 @@ def test_bad_values_are_refused_by_name():
     for make, words in (
         (lambda: StopConfig(patience=0), "train.stop.patience: got 0"),
         (lambda: StopConfig(growth=0.9), "train.stop.growth: got 0.9"),
+        (lambda: StopConfig(worth=1.0), "train.stop.worth: got 1"),
+        (lambda: StopConfig(sure=-1.0), "train.stop.sure: got -1"),
         (lambda: TrainConfig(num_steps=1, batch_size=1, stop=StopConfig()), "set train.validate_every"),
         (lambda: TrainConfig(num_steps=1, batch_size=1, sure=-1.0), "train.sure: got -1"),
     ):
@@ -121,7 +147,7 @@ def run(folder, scores=SCORES, die_at: int = 0, alarm=None, engine: Any = None, 
 def test_the_rule_ends_a_stage_and_keeps_the_best(tmp_path):
     trainer = run(tmp_path / "run")
     assert (trainer.step, trainer.best["step"], trainer.selection.stale) == (5, 2, 2)  # type: ignore[index]
-    assert trainer.selection.ended == "2 validations in a row are not better than that of step 2"
+    assert trainer.selection.ended == "2 validations were not better by 0.03 of the score; kept is that of step 2"
     rows = MetricsLog(tmp_path / "run/metrics.jsonl").rows("s")
     assert [row["step"] for row in rows if "validate/score" in row] == [1, 2, 3, 5]
     assert [row["validate/gain"] for row in rows if "validate/gain" in row] == pytest.approx([2.0, -0.5, -0.2])
