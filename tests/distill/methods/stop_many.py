@@ -32,6 +32,14 @@ from tests.support.tiny import Ranks, randn, rng
 FIXED, EVERY, CLIPS, MANY = (16, 32, 64, 128, 256), 16, 32, 8192
 GUIDED = autoregressive(1.6 * MEAN, 0.6 * SPATIAL, 0.7)
 """What much guidance makes of the oracle: further from the middle, and narrower."""
+RULES = {
+    "default": (0.0, StopConfig()),
+    "kept within 1 error": (1.0, StopConfig()),
+    "sure 1": (0.0, StopConfig(sure=1.0)),
+    "patience 1": (0.0, StopConfig(patience=1)),
+    "growth 1": (0.0, StopConfig(growth=1.0)),
+}
+"""`train.sure` and `train.stop`."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "base": {},
     "double": {"rate": 0.04},
@@ -110,18 +118,13 @@ def main(words: Sequence[str] | None = None) -> int:
     runs = {name: [run(seed, **setting) for seed in range(args.seeds)] for name, setting in SETTINGS.items()}
     lines = []
     for name, found in runs.items():
-        fixed = [statistics.mean(one[step][1] for one in found) for step in FIXED]
-        lines.append([name, *(f"{value:.3f}" for value in fixed)])
-        for sure in (0.0, 1.0):
-            for growth, patience in ((1.0, 2), (1.5, 1), (1.5, 2), (1.5, 3), (2.0, 2)):
-                rule = StopConfig(patience=patience, growth=growth)
-                picked = [(one, *ended(one, sure, rule)) for one in found]
-                over = [one[kept][1] - min(one[step][1] for step in FIXED) for one, kept, _ in picked]
-                ends = statistics.mean(end for *_, end in picked)
-                kept = statistics.mean(kept for _, kept, _ in picked)
-                lines[-1].append(f"{max(over):.3f} ({statistics.mean(over):.3f}), {kept:.0f}, {ends:.0f}")
-    rules = [f"{s:g} {g:g} {p}" for s in (0.0, 1.0) for g, p in ((1.0, 2), (1.5, 1), (1.5, 2), (1.5, 3), (2.0, 2))]
-    print("\n".join(grid(["setting", *map(str, FIXED), *rules], lines)))
+        lines.append([name, *(f"{statistics.mean(one[step][1] for one in found):.3f}" for step in FIXED)])
+        for sure, rule in RULES.values():
+            picked = [(one, *ended(one, sure, rule)) for one in found]
+            over = [one[kept][1] - min(one[step][1] for step in FIXED) for one, kept, _ in picked]
+            kept, end = (statistics.mean(row[i] for row in picked) for i in (1, 2))
+            lines[-1].append(f"{statistics.mean(over):.3f}, {max(over):.3f} ({kept:.0f}, {end:.0f})")
+    print("\n".join(grid(["setting", *map(str, FIXED), *RULES], lines)))
     return 0
 
 
