@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from eval.frechet import mean_with_error
+from eval.frechet import mean_with_error, with_error
 from teachers.errors import UserError
 from teachers.resolve import missing
 
@@ -74,6 +74,7 @@ class Score(NamedTuple):
 
     clips: a value for each clip, in their order, where the score is their mean; compare resamples them
     seeds: values whose half range is the spread, where they are not those of the noise seeds; parts: what it is made of
+    left: the score without each clip, in their order, where its error is their jackknife's: two systems' differ by clip
     """
 
     mean: float
@@ -81,6 +82,12 @@ class Score(NamedTuple):
     clips: Sequence[float] | None = None
     seeds: Sequence[float] | None = None
     parts: Mapping[str, float] | None = None
+    left: Sequence[float] | None = None
+
+    @classmethod
+    def without_each(cls, value: float, left: Tensor) -> "Score":
+        """A value with the jackknife error of those without each clip [N]."""
+        return cls(*with_error(value, left), left=left.tolist())
 
     @classmethod
     def over(cls, values: Sequence[float | Tensor]) -> "Score":
@@ -88,7 +95,9 @@ class Score(NamedTuple):
         numbers = [float(value) for value in values]
         if any(math.isnan(number) for number in numbers):
             raise UserError("a clip's value is not a number; look at the clips")
-        return cls(*mean_with_error(torch.tensor(numbers, dtype=torch.float64)), clips=numbers)
+        rows = torch.tensor(numbers, dtype=torch.float64)
+        left = ((rows.sum() - rows) / max(len(rows) - 1, 1)).tolist()
+        return cls(*mean_with_error(rows), clips=numbers, left=left)
 
 
 @dataclass(frozen=True)

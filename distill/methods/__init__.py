@@ -8,7 +8,7 @@ and `shared`, the same on every rank (the exit step, say).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -85,6 +85,21 @@ class Method(Protocol):
     def roles_to_update(self, step: int) -> tuple[str, ...]: ...
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss: ...
+
+
+@runtime_checkable
+class Adaptive(Protocol):
+    """What a method has besides where `roles_to_update` depends on what it has seen: after each step it is given, of the metrics
+    `watched` ("role/quantity"), the means over all ranks; its state is part of a checkpoint. Nothing is watched: it has none."""
+
+    @property
+    def watched(self) -> tuple[str, ...]: ...
+
+    def observe(self, values: Mapping[str, float]) -> None: ...
+
+    def state(self) -> dict[str, float]: ...
+
+    def load(self, state: Mapping[str, float]) -> None: ...
 
 
 def needs(config: Any) -> Needs:

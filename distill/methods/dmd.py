@@ -17,6 +17,7 @@ context_gradient    A chunk's gradient reaches the exit-step keys and values of 
                     published code, whose cache is written in place with gradient on and overwritten without
                     (docs/parity.md, F1). An ablation: the paper's algorithm, FastGen's and ours stop it there.
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
+adapt               The fake score's updates a step follow its lag behind the student (`distill.methods.fake_ratio`, our own).
 
 More denoising steps for the first chunks (JoyAvatar 2512.11423) are the student's own: `student.first_sigmas`.
 
@@ -24,6 +25,7 @@ Where the student is conditioned on a guidance scale (`student.guidance`), each 
 conditioned on it, the teacher is guided with it in the place of `guidance`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from distill.methods import Batch, Loss, Needs, losses
 from distill.methods.discriminator import Discriminator
+from distill.methods.fake_ratio import AdaptConfig, FakeRatio, lag
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
@@ -43,15 +46,17 @@ from teachers.networks.kind import AvatarTeacher
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`fake_updates` fake-score steps precede each student step, `warmup` more come first. Scores are compared at sigma drawn
-    uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max]. `exit_step`: random is Self Forcing's, one for all chunks
-    and ranks; last trains what is served: with random exits the fake score sees, and the student matches, their mixture.
-    A rollout has a random number of chunks up to `rollout_chunks`, 0: those of the conditions."""
+    """`fake_updates` fake-score steps precede each student step, `warmup` more come first; with `adapt` they are those that it
+    starts with. Scores are compared at sigma drawn uniformly, shifted by `shift` and clamped to [sigma_min, sigma_max].
+    `exit_step`: random is Self Forcing's, one for all chunks and ranks; last trains what is served: with random exits the fake
+    score sees, and the student matches, their mixture. A rollout has a random number of chunks up to `rollout_chunks`, 0: those of
+    the conditions."""
 
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
     gan: float = 0.0
     fake_updates: int = 5
+    adapt: AdaptConfig | None = None
     warmup: int = 20
     exit_step: Literal["random", "last"] = "random"
     rollout_chunks: int = 0
@@ -87,11 +92,34 @@ class DMD:
     ):
         self.config, self.student, self.teacher, self.fake_score = config, student, teacher, fake_score
         self.discriminator = discriminator
+        self.ratio = None if config.adapt is None else FakeRatio(config.adapt, config.fake_updates)
 
     def roles_to_update(self, step: int) -> tuple[str, ...]:
-        """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student."""
+        """The cadence: fake_score, and discriminator, fake_updates times (step 0: warmup more), then the student. With `adapt` so
+        many times as it has found for the next step, whichever that is."""
+        updates = self.config.fake_updates if self.ratio is None else self.ratio.updates
         critics = ("fake_score", "discriminator") if self.config.gan else ("fake_score",)
-        return critics * (self.config.fake_updates + (self.config.warmup if step == 0 else 0)) + ("student",)
+        return critics * (updates + (self.config.warmup if step == 0 else 0)) + ("student",)
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """The metrics that the number of updates follows."""
+        return () if self.ratio is None else ("student/fake_lag",)
+
+    def observe(self, values: Mapping[str, float]) -> None:
+        """What a step has shown, over all ranks; nothing, where its update was skipped."""
+        assert self.ratio is not None
+        for value in values.values():
+            self.ratio.observe(value)
+
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {} if self.ratio is None else self.ratio.state()
+
+    def load(self, state: Mapping[str, float]) -> None:
+        """Go on from a checkpoint's state."""
+        assert self.ratio is not None
+        self.ratio.load(state)
 
     def loss(self, role: str, batch: Batch, rng: torch.Generator, shared: torch.Generator) -> Loss:
         given, scales = batch.conditions, self.student.spec.guidance
@@ -155,8 +183,10 @@ class DMD:
 
     def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
         with torch.no_grad():
-            gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), len(conditions.known))
-        value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean()}
+            real, fake = self._scores(x0, sigma, eps, conditions)
+            gradient = losses.dmd_gradient(x0, real, fake, len(conditions.known))
+            behind = lag(x0, real, fake, len(conditions.known)).mean()
+        value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean(), "fake_lag": behind}
         if self.config.gan:
             discriminator, net = self.discriminator, self.fake_score
             assert discriminator is not None

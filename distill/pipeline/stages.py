@@ -118,6 +118,7 @@ def _slot(recipe: Recipe, slot: str) -> Stage:
         fields, inputs = (*fields, *SOLVER), [*inputs, "teacher"]
     if slot == "distill":
         fields = (*fields, *HELD_OUT)
+        fields += ("health",) if recipe.distill.train.stop is not None else ()  # where it ends
     if slot == "distill" or needs.decodes:
         inputs.append("extractors")
     return Stage(slot, tuple(dict.fromkeys(fields)), tuple(dict.fromkeys(inputs)), partial(train_student, slot=slot))
@@ -268,6 +269,10 @@ def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:
     """UserError where methods, trajectories and networks do not fit together or a teacher is missing."""
     for slot in recipe.slots:
         _check_slot(recipe, slot)
+    for name in ("teacher", "base", "ar_teacher", "init"):
+        train = field_value(recipe, f"{name}.train")
+        if train is not None and train.stop is not None:
+            raise UserError(f"{name}.train.stop: only distill is validated while it trains; remove it")
     needs = recipe.needs("init")
     if spec.guidance is not None and needs.batch == "x0":
         raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")

@@ -27,6 +27,7 @@ from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
+from distill.training.lifecycle.selection import LEFT
 from distill.training.loop import train
 from distill.training.trainer import Trainer
 from students.serving.optimize import compile_blocks, set_attention
@@ -114,8 +115,8 @@ def run_training(
     batch_of: Callable[[Tensor, torch.device], Batch],
     size: int,
     grid: tuple[float, ...] = (),
-    validate: Callable[[], dict[str, float]] | None = None,
-    alarm: Callable[[Mapping[str, float]], str | None] | None = None,
+    validate: Callable[[], dict[str, Any]] | None = None,
+    alarm: Callable[[Mapping[str, Any]], str | None] | None = None,
 ) -> dict:
     """Train `roles` with the stage's method on batches of rows of `size`; model.safetensors holds the averaged weights of the first
     role (with validation: the best of them)."""
@@ -149,10 +150,11 @@ def run_training(
         train(trainer, method, batches, stage=stage, seed=seed, log=artifacts.log, validate=validate, alarm=alarm)
     _save_averaged(trainer, folder)
     return {
-        "steps": settings.num_steps,
+        "steps": trainer.step,
         "parameters": parameters,
         **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if artifacts.recipe.lora else {}),
-        **({"best": trainer.best} if trainer.best else {}),
+        **({"best": {x: value for x, value in trainer.best.items() if x != LEFT}} if trainer.best else {}),
+        **({"ended": trainer.selection.ended} if trainer.selection.ended else {}),
     }
 
 

@@ -18,6 +18,7 @@ from distill.planning.codec import codec_costs
 from distill.planning.estimate import Plan, is_away, offloaded_bytes, rank_bytes
 from distill.planning.job import Job, batch_on
 from distill.planning.trace import clip_costs
+from distill.training.lifecycle.selection import validations
 from students.serving.optimize import DTYPES
 from teachers.encoders.small import SAMPLE_RATE
 
@@ -249,7 +250,7 @@ class _Stages:
                 steps.append(self._part("health of the teacher", panel * teacher, "teacher", panel, branches=branches))
                 made["teacher"] = self._made("teacher")
             return self._stage(name, steps, made=made, **facts)
-        times = math.ceil(train.num_steps / train.validate_every) if train.validate_every else 1
+        times = len(list(validations(train.validate_every, train.num_steps, train.stop)))  # if it ends at its last step
         held_out = 2 * recipe.eval.num_conditions
         steps += [
             self._part("validation", (1 + times) * held_out * clip, "student", held_out, plan.precision),

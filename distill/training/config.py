@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distill.training.lifecycle.selection import StopConfig
 from distill.training.role import Kind, RoleName
 from students.serving.optimize import Compile
 from teachers.errors import UserError
@@ -38,7 +39,9 @@ class TrainConfig:
     `global_batch` is that of an update over all processes; `accumulation` follows from it, where it is given. Checkpoints are
     written every `checkpoint_every` steps and after `checkpoint_minutes` since the last. Up to `skip_nonfinite` updates of a
     stage whose gradient is not finite are skipped, counted and logged; one more stops it. `seed` is this stage's alone (null: the
-    recipe's), so that a stage can be repeated on what those before it made.
+    recipe's), so that a stage can be repeated on what those before it made. Of its validations the best is kept, a later one where
+    it is better by more than `sure` standard errors; `stop` ends the stage before `num_steps`
+    (`distill.training.lifecycle.selection`).
     """
 
     num_steps: int
@@ -50,6 +53,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     checkpoint_minutes: float = 30.0
     validate_every: int = 0
+    sure: float = 0.0
+    stop: StopConfig | None = None
     skip_nonfinite: int = 0
     seed: int | None = None
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
@@ -59,11 +64,15 @@ class TrainConfig:
             least = 0 if name in ("log_every", "num_steps") else 1
             if getattr(self, name) < least:
                 raise UserError(f"train.{name}: got {getattr(self, name)}; it must be at least {least}")
-        for name in ("checkpoint_every", "checkpoint_minutes", "validate_every", "skip_nonfinite"):
+        for name in ("checkpoint_every", "checkpoint_minutes", "validate_every", "sure", "skip_nonfinite"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}: got {getattr(self, name)}; it must be 0 or more")
         if not 0 <= self.ema_decay <= 1:
             raise UserError(f"train.ema_decay: got {self.ema_decay}; it must lie in 0..1")
+        if self.stop is not None and not self.validate_every:
+            raise UserError(
+                "train.stop: it goes by validations, and there are none; set train.validate_every, or remove it"
+            )
 
     def micro_steps(self, world_size: int) -> int:
         """Batches that each of `world_size` processes adds up for one update; UserError where they do not divide."""

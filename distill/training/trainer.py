@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from distill.methods import Batch, Method
+from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.engine import Engine, make_role
+from distill.training.lifecycle.selection import Selection
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
 from teachers.checkpoints.strict import is_finite
 from teachers.errors import UserError
@@ -72,8 +73,14 @@ class Trainer:
         self.skipped = 0
         self.position = 0
         self.ema = EMA(self.held[average], config.ema_decay)
-        self.best: dict[str, float] | None = None
+        self.selection = Selection()
+        self.adaptive: Adaptive | None = None
         self.step = 0
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The numbers of the kept validation, and its `step`."""
+        return self.selection.best
 
     def save(self) -> None:
         """Begin to write everything that resume needs, whole or not at all; every rank calls it. See `checkpoint.Writer`."""
@@ -83,7 +90,8 @@ class Trainer:
             "updates": self.updates,
             "roles_done": self.roles_done,
             "skipped": self.skipped,
-            "best": self.best,
+            **vars(self.selection),
+            "method": self.adaptive.state() if self.adaptive else {},
             "ema_updates": self.ema.num_updates,
             "engine": {"kind": self.kind, "processes": self.engine.world_size},
         }
@@ -129,7 +137,9 @@ class Trainer:
                 f"{self.config.batch_size} never reach; use another number of processes"
             )
         self.step, self.position = facts["step"], facts["rows"] // together
-        self.updates, self.best = facts["updates"], facts["best"]
+        self.updates, self.selection = facts["updates"], Selection(*(facts[name] for name in vars(self.selection)))
+        if self.adaptive:
+            self.adaptive.load(facts["method"])
         self.roles_done, self.skipped = facts["roles_done"], facts["skipped"]
         self.ema.num_updates = facts["ema_updates"]
         for role, held in self.held.items():
@@ -178,13 +188,22 @@ class Trainer:
         micro-step, ended it: the updates that were complete stay, the one under way is dropped."""
         metrics: dict[str, Tensor] = {}
         for role in method.roles_to_update(self.step)[self.roles_done :]:
-            found = self.update(role, method, batches, seed, totals[role], stopping)
+            found = self.update(role, method, batches, seed, self._total(role, totals), stopping)
             if found is None:
                 return None
             metrics |= found
             self.roles_done += 1
         self.step, self.roles_done = self.step + 1, 0
+        if self.adaptive and (seen := {name: metrics[name] for name in self.adaptive.watched if name in metrics}):
+            self.adaptive.observe(self.reduced(seen))
         return metrics
+
+    def _total(self, role: str, totals: Mapping[str, int]) -> int:
+        """The updates of a role by which its rate decays. Where their number is not known before, as many as it had so far a step:
+        the rate then follows the steps."""
+        if self.adaptive is None:
+            return totals[role]
+        return round(max(1, self.updates[role]) * self.config.num_steps / max(1, self.step))
 
     def update(
         self,

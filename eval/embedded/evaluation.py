@@ -87,6 +87,16 @@ class Evaluation:
         conditions; beside: other systems' videos [N, ...] on the conditions and noises of the first seed; only: these
         metrics of the card. A metric that lacks what it needs has no score. Raises UserError on counts that do not agree.
         """
+        return {name: summary(found) for name, found in self.scores(videos, noises, beside, only).items()}
+
+    def scores(
+        self,
+        videos: UInt8[Tensor, "s n 3 t h w"],
+        noises: UInt8[Tensor, "c k 3 t h w"] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
+        only: Iterable[str] | None = None,
+    ) -> dict[str, list[Score]]:
+        """`score` before the noise seeds are summed up: name -> a score a seed."""
         if videos.ndim != 6 or videos.shape[1] != len(self.real):
             raise UserError(
                 f"scores need [seeds, conditions, ...]: got {tuple(videos.shape)} for {len(self.real)} conditions"
@@ -106,7 +116,7 @@ class Evaluation:
                     features = self.features(metric, clips, self.real)
                 for name, score in set_scores(metric, features, self.reference(key, metric)).items():
                     scores.setdefault(name, []).append(score)
-        return {name: summary(found) for name, found in scores.items()}
+        return scores
 
     def read(self, video: Tensor, **facts: Any) -> list[Clip]:
         """Clips as metrics take them, read by the probes; `facts` as in `clips_of`."""

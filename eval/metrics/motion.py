@@ -9,7 +9,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
-from eval.frechet import jackknife_error
+from eval.frechet import jackknife_error, with_error
 from eval.metric import Clip, Column, Features, Metric, Score, stacked
 from teachers.errors import UserError
 
@@ -78,8 +78,8 @@ def in_parts(energies, video: UInt8[Tensor, "3 t h w"], frames_at_once: int = 32
     return total / steps
 
 
-def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> tuple[float, float]:
-    """mean(values) / mean(reference), and its jackknife error over clips; paired if the counts agree."""
+def ratio_without_each(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> tuple[float, Tensor]:
+    """mean(values) / mean(reference), and the ratios without each clip [n]; paired if the counts agree."""
     base = reference.mean()
     if float(base) <= 0:
         raise UserError(
@@ -88,7 +88,12 @@ def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]
     replicates = (values.sum() - values) / max(len(values) - 1, 1)
     paired = len(values) == len(reference)
     bases = (reference.sum() - reference) / max(len(reference) - 1, 1) if paired else base
-    return float(values.mean() / base), jackknife_error(replicates / bases)
+    return float(values.mean() / base), replicates / bases
+
+
+def ratio_with_error(values: Float[Tensor, " n"], reference: Float[Tensor, " m"]) -> tuple[float, float]:
+    """`ratio_without_each` as a value and its jackknife error over clips."""
+    return with_error(*ratio_without_each(values, reference))
 
 
 @dataclasses.dataclass(frozen=True)

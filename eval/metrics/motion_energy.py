@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eval.metric import Clip, Column, Features, Metric, Score, stacked
-from eval.metrics.motion import in_parts, motion_energies, ratio_with_error
+from eval.metrics.motion import in_parts, motion_energies, ratio_with_error, ratio_without_each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ class Energy(Metric):
             return {self.name: Score.over([clip["energy"] for clip in features])}
         if reference is None:
             return {}
-        return {self.name: Score(*ratio_with_error(stacked(features, "energy"), stacked(reference, "energy")))}
+        found = ratio_without_each(stacked(features, "energy"), stacked(reference, "energy"))
+        return {self.name: Score.without_each(*found)}
 
     def ratios(self, cases, names: Sequence[str]) -> dict[str, float]:
         """Ratios of known cases to the decoded clips."""

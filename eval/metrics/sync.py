@@ -41,7 +41,8 @@ class Sync(Metric):
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
         found = mouth_sync(stacked(features, "mouth"), stacked(features, "audio"), self.max_lag)
         rest = {name: Score(found[name]) for name in ("sync_offset_frames", "sync_width")}
-        return {"sync": Score(found["sync"], found["error"]), **rest}
+        left = pooled_without_each(stacked(features, "mouth"), stacked(features, "audio")).tolist()
+        return {"sync": Score(found["sync"], found["error"], left=left), **rest}
 
     def admit(self, cases) -> tuple[dict[str, float], bool]:
         """In sync > shifted by 3 frames and > the sound of another clip; at the best lag shifted > swapped, and the lag is
@@ -89,6 +90,17 @@ def _pooled(sums: Tensor) -> Tensor:
     return torch.where(scale > 1e-9, sums[..., 2] / scale.clamp_min(1e-9), 0.0)
 
 
+def _without_each(video: Tensor, audio: Tensor) -> Tensor:
+    """r(0) of the opening without each clip [N], of frames 1.. in fp64."""
+    sums = _lagged_sums(video, audio, 0)
+    return _pooled(sums.sum(0) - sums)[:, 0]
+
+
+def pooled_without_each(video: Float[Tensor, "n t 2"], audio: Float[Tensor, "n t 2"]) -> Float[Tensor, " n"]:
+    """`mouth_sync`'s sync without each clip, of which its error is the jackknife's."""
+    return _without_each(video[:, 1:].double(), audio[:, 1:].double())
+
+
 def mouth_sync(video: Float[Tensor, "n t 2"], audio: Float[Tensor, "m u 2"], max_lag: int = 4) -> dict[str, float]:
     """Pooled correlation of the mouth in the video with the one of the sound, each centred within its clip, without frame 0.
 
@@ -108,10 +120,8 @@ def mouth_sync(video: Float[Tensor, "n t 2"], audio: Float[Tensor, "m u 2"], max
         )
     lags = range(-max_lag, max_lag + 1)
     curve = {lag: float(_pooled(_lagged_sums(video, audio, lag).sum(0))[0]) for lag in lags}
-    sums = _lagged_sums(video, audio, 0)
-    replicates = _pooled(sums.sum(0) - sums)[:, 0]
-    width = float(_pooled(sums.sum(0))[1])
+    width = float(_pooled(_lagged_sums(video, audio, 0).sum(0))[1])
     best = max(sorted(lags, key=abs), key=lambda lag: curve[lag])
-    error = jackknife_error(replicates) if len(replicates) > 1 else float("nan")
+    error = jackknife_error(_without_each(video, audio)) if len(video) > 1 else float("nan")
     offset = {"sync_offset_frames": float(best), "sync_at_offset": curve[best]}
     return {"sync": curve[0], "error": error, "sync_width": width, **offset}

@@ -3,7 +3,10 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from distill.pipeline.artifacts import Artifacts
@@ -12,10 +15,13 @@ from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.health import HealthCheck, logged, violations
 from distill.pipeline.evaluation.reward_watch import hacked
 from distill.pipeline.generate import stream_noise, student_clips
+from distill.training.lifecycle.selection import LEFT
 from eval.cards import load_card
 from eval.embedded import admission, probe_training
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.extractors import Probes
+from eval.frechet import jackknife_error
+from eval.metric import Score
 from students.student import Student
 from teachers.flow import keyed_generator
 
@@ -65,12 +71,32 @@ def _admit(artifacts: Artifacts, probes: Probes, test: ClipSet, reference: ClipS
     return {"sha256": probes.sha256, "checks": checks, **result}
 
 
+def score_of(now: Mapping[str, Any], then: Mapping[str, Any]) -> Any:
+    """The score of `Validation` from its parts, numbers or tensors of one shape."""
+    total = sum(now[name] / then[name] for name in ("fid", "fvd") if name in now)
+    total += sum(abs(now[name] - 1) for name in ("motion_energy", "sharpness") if name in now)
+    if "sync" in now:
+        lost = then["sync"] - now["sync"]
+        total += lost + abs(lost)  # 2 max(0, lost)
+    return total
+
+
+def score_without_each(now: Mapping[str, Score], then: Mapping[str, Score]) -> Tensor | None:
+    """`score_of` without each clip [N]; None where a metric does not say what it is without each."""
+    parts = [name for name in clip_sets.VALIDATED if name in now]
+    if any(of[name].left is None for name in parts for of in (now, then)):
+        return None
+    ours, start = ({name: torch.tensor(of[name].left, dtype=torch.float64) for name in parts} for of in (now, then))
+    return score_of(ours, start)
+
+
 class Validation:
     """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
 
     score = fid/fid_0 + fvd/fvd_0 + |energy - 1| + |sharpness - 1| + 2 max(0, sync_0 - sync): overshoot is a fault like
     stillness. What the card lacks, or the clips cannot have (sync without labels of the mouth), is left out. The conditions are not
-    those of the report. The health metrics come with them as `health/...`.
+    those of the report. `left` is the score without each clip, for the paired error of the difference of two validations. The
+    health metrics come with them as `health/...`.
     """
 
     def __init__(self, artifacts: Artifacts, student: Student, folder: Path):
@@ -84,10 +110,10 @@ class Validation:
             self.evaluation = Evaluation(card, artifacts.probes, real, self.test.decoded, other.clips.video)
         self.check = HealthCheck(artifacts)
         with artifacts.codec_alone():
-            self.start = self._measure()
+            self.start = self.measure()
             self.teacher = self.check.teacher(folder)
 
-    def _measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Score]:
         """Every rank generates its share of the clips."""
         artifacts, engine, num = self.artifacts, self.artifacts.engine, len(self.test)
         noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
@@ -97,17 +123,18 @@ class Validation:
         lead = self.test.conditions.index(rows).lead
         video = engine.all_rows(clip_sets.scored(artifacts.encoders.decode(x0, lead)), num)
         wanted = (*clip_sets.VALIDATED, "motion")
-        scores = None if self.evaluation is None else self.evaluation.score(video[None], only=wanted)
-        found = engine.from_main(scores)
-        return {name: found[name]["mean"] for name in wanted if name in found}
+        scores = None if self.evaluation is None else self.evaluation.scores(video[None], only=wanted)
+        found: dict[str, list[Score]] = engine.from_main(scores)
+        return {name: found[name][0] for name in wanted if name in found}
 
-    def __call__(self) -> dict[str, float]:
-        now, then = self._measure(), self.start
-        lost = max(0.0, then["sync"] - now["sync"]) if "sync" in now else 0.0
-        score = 2 * lost + sum(now[name] / then[name] for name in ("fid", "fvd") if name in now)
-        score += sum(abs(now[name] - 1) for name in ("motion_energy", "sharpness") if name in now)
-        health = self.check.student(self.student)
-        found = {**now, "score": score, **{f"health/{name}": value for name, value in health.items()}}
+    def __call__(self) -> dict[str, Any]:
+        now, health = self.measure(), self.check.student(self.student)
+        values = {name: score.mean for name, score in now.items()}
+        total = score_of(values, {name: score.mean for name, score in self.start.items()})
+        values["score"] = total
+        if (left := score_without_each(now, self.start)) is not None:
+            values |= {"score_error": jackknife_error(left), LEFT: left.tolist()}
+        found = {**values, **{f"health/{name}": value for name, value in health.items()}}
         if self.artifacts.engine.is_main:
             for line in self.hacked(found):
                 tqdm.write(f"distill: {line}", file=sys.stderr)
@@ -120,7 +147,8 @@ class Validation:
         if not rewards:
             return []
         wrong = violations(logged(values), self.teacher, recipe.health.healthy)
-        return hacked(rewards, log.rows("distill"), self.start, values, wrong)
+        start = {name: score.mean for name, score in self.start.items()}
+        return hacked(rewards, log.rows("distill"), start, values, wrong)
 
     def collapse(self, values: Mapping[str, float]) -> str | None:
         """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""

@@ -46,7 +46,7 @@ class Distance(Metric):
         if reference is None:
             return {}
         found = self.without_each(stacked(features, self.rows), stacked(reference, self.rows))
-        return {self.name: Score(*with_error(*found))}
+        return {self.name: Score.without_each(*found)}
 
     def floor(self, real: Sequence[Features], splits: int):
         if len(real) < 2 * self.least_half:

@@ -101,7 +101,7 @@ def test_training_goes_on_while_the_best_is_written_and_a_kill_leaves_the_one_be
     trainer = Trainer(Ranks(), config(), nets(), "a", tmp_path / "run")
 
     def keep(step: int) -> dict:
-        trainer.step, trainer.best = step, {"score": 1.0 / step, "step": step}
+        trainer.step, trainer.selection.best = step, {"score": 1.0 / step, "step": step}
         trainer.save_best()
         trainer.save()
         return {name: x.clone() for name, x in trainer.ema.shadow.items()}
@@ -125,7 +125,7 @@ def test_training_goes_on_while_the_best_is_written_and_a_kill_leaves_the_one_be
     assert not torch.equal(first["weight"], second["weight"])
     kept = lambda: [path.name for path in checkpoint.saved(tmp_path / "run", checkpoint.BEST)]  # noqa: E731
     assert kept() == ["best-00000002"]
-    trainer.best = {"score": 0.1, "step": 3}
+    trainer.selection.best = {"score": 0.1, "step": 3}
     trainer.save_best()
     trainer.writer.finish()
     assert kept() == ["best-00000002", "best-00000003"], "the checkpoint still names the one before"

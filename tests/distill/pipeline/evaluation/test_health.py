@@ -18,6 +18,7 @@ from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
 from distill.training import checkpoint
 from distill.training.engine import Engine
+from distill.training.lifecycle.selection import LEFT
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer
@@ -277,6 +278,22 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     ours, theirs = (load_tensors(tmp_path / name / "stages/distill/model.safetensors") for name in ("run", "never"))
     assert all(torch.equal(ours[name], x) for name, x in theirs.items())
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
+
+
+def test_a_collapse_ends_a_stage_that_has_a_rule_with_what_is_kept(ran, tmp_path):
+    """The stage is finished, on the weights before; its limits are among the fields that it depends on."""
+    words = ("health.stop=true", "distill.train.stop={growth: 1}")
+    run = before_distill(ran, tmp_path / "run", *words)
+    found = run.stage("distill")
+    assert (found["steps"], found["best"]["step"]) == (3, 1)
+    assert found["ended"].startswith("the student has collapsed: motion energy ")
+    assert LEFT not in found["best"]
+    assert "health" in run.stages["distill"].fields
+    assert "health" not in ran.stages["distill"].fields
+    rows = [row for row in run.artifacts.log.rows("distill") if "validate/gain" in row]
+    assert all(row["validate/gain_error"] > 0 for row in rows)
+    with pytest.raises(UserError, match=r"init\.train\.stop: only distill is validated while it trains"):
+        pipeline(tmp_path / "init", "init.train.validate_every=1", "init.train.stop={}")
 
 
 class SecondRank(Ranks):

@@ -1,18 +1,22 @@
-"""What the report draws: the systems, and the gap between a student and its teacher on one noise."""
+"""What the report draws: the systems, and the gap between a student and its teacher on one noise; the score of a validation."""
 
 import json
 import weakref
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from distill.pipeline.evaluation import systems
+from distill.pipeline.evaluation.validation import score_of, score_without_each
 from distill.recipe import TrajectoriesConfig
+from eval.cards import load_card
+from eval.metric import Score
 from teachers.conditions import Conditions
 from teachers.guidance import Guidance
-from tests.support.tiny import Ranks, make_spec
+from tests.support.tiny import Ranks, make_spec, rng
 
 
 def some_artifacts() -> Any:
@@ -51,7 +55,6 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
 
 
 def test_a_gap_is_a_score_that_needs_no_extractor(tmp_path):
-    from eval.cards import load_card
     from eval.report.run_report import write_report
 
     value = {"mean": 0.4, "spread": 0.0, "error": 0.01, "seeds": [0.4]}
@@ -88,3 +91,38 @@ def test_one_student_is_held_while_clips_are_generated():
     assert first() is None
     assert loaded == ["base", "distill"]
     assert list(students) == ["zero_shot", "init", "student"]
+
+
+def features(seed: int, num: int = 9) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What the metrics of a validation keep of clips, at random."""
+    names = {"fid": {"frames": (4, 5)}, "fvd": {"clip": (5,)}, "sync": {"mouth": (20, 2), "audio": (20, 2)}}
+    names |= {"motion_energy": {"energy": ()}, "sharpness": {"energy": ()}}
+    draws = rng(seed)
+    return {
+        key: [{name: torch.rand(shape, generator=draws).double() for name, shape in own.items()} for _ in range(num)]
+        for key, own in names.items()
+    }
+
+
+def test_the_score_without_each_clip_is_that_of_the_other_clips():
+    """Of two systems on nine clips: each part is measured again on the eight others, which the energies' ceiling is of too."""
+    card, real = load_card("embedded"), features(3, 30)
+
+    def scores(system, ceiling, keep) -> dict[str, Score]:
+        found = {}
+        for key, rows in system.items():
+            paired = key in ("motion_energy", "sharpness")
+            others = [ceiling[key][i] for i in keep] if paired else real[key]
+            found[key] = card.metrics[key].score([rows[i] for i in keep], others)[key]
+        return found
+
+    now, then, ceiling, everyone = features(1), features(2), features(4), list(range(9))
+    left = score_without_each(scores(now, ceiling, everyone), scores(then, ceiling, everyone))
+    for index in everyone:
+        others = [i for i in everyone if i != index]
+        ours, start = ({k: s.mean for k, s in scores(of, ceiling, others).items()} for of in (now, then))
+        assert float(left[index]) == pytest.approx(score_of(ours, start), rel=1e-6)  # type: ignore[index]
+    parts = {"fid": 3.0, "fvd": 8.0, "sync": 0.5, "motion_energy": 0.7, "sharpness": 1.2}
+    assert score_of(parts, {"fid": 2.0, "fvd": 4.0, "sync": 0.9}) == pytest.approx(1.5 + 2 + 0.3 + 0.2 + 2 * 0.4)
+    assert score_of({"fvd": 8.0, "sync": 0.95}, {"fvd": 4.0, "sync": 0.9}) == pytest.approx(2.0)
+    assert score_without_each({"fid": Score(1.0, 0.1)}, {"fid": Score(1.0, left=[1.0])}) is None
