@@ -7,8 +7,10 @@ given reference frame, the gradient is fp32 throughout, the fake score trains be
 are effective ones (teachers.guidance.Guidance); docs/parity.md has every difference to published code with its size. What else
 `Config` offers, and where it differs:
 
-gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
-                    score's features; its own loss does not train the fake score, theirs does.
+gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`; D is heads on the fake score's features, and
+                    sees data and rollouts under one noise. `gan_critic` is the weight with which D's loss trains the fake score
+                    too, as in DMD2 and One-Forcing (2605.23458): 0 leaves it the features of a denoiser. We differ: a logit a
+                    token and block, theirs one a clip; heads and fake score take their updates in turn, on rollouts of their own.
 rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
@@ -31,7 +33,7 @@ import torch
 from torch import Tensor
 
 from distill.methods import Batch, Loss, Needs, losses
-from distill.methods.discriminator import Discriminator
+from distill.methods.discriminator import Discriminator, denoise_with_tokens
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
@@ -51,6 +53,7 @@ class Config:
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
     gan: float = 0.0
+    gan_critic: float = 0.0
     fake_updates: int = 5
     warmup: int = 20
     exit_step: Literal["random", "last"] = "random"
@@ -72,6 +75,10 @@ class Config:
             raise UserError(f"dmd.guidance_band: got {list(self.guidance_band)}; two sigmas, the lower one first")
         if self.gan < 0.0:
             raise UserError(f"dmd.gan: got {self.gan}; it is a weight, 0 is off")
+        if self.gan_critic < 0.0 or (self.gan_critic and not self.gan):
+            raise UserError(
+                f"dmd.gan_critic: got {self.gan_critic} with gan={self.gan}; it is a weight beside that one, 0 is off"
+            )
 
 
 class DMD:
@@ -106,8 +113,8 @@ class DMD:
         if role == "student":
             return self._student(x0, sigma, eps, conditions)
         if role == "fake_score":
-            return self._fake_score(x0, sigma, eps, conditions)
-        return self._discriminator(x0, sigma, eps, conditions, batch, rng)
+            return self._fake_score(x0, sigma, eps, conditions, batch)
+        return self._discriminator(x0, sigma, eps, conditions, batch)
 
     def _generate(
         self, conditions: Conditions, rng: torch.Generator, shared: torch.Generator
@@ -146,12 +153,30 @@ class DMD:
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
-    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
-        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.denoising(
-            x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor, len(conditions.known)
-        )
-        return Loss(value, {"loss": value.detach()})
+    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+        config, x = self.config, flow.add_noise(x0, eps, sigma)
+        if not config.gan_critic:
+            x0_hat, critic = self.fake_score.denoise(x, sigma, conditions), None
+        else:
+            x0_hat, critic = self._critic(x, flow.add_noise(_data(batch), eps, sigma), sigma, conditions, batch)
+        value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, len(conditions.known))
+        metrics = {"loss": value.detach()}
+        if critic is not None:
+            value, metrics["critic"] = value + config.gan_critic * critic, critic.detach()
+        return Loss(value, metrics)
+
+    def _critic(
+        self, x: Tensor, real: Tensor, sigma: Tensor, conditions: Conditions, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The fake score's x0 of a noisy rollout x [B, C, F, H, W], and the discriminator's loss of it and of noisy data, with a
+        graph to the fake score."""
+        discriminator, logits, passes = self.discriminator, [], []
+        assert discriminator is not None
+        for noisy, given in ((real, batch.conditions), (x, conditions)):
+            x0_hat, tokens = denoise_with_tokens(self.fake_score, discriminator.blocks, noisy, sigma, given)
+            logits.append(discriminator.of_tokens(tokens, noisy.shape[2], len(given.known)))
+            passes.append(x0_hat)
+        return passes[1], losses.discriminator_loss(*logits)
 
     def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
         with torch.no_grad():
@@ -181,17 +206,19 @@ class DMD:
         real = torch.where(inside, guidance.combine(outputs), outputs[0])
         return real, self.fake_score.denoise(x, sigma, conditions)
 
-    def _discriminator(
-        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, rng: torch.Generator
-    ) -> Loss:
-        data = batch.x0
+    def _discriminator(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
         assert self.discriminator is not None
-        assert data is not None
-        other = torch.randn(data.shape, generator=rng).to(data)
-        real = self.discriminator(self.fake_score, flow.add_noise(data, other, sigma), sigma, batch.conditions)
+        noisy = flow.add_noise(_data(batch), eps, sigma)
+        real = self.discriminator(self.fake_score, noisy, sigma, batch.conditions)
         fake = self.discriminator(self.fake_score, flow.add_noise(x0, eps, sigma), sigma, conditions)
         value = losses.discriminator_loss(real, fake)
         return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+
+
+def _data(batch: Batch) -> Tensor:
+    """The clips x0 [B, C, F, H, W] of the GAN term."""
+    assert batch.x0 is not None
+    return batch.x0
 
 
 def needs(config: Config) -> Needs:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from distill.methods import dmd, losses
-from distill.methods.discriminator import Discriminator, hidden_tokens
+from distill.methods.discriminator import Discriminator, denoise_with_tokens
 from distill.methods.dmd import Config
 from teachers import flow
 from tests.distill.methods.gaussian import autoregressive
@@ -65,6 +66,42 @@ def test_a_gradient_reaches_its_own_role_only(role):
     assert all(not value.requires_grad for value in loss.metrics.values())
 
 
+def test_the_critic_trains_the_fake_score_by_its_two_losses():
+    """Spelt out: the denoising loss on rollouts, and `gan_critic` times softplus(-logit) of data and softplus(logit) of rollouts,
+    which lie under one noise at one sigma; logits of the frames that are generated."""
+    batch, found, made = a_batch(), [], make_dmd(gan=0.1, gan_critic=0.7, shift=3.0)
+    made.discriminator.requires_grad_(False)  # as the trainer does, of all roles but the one that is updated
+    for plainly in (False, True):
+        method, own, shared = copy.deepcopy(made), rng(1), rng(2)
+        if plainly:
+            value = plain_critic(method, batch, own, shared)
+        else:
+            value = method.loss("fake_score", batch, own, shared).value
+        value.backward()
+        found.append([value.detach(), *gradients(method.fake_score)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def plain_critic(method, batch, own, shared):
+    with torch.no_grad():
+        x0, given = method._generate(batch.conditions, own, shared)
+    sigma = flow.shift_sigma(torch.rand(2, generator=own), 3.0).clamp(0.02, 0.98)
+    eps, net, judge = torch.randn(x0.shape, generator=own), method.fake_score, method.discriminator
+    logits, made = [], []
+    for clip in (batch.x0, x0):
+        x, kept = flow.add_noise(clip, eps, sigma), []
+        handles = [
+            net.net.blocks[i].register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0])) for i in (0, 1)
+        ]
+        made.append(net.denoise(x, sigma, given))
+        for handle in handles:
+            handle.remove()
+        heads = [head(tokens).squeeze(2)[:, 4:] for head, tokens in zip(judge.heads, kept, strict=True)]
+        logits.append(torch.stack(heads, dim=1))
+    real, fake = (softplus(sign * logit).mean() for sign, logit in zip((-1, 1), logits, strict=True))
+    return losses.denoising(made[1], x0, sigma, 1.0, 0.02) + 0.7 * (real + fake)
+
+
 def test_the_gradient_vanishes_where_the_scores_agree():
     method = make_dmd()
     method.fake_score = copy.deepcopy(method.teacher)
@@ -72,9 +109,10 @@ def test_the_gradient_vanishes_where_the_scores_agree():
     assert not any(g.any() for g in gradients(method.student))
 
 
-def test_hidden_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
+def test_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
     net, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.3, 0.6])
-    kept = hidden_tokens(net, (0, 1), x, sigma, given)
+    x0, kept = denoise_with_tokens(net, (0, 1), x, sigma, given)
+    assert torch.equal(x0, net.denoise(x, sigma, given))
     assert [tuple(tokens.shape) for tokens in kept] == [(2, 8 * 4, 32)] * 2
     assert not torch.equal(*kept)
     assert not any(block._forward_hooks for block in net.net.blocks)
