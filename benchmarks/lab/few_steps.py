@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from distill.commands.sweep.command import read_sweep
 from distill.compose import find_recipe
@@ -34,6 +35,7 @@ from eval.report.tables import grid
 from eval.speed.latency import Scene, interleave, stream
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import to_float
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.files import atomic_write, read_json_or_none
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
@@ -75,7 +77,8 @@ class Scoring:
 
 def costs(bundles: Mapping[str, Bundle], test: ClipSet, rounds: int) -> dict[str, dict[str, float]]:
     """What a stream of each student costs in CPU time, the streams of all interleaved; a round of them before does not count."""
-    scene = Scene(to_float(test.samples[0, :, 0]), test.clips.text[0], test.clips.voice[0])
+    sound = pad(test.clips.voice[0], (0, SAMPLE_RATE))  # for the last chunk's look-ahead
+    scene = Scene(to_float(test.samples[0, :, 0]), test.clips.text[0], sound)
     chunks = next(iter(bundles.values())).spec.num_chunks
     runs = {name: lambda bundle=bundle: stream(bundle, scene, chunks) for name, bundle in bundles.items()}
     found = {}

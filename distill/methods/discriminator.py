@@ -23,15 +23,14 @@ class Discriminator(nn.Module):
             for _ in self.blocks
         )
 
-    def forward(self, fake_score: AvatarTeacher, x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+    def forward(
+        self, fake_score: AvatarTeacher, x: Tensor, sigma: Tensor, conditions: Conditions, train: bool = False
+    ) -> Tensor:
         """Noisy clips x [B, C, F, H, W] at sigma [B] -> logits [B, heads, generated tokens], high where they look like data. The
-        features have a graph where x asks for one."""
-        with torch.set_grad_enabled(x.requires_grad and torch.is_grad_enabled()):
-            _, tokens = denoise_with_tokens(fake_score, self.blocks, x, sigma, conditions)
-        return self.of_tokens(tokens, x.shape[2], len(conditions.known))
-
-    def of_tokens(self, tokens: Sequence[Tensor], frames: int, start: int) -> Tensor:
-        """The same from tokens [B, F*h*w, width] of each block; the frames before `start` are given."""
+        features have a graph where x asks for one, or to `train` the fake score."""
+        frames, start = x.shape[2], len(conditions.known)
+        with torch.set_grad_enabled((train or x.requires_grad) and torch.is_grad_enabled()):
+            tokens = hidden_tokens(fake_score, self.blocks, x, sigma, conditions)
         logits = [head(hidden.float()).squeeze(2) for head, hidden in zip(self.heads, tokens, strict=True)]
         return torch.stack([logit.unflatten(1, (frames, -1))[:, start:].flatten(1) for logit in logits], dim=1)
 
@@ -44,10 +43,10 @@ def build_discriminator(network: NetworkKind) -> Discriminator:
     return Discriminator(width, blocks, max(16, width // 4))
 
 
-def denoise_with_tokens(
+def hidden_tokens(
     fake_score: AvatarTeacher, blocks: Sequence[int], x: Tensor, sigma: Tensor, conditions: Conditions
-) -> tuple[Tensor, list[Tensor]]:
-    """x0 [B, C, F, H, W] of a denoising pass, and the outputs of these feature blocks in it, [B, F*h*w, width] each."""
+) -> list[Tensor]:
+    """The outputs of these feature blocks in a denoising pass, [B, F*h*w, width] each."""
     net, kept = fake_score.net, {}
     taps = net.kind.feature_blocks(net)
 
@@ -59,8 +58,8 @@ def denoise_with_tokens(
 
     handles = [tap(index) for index in blocks]
     try:
-        x0 = fake_score.denoise(x, sigma, conditions)
+        fake_score.denoise(x, sigma, conditions)
     finally:
         for handle in handles:
             handle.remove()
-    return x0, [kept[index] for index in blocks]
+    return [kept[index] for index in blocks]

@@ -8,9 +8,10 @@ are effective ones (teachers.guidance.Guidance); docs/parity.md has every differ
 `Config` offers, and where it differs:
 
 gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`; D is heads on the fake score's features, and
-                    sees data and rollouts under one noise. `gan_critic` is the weight with which D's loss trains the fake score
-                    too, as in DMD2 and One-Forcing (2605.23458): 0 leaves it the features of a denoiser. We differ: a logit a
-                    token and block, theirs one a clip; heads and fake score take their updates in turn, on rollouts of their own.
+                    sees data and rollouts under one noise, at sigmas of their own `gan_shift` (DMD2 draws them apart too).
+                    `gan_critic` is the weight with which D's loss trains the fake score, as in DMD2 and One-Forcing (2605.23458);
+                    0 leaves D the features of a denoiser. We differ: a logit a token and block, theirs one a clip; heads and fake
+                    score are updated in turn, on rollouts of their own; no R1 (One-Forcing: for chunks of three frames alone).
 rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from distill.methods import Batch, Loss, Needs, losses
-from distill.methods.discriminator import Discriminator, denoise_with_tokens
+from distill.methods.discriminator import Discriminator
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow
@@ -54,6 +55,7 @@ class Config:
     guidance_band: tuple[float, float] = (0.0, 1.0)
     gan: float = 0.0
     gan_critic: float = 0.0
+    gan_shift: float = 1.0
     fake_updates: int = 5
     warmup: int = 20
     exit_step: Literal["random", "last"] = "random"
@@ -108,13 +110,18 @@ class DMD:
         with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
             x0, conditions = self._generate(given, rng, shared)
         raw = torch.rand(x0.shape[0], generator=rng)  # one score sigma per clip
-        sigma = flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(x0)
+        sigma, gan_sigma = (self._sigma(raw, shift).to(x0) for shift in (self.config.shift, self.config.gan_shift))
         eps = torch.randn(x0.shape, generator=rng).to(x0)
         if role == "student":
-            return self._student(x0, sigma, eps, conditions)
+            return self._student(x0, sigma, gan_sigma, eps, conditions)
         if role == "fake_score":
-            return self._fake_score(x0, sigma, eps, conditions, batch)
-        return self._discriminator(x0, sigma, eps, conditions, batch)
+            return self._fake_score(x0, sigma, gan_sigma, eps, conditions, batch)
+        real, fake = self._logits(x0, gan_sigma, eps, conditions, batch)
+        value = losses.discriminator_loss(real, fake)
+        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+
+    def _sigma(self, raw: Tensor, shift: float) -> Tensor:
+        return flow.shift_sigma(raw, shift).clamp(self.config.sigma_min, self.config.sigma_max)
 
     def _generate(
         self, conditions: Conditions, rng: torch.Generator, shared: torch.Generator
@@ -153,32 +160,20 @@ class DMD:
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
-    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
-        config, x = self.config, flow.add_noise(x0, eps, sigma)
-        if not config.gan_critic:
-            x0_hat, critic = self.fake_score.denoise(x, sigma, conditions), None
-        else:
-            x0_hat, critic = self._critic(x, flow.add_noise(_data(batch), eps, sigma), sigma, conditions, batch)
-        value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, len(conditions.known))
+    def _fake_score(
+        self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch
+    ) -> Loss:
+        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
+        value = losses.denoising(
+            x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor, len(conditions.known)
+        )
         metrics = {"loss": value.detach()}
-        if critic is not None:
-            value, metrics["critic"] = value + config.gan_critic * critic, critic.detach()
+        if self.config.gan_critic:
+            critic = losses.discriminator_loss(*self._logits(x0, gan_sigma, eps, conditions, batch, train=True))
+            value, metrics["critic"] = value + self.config.gan_critic * critic, critic.detach()
         return Loss(value, metrics)
 
-    def _critic(
-        self, x: Tensor, real: Tensor, sigma: Tensor, conditions: Conditions, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """The fake score's x0 of a noisy rollout x [B, C, F, H, W], and the discriminator's loss of it and of noisy data, with a
-        graph to the fake score."""
-        discriminator, logits, passes = self.discriminator, [], []
-        assert discriminator is not None
-        for noisy, given in ((real, batch.conditions), (x, conditions)):
-            x0_hat, tokens = denoise_with_tokens(self.fake_score, discriminator.blocks, noisy, sigma, given)
-            logits.append(discriminator.of_tokens(tokens, noisy.shape[2], len(given.known)))
-            passes.append(x0_hat)
-        return passes[1], losses.discriminator_loss(*logits)
-
-    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
+    def _student(self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions) -> Loss:
         with torch.no_grad():
             gradient = losses.dmd_gradient(x0, *self._scores(x0, sigma, eps, conditions), len(conditions.known))
         value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean()}
@@ -187,7 +182,7 @@ class DMD:
             assert discriminator is not None
             gradient = losses.grad_wrt_input(
                 lambda clip: losses.generator_loss(
-                    discriminator(net, flow.add_noise(clip, eps, sigma), sigma, conditions)
+                    discriminator(net, flow.add_noise(clip, eps, gan_sigma), gan_sigma, conditions)
                 ),
                 x0,
             )
@@ -206,19 +201,19 @@ class DMD:
         real = torch.where(inside, guidance.combine(outputs), outputs[0])
         return real, self.fake_score.denoise(x, sigma, conditions)
 
-    def _discriminator(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+    def _logits(
+        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, train: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's logits of data and of rollouts x0 [B, C, F, H, W] under one noise."""
+        data = batch.x0
         assert self.discriminator is not None
-        noisy = flow.add_noise(_data(batch), eps, sigma)
-        real = self.discriminator(self.fake_score, noisy, sigma, batch.conditions)
-        fake = self.discriminator(self.fake_score, flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.discriminator_loss(real, fake)
-        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
-
-
-def _data(batch: Batch) -> Tensor:
-    """The clips x0 [B, C, F, H, W] of the GAN term."""
-    assert batch.x0 is not None
-    return batch.x0
+        assert data is not None
+        pairs = ((data, batch.conditions), (x0, conditions))
+        real, fake = (
+            self.discriminator(self.fake_score, flow.add_noise(clip, eps, sigma), sigma, given, train)
+            for clip, given in pairs
+        )
+        return real, fake
 
 
 def needs(config: Config) -> Needs:

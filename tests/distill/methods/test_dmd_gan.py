@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import softplus
 
 from distill.methods import dmd, losses
-from distill.methods.discriminator import Discriminator, denoise_with_tokens
+from distill.methods.discriminator import Discriminator, hidden_tokens
 from distill.methods.dmd import Config
 from teachers import flow
 from tests.distill.methods.gaussian import autoregressive
@@ -45,7 +45,7 @@ def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
     method.teacher = method.fake_score = scorer([])  # dmd's own gradient vanishes
     given, sigma, eps = sound(5, 4), torch.linspace(0.2, 0.9, 5), randn(5, 2, 4, 1, 1, seed=1)
     x0 = randn(5, 2, 4, 1, 1, seed=2).requires_grad_()
-    method._student(x0, sigma, eps, given).value.backward()
+    method._student(x0, sigma.flip(0), sigma, eps, given).value.backward()
     x = flow.add_noise(x0.detach(), eps, sigma)
     s = flow.expand(sigma, x)
     scores = [((1 - s) * net.denoise(x, sigma, given) - x) / s**2 for net in (real, fake)]
@@ -68,7 +68,7 @@ def test_a_gradient_reaches_its_own_role_only(role):
 
 def test_the_critic_trains_the_fake_score_by_its_two_losses():
     """Spelt out: the denoising loss on rollouts, and `gan_critic` times softplus(-logit) of data and softplus(logit) of rollouts,
-    which lie under one noise at one sigma; logits of the frames that are generated."""
+    which lie under one noise at a sigma of their own shift; logits of the frames that are generated."""
     batch, found, made = a_batch(), [], make_dmd(gan=0.1, gan_critic=0.7, shift=3.0)
     made.discriminator.requires_grad_(False)  # as the trainer does, of all roles but the one that is updated
     for plainly in (False, True):
@@ -85,21 +85,22 @@ def test_the_critic_trains_the_fake_score_by_its_two_losses():
 def plain_critic(method, batch, own, shared):
     with torch.no_grad():
         x0, given = method._generate(batch.conditions, own, shared)
-    sigma = flow.shift_sigma(torch.rand(2, generator=own), 3.0).clamp(0.02, 0.98)
-    eps, net, judge = torch.randn(x0.shape, generator=own), method.fake_score, method.discriminator
-    logits, made = [], []
+    raw, eps = torch.rand(2, generator=own), torch.randn(x0.shape, generator=own)
+    sigma, low = flow.shift_sigma(raw, 3.0).clamp(0.02, 0.98), raw.clamp(0.02, 0.98)
+    net, judge, logits = method.fake_score, method.discriminator, []
     for clip in (batch.x0, x0):
-        x, kept = flow.add_noise(clip, eps, sigma), []
+        kept = []
         handles = [
-            net.net.blocks[i].register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0])) for i in (0, 1)
+            block.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0])) for block in net.net.blocks
         ]
-        made.append(net.denoise(x, sigma, given))
+        net.denoise(flow.add_noise(clip, eps, low), low, given)
         for handle in handles:
             handle.remove()
         heads = [head(tokens).squeeze(2)[:, 4:] for head, tokens in zip(judge.heads, kept, strict=True)]
         logits.append(torch.stack(heads, dim=1))
     real, fake = (softplus(sign * logit).mean() for sign, logit in zip((-1, 1), logits, strict=True))
-    return losses.denoising(made[1], x0, sigma, 1.0, 0.02) + 0.7 * (real + fake)
+    x0_hat = net.denoise(flow.add_noise(x0, eps, sigma), sigma, given)
+    return losses.denoising(x0_hat, x0, sigma, 1.0, 0.02) + 0.7 * (real + fake)
 
 
 def test_the_gradient_vanishes_where_the_scores_agree():
@@ -111,8 +112,7 @@ def test_the_gradient_vanishes_where_the_scores_agree():
 
 def test_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
     net, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.3, 0.6])
-    x0, kept = denoise_with_tokens(net, (0, 1), x, sigma, given)
-    assert torch.equal(x0, net.denoise(x, sigma, given))
+    kept = hidden_tokens(net, (0, 1), x, sigma, given)
     assert [tuple(tokens.shape) for tokens in kept] == [(2, 8 * 4, 32)] * 2
     assert not torch.equal(*kept)
     assert not any(block._forward_hooks for block in net.net.blocks)
@@ -144,7 +144,7 @@ def test_a_discriminator_learns_to_tell_and_the_student_to_fool():
     assert loss.metrics["gap"] > 1.0
     x0, sigma = some_latents(8).requires_grad_(), torch.full((8,), 0.3)
     method.fake_score = copy.deepcopy(method.teacher)  # dmd's own gradient vanishes
-    method._student(x0, sigma, torch.zeros_like(x0), batch.conditions).value.backward()
+    method._student(x0, sigma, sigma, torch.zeros_like(x0), batch.conditions).value.backward()
     moved = x0.detach() - 1e-3 * x0.grad / x0.grad.abs().max()
     before, after = (judge(method.fake_score, 0.7 * x, sigma, batch.conditions).mean() for x in (x0, moved))
     assert after > before
