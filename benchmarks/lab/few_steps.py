@@ -143,7 +143,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))
                 scoring = scoring or Scoring(artifacts, args.out / f"scored-{args.condition_seed}")
                 if not done:
-                    seconds = {stage: artifacts.folder.finished(stage)["seconds"] for stage in ("init", LAST)}
+                    seconds = {stage: (artifacts.folder.finished(stage) or {})["seconds"] for stage in ("init", LAST)}
                     for stage, job in (*([("init", f"{name}, init")] if args.init else []), (LAST, name)):
                         scores = {**scoring(artifacts, stage), "seconds": seconds[stage]}
                         found.setdefault(job, {})[str(seed)] = scores
