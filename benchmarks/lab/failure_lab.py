@@ -13,7 +13,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,8 +34,9 @@ from benchmarks.lab.long_streams import COLUMNS, World  # noqa: E402, of a scrip
 LAST, KEPT = "distill", 4
 
 
-def train(recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Path]) -> None:
-    """Every stage of a job up to its distilled student that is not done, or to be had from others."""
+@contextmanager
+def trained(recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Path]) -> Iterator[Pipeline]:
+    """A job whose stages up to its distilled student are done; those that are to be had from others are not run."""
     reuse = ",".join(quoted(str(other)) for other in others if other != folder)
     found = load_recipe(recipe, [*words, f"run_dir={quoted(str(folder))}", f"reuse=[{reuse}]"])
     pipeline = Pipeline(found, Engine(found.engine, found.threads))
@@ -42,6 +44,7 @@ def train(recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Pat
         names = list(pipeline.stages)
         for name in names[: names.index(LAST) + 1]:
             pipeline.stage(name)
+        yield pipeline
     finally:
         pipeline.close()
 
@@ -84,7 +87,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 continue
             folder, began = args.out / f"{args.sweep}-{name}-{seed}", time.monotonic()
             others = sorted(path.parent for path in args.out.glob("*/stages") if path.is_dir())
-            train(recipe, [*common, *own, f"seed={args.seed}", f"distill.train.seed={seed}"], folder, others)
+            with trained(recipe, [*common, *own, f"seed={args.seed}", f"distill.train.seed={seed}"], folder, others):
+                pass
             took = time.monotonic() - began
             world = world or World(folder, args.streams, args.clips, 0)
             video = world.stream(folder, LAST, args.streams)

@@ -7,8 +7,11 @@ given reference frame, the gradient is fp32 throughout, the fake score trains be
 are effective ones (teachers.guidance.Guidance); docs/parity.md has every difference to published code with its size. What else
 `Config` offers, and where it differs:
 
-gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`. Our discriminator is heads on the fake
-                    score's features; its own loss does not train the fake score, theirs does.
+gan                 DMD2's GAN term, softplus(-D) on noisy rollouts with weight `gan`; D is heads on the fake score's features, and
+                    sees data and rollouts under one noise, at sigmas of their own `gan_shift` (DMD2 draws them apart too).
+                    `gan_critic` is the weight with which D's loss trains the fake score, as in DMD2 and One-Forcing (2605.23458);
+                    0 leaves D the features of a denoiser. We differ: a logit a token and block, theirs one a clip; heads and fake
+                    score are updated in turn, on rollouts of their own; no R1 (One-Forcing: for chunks of three frames alone).
 rollout_chunks      Longer rollouts, the last clip length of which carries the loss (LongLive 2509.22622, Self-Forcing++
                     2510.02283): chunks before it run to their end without gradient. The scores take its first frame, the
                     student's own latent, as the given one; LongLive encodes it again as an image. Each rollout starts anew.
@@ -55,6 +58,8 @@ class Config:
     guidance: Guidance = field(default_factory=Guidance)
     guidance_band: tuple[float, float] = (0.0, 1.0)
     gan: float = 0.0
+    gan_critic: float = 0.0
+    gan_shift: float = 1.0
     fake_updates: int = 5
     adapt: AdaptConfig | None = None
     warmup: int = 20
@@ -77,6 +82,10 @@ class Config:
             raise UserError(f"dmd.guidance_band: got {list(self.guidance_band)}; two sigmas, the lower one first")
         if self.gan < 0.0:
             raise UserError(f"dmd.gan: got {self.gan}; it is a weight, 0 is off")
+        if self.gan_critic < 0.0 or (self.gan_critic and not self.gan):
+            raise UserError(
+                f"dmd.gan_critic: got {self.gan_critic} with gan={self.gan}; it is a weight beside that one, 0 is off"
+            )
 
 
 class DMD:
@@ -129,13 +138,18 @@ class DMD:
         with torch.set_grad_enabled(role == "student" and torch.is_grad_enabled()):
             x0, conditions = self._generate(given, rng, shared)
         raw = torch.rand(x0.shape[0], generator=rng)  # one score sigma per clip
-        sigma = flow.shift_sigma(raw, self.config.shift).clamp(self.config.sigma_min, self.config.sigma_max).to(x0)
+        sigma, gan_sigma = (self._sigma(raw, shift).to(x0) for shift in (self.config.shift, self.config.gan_shift))
         eps = torch.randn(x0.shape, generator=rng).to(x0)
         if role == "student":
-            return self._student(x0, sigma, eps, conditions, batch)
+            return self._student(x0, sigma, gan_sigma, eps, conditions, batch)
         if role == "fake_score":
-            return self._fake_score(x0, sigma, eps, conditions, batch)
-        return self._discriminator(x0, sigma, eps, conditions, batch, rng)
+            return self._fake_score(x0, sigma, gan_sigma, eps, conditions, batch)
+        real, fake = self._logits(x0, gan_sigma, eps, conditions, batch)
+        value = losses.discriminator_loss(real, fake)
+        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+
+    def _sigma(self, raw: Tensor, shift: float) -> Tensor:
+        return flow.shift_sigma(raw, shift).clamp(self.config.sigma_min, self.config.sigma_max)
 
     def _generate(
         self, conditions: Conditions, rng: torch.Generator, shared: torch.Generator
@@ -174,14 +188,28 @@ class DMD:
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
-    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+    def _fake_score(
+        self,
+        x0: Tensor,
+        sigma: Tensor,
+        gan_sigma: Tensor,
+        eps: Tensor,
+        conditions: Conditions,
+        batch: Batch,
+        weights: Tensor | None = None,
+    ) -> Loss:
         x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.denoising(
-            x0_hat, x0, sigma, self.config.loss_power, self.config.loss_floor, len(conditions.known)
-        )
-        return Loss(value, {"loss": value.detach()})
+        power, floor = self.config.loss_power, self.config.loss_floor
+        value = losses.denoising(x0_hat, x0, sigma, power, floor, len(conditions.known), weights)
+        metrics = {"loss": value.detach()}
+        if self.config.gan_critic:
+            critic = losses.discriminator_loss(*self._logits(x0, gan_sigma, eps, conditions, batch, train=True))
+            value, metrics["critic"] = value + self.config.gan_critic * critic, critic.detach()
+        return Loss(value, metrics)
 
-    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+    def _student(
+        self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch
+    ) -> Loss:
         with torch.no_grad():
             real, fake = self._scores(x0, sigma, eps, conditions)
             gradient = losses.dmd_gradient(x0, real, fake, len(conditions.known))
@@ -192,7 +220,7 @@ class DMD:
             assert discriminator is not None
             gradient = losses.grad_wrt_input(
                 lambda clip: losses.generator_loss(
-                    discriminator(net, flow.add_noise(clip, eps, sigma), sigma, conditions)
+                    discriminator(net, flow.add_noise(clip, eps, gan_sigma), gan_sigma, conditions)
                 ),
                 x0,
             )
@@ -211,17 +239,19 @@ class DMD:
         real = torch.where(inside, guidance.combine(outputs), outputs[0])
         return real, self.fake_score.denoise(x, sigma, conditions)
 
-    def _discriminator(
-        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, rng: torch.Generator
-    ) -> Loss:
+    def _logits(
+        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, train: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The discriminator's logits of data and of rollouts x0 [B, C, F, H, W] under one noise."""
         data = batch.x0
         assert self.discriminator is not None
         assert data is not None
-        other = torch.randn(data.shape, generator=rng).to(data)
-        real = self.discriminator(self.fake_score, flow.add_noise(data, other, sigma), sigma, batch.conditions)
-        fake = self.discriminator(self.fake_score, flow.add_noise(x0, eps, sigma), sigma, conditions)
-        value = losses.discriminator_loss(real, fake)
-        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+        pairs = ((data, batch.conditions), (x0, conditions))
+        real, fake = (
+            self.discriminator(self.fake_score, flow.add_noise(clip, eps, sigma), sigma, given, train)
+            for clip, given in pairs
+        )
+        return real, fake
 
 
 def needs(config: Config) -> Needs:

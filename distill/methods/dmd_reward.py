@@ -17,9 +17,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.methods import Batch, Loss, Needs, dmd, losses
+from distill.methods import Batch, Loss, Needs, dmd
 from distill.methods.rewards import ClipReader, Reward, Weighed, weigh
-from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 
@@ -57,19 +56,26 @@ class RewardDMD(dmd.DMD):
         config = self.config
         return weigh(config.rewards, beta, config.limit, self.reader, x0, conditions, batch)
 
-    def _student(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
+    def _student(
+        self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch
+    ) -> Loss:
         found = self._weigh(self.config.beta if self.config.weighs == "student" else 0.0, x0, conditions, batch)
-        loss = super()._student(weighted(x0, found.weights), sigma, eps, conditions, batch)
+        loss = super()._student(weighted(x0, found.weights), sigma, gan_sigma, eps, conditions, batch)
         return replace(loss, metrics=loss.metrics | found.metrics(self.config.rewards))
 
-    def _fake_score(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch) -> Loss:
-        if self.config.weighs == "student":
-            return super()._fake_score(x0, sigma, eps, conditions, batch)
-        weights = self._weigh(-self.config.beta, x0, conditions, batch).weights.to(x0)
-        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
-        power, floor = self.config.loss_power, self.config.loss_floor
-        value = losses.denoising(x0_hat, x0, sigma, power, floor, len(conditions.known), weights)
-        return Loss(value, {"loss": value.detach()})
+    def _fake_score(
+        self,
+        x0: Tensor,
+        sigma: Tensor,
+        gan_sigma: Tensor,
+        eps: Tensor,
+        conditions: Conditions,
+        batch: Batch,
+        weights: Tensor | None = None,
+    ) -> Loss:
+        if self.config.weighs == "fake_score":
+            weights = self._weigh(-self.config.beta, x0, conditions, batch).weights.to(x0)
+        return super()._fake_score(x0, sigma, gan_sigma, eps, conditions, batch, weights)
 
 
 def weighted(x0: Tensor, weights: Tensor) -> Tensor:

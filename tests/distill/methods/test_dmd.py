@@ -297,6 +297,7 @@ def test_wrong_options_are_one_line():
     for make, words in (
         (lambda: Config(context_noise=1.0), r"dmd\.context_noise"),
         (lambda: Config(gan=-1.0), r"dmd\.gan"),
+        (lambda: Config(gan_critic=0.1), r"dmd\.gan_critic"),
         (lambda: StudentConfig(chunk_frames=2, num_steps=3, first_sigmas=(0.9, 0.5)), r"student\.first_sigmas"),
         (lambda: StudentConfig(chunk_frames=2, num_steps=3, first_sigmas=(1.0, 0.5, 0.5)), r"student\.first_sigmas"),
         (lambda: Config(guidance_band=(0.7, 0.3)), r"dmd\.guidance_band"),

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from distill.methods import Batch, dmd, losses
 from distill.methods.discriminator import Discriminator, hidden_tokens
@@ -44,7 +45,7 @@ def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
     method.teacher = method.fake_score = scorer([])  # dmd's own gradient vanishes
     given, sigma, eps = sound(5, 4), torch.linspace(0.2, 0.9, 5), randn(5, 2, 4, 1, 1, seed=1)
     x0 = randn(5, 2, 4, 1, 1, seed=2).requires_grad_()
-    method._student(x0, sigma, eps, given, Batch(given)).value.backward()
+    method._student(x0, sigma.flip(0), sigma, eps, given, Batch(given)).value.backward()
     x = flow.add_noise(x0.detach(), eps, sigma)
     s = flow.expand(sigma, x)
     scores = [((1 - s) * net.denoise(x, sigma, given) - x) / s**2 for net in (real, fake)]
@@ -65,6 +66,43 @@ def test_a_gradient_reaches_its_own_role_only(role):
     assert all(not value.requires_grad for value in loss.metrics.values())
 
 
+def test_the_critic_trains_the_fake_score_by_its_two_losses():
+    """Spelt out: the denoising loss on rollouts, and `gan_critic` times softplus(-logit) of data and softplus(logit) of rollouts,
+    which lie under one noise at a sigma of their own shift; logits of the frames that are generated."""
+    batch, found, made = a_batch(), [], make_dmd(gan=0.1, gan_critic=0.7, shift=3.0)
+    made.discriminator.requires_grad_(False)  # as the trainer does, of all roles but the one that is updated
+    for plainly in (False, True):
+        method, own, shared = copy.deepcopy(made), rng(1), rng(2)
+        if plainly:
+            value = plain_critic(method, batch, own, shared)
+        else:
+            value = method.loss("fake_score", batch, own, shared).value
+        value.backward()
+        found.append([value.detach(), *gradients(method.fake_score)])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*found, strict=True))
+
+
+def plain_critic(method, batch, own, shared):
+    with torch.no_grad():
+        x0, given = method._generate(batch.conditions, own, shared)
+    raw, eps = torch.rand(2, generator=own), torch.randn(x0.shape, generator=own)
+    sigma, low = flow.shift_sigma(raw, 3.0).clamp(0.02, 0.98), raw.clamp(0.02, 0.98)
+    net, judge, logits = method.fake_score, method.discriminator, []
+    x0_hat = net.denoise(flow.add_noise(x0, eps, sigma), sigma, given)
+    for clip in (batch.x0, x0):
+        kept = []
+        handles = [
+            block.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0])) for block in net.net.blocks
+        ]
+        net.denoise(flow.add_noise(clip, eps, low), low, given)
+        for handle in handles:
+            handle.remove()
+        heads = [head(tokens).squeeze(2)[:, 4:] for head, tokens in zip(judge.heads, kept, strict=True)]
+        logits.append(torch.stack(heads, dim=1))
+    real, fake = (softplus(sign * logit).mean() for sign, logit in zip((-1, 1), logits, strict=True))
+    return losses.denoising(x0_hat, x0, sigma, 1.0, 0.02) + 0.7 * (real + fake)
+
+
 def test_the_gradient_vanishes_where_the_scores_agree():
     method = make_dmd()
     method.fake_score = copy.deepcopy(method.teacher)
@@ -72,7 +110,7 @@ def test_the_gradient_vanishes_where_the_scores_agree():
     assert not any(g.any() for g in gradients(method.student))
 
 
-def test_hidden_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
+def test_tokens_are_the_blocks_own_and_checkpointing_changes_nothing():
     net, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.3, 0.6])
     kept = hidden_tokens(net, (0, 1), x, sigma, given)
     assert [tuple(tokens.shape) for tokens in kept] == [(2, 8 * 4, 32)] * 2
@@ -106,7 +144,7 @@ def test_a_discriminator_learns_to_tell_and_the_student_to_fool():
     assert loss.metrics["gap"] > 1.0
     x0, sigma = some_latents(8).requires_grad_(), torch.full((8,), 0.3)
     method.fake_score = copy.deepcopy(method.teacher)  # dmd's own gradient vanishes
-    method._student(x0, sigma, torch.zeros_like(x0), batch.conditions, batch).value.backward()
+    method._student(x0, sigma, sigma, torch.zeros_like(x0), batch.conditions, batch).value.backward()
     moved = x0.detach() - 1e-3 * x0.grad / x0.grad.abs().max()
     before, after = (judge(method.fake_score, 0.7 * x, sigma, batch.conditions).mean() for x in (x0, moved))
     assert after > before

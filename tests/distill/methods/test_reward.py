@@ -180,13 +180,21 @@ def test_the_fake_scores_loss_is_weighed_the_other_way():
     method, batch = make(beta=1.3, weighs="fake_score"), a_batch(4)
     eps, sigma, x0 = randn(4, 4, 8, 4, 4, seed=6), torch.linspace(0.3, 0.9, 4), randn(4, 4, 8, 4, 4, seed=5)
     each = [
-        dmd.DMD._fake_score(method, x0[i : i + 1], sigma[i : i + 1], eps[i : i + 1], batch.conditions.index(row), batch)
+        dmd.DMD._fake_score(
+            method,
+            x0[i : i + 1],
+            sigma[i : i + 1],
+            sigma[i : i + 1],
+            eps[i : i + 1],
+            batch.conditions.index(row),
+            batch,
+        )
         for i, row in enumerate(torch.arange(4).split(1))
     ]
     values = (x0 * slope()).flatten(1).sum(1).double().tolist()
     weights = by_hand([[-x for x in values]], [1.0], 1.3, 3.0)
     expected = sum(w * float(loss.value.detach()) for w, loss in zip(weights, each, strict=True)) / 4
-    assert float(method._fake_score(x0, sigma, eps, batch.conditions, batch).value.detach()) == pytest.approx(
+    assert float(method._fake_score(x0, sigma, sigma, eps, batch.conditions, batch).value.detach()) == pytest.approx(
         expected, rel=1e-5
     )
 

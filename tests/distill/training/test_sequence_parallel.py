@@ -37,8 +37,8 @@ from tests.teachers.networks import test_fantasytalking as fantasytalking
 KINDS = ("ddp", "fsdp2", "zero2")
 BOTH = {"text": 2.0, "audio": 3.0}
 PATHS = {"livetalk": ["teacher.path=anywhere"]}
-LOSSES = ("flow_matching", "dmd student", "dmd fake_score", "gan discriminator", "gan student", "ode_init", "forcing",
-          "consistency", "diagonal", "same_level", "checkpointed")  # fmt: skip
+LOSSES = ("flow_matching", "dmd student", "dmd fake_score", "gan discriminator", "gan fake_score",
+          "gan student", "ode_init", "forcing", "consistency", "diagonal", "same_level", "checkpointed")  # fmt: skip
 TALKERS = ("1", "2", "face", "frames")
 
 
@@ -91,7 +91,8 @@ def method_of(name: str) -> tuple[str, Any, dict[str, Any]]:
         gan = 0.5 if name.startswith("gan") else 0.0
         last = "last" if name == "diagonal" else "random"
         guidance = Guidance(**BOTH)
-        made = dmd.build(dmd.Config(gan=gan, guidance=guidance, exit_step=last), roles)
+        critic = 0.5 if name == "gan fake_score" else 0.0
+        made = dmd.build(dmd.Config(gan=gan, gan_critic=critic, guidance=guidance, exit_step=last), roles)
     if name == "checkpointed":
         student.net.enable_gradient_checkpointing()
     return role, made, roles
