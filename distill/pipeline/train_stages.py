@@ -131,6 +131,7 @@ def run_training(
     parameters = sum(p.numel() for p in roles[average].parameters())
     trainer = Trainer(engine, settings, roles, average, folder)
 
+    @torch.autocast(engine.device.type, enabled=False)  # whichever thread makes it
     def make(position: int) -> Batch:
         rows = batch_rows(size, settings.batch_size, position, seed, engine.data_rank, engine.data_ranks)
         batch = batch_of(rows, torch.device("cpu"))

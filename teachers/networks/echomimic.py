@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from teachers.errors import UserError
+from teachers.networks.blocks.wan import AvatarBlock, keys_values
 from teachers.networks.image_to_video import ImageToVideoKind
 from teachers.networks.kind import Dims
 from teachers.networks.wan import AvatarTransformer, WanKind
-from teachers.networks.wan_block import AvatarBlock, keys_values
 
 ROW, STATES, BEFORE, A_FRAME = 11, 17, 11, 8
 """States of a row and of a latent frame's window, those before 8 i, and states a latent frame."""

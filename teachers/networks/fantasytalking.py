@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from teachers.errors import UserError
+from teachers.networks.blocks.wan import AvatarBlock
 from teachers.networks.echomimic import A_FRAME, BEFORE, ROW, STATES, AudioTokens, windows
 from teachers.networks.image_to_video import SIZES, ImageToVideoKind
 from teachers.networks.kind import Dims
 from teachers.networks.wan import AvatarTransformer, initialise
-from teachers.networks.wan_block import AvatarBlock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from teachers.errors import UserError
+from teachers.networks.blocks.wan import AvatarBlock
 from teachers.networks.image_to_video import ImageToVideoKind
 from teachers.networks.kind import Dims
 from teachers.networks.sequence import Split
 from teachers.networks.spans import rotate
 from teachers.networks.wan import AvatarTransformer, initialise
-from teachers.networks.wan_block import AvatarBlock
 
 PLACES = ((0.0, 4.0), (20.0, 24.0))
 """Positions of the queries of either speaker; their keys lie in the middle. 12 is the background's."""

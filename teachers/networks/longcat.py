@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.networks.blocks.longcat import AudioInput, FinalLayer, LongCatBlock
+from teachers.networks.blocks.wan import TimeSinusoids
 from teachers.networks.infinitetalk import AudioContext, AudioProjector, read_tokens, shares
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast
-from teachers.networks.longcat_block import AudioInput, FinalLayer, LongCatBlock
 from teachers.networks.spans import Span, SpanKind, SpanTransformer
-from teachers.networks.wan_block import TimeSinusoids
 
 
 @dataclass(frozen=True, kw_only=True)

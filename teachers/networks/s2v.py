@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from teachers.conditions import Conditions, Feature, declare
 from teachers.errors import UserError
+from teachers.networks.blocks.wan import AvatarBlock, Modulations, keys_values
 from teachers.networks.kind import Dims, KeyValue, NetworkKind
 from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
 from teachers.networks.spans import MOST_TABLES, Span
 from teachers.networks.wan import AvatarTransformer, WanKind, initialise
-from teachers.networks.wan_block import AvatarBlock, Modulations, keys_values
 
 POSE = declare(Feature(name="pose_latents", clock="grid"))
 """Latents [B, C, F, H, W] of a film of the pose, beside the noise; not given: zeros, which are no film's."""

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.networks.blocks.wan import AudioPack, AvatarBlock, TimeSinusoids
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
 from teachers.networks.sequence import SequenceGroup, Split
 from teachers.networks.spans import Span, SpanKind, SpanTransformer
-from teachers.networks.wan_block import AudioPack, AvatarBlock, TimeSinusoids
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1

@@ -28,7 +28,8 @@ CONNECT = """async url => {
 CUT = """async url => {
   const {Avatar} = await import(url), stopped = {};
   const node = first => ({first, node: {stop: when => stopped[first] = when}});
-  const avatar = Object.assign(new Avatar(), {frames: new Map(), nodes: [8, 16, 24].map(node), origin: 2, frame: 0.08, last: 31});
+  const held = {frames: new Map(), awaited: new Map(), nodes: [8, 16, 24].map(node)};
+  const avatar = Object.assign(new Avatar(), {...held, origin: 2, frame: 0.08, last: 31});
   avatar.cut(20);
   return [stopped, avatar.last, avatar.nodes.map(({first}) => first)];
 }"""

@@ -167,7 +167,7 @@ def test_a_clips_gradient_is_plain_dmds_times_its_weight():
     for plain in (True, False):
         leaf = x0.clone().requires_grad_()
         step = dmd.DMD._student if plain else RewardDMD._student
-        step(method, leaf, sigma, eps, batch.conditions, batch).value.backward()
+        step(method, leaf, sigma, sigma, eps, batch.conditions, batch).value.backward()
         found.append(leaf.grad)
     values = (x0 * slope()).flatten(1).sum(1).double().tolist()
     expected = torch.tensor(by_hand([values], [1.0], 1.3, 3.0)).view(-1, 1, 1, 1, 1) * found[0]

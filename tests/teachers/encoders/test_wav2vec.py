@@ -14,7 +14,7 @@ from distill.data.encoders import ConditionEncoders
 from teachers.conditions import pack_rows
 from teachers.encoders.wav2vec import Wav2Vec, Wav2VecConfig
 from teachers.errors import UserError
-from teachers.networks.wan_block import AudioPack
+from teachers.networks.blocks.wan import AudioPack
 from tests.support.tiny import randn, randomise, rng, some_sound
 from tests.teachers.encoders import reference_audio as reference
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from teachers.networks import infinitetalk
+from teachers.networks.blocks.wan import keys_values
 from teachers.networks.infinitetalk import AudioProjector, InfiniteTalk, InfiniteTalkBlock
-from teachers.networks.wan_block import keys_values
 from tests.support.faults import Faults, around
 from tests.support.networks.talk import (
     CHANNELS,

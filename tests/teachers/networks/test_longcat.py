@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from teachers.conditions import Conditions
-from teachers.networks import infinitetalk, longcat_block
+from teachers.networks import infinitetalk
+from teachers.networks.blocks import longcat as longcat_block
+from teachers.networks.blocks.longcat import CrossAttention, FinalLayer, LongCatBlock, SelfAttention
 from teachers.networks.infinitetalk import AudioContext
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.longcat import LongCat
-from teachers.networks.longcat_block import CrossAttention, FinalLayer, LongCatBlock, SelfAttention
 from teachers.networks.spans import Span
 from tests.support.faults import Faults, around
 from tests.support.networks.longcat import KNOWN, SMALL, a_longcat, longcat_conditions

@@ -13,10 +13,10 @@ from diffusers.models.normalization import FP32LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from teachers.networks.blocks.wan import gated, modulated
 from teachers.networks.infinitetalk import PLACES, AudioContext, turns
 from teachers.networks.kind import KeyValue, PastParts, RaggedPast
 from teachers.networks.spans import Layout, attend, attend_spans, rotate
-from teachers.networks.wan_block import gated, modulated
 
 EPS = 1e-6
 

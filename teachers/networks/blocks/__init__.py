@@ -1,0 +1,1 @@
+"""The transformer blocks of the backbones."""
