@@ -92,8 +92,8 @@ def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
     until(page, "window.avatarClient && avatarClient.shown > 4")
     record(page, "avatarClient")
     apart = [speech_and_lips(page) for _ in range(3)]
-    # a frame and two of the screen's; a busy machine draws late at times, not always
-    assert min(apart) <= FRAME + 0.03, apart
+    # a frame, and three of the screen's: one until it is drawn, one until it is taped, one that a busy machine draws late
+    assert min(apart) <= FRAME + 0.05, apart
     page.evaluate(SPEAK % 30)
     page.wait_for_timeout(1500)
     assert np.abs(tapes(page)[0][-1600:]).max() > 0.05
