@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="OpenAI-compatible API (its token: ANSWER_TOKEN), or a local chat model's folder",
     )
     answer.add_argument("--answer-model", metavar="NAME", help="model of that API (default: the only one it has)")
-    answer.add_argument("--answer-prompt", metavar="TEXT", help="what the model is told of its part")
+    answer.add_argument("--answer-prompt", metavar="TEXT", help="the system prompt of the model")
     answer.add_argument(
         "--transcribe",
         metavar="URL|DIR",

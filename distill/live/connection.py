@@ -168,7 +168,7 @@ class Connection:
         viewer.allowance.take(KINDS[type(message)], now)
         if isinstance(message, protocol.Open):
             reference = self._reference(message)
-            sent = message.portrait is None  # its notes are told already
+            sent = message.portrait is None  # its notes have been sent
             await self._check_coverage(None if sent else reference, message.text)
             await self.server.ask(viewer.open, reference, message.text, message.seed, now, of=viewer)
         elif isinstance(message, protocol.Say):

@@ -156,7 +156,7 @@ class Server:
         return PlainTextResponse("no such file\n", 404) if file is None else _file(file)
 
     async def greet(self, _: Request) -> Response:
-        """What a viewer is told first, for who is none yet."""
+        """The `hello` message, for who is no viewer yet."""
         return JSONResponse(self._hello(), headers=HEADERS)
 
     async def portrait(self, request: Request) -> Response:
@@ -251,7 +251,7 @@ class Server:
             "talker": talker.name,
             "model": talker.model,
             "mode": "conversation" if talker.model else "echo",
-            "hears": talker.hears,
+            "takes_speech": talker.takes_speech,
             "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
         }
 

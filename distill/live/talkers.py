@@ -50,7 +50,7 @@ class Conversation(Protocol):
 
 
 class Talker(Protocol):
-    """What `distill serve --talker` names. `model`: who answers, "" where what the user says is said again (echo mode); `hears`:
+    """What `distill serve --talker` names. `model`: who answers, "" where what the user says is said again (echo mode); `takes_speech`:
     whether speech is understood, or said again."""
 
     @property
@@ -60,13 +60,13 @@ class Talker(Protocol):
     def model(self) -> str: ...
 
     @property
-    def hears(self) -> bool: ...
+    def takes_speech(self) -> bool: ...
 
     def conversation(self) -> Conversation: ...
 
 
 def spoken(pieces: Iterator[Tensor | Words], tell: Callable[[Words], None]) -> Iterator[Tensor]:
-    """The sound of a turn; its words are told."""
+    """The sound of a turn; its words go to `tell`."""
     for piece in pieces:
         if isinstance(piece, Words):
             tell(piece)
@@ -111,7 +111,7 @@ class Puppet:
     """A voice: a typed sentence is spoken (`speak`), spoken sound is said again."""
 
     name: str
-    model, hears = "", True
+    model, takes_speech = "", True
 
     def conversation(self) -> Conversation:
         return self
@@ -207,7 +207,7 @@ class Omni:
     )
     max_turns: int = 8
     history: list[dict] = field(default_factory=list)
-    hears = True
+    takes_speech = True
 
     @property
     def model(self) -> str:

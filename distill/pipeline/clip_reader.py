@@ -50,8 +50,10 @@ class ClipReader:
         for name, reward in rewards.items():
             metric = reward.metric
             check_number(name, reward, self.num)
-            heard = kept or (self.audio_is_log_mel and "probes" in metric.needs)  # who take rows as they are
-            offers = self.networks.offers | ({"sound"} if heard else set()) | ({"box"} if face is not None else set())
+            has_sound = kept or (self.audio_is_log_mel and "probes" in metric.needs)  # who take rows as they are
+            offers = (
+                self.networks.offers | ({"sound"} if has_sound else set()) | ({"box"} if face is not None else set())
+            )
             if missing := lacking(metric, offers):
                 hint = next((HINTS[need] for need in missing if need in HINTS), "take another metric")
                 raise UserError(f"rewards.{name}: {metric.name} needs {' and '.join(missing)}; {hint}")

@@ -54,7 +54,7 @@ class LocalChat:
                 stopping = StoppingCriteriaList([Stopped()])
                 options = {"max_new_tokens": MAX_NEW_TOKENS, "streamer": streamer, "stopping_criteria": stopping}
                 self.model.generate(**inputs, **options)
-            except Exception as error:  # the reader of the pieces is told
+            except Exception as error:  # raised again where the pieces are read
                 failed.append(error)
                 streamer.end()
 

@@ -59,7 +59,7 @@ class Answering:
         return self.chat.name
 
     @property
-    def hears(self) -> bool:
+    def takes_speech(self) -> bool:
         return self.transcriber is not None
 
     def conversation(self) -> "Answering":
@@ -111,7 +111,7 @@ def plain(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What `distill serve` is told of conversation mode: each of `answer` and `transcribe` is an API's URL or a folder."""
+    """The options of conversation mode: each of `answer` and `transcribe` is an API's URL or a folder."""
 
     answer: str | None = None
     answer_model: str | None = None

@@ -8,9 +8,9 @@ const TRIES = 6, LONGEST = 16, STEADY = 10000;  // connections in a row; seconds
 
 export class Conversation {
   // `stream()` gives what a stream is opened with, {portrait, text}, and `picture`, bytes to send before it, or null.
-  // changed(state, detail), told(message) for every message of the server, turned({number, asked}) as a turn begins.
-  constructor(canvas, {stream, changed, told, turned}) {
-    Object.assign(this, {canvas, stream, changed, told, turned});
+  // changed(state, detail), received(message) for every message of the server, turned({number, asked}) as a turn begins.
+  constructor(canvas, {stream, changed, received, turned}) {
+    Object.assign(this, {canvas, stream, changed, received, turned});
     Object.assign(this, {state: "ready", avatar: null, context: null, volume: 1, asked: [], turns: new Map(), answers: [], tries: 0, waiting: [], had: -Infinity});
   }
   get live() { return ["listening", "thinking", "talking"].includes(this.state); }
@@ -129,7 +129,7 @@ export class Conversation {
       case "shown": this.follow(message.frame); return;
       case "closed": this.lost(); break;
     }
-    this.told(message);
+    this.received(message);
   }
   follow(frame) {  // the state belongs to what is seen
     for (const [number, turn] of this.turns) {

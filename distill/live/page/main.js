@@ -17,7 +17,7 @@ const chosen = {portrait: 0, picture: null};
 const transcript = new Transcript($("transcript"));
 const conversation = new Conversation($("canvas"), {
   stream: () => ({...chosen, text: $("condition").value}),
-  changed: show, told: hear, turned: turn => transcript.begin(turn),
+  changed: show, received: receive, turned: turn => transcript.begin(turn),
 });
 const cropper = new Cropper(bytes => conversation.checkPicture(bytes));
 const page = window.page = {conversation, chosen, hello: null, handsFree: null, recording: null};
@@ -45,7 +45,7 @@ function show(state, detail = "") {
   if (!live && page.handsFree) handsFree(false);
 }
 
-function hear(message) {
+function receive(message) {
   switch (message.type) {
     case "error": case "note": tell(message.message); break;
     case "opened": transcript.restart(); break;
@@ -191,14 +191,14 @@ addEventListener("drop", event => {
 // ---- the beginning
 
 async function begin() {
-  const hello = page.hello = await (await fetch("hello")).json(), {mode, hears, talker, portraits} = hello;
+  const hello = page.hello = await (await fetch("hello")).json(), {mode, takes_speech, talker, portraits} = hello;
   for (let i = 0; i < portraits; i++) {
     const tile = addTile(`portraits/${i}.png`, `Portrait ${i + 1}`, image => choose(i, null, image));
     if (i === 0) { tile.button.checked = true; tile.image.onload = () => { if (conversation.state === "ready") preview(tile.image); }; }
   }
   $("mode").textContent = mode === "echo"
     ? `Echo mode: the avatar repeats what you type or say. Voice: ${talker}.`
-    : `Conversation: ${hello.model} answers${hears ? "" : " what you type"}. Voice: ${talker}.`;
+    : `Conversation: ${hello.model} answers${takes_speech ? "" : " what you type"}. Voice: ${talker}.`;
   $("sayLabel").textContent = mode === "echo" ? "What the avatar is to say" : "What you say to the avatar";
   $("say").placeholder = mode === "echo" ? "Type what the avatar is to say" : "Ask something";
   for (const sentence of SENTENCES[mode]) {
@@ -206,7 +206,7 @@ async function begin() {
     Object.assign(button, {type: "button", textContent: sentence, onclick: () => say(sentence)});
     $("sentences").append(button);
   }
-  $("voiceRow").hidden = !hears;
+  $("voiceRow").hidden = !takes_speech;
   if (!navigator.mediaDevices) for (const id of ["microphone", "record"]) {  // only secure origins have one
     $(id).disabled = true;
     $(id).title = "Browsers give a microphone to https and to localhost alone";

@@ -13,7 +13,7 @@ export class Transcript {
     return words;
   }
   begin({number, asked}) { this.turns.set(number, {user: this.add("user", asked ?? "(spoken)")}); }
-  // a piece of the turn's words: the user's, as they were heard, or the avatar's next sentence
+  // a piece of the turn's words: the user's, as they were transcribed, or the avatar's next sentence
   words({turn, who, text}) {
     const known = this.turns.get(turn);
     if (!known) return;

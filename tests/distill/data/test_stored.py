@@ -115,9 +115,9 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
     assert pool.batch(torch.arange(2)).sound is None
     kept = latents.load_train_set(other, fitted_fingerprint(other))
     assert len(kept) == 10
-    heard = kept.batch(torch.arange(4)).sound
-    assert heard is not None
-    assert torch.allclose(heard, clips[0].voice, atol=2e-5)
+    sound = kept.batch(torch.arange(4)).sound
+    assert sound is not None
+    assert torch.allclose(sound, clips[0].voice, atol=2e-5)
 
 
 @pytest.mark.parametrize(

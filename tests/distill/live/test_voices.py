@@ -79,7 +79,7 @@ def test_the_guides_own_voice_speaks_and_mistakes_in_its_file_are_named(tmp_path
     (tmp_path / "my_voice.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     talker = load_talker("my_voice:Hum")
-    assert (talker.name, talker.model, talker.hears) == ("hum", "", True)
+    assert (talker.name, talker.model, talker.takes_speech) == ("hum", "", True)
     assert len(torch.cat(list(talker.conversation().turn("two words")))) == 8 * 1600
     (tmp_path / "broken_voice.py").write_text(block.replace("return Humming()", "return Hoarse()"))
     with pytest.raises(UserError, match=r"broken_voice\.py:\d+: NameError"):

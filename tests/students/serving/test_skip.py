@@ -88,9 +88,9 @@ def test_what_follows_equals_a_session_that_never_drew_what_was_dropped(history)
         if sound is not kept[-1][0]:
             other.interrupt(played=other.point.frame)
         stretch = torch.cat([chunk.frames for chunk in chunks]) if chunks else torch.zeros(0, 16, 16, 3)
-        heard = torch.cat([chunk.audio for chunk in chunks]) if chunks else torch.zeros(0)
+        voice = torch.cat([chunk.audio for chunk in chunks]) if chunks else torch.zeros(0)
         frames.append(stretch)
-        sounds.append(heard)
+        sounds.append(voice)
         cut = next(ends)
         for parts, each in (
             (frames, 1),

@@ -111,16 +111,16 @@ def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
     net, (_, _, parts) = a_net(), inputs(frames=6, extra=10)
     states = parts[5]
 
-    def heard(values):
+    def output(values):
         audio = net.read_audio(pack_rows(rows_of(values, 21), 4), tuple(min(i, 2) for i in range(6)))[1]
         kept = torch.arange(17) < audio.seen.unsqueeze(1)
         return audio.key * kept[..., None, None]
 
-    before = heard(states)
+    before = output(states)
     for t in range(states.shape[1]):
         changed = states.clone()
         changed[:, t] += 1.0
-        moved = (heard(changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
+        moved = (output(changed) - before).abs().amax(dim=(0, 2, 3, 4)) > 0
         assert moved.tolist() == [8 * i - 11 <= t <= 8 * i + 5 for i in range(6)], t
 
 

@@ -74,15 +74,15 @@ def test_dropped_sound_is_tokens_of_zeros():
 def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
     net, states = a_net(), inputs(frames=6, extra=10)[2][5]
 
-    def heard(values):
+    def output(values):
         audio = net.read_audio(pack_rows(rows_of(values, 21), 4), tuple(min(i, 2) for i in range(6)))
         return audio[1].tokens
 
-    before = heard(states)
+    before = output(states)
     for t in range(states.shape[1]):
         changed = states.clone()
         changed[:, t] += 1.0
-        moved = (heard(changed) - before).abs().amax(dim=(0, 2, 3)) > 0
+        moved = (output(changed) - before).abs().amax(dim=(0, 2, 3)) > 0
         assert moved.tolist() == [8 * i - 11 <= t <= 8 * i + 5 for i in range(6)], t
 
 

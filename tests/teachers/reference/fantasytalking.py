@@ -82,11 +82,11 @@ class FantasyTalking(EchoMimic):
         if self.silent:
             return linear(w, f"{name}.o", found)
         own = self._heads(plain) if fault == "a query that is not normalised for the sound" else query
-        heard = self._attend_audio(name, own, *sound)
-        heard = heard / 2 if fault == "sound at half its strength" else heard
+        attended = self._attend_audio(name, own, *sound)
+        attended = attended / 2 if fault == "sound at half its strength" else attended
         if fault == "sound behind the output projection":
-            return linear(w, f"{name}.o", found) + heard
-        return linear(w, f"{name}.o", found + heard)
+            return linear(w, f"{name}.o", found) + attended
+        return linear(w, f"{name}.o", found + attended)
 
     def _attend_audio(self, name: str, query: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
         w, fault, own = self.weights, self.fault, PROCESSOR.format(name)

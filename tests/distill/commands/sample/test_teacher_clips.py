@@ -74,9 +74,9 @@ def test_each_clip_reads_the_film_before_it_as_its_motion():
         assert torch.equal(decoded[:, :, :19], anchors[:, :, 1:])
 
 
-def test_what_cannot_be_is_one_line(capsys):
+def test_what_cannot_be_is_one_line(tmp_path, capsys):
     words = ["sample", "--teacher", "echomimic", "teacher.path=anywhere", "--image", "a.png", "--audio", "a.wav"]
-    words += ["--text", "a", "--out", "/tmp/never.mp4"]
+    words += ["--text", "a", "--out", str(tmp_path / "never.mp4")]
     assert main([*words, "--clips", "2"]) == 2
     assert "--clips 2: EchoMimicConfig does not read the film before a clip; remove it" in capsys.readouterr().err
     assert main([*words, "--clips", "0"]) == 2

@@ -118,8 +118,8 @@ def test_silence_and_short_clips_have_no_score_to_speak_of(motion, sound):
 
 def test_the_score_is_a_metric_of_one_clip(restless, sound, motion):
     """As a reward takes it: in the clip's face box, with its own sound; without a box it is refused."""
-    video, heard = restless[0].expand(3, -1, -1, -1), torch.from_numpy(sound)
-    clip = Clip(video=video, fps=talking.FPS, sound=heard, box=torch.tensor(talking.FACE).float(), has_box=True)
+    video, waveform = restless[0].expand(3, -1, -1, -1), torch.from_numpy(sound)
+    clip = Clip(video=video, fps=talking.FPS, sound=waveform, box=torch.tensor(talking.FACE).float(), has_box=True)
     metric = MouthMotion()
     found = metric.of_clip(metric.features(clip, clip, None), None)
     assert found["mouth_motion"] == pytest.approx(lips.sync(motion, sound, talking.FPS)[0], abs=1e-3)

@@ -106,11 +106,11 @@ def test_an_endless_answer_is_cut(server):
 def test_speech_is_sent_as_a_wav_file(server):
     server.answers["/v1/audio/transcriptions"] = 200, "application/json", {"text": " Hello there. "}
     sound = 0.5 * torch.ones(1600)
-    assert Endpoint(server.url, "ears", TOKEN).transcribe(sound) == "Hello there."
+    assert Endpoint(server.url, "whisper", TOKEN).transcribe(sound) == "Hello there."
     _, headers, body = server.asked[-1]
     assert headers["Content-Type"].startswith("multipart/form-data; boundary=")
     assert to_wav(sound) in body
-    assert b'name="model"\r\n\r\nears\r\n' in body
+    assert b'name="model"\r\n\r\nwhisper\r\n' in body
 
 
 def test_addresses_and_models_that_do_not_fit_are_refused_in_one_line(server):

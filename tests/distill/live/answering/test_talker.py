@@ -117,7 +117,11 @@ def test_a_viewer_gets_the_words_of_a_turn_and_a_failure_in_a_line():
 
     talker = Answering(Echo(), Chat("Yes. ", "No."))
     with serving(a_puppet(), talker, viewers=1) as (address, _), Client(f"ws://{address}/live") as client:
-        assert (client.hello["mode"], client.hello["model"], client.hello["hears"]) == ("conversation", "chat", False)
+        assert (client.hello["mode"], client.hello["model"], client.hello["takes_speech"]) == (
+            "conversation",
+            "chat",
+            False,
+        )
         client.open()
         client.converse("Well?")
         said = [message for message in client.messages if message["type"] == "words"]
