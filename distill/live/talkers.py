@@ -50,8 +50,8 @@ class Conversation(Protocol):
 
 
 class Talker(Protocol):
-    """What `distill serve --talker` names. `model`: who answers, "" where what the user says is said again (echo mode); `takes_speech`:
-    whether speech is understood, or said again."""
+    """What `distill serve --talker` names. `model`: who answers, "" where what the user says is said again (echo mode);
+    `takes_speech`: whether speech is understood, or said again."""
 
     @property
     def name(self) -> str: ...

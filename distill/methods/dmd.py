@@ -88,6 +88,24 @@ class Config:
             )
 
 
+@dataclass(frozen=True)
+class Rollouts:
+    """What an update looks at: rollouts x0 [B, C, F, H, W], the `conditions` that the scores are given with them, one noise eps
+    like x0, and the levels sigma [B] at which scores are compared and gan_sigma [B] of the discriminator; `batch`: the data's."""
+
+    x0: Tensor
+    sigma: Tensor
+    gan_sigma: Tensor
+    eps: Tensor
+    conditions: Conditions
+    batch: Batch
+
+    @property
+    def start(self) -> int:
+        """The first frame that was generated."""
+        return len(self.conditions.known)
+
+
 class DMD:
     """Roles: `fake_score` (denoising loss on rollouts), `discriminator` (with gan) and `student`; `teacher` is frozen."""
 
@@ -140,11 +158,12 @@ class DMD:
         raw = torch.rand(x0.shape[0], generator=rng)  # one score sigma per clip
         sigma, gan_sigma = (self._sigma(raw, shift).to(x0) for shift in (self.config.shift, self.config.gan_shift))
         eps = torch.randn(x0.shape, generator=rng).to(x0)
+        drawn = Rollouts(x0, sigma, gan_sigma, eps, conditions, batch)
         if role == "student":
-            return self._student(x0, sigma, gan_sigma, eps, conditions, batch)
+            return self._student(drawn)
         if role == "fake_score":
-            return self._fake_score(x0, sigma, gan_sigma, eps, conditions, batch)
-        real, fake = self._logits(x0, gan_sigma, eps, conditions, batch)
+            return self._fake_score(drawn)
+        real, fake = self._logits(drawn)
         value = losses.discriminator_loss(real, fake)
         return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
 
@@ -188,50 +207,35 @@ class DMD:
         common = {num: draw(num) for num in sorted(set(counts[start:]))}
         return [common[num] if j >= start else num - 1 for j, num in enumerate(counts)]
 
-    def _fake_score(
-        self,
-        x0: Tensor,
-        sigma: Tensor,
-        gan_sigma: Tensor,
-        eps: Tensor,
-        conditions: Conditions,
-        batch: Batch,
-        weights: Tensor | None = None,
-    ) -> Loss:
-        x0_hat = self.fake_score.denoise(flow.add_noise(x0, eps, sigma), sigma, conditions)
-        power, floor = self.config.loss_power, self.config.loss_floor
-        value = losses.denoising(x0_hat, x0, sigma, power, floor, len(conditions.known), weights)
+    def _fake_score(self, drawn: Rollouts, weights: Tensor | None = None) -> Loss:
+        x0, sigma, config = drawn.x0, drawn.sigma, self.config
+        x0_hat = self.fake_score.denoise(flow.add_noise(x0, drawn.eps, sigma), sigma, drawn.conditions)
+        value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, drawn.start, weights)
         metrics = {"loss": value.detach()}
-        if self.config.gan_critic:
-            critic = losses.discriminator_loss(*self._logits(x0, gan_sigma, eps, conditions, batch, train=True))
-            value, metrics["critic"] = value + self.config.gan_critic * critic, critic.detach()
+        if config.gan_critic:
+            critic = losses.discriminator_loss(*self._logits(drawn, train=True))
+            value, metrics["critic"] = value + config.gan_critic * critic, critic.detach()
         return Loss(value, metrics)
 
-    def _student(
-        self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch
-    ) -> Loss:
+    def _student(self, drawn: Rollouts) -> Loss:
+        x0 = drawn.x0
         with torch.no_grad():
-            real, fake = self._scores(x0, sigma, eps, conditions)
-            gradient = losses.dmd_gradient(x0, real, fake, len(conditions.known))
-            behind = lag(x0, real, fake, len(conditions.known)).mean()
+            real, fake = self._scores(drawn)
+            gradient = losses.dmd_gradient(x0, real, fake, drawn.start)
+            behind = lag(x0, real, fake, drawn.start).mean()
         value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean(), "fake_lag": behind}
         if self.config.gan:
-            discriminator, net = self.discriminator, self.fake_score
-            assert discriminator is not None
             gradient = losses.grad_wrt_input(
-                lambda clip: losses.generator_loss(
-                    discriminator(net, flow.add_noise(clip, eps, gan_sigma), gan_sigma, conditions)
-                ),
-                x0,
+                lambda clip: losses.generator_loss(self._judge(clip, drawn, drawn.conditions)), x0
             )
             value = value + self.config.gan * losses.gradient_as_loss(x0, gradient)
             metrics["gan_grad_abs"] = gradient.abs().mean()
         return Loss(value, metrics)
 
-    def _scores(self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+    def _scores(self, drawn: Rollouts) -> tuple[Tensor, Tensor]:
         """x0 predictions [B, C, F, H, W] of the guided teacher (real) and of the fake score at one noisy x."""
-        x, (low, high) = flow.add_noise(x0, eps, sigma), self.config.guidance_band
-        guidance = self.config.guidance
+        sigma, conditions, (low, high) = drawn.sigma, drawn.conditions, self.config.guidance_band
+        x, guidance = flow.add_noise(drawn.x0, drawn.eps, sigma), self.config.guidance
         if self.student.spec.guidance is not None:
             guidance = EmbeddedGuidance(conditions.guidance, guidance.batched)
         outputs = branch_outputs(self.teacher.denoise, x, sigma, conditions, guidance)
@@ -239,19 +243,18 @@ class DMD:
         real = torch.where(inside, guidance.combine(outputs), outputs[0])
         return real, self.fake_score.denoise(x, sigma, conditions)
 
-    def _logits(
-        self, x0: Tensor, sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch, train: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The discriminator's logits of data and of rollouts x0 [B, C, F, H, W] under one noise."""
-        data = batch.x0
+    def _judge(self, clip: Tensor, drawn: Rollouts, conditions: Conditions, train: bool = False) -> Tensor:
+        """The discriminator's logits of clips under the noise of the rollouts."""
         assert self.discriminator is not None
+        noisy = flow.add_noise(clip, drawn.eps, drawn.gan_sigma)
+        return self.discriminator(self.fake_score, noisy, drawn.gan_sigma, conditions, train)
+
+    def _logits(self, drawn: Rollouts, train: bool = False) -> tuple[Tensor, Tensor]:
+        """The discriminator's logits of data and of rollouts under one noise."""
+        data = drawn.batch.x0
         assert data is not None
-        pairs = ((data, batch.conditions), (x0, conditions))
-        real, fake = (
-            self.discriminator(self.fake_score, flow.add_noise(clip, eps, sigma), sigma, given, train)
-            for clip, given in pairs
-        )
-        return real, fake
+        real = self._judge(data, drawn, drawn.batch.conditions, train)
+        return real, self._judge(drawn.x0, drawn, drawn.conditions, train)
 
 
 def needs(config: Config) -> Needs:

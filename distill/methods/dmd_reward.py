@@ -17,9 +17,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from distill.methods import Batch, Loss, Needs, dmd
+from distill.methods import Loss, Needs, dmd
 from distill.methods.rewards import ClipReader, Reward, Weighed, weigh
-from teachers.conditions import Conditions
 from teachers.errors import UserError
 
 
@@ -52,30 +51,19 @@ class RewardDMD(dmd.DMD):
     config: Config
     reader: ClipReader
 
-    def _weigh(self, beta: float, x0: Tensor, conditions: Conditions, batch: Batch) -> Weighed:
+    def _weigh(self, beta: float, drawn: dmd.Rollouts) -> Weighed:
         config = self.config
-        return weigh(config.rewards, beta, config.limit, self.reader, x0, conditions, batch)
+        return weigh(config.rewards, beta, config.limit, self.reader, drawn.x0, drawn.conditions, drawn.batch)
 
-    def _student(
-        self, x0: Tensor, sigma: Tensor, gan_sigma: Tensor, eps: Tensor, conditions: Conditions, batch: Batch
-    ) -> Loss:
-        found = self._weigh(self.config.beta if self.config.weighs == "student" else 0.0, x0, conditions, batch)
-        loss = super()._student(weighted(x0, found.weights), sigma, gan_sigma, eps, conditions, batch)
+    def _student(self, drawn: dmd.Rollouts) -> Loss:
+        found = self._weigh(self.config.beta if self.config.weighs == "student" else 0.0, drawn)
+        loss = super()._student(replace(drawn, x0=weighted(drawn.x0, found.weights)))
         return replace(loss, metrics=loss.metrics | found.metrics(self.config.rewards))
 
-    def _fake_score(
-        self,
-        x0: Tensor,
-        sigma: Tensor,
-        gan_sigma: Tensor,
-        eps: Tensor,
-        conditions: Conditions,
-        batch: Batch,
-        weights: Tensor | None = None,
-    ) -> Loss:
+    def _fake_score(self, drawn: dmd.Rollouts, weights: Tensor | None = None) -> Loss:
         if self.config.weighs == "fake_score":
-            weights = self._weigh(-self.config.beta, x0, conditions, batch).weights.to(x0)
-        return super()._fake_score(x0, sigma, gan_sigma, eps, conditions, batch, weights)
+            weights = self._weigh(-self.config.beta, drawn).weights.to(drawn.x0)
+        return super()._fake_score(drawn, weights)
 
 
 def weighted(x0: Tensor, weights: Tensor) -> Tensor:

@@ -117,11 +117,8 @@ def _validate(
     narrow = trainer.engine.autocast() if trainer.kind == "fsdp2" or len(held) > 1 else nullcontext()
     with trainer.showing_average(), narrow:
         values = trainer.engine.from_main(validate())
-    selection, stop, shown = (
-        trainer.selection,
-        trainer.config.stop,
-        {name: value for name, value in values.items() if name != LEFT},
-    )
+    selection, stop = trainer.selection, trainer.config.stop
+    shown = {name: value for name, value in values.items() if name != LEFT}
     if selection.best is not None:
         shown["gain"], shown["gain_error"] = selection.gain(values)
     log.write(stage, trainer.step, {x if "/" in x else f"validate/{x}": value for x, value in shown.items()})

@@ -276,14 +276,15 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
     batch, drawn = a_train_set().batch(torch.arange(2)), set()
     for seed in range(3):
         calls = [recorded(net, "read_time") for net in (student.net, fake.net)]
-        x0, guides = recorded(method, "_scores"), recorded(teacher, "denoise")
+        compared, guides = recorded(method, "_scores"), recorded(teacher, "denoise")
         method.loss("student", batch, rng(seed), rng(9)).value.backward()
-        (_, sigma, _, given), scale = x0[0], SCALES.draw(2, rng(seed))
+        ((found,),), scale = compared, SCALES.draw(2, rng(seed))
+        x0, sigma, given = found.x0.detach(), found.sigma, found.conditions
         assert all(torch.equal(args[1], scale) for some in calls for args in some)
         assert torch.equal(given.guidance, scale)
         assert len(guides) == 2, "full and without"
-        real, _ = method._scores(x0[0][0].detach(), *x0[0][1:])
-        noisy = flow.add_noise(x0[0][0].detach(), x0[0][2], sigma)
+        real, _ = method._scores(replace(found, x0=x0))
+        noisy = flow.add_noise(x0, found.eps, sigma)
         for i in range(2):
             alone = Guidance(text=float(scale[i]), audio=float(scale[i]))
             assert torch.allclose(real[i], guided(teacher.denoise, noisy, sigma, given, alone)[i], atol=1e-5)

@@ -31,7 +31,7 @@ class LocalChat:
 
         model, tokenizer = load_local("chat model", folder, AutoModelForCausalLM, AutoTokenizer, "cpu")
         if not tokenizer.chat_template:
-            raise UserError(f"chat model has no chat template: {folder}; give a model that was taught to answer")
+            raise UserError(f"chat model has no chat template: {folder}; give a model trained to answer in a chat")
         return cls(folder.name, model, tokenizer)
 
     def answer(self, messages: list[dict[str, str]]) -> Iterator[str]:

@@ -135,16 +135,15 @@ class Validation:
         if (left := score_without_each(now, self.start)) is not None:
             values |= {"score_error": jackknife_error(left), LEFT: left.tolist()}
         found = {**values, **{f"health/{name}": value for name, value in health.items()}}
-        if self.artifacts.engine.is_main:
-            for line in self.hacked(found):
-                tqdm.write(f"distill: {line}", file=sys.stderr)
+        for line in self.hacked(found):
+            tqdm.write(f"distill: {line}", file=sys.stderr)
         return found
 
     def hacked(self, values: Mapping[str, float]) -> list[str]:
-        """The rewards of the method that a student of these numbers has hacked (`reward_watch.hacked`)."""
+        """The rewards of the method that a student of these numbers has hacked (`reward_watch.hacked`); on rank 0, which logs."""
         recipe, log = self.artifacts.recipe, self.artifacts.log
         rewards = getattr(recipe.distill.method, "rewards", None)
-        if not rewards:
+        if not rewards or not self.artifacts.engine.is_main:
             return []
         wrong = violations(logged(values), self.teacher, recipe.health.healthy)
         start = {name: score.mean for name, score in self.start.items()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.methods import Batch, dmd, losses
 from distill.methods import rollout as rollouts
 from distill.methods.discriminator import build_discriminator
-from distill.methods.dmd import DMD, Config
+from distill.methods.dmd import DMD, Config, Rollouts
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule, advance
@@ -286,7 +286,7 @@ def test_guidance_within_its_band_only():
         return torch.full_like(x, 1.0 if conditions.text.any() else 0.0)
 
     method.teacher = SimpleNamespace(denoise=denoise)
-    real, _ = method._scores(x, sigma, torch.zeros_like(x), batch)
+    real, _ = method._scores(Rollouts(x, sigma, sigma, torch.zeros_like(x), batch, Batch(batch)))
     assert real[:, 0, 1, 0, 0].tolist() == [1.0, 3.0, 1.0]
     assert len(scored) == 2
 

@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 
 from distill.methods import Batch, dmd, losses
 from distill.methods.discriminator import Discriminator, hidden_tokens
-from distill.methods.dmd import Config
+from distill.methods.dmd import Config, Rollouts
 from teachers import flow
 from tests.distill.methods.gaussian import autoregressive
 from tests.distill.methods.test_dmd import a_batch, cell_dmd, gradients, make_dmd, scorer, sound
@@ -45,7 +45,7 @@ def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
     method.teacher = method.fake_score = scorer([])  # dmd's own gradient vanishes
     given, sigma, eps = sound(5, 4), torch.linspace(0.2, 0.9, 5), randn(5, 2, 4, 1, 1, seed=1)
     x0 = randn(5, 2, 4, 1, 1, seed=2).requires_grad_()
-    method._student(x0, sigma.flip(0), sigma, eps, given, Batch(given)).value.backward()
+    method._student(Rollouts(x0, sigma.flip(0), sigma, eps, given, Batch(given))).value.backward()
     x = flow.add_noise(x0.detach(), eps, sigma)
     s = flow.expand(sigma, x)
     scores = [((1 - s) * net.denoise(x, sigma, given) - x) / s**2 for net in (real, fake)]
@@ -144,7 +144,7 @@ def test_a_discriminator_learns_to_tell_and_the_student_to_fool():
     assert loss.metrics["gap"] > 1.0
     x0, sigma = some_latents(8).requires_grad_(), torch.full((8,), 0.3)
     method.fake_score = copy.deepcopy(method.teacher)  # dmd's own gradient vanishes
-    method._student(x0, sigma, sigma, torch.zeros_like(x0), batch.conditions, batch).value.backward()
+    method._student(Rollouts(x0, sigma, sigma, torch.zeros_like(x0), batch.conditions, batch)).value.backward()
     moved = x0.detach() - 1e-3 * x0.grad / x0.grad.abs().max()
     before, after = (judge(method.fake_score, 0.7 * x, sigma, batch.conditions).mean() for x in (x0, moved))
     assert after > before

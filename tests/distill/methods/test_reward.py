@@ -167,7 +167,7 @@ def test_a_clips_gradient_is_plain_dmds_times_its_weight():
     for plain in (True, False):
         leaf = x0.clone().requires_grad_()
         step = dmd.DMD._student if plain else RewardDMD._student
-        step(method, leaf, sigma, sigma, eps, batch.conditions, batch).value.backward()
+        step(method, dmd.Rollouts(leaf, sigma, sigma, eps, batch.conditions, batch)).value.backward()
         found.append(leaf.grad)
     values = (x0 * slope()).flatten(1).sum(1).double().tolist()
     expected = torch.tensor(by_hand([values], [1.0], 1.3, 3.0)).view(-1, 1, 1, 1, 1) * found[0]
@@ -179,24 +179,17 @@ def test_a_clips_gradient_is_plain_dmds_times_its_weight():
 def test_the_fake_scores_loss_is_weighed_the_other_way():
     method, batch = make(beta=1.3, weighs="fake_score"), a_batch(4)
     eps, sigma, x0 = randn(4, 4, 8, 4, 4, seed=6), torch.linspace(0.3, 0.9, 4), randn(4, 4, 8, 4, 4, seed=5)
-    each = [
-        dmd.DMD._fake_score(
-            method,
-            x0[i : i + 1],
-            sigma[i : i + 1],
-            sigma[i : i + 1],
-            eps[i : i + 1],
-            batch.conditions.index(row),
-            batch,
-        )
-        for i, row in enumerate(torch.arange(4).split(1))
-    ]
+    drawn = dmd.Rollouts(x0, sigma, sigma, eps, batch.conditions, batch)
+
+    def alone(i):
+        x0_i, sigma_i, eps_i = (value[i : i + 1] for value in (x0, sigma, eps))
+        return dmd.Rollouts(x0_i, sigma_i, sigma_i, eps_i, batch.conditions.index(torch.tensor([i])), batch)
+
+    each = [dmd.DMD._fake_score(method, alone(i)) for i in range(4)]
     values = (x0 * slope()).flatten(1).sum(1).double().tolist()
     weights = by_hand([[-x for x in values]], [1.0], 1.3, 3.0)
     expected = sum(w * float(loss.value.detach()) for w, loss in zip(weights, each, strict=True)) / 4
-    assert float(method._fake_score(x0, sigma, sigma, eps, batch.conditions, batch).value.detach()) == pytest.approx(
-        expected, rel=1e-5
-    )
+    assert float(method._fake_score(drawn).value.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_frames_are_looked_at_in_the_students_update_alone():

@@ -119,7 +119,7 @@ def test_zero_rows_are_no_audio():
     assert ((x - x0) / SIGMA.view(-1, 1, 1, 1, 1) - expected).abs().max() < 1e-5
 
 
-def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
+def test_a_latent_frame_reads_its_seventeen_states_and_no_other():
     """Row by row: latent i reads states 8 i - 11 .. 8 i + 5, so 80 ms beyond its last pixel frame's two states."""
     net, (_, given, parts) = a_net(), inputs(frames=6, extra=10)
     states, pixel_frames = parts[5], 21

@@ -106,7 +106,7 @@ def test_windows_are_the_published_ones():
     assert inside((0, 1, 2, 2), 4) == [range(11, 17), range(3, 17), range(17), range(17)]
 
 
-def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
+def test_a_latent_frame_reads_its_seventeen_states_and_no_other():
     """State by state: 80 ms beyond its last pixel frame's two."""
     net, (_, _, parts) = a_net(), inputs(frames=6, extra=10)
     states = parts[5]

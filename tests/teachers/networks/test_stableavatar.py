@@ -71,7 +71,7 @@ def test_dropped_sound_is_tokens_of_zeros():
     assert (velocity(x, AvatarTeacher(net).denoise(x, SIGMA, given.drop("audio"))) - expected).abs().max() < 1e-5
 
 
-def test_a_latent_frame_hears_its_seventeen_states_and_no_other():
+def test_a_latent_frame_reads_its_seventeen_states_and_no_other():
     net, states = a_net(), inputs(frames=6, extra=10)[2][5]
 
     def output(values):
