@@ -32,7 +32,7 @@ def exact_discriminator(real, fake):
         spread = (1 - s) ** 2 * teacher.values + s**2
         return -0.5 * (centred.square() / spread + spread.log()).sum(1)
 
-    return lambda net, x, sigma, c: energy(real, x, sigma, c) - energy(fake, x, sigma, c)
+    return lambda net, x, sigma, c, train=False: energy(real, x, sigma, c) - energy(fake, x, sigma, c)
 
 
 def test_the_gan_term_is_the_score_difference_weighed_by_1_minus_d():
