@@ -5,6 +5,7 @@ from functools import wraps
 from typing import Any
 
 import pytest
+import torch
 
 Plant = Callable[[pytest.MonkeyPatch], object]
 
@@ -26,3 +27,11 @@ def around(patch: pytest.MonkeyPatch, owner: Any, name: str, change: Callable) -
     """`change(original, *arguments)` in the place of a function."""
     original = getattr(owner, name)
     patch.setattr(owner, name, wraps(original)(lambda *given, **named: change(original, *given, **named)))
+
+
+def in_fp64(net: Any, inputs: tuple, sigma: torch.Tensor) -> tuple:
+    """A network's own velocity in fp64, where no rounding hides a fault, and the clips and other inputs of its reference. inputs:
+    clips x, conditions, and what the reference takes in their place."""
+    net, (x, given, parts) = net.double(), inputs
+    x, given, parts = x.double(), given.to(torch.float64), [None if part is None else part.double() for part in parts]
+    return net.kind.run(net, net.kind.compose(x, given, ())[1], sigma.double(), given), x, parts

@@ -30,6 +30,7 @@ from teachers.networks import echomimic
 from teachers.networks.echomimic import EchoMimicConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
+from tests.support.faults import in_fp64
 from tests.support.tiny import make_spec, randn, randomise, some_sound
 from tests.teachers.reference.echomimic import FAULTS, EchoMimic
 
@@ -80,16 +81,14 @@ def test_the_forward_equals_the_equations():
 
 
 @lru_cache(maxsize=1)
-def in_fp64():
-    """The network's own velocity in fp64, and what a reference needs for it."""
-    net, (x, given, parts) = a_net().double(), inputs()
-    x, given, parts = x.double(), given.to(torch.float64), [part.double() for part in parts]
-    ours = net.kind.run(net, net.kind.compose(x, given, ())[1], SIGMA.double(), given)
-    return ours, published(net), x, parts
+def exact():
+    net = a_net()
+    found = in_fp64(net, inputs(), SIGMA)
+    return published(net), *found
 
 
 def deviation(fault: str = "") -> float:
-    ours, named, x, parts = in_fp64()
+    named, ours, x, parts = exact()
     return float((ours - EchoMimic(named, HEADS, fault=fault)(x, *parts)).abs().max())
 
 

@@ -23,6 +23,7 @@ from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.stableavatar import StableAvatarConfig
 from teachers.teacher import load_teacher
+from tests.support.faults import in_fp64
 from tests.support.tiny import make_spec, randn, randomise
 from tests.teachers.networks.test_echomimic import CHANNELS, DIMS, HEADS, IMAGE, SIGMA, STATE, TEXT, rows_of
 from tests.teachers.networks.test_fantasytalking import PUBLISHED, inputs, published, velocity
@@ -46,15 +47,14 @@ def test_the_forward_equals_the_equations():
 
 
 @lru_cache(maxsize=1)
-def in_fp64():
-    """The network's own velocity in fp64, and what a reference needs for it."""
-    net, (x, given, parts) = a_net().double(), inputs()
-    x, given, parts = x.double(), given.to(torch.float64), [None if part is None else part.double() for part in parts]
-    return net.kind.run(net, net.kind.compose(x, given, ())[1], SIGMA.double(), given), published(net), x, parts
+def exact():
+    net = a_net()
+    found = in_fp64(net, inputs(), SIGMA)
+    return published(net), *found
 
 
 def deviation(fault: str = "") -> float:
-    ours, named, x, parts = in_fp64()
+    named, ours, x, parts = exact()
     return float((ours - StableAvatar(named, HEADS, fault=fault)(x, *parts)).abs().max())
 
 
