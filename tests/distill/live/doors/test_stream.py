@@ -140,10 +140,13 @@ def test_interrupted_again_and_again_it_says_the_last_sentence_alone():
             last = tone(0.5, 24_000, 300)
             stream.push(last, 24_000)
             stream.end()
-            return last, await beats(stream, 1.5)
+            return last, await beats(stream, 1.5), stream.lag
 
-    last, got = run_in_time(run())
-    assert np.array_equal(np.concatenate([beat.sound for _, beat in got]), last)
+    last, got, lag = run_in_time(run())
+    heard = np.concatenate([beat.sound for _, beat in got])
+    assert np.array_equal(heard[heard != 0], last[last != 0])
+    lag.skip_if_busy()  # speech that stalls between push and end is heard with a gap
+    assert np.array_equal(heard, last)
 
 
 def test_speech_that_stalls_leaves_silence_in_the_picture_too_and_goes_on():
