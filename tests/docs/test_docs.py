@@ -26,17 +26,10 @@ ROOT = Path(distill.__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = ("weights", "data", "minutes", "browser", "network")
 SMOKE = (
-    "preset=smoke",
-    "threads=1",
-    "init.train.num_steps=2",
-    "init.train.batch_size=4",
-    "distill.train.num_steps=2",
-    "distill.train.batch_size=4",
-    "trajectories.num_pairs=8",
-    "trajectories.num_steps=3",
-    "eval.num_seeds=1",
-    "eval.probe_steps=4",
-    "eval.num_samples=4",
+    *("preset=smoke", "threads=1", "engine.precision=fp32", "data.world.num_train=8", "data.text_steps=1"),
+    *("init.train.num_steps=1", "init.train.batch_size=4", "trajectories.num_pairs=4", "trajectories.num_steps=3"),
+    *("distill.train.num_steps=1", "distill.train.batch_size=4", "distill.train.validate_every=0"),
+    *("distill.method.fake_updates=1", "eval.probe_steps=4", "eval.num_samples=4"),
 )
 SHORTER = {"bench": ["--chunks", "2", "--rounds", "1"]}
 """Appended to a command that runs, so that it does so at smoke size; argparse takes what comes last."""

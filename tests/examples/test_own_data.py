@@ -41,7 +41,7 @@ def test_its_clips_are_a_function_of_seed_and_name(place):
     assert torch.equal(first.audio, again.audio)
     assert not torch.equal(first.video, other.video)
     (shard,) = source.train(1, [0])
-    assert shard.video.shape[0] == 32
+    assert shard.video.shape[0] == 16
 
 
 @pytest.mark.parametrize(
