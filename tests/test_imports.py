@@ -1,6 +1,7 @@
 """The shape of the house: which package and which folder may import which, no circle of files, no folder too full to read."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,9 @@ FILES = sorted(file for floor in FLOORS for file in (ROOT / floor).rglob("*.py")
 ABOVE = sorted(file for top in TOPS for file in (ROOT / top).rglob("*.py"))
 
 
+parsed = functools.cache(ast.parse)
+
+
 def module_of(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
@@ -48,7 +52,7 @@ def packages(tree: ast.AST) -> set[str]:
 def too_high(floor: str, source: str) -> list[str]:
     """The packages that `source`, a file of `floor`, imports from above."""
     order = (*FLOORS, "recipes", *TOPS, "tests")
-    return sorted(packages(ast.parse(source)) & set(order[order.index(floor) + 1 :]))
+    return sorted(packages(parsed(source)) & set(order[order.index(floor) + 1 :]))
 
 
 def graph_of(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -56,7 +60,7 @@ def graph_of(sources: dict[str, str]) -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for module, source in sources.items():
         graph[module] = set()
-        for name in imported(ast.parse(source)):
+        for name in imported(parsed(source)):
             while name and name not in sources:
                 name = name.rpartition(".")[0]
             if name:
@@ -113,7 +117,7 @@ def test_imports_only_go_down():
 def test_optional_heavy_modules_are_imported_inside_functions():
     wrong = {}
     for file in FILES:
-        body = ast.parse(file.read_text(encoding="utf-8")).body
+        body = parsed(file.read_text(encoding="utf-8")).body
         top = ast.Module(body=[node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], type_ignores=[])
         wrong[str(file.relative_to(ROOT))] = packages(top) & set(LAZY)
     assert {path: found for path, found in wrong.items() if found} == {}

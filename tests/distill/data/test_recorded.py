@@ -419,7 +419,7 @@ def recipe_of(shards, *words):
 def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     shards, out = curated
     everything: Any = recipe_of(shards).data.open()
-    recipe = recipe_of(shards, f"data.manifest={out}", f"run_dir={tmp_path / 'run'}")
+    recipe = recipe_of(shards, f"data.manifest={out}", f"run_dir={tmp_path / 'run'}", "data.world.num_train=null")
     source: Any = recipe.data.open()
     mute = {f"{name}.mp4" for name in MUTE}
     assert (
