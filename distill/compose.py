@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.base import Container
 from omegaconf.basecontainer import BaseContainer
 
@@ -48,11 +48,15 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     texts = [_force(override, groups) for override in parsed]
     _check_files(path, overrides)
     try:
-        values, choices, references = _compose(path, texts)
-        wanted = [text for text in _conditional(values) if not text.startswith(references)]
-        if wanted:
-            values, choices, _ = _compose(path, [*wanted, *texts])
-            list(_conditional(values))
+        own, choices = _compose(path, texts)
+        values, references = _plain(own)
+        wanted = {key: value for key, value in _conditional(values) if not key.startswith(references)}
+        if any(_overlap(key, override.key_or_group) for key in wanted for override in parsed):
+            own, choices = _compose(path, [*(f"++{key}={json.dumps(value)}" for key, value in wanted.items()), *texts])
+            values, _ = _plain(own)
+        elif wanted:  # the command line says nothing of these, so they are the same as if they came before it
+            values, _ = _plain(own, wanted)
+        list(_conditional(values))
     except UserError:
         raise
     except Exception as error:  # whatever Hydra may raise at a recipe that is none
@@ -81,22 +85,34 @@ def _check_files(path: Path, overrides: Sequence[str]) -> None:
             read_yaml(file)
 
 
-def _compose(path: Path, texts: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]:
-    """Hydra's composition as plain data, which option each group has, and how overrides below a ${KEY} begin: what that key names
-    has its own. `engine.precision: auto` is this machine's from here on: recipe.yaml and the fingerprints of a run hold what was
-    computed in."""
+def _compose(path: Path, texts: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """Hydra's composition, and which option each group has."""
     search = f"hydra.searchpath=[{quoted(f'file://{RECIPES}')}]"
     with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"), _no_environment(), _few_references():
         composed = compose(path.stem, [search, *texts], return_hydra_config=True)
         own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    return own, dict(composed.hydra.runtime.choices)
+
+
+def _plain(own: DictConfig, more: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A composition with `more` values by key, as plain data, and how keys below a ${KEY} begin: what that key names has its own.
+    `engine.precision: auto` is this machine's from here on: recipe.yaml and the fingerprints of a run hold what was computed in."""
+    with _no_environment(), _few_references():
+        for key, value in (more or {}).items():
+            OmegaConf.update(own, key, value, merge=True, force_add=True)
         if OmegaConf.select(own, "engine.precision") == "auto":
             own.engine.precision = native_precision()
         values, plain = OmegaConf.to_container(own, resolve=True), OmegaConf.to_container(own)
     assert isinstance(values, dict)
     assert isinstance(plain, dict)
     written = {str(key): value for name, item in plain.items() for key, value in flatten(item, str(name)).items()}
-    references = tuple(f"++{key}." for key, value in written.items() if isinstance(value, str) and "${" in value)
-    return {str(name): value for name, value in values.items()}, dict(composed.hydra.runtime.choices), references
+    references = tuple(f"{key}." for key, value in written.items() if isinstance(value, str) and "${" in value)
+    return {str(name): value for name, value in values.items()}, references
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of two dotted keys is the other, or below it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 @contextmanager
@@ -134,15 +150,14 @@ def _few_references() -> Iterator[None]:
         Container.resolve_parse_tree = follow
 
 
-def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _conditional(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Take out every key with a "?": of a preset, PART? for the recipes that have that part, PART?FIELD for those whose part has
-    that field. Yields an override for each value below those whose part is there; they come before those of the command line."""
+    that field. Yields key and value of all below those whose part is there; they come before those of the command line."""
     for name, value in list(values.items()):
         if "?" in str(name):
             del values[name]
             for part, found in _of_parts({name: value}, values).items():
-                for key, item in flatten(found, f"{prefix}{part}").items():
-                    yield f"++{key}={json.dumps(item)}"
+                yield from flatten(found, f"{prefix}{part}").items()
         elif isinstance(value, dict):
             yield from _conditional(value, f"{prefix}{name}.")
 

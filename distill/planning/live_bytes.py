@@ -28,8 +28,7 @@ _FORMULAS: dict[Any, Any] = {
     ],
 }
 """FLOPs by operation: torch's own, and the attention that `OnMeta` puts in the place of every kernel."""
-_FLOPS: dict[Any, int] = {}
-_SHAPES: dict[Any, Any] = {}
+_SHAPES: dict[Any, tuple[Any, int]] = {}  # and FLOPs
 _VIEWS: set[Any] = set()  # operations whose result may share memory with an input
 
 
@@ -52,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = self._run(func, args, kwargs or {})
-        self.count(_tensors(out))
+        self.count((out,) if isinstance(out, Tensor) else _tensors(out))
         return out
 
     def count(self, tensors: Iterable[Tensor]) -> None:
@@ -60,8 +59,11 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             if tensor.device.type == "meta":
                 self._hold(tensor, counts=True)
-        self.points[self._gradients] = max(self.points.get(self._gradients, 0), self._live)
-        self.phases[-1] = max(self.phases[-1], self._live)
+        live = self._live
+        if live > self.points.get(self._gradients, -1):
+            self.points[self._gradients] = live
+        if live > self.phases[-1]:
+            self.phases[-1] = live
 
     def begin_phase(self, *names: str) -> None:
         """What is alive from now on is a phase of its own, of the call of a network of this name."""
@@ -80,23 +82,23 @@ class LiveBytes(TorchDispatchMode):
         """func(*args, **kwargs), or an empty tensor as it would give."""
         if func in _VIEWS:
             return func(*args, **kwargs)
-        key = (func, _describe(args), _describe(tuple(kwargs.items())))
-        if key not in _SHAPES:
+        key = (func, _describe(args), _describe(tuple(kwargs.items())) if kwargs else ())
+        known = _SHAPES.get(key)
+        if known is None:
             out = func(*args, **kwargs)
             formula = _FORMULAS.get(func._overloadpacket)
-            if formula is not None:
-                _FLOPS[key] = formula(*args, **kwargs, out_val=out)
-                self.flops += _FLOPS[key]
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+            self.flops += flops
             new = list(_tensors(out))
             given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, tuple(kwargs.values())))}
             shares = any(tensor.untyped_storage()._cdata in given for tensor in new)
             if shares or func._schema.is_mutable or any(result.alias_info for result in func._schema.returns):
                 _VIEWS.add(func)
             elif new and all(tensor.device.type == "meta" for tensor in new) and _plain(out):
-                _SHAPES[key] = _describe(out)
+                _SHAPES[key] = _describe(out), flops
             return out
-        self.flops += _FLOPS.get(key, 0)
-        return _like(_SHAPES[key])
+        self.flops += known[1]
+        return _like(known[0])
 
     def _hold(self, tensor: Tensor, counts: bool) -> None:
         storage = tensor.untyped_storage()
@@ -175,11 +177,14 @@ class _Shape(tuple):
 
 def _describe(value: Any) -> Any:
     """A hashable value: of tensors all that decides the shape of a result, of numbers their type too."""
+    kind = type(value)
+    if kind is int or kind is float:
+        return (kind, value)
     if isinstance(value, Tensor):
         return _Shape((value.shape, value.stride(), value.dtype, value.device))
     if isinstance(value, tuple | list):
-        return (type(value), *map(_describe, value))
-    return (type(value), value) if isinstance(value, int | float) else value
+        return (kind, *map(_describe, value))
+    return (kind, value) if isinstance(value, int | float) else value
 
 
 def _like(shape: Any) -> Any:

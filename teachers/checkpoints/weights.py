@@ -10,7 +10,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +116,7 @@ def weight_map(index: Path) -> dict[str, str]:
 def _indexed(index: Path) -> list[Path]:
     names = weight_map(index)
     files = [index.parent / name for name in sorted(set(names.values()))]
-    _all_there(files, index.name)
+    _all_there(index.parent, [file.name for file in files], index.name)
     held = {name for file in files for name in read_safetensors(file)}
     if missing := [name for name in names if name not in held]:
         raise UserError(
@@ -130,15 +130,17 @@ def _shards(folder: Path, stem: str) -> list[Path]:
     total = re.fullmatch(r".+-\d{5}-of-((?!00000)\d{5})\.safetensors", found[0].name)
     if total is None:
         raise UserError(f"no shard of weights: {found[0]}; their names end in -00001-of-00002.safetensors")
-    files = [folder / f"{stem}-{i + 1:05d}-of-{total[1]}.safetensors" for i in range(int(total[1]))]
-    _all_there(files, f"the number of shards in {found[0].name}")
-    return files
+    names = [f"{stem}-{i + 1:05d}-of-{total[1]}.safetensors" for i in range(int(total[1]))]
+    _all_there(folder, names, f"the number of shards in {found[0].name}")
+    return [folder / name for name in names]
 
 
-def _all_there(files: list[Path], witness: str) -> None:
-    if missing := [file for file in files if not file.is_file()]:
-        names = listed((file.name for file in missing), MOST_NAMED)
-        raise UserError(f"missing shard: {names} in {missing[0].parent}, which {witness} asks for; copy it there too")
+def _all_there(folder: Path, names: Sequence[str], witness: str) -> None:
+    there = {file.name for file in folder.iterdir() if file.is_file()}
+    if missing := [name for name in names if name not in there]:
+        raise UserError(
+            f"missing shard: {listed(missing, MOST_NAMED)} in {folder}, which {witness} asks for; copy it there too"
+        )
 
 
 @contextmanager

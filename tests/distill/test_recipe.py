@@ -254,8 +254,13 @@ def test_references_that_grow_are_refused_at_once(own, lines):
     with pytest.raises(UserError, match=rf"^too large: {own} has over 2000 references"):
         compose_values(own, [], FIELDS)
     assert time.process_time() - began < 8
+
+
+def test_references_of_the_command_line_that_grow_are_refused(own):
     with pytest.raises(UserError, match=r"^too large"):
-        compose_values(own, ["name=${a39}"], FIELDS)
+        compose_values(
+            own, ["++a0={x: 1}", *(f"++a{i}={{x: ${{a{i - 1}}}, y: ${{a{i - 1}}}}}" for i in range(1, 12))], FIELDS
+        )
 
 
 @pytest.mark.parametrize("place", ["recipe", "group"])

@@ -133,13 +133,15 @@ def fake_mesh(config: EngineConfig, world: int) -> Iterator[Any]:
 
 
 @cache
-def plan(name: str, blocks: int = BLOCKS) -> Plan:
-    return make_plan(cut(name, blocks))
+def plan(name: str, blocks: int = BLOCKS, slot: str = "") -> Plan:
+    """Of all stages, or of one alone."""
+    given = cut(name, blocks)
+    return make_plan(replace(given, stages={slot: given.stages[slot]}, solves=False) if slot else given)
 
 
 def planned_peak(name: str, slot: str, role: str, blocks: int = BLOCKS) -> float:
     """The same as `distill plan` has it."""
-    found, (config, world) = plan(name, blocks), engine_of(name)
+    found, (config, world) = plan(name, blocks, slot), engine_of(name)
     update = next(update for update in found.updates if (update.stage, update.role) == (slot, role))
     return rank_bytes(found, update, config.kind or "ddp", world, ("checkpointing",) * config.checkpointing)["peak"]
 

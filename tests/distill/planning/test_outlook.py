@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from distill.compose import RECIPES
 from distill.planning import report
 from distill.planning import trace as tracing
 from distill.planning.codec import CodecCosts
-from distill.planning.estimate import GIB, job_of, make_plan
+from distill.planning.estimate import GIB, Plan, job_of, make_plan
 from distill.planning.job import Job
 from distill.planning.outlook import (
     FP32_SLOWER,
@@ -27,7 +28,7 @@ from distill.planning.outlook import (
     warnings,
 )
 from distill.planning.trace import DEPTHS, clip_costs, step_costs
-from distill.recipe import load_recipe
+from distill.recipe import Recipe, load_recipe
 from teachers.errors import UserError
 from tests.distill.planning.test_estimate import a_job, a_plan
 from tests.support.tiny import make_spec
@@ -62,13 +63,17 @@ def total(counts: Sequence[tuple[float, float]], trained: bool = False) -> float
     return 4 * matrices + 4.5 * attention if trained else matrices + attention
 
 
-@pytest.fixture(scope="module")
-def livetalk() -> Job:
-    return job_of(load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"]))
+@cache
+def planned(name: str) -> tuple[Recipe, Job, Plan]:
+    """A recipe at its real size."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"])
+    job = job_of(recipe)
+    return recipe, job, make_plan(job)
 
 
-def test_flops_of_livetalk_follow_from_its_matrices(livetalk):
+def test_flops_of_livetalk_follow_from_its_matrices():
     """Within 10 %, all three; the plan has the small parts too, time, audio and the embeddings."""
+    _, livetalk, plan = planned("livetalk")
     spec, method = livetalk.spec, livetalk.stages["distill"].method
     small, large = Wan(spec.network), Wan(livetalk.networks["teacher"])
     chunk = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
@@ -80,12 +85,12 @@ def test_flops_of_livetalk_follow_from_its_matrices(livetalk):
     assert 16_000 * flops == pytest.approx(solved, rel=0.1)
     assert 16_000 * flops == pytest.approx(2.17e20, rel=0.1)  # counted on fake tensors, with another tool
 
-    init = step_costs(livetalk, "init")
+    init = plan.costs["init"]
     clip = small.forward(2 * tokens, 2 * sum(seen) * chunk**2)  # noisy chunks, and the clean ones that they see
     assert init.flops["student"] == pytest.approx(total([clip], trained=True), rel=0.1)
     assert init.updates == {"student": 20_000}
 
-    dmd = step_costs(livetalk, "distill")
+    dmd = plan.costs["distill"]
     calls = [small.forward(chunk, count * chunk**2) for count in seen]
     rollout = 2.5 * total(calls) + total(calls[:-1])  # two and a half steps in the mean, and commits
     whole = small.forward(tokens, tokens**2)
@@ -124,7 +129,7 @@ def test_flops_along_a_line_have_every_audio_injector():
 def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
     """Within 6 %, and 20 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
     miss."""
-    job = a_job(make_spec(network=replace(make_spec().network, num_layers=2 * DEPTHS[1] + 4)))
+    job = a_job(make_spec(network=replace(make_spec().network, num_layers=2 * DEPTHS[1] + 1)))
     for role in ("student", "fake_score"):
         found = tracing.trace(job, "distill", role, *switches)
         whole = tuple(sorted(tracing._live(job, "distill", role, *switches).points.items()))
@@ -151,9 +156,7 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
 def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     """The longest job is one clip of the 14B teacher, of which two ranks compute a branch each. Of a card of 80 GB 79 GiB are of
     use."""
-    recipe = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"])
-    job = job_of(recipe)
-    plan = make_plan(job)
+    recipe, job, plan = planned(name)
     stages, engine = outlook(plan, job, recipe), report.engine_of(recipe)
     peaks = {
         stage.name: memory(plan, stage, engine[0], ranks, engine[1])["peak"] for stage in stages for ranks in (64, 8)
@@ -237,7 +240,7 @@ def run_plan(*words) -> int:
     return command.run(parser.parse_args([str(word) for word in words]))
 
 
-@pytest.mark.parametrize("name", ["scratch_avatar", "flowact_avatar", "midas_avatar", "midas_duplex"])
+@pytest.mark.parametrize("name", ["scratch_avatar", "flowact_avatar", "midas_duplex"])
 def test_every_stage_has_its_numbers(name, tmp_path, capsys):
     words = ("preset=smoke", "--gpus", "1,2", "--dollars-per-gpu-hour", "3", "--json", tmp_path / "plan.json")
     assert run_plan(RECIPES / f"{name}.yaml", *words) == 0

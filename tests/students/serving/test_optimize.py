@@ -48,9 +48,9 @@ def test_a_compiled_step_draws_the_same(monkeypatch):
 
 
 def test_what_inductor_makes_draws_the_same():
-    """The first chunk, through real kernels; a commit without a pass of its own, which would be another graph to compile."""
+    """The first chunk in one step, through real kernels; a second step or a commit would be another graph to compile."""
     torch._dynamo.reset()
-    small = {"frames": 4, "network": ONE_BLOCK, "commit": "same_level"}
+    small = {"frames": 4, "network": ONE_BLOCK, "commit": "same_level", "sigmas": (1.0,)}
     with config.patch({"compile_threads": 1, "cpp.vec_isa_ok": True}):  # what /proc/cpuinfo says is not tried out
         compiled = shown(Speed(compile="default"), **small)
     assert len(compiled) == 3
