@@ -82,8 +82,8 @@ def run(
     engine, folder: Path, *, steps: int, batch_size: int, every: int = 0, stopped_at: int | None = None, network=None
 ) -> Trainer:
     """Train student and fake score to `steps`, from the newest checkpoint in `folder`; rank 1 gets a SIGTERM at batch `stopped_at`.
-    `network`: that of a student with one of its own. Every STEPS steps are validated; a fresh run to STEPS validates before as
-    well: nothing that a pass in inference mode leaves behind may be in the way of training."""
+    `network`: that of a student with one of its own. A run to STEPS validates in the end, and a fresh one before as well:
+    nothing that a pass in inference mode leaves behind may be in the way of training."""
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = OptimizerConfig(lr=2e-3, weight_decay=0.01, warmup=2, final=1.0)
     config = TrainConfig(
@@ -92,7 +92,7 @@ def run(
         global_batch=8,
         log_every=1,
         checkpoint_every=every,
-        validate_every=STEPS,
+        validate_every=steps,
         ema_decay=0.8,
         optimizers=dict.fromkeys(("student", "fake_score"), optimizer),
     )
@@ -120,7 +120,8 @@ def run(
             validate()
     method = KeyedDMD(student, frozen, fake_score)
     log = MetricsLog(folder / "metrics.jsonl", engine.is_main)
-    train(trainer, method, batches, stage="dmd", seed=0, log=log, validate=validate)
+    scored = validate if steps == STEPS else None
+    train(trainer, method, batches, stage="dmd", seed=0, log=log, validate=scored)
     return trainer
 
 
