@@ -36,7 +36,7 @@ import eval.metrics
 from eval.metric import Column, Metric
 from eval.networks.weights import REGISTRY
 from teachers.config import convert, to_plain
-from teachers.disk.read import read_yaml
+from teachers.disk.read import LOADER, read_yaml
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.resolve import Registry, nearest, resolve
@@ -210,7 +210,7 @@ def load_card(name: str) -> Card:
         return from_plain(read_yaml(Path(name), "give a protocol card"), Path(name).resolve().parent, name)
     if name in names():
         where = f"protocols/{name}.yaml"
-        return from_plain(yaml.safe_load((resources.files("eval") / where).read_text(encoding="utf-8")), None, where)
+        return from_plain(yaml.load((resources.files("eval") / where).read_text(encoding="utf-8"), LOADER), None, where)
     raise UserError(f"unknown protocol '{name}': --protocol; {nearest(name, names())}, or the path of a card.yaml")
 
 

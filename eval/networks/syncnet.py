@@ -4,6 +4,7 @@ V windows of 5 frames at 25 fps and of 20 MFCC rows (0.2 s), one a frame: window
 are not normalised; distances, lags and padding belong to the metric.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -147,13 +148,15 @@ def crop_faces(
 def resize_cv2(image: UInt8[Tensor, "c h w"], side: int) -> UInt8[Tensor, "c s s"]:
     """cv2.resize with INTER_LINEAR of uint8: half-pixel centres, edges repeated, no antialias, weights of 11 bits, to the bit."""
     low, high, of_low, of_high = _taps(image.shape[2], side)
-    across = image.int().index_select(2, low) * of_low + image.int().index_select(2, high) * of_high
+    image = image.int()
+    across = (image.index_select(2, low) * of_low + image.index_select(2, high) * of_high) >> 4
     low, high, of_low, of_high = _taps(image.shape[1], side)
-    top, bottom = across.index_select(1, low) >> 4, across.index_select(1, high) >> 4
-    mixed = ((top * of_low[:, None]) >> 16) + ((bottom * of_high[:, None]) >> 16)
-    return ((mixed + 2) >> 2).clamp(0, 255).to(torch.uint8)
+    mixed = across.index_select(1, low).mul_(of_low[:, None]).bitwise_right_shift_(16)
+    mixed += across.index_select(1, high).mul_(of_high[:, None]).bitwise_right_shift_(16)
+    return mixed.add_(2).bitwise_right_shift_(2).clamp_(0, 255).to(torch.uint8)
 
 
+@lru_cache(maxsize=16)
 def _taps(size: int, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each output pixel the two input pixels around it, the edge twice beyond an edge, and their weights in 1 / 2048."""
     place = ((torch.arange(side, dtype=torch.float64) + 0.5) * (1 / (side / size)) - 0.5).float()

@@ -9,6 +9,7 @@ import yaml
 from eval import golden
 from eval.cards import label_of
 from eval.report.tables import Row, Table, tables
+from teachers.disk.read import LOADER
 
 NAMES = {"ground_truth": "ground truth", "floor": "real against real"}
 FLOOR = (
@@ -57,4 +58,4 @@ def headline(report: Mapping[str, Any]) -> list[str]:
 def published() -> dict[str, Any]:
     """What papers print: `columns` as tables take them, and `tables`: paper, source, card, dataset, rows name -> metric ->
     value."""
-    return yaml.safe_load((resources.files("eval") / "published.yaml").read_text(encoding="utf-8"))
+    return yaml.load((resources.files("eval") / "published.yaml").read_text(encoding="utf-8"), LOADER)

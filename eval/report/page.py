@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,14 @@ class Page:
 
 def render(page: Page) -> str:
     """HTML without other files but the videos that it links to."""
+    return _template().render(**vars(page))
+
+
+@cache
+def _template() -> jinja2.Template:
     source = (resources.files("eval.report") / "templates" / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(source).render(**vars(page))
+    return environment.from_string(source)
 
 
 def write_page(page: Page, report: Mapping[str, Any], out: Path, name: str) -> None:

@@ -11,6 +11,7 @@ from distill.cli import main
 from distill.compose import RECIPES
 from distill.data.source import UNLABELLED
 from distill.recipe import load_recipe
+from tests.support.processes import finish
 from tests.support.runs import SMALL
 
 EXAMPLE = RECIPES.parent / "examples" / "own_data"
@@ -25,13 +26,14 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 def test_it_runs_whole(place):
-    assert main(["run", str(place / "discs.yaml"), *SMALL, "run_dir=run"]) == 0
-    report = json.loads(Path("run/report.json").read_text())
+    run = place.parent / "run"
+    finish(["run", str(place / "discs.yaml"), *SMALL, f"run_dir={run}"])
+    report = json.loads((run / "report.json").read_text())
     assert report["left_out"] == dict(UNLABELLED)
     assert {"fid", "fvd"} <= {*report["systems"]["student"]["metrics"], *report["systems"]["student"]["not_admitted"]}
     assert "fid_student_over_teacher" in report["targets"]
     assert "sync_teacher" not in report["targets"]
-    assert "discs that open with a sound" in Path("run/student/README.md").read_text()
+    assert "discs that open with a sound" in (run / "student/README.md").read_text()
 
 
 def test_its_clips_are_a_function_of_seed_and_name(place):

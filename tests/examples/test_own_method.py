@@ -12,6 +12,7 @@ from distill.cli import main
 from distill.compose import RECIPES
 from tests.distill.methods.test_gaussian import AffineStudent, LearnedGaussian, frames, oracle
 from tests.distill.methods.test_oracle import distil, moments
+from tests.support.processes import finish
 from tests.support.runs import SMALL
 
 EXAMPLE = RECIPES.parent / "examples" / "own_method"
@@ -30,7 +31,7 @@ def finished(tmp_path_factory) -> Path:
     """A run of a copy of the example, which lies beside it."""
     folder = shutil.copytree(EXAMPLE, tmp_path_factory.mktemp("outside") / "mine")
     run = folder.parent / "run"
-    assert main(["run", str(folder / "score_identity.yaml"), *SMALL, f"run_dir={run}"]) == 0
+    finish(["run", str(folder / "score_identity.yaml"), *SMALL, f"run_dir={run}"])
     return run
 
 

@@ -1,10 +1,7 @@
 """examples/own_teacher from a folder outside the checkout: the whole pipeline, the student it leaves, and a user's mistakes."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,35 +20,23 @@ from teachers.conditions import Conditions
 from teachers.config import to_plain
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher
+from tests.support.processes import finish
+from tests.support.runs import SMALL as OF_A_RECIPE_WITH_PRESETS
 from tests.support.tiny import some_sound
 
 CHECKOUT = Path(distill.__file__).resolve().parent.parent
 EXAMPLE = CHECKOUT / "examples" / "own_teacher"
-SMALL = (
-    "threads=1",
-    "teacher.train.num_steps=12",
-    "init.train.num_steps=4",
-    "distill.train.num_steps=2",
-    "eval.probe_steps=8",
-)
+SMALL = tuple(word for word in OF_A_RECIPE_WITH_PRESETS if not word.startswith("preset="))
 
 
 def copied(folder: Path) -> Path:
     return shutil.copytree(EXAMPLE, folder / "mine", ignore=shutil.ignore_patterns("__pycache__", "runs"))
 
 
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    """`distill` with the working directory in `folder`; the packages come as they would from an installation."""
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}
-    words = (sys.executable, "-m", "distill", *words)
-    return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = copied(tmp_path_factory.mktemp("outside"))
-    done = command(folder, "run", "own_teacher.yaml", "run_dir=run", *SMALL)
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(["run", str(folder / "own_teacher.yaml"), f"run_dir={folder / 'run'}", *SMALL])
     return folder
 
 
@@ -73,7 +58,7 @@ def test_what_was_written_names_the_users_files_and_reads_back(finished):
     values = yaml.safe_load(saved.read_text())
     assert values["teacher"]["network"]["name"] == f"{finished}/emotion_net.py:EmotionNet"
     assert values["data"]["name"] == f"{finished}/emotion_data.py:EmotionWorld"
-    assert load_recipe(saved) == load_recipe(finished / "own_teacher.yaml", ["run_dir=run", *SMALL])
+    assert load_recipe(saved) == load_recipe(finished / "own_teacher.yaml", [f"run_dir={finished / 'run'}", *SMALL])
     spec = json.loads((finished / "run" / "student" / "spec.json").read_text())
     assert spec["network"]["name"] == "windowed"
     assert spec["network"]["network"]["name"] == f"{finished}/emotion_net.py:EmotionNet"

@@ -1,5 +1,7 @@
 """A headless Chromium: where it is, what its microphone gets, and a tape of what comes out of an avatar on a page."""
 
+import base64
+import json
 import os
 import shutil
 import time
@@ -20,7 +22,7 @@ RATE = 16000
 RECORD = """async ([who, mouth]) => {
   const avatar = who.split(".").reduce((found, name) => found[name], window), {context, canvas} = avatar;
   const code = `registerProcessor("tape", class extends AudioWorkletProcessor {
-    process([input]) { if (input[0]) this.port.postMessage([currentTime, Array.from(input[0])]); return true; } });`;
+    process([input]) { if (input[0]) this.port.postMessage([currentTime, input[0].slice()]); return true; } });`;
   await context.audioWorklet.addModule(URL.createObjectURL(new Blob([code], {type: "text/javascript"})));
   const tape = new AudioWorkletNode(context, "tape", {numberOfOutputs: 0});
   window.sounds = []; window.drawn = [];
@@ -35,6 +37,14 @@ RECORD = """async ([who, mouth]) => {
   };
   look();
 }"""
+TAPES = """() => {
+  const all = new Float32Array(sounds.reduce((length, [, block]) => length + block.length, 0));
+  let at = 0, text = "";
+  for (const [, block] of sounds) { all.set(block, at); at += block.length; }
+  const bytes = new Uint8Array(all.buffer);
+  for (let i = 0; i < bytes.length; i += 32768) text += String.fromCharCode(...bytes.subarray(i, i + 32768));
+  return [btoa(text), sounds[0][0], JSON.stringify(drawn)];
+}"""  # as text: of a list playwright makes an object a number
 
 
 def find_chromium() -> str | None:
@@ -73,5 +83,5 @@ def record(page: Page, who: str) -> None:
 
 def tapes(page: Page) -> tuple[np.ndarray, float, np.ndarray]:
     """The sound that came out, the context's time of its first sample, and rows (time played, frame, mouth, wall, noise)."""
-    received, drawn = page.evaluate("[sounds, drawn]")
-    return np.concatenate([np.array(block) for _, block in received]), received[0][0], np.array(drawn)
+    sound, began, drawn = page.evaluate(TAPES)
+    return np.frombuffer(base64.b64decode(sound), np.float32).astype(np.float64), began, np.array(json.loads(drawn))

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from websockets.exceptions import ConnectionClosed
@@ -20,6 +21,7 @@ from distill.cli import main
 from distill.live.client import Client
 from students.weights.checkpoint import save_student
 from tests.support import tiny
+from tests.support.processes import CONTEXT, kill
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -37,6 +39,41 @@ def a_server(folder: Path, *words: str):
             yield process, line
         finally:
             process.kill()
+
+
+def _said(words: list[str], output: Path, errors: Path) -> None:
+    """`distill WORDS`, what it says in files."""
+    os.setsid()
+    for number, file in ((1, output), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.exit(main(words))
+
+
+def line_of(file: TextIO, process) -> str:
+    """The next line that a process writes."""
+    line = ""
+    while not line.endswith("\n"):
+        assert process.is_alive(), f"it ended: {line}"
+        line += file.readline()
+        time.sleep(0.01)
+    return line
+
+
+@contextmanager
+def a_forked_server(folder: Path, *words: str):
+    """`a_server` with all imports done, and its stderr."""
+    output, errors = (folder.parent / name for name in ("output", "errors"))
+    output.touch()
+    errors.touch()
+    command = ["serve", "--student", folder, "--port", "0", "--talker", "echo", *words]
+    process = CONTEXT.Process(target=_said, args=([str(word) for word in command], output, errors))
+    process.start()
+    try:
+        with output.open() as said, errors.open() as noted:
+            yield process, line_of(said, process), noted
+    finally:
+        kill(process)
 
 
 def test_sigterm_ends_a_talking_server_cleanly(tmp_path):
@@ -65,7 +102,8 @@ def test_a_server_for_others_has_tls_a_token_a_name_a_mark_and_another_student(t
     subprocess.run(["openssl", *words], check=True, capture_output=True)
     save_student(folder, tiny.a_bundle(), "card")
     options = ["--host", "0.0.0.0", "--token", "auto", "--tls-cert", certificate, "--tls-key", key]
-    with a_server(folder, *options, "--allow-host", "avatar.test", "--mark", "AI") as (process, line):
+    options += ["--allow-host", "avatar.test", "--mark", "AI"]
+    with a_forked_server(folder, *options) as (process, line, noted):
         address, _, token = line.split()[0].partition("/?token=")
         assert address.startswith("https://0.0.0.0:")
         assert len(token) >= 32
@@ -93,15 +131,18 @@ def test_a_server_for_others_has_tls_a_token_a_name_a_mark_and_another_student(t
         before = client.frames[1]
         assert (before[-3, 1:9].max(axis=0) > 200).any(), "the mark is not there"
         save_student(folder, tiny.a_bundle(seed=5), "card")
-        process.send_signal(signal.SIGHUP)
-        while "is taken by streams" not in (text := process.stderr.readline()):
-            assert text, "it ended"
+        os.kill(process.pid, signal.SIGHUP)
+        text = ""
+        while "is taken by streams" not in text:
+            assert process.is_alive(), text
             client.pump(0.05)
+            text += noted.read()
         client.send(type="open", portrait=0, text="a person talks", seed=1)
         client.until(lambda: bool((client.frames[1] != before).any()), 10)
         client.close()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(30)
+        assert process.exitcode == 0
 
 
 def test_a_mistake_is_one_line(tmp_path, capsys):

@@ -32,6 +32,7 @@ from teachers import media
 from teachers.codecs.linear import to_float
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from tests.support.processes import finish
 
 NUM, FILMS = 46, 14  # frames of a film: three clips of 15 and one left over
 WORLD = render.WorldConfig(num_frames=NUM)
@@ -41,6 +42,7 @@ SHORT = (
     "threads=1",
     "data=folder",
     "data.held_out=0.5",
+    "data.text_steps=2",
     "teacher.train.num_steps=4",
     "init.train.num_steps=2",
     "distill.train.num_steps=2",
@@ -100,9 +102,9 @@ def opened(path, /, **changes) -> Any:
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("folder_run") / "run"
-    recipe = load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={data}", f"run_dir={run_dir}"])
-    run(recipe)
-    return recipe, run_dir
+    path, words = RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={data}", f"run_dir={run_dir}"]
+    finish(["run", str(path), *words])
+    return load_recipe(path, words), run_dir
 
 
 def people(windows) -> set[str]:

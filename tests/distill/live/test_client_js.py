@@ -91,9 +91,11 @@ def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
     page.click("#talk")
     until(page, "window.avatarClient && avatarClient.shown > 4")
     record(page, "avatarClient")
-    apart = [speech_and_lips(page) for _ in range(3)]
     # a frame, and three of the screen's: one until it is drawn, one until it is taped, one that a busy machine draws late
-    assert min(apart) <= FRAME + 0.05, apart
+    allowed, apart = FRAME + 0.05, [speech_and_lips(page)]
+    while apart[-1] > allowed and len(apart) < 3:
+        apart.append(speech_and_lips(page))
+    assert apart[-1] <= allowed, apart
     page.evaluate(SPEAK % 30)
     page.wait_for_timeout(1500)
     assert np.abs(tapes(page)[0][-1600:]).max() > 0.05

@@ -1,7 +1,8 @@
 """The engine: keyed randomness, true process groups, and refusals instead of accelerate's silent traps."""
 
 import json
-import subprocess
+import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from distill.training.engine import Engine, _buckets
 from distill.training.lifecycle.launcher import check_launcher, check_world_size, hidden_flags, requested_processes
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from tests.support.processes import CONTEXT, kill
 
 CONFIG = EngineConfig(precision="fp32")
 WORKER = """\
@@ -173,27 +175,39 @@ def test_a_setting_that_cannot_be_is_refused(change):
         EngineConfig(**({"precision": "fp32"} | change))
 
 
-def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    script = folder / "worker.py"
+def launch(words: list[str], output: Path) -> None:
+    """`accelerate launch WORDS` in this process, what it and its processes say in `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    for name in NAMES:
+        os.environ.pop(name, None)
+    sys.argv = ["accelerate-launch", *words]
+    runpy.run_module("accelerate.commands.launch", run_name="__main__")
+
+
+def started(folder: Path, *words: str) -> str:
+    """What `accelerate launch WORDS` of the worker says; it has to end well."""
+    script, output = folder / "worker.py", folder / "output"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", *words, str(script)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    process = CONTEXT.Process(target=launch, args=([*words, str(script)], output))
+    process.start()
+    process.join(120)
+    if process.exitcode is None:
+        kill(process)
+    assert process.exitcode == 0, output.read_text()
+    return output.read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the traps of a machine without GPU")
-def test_two_processes_are_one_group_on_a_cpu(alone, tmp_path):
-    done = start(
-        tmp_path, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_are_one_group_on_a_cpu(tmp_path):
+    started(tmp_path, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     rows = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert [row[:5] for row in rows] == [[rank, 2, "cpu", 0.5, 1.0] for rank in (0, 1)]
     assert rows[0][5] != rows[1][5], "ranks draw the same noise"
     assert rows[0][6] == rows[1][6], "ranks draw different shared values"
 
 
-def test_what_runs_is_printed(alone, tmp_path):
+def test_what_runs_is_printed(tmp_path):
     """`accelerate launch --cpu --num_processes 2` starts one process and says so nowhere: the description does."""
-    done = start(tmp_path, "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    assert done.returncode == 0, done.stderr
-    assert "1 process, ddp, cpu, fp32, " in done.stdout
+    assert "1 process, ddp, cpu, fp32, " in started(tmp_path, "--cpu", "--num_processes", "2")

@@ -133,7 +133,7 @@ def test_fit_is_a_function_of_its_generator_and_leaves_the_global_one_alone(trai
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    some = train.first(40)
+    some = train.first(16)
     first, other_seed = fit(some, 0, few), fit(some, 1, few)
     assert torch.equal(torch.rand(3), expected)
     torch.manual_seed(6)
@@ -204,7 +204,8 @@ def test_known_cases_are_ranked_and_admitted(admission: dict):
 
 
 def test_an_untrained_metric_is_not_admitted(train: Blobs, held_out: Blobs):
-    untrained = fit(train.first(40), 0, dataclasses.replace(CONFIG, probe_steps=1))
+    held_out = held_out.first(24)
+    untrained = fit(train.first(16), 0, dataclasses.replace(CONFIG, probe_steps=1))
     rng = torch.Generator().manual_seed(3)
     result = admit(Evaluation(CARD, untrained, real_clips(held_out), held_out.decoded, blobs(32, 4).video), rng)
     assert not result["admitted"]["sync"]

@@ -78,7 +78,7 @@ class Code:
 
     def features(self, faces, mfcc, num_windows):
         self.num_windows.append(num_windows)
-        seen = faces.double().mean((1, 2, 3))
+        seen = faces.mean((1, 2, 3), dtype=torch.float64)
         from_audio = mfcc[: len(mfcc) // 4 * 4, 0].reshape(-1, 4).mean(1)
         seen, from_audio = ((x - x.mean()) / x.std() for x in (seen, from_audio))
         return seen.unfold(0, 5, 1)[:num_windows], from_audio.unfold(0, 5, 1)[:num_windows]
