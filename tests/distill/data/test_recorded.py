@@ -42,6 +42,7 @@ SHORT = (
     "threads=1",
     "data=folder",
     "data.held_out=0.5",
+    "data.world.num_train=32",
     "data.text_steps=2",
     "teacher.train.num_steps=4",
     "init.train.num_steps=2",
@@ -135,7 +136,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     facts = report["stages"]["data"]["metrics"]
     assert facts["train_clips"] + facts["held_out_clips"] == 3 * FILMS
     assert facts["train_samples"] + facts["held_out_samples"] == FILMS
-    assert report["protocol"]["run"]["counts"]["num_conditions"] == min(8, facts["held_out_clips"] // 2)
+    assert report["protocol"]["run"]["counts"]["num_conditions"] == min(4, facts["held_out_clips"] // 2)
     assert (run_dir / "samples" / "0-student.mp4").is_file()
     assert "clips of the folder shards" in (run_dir / "student" / "README.md").read_text()
     assert load_student(run_dir / "student").spec.height == 32
@@ -421,7 +422,7 @@ def recipe_of(shards, *words):
 def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     shards, out = curated
     everything: Any = recipe_of(shards).data.open()
-    recipe = recipe_of(shards, f"data.manifest={out}", f"run_dir={tmp_path / 'run'}", "data.world.num_train=null")
+    recipe = recipe_of(shards, f"data.manifest={out}", f"run_dir={tmp_path / 'run'}")
     source: Any = recipe.data.open()
     mute = {f"{name}.mp4" for name in MUTE}
     assert (
