@@ -38,7 +38,7 @@ from teachers.files import atomic_write, read_json_or_none
 
 FIXED = (16, 8, 4, 2, 1)
 """What a sweep's num_steps are divided by."""
-TEST_SEED, TEST_CONDITIONS = 777, 8  # twice as many clips
+TEST_SEED, TEST_CONDITIONS = 777, 32  # twice as many clips
 LAST = "distill"
 
 

@@ -223,7 +223,7 @@ class MidasNet(nn.Module):
         self.buckets = nn.Embedding(config.buckets, config.width)
         self.head = DiffusionHead(config, size)
         self.gradient_checkpointing = False
-        self._rope_cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._rope_cache: dict[tuple, Tensor] = {}
         # Output and gates start at zero, as in PixArt; history noise starts unseen.
         still: list[Any] = [block.modulate[-1] for block in (*self.head.blocks, self.head)]  # pyright: ignore
         for layer in (*still, self.head.project):
@@ -272,20 +272,21 @@ class MidasNet(nn.Module):
         index = bucket if isinstance(bucket, Tensor) else torch.full((1,), bucket, device=read.device)
         return torch.cat([tokens, read + self.buckets(index.expand(read.shape[0])).unsqueeze(1)], dim=1)
 
-    def rope_table(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [n, 1, d] of positions first .. first + count - 1."""
+    @torch.compiler.assume_constant_result  # a graph that filled the cache itself would be compiled again when it is filled
+    def rope_table(self, first: int, count: int) -> Tensor:
+        """cos and sin [2, n, 1, d] of positions first .. first + count - 1."""
         key = (first, count, self.dtype, self.latents.weight.device)
         if key not in self._rope_cache:
             with torch.inference_mode(False), torch.no_grad():
                 like = torch.zeros((), device=key[3], dtype=torch.promote_types(self.dtype, torch.float32))
                 positions = torch.arange(first, first + count, device=key[3])[None]
                 cos, sin = self.llm.rotary_emb(like, positions)
-                self._rope_cache[key] = cos[0].unsqueeze(1), sin[0].unsqueeze(1)
+                self._rope_cache[key] = torch.stack((cos[0], sin[0])).unsqueeze(2)
         return self._rope_cache[key]
 
     def rotate(self, x: Tensor, first: int) -> Tensor:
         """x [.., n, M, d] rotated to positions first .. first + n - 1."""
-        cos, sin = self.rope_table(first, x.shape[-3])
+        cos, sin = self.rope_table(first, x.shape[-3]).unbind()
         wide = x.to(cos.dtype)
         one, two = wide.chunk(2, dim=-1)  # Qwen2 rotates halves, not interleaved pairs
         return (wide * cos + torch.cat([-two, one], dim=-1) * sin).to(x.dtype)

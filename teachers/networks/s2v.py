@@ -302,6 +302,7 @@ class S2V(AvatarTransformer):
         packed = [self.motion_embedding[name](part).flatten(2).mT for name, part in parts]
         return torch.cat([reference, torch.cat(packed[::-1], dim=1) + self.token_kind.weight[2]], dim=1)
 
+    @torch.compiler.assume_constant_result  # as rope_table
     def anchor_table(self, ahead: int, tokens: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, A, 1, d/2] of as many anchor tokens: the reference at position `ahead`, the motion as far from
         it as it is where the reference is at AHEAD, on a height x width grid of tokens."""

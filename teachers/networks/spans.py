@@ -130,6 +130,7 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
         raise NotImplementedError
 
+    @torch.compiler.assume_constant_result  # a graph that filled the cache itself would be compiled again when it is filled
     def rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:
         """Unit complex numbers [1, n*h*w, 1, d/2] of frame positions first .. first + count - 1 and a height x width grid."""
         rope, last = self.rope, first + count
