@@ -2,10 +2,10 @@
 
     python benchmarks/lab/real_speech.py RUN --audio WAV ... [--image docs/portrait.png] [--text "a person talks"] [--seeds 0 1 2]
 
-RUN is a finished run: its student draws a film of each recording, whose mouth its extractors read. Two signals of the sound stand
-beside the opening: the loudness in dB, at -50 at least, of which the extractors know nothing, and the opening that they hear in the
-sound. A row a recording and seed: r at offset 0, and the offset in frames of the best r (positive: the mouth is late), of each.
-A script, not a test; it writes nothing.
+RUN is a finished run: its student draws a video of each recording, whose mouth its extractors read. The opening is compared with two
+signals of the sound: its loudness in dB, at -50 at least, which no extractor reads, and the opening that the audio probe predicts from
+it. A row for each recording and seed: the correlation at offset 0, and the offset in frames at which it is greatest (positive: the
+mouth is late). A script, not a test; it writes nothing.
 """
 
 import argparse
@@ -68,11 +68,11 @@ def main(words: Sequence[str] | None = None) -> int:
             video = torch.as_tensor(film.frames)  # [T, H, W, 3]
             mouth = probes.read(video.permute(3, 0, 1, 2)[None]).mouth[0, :, 0]
             whole = padded(sound, len(video) * per_frame)
-            heard = probes.mouth_from_audio(pipe.bundle.audio_encoder(whole)[None])[0, :, 0]
-            signals = (loudness(whole.unflatten(0, (len(video), -1))), heard)
+            predicted = probes.mouth_from_audio(pipe.bundle.audio_encoder(whole)[None])[0, :, 0]
+            signals = (loudness(whole.unflatten(0, (len(video), -1))), predicted)
             cells = [f"{r:.3f} at 0, best at {lag}" for r, lag in (follows(mouth, signal) for signal in signals)]
             lines.append([file.name, str(seed), str(len(video)), *cells])
-    print("\n".join(grid(["recording", "seed", "frames", "loudness", "opening that is heard"], lines)))
+    print("\n".join(grid(["recording", "seed", "frames", "loudness", "opening predicted from the sound"], lines)))
     return 0
 
 

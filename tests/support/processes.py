@@ -34,9 +34,11 @@ class Done:
     cpu_seconds: float
 
 
-def start(words: list[str], log: Path | str = os.devnull) -> multiprocessing.process.BaseProcess:
-    """`distill WORDS` in a process group of its own, its stderr in `log`."""
-    process = CONTEXT.Process(target=_main, args=(words, str(log)))
+def start(
+    words: list[str], log: Path | str = os.devnull, output: Path | str = os.devnull
+) -> multiprocessing.process.BaseProcess:
+    """`distill WORDS` in a process group of its own, its stderr in `log`, its stdout line by line in `output`."""
+    process = CONTEXT.Process(target=_main, args=(words, str(log), str(output)))
     process.start()
     return process
 
@@ -122,10 +124,11 @@ def _call(sender: Any, function: Callable, arguments: tuple) -> None:
     sender.send(function(*arguments))
 
 
-def _main(words: list[str], log: str) -> None:
+def _main(words: list[str], log: str, output: str) -> None:
     _own()
     errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    sys.stdout.reconfigure(line_buffering=True)
     os.dup2(errors, 2)
     from distill.cli import main
 

@@ -21,7 +21,7 @@ from distill.cli import main
 from distill.live.client import Client
 from students.weights.checkpoint import save_student
 from tests.support import tiny
-from tests.support.processes import CONTEXT, kill
+from tests.support.processes import kill, start
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -41,15 +41,6 @@ def a_server(folder: Path, *words: str):
             process.kill()
 
 
-def _said(words: list[str], output: Path, errors: Path) -> None:
-    """`distill WORDS`, what it says in files."""
-    os.setsid()
-    for number, file in ((1, output), (2, errors)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout.reconfigure(line_buffering=True)
-    sys.exit(main(words))
-
-
 def line_of(file: TextIO, process) -> str:
     """The next line that a process writes."""
     line = ""
@@ -67,8 +58,7 @@ def a_forked_server(folder: Path, *words: str):
     output.touch()
     errors.touch()
     command = ["serve", "--student", folder, "--port", "0", "--talker", "echo", *words]
-    process = CONTEXT.Process(target=_said, args=([str(word) for word in command], output, errors))
-    process.start()
+    process = start([str(word) for word in command], errors, output)
     try:
         with output.open() as said, errors.open() as noted:
             yield process, line_of(said, process), noted

@@ -143,10 +143,10 @@ def test_interrupted_again_and_again_it_says_the_last_sentence_alone():
             return last, await beats(stream, 1.5), stream.lag
 
     last, got, lag = run_in_time(run())
-    heard = np.concatenate([beat.sound for _, beat in got])
-    assert np.array_equal(heard[heard != 0], last[last != 0])
-    lag.skip_if_busy()  # speech that stalls between push and end is heard with a gap
-    assert np.array_equal(heard, last)
+    played = np.concatenate([beat.sound for _, beat in got])
+    assert np.array_equal(played[played != 0], last[last != 0])
+    lag.skip_if_busy()  # speech that stalls between push and end is played with a gap
+    assert np.array_equal(played, last)
 
 
 def test_speech_that_stalls_leaves_silence_in_the_picture_too_and_goes_on():
