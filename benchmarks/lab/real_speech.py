@@ -2,8 +2,8 @@
 
     python benchmarks/lab/real_speech.py RUN --audio WAV ... [--image docs/portrait.png] [--text "a person talks"] [--seeds 0 1 2]
 
-RUN is a finished run: its student draws a video of each recording, whose mouth its extractors read. The opening is compared with two
-signals of the sound: its loudness in dB, at -50 at least, which no extractor reads, and the opening that the audio probe predicts from
+RUN is a finished run: its student draws a video of each recording, whose mouth its extractors read. It is compared with two
+signals of the sound: its loudness in dB, at -50 at least, and the opening that the audio probe predicts from
 it. A row for each recording and seed: the correlation at offset 0, and the offset in frames at which it is greatest (positive: the
 mouth is late). A script, not a test; it writes nothing.
 """
