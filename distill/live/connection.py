@@ -18,7 +18,8 @@ from teachers.errors import UserError
 
 log = logging.getLogger(__name__)
 INBOX = 256  # messages of a page that wait until the one before is done
-SMALL = 2**16  # bytes of a message; of larger ones one waits
+SMALL = 2**16  # bytes of a message
+MOST_LARGE = 3  # larger messages of a page, at work or waiting; more are refused
 MAX_MISTAKES = 20
 SILENT_SECONDS = 30.0  # a page that says nothing for so long is gone
 OPEN_SECONDS = 60.0  # and one that never opens a stream
@@ -26,7 +27,7 @@ KINDS = {message: name for name, message in protocol.MESSAGES.items()}
 
 
 def is_large(message: Mapping[str, Any]) -> bool:
-    """Whether a message is one of which only one waits."""
+    """Whether a message is one of which only `MOST_LARGE` are kept."""
     return len(message.get("bytes") or message.get("text") or "") > SMALL
 
 
@@ -36,7 +37,7 @@ class Connection:
     def __init__(self, server: Any, page: WebSocket, viewer: Viewer, put: Callable[[dict | bytes], None]):
         self.server, self.page, self.viewer, self.put = server, page, viewer, put
         self.inbox: asyncio.Queue[Any] = asyncio.Queue(INBOX)
-        self.large = asyncio.Semaphore(1)
+        self.large = 0  # messages, at work or waiting
         self.picture: Tensor | None = None  # the one that was sent last
 
     def _tell(self, function: Any, *given: Any) -> None:
@@ -67,15 +68,20 @@ class Connection:
                 await self.page.send_text(json.dumps(message))
 
     async def _read(self) -> None:
-        """Put every message into the inbox as it comes: a connection that is not read answers no pings and is cut off."""
+        """Put every message into the inbox as it comes, or refuse it: a connection that is not read answers no pings and is cut
+        off."""
         message: Any = {}
         while message.get("type") != "websocket.disconnect":
             try:
                 message = await self.page.receive()
             except (RuntimeError, OSError):
                 message = {"type": "websocket.disconnect"}
-            if is_large(message):
-                await self.large.acquire()
+            if is_large(message) and self.large == MOST_LARGE:
+                self._note_mistake(
+                    UserError(f"{MOST_LARGE} files or long messages wait: one more is refused; send it later")
+                )
+                continue
+            self.large += is_large(message)
             await self.inbox.put(message)
 
     async def receive(self) -> None:
@@ -114,8 +120,7 @@ class Connection:
                     await asyncio.sleep(0.1)
                     return
             finally:
-                if is_large(message):
-                    self.large.release()
+                self.large -= is_large(message)
         # behind the last one
         viewer.emit({"type": "error", "message": f"{MAX_MISTAKES} messages were refused: closed"})
         await asyncio.sleep(0.1)

@@ -1,7 +1,11 @@
 """`data=folder` on 100 small clips: all are used, training does not wait for them, and its memory does not grow."""
 
+import pytest
+
 from benchmarks.folder import measure
 from tests.support.processes import call
+
+pytestmark = pytest.mark.slow
 
 SMALL = (
     "data.text_steps=2",

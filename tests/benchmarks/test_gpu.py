@@ -32,6 +32,7 @@ def quick(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_part_runs_or_says_why_not(quick):
     found = json.loads((quick / "gpu.json").read_text())
     assert {"device", "torch", "revision", "versions", "cores"} <= set(found)

@@ -15,6 +15,8 @@ from students.serving.session import Session
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, some_sound
 
+pytestmark = pytest.mark.slow
+
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
 ONE_BLOCK = {"network": NetworkConfig(**(NETWORK | {"num_layers": 1}), audio_blocks=(0,), prediction="reference")}
 STUDENTS = {  # and chunks of each: the first is twice as long as its network's table of positions

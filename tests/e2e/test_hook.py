@@ -151,6 +151,7 @@ def test_other_files_are_left_alone(place, name):
     assert not list((place / "seen").iterdir())
 
 
+@pytest.mark.slow
 def test_the_hook_prints_the_real_command_line_s_one_line(place, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     (place / "own.yaml").write_text(HEADER + "sede: 1\n")

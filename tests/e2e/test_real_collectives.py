@@ -22,6 +22,8 @@ from distill.training.fsdp import FSDP2Role
 from teachers.flow import keyed_generator
 from tests.e2e.fake_ranks import RankOfMany, fake_ranks
 
+pytestmark = pytest.mark.slow
+
 RECIPE = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
 SPEC, JOB = spec_of(RECIPE), job_of(RECIPE)
 GATHERED = {  # GB in a micro-step

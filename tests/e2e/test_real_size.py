@@ -48,6 +48,8 @@ from tests.support.real_size import (
     recipe,
 )
 
+pytestmark = pytest.mark.slow
+
 ONE_CARD = ("livetalk", "self_forcing", "omniavatar_one_gpu")
 ODD = 0.1 * GIB
 """Tables, conditions and noise, which do not grow with the depth."""

@@ -5,6 +5,7 @@ One block at full width runs forward and backward on fake tensors over torch's f
 
 from collections import Counter
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
@@ -23,6 +24,8 @@ from distill.recipe import load_recipe
 from teachers.flow import keyed_generator
 from teachers.networks.kind import networks_in
 from teachers.networks.sequence import SequenceGroup
+
+pytestmark = pytest.mark.slow
 
 TOGETHER = 4
 RECIPE = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere", f"engine.sequence_parallel={TOGETHER}"])

@@ -45,6 +45,7 @@ def test_its_metadata_has_the_one_version_and_the_console_script(wheel):
     assert f"## {distill.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_unpacked_it_runs_outside_the_checkout(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     (tmp_path / "work").mkdir()

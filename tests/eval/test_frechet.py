@@ -205,6 +205,7 @@ def percentile_interval(a: torch.Tensor, reference: Moments, rounds: int, seed: 
     return float(values.quantile(0.025)), float(values.quantile(0.975))
 
 
+@pytest.mark.slow
 def test_error_bars_cover():
     """Value +- 2 errors holds the expected value at this N in >= 90 % of 200 sets, though frames of a clip correlate."""
     reference = Moments.of(normal(3000, 6, seed=77))

@@ -25,6 +25,8 @@ from eval.mfcc import mfcc, to_int16
 from eval.networks.syncnet import windows_of
 from tests.support.tiny import FRAME_LABELS, rng
 
+pytestmark = pytest.mark.slow
+
 FRAMES, CHUNK, NUM = 60, 12, 16
 WORLD = render.WorldConfig(resolution=32, fps="25", num_frames=FRAMES)
 COLUMNS = (

@@ -5,6 +5,8 @@ import torch
 
 from benchmarks.midas import CHUNK, IMPLIED, SEEN, STEPS, Cost, measure, milliseconds, real_midas
 
+pytestmark = pytest.mark.slow
+
 TF = 1e12
 
 

@@ -1,20 +1,46 @@
 """A server on a free port in this process, and a student whose mouth is the loudness of its sound."""
 
+import atexit
+import functools
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from distill.commands.serve import read_portraits
+from distill.live import server
+from distill.live.apart import Decoders
 from distill.live.scheduler import Engine
-from distill.live.server import running
 from distill.live.talkers import Echo
 from students.weights.checkpoint import Bundle
 from tests.support import tiny
 
 MOUTH = slice(10, 14)  # rows of the puppet's mouth
+
+
+class SharedDecoders(Decoders):
+    """Processes that outlive a server: it takes seconds to start one."""
+
+    def close(self) -> None:
+        pass
+
+
+@functools.cache
+def shared_decoders() -> Decoders:
+    """Those of all servers of this process."""
+    decoders = SharedDecoders()
+    atexit.register(Decoders.close, decoders)
+    return decoders
+
+
+@contextmanager
+def running(*given):
+    """`distill.live.server.running` with the shared decoders."""
+    with mock.patch.object(server, "Decoders", shared_decoders), server.running(*given) as address:
+        yield address
 
 
 @contextmanager

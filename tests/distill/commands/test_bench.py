@@ -194,6 +194,7 @@ def test_shapes_are_the_published_sizes(name):
     assert (spec.latent_size, window) == expected[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "name"), [*((torch.float32, name) for name in bench.SHAPES), (torch.bfloat16, "livetalk")], ids=str
 )

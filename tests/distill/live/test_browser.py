@@ -49,7 +49,11 @@ def test_a_typed_sentence_is_seen_and_heard_together(page):
     frame = 1280 / RATE
     assert np.abs(sound).max() > 0.1
     assert np.ptp(drawn[:, 2]) > 150, "the mouth does not move"
-    assert np.diff(drawn[:, 1]).min() >= 1, "a frame is drawn twice or late"
+    steps = np.diff(drawn[:, 1])
+    assert steps.all(), "a frame is drawn twice"
+    assert (steps < 0).sum() <= 1, (
+        "frames are drawn late"
+    )  # a page that is told late that speech begins goes back there
 
     def loudness(offset: float) -> np.ndarray:  # of the sound played while each frame stood
         starts = ((drawn[:-1, 0] - began + offset) * RATE).astype(int)

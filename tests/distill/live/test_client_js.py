@@ -13,10 +13,11 @@ from starlette.routing import Route
 
 from distill.commands.serve import read_portraits
 from distill.live.scheduler import Engine
-from distill.live.server import CLIENT, Options, running
+from distill.live.server import CLIENT, Options
 from distill.live.talkers import Echo
 from tests.support import serving
 from tests.support.browser import record, tapes, until
+from tests.support.serving import running
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 FRAME = 0.08

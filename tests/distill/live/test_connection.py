@@ -1,7 +1,10 @@
 """What many messages of one viewer cost: nothing waits for the engine that comes many times a second."""
 
 import json
+import threading
 import time
+from contextlib import suppress
+from unittest import mock
 
 import numpy as np
 from websockets.sync.client import connect
@@ -9,7 +12,8 @@ from websockets.sync.client import connect
 from distill.live import protocol
 from distill.live.client import Client
 from distill.live.talkers import Echo
-from tests.support.serving import a_puppet, eventually, serving
+from teachers.errors import UserError
+from tests.support.serving import a_puppet, eventually, serving, shared_decoders
 
 
 def test_a_busy_engine_cuts_nobody_off():
@@ -60,19 +64,35 @@ def test_what_is_wrong_with_a_report_is_said_and_counted():
         client.close()
 
 
-def test_many_large_messages_do_not_fill_the_memory():
-    """Of those that wait one at a time is read; small ones go on."""
-    with serving(a_puppet(), viewers=2) as (address, engine):
+def test_many_large_messages_fill_no_memory_and_cut_nobody_off():
+    """While one is worked on for longer than a ping may wait, two wait and more are refused."""
+    go = threading.Event()
+
+    def decode(*_):
+        go.wait(30)
+        raise UserError("no picture")
+
+    noise = np.random.default_rng(0).integers(0, 256, 2**20, np.uint8).tobytes()
+    with serving(a_puppet(), viewers=2) as (address, engine), mock.patch.object(shared_decoders(), "run", decode):
         with connect(f"ws://{address}/live", compression=None, max_size=None) as page:
             page.send(json.dumps({"type": "hello", "version": protocol.VERSION}))
             page.recv()
-            noise = np.random.default_rng(0).integers(0, 256, 2**20, np.uint8).tobytes()
-            for _ in range(4):
+            for _ in range(5):
                 page.send(bytes([protocol.IMAGE]) + noise)
+            errors: list[str] = []
+
+            def listen(until: float) -> None:
+                while (left := until - time.monotonic()) > 0:
+                    with suppress(TimeoutError):
+                        message = json.loads(page.recv(timeout=left))
+                        errors.extend([message["message"]] if message["type"] == "error" else [])
+
+            listen(time.monotonic() + 6)
+            assert errors == ["3 files or long messages wait: one more is refused; send it later"] * 2
+            go.set()
+            eventually(lambda: listen(time.monotonic() + 0.1) or len(errors) == 5, 20)
+            assert errors[2:] == ["no picture"] * 3
             page.send("x" * 100_000)
-            errors = []
-            while len(errors) < 5:
-                message = json.loads(page.recv(timeout=60))
-                errors += [message["message"]] if message["type"] == "error" else []
+            eventually(lambda: listen(time.monotonic() + 0.1) or len(errors) == 6, 20)
             assert "100000 characters" in errors[-1]
         eventually(lambda: not engine.viewers, 10)

@@ -119,6 +119,7 @@ class Run:
         return self.trainer.updates["fake_score"]
 
 
+@pytest.mark.slow
 def test_a_fast_student_asks_for_more_and_one_at_rest_for_the_least(tmp_path):
     """Measured over 40 steps after 40 updates of warmup: 43, ?, ? updates."""
     found = {rate: Run(tmp_path / str(rate), rate).go().updates - 40 for rate in (0.0, 0.02, 0.1)}
@@ -127,6 +128,7 @@ def test_a_fast_student_asks_for_more_and_one_at_rest_for_the_least(tmp_path):
     assert found[0.1] > 2 * found[0.0]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_makes_the_same_updates(tmp_path):
     """Also within a step, and with the number, its mean and its weight."""
     never = Run(tmp_path / "never", 0.1, 20).go()

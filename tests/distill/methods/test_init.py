@@ -215,6 +215,7 @@ def consistency_of(student, teacher=None, **config) -> Consistency:
     return Consistency(consistency.Config(**config), student, teacher or ARGaussian(is_map=False, exact=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "bound"), [({"num_steps": 192}, 0.03), ({"kind": "continuous"}, 1e-4)])
 def test_consistency_learns_the_teacher_s_map(config, bound):
     """Continuous: exactly; discrete: to the Euler step's error (48 steps: 8 % of the variance, 192: 2 %)."""

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from tests.distill.methods.test_gaussian import (
     given,
 )
 from tests.support.tiny import rng
+
+pytestmark = pytest.mark.slow
 
 
 def distil(method: DMD, num_steps: int, lr: float = 0.02) -> None:

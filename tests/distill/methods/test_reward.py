@@ -262,6 +262,7 @@ def tilt(student: oracle.AffineStudent, seed: int) -> tuple[Tensor, Tensor, Tens
     return flat.mean(0), mean, mean + BETA / spread * teacher.covariance @ a
 
 
+@pytest.mark.slow
 def test_a_weighed_fake_score_ends_at_the_tilted_distribution(tmp_path):
     """p exp(beta r) of a Gaussian p with a linear r is p moved by beta Sigma a."""
     with torch.enable_grad():
@@ -274,6 +275,7 @@ def test_a_weighed_fake_score_ends_at_the_tilted_distribution(tmp_path):
         assert (found - tilted).norm() < 0.2 * moved
 
 
+@pytest.mark.slow
 def test_a_weighed_student_ends_at_the_teacher(tmp_path):
     """What can hold the teacher ends there, whatever the reward: both gradients vanish together."""
     with torch.enable_grad():

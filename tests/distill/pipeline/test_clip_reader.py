@@ -61,6 +61,7 @@ def hearing(artifacts, **changes):
     return SimpleNamespace(**vars(artifacts) | {"recipe": replace(artifacts.recipe, data=data)})
 
 
+@pytest.mark.slow
 def test_rewards_are_the_metrics_own_numbers_of_each_clip(world):
     artifacts, clips = world
     reader = ClipReader(artifacts, 4)

@@ -230,6 +230,7 @@ def runs(tmp_path_factory) -> Path:
 OTHERS = {"plain": (), "forcing": ("method@init=forcing",), "lora": ("lora={rank: 2, alpha: 2}",)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
     """What is read while a stage runs is declared by it or by a stage that it builds on, or changes no result. Stages that are

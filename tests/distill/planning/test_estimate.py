@@ -356,6 +356,7 @@ def shallow(job: Job, student: int, teacher: int) -> Job:
     return replace(job, spec=spec, networks={"teacher": replace(BIG, num_layers=teacher)})
 
 
+@pytest.mark.slow
 def test_the_table_of_livetalk(capsys):
     """ZeRO-3 and FSDP2 on 1, 4, 8 and 64 GPUs; a fifteenth of the blocks, for time."""
     plan = make_plan(shallow(livetalk(), 2, 3))

@@ -29,6 +29,8 @@ from tests.distill.planning.test_estimate import a_job
 from tests.support import processes
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, make_spec
 
+pytestmark = pytest.mark.slow
+
 # The plan against the memory of real updates, in a process of its own ------------------------------------------------
 
 CASES = {"weights": 0.03, "activations": 0.06, "context": 0.12}

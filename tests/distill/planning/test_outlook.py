@@ -125,6 +125,7 @@ def test_flops_along_a_line_have_every_audio_injector():
     assert found == pytest.approx(whole, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switches", [(), ("checkpointing",)])
 def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
     """Within 6 %, and 20 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
@@ -152,6 +153,7 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
     assert a_stage(parts=(part, slow)).hours(ranks, RATES) == pytest.approx(hours * (1 + FP32_SLOWER))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["livetalk", "self_forcing"])
 def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     """The longest job is one clip of the 14B teacher, of which two ranks compute a branch each. Of a card of 80 GB 79 GiB are of

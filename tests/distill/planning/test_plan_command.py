@@ -46,6 +46,7 @@ def test_the_embedded_recipe(tmp_path, capsys):
     assert whole == 4 * shared == 8 * numbers["parameters"]["student"]
 
 
+@pytest.mark.slow
 def test_chunks_in_flight_are_counted(tmp_path):
     """Four chunks, three in flight: six forwards a rollout; the teacher is guided by a scale for each clip."""
     words = ("preset=smoke", "--gpus", "1", "--json", tmp_path / "plan.json")

@@ -18,6 +18,8 @@ from distill.recipe import load_recipe
 from teachers.errors import UserError
 from teachers.networks.kind import NetworkKind
 
+pytestmark = pytest.mark.slow
+
 RANKS, BF16 = 4, 2
 
 

@@ -68,6 +68,7 @@ def test_shapes_are_remembered_only_where_memory_is_new():
     assert found == [96 + 64 + 128 + 64] * 2  # x, y, both y, as halves
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher", "init", "distill"])
 def test_checkpointing_saves_activations_and_no_gradient(stage):
     spec = make_spec(network=replace(make_spec().network, num_layers=6))
@@ -77,6 +78,7 @@ def test_checkpointing_saves_activations_and_no_gradient(stage):
     assert max(plain) == max(saved) == make_plan(job).parameters[role]
 
 
+@pytest.mark.slow
 def test_activations_follow_the_batch_and_half_precision_halves_some():
     spec = make_spec()
     one, two = (dict(trace(a_job(spec, batch=b), "distill", "student")) for b in (8, 16))
@@ -85,6 +87,7 @@ def test_activations_follow_the_batch_and_half_precision_halves_some():
     assert 0.4 * max(one.values()) < max(half.values()) < 0.95 * max(one.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("weighs", "roles"), [("student", {"student"}), ("fake_score", {"student", "fake_score"})])
 def test_decoding_for_rewards_is_alive_beside_the_rollout(weighs, roles):
     """Its bytes are at the peak of the updates that decode, for as many clips as are decoded at once."""
@@ -100,6 +103,7 @@ def test_decoding_for_rewards_is_alive_beside_the_rollout(weighs, roles):
         assert decoding == plain or role in roles
 
 
+@pytest.mark.slow
 def test_steps_without_gradient_leave_nothing_behind():
     """So a trace takes two denoising steps for all, but for a same_level history, which keeps the context of each."""
     job = a_job(make_spec(sigmas=student_sigmas(5, 3.0)))

@@ -32,6 +32,8 @@ from teachers.networks.kind import AvatarTeacher
 from tests.support.processes import run_ranks
 from tests.support.tiny import MIDAS, Ranks, a_student, make_net, make_spec, randn, some_conditions, some_latents
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 ROWS, STEPS = 16, 2
 CHAIN = ("zero3", "fsdp2", "zero2", "ddp", "zero1")  # of which the first link is the first step of the run of its kind

@@ -21,6 +21,7 @@ def losses(student) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return value.detach(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch):
     """Traced and differentiated ahead of time; what inductor makes of the graphs is not tested here."""
     student = a_student(horizon_frames=6)

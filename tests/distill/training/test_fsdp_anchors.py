@@ -25,6 +25,8 @@ from tests.support.networks.s2v import SMALL, an_s2v_net, s2v_conditions, s2v_la
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks
 
+pytestmark = pytest.mark.slow
+
 RANKS, WINDOW = 2, 2
 """Chunks of a training clip, behind which the anchors are made again."""
 CASES = ("student rolling", "student checkpointed", "student clean", "fake_score rolling", "forcing")

@@ -25,6 +25,8 @@ from tests.distill.planning.test_measured import status
 from tests.support.processes import hand_back, run_ranks
 from tests.support.tiny import make_spec
 
+pytestmark = pytest.mark.slow
+
 RANKS, MOST = 8, 1.3
 WIDE = NetworkConfig(num_layers=16, num_heads=4, head_dim=64, ffn_dim=688, freq_dim=32, audio_hidden=8)
 NARROW = replace(WIDE, num_heads=2, head_dim=16, ffn_dim=96)

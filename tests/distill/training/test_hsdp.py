@@ -26,6 +26,8 @@ from tests.distill.training.test_engines import SMALL, STEPS, differences, newes
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student
 
+pytestmark = pytest.mark.slow
+
 
 def worker(folder: Path) -> None:
     if os.environ["WORLD_SIZE"] == "2":

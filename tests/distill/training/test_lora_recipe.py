@@ -102,6 +102,7 @@ def by_hand(config: LoraRoles) -> int:
     return config.rank * layers * (8 * 2 * width + 2 * (width + ffn)) + full
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_real_size_knows_adapters_and_one_backbone():
     recipe = one_gpu()
     assert recipe.lora is not None

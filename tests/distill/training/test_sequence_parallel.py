@@ -34,6 +34,8 @@ from tests.support.tiny import Ranks, a_student, a_teacher, randn, some_conditio
 from tests.teachers.networks import test_echomimic as echomimic
 from tests.teachers.networks import test_fantasytalking as fantasytalking
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("ddp", "fsdp2", "zero2")
 BOTH = {"text": 2.0, "audio": 3.0}
 PATHS = {"livetalk": ["teacher.path=anywhere"]}

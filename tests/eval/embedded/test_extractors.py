@@ -117,6 +117,7 @@ def probes(train: Blobs) -> Probes:
     return fit(train)
 
 
+@pytest.mark.slow
 def test_probes_read_held_out_clips(probes: Probes, held_out: Blobs):
     for video in (held_out.video, held_out.decoded):
         scores = probes.check(video, held_out.labels, held_out.audio)
@@ -194,6 +195,7 @@ def admission(probes: Probes, held_out: Blobs) -> dict:
     return admit(Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, blobs(96, 4).video), rng)
 
 
+@pytest.mark.slow
 def test_known_cases_are_ranked_and_admitted(admission: dict):
     assert all(admission["admitted"].values()), admission
     cases = admission["cases"]
@@ -203,6 +205,7 @@ def test_known_cases_are_ranked_and_admitted(admission: dict):
     assert cases["motion_energy"]["static"] == 0
 
 
+@pytest.mark.slow
 def test_an_untrained_metric_is_not_admitted(train: Blobs, held_out: Blobs):
     held_out = held_out.first(24)
     untrained = fit(train.first(16), 0, dataclasses.replace(CONFIG, probe_steps=1))
@@ -225,6 +228,7 @@ def test_known_cases_are_what_they_say(held_out: Blobs):
     assert torch.equal(cases["frozen"][:, :, -1], held_out.decoded[:, :, FRAMES // 2])
 
 
+@pytest.mark.slow
 def test_scores_of_one_system(probes: Probes, held_out: Blobs):
     videos = torch.stack((held_out.decoded, held_out.video))
     spread = torch.stack([blobs(6, 30 + i).video for i in range(3)])

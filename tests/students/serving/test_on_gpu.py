@@ -95,6 +95,7 @@ def test_every_kind_of_student_streams_on_a_gpu(gpu, kind):
     waits_for_frames_alone(stream(bundle, gpu), gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_so_do_published_codecs_and_audio_encoders(gpu, codec):
     spec = make_spec(History(sinks=1, window=2), height=32, width=32, codec=PUBLISHED, audio=AUDIO)

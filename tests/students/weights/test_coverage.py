@@ -12,7 +12,7 @@ from distill.commands.sample.inputs import check_coverage
 from distill.data.procedural import render
 from distill.live.client import Client
 from distill.live.scheduler import Engine
-from distill.live.server import Options, running
+from distill.live.server import Options
 from distill.live.talkers import Echo
 from students.serving.pipeline import AvatarPipeline
 from students.weights.checkpoint import load_student, save_student
@@ -20,7 +20,7 @@ from students.weights.coverage import FILE, Coverage, load_coverage
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.serving import a_puppet
+from tests.support.serving import a_puppet, running
 
 SIZE = 32
 TEXTS = ["A person nods, smiling", "someone isn't happy"]

@@ -303,6 +303,7 @@ def tiny(tmp_path_factory):
     return recipe, words
 
 
+@pytest.mark.slow
 def test_the_teacher_samples_from_the_folders_of_its_download(tiny, tmp_path, capsys):
     """A missing part is one line that names it and where to get it."""
     recipe, words = tiny

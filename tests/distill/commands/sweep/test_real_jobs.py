@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -17,6 +18,8 @@ from distill.recipe import load_recipe
 from distill.training.engine import Engine
 from tests.distill.commands.sweep.test_command import RECIPE
 from tests.support import processes
+
+pytestmark = pytest.mark.slow
 
 SMALL = """\
 overrides: [preset=smoke, threads=1, data.text_steps=1, teacher.train.num_steps=1, trajectories.num_pairs=4,

@@ -228,6 +228,7 @@ def test_other_thresholds_score_nothing_again_and_another_face_only_its_clip(pre
     assert (row["face"], row["face_size"], row["face_centring"]) == (1.0, 0.5, pytest.approx(0.6))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(prepared, tmp_path, monkeypatch):
     candidates, manifest = read_candidates(prepared[1], None, {})
     thresholds = read_thresholds(None)

@@ -22,13 +22,13 @@ from distill.cli import main
 from distill.live.doors import livekit_agent as door
 from distill.live.doors.stream import AvatarStream
 from distill.live.scheduler import Engine
-from distill.live.server import Options, running
+from distill.live.server import Options
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
 from tests.support.lag import run_in_time
-from tests.support.serving import a_puppet, eventually
+from tests.support.serving import a_puppet, eventually, running
 from tests.support.watched import Watched
 
 RATE, FRAME = 24_000, 0.08

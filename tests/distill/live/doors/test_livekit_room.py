@@ -20,13 +20,13 @@ from livekit.agents.voice.avatar import DataStreamAudioOutput
 from benchmarks.serving.livekit_room import listen, look
 from distill.live.doors.livekit_agent import LiveKitDoor
 from distill.live.scheduler import Engine
-from distill.live.server import Options, running
+from distill.live.server import Options
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_livekit import RATE
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
 from tests.support.lag import run_in_time
-from tests.support.serving import a_puppet, eventually
+from tests.support.serving import a_puppet, eventually, running
 from tests.support.watched import Watched
 
 FRAME = 0.08

@@ -24,6 +24,8 @@ from teachers.files import load_tensors, save_tensors
 from tests.distill.training.test_loop import DATA, TARGET, Regression, config, nets
 from tests.support.processes import call
 
+pytestmark = pytest.mark.slow
+
 
 def worker(folder: Path, killed: int | None) -> None:
     """A rank of FSDP2; in the first start that of number `killed` ends with SIGKILL after the second checkpoint was begun."""
