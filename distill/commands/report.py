@@ -21,7 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="report_verb", metavar="VERB", required=True)
     compare = verbs.add_parser("compare", help="scores, costs and recipe differences of finished runs")
     compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, the one to compare with first")
-    compare.add_argument("--out", type=Path, default=Path("compare.html"), metavar="PAGE.html", help="%(default)s")
+    compare.add_argument(
+        "--out",
+        type=Path,
+        default=Path("compare.html"),
+        metavar="PAGE.html",
+        help="page to write (default %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
