@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refine-every", type=int, help="refine the memory of every N-th chunk (0: none; default: the student's)"
     )
     parser.add_argument("--refine-level", type=float, help="sigma of the refinement (default: the student's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the conditions and the noise (default 0)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the table there")
     devices.add_arguments(parser)
 
