@@ -1,6 +1,6 @@
 """`distill convert`: weights from one published layout to another, strictly and with one shard in memory; with a recipe that says
 what else a stream needs, a published student as a student folder; or a student folder for other programs: its step as an ONNX
-graph."""
+graph, or a repository of a modular pipeline for diffusers."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from teachers.checkpoints.layouts import LAYOUTS
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
-STUDENT, ONNX = "student", "onnx"
+STUDENT, ONNX, MODULAR = "student", "onnx", "modular"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of --recipe")
     parser.add_argument(
         "--to",
-        choices=(*LAYOUTS, STUDENT, ONNX),
+        choices=(*LAYOUTS, STUDENT, ONNX, MODULAR),
         required=True,
-        help="layout to write, or a student folder; of a student folder its step as ONNX",
+        help="layout to write, or a student folder; of a student folder its step as ONNX, or a diffusers modular pipeline",
     )
     parser.add_argument(
         "--recipe", type=Path, metavar="RECIPE", help="with --to student: of which the weights are a student"
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         return _student(args)
     if args.overrides:
         raise UserError(f"{args.overrides[0]} would have no effect: it is of --recipe; remove it")
-    if args.to == ONNX:
+    if args.to in (ONNX, MODULAR):
         return _for_others(args)
     check_target(args.target, args.to)
     options = {"lora": args.lora, "widen": args.widen, "entry": args.entry, "leave_out": args.leave_out}
@@ -117,6 +117,13 @@ def _for_others(args: argparse.Namespace) -> int:
     if args.base:
         raise UserError(f"--base has no effect with --to {args.to}: remove it")
     check_target(args.target, args.to)
+    if args.to == MODULAR:
+        from students.export.modular import write_repository
+
+        with staged(args.target) as temporary:
+            write_repository(temporary, args.source)
+        sys.stdout.write(f"{args.target}: a modular pipeline for diffusers, of the student {args.source}\n")
+        return 0
     from students.export.onnx_step import check_exportable, write_onnx
 
     bundle = load_student(args.source)
