@@ -62,7 +62,12 @@ def test_times_scores_and_drift_are_those_of_each_turn():
     assert report["parts_ms"]["denoise"] == {"p50": 10.0, "p95": 30.0}
     (answers, parts, *_, frames) = conversations.tables_of({"mine": report})
     assert (answers.title, parts.title) == ("Answers", "Where the time to the first talking frame goes")
-    assert [cell["value"] for cell in parts.rows[0]["cells"]] == ["0", "10.0", "0", "0"]  # of two turns, the second without
+    assert [cell["value"] for cell in parts.rows[0]["cells"]] == [
+        "0",
+        "10.0",
+        "0",
+        "0",
+    ]  # of two turns, the second without
     assert "luma a turn" in [column["name"] for column in frames.columns]
 
 
