@@ -111,7 +111,7 @@ class Stream:
         restart: bool,
         unique_id: str = "",
     ):
-        facts = (id(student), hash(portrait[0].numpy().tobytes()), seed, crop)
+        facts = (student, hash(portrait[0].cpu().numpy().tobytes()), seed, crop)
         stream = self.open.pop(unique_id, None)
         if stream is None or restart or stream.facts != facts or stream.session.inputs.closed:
             session = open_session(student, portrait, text, seed, crop)

@@ -3,10 +3,10 @@
 A turn is typed, and the server's talker answers it; or its sound is sent, which the avatar says: then two systems say the same.
 """
 
+import http.client
 import json
 import os
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ LONG = (
     "I will go on talking for a while now, so that there is time enough to interrupt me in the middle of this sentence, "
     "and I will not stop by myself before you do."
 )
+MOST_BYTES = 2**26
 TOKEN = "AVATAR_TOKEN"  # the name of a variable
 
 
@@ -89,7 +90,15 @@ def reach(word: str) -> Server:
         raise UserError(f"--server {word}: give [NAME=]ws://HOST:PORT, or wss://")
     host = url.partition("://")[2].partition("/")[0]
     url = url if url.rstrip("/").count("/") > 2 else f"{url.rstrip('/')}/live"
-    return Server(name or host, url, json.loads(_get(url, "/hello")))
+    said = _get(url, "/hello")
+    try:
+        hello = json.loads(said)
+        known = hello["type"] == "hello" and int(hello["portraits"]) > 0
+    except (ValueError, LookupError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"--server {word}: what answers there does not speak the protocol; see docs/serving.md")
+    return Server(name or host, url, hello)
 
 
 def converse(
@@ -149,13 +158,22 @@ def _headers() -> dict[str, str]:
 
 
 def _get(url: str, path: str) -> bytes:
-    """What a server answers beside its WebSocket; UserError where it does not."""
+    """What a server answers beside its WebSocket; no redirect is followed, which would take the token elsewhere. UserError where it
+    does not answer, or refuses."""
     scheme, _, rest = url.partition("://")
-    address = f"{'https' if scheme == 'wss' else 'http'}://{rest.partition('/')[0]}{path}"
+    host = rest.partition("/")[0]
+    kind = http.client.HTTPSConnection if scheme == "wss" else http.client.HTTPConnection
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=_headers()), timeout=10) as answer:
-            return answer.read()
-    except (OSError, ValueError) as error:
+        connection = kind(host, timeout=10)
+        try:
+            connection.request("GET", path, headers=_headers())
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise OSError(f"{answer.status} {answer.reason}")
+            return answer.read(MOST_BYTES)
+        finally:
+            connection.close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
-            f"no server at {address} ({error}); start one, and give its token as {TOKEN} where it has one"
+            f"no server at {host}{path} ({error}); start one, and give its token as {TOKEN} where it has one"
         ) from error

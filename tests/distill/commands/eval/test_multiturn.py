@@ -1,6 +1,8 @@
 """Scripted conversations: what is timed, what is scored."""
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from distill.commands.eval import multiturn
 from distill.commands.eval.conversing import Interruption, reach
 from distill.commands.eval.multiturn import Played, Script
 from distill.live.client import Answer
+from distill.live.operations.access import Access
+from distill.live.server import Options
 from distill.live.viewer import Viewer
 from eval.report import conversations
 from students.weights.checkpoint import save_student
@@ -145,11 +149,41 @@ def test_an_interruption_counts_if_it_is_quick_and_quiet():
     assert "| test 1 | - | - | 0.000 |" in shown
 
 
+def test_the_token_goes_to_the_server_alone(monkeypatch):
+    """A server with a token; a redirect to elsewhere is not followed."""
+    token, elsewhere = "secret" * 4, []
+
+    class Away(BaseHTTPRequestHandler):
+        def do_GET(self):
+            elsewhere.append(self.headers.get("Authorization"))
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{self.server.server_port}/stolen")
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Silent."""
+
+    monkeypatch.setenv("AVATAR_TOKEN", token)
+    with serving(a_puppet(), options=Options(access=Access(token=token))) as (address, _):
+        assert reach(f"ws://{address}").portrait(0).shape == (3, 16, 16)
+        monkeypatch.delenv("AVATAR_TOKEN")
+        with pytest.raises(UserError, match=r"no server at .*give its token as AVATAR_TOKEN"):
+            reach(f"ws://{address}")
+    monkeypatch.setenv("AVATAR_TOKEN", token)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Away) as server:
+        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with pytest.raises(UserError, match="302") as refused:
+            reach(f"ws://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert elsewhere == [f"Bearer {token}"]
+    assert token not in str(refused.value)
+
+
 def test_what_cannot_be_reached_is_one_line(tmp_path, capsys):
     for words, message in (
         ([], "--student or --server is missing"),
         (["--server", "http://127.0.0.1:1"], "give [NAME=]ws://HOST:PORT"),
-        (["--server", "ws://127.0.0.1:1"], "no server at http://127.0.0.1:1/hello"),
+        (["--server", "ws://127.0.0.1:1"], "no server at 127.0.0.1:1/hello"),
         (["--server", "ws://127.0.0.1:1", "--extractors", "x"], "--extractors reads the audio encoder of --student"),
     ):
         assert main(["eval", "multiturn", "--out", str(tmp_path / "out"), *words]) == 2
@@ -160,6 +194,8 @@ def test_what_cannot_be_reached_is_one_line(tmp_path, capsys):
             address,
         )
         assert reach(f"ws://{address}").portrait(0).shape == (3, 16, 16)
+        with pytest.raises(UserError, match=r"no server at .*/portraits/99\.png .404"):
+            reach(f"ws://{address}").portrait(99)
         twice = ["--server", f"ws://{address}"] * 2
         assert main(["eval", "multiturn", "--out", str(tmp_path / "out"), *twice]) == 2
         assert "two of one name" in capsys.readouterr().err
