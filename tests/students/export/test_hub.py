@@ -65,6 +65,12 @@ def test_what_the_hub_refuses_is_one_line(student, tmp_path, monkeypatch):
         hub.repositories["me/bad"] = {"spec.json": b"{}"}
         with pytest.raises(UserError, match="no student"):
             AvatarPipeline.from_pretrained("me/bad")
+        files = {str(file.relative_to(student)): file.read_bytes() for file in student.rglob("*") if file.is_file()}
+        weights = bytearray(files["model.safetensors"])
+        weights[-1] ^= 1
+        hub.repositories["me/flipped"] = {**files, "model.safetensors": bytes(weights)}
+        with pytest.raises(UserError, match=r"damaged student: .*model\.safetensors is not what was written"):
+            AvatarPipeline.from_pretrained("me/flipped")
     with pytest.raises(UserError, match="push_to_hub: got variant"):
         AvatarPipeline.from_pretrained(student).push_to_hub("me/x", variant="fp16")
 
