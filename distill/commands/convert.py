@@ -1,5 +1,6 @@
-"""`distill convert`: weights from one published layout to another, strictly and with one shard in memory; or, with a recipe that
-says what else a stream needs, a published student as a student folder."""
+"""`distill convert`: weights from one published layout to another, strictly and with one shard in memory; with a recipe that says
+what else a stream needs, a published student as a student folder; or a student folder for other programs: its step as an ONNX
+graph, or a repository of a modular pipeline for diffusers."""
 
 import argparse
 import sys
@@ -11,7 +12,7 @@ from teachers.checkpoints.layouts import LAYOUTS
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
-STUDENT = "student"
+STUDENT, ONNX, MODULAR = "student", "onnx", "modular"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("target", type=Path, metavar="DST", help="folder to write; for self-forcing a .pt file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of --recipe")
-    parser.add_argument("--to", choices=(*LAYOUTS, STUDENT), required=True, help="layout to write, or a student folder")
+    parser.add_argument(
+        "--to",
+        choices=(*LAYOUTS, STUDENT, ONNX, MODULAR),
+        required=True,
+        help="layout to write, or a student folder; of a student folder its step as ONNX, or a diffusers modular pipeline",
+    )
     parser.add_argument(
         "--recipe", type=Path, metavar="RECIPE", help="with --to student: of which the weights are a student"
     )
@@ -60,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         return _student(args)
     if args.overrides:
         raise UserError(f"{args.overrides[0]} would have no effect: it is of --recipe; remove it")
+    if args.to in (ONNX, MODULAR):
+        return _for_others(args)
     check_target(args.target, args.to)
     options = {"lora": args.lora, "widen": args.widen, "entry": args.entry, "leave_out": args.leave_out}
     conversion = plan(args.source, args.to, base=args.base, **options)
@@ -84,9 +92,7 @@ def _student(args: argparse.Namespace) -> int:
     from teachers.checkpoints.convert import check_target
     from teachers.files import staged
 
-    given = {"--lora": args.lora, "--widen": args.widen, "--entry": args.entry, "--leave-out": args.leave_out}
-    if wrong := [name for name, value in given.items() if value]:
-        raise UserError(f"{wrong[0]} has no effect with --to {STUDENT}: convert to ours first, and give that as SRC")
+    _refuse_options(args, "convert to ours first, and give that as SRC")
     check_target(args.target, STUDENT)
     recipe = load_recipe(args.recipe, args.overrides)
     bundle = published_student(recipe, args.source, args.base)
@@ -99,3 +105,39 @@ def _student(args: argparse.Namespace) -> int:
     count = sum(p.numel() for p in net.parameters())
     sys.stdout.write(f"{args.target}: a student of {count:,} parameters, from {args.source}\n")
     return 0
+
+
+def _for_others(args: argparse.Namespace) -> int:
+    """Write what other programs read of a student folder, and one line on it; return 0."""
+    from students.weights.checkpoint import load_student
+    from teachers.checkpoints.convert import check_target
+    from teachers.files import staged
+
+    _refuse_options(args, "remove it")
+    if args.base:
+        raise UserError(f"--base has no effect with --to {args.to}: remove it")
+    check_target(args.target, args.to)
+    if args.to == MODULAR:
+        from students.export.modular import write_repository
+
+        with staged(args.target) as temporary:
+            write_repository(temporary, args.source)
+        sys.stdout.write(f"{args.target}: a modular pipeline for diffusers, of the student {args.source}\n")
+        return 0
+    from students.export.onnx_step import check_exportable, write_onnx
+
+    bundle = load_student(args.source)
+    check_exportable(bundle.spec)
+    with staged(args.target) as temporary:
+        written = write_onnx(temporary, bundle)
+    sys.stdout.write(
+        f"{args.target}: the step of {args.source}, {written.num_bytes / 2**20:.1f} MiB; over {written.chunks} chunks its latents "
+        f"differ from the student's by {written.error:.2g} at most\n"
+    )
+    return 0
+
+
+def _refuse_options(args: argparse.Namespace, fix: str) -> None:
+    given = {"--lora": args.lora, "--widen": args.widen, "--entry": args.entry, "--leave-out": args.leave_out}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"{wrong[0]} has no effect with --to {args.to}: {fix}")

@@ -76,6 +76,7 @@ class Client:
         self.frames: dict[int, np.ndarray] = {}
         self.sound: dict[int, np.ndarray] = {}
         self.answers: dict[int, Answer] = {}
+        self.rewinds: list[tuple[float, int]] = []  # when one came, and from which frame on frames were taken back
         self.messages: list[dict] = []  # every other message
         self.origin: float | None = None  # the time at which frame 0 was due
         self.last, self.epoch, self.stalls, self.stalled, self.bytes = -1, 0, 0, 0.0, 0
@@ -98,11 +99,26 @@ class Client:
         self.until(lambda: max(self.answers, default=0) > before, 10.0)
         return max(self.answers)
 
-    def converse(self, text: str, timeout: float = 60.0) -> Answer:
-        """A typed turn, played to its end."""
-        answer = self.answers[self.ask(text)]
+    def tell(self, samples: np.ndarray) -> int:
+        """A sentence of the avatar, all of its sound [n] at once, as `speak` and `spoken`; its turn's number."""
+        before = max(self.answers, default=0)
+        self.asked = time.monotonic()
+        self.speak(samples)
+        self.spoken()
+        self.until(lambda: max(self.answers, default=0) > before, 10.0)
+        return max(self.answers)
+
+    def converse(self, turn: str | np.ndarray, timeout: float = 60.0) -> Answer:
+        """A typed turn, or sound as `tell` takes it, played to its end."""
+        answer = self.answers[self.ask(turn) if isinstance(turn, str) else self.tell(turn)]
         self.until(lambda: answer.end is not None and self.place() >= answer.end, timeout)
         return answer
+
+    def round_trip(self, timeout: float = 5.0) -> float:
+        """Seconds for a ping to the server and back, which no work of it is in; infinite after `timeout`."""
+        began = time.monotonic()
+        answered = self.socket.ping()
+        return time.monotonic() - began if answered.wait(timeout) else np.inf
 
     def speak(self, samples: np.ndarray) -> None:
         """Let the avatar say samples [n] in [-1, 1] at 16 kHz, behind those before; `spoken` ends the sentence."""
@@ -171,6 +187,7 @@ class Client:
             self.epoch, self.origin, self.last = message["epoch"], None, -1
         elif kind == "rewind":
             self.epoch, self.last = message["epoch"], message["frame"] - 1
+            self.rewinds.append((now, message["frame"]))
             for answer in self.answers.values() if not message["speech"] else ():
                 answer.end = None if answer.end is None else min(answer.end, message["frame"])
         elif kind == "thinking":

@@ -38,6 +38,7 @@ class Page:
     refused: Mapping[str, str] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     plots: Sequence[Mapping[str, Any]] = ()
+    plot_note: str = "Dot: mean. Ticks: single seeds. Bar: ± one standard error over clips. Dashed: the target value."
     curves: Sequence[Mapping[str, Any]] = ()
     sheets: Sequence[Mapping[str, Any]] = ()
     cases: Sequence[Mapping[str, Any]] = ()

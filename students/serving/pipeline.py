@@ -3,6 +3,7 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,13 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from students.export import hub
 from students.serving.optimize import DTYPES, cast, usable
 from students.serving.session import Session
 from students.weights.card import model_card
 from students.weights.checkpoint import Bundle, load_student, save_student
 from students.weights.coverage import Coverage
+from teachers.config import to_plain
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.media.face import fit_portrait
@@ -40,6 +43,7 @@ class AvatarPipeline(DiffusionPipeline):
         parts = {"audio_encoder": audio_encoder, "text": text, "image_encoder": image_encoder}
         self.register_modules(student=student, codec=codec, **parts)
         self.coverage = coverage
+        self.card: str | None = None  # of the folder that it was read from
 
     @property
     def bundle(self) -> Bundle:
@@ -57,16 +61,28 @@ class AvatarPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, torch_dtype: torch.dtype | None = None, device_map: str | None = None, **unknown
+        cls,
+        folder: str | Path,
+        torch_dtype: torch.dtype | None = None,
+        device_map: str | None = None,
+        subfolder: str | None = None,
+        **options,
     ) -> "AvatarPipeline":
-        """The pipeline of an exported student's folder, by default fp32 on the CPU. device_map: a device, or balanced (cuda where
-        there is one)."""
-        if unknown:
-            raise UserError(f"from_pretrained: got {', '.join(unknown)}; it takes folder, torch_dtype and device_map")
+        """The pipeline of an exported student's folder, or of the hub's repository `user/name` (its `subfolder`), by default in
+        fp32 on the CPU. device_map: a device, or balanced (cuda where there is one). options: revision, token, cache_dir,
+        force_download and local_files_only, of the hub."""
+        options = {name: value for name, value in options.items() if value is not None}
+        if unknown := options.keys() - set(hub.OPTIONS):
+            takes = f"folder, torch_dtype, device_map, subfolder, {', '.join(hub.OPTIONS)}"
+            raise UserError(f"from_pretrained: got {', '.join(sorted(unknown))}; it takes {takes}")
         device = usable(None if device_map == "balanced" else device_map or "cpu")
-        bundle = load_student(Path(folder))
+        place = hub.located(folder, subfolder, **options)
+        bundle = load_student(place)
         parts = bundle.student, bundle.codec, bundle.audio_encoder, bundle.text, bundle.coverage, bundle.image_encoder
-        return cls(*parts).to(device, torch_dtype)
+        pipe = cls(*parts)
+        card = place / "README.md"
+        pipe.card = card.read_text(encoding="utf-8") if card.is_file() else None
+        return pipe.to(device, torch_dtype)
 
     def to(
         self,
@@ -91,7 +107,27 @@ class AvatarPipeline(DiffusionPipeline):
         """Write the student's folder, as `distill run` exports it."""
         if unknown:
             raise UserError(f"save_pretrained takes a folder alone: got {', '.join(unknown)}")
-        save_student(Path(folder), self.bundle, model_card(self.bundle.spec))
+        save_student(Path(folder), self.bundle, self.card or model_card(self.bundle.spec))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload a student",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **unknown,
+    ) -> str:
+        """Put the student's folder, its card with it, into the hub's repository `user/name`, which is made where there is none;
+        the commit's address. `token`: by default that of `hf auth login`. UserError where the hub refuses."""
+        if unknown:
+            raise UserError(
+                f"push_to_hub: got {', '.join(unknown)}; it takes repo_id, commit_message, private, token and create_pr"
+            )
+        hub.warn_of_paths(to_plain(self.bundle.spec))
+        with TemporaryDirectory() as place:
+            self.save_pretrained(Path(place) / "student")
+            return hub.upload(Path(place) / "student", repo_id, commit_message, private, token, create_pr)
 
     @torch.no_grad()
     def __call__(
@@ -119,7 +155,7 @@ class AvatarPipeline(DiffusionPipeline):
         seed = generator.initial_seed() % 2**63 if generator is not None else 0
         spec = self.bundle.spec
         drop = ("pose",) if pose is None else ()
-        reference = self._reference(image, crop)
+        reference = self.reference_of(image, crop)
         for line in self.bundle.unlike(reference, prompt):
             if strict:
                 raise UserError(f"{line}; give another one, or strict=False")
@@ -149,7 +185,9 @@ class AvatarPipeline(DiffusionPipeline):
             shown = [Image.fromarray(frame) for frame in shown]
         return AvatarPipelineOutput(frames=shown, audio=sound, fps=float(spec.fps))
 
-    def _reference(self, image: Image.Image | Tensor | str | Path, crop: str) -> Tensor:
+    def reference_of(self, image: Image.Image | Tensor | str | Path, crop: str = "face") -> Tensor:
+        """A picture as a session takes it, [3, H, W] in [-1, 1] of the student's size; `image` and `crop` as `__call__` has
+        them."""
         if isinstance(image, Tensor):
             return image
         spec = self.bundle.spec

@@ -26,7 +26,7 @@ from teachers.errors import UserError
 from teachers.networks.blocks.wan import AvatarBlock, Modulations, keys_values
 from teachers.networks.kind import Dims, KeyValue, NetworkKind
 from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
-from teachers.networks.spans import MOST_TABLES, Span
+from teachers.networks.spans import MOST_TABLES, Arranged, Span
 from teachers.networks.wan import AvatarTransformer, WanKind, initialise
 
 POSE = declare(Feature(name="pose_latents", clock="grid"))
@@ -369,7 +369,7 @@ class S2V(AvatarTransformer):
         height: int,
         width: int,
         anchors: Any = None,
-    ) -> tuple[list, list[Tensor]]:
+    ) -> Arranged:
         assert isinstance(past_frames, int)  # streams with anchors are drawn one by one
         layout, rotary = super().arrange(spans, past_frames, frames, height, width)
         size, first = height * width, frames * height * width
@@ -380,7 +380,7 @@ class S2V(AvatarTransformer):
                 raise ValueError("anchors that see the frames: read them for a part of the frames, or behind others")
             count = size if anchors.shape[2] == 1 else 2 * size + size // 4 + 4 * (height // 4) * (width // 4)
             table = self.anchor_table(AHEAD, count, height, width)
-            return [(slice(0, first + count), ())], [torch.cat([rotary[0], table], dim=1)]
+            return Arranged([(slice(0, first + count), ())], [torch.cat([rotary[0], table], dim=1)])
         count = anchors[0][0].shape[1]
         for i, span in enumerate(spans):
             before = sum(b - a for a, b in span.context)
@@ -389,7 +389,7 @@ class S2V(AvatarTransformer):
             table, (query, context) = self.anchor_table(start + ahead, count, height, width), layout[i]
             layout[i] = query, (*context, slice(first, first + count))
             rotary[i] = torch.cat([rotary[i][:, : before * size], table, rotary[i][:, before * size :]], dim=1)
-        return layout, rotary
+        return Arranged(layout, rotary)
 
     def with_anchors(self, x: Tensor, temb: Sequence[Any], anchors: Any) -> tuple[Tensor, Sequence[Any], Any]:
         if not isinstance(anchors, Tensor):

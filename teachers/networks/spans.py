@@ -8,7 +8,7 @@ B = batch, F = latent frames, S = tokens a frame, N = F S, D = width, M = heads,
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -27,6 +27,13 @@ MOST_TABLES = 256
 HAS_VARLEN = "seqused_k" in inspect.signature(varlen.varlen_attn).parameters  # from torch 2.12 on
 Layout = list[tuple[slice, tuple[slice, ...]]]
 """The tokens of each span, and those of the input that they see beside themselves."""
+
+
+class Arranged(NamedTuple):
+    """Spans as a block takes them: their layout, and the rotary table of each."""
+
+    layout: Layout
+    rotary: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
         height: int,
         width: int,
         anchors: Any = None,  # noqa: ARG002
-    ) -> tuple[Layout, list[Tensor]]:
+    ) -> Arranged:
         """What a block takes of the spans over frames of height x width tokens: query tokens and key token slices, and the table
         that rotates both, of each, behind a past of so many frames, or of so many in each row. `anchors` as `forward` has them."""
         layout, rotary, tokens = [], [], height * width
@@ -186,7 +193,7 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 rotary.append(torch.cat(tables, dim=1))
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
-        return layout, rotary
+        return Arranged(layout, rotary)
 
     def run_block(self, block: Any, *inputs: Any) -> tuple[Tensor, KeyValue]:
         """block(*inputs), computed again in the backward pass where that is asked for."""
@@ -201,7 +208,12 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
 
 def rotate(x: Tensor, rope_table: Tensor) -> Tensor:
-    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]."""
+    """Rotary embedding of x [.., n, M, d]: interleaved pairs as complex numbers times unit `rope_table` [1, n, 1, d/2]. A real
+    table [1, n, 1, d/2, 2], cosines and sines, is the same without complex numbers, which an exported graph has none of."""
+    if not rope_table.is_complex():
+        real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = rope_table.unbind(-1)
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(-2)
     pairs = torch.view_as_complex(x.to(rope_table.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope_table).flatten(-2).type_as(x)
 

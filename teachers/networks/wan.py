@@ -24,7 +24,7 @@ from teachers.errors import UserError
 from teachers.networks.blocks.wan import AudioPack, AvatarBlock, TimeSinusoids
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
 from teachers.networks.sequence import SequenceGroup, Split
-from teachers.networks.spans import Span, SpanKind, SpanTransformer
+from teachers.networks.spans import Arranged, Span, SpanKind, SpanTransformer
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
@@ -263,7 +263,7 @@ class AvatarTransformer(SpanTransformer):
         sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[Any] | None = None,
-        spans: Sequence[Span] | None = None,
+        spans: Sequence[Span] | Arranged | None = None,
         past: Sequence[KeyValue | PastParts | RaggedPast] | None = None,
         past_frames: int | Sequence[int] = 0,
         pose: Tensor | None = None,
@@ -289,7 +289,9 @@ class AvatarTransformer(SpanTransformer):
             raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
-        layout, rotary = self.arrange(spans or (Span(0, frames),), past_frames, frames, height, width, anchors)
+        if not isinstance(spans, Arranged):
+            spans = self.arrange(spans or (Span(0, frames),), past_frames, frames, height, width, anchors)
+        layout, rotary = spans
         dtype, split = self.compute_dtype, self.split_of(frames)
         x = self.embed((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
         x = x.contiguous() if split is None else split.own(x)

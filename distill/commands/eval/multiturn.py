@@ -1,19 +1,22 @@
-"""`distill eval multiturn`: scripted conversations with a served student, timed by a viewer and scored turn by turn.
+"""`distill eval multiturn`: scripted conversations with a served student, or with any server that speaks the protocol, timed by a
+viewer and scored turn by turn; several systems beside each other.
 
 Response latency is from the end of the user's turn until the first talking frame is due on the viewer's clock, dead time until
-the first audible sound (LiveTalk 2512.23576, sec. 5, measures the former). Scores are of each turn's frames: without any weights
-colour, luma, saturation, sharpness and motion (`eval.metrics.quality.quality_beside`, against the portrait); with a run's
-extractors identity and lip sync; with DINOv2's weights the cosine to the portrait. Their slope over the turns of a conversation is
-the drift.
+the first audible sound (LiveTalk 2512.23576, sec. 5, measures the former). An avatar is interrupted too: how long it talks on, and
+whether anything is heard after that. Scores are of each turn's frames: without any weights colour, luma, saturation, sharpness and
+motion (`eval.metrics.quality.quality_beside`, against the portrait); with a run's extractors identity and lip sync; with DINOv2's
+weights the cosine to the portrait. Their slope over the turns of a conversation is the drift.
 """
 
 import argparse
-import json
-import statistics
+import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,97 +25,114 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from distill.commands import devices
+from distill.commands.eval.conversing import Played, Script, Server, converse, reach
 from eval.embedded.extractors import Probes
-from eval.metrics.quality import quality_beside, slope
+from eval.metrics.quality import quality_beside
 from eval.metrics.sync import mouth_sync
 from eval.networks.dino import Dino
-from eval.report.tables import grid
-from eval.speed.latency import percentile
+from eval.report.conversations import page, summary
+from eval.report.page import write_page
 from students.weights.checkpoint import Bundle
 from teachers import media
 from teachers.codecs.linear import to_uint8
 from teachers.config import convert
 from teachers.disk.read import read_yaml
 from teachers.errors import UserError
-from teachers.files import atomic_write
-
-if TYPE_CHECKING:
-    from distill.live.client import Answer
+from teachers.files import make_folder
 
 DEFAULT = Path(__file__).with_name("conversations.yaml")
-PAUSE, MORE = 0.6, 0.5  # seconds between an answer's end and the next turn: at least, and spread over so many more
-TIMES = ("latency", "dead", "stalled")  # seconds
+NAME = "multiturn"
 MIN_SYNC_FRAMES = 10
-
-
-@dataclass(frozen=True)
-class Script:
-    """One conversation: what the user types."""
-
-    name: str
-    turns: tuple[str, ...]
-    portrait: int = 0
-    condition: str = "a person talks"
-    seed: int = 0
-
-
-@dataclass
-class Played:
-    """A conversation as the viewer had it: frames uint8 [T, H, W, 3], sound [T * samples], and its answers."""
-
-    script: Script
-    portrait: Tensor
-    frames: np.ndarray
-    sound: np.ndarray
-    answers: "list[Answer]"
-    stalled: list[float]  # seconds that the video stood still, turn by turn
+MOST_VIDEOS = 6  # on the page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill eval multiturn`."""
-    parser.add_argument("--student", type=Path, required=True, metavar="DIR", help="folder of an exported student")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for multiturn.json and videos")
+    parser.add_argument("--student", type=Path, metavar="DIR", help="an exported student, which is served here")
+    parser.add_argument(
+        "--server",
+        action="append",
+        default=[],
+        metavar="[NAME=]ws://HOST:PORT",
+        help="a server that speaks the protocol (docs/serving.md); may be given more than once; its token in AVATAR_TOKEN",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for multiturn.json, .html and videos")
     parser.add_argument("--conversations", type=Path, default=DEFAULT, metavar="YAML", help="list of name, turns, ...")
     parser.add_argument("--repeat", type=int, default=1, help="go through the conversations so many times (default 1)")
-    parser.add_argument("--talker", default="auto", metavar="NAME|DIR", help="as in distill serve")
     parser.add_argument(
-        "--extractors", type=Path, metavar="DIR", help="a run's stages/extractors: identity and lip sync"
+        "--turns",
+        choices=("typed", "sound"),
+        default="typed",
+        help="typed: the server's talker answers; sound: the same sound is sent to every system, which says it",
     )
     parser.add_argument(
-        "--reference", type=Path, action="append", default=[], metavar="IMG", help="as in distill serve"
+        "--interrupt", type=int, default=1, metavar="N", help="times in each conversation (default 1; 0: never)"
     )
-    parser.add_argument("--lead", type=int, default=2, help="as in distill serve")
+    parser.add_argument("--talker", default="auto", metavar="NAME|DIR", help="as in distill serve, with --student")
+    parser.add_argument(
+        "--extractors", type=Path, metavar="DIR", help="a run's stages/extractors: identity and lip sync, of --student"
+    )
+    parser.add_argument(
+        "--reference", type=Path, action="append", default=[], metavar="IMG", help="as in distill serve, with --student"
+    )
+    parser.add_argument("--lead", type=int, default=2, help="as in distill serve, with --student")
     devices.add_arguments(parser, default=argparse.SUPPRESS)  # those of distill eval
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hold the conversations in real time, write the report, print its table; 0."""
+    """Hold the conversations in real time, with each system in turn, write the report, print its tables; 0."""
+    if args.student is None and not args.server:
+        raise UserError("--student or --server is missing: distill eval multiturn; give what is to be talked with")
+    if args.extractors and args.student is None:
+        raise UserError("--extractors reads the audio encoder of --student: give that too, or remove it")
+    scripts = read_scripts(args.conversations) * max(1, args.repeat)
+    probes = Probes.load(args.extractors) if args.extractors else None
+    dino, voice = _dino(), _voice if args.turns == "sound" else None
+    with _served(args) as (servers, bundle, facts):
+        names = [server.name for server in servers]
+        if len(set(names)) < len(names):
+            raise UserError(f"--server: {', '.join(names)}: two of one name; give them as NAME=ws://..")
+        if args.turns == "sound" and (mute := [one.name for one in servers if not one.hello.get("takes_speech")]):
+            raise UserError(f"--turns sound: {mute[0]} takes no speech; leave it typed")
+        played: dict[str, list[Played]] = {name: [] for name in names}
+        total = len(servers) * sum(len(script.turns) for script in scripts)
+        with tqdm(total=total, unit="turn") as bar:
+            for script in scripts:
+                for server in servers:  # in turn, so that what else the machine does hits all of them
+                    own = replace(script, portrait=script.portrait % server.hello["portraits"])
+                    portrait = server.portrait(own.portrait)
+                    played[server.name].append(converse(server, own, bar, portrait, voice, args.interrupt))
+    make_folder(args.out)
+    reports = {}
+    for server in servers:
+        of_bundle = (bundle, probes) if server.own else (None, None)
+        own = {**(facts if server.own else {"server": server.url}), "talker": server.hello.get("talker", "")}
+        own |= {"lead": server.hello.get("lead"), "turns_by": args.turns}
+        reports[server.name] = {**own, **report_of(played[server.name], *of_bundle, dino)}
+    _write(args.out, reports, played)
+    sys.stdout.write((args.out / f"{NAME}.md").read_text(encoding="utf-8"))
+    return 0
+
+
+@contextmanager
+def _served(args: argparse.Namespace) -> Iterator[tuple[list[Server], Bundle | None, dict[str, Any]]]:
+    """The systems to talk with, the student that is served here, where there is one, and what the report says of it."""
+    others = [reach(word) for word in args.server]
+    if args.student is None:
+        yield others, None, {}
+        return
     from distill.commands.serve import read_portraits
     from distill.live.scheduler import Engine
     from distill.live.server import running
     from distill.live.talkers import load_talker
 
-    scripts = read_scripts(args.conversations) * max(1, args.repeat)
     talker, bundle = load_talker(args.talker), devices.load(args.student, args)
-    probes = Probes.load(args.extractors) if args.extractors else None
-    dino = _dino()
     portraits = read_portraits(args.reference, (bundle.spec.height, bundle.spec.width))
     engine = Engine(bundle, talker, 1, args.lead)
     engine.warm_up(portraits[0] if bundle.spec.takes_image else None)
-    with running(engine, portraits) as address, tqdm(total=sum(len(s.turns) for s in scripts), unit="turn") as bar:
-        played = [converse(address, script, portraits, bar) for script in scripts]
-    args.out.mkdir(parents=True, exist_ok=True)
-    facts = {"student": bundle.fingerprint[:16], "talker": talker.name, "lead": args.lead}
-    report = {**facts, **summary([rows(one, bundle, probes, dino) for one in played])}
-    upscale = max(1, 256 // min(bundle.spec.height, bundle.spec.width))
-    for number, one in enumerate(played):
-        sound = torch.from_numpy(one.sound)
-        media.write_video(
-            args.out / f"{number:03d}.mp4", one.frames, bundle.spec.fps, sound, upscale=upscale, synthetic=True
-        )
-    atomic_write(args.out / "multiturn.json", json.dumps(report, indent=1) + "\n")
-    sys.stdout.write(table(report))
-    return 0
+    with running(engine, portraits) as address:
+        own = reach(f"student=ws://{address}")
+        yield [Server(own.name, own.url, own.hello, own=True), *others], bundle, {"student": bundle.fingerprint[:16]}
 
 
 def read_scripts(path: Path) -> list[Script]:
@@ -124,44 +144,31 @@ def read_scripts(path: Path) -> list[Script]:
     return list(scripts)
 
 
-def converse(address: str, script: Script, portraits: list[Tensor], bar: tqdm) -> Played:
-    """One conversation in real time, each turn after the answer to the last one."""
-    from distill.live.client import Client
-
-    client = Client(f"ws://{address}/live", strict=True)
-    try:
-        client.open(script.portrait, script.condition, script.seed)
-        client.pump(PAUSE)
-        answers, stalled = [], []
-        for number, text in enumerate(script.turns, start=1):
-            before = client.stalled
-            answers.append(client.converse(text))
-            stalled.append(client.stalled - before)
-            bar.update()
-            bar.set_postfix_str(f"answer after {answers[-1].latency:.2f} s")
-            client.pump(PAUSE + MORE * (0.618 * number % 1))
-    finally:
-        client.close()
-    numbers = range(client.last + 1)
-    frames, sound = np.stack([client.frames[n] for n in numbers]), np.concatenate([client.sound[n] for n in numbers])
-    return Played(script, portraits[script.portrait], frames, sound, answers, stalled)
+def report_of(
+    played: Sequence[Played], bundle: Bundle | None, probes: Probes | None, dino: Dino | None
+) -> dict[str, Any]:
+    """The report of one system's conversations."""
+    cut = [one for conversation in played for one in conversation.interruptions]
+    return summary([rows(one, bundle, probes, dino) for one in played], [one.line for one in played], cut)
 
 
-def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | None = None) -> list[dict[str, Any]]:
-    """One row a turn: seconds, the server's parts in ms, and the scores of its frames."""
+def rows(
+    played: Played, bundle: Bundle | None, probes: Probes | None, dino: Dino | None = None
+) -> list[dict[str, Any]]:
+    """One row a turn: seconds (None: never), the server's parts in ms, and the scores of its frames; those of the probes where the
+    bundle is at hand, whose audio encoder they read the sound by."""
     out = []
     video = torch.from_numpy(played.frames).permute(3, 0, 1, 2)[None]
-    portrait, per_frame = to_uint8(played.portrait[None]), bundle.spec.samples_per_frame
+    portrait, per_frame = to_uint8(_fitted(played)[None]), len(played.sound) // len(played.frames)
     for number, (answer, text) in enumerate(zip(played.answers, played.script.turns, strict=True)):
-        assert answer.frame is not None
-        first, last = answer.frame, min(answer.end or 0, video.shape[2])
+        first, last = answer.frame or 0, min(answer.end or 0, video.shape[2])
         part, length = video[:, :, first:last], last - first
         row: dict[str, Any] = {"conversation": played.script.name, "turn": number, "text": text, "frames": length}
-        row |= {"latency": answer.latency, "dead": answer.dead, "stalled": played.stalled[number]}
+        row |= {"latency": _finite(answer.latency), "dead": _finite(answer.dead), "stalled": played.stalled[number]}
         row["parts_ms"] = answer.split()
         scores = quality_beside(part, portrait) if length >= 2 else {}
         row |= {name: float(values) for name, values in scores.items()}
-        if probes is not None and length >= MIN_SYNC_FRAMES:
+        if probes is not None and bundle is not None and length >= MIN_SYNC_FRAMES:
             sound = torch.from_numpy(played.sound[first * per_frame : last * per_frame])
             audio = bundle.audio_encoder(sound.to(next(bundle.student.parameters()).device))[None]
             reading, known = probes.read(part), probes.read(portrait[:, :, None].expand(-1, -1, 2, -1, -1))
@@ -174,35 +181,55 @@ def rows(played: Played, bundle: Bundle, probes: Probes | None, dino: Dino | Non
     return out
 
 
-def summary(conversations: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Percentiles of the times and parts over all turns, mean of each score and its mean change a turn."""
-    turns = [row for rows in conversations for row in rows]
-    scores = [name for name, value in turns[0].items() if isinstance(value, float) and name not in TIMES]
-    out: dict[str, Any] = {"num_turns": len(turns)}
-    for name in TIMES:
-        values = [row[name] for row in turns]
-        out[f"{name}_seconds"] = {"p50": percentile(values, 50), "p95": percentile(values, 95), "max": max(values)}
-    parts = {name for row in turns for name in row["parts_ms"]}
-    for name in sorted(parts):
-        values = [row["parts_ms"].get(name, 0.0) for row in turns]
-        out.setdefault("parts_ms", {})[name] = {"p50": percentile(values, 50), "p95": percentile(values, 95)}
-    for name in scores:
-        series = [[row[name] for row in rows if name in row] for rows in conversations]
-        slopes = [slope(values) for values in series if len(values) > 1]
-        mean = statistics.fmean(value for values in series for value in values)
-        out[name] = {"mean": mean, "change_a_turn": statistics.fmean(slopes) if slopes else 0.0}
-    return {**out, "turns": turns}
+def _write(out: Path, reports: dict[str, dict[str, Any]], played: dict[str, list[Played]]) -> None:
+    """multiturn.json, .md and .html, and a video of each conversation; of several systems in a folder each, beside those of all."""
+    several, shown = len(reports) > 1, []
+    for name, report in reports.items():
+        folder = out / name if several else out
+        make_folder(folder)
+        for number, one in enumerate(played[name]):
+            sound, side = torch.from_numpy(one.sound), min(one.frames.shape[1:3])
+            fps = Fraction(one.fps).limit_denominator(1001)
+            file = folder / f"{number:03d}.mp4"
+            media.write_video(file, one.frames, fps, sound, upscale=max(1, 256 // side), synthetic=True)
+            shown.append((number, one.script.name, name, file.relative_to(out)))
+        write_page(page({name: report}, _videos(shown, name, folder, out), played[name][0].fps), report, folder, NAME)
+    if several:
+        both = {
+            "systems": {name: {k: v for k, v in report.items() if k != "turns"} for name, report in reports.items()}
+        }
+        write_page(page(reports, _videos(shown, None, out, out), next(iter(played.values()))[0].fps), both, out, NAME)
 
 
-def table(report: dict[str, Any]) -> str:
-    """Markdown."""
-    times = [[name, *(f"{x:.3f}" for x in report[f"{name}_seconds"].values())] for name in TIMES]
-    parts = [[name, f"{x['p50']:.1f}", f"{x['p95']:.1f}"] for name, x in report.get("parts_ms", {}).items()]
-    scored = [(name, value) for name, value in report.items() if isinstance(value, dict) and "change_a_turn" in value]
-    scores = [[name, f"{value['mean']:.4f}", f"{value['change_a_turn']:+.4f}"] for name, value in scored]
-    lines = [f"{report['num_turns']} turns", "", *grid(["seconds", "p50", "p95", "max"], times), ""]
-    lines += [*grid(["part, ms", "p50", "p95"], parts), "", *grid(["score", "mean", "change a turn"], scores)]
-    return "\n".join(lines) + "\n"
+def _videos(
+    shown: Sequence[tuple[int, str, str, Path]], name: str | None, folder: Path, out: Path
+) -> list[dict[str, Any]]:
+    """The page's videos: a group a conversation, of one system or of all."""
+    groups: dict[tuple[int, str], list[dict[str, str]]] = {}
+    for number, script, system, file in shown:
+        if name in (None, system) and number < MOST_VIDEOS:
+            source = (out / file).relative_to(folder).as_posix()
+            groups.setdefault((number, script), []).append({"name": system, "source": source})
+    return [{"title": script, "videos": videos} for (_, script), videos in groups.items()]
+
+
+def _fitted(played: Played) -> Tensor:
+    """The portrait [3, H, W] in the size of the frames."""
+    height, width = played.frames.shape[1:3]
+    if played.portrait.shape[1:] == (height, width):
+        return played.portrait
+    return F.interpolate(played.portrait[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+def _finite(seconds: float) -> float | None:
+    return float(seconds) if math.isfinite(seconds) else None
+
+
+def _voice(text: str) -> np.ndarray:
+    """The sound [n] of a text at 16 kHz, the same for every system: the small formant voice's."""
+    from distill.live.voice import formant_voice
+
+    return torch.cat(list(formant_voice(text))).numpy()
 
 
 def _dino() -> Dino | None:
