@@ -65,7 +65,9 @@ def digest(*paths: Path | None) -> str:
         if path is None:
             continue
         if not path.exists():
-            raise UserError(f"no weights: {path.resolve()} does not exist, where the recipe looks for them; put them there, or give their path")
+            raise UserError(
+                f"no weights: {path.resolve()} does not exist, where the recipe looks for them; put them there, or give their path"
+            )
         files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
             size = file.stat().st_size
