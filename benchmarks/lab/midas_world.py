@@ -1,9 +1,9 @@
 """Two minutes in a maze: sessions of a `midas_world` student whose keys are pushed live, beside the true views of the renderer.
 
-    python benchmarks/lab/midas_world.py RUN [--streams 4] [--seconds 120] [--memoryless RUN] [--out TABLE.md] [--frames FILE.png]
+    python benchmarks/lab/midas_world.py STUDENT [--streams 4] [--seconds 120] [--memoryless STUDENT] [--out TABLE.md] [--frames PNG]
 
 Every stream has a maze of its own and walks laps in it: a full turn to the right, ahead and back again, a full turn to the left,
-then keys at random. The student without memory is the same weights behind `History(sinks=0, window=2)`, or those of another run.
+then keys at random. The student without memory is the same weights behind `History(sinks=0, window=2)`, or another student.
 
     next chunk      share of turn keys that are felt in the first chunk after them: its picture moves by half the true shift or
                     more to the right side, and does not where the session is taken back and the key is not pressed
@@ -210,7 +210,7 @@ def measure(bundle: Bundle, walks: Walks, mean: Tensor) -> tuple[Tensor, dict[st
     delays = [delays for _, delays in made]
     found = {
         "next chunk": torch.tensor([[delay == 0 for delay in own] for own in delays]).float().mean(1),
-        f"within {AHEAD} chunks": torch.tensor([[delay is not None for delay in own] for own in delays])
+        f"within {AHEAD}": torch.tensor([[delay is not None for delay in own] for own in delays])
         .float()
         .mean(1),
     }
@@ -219,25 +219,27 @@ def measure(bundle: Bundle, walks: Walks, mean: Tensor) -> tuple[Tensor, dict[st
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("student", type=Path, help="its folder, such as runs/midas_world/student")
     parser.add_argument("--streams", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--memoryless", type=Path, help="a run of a student without memory, in the place of a short window"
+        "--memoryless", type=Path, help="the folder of a student without memory, in the place of a short window"
     )
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--frames", type=Path, help="a contact sheet: the first lap of the first streams, true and generated"
     )
     args = parser.parse_args(words)
-    own = load_student(args.run / "student")
+    own = load_student(args.student)
     frames = 1 + int(args.seconds * own.spec.fps)
     if args.streams < 2 or frames <= LAP:
         raise UserError(f"--streams, --seconds: got {args.streams}, {args.seconds:g}; give 2 or more, and a lap of 8 s")
+    if own.spec.pose_dim != 3 or own.spec.pixel_frames(1) != (1, 3):
+        raise UserError(f"{args.student}: keys and chunks of two frames are needed; give a student of recipes/midas_world.yaml")
     walks = draw_walks(args.streams, frames, (own.spec.height, own.spec.width), args.seed)
     mean = walks.video.float().mean((0, 1))
-    other = load_student((args.memoryless or args.run) / "student")
+    other = load_student(args.memoryless or args.student)
     students = {"memory": own, "no memory": with_history(other, None if args.memoryless else SHORT)}
     made = {name: measure(bundle, walks, mean) for name, bundle in students.items()}
     rows = {name: found for name, (_, found) in made.items()}

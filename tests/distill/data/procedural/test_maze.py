@@ -113,6 +113,10 @@ def test_the_clips_of_the_source():
     assert first.pose.shape == (6, frames, duplex.POSE_DIM)
     assert set(first.pose[..., :2].unique().tolist()) == {-1.0, 0.0, 1.0}
     assert (first.pose[..., 2] == 1).all()
+    still, turning = (first.pose[:, 1:, :2] == 0).all(2), first.pose[:, 1:, 0] != 0
+    moved = (first.video.diff(dim=2) != 0).flatten(3).any(3).any(1)
+    assert not moved[still].any()
+    assert moved[turning].all(), "a frame's keys are those that lead to it"
     assert not first.audio.any()
     assert all(text.split()[-2] in maze.HUES for text in first.text)
     assert torch.equal(first.video, again.video)
