@@ -232,7 +232,7 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(words)
     own = load_student(args.student)
-    frames = 1 + int(args.seconds * own.spec.fps)
+    frames = 1 + 2 * int(args.seconds * own.spec.fps / 2)  # whole chunks
     if args.streams < 2 or frames <= LAP:
         raise UserError(f"--streams, --seconds: got {args.streams}, {args.seconds:g}; give 2 or more, and a lap of 8 s")
     if own.spec.pose_dim != 3 or own.spec.pixel_frames(1) != (1, 3):
