@@ -1,6 +1,6 @@
 """Two minutes in a maze: sessions of a `midas_world` student whose keys are pushed live, beside the true views of the renderer.
 
-    python benchmarks/lab/midas_world.py STUDENT [--streams 4] [--seconds 120] [--memoryless STUDENT] [--out TABLE.md] [--frames PNG]
+    python benchmarks/lab/midas_world.py STUDENT [--streams 4] [--seconds 120] [--memoryless STUDENT] [--out FILE] [--frames PNG]
 
 Every stream has a maze of its own and walks laps in it: a full turn to the right, ahead and back again, a full turn to the left,
 then keys at random. The student without memory is the same weights behind `History(sinks=0, window=2)`, or another student.
@@ -210,9 +210,7 @@ def measure(bundle: Bundle, walks: Walks, mean: Tensor) -> tuple[Tensor, dict[st
     delays = [delays for _, delays in made]
     found = {
         "next chunk": torch.tensor([[delay == 0 for delay in own] for own in delays]).float().mean(1),
-        f"within {AHEAD}": torch.tensor([[delay is not None for delay in own] for own in delays])
-        .float()
-        .mean(1),
+        f"within {AHEAD}": torch.tensor([[delay is not None for delay in own] for own in delays]).float().mean(1),
     }
     return video, found | scores(video, walks, mean, float(bundle.spec.fps))
 
@@ -236,7 +234,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if args.streams < 2 or frames <= LAP:
         raise UserError(f"--streams, --seconds: got {args.streams}, {args.seconds:g}; give 2 or more, and a lap of 8 s")
     if own.spec.pose_dim != 3 or own.spec.pixel_frames(1) != (1, 3):
-        raise UserError(f"{args.student}: keys and chunks of two frames are needed; give a student of recipes/midas_world.yaml")
+        raise UserError(
+            f"{args.student}: keys and chunks of two frames are needed; give a student of recipes/midas_world.yaml"
+        )
     walks = draw_walks(args.streams, frames, (own.spec.height, own.spec.width), args.seed)
     mean = walks.video.float().mean((0, 1))
     other = load_student(args.memoryless or args.student)
