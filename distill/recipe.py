@@ -47,7 +47,11 @@ METHODS = Registry(
 DATA = Registry(
     kind="data source",
     group="data",
-    entries={"avatars": "distill.data.procedural.source:DataConfig", "folder": "distill.data.recorded:FolderConfig"},
+    entries={
+        "avatars": "distill.data.procedural.source:DataConfig",
+        "maze": "distill.data.procedural.maze:MazeConfig",
+        "folder": "distill.data.recorded:FolderConfig",
+    },
     base="distill.data.config:ClipsConfig",
     methods={"open": "def open(self) -> ClipSource"},
 )

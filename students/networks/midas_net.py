@@ -310,8 +310,10 @@ class MidasNet(nn.Module):
         def attend(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             queries, own, values = (part.unflatten(1, (-1, size)).unbind(1) for part in (query, key, value))
             seen = []
+            # Once for all chunks that see it at the same place.
+            rotated = functools.cache(lambda j, place: self.rotate(own[j], place * size))
             for i, others in enumerate(see):
-                keys = [self.rotate(own[j], place * size) for place, j in enumerate((*others, i))]
+                keys = [rotated(j, place) for place, j in enumerate((*others, i))]
                 q, v = self.rotate(queries[i], len(others) * size), torch.cat([values[j] for j in (*others, i)], dim=1)
                 seen.append(attention(q, torch.cat(keys, dim=1), v))
             return torch.cat(seen, dim=1)

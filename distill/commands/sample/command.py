@@ -24,7 +24,7 @@ from teachers.media.crop import CROPS
 from teachers.media.mark import Mark
 
 if TYPE_CHECKING:
-    from distill.commands.sample.inputs import Duet, Steering
+    from distill.commands.sample.inputs import Duet, Silence, Steering
     from students.serving.session import Chunk, Session, Starved
     from students.serving.timeline import Script
 
@@ -52,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
     parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
-    parser.add_argument("--audio", type=Path, required=True, metavar="WAV", help="speech, or a video with sound")
+    parser.add_argument(
+        "--audio",
+        type=Path,
+        metavar="WAV",
+        help="speech, or a video with sound; without it a student's video is silent and as long as --pose",
+    )
     parser.add_argument(
         "--other", type=Path, metavar="WAV", help="what somebody else says meanwhile, to a student of two speakers"
     )
@@ -130,17 +135,19 @@ def run(args: argparse.Namespace) -> int:
 
         planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
     with ExitStack() as opened:
-        own = opened.enter_context(closing(media.AudioReader(args.audio, mono=args.other is not None)))
+        own = None
+        if args.audio is not None:
+            own = opened.enter_context(closing(media.AudioReader(args.audio, mono=args.other is not None)))
         from distill.commands.sample import inputs
         from students.serving.session import Session
         from students.serving.timeline import Director
 
         other = None if args.other is None else opened.enter_context(closing(media.AudioReader(args.other)))
-        sound = own if other is None else inputs.Duet(own, other)
         bundle = devices.load(args.student, args)
         spec = bundle.spec
         inputs.check(spec, args.other, args.pose)
         steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))
+        sound = inputs.sound_of(own, other, steering, spec.fps)
         if script is not None:
             script.check(spec, args.timeline)
         reference = inputs.portrait(pixels, spec, args)
@@ -155,12 +162,17 @@ def run(args: argparse.Namespace) -> int:
         step = session.step if planner is None else Director(session, planner, reference).step
         push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
         upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-        channels = own.channels if other is None else 1
         expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
         started, first_frame_seconds = time.perf_counter(), 0.0
         with (
             media.VideoWriter(
-                args.out, spec.fps, sound.rate, upscale, smooth=True, channels=channels, synthetic=not args.no_label
+                args.out,
+                spec.fps,
+                sound.rate,
+                upscale,
+                smooth=True,
+                channels=sound.channels,
+                synthetic=not args.no_label,
             ) as writer,
             tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
         ):
@@ -206,6 +218,10 @@ def _check_options(args: argparse.Namespace) -> "Script | None":
         raise UserError(f"--size must lie in 1..4096 pixels: got {args.size}; choose another (256 is the default)")
     if args.push_ms is not None and args.push_ms < 1:
         raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
+    if args.audio is None and (args.pose is None or args.other is not None or args.teacher is not None):
+        raise UserError(
+            "--audio is missing; give the sound; a student's --pose alone makes a silent video as long as it is"
+        )
     for name in ("image", "audio", "other", "pose"):
         if getattr(args, name) is not None and args.out.resolve() == getattr(args, name).resolve():
             raise UserError(f"--out would replace the file of --{name}: {args.out}; name another file")
@@ -250,7 +266,7 @@ class Viewer:
 def _stream(
     session: "Session",
     step: Callable[[], "Chunk | Starved"],
-    sound: "media.AudioReader | Duet",
+    sound: "media.AudioReader | Duet | Silence",
     push_ms: int,
     viewer: Viewer | None,
     writer: media.VideoWriter,
@@ -283,14 +299,18 @@ def _stream(
         raise RuntimeError(f"the session ended {remaining} frames before its sound")
 
 
-def _push(session: "Session", writer: media.VideoWriter, piece: Tensor, sound: "media.AudioReader | Duet") -> None:
+def _push(
+    session: "Session", writer: media.VideoWriter, piece: Tensor, sound: "media.AudioReader | Duet | Silence"
+) -> None:
     """Sound of one speaker [n, channels], of two [n, 2], to the session; the video has all of it, of one speaker as it is."""
-    if isinstance(sound, media.AudioReader):
-        writer.write_audio(piece.squeeze(1))
-        session.push(audio=piece.mean(dim=1), rate=sound.rate)
-    else:
+    from distill.commands.sample.inputs import Duet
+
+    if isinstance(sound, Duet):
         writer.write_audio(piece.sum(dim=1).clamp(-1, 1))
         session.push(audio=piece[:, 0], other=piece[:, 1], rate=sound.rate)
+    else:
+        writer.write_audio(piece.squeeze(1))
+        session.push(audio=piece.mean(dim=1), rate=sound.rate)
 
 
 def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:

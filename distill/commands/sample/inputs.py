@@ -1,8 +1,10 @@
 """What `distill sample` reads beside portrait and sound: a second speaker's sound, and a file of directions."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from students.spec import Spec
 from students.weights.checkpoint import Bundle
 from teachers import media
+from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.media.sound import SILENT
 from teachers.media.streams import Resampler
@@ -21,6 +24,8 @@ class Duet:
 
     It stands in the place of a media.AudioReader.
     """
+
+    channels = 1  # of the video
 
     def __init__(self, own: media.AudioReader, other: media.AudioReader):
         self.own, self.other, self.rate = own, other, own.rate
@@ -50,6 +55,33 @@ class Duet:
         for block in self.other:
             yield resampler.push(block)
         yield resampler.finish()
+
+
+class Silence:
+    """No sound for so many seconds, blocks of zeros [n, 1] at 16 kHz, where the directions alone say how long a video is.
+
+    It stands in the place of a media.AudioReader.
+    """
+
+    rate, channels = SAMPLE_RATE, 1
+
+    def __init__(self, seconds: Fraction):
+        self.seconds = float(seconds)
+        self.samples = math.floor(seconds * SAMPLE_RATE)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for start in range(0, self.samples, SAMPLE_RATE):
+            yield torch.zeros(min(SAMPLE_RATE, self.samples - start), 1)
+
+
+def sound_of(
+    own: media.AudioReader | None, other: media.AudioReader | None, steering: "Steering | None", fps: Fraction
+) -> media.AudioReader | Duet | Silence:
+    """What plays with the video: a file's sound, two of them, or without any silence as long as the directions."""
+    if own is None:
+        assert steering is not None
+        return Silence(len(steering.rows) / fps)
+    return own if other is None else Duet(own, other)
 
 
 def report_track(reader: media.AudioReader) -> None:
@@ -126,4 +158,4 @@ def check(spec: Spec, other: Path | None, pose: Path | None) -> None:
     if other is not None and spec.speakers == 1:
         raise UserError("--other: this student takes one speaker; remove it, or give one of recipes/midas_duplex.yaml")
     if pose is not None and not spec.pose_dim:
-        raise UserError("--pose: this student takes none; remove it, or give one of recipes/midas_duplex.yaml")
+        raise UserError("--pose: this student takes none; remove it, or give one of midas_duplex or midas_world")

@@ -31,6 +31,8 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("sample")
     save_student(place / "duplex", a_bundle(speakers=2, pose_dim=duplex.POSE_DIM), "card")
     save_student(place / "single", a_bundle(), "card")
+    save_student(place / "keys", a_bundle(pose_dim=duplex.POSE_DIM), "card")
+    (place / "seven.csv").write_text("0 1 1\n" * 6 + "1 0 1\n")
     save_image(place / "face.png", ramp_picture(20, 20), "png", "rgb24")
     for name, rate, seconds, seed in (("own", 24000, 1.0, 1), ("other", 16000, 1.5, 2)):
         write_wav(place / f"{name}.wav", some_sound(int(rate * seconds), seed), rate)
@@ -93,6 +95,36 @@ def test_directions_that_are_none(folder, tmp_path, capsys, text, words):
     message = capsys.readouterr().err.strip().splitlines()
     assert (code, film) == (2, None)
     assert words in message[-1]
+
+
+def test_keys_alone_make_a_silent_film_as_long_as_they_are(folder, tmp_path):
+    """The frames are those of silence of that length."""
+    given = ["sample", "--student", folder / "keys", "--image", folder / "face.png", "--text", "maze", "--size", "16"]
+    silent, said = tmp_path / "a.mp4", tmp_path / "b.mp4"
+    write_wav(tmp_path / "silence.wav", torch.zeros(7 * 1280), 16000)
+    alone = ["--pose", folder / "seven.csv"]
+    assert main([str(word) for word in [*given, *alone, "--out", silent]]) == 0
+    assert main([str(word) for word in [*given, *alone, "--audio", tmp_path / "silence.wav", "--out", said]]) == 0
+    frames = media.read_video(silent)[0]
+    assert len(frames) == 7
+    assert torch.equal(frames, media.read_video(said)[0])
+
+
+@pytest.mark.parametrize("words", [(), ("--pose", "seven.csv", "--other", "other.wav")])
+def test_without_sound_it_says_what_is_missing(folder, tmp_path, capsys, words):
+    given = [
+        "sample",
+        "--student",
+        folder / "keys",
+        "--image",
+        folder / "face.png",
+        "--text",
+        "a",
+        "--out",
+        tmp_path / "a.mp4",
+    ]
+    assert main([*map(str, given), *(str(folder / word) if "." in word else word for word in words)]) == 2
+    assert "--audio is missing" in capsys.readouterr().err
 
 
 def test_what_a_plain_student_cannot_hear_or_follow(folder, tmp_path, capsys):
