@@ -20,6 +20,7 @@ HISTORIES = [
     History(sinks=1, window=1),
     History(sinks=0, window=2),
     History(sinks=1, window=1, memory=2, memory_every=2),
+    History(sinks=1, window=(1, 3)),
 ]
 
 
