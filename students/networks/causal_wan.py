@@ -332,8 +332,8 @@ class CausalWan(Student):
             return self._behind(state, CachedChunk(state.chunk, keys, values), state.chunk + 1)
         rows = []
         for i, row in enumerate(state.rows):  # copies, which do not keep the other rows' memory
-            own = (tuple(part[:, i : i + 1].clone() for part in parts) for parts in (keys, values))
-            rows.append(self._behind(row, CachedChunk(row.chunk, *own), row.chunk + 1))
+            key, value = (tuple(part[:, i : i + 1].clone() for part in parts) for parts in (keys, values))
+            rows.append(self._behind(row, CachedChunk(row.chunk, key, value), row.chunk + 1))
         return Joined(chunk=state.chunk + 1, rows=tuple(rows))
 
     def denoise_diagonal(
