@@ -46,7 +46,7 @@ class LayerCache:
 def can_run(spec: Spec) -> bool:
     """Whether the loop knows this student: an avatar DiT with sinks and a rolling window, a context pass, one chunk at a time."""
     history = spec.history
-    plain = history.commit == "clean" and history.memory == 0 and spec.schedule.depth == 1
+    plain = history.commit == "clean" and history.memory == 0 and spec.schedule.depth == 1 and len(history.parts) == 1
     return plain and isinstance(spec.network, NetworkConfig) and not history.refine_every and spec.guidance is None
 
 

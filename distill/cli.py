@@ -17,7 +17,7 @@ from teachers.errors import UserError
 from teachers.resolve import nearest
 
 USER_ERROR, INTERRUPTED = 2, 130
-RESUMED = (("run",), ("data", "prepare"), ("data", "curate"))
+RESUMED = (("run",), ("search",), ("data", "prepare"), ("data", "curate"))
 """Commands that continue where they were stopped."""
 MODULES = {  # commands that are a module of their own: add_arguments(parser) and run(arguments) -> exit status
     "sample": ("distill.commands.sample.command", "a talking video from a portrait, a sound file and a text"),
@@ -27,6 +27,10 @@ MODULES = {  # commands that are a module of their own: add_arguments(parser) an
     "eval": (
         "distill.commands.eval.command",
         "scores of generated clips against real ones under a protocol card; compare, benchmark",
+    ),
+    "search": (
+        "distill.commands.sweep.search",
+        "successive halving over a space of overrides: trials are runs, which end at a rung or by the health gate",
     ),
     "report": ("distill.commands.report", "finished runs beside each other: compare RUN RUN"),
     "plan": (

@@ -1,6 +1,7 @@
 """What a chunk may see of the past: one policy value, used by training masks, rollouts and the serving session alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -13,6 +14,10 @@ from teachers.errors import UserError
 class History:
     """`sinks` first chunks that are never evicted, the last `window` finished chunks (null: all), and of those that left the
     window every `memory_every`th, the newest `memory` of them. All count chunks.
+
+    `window` a list: a window for each block of the network, over and over ([2, 2, 2, 2, 21]: each fifth block sees 21 chunks, the
+    others 2; SekoTalk-AR of LightX2V). Each block counts positions and keeps keys and values as a history of its window alone does.
+    A student is trained with the windows that it is served with.
 
     `commit`: clean puts a finished chunk into the context by one more pass at the sigma `level` (the chunk itself stays clean,
     as in Self Forcing's sampler). same_level needs no pass: denoising step i sees step i of the earlier chunks (LiveAvatar
@@ -40,7 +45,7 @@ class History:
     """
 
     sinks: int = 1
-    window: int | None = 2
+    window: int | tuple[int, ...] | None = 2
     memory: int = 0
     memory_every: int = 4
     commit: Literal["clean", "same_level"] = "clean"
@@ -53,7 +58,12 @@ class History:
     reference_chunks: int | None = None
 
     def __post_init__(self):
-        counts = {"sinks": self.sinks, "window": self.window or 0, "memory": self.memory}
+        if self.window == ():
+            raise UserError(
+                "student.history.window: got []; give chunks, a number for all blocks or a list over blocks"
+            )
+        least = min(self.window) if isinstance(self.window, tuple) else self.window or 0
+        counts = {"sinks": self.sinks, "window": least, "memory": self.memory}
         if self.anchors_ahead < 1:
             raise UserError(f"student.history.anchors_ahead: got {self.anchors_ahead}; it counts latent frames, from 1")
         if self.anchors_roll < 0 or (self.anchors_roll and self.commit != "same_level"):
@@ -84,17 +94,44 @@ class History:
         """Whether chunk number `chunk` is denoised once more before it becomes context, where any is."""
         return (chunk + 1) % self.refine_every == 0
 
+    @cached_property
+    def parts(self) -> tuple["History", ...]:
+        """For each different window of a cycle a history with it, in order of first use; without a cycle this one alone."""
+        if not isinstance(self.window, tuple):
+            return (self,)
+        return tuple(replace(self, window=window) for window in dict.fromkeys(self.window))
+
+    def part_of(self, num_blocks: int) -> tuple[int, ...]:
+        """Of each of so many blocks the index of its part; UserError where they are fewer than the cycle."""
+        if not isinstance(self.window, tuple):
+            return (0,) * num_blocks
+        if num_blocks < len(self.window):
+            raise UserError(
+                f"student.history.window: got {len(self.window)} windows for a network of {num_blocks} blocks; give fewer"
+            )
+        windows = [part.window for part in self.parts]
+        return tuple(windows.index(self.window[i % len(self.window)]) for i in range(num_blocks))
+
+    @property
+    def widest(self) -> "History":
+        """The part of the largest window, which sees whatever any block sees."""
+        return max(self.parts, key=lambda part: part.window or 0)
+
     def visible(self, chunk: int) -> tuple[int, ...]:
-        """Indices of the earlier chunks that chunk number `chunk` sees, in order of time."""
+        """Indices of the earlier chunks that chunk number `chunk` sees (of a cycle: in any block), in order of time."""
         if self.window is None:
             return tuple(range(chunk))
+        if isinstance(self.window, tuple):
+            return self.widest.visible(chunk)
         recent = max(min(self.sinks, chunk), chunk - self.window)
         old = range(self._first_remembered, recent, self.memory_every)
         return (*range(min(self.sinks, chunk)), *old[max(0, len(old) - self.memory) :], *range(recent, chunk))
 
     def slot(self, index: int, chunk: int) -> int:
         """Place of the visible chunk `index` in a buffer of fixed size, when number `chunk` is up: sinks, then the window as a
-        ring, then the memory as a ring. Places fill from 0 without a gap, and a chunk keeps its place while it is in the window."""
+        ring, then the memory as a ring. Places fill from 0 without a gap, and a chunk keeps its place while it is in the window. Of
+        a cycle, each part has its own."""
+        assert not isinstance(self.window, tuple)
         if self.window is None or index < self.sinks:
             return index
         if index >= chunk - self.window:
@@ -111,8 +148,17 @@ class History:
 
     @property
     def capacity(self) -> int | None:
-        """Chunks seen at most; None grows without end."""
+        """Chunks seen at most (of a cycle: in any block); None grows without end."""
+        if isinstance(self.window, tuple):
+            return self.widest.capacity
         return None if self.window is None else self.sinks + self.window + self.memory
+
+    def mean_visible(self, chunk: int, num_blocks: int) -> float:
+        """Chunks that chunk number `chunk` sees, as a mean over so many blocks."""
+        if not isinstance(self.window, tuple):
+            return len(self.visible(chunk))
+        seen = [len(part.visible(chunk)) for part in self.parts]
+        return sum(seen[i] for i in self.part_of(num_blocks)) / num_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,7 @@ class Spec:
         if self.schedule.forwards(len(self.sigmas)) == len(self.sigmas):
             return
         history = self.history
-        if history.commit != "clean" or history.window == 0:
+        if history.commit != "clean" or any(part.window == 0 for part in history.parts):
             raise UserError(
                 f"student.history: got commit={history.commit}, window={history.window}; chunks in flight together "
                 "want commit: clean and a window from 1"
@@ -243,10 +243,10 @@ def check_sizes(part: Any, key: str = "", layers: int = LARGEST["layers"]) -> No
         if is_dataclass(value):
             check_sizes(value, f"{name}.", layers)
         most = next((most for end, most in (LARGEST | {"layers": layers}).items() if own.name.endswith(end)), 2**20)
-        if (isinstance(value, int | Fraction) and abs(value) > most) or (
-            isinstance(value, tuple) and len(value) > 4096
-        ):
-            shown = len(value) if isinstance(value, tuple) else value
+        listed = value if isinstance(value, tuple) else (value,)
+        largest = max((abs(item) for item in listed if isinstance(item, int | Fraction)), default=0)
+        if largest > most or len(listed) > 4096:
+            shown = len(listed) if isinstance(value, tuple) and len(listed) > 4096 else value
             raise UserError(f"{name}: got {shown}, at most {most} can be; fix spec.json, or get the student again")
         if own.name in ("height", "width") and isinstance(value, int) and value < 1:
             raise UserError(f"{name}: got {value}, at least 1 is needed; fix spec.json, or get the student again")

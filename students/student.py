@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from students.kv_cache import CachedChunk, ContextKV, InplaceKVCache, LazyContext, concatenate
+from students.kv_cache import CachedChunk, ContextKV, CycledKVCache, InplaceKVCache, LazyContext, concatenate
 from students.schedule import InFlight
 from students.spec import Spec
 from teachers.conditions import Conditions
@@ -16,6 +16,8 @@ from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, RaggedPast
 
 CacheKind = Literal["value", "inplace"]
+Past = Sequence[KeyValue | RaggedPast | None]
+"""Of each block, rotated keys and values; None where it sees nothing."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class State:
     chunk: int = 0
     cached: tuple[CachedChunk, ...] = ()
     context_kv: ContextKV = ()
-    kv_cache: InplaceKVCache | None = None
+    kv_cache: InplaceKVCache | CycledKVCache | None = None
     read: ReadAhead = field(default_factory=ReadAhead)
     window: tuple[Finished, ...] = ()  # of a windowed student: the visible chunks themselves
     flight: tuple[InFlight, ...] = ()
@@ -68,7 +70,7 @@ class Joined(State):
     """The states of several streams, a row of a batch each, for `plan`, `denoise` and `commit` in the place of one stream's."""
 
     rows: tuple[State, ...] = ()
-    contexts: dict[int, Sequence[KeyValue | RaggedPast] | None] = field(default_factory=dict)  # by denoising step
+    contexts: dict[int, Past | None] = field(default_factory=dict)  # by denoising step
 
 
 class Student(nn.Module):
@@ -90,8 +92,18 @@ class Student(nn.Module):
         inplace: buffers of fixed size that the states of one stream share, without gradient, for serving; a diagonal schedule,
         which moves its context within a step, has values all the same.
         """
-        in_place = cache == "inplace" and self.spec.schedule.depth == 1
-        return State(kv_cache=InplaceKVCache(self.spec.history) if in_place else None)
+        if cache != "inplace" or self.spec.schedule.depth > 1:
+            return State()
+        history = self.spec.history
+        if len(history.parts) == 1:
+            return State(kv_cache=InplaceKVCache(history.parts[0]))
+        return State(kv_cache=CycledKVCache(history, self.part_of))
+
+    @property
+    def part_of(self) -> tuple[int, ...]:
+        """Of each block the part of the history that it has."""
+        history = self.spec.history
+        return (0,) if len(history.parts) == 1 else history.part_of(len(self.net.blocks))
 
     def set_text(self, state: State, text: Tensor) -> State:
         """The same context under another text [B, L, D]; what was committed under the old one stays as it is. Nothing to do for
@@ -170,8 +182,8 @@ class Student(nn.Module):
             return sigma
         return torch.full((x.shape[0],), sigma, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def past(self, state: State, step: int = 0) -> Sequence[KeyValue | RaggedPast] | None:
-        """Each block's rotated keys and values that a step of the state's chunk sees."""
+    def past(self, state: State, step: int = 0) -> Past | None:
+        """Each block's rotated keys and values that a step of the state's chunk sees (None: nothing)."""
         if isinstance(state, Joined):
             if step not in state.contexts:
                 state.contexts[step] = join_pasts([self.past(row, step) for row in state.rows])
@@ -187,13 +199,13 @@ class Student(nn.Module):
 
     def resume(self, state: State, cached: Sequence[CachedChunk], chunk: int) -> State:
         """The state before chunk number `chunk` with those of `cached` that it sees, made ready."""
-        see = self.spec.history.visible(chunk)
-        cached = tuple(entry for entry in cached if entry.chunk in see)
+        see = [part.visible(chunk) for part in self.spec.history.parts]
+        cached = tuple(entry for entry in cached if entry.chunk in see[entry.part])
         context_kv: ContextKV = ()
         if cached and state.kv_cache is not None:
             state.kv_cache.context_kv(cached, chunk, self.rotate_keys)
         elif cached:
-            make = partial(concatenate, cached, chunk, self.spec.history, self.rotate_keys)
+            make = partial(concatenate, cached, chunk, self.spec.history, self.rotate_keys, self.part_of)
             with_gradient = any(
                 key.requires_grad for entry in cached for key in entry.keys
             )  # a step without has none to give
@@ -236,20 +248,40 @@ def stacked(cache: Sequence[KeyValue], grad: bool = False) -> KeyValue:
     return (keys, values) if grad else (keys.detach(), values.detach())
 
 
-def join_pasts(pasts: Sequence[Sequence[KeyValue | RaggedPast] | None]) -> Sequence[KeyValue | RaggedPast] | None:
+def refuse_cycle(spec: Spec, who: str) -> None:
+    """UserError where blocks have windows of their own."""
+    if len(spec.history.parts) > 1:
+        assert isinstance(spec.history.window, tuple)
+        raise UserError(
+            f"student.history.window: got {list(spec.history.window)}; {who} has one window for all its blocks: give one number"
+        )
+
+
+def join_pasts(pasts: Sequence[Past | None]) -> Past | None:
     """Each block's keys and values of several streams [1, N, M, d] (None: nothing is seen) as rows of a batch, padded to the
     longest."""
     like = next((past for past in pasts if past is not None), None)
     if like is None:
         return None
-    empty = [(key[:, :0], value[:, :0]) for key, value, *_ in like]
-    rows = [empty if past is None else past for past in pasts]
-    lengths = [row[0][0].shape[1] for row in rows]
-    blocks = [[[row[i][part] for row in rows] for part in (0, 1)] for i in range(len(like))]
+    counts: dict[tuple[int, ...], Tensor] = {}  # blocks of one window share them
+    return [_joined_past([None if past is None else past[i] for past in pasts], counts) for i in range(len(like))]
+
+
+def _joined_past(
+    rows: Sequence[KeyValue | RaggedPast | None], counts: dict[tuple[int, ...], Tensor]
+) -> KeyValue | RaggedPast | None:
+    """A block's part of `join_pasts`."""
+    like = next((row for row in rows if row is not None), None)
+    if like is None:
+        return None
+    empty = like[0][:, :0], like[1][:, :0]
+    keys, values = ([(empty if row is None else row)[part] for row in rows] for part in (0, 1))
+    lengths = tuple(key.shape[1] for key in keys)
     if len(set(lengths)) == 1:
-        return [(torch.cat(keys), torch.cat(values)) for keys, values in blocks]
-    counts, longest = torch.tensor(lengths, device=like[0][0].device), max(lengths)
-    return [RaggedPast(_padded(keys, longest), _padded(values, longest), counts) for keys, values in blocks]
+        return torch.cat(keys), torch.cat(values)
+    if lengths not in counts:
+        counts[lengths] = torch.tensor(lengths, device=like[0].device)
+    return RaggedPast(_padded(keys, max(lengths)), _padded(values, max(lengths)), counts[lengths])
 
 
 def _padded(parts: Sequence[Tensor], length: int) -> Tensor:

@@ -16,7 +16,7 @@ from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.planning.codec import codec_costs
 from distill.planning.job import LORA_RANK, Job, inner, meta_networks
 from distill.planning.live_bytes import Phases, Points
-from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, trace_phases
+from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, stream_costs, trace_phases
 from distill.recipe import spec_of
 from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
@@ -89,7 +89,7 @@ class Plan:
     """What a job needs. By role: parameters, lora (trained elements of a LoRA; of those in `adapted` as the job specifies), and
     `split_blocks`; frozen roles in `half` are held in bf16; the LoRAs of `backbone`, and what is frozen of it, share one set of
     frozen weights. `shard_ranks`, `gather_once`: the engine's. costs, by stage; bytes of context, by stage, and of trajectories.
-    `together` ranks share a sequence."""
+    `together` ranks share a sequence. `stream`: `stream_costs`."""
 
     precision: Literal["fp32", "bf16"]
     bucket_mib: int
@@ -108,6 +108,7 @@ class Plan:
     gather_once: bool = False
     costs: Mapping[str, StepCosts] = field(default_factory=dict)
     together: int = 1
+    stream: tuple[float, int] | None = None
 
     @property
     def forwards(self) -> dict[str, dict[str, float]]:
@@ -151,6 +152,7 @@ def make_plan(job: Job) -> Plan:
         trajectory_forwards=solver.num_steps * solver.guidance.passes if solver else 0,
         costs={stage: step_costs(job, stage) for stage in job.stages},
         together=job.together,
+        stream=stream_costs(job),
     )
 
 
@@ -183,11 +185,11 @@ def context_bytes(job: Job, stage: str) -> int:
     """The context of the last chunk of a training rollout: keys and values of every block, un-rotated and rotated."""
     spec, part = job.spec, job.stages[stage]
     longest = max(spec.num_chunks, getattr(part.method, "rollout_chunks", 0))
-    seen = max(len(spec.history.visible(chunk)) for chunk in range(longest))
+    seen = max(spec.history.mean_visible(chunk, spec.network.num_blocks) for chunk in range(longest))
     tokens = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
     passes = 1 if spec.history.commit == "clean" else len(spec.sigmas)
     size = DTYPES[job.precision].itemsize
-    return 2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size // job.together
+    return int(2 * passes * seen * part.train.batch_size * tokens * spec.network.kv_per_token * size / job.together)
 
 
 def trajectory_bytes(spec: Spec, num_pairs: int) -> int:

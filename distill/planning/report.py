@@ -212,6 +212,7 @@ def as_json(
         "parameters": dict(plan.parameters),
         "lora_parameters": dict(plan.lora),
         "context_bytes": dict(plan.context),
+        "stream": None if plan.stream is None else dict(zip(("step_flops", "context_bytes"), plan.stream, strict=True)),
         "trajectory_bytes": plan.trajectories,
         "forwards_per_trajectory": plan.trajectory_forwards,
         "forwards_per_step": {stage: dict(roles) for stage, roles in plan.forwards.items()},
@@ -268,6 +269,9 @@ def _facts(plan: Plan) -> Iterator[str]:
         unit = {"student": " (chunks)"} if stage == "distill" else {}
         counts = ", ".join(f"{role} {count:g}{unit.get(role, '')}" for role, count in roles.items())
         yield f"{stage:<12} forwards a step: {counts}"
+    if plan.stream:
+        flops, size = plan.stream
+        yield f"stream       {flops:.3g} FLOP a denoising step behind a full context, of {_gib(size)} GiB"
     for stage, costs in plan.costs.items():
         for role, (calls, size) in costs.exchanges.items():
             if calls:

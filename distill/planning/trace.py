@@ -1,5 +1,6 @@
 """A job's losses on the meta device: what they hold at once, and how often they call each network. No weight is made."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from distill.pipeline import generate
 from distill.planning.codec import PlannedReader
 from distill.planning.job import CAUSAL, Job, batch_on, inner, kind_of, make_network, meta_networks
 from distill.planning.live_bytes import LiveBytes, OnMeta, Phases, Points
+from students.networks.causal_wan import CausalWan
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher, NetworkKind
@@ -119,23 +121,35 @@ def _at_depth(
     job: Job, stage: str, measure: Callable[[Job], Sequence[float]], depths: tuple[int, int], roles: Sequence[str] = ()
 ) -> list[float]:
     """What `measure` gives of the job, from two depths along a line in each kind of network of `roles` (all of the stage)."""
-    few, many = depths
-    needs = job.needs(stage)
+    needs, window = job.needs(stage), job.spec.history.window
+    cycle = len(window) if isinstance(window, tuple) else 1
     kinds: list[NetworkKind] = []
     for kind in (
         kind_of(job, role, stage) for role in roles or (*needs.trained, *needs.frozen) if role != "discriminator"
     ):
-        if kind not in kinds and kind.num_blocks > max(many, few + kind.period) and kind.shallow(few) != kind:
+        few, deep = _two_depths(kind, depths, cycle)
+        if kind not in kinds and kind.num_blocks > deep and kind.shallow(few) != kind:
             kinds.append(kind)
     if not kinds or "discriminator" in needs.trained:  # whose heads ask for deeper blocks
         return list(measure(job))
-    total = start = list(measure(_cut(job, [(kind, few) for kind in kinds])))
-    for kind in kinds:
-        deep = max(many, few + kind.period)
-        deeper = measure(_cut(job, [(other, deep if other == kind else few) for other in kinds]))
+    ends = [_two_depths(kind, depths, cycle) for kind in kinds]
+    total = start = list(measure(_cut(job, [(kind, few) for kind, (few, _) in zip(kinds, ends, strict=True)])))
+    for kind, (few, deep) in zip(kinds, ends, strict=True):
+        pairs = zip(kinds, ends, strict=True)
+        deeper = measure(_cut(job, [(other, two[other == kind]) for other, two in pairs]))
         slope = (kind.num_blocks - few) / (deep - few)
         total = [now + slope * (b - a) for now, a, b in zip(total, start, deeper, strict=True)]
     return total
+
+
+def _two_depths(kind: NetworkKind, depths: tuple[int, int], cycle: int) -> tuple[int, int]:
+    """The depths that stand for a network's: with a cycle of windows whole cycles apart, of each other and of its own."""
+    few, many = depths
+    if cycle == 1:
+        return few, max(many, few + kind.period)
+    step, few = math.lcm(kind.period, cycle), max(few, cycle)
+    few += (kind.num_blocks - few) % step
+    return few, few + step
 
 
 def clip_costs(job: Job, role: str, num_steps: int = 0, stage: str = "clips") -> tuple[float, int]:
@@ -172,6 +186,36 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
             grid = tuple(1 - i / num_steps for i in range(num_steps + 1))
             generate.solve_stream(net, batch.conditions, lambda *_: chunk, grid, guidance)
     return live.flops, max(live.points.values()), len(batch.x0)
+
+
+def stream_costs(job: Job) -> tuple[float, int] | None:
+    """(FLOPs of a denoising step behind a full context, bytes of that context: keys and values, un-rotated and rotated) of one
+    stream as it is served; None for students without a KV cache, and where chunks are in flight together."""
+    if job.spec.schedule.depth > 1 or not isinstance(make_network(job, "student", "clips"), CausalWan):
+        return None
+    flops, size = _at_depth(job, "clips", _step, DEPTHS, ("student",))
+    return flops * job.together, round(size * job.together)
+
+
+def _step(job: Job) -> tuple[float, float]:
+    """`stream_costs` of a rank: every chunk of the context is as the first one, committed once."""
+    student, spec, history = make_network(job, "student", "clips").eval(), job.spec, job.spec.history
+    given = batch_on(job, "clips").conditions.index(slice(0, 1)).frames(0, spec.chunk_frames)
+    x, live = torch.zeros(1, spec.latent_size[0], spec.chunk_frames, *spec.latent_size[1:], device="meta"), LiveBytes()
+    full = spec.num_chunks - 1
+    if history.capacity is not None:
+        full = history.capacity + history.memory_every * (history.memory + 1)
+    with OnMeta(), torch.no_grad():
+        state, steps = student.open(given.text), []
+        for i, sigma in enumerate(spec.sigmas if history.commit == "same_level" else ()):
+            steps.append(student.denoise(state, None, x, sigma, given, i)[1])
+        made = student.commit(state, x, given, steps).cached
+        state = student.resume(state, [replace(entry, chunk=i) for i in range(full) for entry in made], full)
+        plan = student.plan(state, given)
+        with live:
+            student.denoise(state, plan, x, spec.sigmas[-1], given, len(spec.sigmas) - 1)
+    kept = sum(x.numel() * x.element_size() for one in state.cached for x in (*one.keys, *one.values))
+    return live.flops, 2 * kept
 
 
 def trace(job: Job, stage: str, role: str, *switches: str) -> Points:

@@ -142,6 +142,8 @@ def check_exportable(spec: Spec) -> None:
         wrong = "a network of the kind wan with a reference"
     elif spec.schedule.depth > 1:
         wrong = "student.schedule.depth 1, not chunks in flight together"
+    elif len(history.parts) > 1:
+        wrong = "one history.window for all blocks"
     elif history.refine_every or history.reference_chunks is not None or spec.history_noise is not None:
         wrong = "no history.refine_every, history.reference_chunks or history_noise"
     if wrong:

@@ -20,31 +20,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from students.kv_cache import CachedChunk, unrotated
+from students.kv_cache import CachedChunk, by_block, of_part, unrotated
 from students.schedule import DiagonalStep
 from students.spec import Spec
-from students.student import CacheKind, Finished, Joined, ReadAhead, State, Student, stacked
+from students.student import CacheKind, Finished, Joined, Past, ReadAhead, State, Student, stacked
 from teachers.conditions import Conditions, taken
 from teachers.errors import UserError
-from teachers.networks.kind import KeyValue, PastParts, RaggedPast, to_x0
-from teachers.networks.spans import Span, SpanTransformer, rotate
+from teachers.networks.kind import KeyValue, PastParts, to_x0
+from teachers.networks.spans import BlockSpans, Span, SpanTransformer, rotate
 
 Groups = Sequence[Sequence[int]]
+ALONE: tuple[Groups] = (((),),)
+"""One group that sees itself."""
 
 
 @dataclass(frozen=True)
 class Segment:
     """Latents x [B, C, f, H, W] at sigma [B, 1] or [B, f], the conditions of their frames, and of these the `known` ones.
 
-    `sees`: one entry for each of as many equal groups of the segment's frames, the chunks of the whole input that the group sees
-    beside itself, in order of time. `first`: the number of its first chunk in the stream, for absolute positions.
+    `sees`: of each part of the history (or of all alike) one entry for each of as many equal groups of the segment's frames, the
+    chunks of the whole input that the group sees beside itself, in order of time. `first`: the number of its first chunk in the
+    stream, for absolute positions.
     """
 
     x: Tensor
     sigma: Tensor
     conditions: Conditions
     known: tuple[int, ...] = ()
-    sees: Groups = ((),)
+    sees: Sequence[Groups] = ALONE
     first: int = 0
 
 
@@ -60,6 +63,7 @@ class CausalWan(Student):
                 "network.guidance: the student has no range of guidance scales; give student.guidance, or remove it"
             )
         self.net, self.spec = net, spec
+        spec.history.part_of(len(net.blocks))  # a cycle of windows fits
         self.one_by_one = ""
         if spec.schedule.depth > 1:
             self.one_by_one = "a diagonal schedule, whose chunks in flight enter and leave one by one"
@@ -178,9 +182,8 @@ class CausalWan(Student):
             level,
             text,
             audio,
-            spans=self._spans(segments),
+            **self._seen(segments, state),
             past=None if state is None else self._past(state, step),
-            past_frames=0 if state is None else self._past_frames(state),
             pose=given.pose,
             image=self._image(last.conditions) if read.image is None else read.image,
             remember=keep,
@@ -202,14 +205,25 @@ class CausalWan(Student):
         given = torch.tensor(_numbers([part], n), device=part.x.device) < first * n
         return replace(conditions, reference=conditions.reference * given.view(-1, 1, 1).to(conditions.reference))
 
-    def _spans(self, segments: Sequence[Segment]) -> list[Span]:
-        """Which frames see which, over the segments side by side; with absolute positions, those of the stream. Known frames, which
-        come first, apart where they are clean tokens."""
+    def _seen(self, segments: Sequence[Segment], state: State | None) -> dict[str, Any]:
+        """What the network is told of who sees whom: the spans, and how many frames are before them."""
+        parts = [
+            (self._spans(segments, i), 0 if state is None else self._past_frames(state, i))
+            for i in range(len(self.spec.history.parts))
+        ]
+        if len(parts) > 1:
+            return {"spans": BlockSpans(tuple(parts), self.part_of)}
+        return {"spans": parts[0][0], "past_frames": parts[0][1]}
+
+    def _spans(self, segments: Sequence[Segment], which: int) -> list[Span]:
+        """Which frames see which in a part of the history, over the segments side by side; with absolute positions, those of the
+        stream. Known frames, which come first, apart where they are clean tokens."""
         n, history, spans, start = self.spec.chunk_frames, self.spec.history, [], 0
         numbers = _numbers(segments, n)
         for part in segments:
-            size = part.x.shape[2] // len(part.sees)
-            for group, seen in enumerate(part.sees):
+            sees = part.sees[which if len(part.sees) > 1 else 0]
+            size = part.x.shape[2] // len(sees)
+            for group, seen in enumerate(sees):
                 context = tuple((j * n, (j + 1) * n) for j in seen)
                 at = None
                 if history.positions == "absolute":
@@ -220,22 +234,26 @@ class CausalWan(Student):
                 start += size
         return spans
 
-    def _past_frames(self, state: State) -> int | tuple[int, ...]:
-        """Latent frames of the context; of streams of different ages those of each."""
+    def _past_frames(self, state: State, part: int) -> int | tuple[int, ...]:
+        """Latent frames of a part's context; of streams of different ages those of each."""
         if not isinstance(state, Joined):
-            return len(state.cached) * self.spec.chunk_frames
-        counts = tuple(len(row.cached) * self.spec.chunk_frames for row in state.rows)
+            return len(of_part(state.cached, part)) * self.spec.chunk_frames
+        counts = tuple(len(of_part(row.cached, part)) * self.spec.chunk_frames for row in state.rows)
         return counts if len(set(counts)) > 1 else counts[0]
 
-    def _past(self, state: State, step: int) -> Sequence[KeyValue | PastParts | RaggedPast] | None:
+    def _past(self, state: State, step: int) -> Past | Sequence[PastParts | None] | None:
         """The context of a step; in parts where blocks are computed again in the backward pass, which would keep it until then."""
         if not (state.cached and self.net.gradient_checkpointing and torch.is_grad_enabled()):
             return self.past(state, step)
         n, grid = self.spec.chunk_frames, self.spec.token_grid
         which = step if len(state.cached[0].keys) > 1 else 0
-        return unrotated(
-            state.cached, state.chunk, self.spec.history, lambda at: self.net.rope_table(at * n, n, *grid), which
-        )
+        parts = [
+            unrotated(own, state.chunk, part, lambda at: self.net.rope_table(at * n, n, *grid), which)
+            if (own := of_part(state.cached, i))
+            else None
+            for i, part in enumerate(self.spec.history.parts)
+        ]
+        return parts[0] if len(parts) == 1 else by_block(parts, self.part_of)
 
     def _chunk(
         self,
@@ -270,13 +288,18 @@ class CausalWan(Student):
         return x0, stacked(cache, grad=keep) if needed else None
 
     def with_context_gradient(self, state: State, exit_kv: KeyValue) -> State:
-        if not state.cached or state.cached[-1].chunk != state.chunk - 1:
+        last, (keys, values) = state.chunk - 1, exit_kv
+        exits = {entry.part: entry for entry in CachedChunk(last, (keys,), (values,)).split(self.part_of)}
+
+        def linked(kept: CachedChunk) -> CachedChunk:
+            own, (key, value) = exits[kept.part], (kept.keys[0], kept.values[0])
+            key, value = (a + (b - b.detach()) for a, b in ((key, own.keys[0]), (value, own.values[0])))
+            return replace(kept, keys=(key,), values=(value,))
+
+        if not any(entry.chunk == last for entry in state.cached):
             return state
-        *before, last = state.cached
-        keys, values = (
-            (kept[0] + (own - own.detach()),) for kept, own in zip((last.keys, last.values), exit_kv, strict=True)
-        )
-        return self.resume(state, (*before, CachedChunk(last.chunk, keys, values)), state.chunk)
+        cached = [linked(entry) if entry.chunk == last else entry for entry in state.cached]
+        return self.resume(state, cached, state.chunk)
 
     @torch.no_grad()
     def commit(
@@ -306,11 +329,11 @@ class CausalWan(Student):
             raise ValueError(f"same_level keeps every denoising step: got {len(steps)} of {len(self.spec.sigmas)}")
         keys, values = zip(*steps, strict=True)
         if not isinstance(state, Joined):
-            return self.resume(state, (*state.cached, CachedChunk(state.chunk, keys, values)), state.chunk + 1)
+            return self._behind(state, CachedChunk(state.chunk, keys, values), state.chunk + 1)
         rows = []
         for i, row in enumerate(state.rows):  # copies, which do not keep the other rows' memory
-            own = (tuple(part[:, i : i + 1].clone() for part in parts) for parts in (keys, values))
-            rows.append(self.resume(row, (*row.cached, CachedChunk(row.chunk, *own)), row.chunk + 1))
+            key, value = (tuple(part[:, i : i + 1].clone() for part in parts) for parts in (keys, values))
+            rows.append(self._behind(row, CachedChunk(row.chunk, key, value), row.chunk + 1))
         return Joined(chunk=state.chunk + 1, rows=tuple(rows))
 
     def denoise_diagonal(
@@ -329,7 +352,7 @@ class CausalWan(Student):
         own = pending.conditions
         known = own.known if pending.chunk == 0 else ()
         clean = Segment(pending.x0, levels([self.spec.history.level]), own, known, first=pending.chunk)
-        x0, cache = self._run([clean, replace(flight, sees=((0,),))], state, plan)
+        x0, cache = self._run([clean, replace(flight, sees=(((0,),),))], state, plan)
         tokens = n * math.prod(self.spec.token_grid)
         keys, values = stacked([(key[:, :tokens], value[:, :tokens]) for key, value in cache])
         return x0, CachedChunk(pending.chunk, (keys,), (values,))
@@ -339,7 +362,11 @@ class CausalWan(Student):
         return replace(self.resume(state, state.cached, state.chunk + 1), chunk=state.chunk)
 
     def settle(self, state: State, entry: CachedChunk) -> State:
-        return self.resume(replace(state, pending=None), (*state.cached, entry), state.chunk)
+        return self._behind(replace(state, pending=None), entry, state.chunk)
+
+    def _behind(self, state: State, entry: CachedChunk, chunk: int) -> State:
+        """The state before chunk number `chunk` with an entry of all blocks more."""
+        return self.resume(state, (*state.cached, *entry.split(self.part_of)), chunk)
 
     def denoise_clip(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor | None = None, level: Tensor | None = None
@@ -353,7 +380,7 @@ class CausalWan(Student):
         n, frames = self.spec.chunk_frames, x.shape[2]
         if frames % n:
             raise ValueError(f"a clip needs a whole number of chunks: got {frames} latent frames with chunk_frames={n}")
-        sees = [self.spec.history.visible(i) for i in range(frames // n)]
+        sees = [[part.visible(i) for i in range(frames // n)] for part in self.spec.history.parts]
         sigma = sigma.repeat_interleave(n, dim=1)
         noisy = Segment(x, sigma, conditions, conditions.known, sees)
         if clean is None:
@@ -363,20 +390,21 @@ class CausalWan(Student):
     def denoise_diagonal_train(
         self, x: Tensor, sigma: Tensor, conditions: Conditions, clean: Tensor, level: Tensor | None = None
     ) -> Tensor:
-        n, start, see = self.spec.chunk_frames, clean.shape[2], self.spec.history.visible
+        n, start, parts = self.spec.chunk_frames, clean.shape[2], self.spec.history.parts
         front, stop = start // n, conditions.num_frames
         if start + x.shape[2] != stop or x.shape[2] != n * sigma.shape[1]:
             raise ValueError(f"{start} latent frames of context, {x.shape[2]} in flight: the conditions have {stop}")
         sigma = sigma.repeat_interleave(n, dim=1)
         if not front:
             return self._run([Segment(x, sigma, conditions, conditions.known)], keep=False)[0]
-        sees = [tuple(i for i in see(j + 1) if i < j) for j in range(front)]
+        sees = [[tuple(i for i in part.visible(j + 1) if i < j) for j in range(front)] for part in parts]
         context = self._clean(clean, sigma, conditions.frames(0, start), level, sees)
-        flight = Segment(x, sigma, conditions.frames(start, stop), (), (see(front),), front)
+        behind = [(part.visible(front),) for part in parts]
+        flight = Segment(x, sigma, conditions.frames(start, stop), (), behind, front)
         return self._run([context, flight], keep=False)[0]
 
     def _clean(
-        self, clean: Tensor, like: Tensor, conditions: Conditions, level: Tensor | None, sees: Groups
+        self, clean: Tensor, like: Tensor, conditions: Conditions, level: Tensor | None, sees: Sequence[Groups]
     ) -> Segment:
         """Finished chunks at their own `level` [B, chunks], by default the history's, in the type of the sigmas `like`."""
         n, shape = self.spec.chunk_frames, (clean.shape[0], clean.shape[2])

@@ -14,7 +14,7 @@ from torch import Tensor
 from students.kv_cache import CachedChunk
 from students.networks.midas_net import MidasNet
 from students.spec import Spec
-from students.student import CacheKind, Finished, State, Student, refuse_published, stacked
+from students.student import CacheKind, Finished, State, Student, refuse_cycle, refuse_published, stacked
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import to_x0, write_reference
@@ -41,6 +41,7 @@ class Midas(Student):
                 "commit: clean, level: 0.0, a window from 1, depth: 1"
             )
         refuse_published(spec, "a MIDAS student")
+        refuse_cycle(spec, "a MIDAS student")
         if spec.history_noise is not None and spec.history_noise.buckets > net.config.buckets:
             raise UserError(
                 f"student.history_noise.buckets: got {spec.history_noise.buckets}; "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from students.spec import Spec
-from students.student import CacheKind, Finished, State, Student, refuse_published
+from students.student import CacheKind, Finished, State, Student, refuse_cycle, refuse_published
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.networks.kind import NETWORKS, Dims, NetworkKind, write_reference
@@ -91,6 +91,7 @@ class Windowed(Student):
                 "latents, one chunk after the other: commit: clean, depth: 1"
             )
         refuse_published(spec, "a windowed student")
+        refuse_cycle(spec, "a windowed student")
         self.net, self.spec = net, spec
 
     def open(self, text: Tensor | None = None, cache: CacheKind = "value") -> State:

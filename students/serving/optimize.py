@@ -86,7 +86,7 @@ def _allow_graphs(spec: Spec, kinds: int) -> None:
     silently run uncompiled."""
     if spec.history.positions == "absolute":
         raise UserError("compile: positions: absolute would make another graph for every chunk; use compile=none")
-    limit = kinds * (spec.history.capacity or 16) + 8
+    limit = kinds * sum(part.capacity or 16 for part in spec.history.parts) + 8
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
 
 

@@ -80,6 +80,7 @@ def _save(session: Session, path: Path, how: str) -> None:
         "text": point.text,
         "seen": [past.chunk for past in point.seen],
         "kept": [entry.chunk for entry in point.state.cached] if how == "exact" else [],
+        "parts": [entry.part for entry in point.state.cached],
         "passes": len(point.state.cached[0].keys) if point.state.cached else 0,
         "flight": [chunk.done for chunk in point.state.flight],
         "pending": how == "exact" and point.state.pending is not None,
@@ -148,8 +149,8 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
     if facts["how"] == "exact":
         cached = []
         for i, chunk in enumerate(facts["kept"]):
-            own = (_listed(tensors, f"kept.{i}.{name}", facts["passes"]) for name in ("keys", "values"))
-            cached.append(CachedChunk(chunk, *own))
+            keys, values = (_listed(tensors, f"kept.{i}.{name}", facts["passes"]) for name in ("keys", "values"))
+            cached.append(CachedChunk(chunk, keys, values, facts["parts"][i] if "parts" in facts else 0))
         state = student.restore(start.state, cached, seen, facts["chunk"])
         decoder = None if facts["decoder"] is None else _listed(tensors, "decoder", facts["decoder"])
     else:

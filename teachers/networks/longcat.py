@@ -23,7 +23,7 @@ from teachers.networks.blocks.longcat import AudioInput, FinalLayer, LongCatBloc
 from teachers.networks.blocks.wan import TimeSinusoids
 from teachers.networks.infinitetalk import AudioContext, AudioProjector, read_tokens, shares
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast
-from teachers.networks.spans import Span, SpanKind, SpanTransformer
+from teachers.networks.spans import BlockSpans, Span, SpanKind, SpanTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,8 +285,8 @@ class LongCat(SpanTransformer):
         sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[AudioContext],
-        spans: Sequence[Span] | None = None,
-        past: Sequence[KeyValue | PastParts | RaggedPast] | None = None,
+        spans: Sequence[Span] | BlockSpans | None = None,
+        past: Sequence[KeyValue | PastParts | RaggedPast | None] | None = None,
         past_frames: int | Sequence[int] = 0,
         pose: Tensor | None = None,  # noqa: ARG002
         image: Tensor | None = None,  # noqa: ARG002
@@ -302,7 +302,7 @@ class LongCat(SpanTransformer):
         Returns noise - x0 [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block.
         """
         frames, height, width = x.shape[2], x.shape[3] // self.patch, x.shape[4] // self.patch
-        layout, rotary = self.arrange(spans or (Span(0, frames),), past_frames, frames, height, width)
+        arranged = self.arrange_blocks(spans, past_frames, frames, height, width)
         x = self.x_embedder["proj"](x.to(self.compute_dtype)).flatten(2).transpose(1, 2).contiguous()
         if isinstance(sigma, Tensor):
             sigma = self.embed_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
@@ -314,7 +314,7 @@ class LongCat(SpanTransformer):
         cache = []
         for i, block in enumerate(self.blocks):
             time = sigma.embedding if sigma.blocks is None else sigma.blocks[i]
-            inputs = (x, time, sigma.noisy, given[i], spoken[i], layout, rotary, None if past is None else past[i])
+            inputs = (x, time, sigma.noisy, given[i], spoken[i], *arranged[i], None if past is None else past[i])
             x, kv = self.run_block(block, *inputs)
             if remember:
                 cache.append(kv)

@@ -63,6 +63,15 @@ class Span:
         return own, replace(self, start=first, context=ranges, at=after)
 
 
+@dataclass(frozen=True)
+class BlockSpans:
+    """Spans where blocks differ: of each of the `parts` its spans and the frames of its past (see `SpanTransformer.arrange`), and
+    the part of each block."""
+
+    parts: tuple[tuple[Sequence[Span], int | Sequence[int]], ...]
+    part_of: tuple[int, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SpanKind(NetworkKind):
     """The sizes of a backbone, and what follows from them."""
@@ -194,6 +203,21 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
             slices = [slice(a * tokens, b * tokens) for a, b in ranges]
             layout.append((slices[-1], tuple(slices[:-1])))
         return Arranged(layout, rotary)
+
+    def arrange_blocks(
+        self,
+        spans: Sequence[Span] | BlockSpans | Arranged | None,
+        past_frames: int | Sequence[int],
+        frames: int,
+        *rest: Any,
+    ) -> list[Arranged]:
+        """`arrange` of each block; without spans every frame sees all."""
+        if isinstance(spans, BlockSpans):
+            parts = [self.arrange(own, past, frames, *rest) for own, past in spans.parts]
+            return [parts[part] for part in spans.part_of]
+        if not isinstance(spans, Arranged):
+            spans = self.arrange(spans or (Span(0, frames),), past_frames, frames, *rest)
+        return [spans] * len(self.blocks)
 
     def run_block(self, block: Any, *inputs: Any) -> tuple[Tensor, KeyValue]:
         """block(*inputs), computed again in the backward pass where that is asked for."""

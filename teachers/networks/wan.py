@@ -24,7 +24,7 @@ from teachers.errors import UserError
 from teachers.networks.blocks.wan import AudioPack, AvatarBlock, TimeSinusoids
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
 from teachers.networks.sequence import SequenceGroup, Split
-from teachers.networks.spans import Arranged, Span, SpanKind, SpanTransformer
+from teachers.networks.spans import Arranged, BlockSpans, Span, SpanKind, SpanTransformer
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
 Time = tuple[Tensor, tuple[Tensor, ...]]  # embedding [B, F, D] and each block's modulation [B, F, 6, D]; B, F may be 1
@@ -263,8 +263,8 @@ class AvatarTransformer(SpanTransformer):
         sigma: Tensor | Time,
         text: Tensor | Sequence[KeyValue],
         audio: Tensor | Sequence[Any] | None = None,
-        spans: Sequence[Span] | Arranged | None = None,
-        past: Sequence[KeyValue | PastParts | RaggedPast] | None = None,
+        spans: Sequence[Span] | BlockSpans | Arranged | None = None,
+        past: Sequence[KeyValue | PastParts | RaggedPast | None] | None = None,
         past_frames: int | Sequence[int] = 0,
         pose: Tensor | None = None,
         image: Tensor | Sequence[KeyValue] | None = None,
@@ -289,9 +289,7 @@ class AvatarTransformer(SpanTransformer):
             raise ValueError(f"image features {wrong}")
         frames, patch = x.shape[2], self.patch
         height, width = x.shape[3] // patch, x.shape[4] // patch
-        if not isinstance(spans, Arranged):
-            spans = self.arrange(spans or (Span(0, frames),), past_frames, frames, height, width, anchors)
-        layout, rotary = spans
+        arranged = self.arrange_blocks(spans, past_frames, frames, height, width, anchors)
         dtype, split = self.compute_dtype, self.split_of(frames)
         x = self.embed((x if split is None else split.enter(x)).to(dtype)).flatten(2).transpose(1, 2)
         x = x.contiguous() if split is None else split.own(x)
@@ -315,7 +313,7 @@ class AvatarTransformer(SpanTransformer):
         for i, block in enumerate(self.blocks):
             seen = past[i] if past is not None else None, image[i] if image is not None else None
             own = () if anchors is None else (anchors[i],)
-            x, kv = self.run_block(block, x, text[i], temb[i], layout, rotary, *seen, by_block.get(i), split, *own)
+            x, kv = self.run_block(block, x, text[i], temb[i], *arranged[i], *seen, by_block.get(i), split, *own)
             if remember:
                 cache.append(kv)
             del kv  # or it would be alive while the next block computes

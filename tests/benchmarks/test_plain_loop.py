@@ -79,7 +79,11 @@ def test_the_plain_loop_drops_a_pose_as_the_stream_does(scene):
 
 @pytest.mark.parametrize(
     "history",
-    [History(sinks=1, window=1, memory=2, memory_every=2), History(sinks=1, window=2, commit="same_level")],
+    [
+        History(sinks=1, window=1, memory=2, memory_every=2),
+        History(sinks=1, window=2, commit="same_level"),
+        History(window=(1, 2)),
+    ],
     ids=str,
 )
 def test_the_plain_loop_refuses_a_history_that_it_does_not_know(history, scene):

@@ -2,15 +2,19 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from distill.methods import dmd, ode_init
 from students.history import History
-from students.schedule import advance
+from students.kv_cache import CycledKVCache
+from students.schedule import Schedule, advance
+from teachers.config import convert
 from teachers.errors import UserError
-from tests.support.tiny import a_student, some_conditions, some_latents
+from tests.students.networks import test_windowed as windowed
+from tests.support.tiny import MIDAS, a_student, make_spec, some_conditions, some_latents
 
 N = 2
 HISTORIES = [
@@ -23,6 +27,13 @@ HISTORIES = [
     History(sinks=2, window=1, memory=1, memory_every=2),
     History(sinks=1, window=2, commit="same_level"),
     History(sinks=1, window=2, memory=1, memory_every=2, positions="absolute"),
+]
+
+CYCLES = [
+    History(sinks=1, window=(1, 3)),
+    History(sinks=0, window=(0, 2)),
+    History(sinks=1, window=(2, 1), memory=1, memory_every=2),
+    History(sinks=1, window=(1, 2), commit="same_level"),
 ]
 
 
@@ -60,10 +71,27 @@ def test_a_wrong_history_is_refused():
         {"level": 1.0},
         {"memory": -1},
         {"memory_every": 0},
+        {"window": ()},
+        {"window": (2, -1)},
         {"commit": "same_level", "level": 0.1},
     ):
         with pytest.raises(UserError, match=r"^student\.history[^\n]*$"):
             History(**wrong)
+
+
+def test_a_cycle_that_does_not_fit_is_refused():
+    cycle = History(sinks=1, window=(1, 2, 3))
+    with pytest.raises(UserError, match=r"^student\.history\.window: got 3 windows for a network of 2 blocks; [^\n]*$"):
+        a_student(cycle)
+    for make in (windowed.a_windowed, partial(a_student, network=MIDAS)):
+        history = History(sinks=1, window=(1, 2))
+        with pytest.raises(UserError, match=r"^student\.history\.window: got \[1, 2\]; a \w+ student has one [^\n]*$"):
+            make(history)
+    with pytest.raises(UserError, match=r"^wrong value of 'window': \[2, 'x'\] [^\n]* int or list of int or null$"):
+        convert(History, {"window": [2, "x"]})
+    assert convert(History, {"window": [2, 3]}) == History(window=(2, 3))
+    with pytest.raises(UserError, match=r"^student\.history: [^\n]* window from 1$"):
+        a_student(History(sinks=1, window=(0, 2)), schedule=Schedule(depth=3))
 
 
 def walk(student, given, count, cache):
@@ -79,7 +107,7 @@ def walk(student, given, count, cache):
     return states, out
 
 
-@pytest.mark.parametrize("history", HISTORIES, ids=str)
+@pytest.mark.parametrize("history", HISTORIES + CYCLES, ids=str)
 def test_the_cache_holds_what_training_concatenates(history):
     """Bit for bit, in order and when earlier states are asked again in any order (rollback)."""
     student, given = a_student(history, prediction="reference"), some_conditions(1, N)
@@ -103,7 +131,7 @@ def test_the_cache_holds_what_training_concatenates(history):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [None, 1, 2])
+@pytest.mark.parametrize("window", [None, 1, 2, (1, 3)])
 def test_same_level_is_diffusion_forcing_at_one_sigma(window):
     """Step i of a stream without a clean pass equals one masked pass over all chunks' inputs of step i."""
     student = a_student(History(sinks=1, window=window, commit="same_level"), horizon_frames=5 * N)
@@ -124,6 +152,25 @@ def test_same_level_is_diffusion_forcing_at_one_sigma(window):
     assert student.spec.nfe_per_chunk == 3
     with pytest.raises(ValueError, match="got 0 of 3"):
         student.commit(state, out[0, 2], part)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("history", CYCLES, ids=str)
+def test_a_block_keeps_what_it_sees_and_no_more(history):
+    """Bytes of a stream's keys and values, un-rotated and in the buffers, are those of its blocks' windows."""
+    student, given, spec = a_student(history), some_conditions(1, N), make_spec(history)
+    states, _ = walk(student, given, 13, "inplace")
+    entries, cache = states[-1].cached, states[-1].kv_cache
+    seen = [len(part.visible(12)) for part in history.parts]
+    assert [sum(entry.part == part for entry in entries) for part in range(2)] == seen
+    assert spec.history.mean_visible(12, 2) == sum(seen) / 2
+    passes = 1 if history.commit == "clean" else len(spec.sigmas)
+    token = 4 * passes * spec.network.kv_per_token // 2 * N * spec.token_grid[0] * spec.token_grid[1]  # of a block
+    kept = [t for entry in entries for t in (*entry.keys, *entry.values)]
+    assert sum(t.untyped_storage().nbytes() for t in kept) == sum(seen) * token
+    assert isinstance(cache, CycledKVCache)
+    buffers = [t for part in cache.parts for pair in part.buffers for t in pair]
+    assert sum(t.numel() * 4 for t in buffers) == sum(part.capacity or 0 for part in history.parts) * token
 
 
 def test_methods_refuse_a_history_that_they_cannot_train():

@@ -31,6 +31,7 @@ HISTORIES = {
     "window": {"sinks": 1, "window": 2},
     "all": {"sinks": 1, "window": None},
     "same_level": {"sinks": 1, "window": 2, "commit": "same_level"},
+    "cycle": {"sinks": 1, "window": (1, 3)},
 }
 
 

@@ -20,6 +20,7 @@ HISTORIES = [
     History(sinks=1, window=1),
     History(sinks=0, window=2),
     History(sinks=1, window=1, memory=2, memory_every=2),
+    History(sinks=1, window=(1, 3)),
 ]
 
 
@@ -81,12 +82,17 @@ def test_a_flight_equals_the_forwards_written_out(history):
 def _call(student, state, x, sigma, given):
     """One call of the network over a flight with the state's context."""
     from teachers.networks.kind import to_x0
+    from teachers.networks.spans import BlockSpans, Span
     from teachers.networks.wan import with_reference
 
     known = given.known if state.chunk == 0 else ()
     x, inputs = with_reference(x, given, known)
-    past, seen = student.past(state, 0), len(state.cached) * N
-    out, _ = student.net(inputs, sigma, given.text, given.audio, past=past, past_frames=seen)
+    past, whole = student.past(state, 0), Span(0, x.shape[2])
+    seen = [sum(entry.part == part for entry in state.cached) * N for part in range(2)]
+    behind = {"past_frames": seen[0]}
+    if len(student.spec.history.parts) > 1:
+        behind = {"spans": BlockSpans(tuple(([whole], frames) for frames in seen), (0, 1))}
+    out, _ = student.net(inputs, sigma, given.text, given.audio, past=past, **behind)
     return to_x0(out, x, sigma, given, student.net.prediction, known)
 
 

@@ -19,6 +19,7 @@ HISTORIES = [History(sinks=s, window=w) for s, w in [(0, None), (1, 1), (1, 2), 
 HISTORIES.append(History(sinks=1, window=1, memory=2, memory_every=1))
 HISTORIES.append(History(sinks=1, window=1, positions="absolute"))
 HISTORIES.append(History(sinks=1, window=1, reference_chunks=2))
+HISTORIES.append(History(sinks=1, window=(1, 3)))
 
 
 def level_of_each_chunk(batch: int = 2) -> torch.Tensor:
@@ -109,6 +110,29 @@ def test_the_window_ends_where_it_says():
         other[:, :, chunk * N : (chunk + 1) * N] += 1.0
         changed = student.denoise_clip(x, level_of_each_chunk(), given, other)
         assert torch.equal(changed[:, :, 4 * N :], out[:, :, 4 * N :]) != reaches
+
+
+@torch.no_grad()
+def test_each_block_has_the_window_of_its_turn():
+    """The first of two blocks sees one chunk back, the second three: together four, and in the other order."""
+    given, x, clean = some_conditions(2, 12), some_latents(2, 12), some_latents(2, 12, seed=1)
+    sigma, other = torch.linspace(0.95, 0.2, 12).view(2, 6), clean.clone()
+    other[:, :, 2:4] += 1.0  # chunk 1, four before the last
+    for window, reaches in (((1, 3), True), ((3, 1), True), (3, True), (1, False), ((1, 2), False)):
+        student = a_student(History(sinks=0, window=window), horizon_frames=12)
+        out, changed = (student.denoise_clip(x, sigma, given, context) for context in (clean, other))
+        assert torch.equal(out[:, :, 10:], changed[:, :, 10:]) != reaches, window
+
+
+@torch.no_grad()
+def test_a_cycle_of_one_number_is_the_number():
+    given, x, clean = some_conditions(2, CHUNKS * N), some_latents(2, CHUNKS * N), some_latents(2, CHUNKS * N, seed=1)
+    sigma = level_of_each_chunk()
+    for window in ((2,), (2, 2)):
+        for kind in (lambda student: student.denoise_clip(x, sigma, given, clean),
+                     lambda student: stream(student, x, sigma, given, clean)):  # fmt: skip
+            whole, cycle = (kind(a_student(History(sinks=1, window=one), **LONG)) for one in (2, window))
+            assert torch.equal(whole, cycle)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,7 +89,7 @@ def run(recipe: Path, words: Sequence[str]) -> int:
             f"{processes}' for jobs of several processes"
         )
     sweep = plan(recipe, words)
-    lock = _open(sweep)
+    lock = open_folder(sweep)
     try:
         return _run_all(sweep)
     finally:
@@ -109,9 +109,9 @@ def plan(recipe: Path, words: Sequence[str]) -> Sweep:
         raise UserError("nothing varies: -m; give a key several values, such as seed=0,1, or sweep=NAME")
     named = [([name] if name else [], row, values) for name, row in rows.items() for values in varied]
     jobs = _jobs([([*name, *values], [*row, *values]) for name, row, values in named], common)
-    first = _load(recipe, jobs[0], Path("-"))
+    first = load_job(recipe, jobs[0], Path("-"))
     folder = Path(own.get("sweep_dir") or f"runs/{first.name}_{Path(own['sweep']).stem if 'sweep' in own else 'sweep'}")
-    recipes = {job.name: _load(recipe, job, folder / job.name) for job in jobs}
+    recipes = {job.name: load_job(recipe, job, folder / job.name) for job in jobs}
     for job in jobs:
         file = folder / job.name / "recipe.yaml"
         if file.is_file():
@@ -119,15 +119,19 @@ def plan(recipe: Path, words: Sequence[str]) -> Sweep:
     return Sweep(recipe, folder, tuple(jobs), recipes, tuple(shlex.split(own.get("launcher", ""))))
 
 
-def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]]:
-    """A sweep file as (overrides that all jobs share, job -> its overrides); beside the recipe, shipped, or a path. UserError."""
-    places = (
-        [Path(name)] if name.endswith(".yaml") else [f / "sweep" / f"{name}.yaml" for f in (recipe.parent, RECIPES)]
-    )
+def find_file(recipe: Path, name: str, kind: str) -> Path:
+    """A file of recipes/KIND by name: beside the recipe or shipped; or a path. UserError."""
+    places = [Path(name)] if name.endswith(".yaml") else [f / kind / f"{name}.yaml" for f in (recipe.parent, RECIPES)]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         known = [other.stem for place in places for other in place.parent.glob("*.yaml")]
-        raise UserError(f"no sweep file: {places[0]}; {nearest(name, known)}")
+        raise UserError(f"no {kind} file: {places[0]}; {nearest(name, known)}")
+    return file
+
+
+def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]]:
+    """A sweep file as (overrides that all jobs share, job -> its overrides); beside the recipe, shipped, or a path. UserError."""
+    file = find_file(recipe, name, "sweep")
     content = read_yaml(file)
     if not isinstance(content, dict) or not content.get("jobs"):
         raise UserError(
@@ -193,7 +197,7 @@ def _digest(words: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
 
 
-def _load(recipe: Path, job: Job, run_dir: Path) -> Recipe:
+def load_job(recipe: Path, job: Job, run_dir: Path) -> Recipe:
     """A job's recipe, read strictly, with what would stop it before its first stage; UserError that names the job."""
     try:
         found = load_recipe(recipe, [*job.common, *job.own, f"run_dir={quoted(str(run_dir))}"])
@@ -204,7 +208,7 @@ def _load(recipe: Path, job: Job, run_dir: Path) -> Recipe:
     return found
 
 
-def _open(sweep: Sweep) -> FolderLock:
+def open_folder(sweep: Sweep) -> FolderLock:
     """Make or reopen the sweep's folder; UserError where another process is at work in it."""
     folder = sweep.folder
     others = [file for file in folder.iterdir() if file.name != LOCK] if folder.is_dir() else []
@@ -220,7 +224,7 @@ def _open(sweep: Sweep) -> FolderLock:
 
 def _run_all(sweep: Sweep) -> int:
     for job in sweep.jobs:
-        _refuse_alive(sweep, job)
+        refuse_alive(sweep, job)
     failed = 0
     redraw = 1 if sys.stderr.isatty() else 30  # seconds
     with tqdm(total=len(sweep.jobs), desc="sweep", unit="job", miniters=0, mininterval=redraw) as bar:
@@ -228,7 +232,7 @@ def _run_all(sweep: Sweep) -> int:
             bar.set_postfix_str(job.name)
             before = is_finished(sweep.folder / job.name)
             if not before:
-                _run(sweep, job, bar)
+                run_job(sweep, job, bar)
             row = _row(sweep, job)
             failed += row.status != "done"
             words = f"{row}{', done before' if before else ''}"
@@ -261,17 +265,18 @@ def command(sweep: Sweep, job: Job) -> list[str]:
     return [*start, str(sweep.recipe), *own, *job.own, *places]
 
 
-def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
-    """Run a job to its end, its output in logs/NAME.log; what it took and how it ended is in logs/NAME.json."""
+def run_job(sweep: Sweep, job: Job, bar: tqdm, is_over: Callable[[], bool] = lambda: False) -> None:
+    """Run a job to its end, or until it `is_over` (asked every POLL_SECONDS) and saves, its output in logs/NAME.log; what it took
+    and how it ended is in logs/NAME.json."""
     log, state = _files(sweep, job)
-    before, began = _seconds(sweep, job), time.time()
+    before, began, over = _seconds(sweep, job), time.time(), False
     with log.open("ab") as output, terminations() as received:
         start = output.tell()
         process = _start(command(sweep, job), output)
         try:
             facts = {"began": began, "seconds": before, "process": process.pid, "created": _created(process.pid)}
             atomic_write(state, json.dumps({"status": "running", **facts}))
-            while process.poll() is None and not received:
+            while process.poll() is None and not received and not (over := is_over()):
                 last = (_lines(log, start) or ["starting"])[-1].strip()
                 bar.set_postfix_str(f"{job.name}: {last}"[:100], refresh=False)
                 bar.update(0)
@@ -283,7 +288,7 @@ def _run(sweep: Sweep, job: Job, bar: tqdm) -> None:
             process.wait()
     done = process.returncode == 0 and is_finished(sweep.folder / job.name)
     error = None if done else _error(log, start, process.returncode)
-    status = "done" if done else "stopped" if received else "failed"
+    status = "done" if done else "stopped" if received or over else "failed"
     seconds = before + time.time() - began
     atomic_write(state, json.dumps({"status": status, "seconds": seconds, "error": error}))
     if received:
@@ -312,20 +317,20 @@ def _files(sweep: Sweep, job: Job) -> tuple[Path, Path]:
     return sweep.folder / LOGS / f"{job.name}.log", sweep.folder / LOGS / f"{job.name}.json"
 
 
-def _state(sweep: Sweep, job: Job) -> dict[str, Any]:
+def state_of(sweep: Sweep, job: Job) -> dict[str, Any]:
     return read_json_or_none(_files(sweep, job)[1]) or {}
 
 
 def _seconds(sweep: Sweep, job: Job) -> float:
     """What a job took until now; one whose sweep was killed counts until it last wrote."""
-    log, state = _files(sweep, job)[0], _state(sweep, job)
+    log, state = _files(sweep, job)[0], state_of(sweep, job)
     lost = log.stat().st_mtime - state.get("began", 0.0) if state.get("status") == "running" and log.is_file() else 0.0
     return state.get("seconds", 0.0) + max(0.0, lost)
 
 
-def _refuse_alive(sweep: Sweep, job: Job) -> None:
+def refuse_alive(sweep: Sweep, job: Job) -> None:
     """UserError where a killed sweep's job still runs: two would write to one folder."""
-    state = _state(sweep, job)
+    state = state_of(sweep, job)
     pid = state.get("process")
     if state.get("status") == "running" and pid and _created(pid) == state.get("created"):
         raise UserError(f"job '{job.name}' still runs: process {pid}; wait for it or end it")
@@ -361,7 +366,7 @@ def _error(log: Path, start: int, code: int) -> str:
 
 
 def _row(sweep: Sweep, job: Job) -> Row:
-    state, finished = _state(sweep, job), is_finished(sweep.folder / job.name)
+    state, finished = state_of(sweep, job), is_finished(sweep.folder / job.name)
     status = "done" if finished else state.get("status", "waiting")
     seconds = _seconds(sweep, job) if state else None
     return read_row(sweep.folder / job.name, job.name, job.own, seconds, status, state.get("error"))

@@ -107,7 +107,10 @@ def test_lora_trains_its_adapters_alone():
 
 @pytest.mark.parametrize(
     "history",
-    [History(sinks=1, window=2), History(sinks=0, window=None), History(sinks=1, window=1, commit="same_level")],
+    [
+        *(History(sinks=1, window=2), History(sinks=0, window=None), History(sinks=1, window=1, commit="same_level")),
+        *(History(sinks=1, window=(0, 3)), History(sinks=0, window=(1, 2))),
+    ],
 )
 def test_the_context_is_what_the_last_state_holds(history):
     student, given = a_student(history), some_conditions(3)

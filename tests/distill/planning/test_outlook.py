@@ -28,7 +28,8 @@ from distill.planning.outlook import (
     warnings,
 )
 from distill.planning.trace import DEPTHS, clip_costs, step_costs
-from distill.recipe import Recipe, load_recipe
+from distill.recipe import Recipe, load_recipe, spec_of
+from students.history import History
 from teachers.errors import UserError
 from tests.distill.planning.test_estimate import a_job, a_plan
 from tests.support.tiny import make_spec
@@ -113,6 +114,35 @@ def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
     for role, found in step_costs(job, stage).flops.items():
         _, whole, *_ = tracing._micro_step(job, stage, role)
         assert found == pytest.approx(whole, rel=2e-3)
+
+
+def test_flops_along_a_line_have_every_window_of_a_cycle():
+    network = replace(make_spec().network, num_layers=8, audio_blocks=(0,))
+    spec = make_spec(History(sinks=0, window=(0, 0, 3)), network=network)
+    job = a_job(spec, stage="init", networks={})
+    for role, found in step_costs(job, "init").flops.items():
+        assert found == pytest.approx(tracing._micro_step(job, "init", role)[1], rel=2e-3)
+
+
+def test_a_cycle_of_windows_saves_flops_and_memory_on_livetalks_shape():
+    """A step of a served stream by the closed form, and 1.3 times fewer FLOPs where four of five blocks see one chunk back."""
+    recipe = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere"])
+
+    def costs(window: int | tuple[int, ...]) -> tuple[float, int]:
+        history = replace(recipe.student.history, sinks=0, window=window)
+        found = tracing.stream_costs(job_of(replace(recipe, student=replace(recipe.student, history=history))))
+        assert found is not None
+        return found
+
+    spec = spec_of(recipe)
+    chunk = spec.chunk_frames * spec.token_grid[0] * spec.token_grid[1]
+    (whole, kept), (cycle, less) = costs(4), costs((1, 1, 1, 1, 4))
+    matrices, attention = Wan(spec.network).forward(chunk, 5 * chunk**2)
+    text = spec.network.num_layers * (4 * spec.network.feature_width**2 * 512)  # read once a stream
+    assert whole == pytest.approx(matrices - text + attention, rel=0.01)
+    assert kept == 2 * 4 * chunk * spec.network.kv_per_token * 2
+    assert 5 * 4 * less == (4 * 1 + 4) * kept
+    assert 1.3 < whole / cycle < 1.4
 
 
 def test_flops_along_a_line_have_every_audio_injector():

@@ -117,6 +117,11 @@ def test_a_flipped_bit_is_named_and_an_edited_spec_is_warned_of(folder):
         assert load_student(folder).spec.history.window == 2
 
 
+def test_a_cycle_of_windows_is_kept(tmp_path):
+    save_student(tmp_path / "student", a_bundle(History(sinks=1, window=(2, 5))), "a card\n")
+    assert load_student(tmp_path / "student").spec.history == History(sinks=1, window=(2, 5))
+
+
 def test_a_pickle_is_not_executed(folder):
     torch.save({"proj_out.weight": torch.zeros(1)}, folder / "model.safetensors")
     refused(folder, r"damaged weights")

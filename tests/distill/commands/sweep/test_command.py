@@ -247,7 +247,7 @@ def test_sigterm_stops_the_job_and_the_sweep_and_it_goes_on(place, capsys):
         while not (log.is_file() and "step 7" in log.read_text()):
             time.sleep(0.02)
         try:
-            command._refuse_alive(plan, plan.jobs[0])
+            command.refuse_alive(plan, plan.jobs[0])
         except UserError as error:
             found.append(str(error))
         found.append(json.loads(state.read_text())["process"])
@@ -285,7 +285,7 @@ def test_a_killed_sweep_takes_its_job_along_and_holds_its_folder_until_then(plac
     with pytest.raises(
         UserError, match=rf"^in use: {plan.folder} by process {sweep.pid} on .*choose another sweep_dir="
     ):
-        command._open(plan)
+        command.open_folder(plan)
     job = json.loads(state.read_text())["process"]
     sweep.kill()
     sweep.join()
@@ -293,13 +293,13 @@ def test_a_killed_sweep_takes_its_job_along_and_holds_its_folder_until_then(plac
     while command._created(job) is not None and time.monotonic() < until:
         time.sleep(0.02)
     assert command._created(job) is None
-    command._open(plan).release()
+    command.open_folder(plan).release()
 
 
 def test_a_killed_sweep_s_seconds_count_until_the_job_last_wrote(place):
     deeds(place)
     plan = command.plan(RECIPE, words(place, "seed=0,1"))
-    command._open(plan)
+    command.open_folder(plan)
     log, state = command._files(plan, plan.jobs[0])
     log.write_text("half way")
     os.utime(log, (1000.0, 1000.0))
