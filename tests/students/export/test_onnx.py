@@ -94,6 +94,7 @@ def test_other_students_and_options_are_refused(tmp_path, capsys):
     for changes, message in (
         ({"history": History(sinks=1, window=2), "schedule": Schedule(depth=3)}, "schedule.depth 1"),
         ({"history": History(refine_every=2)}, "no history.refine_every"),
+        ({"history": History(sinks=0, window=(1, 2))}, "one history.window"),
         ({"network": MIDAS}, "a network of the kind wan"),
     ):
         with pytest.raises(UserError, match=message):
