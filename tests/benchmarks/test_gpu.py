@@ -52,6 +52,7 @@ def test_every_part_runs_or_says_why_not(quick):
         assert line in page
 
 
+@pytest.mark.slow
 def test_the_plan_of_every_update_is_what_it_takes(quick):
     """But for the tables of positions, which each network has and a plan does not count: at real width nothing."""
     parts = json.loads((quick / "gpu.json").read_text())["parts"]

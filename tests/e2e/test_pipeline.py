@@ -67,6 +67,7 @@ def worker(folder: Path) -> None:
     assert main(words_of(folder / "run", *SHORT, "data.world.shard_clips=16")) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path):
     """Data parallel over gloo, from the first stage to the report, which says how many processes it was."""
     run_ranks(__file__, tmp_path, 2)
@@ -242,6 +243,7 @@ def test_killed_and_resumed_equals_never_killed(finished, tmp_path):
     assert results(folder) == results(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["midas_avatar", "flowact_avatar", "flowact_full"])
 def test_another_kind_of_student_runs_whole(finished, tmp_path, name):
     """The stages that are equal are the finished run's; the student comes out of the same sampler."""

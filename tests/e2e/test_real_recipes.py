@@ -27,13 +27,8 @@ SHORT = ("distill.method.fake_updates=1", "trajectories.num_steps=4", "eval.prob
 SYSTEMS = {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "livetalk",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("self_forcing", "omniavatar_one_gpu", "echomimic")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["livetalk", "self_forcing", "omniavatar_one_gpu", "echomimic"])
 def test_a_recipe_runs_whole(name, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     adapters = ["lora.rank=4", "lora.alpha=2", "lora.export=adapter"] if name == "omniavatar_one_gpu" else []

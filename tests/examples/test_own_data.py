@@ -25,6 +25,7 @@ def place(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_runs_whole(place):
     run = place.parent / "run"
     finish(["run", str(place / "discs.yaml"), *SMALL, f"run_dir={run}"])

@@ -35,6 +35,7 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_it_runs_whole(finished):
     report = json.loads((finished / "report.json").read_text())
     assert {"teacher", "init", "student"} <= set(report["systems"])
@@ -68,6 +69,7 @@ def test_a_mistake_in_it_is_one_line_that_names_its_file(place, capsys, old, new
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -40,6 +40,7 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_student_reads_the_users_condition(finished):
     bundle = load_student(finished / "run" / "student")
     assert isinstance(bundle.student, Windowed)
@@ -53,6 +54,7 @@ def test_the_student_reads_the_users_condition(finished):
     assert not torch.equal(first[0], first[None])
 
 
+@pytest.mark.slow
 def test_what_was_written_names_the_users_files_and_reads_back(finished):
     saved = finished / "run" / "recipe.yaml"
     values = yaml.safe_load(saved.read_text())
@@ -66,6 +68,7 @@ def test_what_was_written_names_the_users_files_and_reads_back(finished):
     assert set(report["systems"]) == {"teacher", "teacher_few_step", "zero_shot", "init", "student"}
 
 
+@pytest.mark.slow
 def test_stages_follow_the_content_of_the_users_file(finished, tmp_path, monkeypatch):
     """Moved, nothing runs again; edited, the teacher's weights are another network's."""
     moved = shutil.copytree(finished, tmp_path / "moved", ignore=shutil.ignore_patterns("run"))
@@ -81,6 +84,7 @@ def test_stages_follow_the_content_of_the_users_file(finished, tmp_path, monkeyp
     assert to_plain(edited.teacher, digests=True) != plain
 
 
+@pytest.mark.slow
 def test_the_planner_knows_it(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     assert main(["plan", "own_teacher.yaml"]) == 0
@@ -183,6 +187,7 @@ def test_a_condition_that_the_data_lacks_is_one_line(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_given_weights_are_one_file_under_its_own_names(finished, tmp_path):
     shutil.copytree(finished / "run" / "stages" / "teacher", tmp_path / "weights")
     words = [f"teacher.path={tmp_path / 'weights'}", "teacher.method=null", "teacher.train=null"]
@@ -201,6 +206,7 @@ def test_given_weights_are_one_file_under_its_own_names(finished, tmp_path):
         net.kind.enable_checkpointing(net)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_gone_is_one_line(tmp_path, finished):
     student = shutil.copytree(finished / "run" / "student", tmp_path / "student")
     spec = (student / "spec.json").read_text().replace(f"{finished}/", f"{tmp_path}/elsewhere/")

@@ -66,6 +66,7 @@ def a_forked_server(folder: Path, *words: str):
         kill(process)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_talking_server_cleanly(tmp_path):
     save_student(tmp_path / "student", tiny.a_bundle(), "card")
     with a_server(tmp_path / "student") as (process, line):

@@ -112,6 +112,7 @@ def people(windows) -> set[str]:
     return {windows[row].facts["identity"] for row in range(len(windows))}
 
 
+@pytest.mark.slow
 def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips):
     _, run_dir = finished
     report = json.loads((run_dir / "report.json").read_text())
@@ -142,6 +143,7 @@ def test_the_report_scores_what_can_be_had_and_names_what_cannot(finished, clips
     assert load_student(run_dir / "student").spec.height == 32
 
 
+@pytest.mark.slow
 def test_the_training_set_is_the_clips_through_the_encoders(finished, data):
     """Latents and features on disk are those of the training clips, each with its mirror image, once."""
     recipe, run_dir = finished
@@ -212,6 +214,7 @@ def test_what_is_measured_on_frames_is_there(clips):
     assert all(float(value.max()) == 0 for name, value in flat.items() if name.startswith("contrast"))
 
 
+@pytest.mark.slow
 def test_stale_features_are_refused(finished, tmp_path):
     recipe, run_dir = finished
     folder = tmp_path / "data"
@@ -419,6 +422,7 @@ def recipe_of(shards, *words):
     return load_recipe(RECIPES / "scratch_avatar.yaml", [*SHORT, f"data.path={shards}", *words])
 
 
+@pytest.mark.slow
 def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     shards, out = curated
     everything: Any = recipe_of(shards).data.open()
@@ -441,6 +445,7 @@ def test_a_recipe_trains_on_the_clips_that_curate_kept(curated, tmp_path):
     pipeline.artifacts.log.close()
 
 
+@pytest.mark.slow
 def test_captions_of_the_manifest_are_what_is_trained_on(curated, tmp_path):
     shards, out = curated
     kept = Manifest.load(out / "manifest.parquet")
@@ -455,6 +460,7 @@ def test_captions_of_the_manifest_are_what_is_trained_on(curated, tmp_path):
     assert source.digests != opened(shards, manifest=out).digests
 
 
+@pytest.mark.slow
 def test_a_manifest_of_other_clips_is_refused(curated, data, tmp_path):
     shards, out = curated
     kept = Manifest.load(out / "manifest.parquet")

@@ -72,6 +72,7 @@ def planned(name: str) -> tuple[Recipe, Job, Plan]:
     return recipe, job, make_plan(job)
 
 
+@pytest.mark.slow
 def test_flops_of_livetalk_follow_from_its_matrices():
     """Within 10 %, all three; the plan has the small parts too, time, audio and the embeddings."""
     _, livetalk, plan = planned("livetalk")
@@ -106,6 +107,7 @@ def test_flops_of_livetalk_follow_from_its_matrices():
           f"{64 * sum(dmd.updates[role] * dmd.flops[role] for role in dmd.flops):.3g}")  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["init", "distill"])
 def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
     network = replace(make_spec().network, num_layers=6, audio_blocks=(0,))
@@ -203,6 +205,7 @@ def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     assert max(waits.values()) > 60, "one clip of the teacher"
 
 
+@pytest.mark.slow
 def test_a_recipe_without_trajectories_is_planned():
     """LiveAvatar's sigmas are on no grid of its teacher, from which it learns no solutions."""
     job = job_of(load_recipe(RECIPES / "liveavatar.yaml", ["size=tiny"]))
@@ -272,6 +275,7 @@ def run_plan(*words) -> int:
     return command.run(parser.parse_args([str(word) for word in words]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scratch_avatar", "flowact_avatar", "midas_duplex"])
 def test_every_stage_has_its_numbers(name, tmp_path, capsys):
     words = ("preset=smoke", "--gpus", "1,2", "--dollars-per-gpu-hour", "3", "--json", tmp_path / "plan.json")

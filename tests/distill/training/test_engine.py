@@ -199,6 +199,7 @@ def started(folder: Path, *words: str) -> str:
     return output.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the traps of a machine without GPU")
 def test_two_processes_are_one_group_on_a_cpu(tmp_path):
     started(tmp_path, "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")

@@ -142,6 +142,7 @@ def test_fit_is_a_function_of_its_generator_and_leaves_the_global_one_alone(trai
     assert other_seed.sha256 != first.sha256
 
 
+@pytest.mark.slow
 def test_save_and_load_round_trip(probes: Probes, held_out: Blobs, tmp_path):
     probes.save(tmp_path)
     loaded = Probes.load(tmp_path)
@@ -152,6 +153,7 @@ def test_save_and_load_round_trip(probes: Probes, held_out: Blobs, tmp_path):
     torch.testing.assert_close(probes.mouth_from_audio(held_out.audio[:4]), loaded.mouth_from_audio(held_out.audio[:4]))
 
 
+@pytest.mark.slow
 def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
     with pytest.raises(UserError, match="no tensor file"):
         Probes.load(tmp_path / "nowhere")
@@ -165,12 +167,14 @@ def test_changed_or_missing_files_are_refused(probes: Probes, tmp_path):
         Probes.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_reading_does_not_depend_on_the_batch_size(probes: Probes, held_out: Blobs):
     one, all_at_once = probes.read(held_out.video[:6], batch_size=1), probes.read(held_out.video[:6])
     torch.testing.assert_close(one.clip_features, all_at_once.clip_features, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(one.gesture, all_at_once.gesture, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_lengths_and_sizes_can_be_read(probes: Probes, held_out: Blobs):
     longer = held_out.video[:2].repeat(1, 1, 3, 2, 2)
     reading = probes.read(longer)
@@ -259,6 +263,7 @@ def test_scores_of_one_system(probes: Probes, held_out: Blobs):
     assert swapped["fid"]["mean"] == pytest.approx(scores["fid"]["seeds"][0], rel=1e-6)  # marginals are the same
 
 
+@pytest.mark.slow
 def test_a_gap_is_of_the_first_seed_and_needs_the_teacher(probes: Probes, held_out: Blobs):
     evaluation = Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, held_out.video)
     videos = torch.stack((held_out.decoded, held_out.video))
@@ -275,6 +280,7 @@ def test_a_gap_is_of_the_first_seed_and_needs_the_teacher(probes: Probes, held_o
     assert len(scores["motion"]["seeds"]) == 2
 
 
+@pytest.mark.slow
 def test_scores_refuse_other_counts(probes: Probes, held_out: Blobs):
     evaluation = Evaluation(CARD, probes, real_clips(held_out), held_out.decoded, held_out.video)
     with pytest.raises(UserError, match="for 64 conditions"):

@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     return place / "out"
 
 
+@pytest.mark.slow
 def test_the_folder_streams_without_torch(folder):
     assert {file.name for file in folder.iterdir()} == {"step.onnx", "stream.json", "stream.py", "parity.npz"}
     script = f"import sys, runpy; sys.path.insert(0, {str(folder)!r}); import stream; "
@@ -42,6 +43,7 @@ def test_the_folder_streams_without_torch(folder):
     assert (float(error) < CLOSE, with_torch) == (True, "False")
 
 
+@pytest.mark.slow
 def test_another_stream_of_a_session_is_equal(folder):
     """Seven chunks: the window has left the sink behind, and the memory has its chunk."""
     given = onnx_step.record(load_student(folder.parent / "student"), 7, seed=5)
@@ -71,6 +73,7 @@ def late_sound(given):
     return given | {"audio": given["audio"][:, ::-1].copy()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [shifted_cache, swapped_chunks, no_portrait, late_sound])
 def test_parity_sees_faults(folder, monkeypatch, fault):
     session = onnx_stream.onnxruntime.InferenceSession

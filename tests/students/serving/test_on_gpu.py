@@ -89,6 +89,7 @@ def waits_for_frames_alone(chunks: list, gpu) -> None:
     assert gpu.copies == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_of_student_streams_on_a_gpu(gpu, kind):
     bundle = prepare(a_bundle(*KINDS[kind]), "cuda", Speed(dtype="bf16"))

@@ -115,7 +115,7 @@ def test_every_command_crops_by_the_same_rule(frames, tmp_path, crop, least, mos
     assert torch.equal(portrait(media.decode_image(image), spec, asked), wanted)
     assert torch.equal(decode_picture(data, size, crop)[0], wanted)
     assert torch.equal(read_portraits([tmp_path], size, crop)[0], wanted)
-    small = pipe._reference(image, crop)
+    small = pipe.reference_of(image, crop)
     assert torch.equal(small, media.fit_image(torch.from_numpy(frames[0]), (16, 16), crop, box))
     film = write_film(tmp_path / "a.mov", frames, Fraction(25))
     config = CutConfig(fps=Fraction(25), size=size, crop=crop, silent=True)

@@ -241,7 +241,7 @@ def test_file_page_and_pipeline_read_a_picture_alike(tmp_path):
     assert "the top of the picture is kept" in note
     for image in (path, str(path), Image.open(path)):
         with pytest.warns(UserWarning, match="the top of the picture is kept"):
-            given = pipe._reference(image, "face")
+            given = pipe.reference_of(image, "face")
         assert torch.equal(given, wanted)
 
 

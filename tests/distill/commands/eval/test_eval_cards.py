@@ -79,6 +79,7 @@ def test_distances_follow_the_card(stand_ins, tmp_path):
     assert {shape[2] for shape, variant in stand_ins if variant == "stylegan_v"} == {12}
 
 
+@pytest.mark.slow
 def test_sync_is_score_clip_of_the_real_box_and_follows_the_card(stand_ins, tmp_path):
     real, ours = films_with_sound(tmp_path / "real", (0, 0, 0, 0)), films_with_sound(tmp_path / "ours")
     (ours / "faces.json").unlink()  # the real clip's box is taken for both

@@ -102,6 +102,7 @@ def test_the_command_holds_a_conversation_in_real_time(tmp_path, capsys):
     assert report["line_ms"]["round_trip"]["p50"] < 500
 
 
+@pytest.mark.slow
 def test_two_servers_are_compared_on_the_same_sound(tmp_path, capsys, monkeypatch):
     """One of them takes no interrupt: its avatar goes on talking, which the score says."""
     script = tmp_path / "c.yaml"

@@ -252,6 +252,7 @@ def before_distill(ran, folder, *overrides: str) -> Pipeline:
     return run
 
 
+@pytest.mark.slow
 def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     """A rate that is far too high blows up a student; with health.stop=false the run goes on to its end."""
     run, stage = before_distill(ran, tmp_path / "run", "health.stop=true"), tmp_path / "run/stages/distill"
