@@ -65,6 +65,7 @@ def test_the_plan_of_every_update_is_what_it_takes(quick):
             assert update["tflops"] * update["seconds"] == pytest.approx(update["tflop"])
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(quick, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(gpu, "attempt", lambda part, *_: pytest.fail(f"{part.name} ran again"))

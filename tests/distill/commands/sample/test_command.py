@@ -137,6 +137,7 @@ def test_another_student(inputs, loud):
     assert (fps, len(frames), frames.shape[1:3]) == (25, 50, (24 * 11, 40 * 11))
 
 
+@pytest.mark.slow
 def test_memory_does_not_follow_the_length(inputs, loud):
     """13 minutes are 25 MB of float samples and 22 MB of frames; the index of the mp4 is 1 MB."""
     resident, process = [], psutil.Process()
