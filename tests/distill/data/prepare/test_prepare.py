@@ -165,7 +165,6 @@ def in_a_fork(function, *arguments) -> int:
     return process.exitcode
 
 
-@pytest.mark.slow
 def test_killed_at_any_rename_and_run_again_is_as_never_killed(reference, manifest, videos, tmp_path, monkeypatch):
     few = Manifest(tuple(clip for clip in manifest.clips if clip.id in ("good_0", "text", "vfr")))
     whole = tmp_path / "whole"
