@@ -158,7 +158,7 @@ def push(session: Session, audio: dict) -> None:
 
 
 def drawn(session: Session, count: int = 0) -> tuple[Tensor, Tensor]:
-    """All chunks that can be drawn now: uint8 [T, H, W, 3] and their sound [S]; ComfyUI is told of the progress, of `count` frames,
+    """All chunks that can be drawn now: uint8 [T, H, W, 3] and their sound [S]; ComfyUI shows the progress, of `count` frames,
     and may end it in between."""
     progress, ended = in_comfyui(count)
     frames, sounds = [torch.zeros(0, session.spec.height, session.spec.width, 3, dtype=torch.uint8)], [torch.zeros(0)]

@@ -206,7 +206,7 @@ class CausalWan(Student):
         return replace(conditions, reference=conditions.reference * given.view(-1, 1, 1).to(conditions.reference))
 
     def _seen(self, segments: Sequence[Segment], state: State | None) -> dict[str, Any]:
-        """What the network is told of who sees whom: the spans, and how many frames are before them."""
+        """The network's arguments for who sees whom: the spans, and how many frames are before them."""
         parts = [
             (self._spans(segments, i), 0 if state is None else self._past_frames(state, i))
             for i in range(len(self.spec.history.parts))

@@ -132,7 +132,7 @@ def converse(
 
 def interrupt(client: "Client", turn: str | np.ndarray) -> Interruption:
     """Let the avatar begin a long turn, and interrupt it once it talks. What is measured is what this client showed and played: old
-    frames up to the one at which new ones begin (the server's `rewind`), or up to where it was when it heard of that."""
+    frames up to the one at which new ones begin (the server's `rewind`), or up to where it was when that message came."""
     answer = client.answers[client.ask(turn) if isinstance(turn, str) else client.tell(turn)]
     client.until(lambda: answer.seen is not None, 30.0)
     client.pump(TALKS)

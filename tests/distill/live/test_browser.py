@@ -53,7 +53,7 @@ def test_a_typed_sentence_is_seen_and_heard_together(page):
     assert steps.all(), "a frame is drawn twice"
     assert (steps < 0).sum() <= 1, (
         "frames are drawn late"
-    )  # a page that is told late that speech begins goes back there
+    )  # a page that gets the message that speech begins late goes back there
 
     def loudness(offset: float) -> np.ndarray:  # of the sound played while each frame stood
         starts = ((drawn[:-1, 0] - began + offset) * RATE).astype(int)

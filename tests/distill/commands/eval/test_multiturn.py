@@ -131,10 +131,10 @@ def test_two_servers_are_compared_on_the_same_sound(tmp_path, capsys, monkeypatc
 
 
 def test_parts_that_a_server_does_not_tell_are_not_made_up():
-    told = conversations.grouped(
+    shares = conversations.grouped(
         {"talker": 5.0, "queue": 1.0, "wait": 0.0, "denoise": 10.0, "new": 2.0, "transport": 3.0}
     )
-    assert told == {"waiting": 8.0, "drawing": 10.0, "network": 3.0, "playout": 0.0}
+    assert shares == {"waiting": 8.0, "drawing": 10.0, "network": 3.0, "playout": 0.0}
     assert conversations.grouped({"transport": 40.0, "playout": 5.0}) == {"undivided": 40.0, "playout": 5.0}
     assert conversations.grouped({}) == {}
 
