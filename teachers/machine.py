@@ -7,6 +7,16 @@ from typing import Literal
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+PIXELS_AT_ONCE = 2**25
+"""Pixels that are drawn, encoded, decoded or scored at once: one clip of 81 frames at 512x512."""
+CPU_PIXELS_AT_ONCE = 2**18
+"""On a CPU so few that the outputs of a layer stay in its caches: two clips of the embedded world."""
+
+
+def clips_at_once(frames: int, height: int, width: int, device: str = "") -> int:
+    """Clips of this size that are worked on at once, on a device of this type."""
+    pixels = CPU_PIXELS_AT_ONCE if device == "cpu" else PIXELS_AT_ONCE
+    return max(1, pixels // (frames * height * width))
 
 
 def free_host_bytes() -> int:

@@ -14,17 +14,11 @@ from distill.data.source import Clips
 from teachers.codecs.linear import to_float, to_uint8
 from teachers.conditions import BUILT_IN, Conditions, known, pack_rows, side_by_side
 from teachers.errors import UserError
+from teachers.machine import clips_at_once
 from teachers.registry import AudioEncoder, Codec, ImageEncoder, Text
 
 CPU = torch.device("cpu")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PIXELS_AT_ONCE = 2**25
-"""Pixels that are encoded or decoded at once: one clip of 81 frames at 512x512, 1,310 of the embedded world's."""
-
-
-def pieces(frames: int, height: int, width: int) -> int:
-    """Clips of this size that are worked on at once."""
-    return max(1, PIXELS_AT_ONCE // (frames * height * width))
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class ConditionEncoders:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w], the lead among them, a few clips at a time."""
-        parts = video.split(pieces(*video.shape[2:]))
+        parts = video.split(clips_at_once(*video.shape[2:], self.device.type))
         return torch.cat([self.codec.encode(to_float(part.to(self.device))).float().cpu() for part in parts])
 
     @torch.no_grad()
@@ -67,7 +61,8 @@ class ConditionEncoders:
         """Latents [N, C, F, h, w] behind their `lead` [N, C, 1, h, w] -> uint8 [N, 3, T, H, W], a few clips at a time."""
         latents = latents if lead is None else torch.cat([lead.to(latents), latents], dim=2)
         config, (frames, height, width) = self.codec.config, latents.shape[2:]
-        size = pieces(1 + config.stride * (frames - 1), height * config.patch, width * config.patch)
+        pixels = (1 + config.stride * (frames - 1), height * config.patch, width * config.patch)
+        size = clips_at_once(*pixels, self.device.type)
         return torch.cat([to_uint8(self.codec.decode(part.to(self.device))).cpu() for part in latents.split(size)])
 
     @torch.no_grad()

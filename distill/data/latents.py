@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from distill.data.codec_training import TrainableConfig, fit_codec, psnr, shards_for
 from distill.data.config import ClipsConfig
-from distill.data.encoders import PIXELS_AT_ONCE, ConditionEncoders, load_encoders
+from distill.data.encoders import ConditionEncoders, load_encoders
 from distill.data.procedural import duplex
 from distill.data.source import Clips, ClipSource
 from distill.data.stored import TEXTS_A_FILE, Stored, Texts, files_of, opener, packed_texts
@@ -27,6 +27,7 @@ from teachers.encoders.small import TextConfig, TextEncoder
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, read_facts, remove_folder, save_tensors, staged
 from teachers.flow import keyed_generator
+from teachers.machine import clips_at_once
 
 MANIFEST = "manifest.json"
 SOUND = ("audio", "clip_audio")
@@ -117,7 +118,7 @@ def cover(source: ClipSource, seed: int, first: Clips, texts: Iterable[str], enc
     """What the training set covers: first frames of its first shard and of clips that are held out, decoded a few at a time."""
     count = source.available(seed, "admit", COVERAGE_CLIPS)
     _, _, frames, height, width = first.video.shape
-    step = max(1, PIXELS_AT_ONCE * 8 // (frames * height * width))
+    step = 8 * clips_at_once(frames, height, width)
     parts = (
         source.draw(seed, "admit", count, rows=range(start, min(count, start + step)))
         for start in range(0, count, step)

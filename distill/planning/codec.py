@@ -8,13 +8,13 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from distill.data.encoders import pieces
 from distill.methods import Batch
 from distill.methods.rewards import Reward
 from distill.planning.live_bytes import LiveBytes
 from students.spec import Spec
 from teachers.codecs.wan_vae import WanVAE, WanVAEConfig
 from teachers.conditions import Conditions
+from teachers.machine import clips_at_once
 
 if TYPE_CHECKING:
     from distill.recipe import Recipe
@@ -59,7 +59,7 @@ class PlannedReader:
 
     def __init__(self, spec: Spec, decode_bytes: float):
         frames = 1 + spec.codec.stride * (spec.horizon_frames - 1)
-        self.at_once, self.decode_bytes = pieces(frames, spec.height, spec.width), decode_bytes
+        self.at_once, self.decode_bytes = clips_at_once(frames, spec.height, spec.width), decode_bytes
         self.reasons: Mapping[str, str] = {}
 
     def check(self, rewards: Mapping[str, Reward], face: tuple[float, ...] | None) -> None:

@@ -21,6 +21,7 @@ from teachers.checkpoints.strict import load_strict
 from teachers.disk.read import read_json
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors
+from teachers.machine import clips_at_once
 
 DIM = 64  # width of both feature spaces
 GRID = 4  # cells a side of the change map that the clip probe sees
@@ -132,6 +133,7 @@ class Probes:
         scales: dict[str, Tensor],
     ):
         self.frame, self.clip, self.audio_probe = frame.eval(), clip.eval(), audio_probe.eval()
+        frame.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         self.names, self.scales = names, scales
 
     @property
@@ -151,10 +153,11 @@ class Probes:
         return self
 
     @torch.inference_mode()
-    def read(self, video: UInt8[Tensor, "n 3 t h w"], batch_size: int = 48) -> Reading:
-        """Read clips of any length T >= 2, `batch_size` clips at a time."""
+    def read(self, video: UInt8[Tensor, "n 3 t h w"]) -> Reading:
+        """Read clips of any length T >= 2, a few clips at a time."""
+        _, _, frames, height, width = video.shape
         parts: list[tuple[Tensor, ...]] = []
-        for part in video.split(batch_size):
+        for part in video.split(clips_at_once(frames, height, width, self.device.type)):
             clips = as_float(part.to(self.device))
             num, frames = clips.shape[0], clips.shape[2]
             flat = clips.transpose(1, 2).flatten(0, 1)

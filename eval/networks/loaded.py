@@ -87,13 +87,13 @@ class Networks:
 
     def reading(self, clip: Clip) -> Reading:
         """What the probes read of one clip, without a clip axis."""
-        return self.once(clip, "reading", lambda: self.probes.read(clip.video[None], 1).clip(0))
+        return self.once(clip, "reading", lambda: self.probes.read(clip.video[None]).clip(0))
 
     def portrait(self, real: Clip) -> Tensor:
         """Identity [I] of the real clip's first frame."""
 
         def read() -> Tensor:
-            return self.probes.read(real.video[None, :, :1].expand(-1, -1, 2, -1, -1), 1).identity[0, 0]
+            return self.probes.read(real.video[None, :, :1].expand(-1, -1, 2, -1, -1)).identity[0, 0]
 
         return self.once(real, "portrait", read)
 

@@ -28,6 +28,11 @@ def test_the_limit_of_a_control_group_counts_and_its_cached_files_do_not(tmp_pat
     assert machine.free_host_bytes() == 600 // 8
 
 
+def test_a_cpu_works_on_as_many_clips_as_its_caches_hold_and_a_gpu_on_one_of_512x512():
+    assert [machine.clips_at_once(31, 64, 64, device) for device in ("cpu", "cuda")] == [2, 264]
+    assert [machine.clips_at_once(81, 512, 512, device) for device in ("cpu", "cuda")] == [1, 1]
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="of a CPU under Linux")
 def test_a_cpu_computes_in_bf16_where_it_says_so_itself():
     """oneDNN has products of bf16 with any AVX-512, slower than those of fp32."""

@@ -19,8 +19,8 @@ from distill.data.procedural.speech import Speech
 from distill.data.source import Clips
 from teachers.config import fraction
 from teachers.errors import UserError
+from teachers.machine import clips_at_once
 
-PIXELS_AT_ONCE = 2**18
 EXPRESSIONS = ("neutral", "smile", "frown", "surprised")
 GESTURES = ("still", "nod", "shake", "tilt")
 
@@ -191,7 +191,7 @@ def draw_motion(config: WorldConfig, scene: SceneParameters, rng: torch.Generato
 
 def make_clips(config: WorldConfig, scene: SceneParameters, rng: torch.Generator, chosen: range | None = None) -> Clips:
     """Render `scene`, or the `chosen` rows of it, with nuisance drawn from `rng`."""
-    batch = max(1, PIXELS_AT_ONCE // (config.num_frames * config.size[0] * config.size[1]))
+    batch = clips_at_once(config.num_frames, *config.size, "cpu")
     state = draw_motion(config, scene, rng)
     chosen, video = range(len(scene.gesture)) if chosen is None else chosen, []
     for start in range(chosen.start, chosen.stop, batch):

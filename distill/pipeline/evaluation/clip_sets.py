@@ -15,7 +15,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.encoders import pieces
 from distill.data.source import Clips, ClipSource
 from distill.data.stored import Stored, opener
 from distill.pipeline.artifacts import Artifacts
@@ -28,6 +27,7 @@ from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
 from teachers.errors import UserError
 from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
+from teachers.machine import clips_at_once
 
 TOKENS_AT_ONCE = 2**15
 """Tokens of the clips that are generated at once: one clip of 81 frames at 512x512."""
@@ -107,7 +107,7 @@ def draw(
     `name` decide. Without `encode` there are no conditions and no ceiling. Every rank calls it."""
     engine, source, world = artifacts.engine, artifacts.source, artifacts.recipe.data.world
     seed = artifacts.recipe.eval.condition_seed if seed is None else seed
-    num, size = source.available(seed, name, num), pieces(world.num_frames, *world.size)
+    num, size = source.available(seed, name, num), clips_at_once(world.num_frames, *world.size)
     starts = range(0, num, size)
     where = _folder(folder) / f"{name.replace(' ', '-')}-{motion}"
     files = [where / f"{start:06d}.safetensors" for start in starts]

@@ -37,9 +37,7 @@ def of_rank(artifacts: Any, rank: int, world_size: int) -> Any:
 
 def small_pieces(monkeypatch, artifacts, clips: int) -> None:
     world = artifacts.recipe.data.world
-    monkeypatch.setattr(
-        "distill.data.encoders.PIXELS_AT_ONCE", clips * world.num_frames * world.size[0] * world.size[1]
-    )
+    monkeypatch.setattr("teachers.machine.PIXELS_AT_ONCE", clips * world.num_frames * world.size[0] * world.size[1])
 
 
 def test_pieces_are_the_whole(artifacts, tmp_path, monkeypatch):
