@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,71 +130,97 @@ def run(args: argparse.Namespace) -> int:
         return run_teacher(args)
     media.check_output(args.out)
     pixels = media.decode_image(args.image)
-    planner = None
-    if script is not None:
-        from students.serving.timeline import Timeline
-
-        planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
     with ExitStack() as opened:
         own = None
         if args.audio is not None:
             own = opened.enter_context(closing(media.AudioReader(args.audio, mono=args.other is not None)))
         from distill.commands.sample import inputs
-        from students.serving.session import Session
-        from students.serving.timeline import Director
 
         other = None if args.other is None else opened.enter_context(closing(media.AudioReader(args.other)))
-        bundle = devices.load(args.student, args)
-        spec = bundle.spec
-        inputs.check(spec, args.other, args.pose)
-        steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))
-        sound = inputs.sound_of(own, other, steering, spec.fps)
-        if script is not None:
-            script.check(spec, args.timeline)
-        reference = inputs.portrait(pixels, spec, args)
-        texts = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
-        inputs.check_coverage(bundle, reference, texts, args)
-        viewer = Viewer(spec.fps) if args.realtime else None
-        lead = LEAD_CHUNKS if args.realtime else None
-        text = args.text if script is None or not script.begins else script.timeline[0].do
-        drop = () if steering else ("pose",)
-        mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
-        session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
-        step = session.step if planner is None else Director(session, planner, reference).step
-        push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
-        upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
-        expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
-        started, first_frame_seconds = time.perf_counter(), 0.0
-        with (
-            media.VideoWriter(
-                args.out,
-                spec.fps,
-                sound.rate,
-                upscale,
-                smooth=True,
-                channels=sound.channels,
-                synthetic=not args.no_label,
-            ) as writer,
-            tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
-        ):
-            for frames in _stream(session, step, sound, push_ms, viewer, writer, steering):
-                if writer.num_frames == 0:
-                    first_frame_seconds = time.perf_counter() - started
-                    progress.set_postfix_str(f"first frame {first_frame_seconds:.2f} s")
-                for frame in frames if mark is None else mark(frames):
-                    writer.write(frame)
-                progress.update(len(frames))
-            progress.total = writer.num_frames  # what the file claims is an estimate
+        stream = _open(args, script, pixels, own, other)
+        viewer = Viewer(stream.fps) if args.realtime else None
+        started = time.perf_counter()
+        frames, first = _write(args, stream, viewer, started)
     seconds = time.perf_counter() - started
     for reader in (own, other):
         if reader is not None:
             inputs.report_track(reader)
     sys.stdout.write(
-        f"{args.out}: {writer.num_frames} frames, {float(writer.num_frames / spec.fps):.2f} s, "
-        f"first frame after {first_frame_seconds:.2f} s, {writer.num_frames / seconds:.1f} frames/s"
+        f"{args.out}: {frames} frames, {float(frames / stream.fps):.2f} s, "
+        f"first frame after {first:.2f} s, {frames / seconds:.1f} frames/s"
         f"{'' if viewer is None else f', stalls: {viewer.stalls} ({viewer.stalled_seconds:.2f} s)'}\n"
     )
     return 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A session, what draws its next chunk, and what it is given: sound, and directions where it is steered."""
+
+    session: "Session"
+    step: Callable[[], "Chunk | Starved"]
+    sound: "media.AudioReader | Duet | Silence"
+    steering: "Steering | None"
+
+    @property
+    def fps(self) -> Fraction:
+        return self.session.spec.fps
+
+
+def _open(
+    args: argparse.Namespace,
+    script: "Script | None",
+    pixels: Tensor,
+    own: media.AudioReader | None,
+    other: media.AudioReader | None,
+) -> Stream:
+    """The student's stream that `args` ask for. Raises UserError for what it cannot take."""
+    from distill.commands.sample import inputs
+    from students.serving.session import Session
+    from students.serving.timeline import Director, Timeline
+
+    planner = None
+    if script is not None:
+        planner = Timeline(script.timeline) if script.planner is None else script.planner.load(script.behaviours)
+    bundle = devices.load(args.student, args)
+    spec = bundle.spec
+    inputs.check(spec, args.other, args.pose)
+    steering = None if args.pose is None else inputs.Steering(inputs.read_pose(args.pose, spec.pose_dim))
+    sound = inputs.sound_of(own, other, steering, spec.fps)
+    if script is not None:
+        script.check(spec, args.timeline)
+    reference = inputs.portrait(pixels, spec, args)
+    texts = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
+    inputs.check_coverage(bundle, reference, texts, args)
+    lead = LEAD_CHUNKS if args.realtime else None
+    text = args.text if script is None or not script.begins else script.timeline[0].do
+    drop = () if steering else ("pose",)
+    session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
+    step = session.step if planner is None else Director(session, planner, reference).step
+    return Stream(session, step, sound, steering)
+
+
+def _write(args: argparse.Namespace, stream: Stream, viewer: "Viewer | None", started: float) -> tuple[int, float]:
+    """Write the whole video; its frames, and seconds from `started` to the first."""
+    spec, sound, first = stream.session.spec, stream.sound, 0.0
+    mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
+    push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
+    upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+    expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
+    given = {"smooth": True, "channels": sound.channels, "synthetic": not args.no_label}
+    with (
+        media.VideoWriter(args.out, spec.fps, sound.rate, upscale, **given) as writer,
+        tqdm(total=expected, unit="frame", desc="sample", file=sys.stderr) as progress,
+    ):
+        for frames in _chunks(stream, push_ms, viewer, writer):
+            if writer.num_frames == 0:
+                first = time.perf_counter() - started
+                progress.set_postfix_str(f"first frame {first:.2f} s")
+            for frame in frames if mark is None else mark(frames):
+                writer.write(frame)
+            progress.update(len(frames))
+        progress.total = writer.num_frames  # what the file claims is an estimate
+    return writer.num_frames, first
 
 
 def _check_options(args: argparse.Namespace) -> "Script | None":
@@ -263,36 +290,29 @@ class Viewer:
         return min(max(self.frames - left, 0), self.frames)
 
 
-def _stream(
-    session: "Session",
-    step: Callable[[], "Chunk | Starved"],
-    sound: "media.AudioReader | Duet | Silence",
-    push_ms: int,
-    viewer: Viewer | None,
-    writer: media.VideoWriter,
-    steering: "Steering | None" = None,
-) -> Iterator[Tensor]:
-    """Frames uint8 [t, H, W, 3] of each chunk as soon as `step` draws it, as many in all as the sound lasts, rounded up.
+def _chunks(stream: Stream, push_ms: int, viewer: Viewer | None, writer: media.VideoWriter) -> Iterator[Tensor]:
+    """Frames uint8 [t, H, W, 3] of each chunk as soon as it is drawn, as many in all as the sound lasts, rounded up.
 
     The writer gets each piece of sound before its frames. For a viewer, a piece is pushed when its last sample would have been
     spoken.
     """
+    session, sound, fps = stream.session, stream.sound, stream.fps
     started, num_samples, num_frames = time.perf_counter(), 0, 0
     for piece in _pieces(sound, sound.rate, push_ms):
         num_samples += len(piece)
         spoken = 0.0 if viewer is None else started + num_samples / sound.rate
-        for frames in _drawn(session, step, viewer, spoken):
+        for frames in _drawn(stream, viewer, spoken):
             num_frames += len(frames)
             yield frames
         if viewer is not None:
             time.sleep(max(0.0, spoken - time.perf_counter()))
         _push(session, writer, piece, sound)
-        if steering is not None:  # ahead of the sound by a chunk, which is drawn whole
+        if stream.steering is not None:  # ahead of the sound by a chunk, which is drawn whole
             ahead = session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
-            session.push(pose=steering.until(math.ceil(num_samples * session.spec.fps / sound.rate) + ahead))
+            session.push(pose=stream.steering.until(math.ceil(num_samples * fps / sound.rate) + ahead))
     session.close()
-    remaining = math.ceil(num_samples * session.spec.fps / sound.rate) - num_frames
-    for frames in _drawn(session, step, viewer, math.inf):
+    remaining = math.ceil(num_samples * fps / sound.rate) - num_frames
+    for frames in _drawn(stream, viewer, math.inf):
         yield frames[:remaining]
         remaining -= len(frames[:remaining])
     if remaining:
@@ -328,22 +348,20 @@ def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tenso
         yield torch.cat(parts)
 
 
-def _drawn(
-    session: "Session", step: Callable[[], "Chunk | Starved"], viewer: Viewer | None, until: float
-) -> Iterator[Tensor]:
+def _drawn(stream: Stream, viewer: Viewer | None, until: float) -> Iterator[Tensor]:
     """The frames of every chunk that can be drawn now; a viewer who is too far behind is waited for, no longer than `until`."""
     from students.serving.session import Chunk
 
     while True:
         if viewer is not None:
-            session.played(viewer.seen(time.perf_counter()))
-        chunk = step()
+            stream.session.played(viewer.seen(time.perf_counter()))
+        chunk = stream.step()
         now = time.perf_counter()
         if isinstance(chunk, Chunk):
             if viewer is not None:
                 viewer.show(len(chunk.frames), now)
             yield chunk.frames
         elif chunk.reason == "lead" and now < until:
-            time.sleep(min(until - now, float(1 / session.spec.fps)))
+            time.sleep(min(until - now, float(1 / stream.fps)))
         else:
             return
