@@ -187,7 +187,7 @@ def no_room(tensors, path, metadata=None):
 def worker(folder: Path) -> None:
     """One of two ranks: each kind alone, each resumed, a chain of all kinds, bf16 and offload."""
     zero.PERSISTENT = 200  # tiny matrices are partitioned too
-    made = {kind: Engine(EngineConfig(kind=kind, precision="fp32"), threads=2) for kind in KINDS}
+    made = {kind: Engine(EngineConfig(kind=kind, precision="fp32"), threads=1) for kind in KINDS}
     facts = {}
     for kind, engine in made.items():
         run(engine, folder / kind, steps=STEPS, batch_size=2, every=1)
