@@ -6,7 +6,6 @@ keep the names of diffusers' WanTransformer3DModel; without audio and spans its 
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.errors import UserError
 from teachers.networks.blocks.wan import AudioPack, AvatarBlock, TimeSinusoids
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
-from teachers.networks.sequence import SequenceGroup, Split
 from teachers.networks.spans import Arranged, BlockSpans, Span, SpanKind, SpanTransformer
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -56,16 +53,6 @@ class WanKind(SpanKind):
         # the context's end undoes what diffusers changes beside this network's: the backend of all others
         with attention_backend():
             net.set_attention_backend(backend)
-
-    def check_sequence(self, ranks: int, tokens: int) -> None:
-        common = math.gcd(self.num_heads, tokens)
-        fits = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
-        for count, what in ((self.num_heads, "heads"), (tokens, "tokens a latent frame")):
-            if count % ranks:
-                raise UserError(f"engine.sequence_parallel: {ranks} ranks, but {count} {what}; it can be {fits}")
-
-    def split_sequence(self, net: "AvatarTransformer", group: SequenceGroup) -> None:
-        net.sequence = group
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -172,7 +159,6 @@ class AvatarTransformer(SpanTransformer):
         self.kind = self.make_kind()
         if guidance:
             self.add_guidance()
-        self.sequence: SequenceGroup | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -214,10 +200,6 @@ class AvatarTransformer(SpanTransformer):
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
-
-    def split_of(self, frames: int) -> Split | None:
-        """How sequences of so many latent frames are shared with other ranks; None where they are not."""
-        return None if self.sequence is None else self.sequence.split(frames)
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
