@@ -27,7 +27,7 @@ from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance
 from teachers.networks.sequence import Split
 from tests.distill.training.test_engines import STEPS, differences, newest, run
-from tests.students.networks.test_causal_talk import N, a_talk_student
+from tests.students.networks.test_causal_talk import a_talk_student
 from tests.students.networks.test_causal_talk import inputs as talk_inputs
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student, a_teacher, randn, some_conditions, some_latents
@@ -141,17 +141,17 @@ def talkers(engine: Any, name: str) -> dict[str, Tensor]:
 def passes(
     engine: Any, student: Any, given: Any, x: Tensor, clean: Tensor, sigma: Tensor, cache: Any
 ) -> dict[str, Tensor]:
-    """A masked forward of noisy x at sigma [B, chunks] beside clean latents, its gradients, and a stream of chunks of N latent
-    frames. In fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process already."""
+    """A masked forward of noisy x at sigma [B, chunks] beside clean latents, its gradients, and a stream of its chunks.
+    In fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process already."""
     student, given = engine.split(student).double().requires_grad_(True), given.to(torch.float64)
     x, clean, sigma = x.double(), clean.double(), sigma.double()
     out = student.denoise_clip(x, sigma, given, clean)
     (out * randn(*out.shape, seed=9)).sum().backward()
     found = {key: p.grad for key, p in student.named_parameters() if p.grad is not None}
     engine.all_reduce_mean(list(found.values()))
-    state = student.open(given.text, cache)
+    state, n = student.open(given.text, cache), student.spec.chunk_frames
     for i in range(sigma.shape[1]):
-        part, frames = given.frames(N * i, N * i + N), slice(N * i, N * i + N)
+        part, frames = given.frames(n * i, n * i + n), slice(n * i, n * i + n)
         plan = student.plan(state, part)
         with torch.no_grad():
             found[f"chunk {i}"], _ = student.denoise(state, plan, x[:, :, frames], sigma[:, i], part)
