@@ -140,6 +140,11 @@ class AudioContext(NamedTuple):
         maps = seen.unflatten(2, (-1, width))[..., :count].mean(dim=2)
         return positions(maps if self.split is None else self.split.mean(maps))
 
+    def own(self, places: Sequence[Tensor | None]) -> Tensor:
+        """The positions [B, n] of this rank's tokens, of those that `places` gave of each span, in the order of the tokens."""
+        at = torch.cat([place for place in places if place is not None], dim=1)
+        return at if self.split is None else self.split.own(at)
+
 
 class AudioProjector(nn.Module):
     """Audio rows of latent frames -> tokens. Frame 0 of a clip, one pixel frame, takes the `window` rows around it; every other the
@@ -211,9 +216,7 @@ class InfiniteTalkBlock(AvatarBlock):
         own = self.audio_cross_attn
         query = own.q_linear(self.norm_x(x.float()).type_as(x)).unflatten(2, (self.attn1.heads, -1))
         if audio.spoken is not None:
-            at = torch.cat([place for place in places if place is not None], dim=1)
-            at = at if audio.split is None else audio.split.own(at)
-            at = at.unflatten(1, (audio.spoken.shape[1], -1)) * audio.spoken.unsqueeze(-1)
+            at = audio.own(places).unflatten(1, (audio.spoken.shape[1], -1)) * audio.spoken.unsqueeze(-1)
             query = rotate(query, turns(at.flatten(1), query.shape[-1]))
         return x + own.proj(self.attend_frames(query, audio.key, audio.value))
 

@@ -257,7 +257,9 @@ class LongCat(SpanTransformer):
         """Of audio [B, F, stride, A]; with two speakers regions [B, P, H, W], UserError without."""
         speakers = self.config["speakers"]
         tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
-        return AudioInput(tokens, speakers, shares(regions, speakers, self.patch) if speakers > 1 else None)
+        if speakers == 1:
+            return AudioInput(tokens)
+        return AudioInput(tokens, speakers, shares(regions, speakers, self.patch), self.split_of(audio.shape[1]))
 
     @torch.no_grad()
     def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:  # noqa: ARG002
@@ -299,11 +301,15 @@ class LongCat(SpanTransformer):
         """x [B, C, F, H, W]; sigma [B], [B, F] or `read_time` of it, 0 at condition tokens; text [B, L, T] or `read_text` of it;
         audio [B, F, stride, A] or `read_audio` of it, with numbers and regions; who sees whom by `spans`.
 
-        Returns noise - x0 [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block.
+        Returns noise - x0 [B, C, F, H, W] and, with `remember`, the un-rotated keys and values of each block. Where ranks share
+        sequences, inputs and output are whole on each, the keys and values (`past` too) those of its heads.
         """
         frames, height, width = x.shape[2], x.shape[3] // self.patch, x.shape[4] // self.patch
         arranged = self.arrange_blocks(spans, past_frames, frames, height, width)
-        x = self.x_embedder["proj"](x.to(self.compute_dtype)).flatten(2).transpose(1, 2).contiguous()
+        split = self.split_of(frames)
+        x = x if split is None else split.enter(x)
+        x = self.x_embedder["proj"](x.to(self.compute_dtype)).flatten(2).transpose(1, 2)
+        x = x.contiguous() if split is None else split.own(x)
         if isinstance(sigma, Tensor):
             sigma = self.embed_time(sigma if sigma.ndim == 2 else sigma.unsqueeze(1))
         count = len(self.blocks)
@@ -315,10 +321,13 @@ class LongCat(SpanTransformer):
         for i, block in enumerate(self.blocks):
             time = sigma.embedding if sigma.blocks is None else sigma.blocks[i]
             inputs = (x, time, sigma.noisy, given[i], spoken[i], *arranged[i], None if past is None else past[i])
-            x, kv = self.run_block(block, *inputs)
+            x, kv = self.run_block(block, *inputs, split)
             if remember:
                 cache.append(kv)
-        return -self.unpatchify(self.final_layer(x, sigma.embedding), frames, height, width), cache
+            del kv, inputs  # or they would be alive while the next block computes
+        out = self.final_layer(x, sigma.embedding)
+        out = out if split is None else split.leave(out)
+        return -self.unpatchify(out, frames, height, width), cache
 
 
 def _mlp(wide: int, width: int, act: nn.Module) -> nn.Sequential:

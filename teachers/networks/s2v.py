@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from teachers.conditions import Conditions, Feature, declare
 from teachers.errors import UserError
 from teachers.networks.blocks.wan import AvatarBlock, Modulations, keys_values
-from teachers.networks.kind import Dims, KeyValue, NetworkKind
+from teachers.networks.kind import Dims, KeyValue
 from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
+from teachers.networks.sequence import Split
 from teachers.networks.spans import MOST_TABLES, Arranged, Span
 from teachers.networks.wan import AvatarTransformer, WanKind, initialise
 
@@ -137,8 +138,12 @@ class S2VConfig(WanKind):
             )
 
     def check_sequence(self, ranks: int, tokens: int) -> None:
-        """Refused: the anchors are tokens that ranks would have to share too."""
-        NetworkKind.check_sequence(self, ranks, tokens)
+        """UserError too where the anchors' tokens, with motion 2.5 times a frame's, do not divide."""
+        super().check_sequence(ranks, tokens)
+        if 5 * tokens % (2 * ranks):
+            raise UserError(
+                f"engine.sequence_parallel: {ranks} ranks, but {5 * tokens / 2:g} tokens of anchors; take fewer"
+            )
 
     def shallow(self, blocks: int = 1) -> "S2VConfig":
         after = tuple(block for block in self.inject_after if block < blocks) or (0,)
@@ -348,13 +353,20 @@ class S2V(AvatarTransformer):
     def _read(self, anchors: Tensor, text: Any) -> tuple[KeyValue, ...]:
         if isinstance(text, Tensor):
             text = [self.condition_embedder.text_embedder(text.to(self.compute_dtype))] * len(self.blocks)
-        x, grid = self.anchor_tokens(anchors), (side // self.patch for side in anchors.shape[3:])
-        layout, rotary = [(slice(0, x.shape[1]), ())], [self.anchor_table(AHEAD, x.shape[1], *grid)]
+        x, count, split = self._own_tokens(anchors)
+        grid = (side // self.patch for side in anchors.shape[3:])
+        layout, rotary = [(slice(0, count), ())], [self.anchor_table(AHEAD, count, *grid)]
         temb, read = self._at_zero(anchors)[1], []
         for i, block in enumerate(self.blocks):
-            x, kv = self.run_block(block, x, text[i], temb[i], layout, rotary, None)
+            x, kv = self.run_block(block, x, text[i], temb[i], layout, rotary, None, None, None, split)
             read.append(kv)
         return tuple(read)
+
+    def _own_tokens(self, anchors: Tensor) -> tuple[Tensor, int, Split | None]:
+        """(this rank's tokens of the anchors [B, n, D], how many they are on all ranks, how these share them)."""
+        split = self.split_of(1)
+        tokens = self.anchor_tokens(anchors if split is None else split.enter(anchors))
+        return tokens if split is None else split.own(tokens), tokens.shape[1], split
 
     def _at_zero(self, like: Tensor) -> Any:
         return self.read_time(
@@ -391,9 +403,12 @@ class S2V(AvatarTransformer):
             rotary[i] = torch.cat([rotary[i][:, : before * size], table, rotary[i][:, before * size :]], dim=1)
         return Arranged(layout, rotary)
 
-    def with_anchors(self, x: Tensor, temb: Sequence[Any], anchors: Any) -> tuple[Tensor, Sequence[Any], Any]:
+    def with_anchors(
+        self, x: Tensor, temb: Sequence[Any], anchors: Any, split: Split | None
+    ) -> tuple[Tensor, Sequence[Any], Any, Split | None]:
         if not isinstance(anchors, Tensor):
-            return x, temb, anchors
-        tokens = self.anchor_tokens(anchors)
+            return x, temb, anchors, split
+        tokens, count, _ = self._own_tokens(anchors)
         both = zip(temb, self._at_zero(anchors)[1], strict=True)
-        return torch.cat([x, tokens], dim=1), [Modulations(own, zero, tokens.shape[1]) for own, zero in both], None
+        modulations = [Modulations(own, zero, tokens.shape[1]) for own, zero in both]
+        return torch.cat([x, tokens], dim=1), modulations, None, None if split is None else replace(split, behind=count)

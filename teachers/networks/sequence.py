@@ -61,29 +61,40 @@ class SequenceGroup:
 
 @dataclass(frozen=True)
 class Split:
-    """Sequences of `frames` latent frames over a group; every rank of it calls every method, in the same order."""
+    """Sequences of `frames` latent frames, and of so many tokens `behind` them, over a group; every rank of it calls every method,
+    in the same order."""
 
     group: SequenceGroup
     frames: int
+    behind: int = 0
 
     def enter(self, x: Tensor) -> Tensor:
         """What every rank has whole; its gradient is the mean of the ranks' parts."""
         return _Enter.apply(x, self.group)
 
     def own(self, x: Tensor) -> Tensor:
-        """This rank's tokens of x: [B, N, ..] -> [B, n, ..]."""
+        """This rank's tokens of x, which has those of the frames alone: [B, N, ..] -> [B, n, ..]."""
         return x.unflatten(1, (self.frames, self.group.size, -1))[:, :, self.group.rank].flatten(1, 2)
 
     def to_heads(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """All tokens of this rank's heads, for tensors of one type and shape: [B, n, M, d] -> [B, N, M/P, d]."""
         ranks = self.group.size
         sent = torch.stack([x.unflatten(2, (ranks, -1)).movedim(2, 0) for x in parts], dim=1)
-        found = _Swap.apply(sent, self.group).unflatten(3, (self.frames, -1))  # [P, parts, B, F, n/F, M/P, d]
-        return tuple(x.movedim(0, 2).flatten(1, 3) for x in found.unbind(1))  # each in memory of its own
+        found = _Swap.apply(sent, self.group)  # [P, parts, B, n, M/P, d]
+        return tuple(self._whole(x) for x in found.unbind(1))  # each in memory of its own
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Every rank's tokens [P, B, n, ..] in their usual order [B, N, ..]."""
+        count = x.shape[2] - self.behind // self.group.size
+        front = x[:, :, :count].unflatten(2, (self.frames, -1)).movedim(0, 2).flatten(1, 3)
+        return torch.cat([front, x[:, :, count:].movedim(0, 1).flatten(1, 2)], dim=1) if self.behind else front
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of all heads: [B, N, M/P, d] -> [B, n, M, d], what `to_heads` undoes."""
-        sent = x.unflatten(1, (self.frames, self.group.size, -1)).movedim(2, 0).flatten(2, 3)
+        ranks, count = self.group.size, x.shape[1] - self.behind
+        sent = x[:, :count].unflatten(1, (self.frames, ranks, -1)).movedim(2, 0).flatten(2, 3)
+        if self.behind:
+            sent = torch.cat([sent, x[:, count:].unflatten(1, (ranks, -1)).movedim(1, 0)], dim=2)
         return _Swap.apply(sent, self.group).movedim(0, 2).flatten(2, 3)
 
     @torch.no_grad()
@@ -92,7 +103,8 @@ class Split:
         return _mean(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
-        """All ranks' tokens: [B, n, ..] -> [B, N, ..]. What follows is the same on every rank."""
+        """All ranks' tokens of the frames, given without those behind: [B, n, ..] -> [B, N, ..]. What follows is the same on every
+        rank."""
         found = _Gather.apply(x, self.group).unflatten(2, (self.frames, -1))  # [P, B, F, n/F, ..]
         return found.movedim(0, 2).flatten(1, 3)
 

@@ -6,6 +6,7 @@ B = batch, F = latent frames, S = tokens a frame, N = F S, D = width, M = heads,
 """
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -21,6 +22,7 @@ from torch.nn.attention import varlen
 
 from teachers.errors import UserError
 from teachers.networks.kind import KeyValue, NetworkKind, PastParts, RaggedPast
+from teachers.networks.sequence import SequenceGroup, Split
 
 MOST_TABLES = 256
 """Tables of rotary angles that are kept, the newest: absolute positions go on with a stream."""
@@ -102,6 +104,16 @@ class SpanKind(NetworkKind):
     def enable_checkpointing(self, net: "SpanTransformer", *function: Callable) -> None:
         net.enable_gradient_checkpointing(*function)
 
+    def check_sequence(self, ranks: int, tokens: int) -> None:
+        common = math.gcd(self.num_heads, tokens)
+        fits = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
+        for count, what in ((self.num_heads, "heads"), (tokens, "tokens a latent frame")):
+            if count % ranks:
+                raise UserError(f"engine.sequence_parallel: {ranks} ranks, but {count} {what}; it can be {fits}")
+
+    def split_sequence(self, net: "SpanTransformer", group: SequenceGroup) -> None:
+        net.sequence = group
+
     @property
     def kv_per_token(self) -> int:
         return 2 * self.num_layers * self.num_heads * self.head_dim
@@ -123,12 +135,14 @@ class SpanKind(NetworkKind):
 
 class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """A backbone. Its forward takes latents [B, C', F, H, W], sigmas [B, F], text, audio and `spans`, and keys and values of the
-    `past`; what it computes of conditions ahead of a step are its `read_time`, `read_text`, `read_audio` and `read_image`."""
+    `past`; what it computes of conditions ahead of a step are its `read_time`, `read_text`, `read_audio` and `read_image`. Where
+    ranks share sequences (`split_of`), inputs and output are whole on each, keys and values those of its heads."""
 
     _supports_gradient_checkpointing = True
     config: Any  # what the constructor was given, by attribute
     image_dim = 0
     prediction = "velocity"
+    sequence: SequenceGroup | None = None
     guidance_embedder: nn.Linear | None
     blocks: nn.ModuleList
     rope: WanRotaryPosEmbed
@@ -145,6 +159,10 @@ class SpanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def compute_dtype(self) -> torch.dtype:
         """The type of the matrices; what `_keep_in_fp32_modules` names may be wider."""
         raise NotImplementedError
+
+    def split_of(self, frames: int) -> Split | None:
+        """How sequences of so many latent frames are shared with other ranks; None where they are not."""
+        return None if self.sequence is None else self.sequence.split(frames)
 
     @torch.compiler.assume_constant_result  # a graph that filled the cache itself would be compiled again when it is filled
     def rope_table(self, first: int, count: int, height: int, width: int) -> Tensor:

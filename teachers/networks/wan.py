@@ -6,7 +6,6 @@ keep the names of diffusers' WanTransformer3DModel; without audio and spans its 
 B = batch, F = latent frames, h w = latent tokens per side, S = h*w tokens a frame, N = F*S, D = width, M = heads, d = head width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, cast
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 
 from teachers import flow
 from teachers.conditions import Conditions
-from teachers.errors import UserError
 from teachers.networks.blocks.wan import AudioPack, AvatarBlock, TimeSinusoids
 from teachers.networks.kind import Dims, KeyValue, PastParts, RaggedPast, write_reference
-from teachers.networks.sequence import SequenceGroup, Split
+from teachers.networks.sequence import Split
 from teachers.networks.spans import Arranged, BlockSpans, Span, SpanKind, SpanTransformer
 
 GUIDANCE_TIME = 10.0  # of a scale of 1 on time's sinusoids, whose fastest then turns 1.6 times: a smooth embedding
@@ -56,16 +54,6 @@ class WanKind(SpanKind):
         # the context's end undoes what diffusers changes beside this network's: the backend of all others
         with attention_backend():
             net.set_attention_backend(backend)
-
-    def check_sequence(self, ranks: int, tokens: int) -> None:
-        common = math.gcd(self.num_heads, tokens)
-        fits = ", ".join(str(i) for i in range(1, common + 1) if common % i == 0)
-        for count, what in ((self.num_heads, "heads"), (tokens, "tokens a latent frame")):
-            if count % ranks:
-                raise UserError(f"engine.sequence_parallel: {ranks} ranks, but {count} {what}; it can be {fits}")
-
-    def split_sequence(self, net: "AvatarTransformer", group: SequenceGroup) -> None:
-        net.sequence = group
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -172,7 +160,6 @@ class AvatarTransformer(SpanTransformer):
         self.kind = self.make_kind()
         if guidance:
             self.add_guidance()
-        self.sequence: SequenceGroup | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -214,10 +201,6 @@ class AvatarTransformer(SpanTransformer):
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
-
-    def split_of(self, frames: int) -> Split | None:
-        """How sequences of so many latent frames are shared with other ranks; None where they are not."""
-        return None if self.sequence is None else self.sequence.split(frames)
 
     @torch.no_grad()
     def read_text(self, text: Tensor) -> tuple[KeyValue, ...]:
@@ -308,16 +291,16 @@ class AvatarTransformer(SpanTransformer):
         given = self.audio_inputs(audio, numbers, regions) if isinstance(audio, Tensor) else audio
         given = self.with_latents(given, x, sigma) if given else ()
         by_block = dict(zip(self.audio_at, given, strict=True))
-        x, temb, anchors = self.with_anchors(x, temb, anchors)
-        cache = []
+        cache, count = [], x.shape[1]
+        x, temb, anchors, shared = self.with_anchors(x, temb, anchors, split)
         for i, block in enumerate(self.blocks):
             seen = past[i] if past is not None else None, image[i] if image is not None else None
             own = () if anchors is None else (anchors[i],)
-            x, kv = self.run_block(block, x, text[i], temb[i], *arranged[i], *seen, by_block.get(i), split, *own)
+            x, kv = self.run_block(block, x, text[i], temb[i], *arranged[i], *seen, by_block.get(i), shared, *own)
             if remember:
                 cache.append(kv)
             del kv  # or it would be alive while the next block computes
-        x = x[:, : frames * height * width] if split is None else x  # without anchors
+        x = x[:, :count]  # without anchors
         shift, scale = (self.scale_shift_table + time.float().unsqueeze(2)).chunk(2, dim=2)
         normed = self.norm_out(x.float()).unflatten(1, (time.shape[1], -1))
         out = self.proj_out((normed * (1 + scale) + shift).flatten(1, 2).type_as(x))
@@ -328,12 +311,14 @@ class AvatarTransformer(SpanTransformer):
         """Tokens [B, D, F, h, w] of the input [B, C_in, F, H, W]."""
         return self.patch_embedding(x)
 
-    def with_anchors(self, x: Tensor, temb: Sequence[Any], anchors: Any) -> tuple[Tensor, Sequence[Any], Any]:
+    def with_anchors(
+        self, x: Tensor, temb: Sequence[Any], anchors: Any, split: Split | None
+    ) -> tuple[Tensor, Sequence[Any], Any, Split | None]:
         """(tokens [B, N, D] with the anchors' behind them where they are given as latents, the blocks' modulations, the anchors'
-        keys and values by block where they were read)."""
+        keys and values by block where they were read, how ranks share all these tokens)."""
         if anchors is not None:
             raise ValueError("anchors given, this network takes none: remove them")
-        return x, temb, None
+        return x, temb, None, split
 
 
 def with_reference(x: Tensor, conditions: Conditions, known: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,20 @@ from torch.nn import functional as F
 from teachers.networks.blocks.wan import gated, modulated
 from teachers.networks.infinitetalk import PLACES, AudioContext, turns
 from teachers.networks.kind import KeyValue, PastParts, RaggedPast
+from teachers.networks.sequence import Split
 from teachers.networks.spans import Layout, attend, attend_spans, rotate
 
 EPS = 1e-6
 
 
 class AudioInput(NamedTuple):
-    """Audio tokens [B, F, K, W] of latent frames, and with two speakers where they are: regions [B, P + 1, S] (AudioContext)."""
+    """Audio tokens [B, F, K, W] of latent frames, and with two speakers where they are: regions [B, P + 1, S] and the split, both
+    as `AudioContext` has them."""
 
     tokens: Tensor
     speakers: int = 1
     regions: Tensor | None = None
+    split: Split | None = None
 
 
 class SelfAttention(nn.Module):
@@ -113,7 +116,7 @@ class LongCatBlock(nn.Module):
         centres = key.new_tensor([sum(ends) / 2 for ends in PLACES], dtype=torch.float32)
         at = centres.repeat_interleave(key.shape[2] // audio.speakers).repeat(key.shape[1])
         turned = rotate(key.flatten(1, 2), turns(at.expand(len(key), -1), key.shape[-1])).view_as(key)
-        return AudioContext(turned, value, regions=audio.regions)
+        return AudioContext(turned, value, regions=audio.regions, split=audio.split)
 
     def forward(
         self,
@@ -125,21 +128,20 @@ class LongCatBlock(nn.Module):
         layout: Layout,
         rotary: Sequence[Tensor],
         past: KeyValue | PastParts | RaggedPast | None = None,
+        split: Split | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """x [B, N, D]; time, the embedding [B, F, E] or `read_time` of it; noisy [B, F, 1], 0 where neither text nor audio is
         taken; embedded text [B, L, D] or `read` of it; audio, or `read_audio` of it; layout, rotary and past of `attend_spans`.
+        With a `split` x is this rank's tokens, layout and past those of all tokens of its heads.
 
-        Returns the new x and this input's un-rotated keys and values.
+        Returns the new x and this input's un-rotated keys and values, of the heads that attend here.
         """
         temb, noisy = time if time.ndim == 4 else self.read_time(time), noisy.unsqueeze(2)
         audio = self.read_audio(audio) if isinstance(audio, AudioInput) else audio
-
-        def both(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            return self.attend(q, k, v, seen), self.locate(q, k, audio)
-
-        query, key, value = self.attn.read(modulated(self.norm(x.float()), temb, 0).type_as(x))
-        seen, places = zip(*attend_spans(query, key, value, layout, rotary, past, both), strict=True)
-        x = gated(x, self.attn.proj(torch.cat(seen, dim=1)), temb, 2)
+        normed = modulated(self.norm(x.float()), temb, 0).type_as(x)
+        attended, cached, places = self.attend_spans(normed, layout, rotary, past, audio, split)
+        x = gated(x, attended, temb, 2)
+        del normed, attended
 
         own = self.cross_attn
         query = own.query(self.pre_crs_attn_norm(x.float()).type_as(x))
@@ -148,12 +150,30 @@ class LongCatBlock(nn.Module):
         own, frames = self.audio_cross_attn, audio.key.shape[1]
         query = own.query(self.pre_video_crs_attn_norm(x.float()).type_as(x))
         if audio.regions is not None:
-            query = rotate(query, turns(torch.cat(places, dim=1), query.shape[-1]))
+            query = rotate(query, turns(audio.own(places), query.shape[-1]))
         per_frame = (part.flatten(0, 1) for part in (query.unflatten(1, (frames, -1)), audio.key, audio.value))
         y = own.proj(self.attend(*per_frame).unflatten(0, (-1, frames)).flatten(1, 2))
         x = gated(x, modulated(self.norm(y.float()), temb, 6), temb[:, :, 8:] * noisy, 0)
 
-        return gated(x, self.ffn(modulated(self.norm(x.float()), temb, 3).type_as(x)), temb, 5), (key, value)
+        return gated(x, self.ffn(modulated(self.norm(x.float()), temb, 3).type_as(x)), temb, 5), cached
+
+    def attend_spans(
+        self, normed: Tensor, layout: Layout, rotary: Sequence[Tensor], past, audio: AudioContext, split: Split | None
+    ) -> tuple[Tensor, KeyValue, Sequence[Tensor | None]]:
+        """Self-attention of [B, N, D], as `forward` says -> its projected output [B, N, D], un-rotated keys and values, and what
+        `locate` gives of each span."""
+        query, key, value = self.attn.read(normed)
+        if split is not None:
+            query, key, value = split.to_heads(query, key, value)
+
+        def both(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            return self.attend(q, k, v, seen), self.locate(q, k, audio)
+
+        seen, places = zip(*attend_spans(query, key, value, layout, rotary, past, both), strict=True)
+        attended = torch.cat(seen, dim=1)
+        if split is not None:
+            attended = split.to_tokens(attended.unflatten(2, key.shape[2:])).flatten(2)
+        return self.attn.proj(attended), (key, value), places
 
     @torch.no_grad()
     def locate(self, query: Tensor, key: Tensor, audio: AudioContext) -> Tensor | None:

@@ -95,11 +95,11 @@ def test_counts_that_do_not_divide_come_with_overrides():
 
 
 def test_who_can_share_a_clip():
-    """12 heads and 40 divide by 4; midas cannot share at all."""
-    found = {}
-    for name, words in (("livetalk", ["teacher.path=anywhere"]), ("midas_avatar", [])):
+    """12 heads and 40 divide by 4, longcat's 32 by all of these; midas cannot share at all."""
+    found, given = {}, ["teacher.path=anywhere"]
+    for name, words in (("livetalk", given), ("longcat", given), ("midas_avatar", [])):
         found[name] = batches.sharing(job_of(load_recipe(RECIPES / f"{name}.yaml", words)))
-    assert found == {"livetalk": (2, 4), "midas_avatar": ()}
+    assert found == {"livetalk": (2, 4), "longcat": (2, 4, 8, 16, 32), "midas_avatar": ()}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance
 from teachers.networks.sequence import Split
 from tests.distill.training.test_engines import STEPS, differences, newest, run
-from tests.students.networks.test_causal_talk import N, a_talk_student
+from tests.students.networks.test_causal_talk import a_talk_student
 from tests.students.networks.test_causal_talk import inputs as talk_inputs
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student, a_teacher, randn, some_conditions, some_latents
@@ -101,16 +101,20 @@ def method_of(name: str) -> tuple[str, Any, dict[str, Any]]:
 
 
 def gradients(engine: Any, name: str) -> dict[str, Tensor]:
+    """`loss_gradients` of a case."""
+    batch = Batch(some_conditions(2, 8), some_latents(2, 8), randn(2, 4, 4, 8, 4, 4, seed=8))
+    return loss_gradients(engine, *method_of(name), batch)
+
+
+def loss_gradients(engine: Any, role: str, method: Any, roles: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
     """A loss and the gradients of all parameters of its role, averaged over the ranks. In fp64, as `talkers`, but for the
     discriminator, which computes in fp32."""
-    role, method, roles = method_of(name)
     for key, net in roles.items():
         engine.split(net).to(torch.float32 if key == "discriminator" else torch.float64)
     for other, net in roles.items():
         if other != role:
             net.requires_grad_(False)
-    conditions, x0, steps = some_conditions(2, 8), some_latents(2, 8), randn(2, 4, 4, 8, 4, 4, seed=8)
-    batch = Batch(conditions.to(torch.float64), x0.double(), steps.double())
+    batch = batch.map(Tensor.double)
     rng, shared = engine.generator(0, "loss", device="cpu"), engine.generator(0, "shared", shared=True, device="cpu")
     loss = method.loss(role, batch, rng, shared)
     loss.value.backward()
@@ -123,24 +127,31 @@ def gradients(engine: Any, name: str) -> dict[str, Tensor]:
 
 
 def talkers(engine: Any, name: str) -> dict[str, Tensor]:
-    """A masked forward, its gradients and a stream of students whose tokens belong to speakers (of one or two), or to the face, or
-    read a part of their frame's sound. In fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process
-    already."""
+    """`passes` of students whose tokens belong to speakers (of one or two), or to the face, or read a part of their frame's
+    sound."""
     if name in ("face", "frames"):
         history, source = History(sinks=1, window=1), echomimic if name == "face" else fantasytalking
         student, (x, given, _) = source.a_student(history), source.inputs(6, extra=10)
         clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
     else:
         student, (given, x, clean, sigma) = a_talk_student(int(name), sinks=1, window=1), talk_inputs(int(name))
+    return passes(engine, student, given, x, clean, sigma, "inplace")
+
+
+def passes(
+    engine: Any, student: Any, given: Any, x: Tensor, clean: Tensor, sigma: Tensor, cache: Any
+) -> dict[str, Tensor]:
+    """A masked forward of noisy x at sigma [B, chunks] beside clean latents, its gradients, and a stream of its chunks.
+    In fp64: in fp32 the small gradients of keys are 5e-5 off those of fp64 in one process already."""
     student, given = engine.split(student).double().requires_grad_(True), given.to(torch.float64)
     x, clean, sigma = x.double(), clean.double(), sigma.double()
     out = student.denoise_clip(x, sigma, given, clean)
     (out * randn(*out.shape, seed=9)).sum().backward()
     found = {key: p.grad for key, p in student.named_parameters() if p.grad is not None}
     engine.all_reduce_mean(list(found.values()))
-    state = student.open(given.text, "inplace")
+    state, n = student.open(given.text, cache), student.spec.chunk_frames
     for i in range(sigma.shape[1]):
-        part, frames = given.frames(N * i, N * i + N), slice(N * i, N * i + N)
+        part, frames = given.frames(n * i, n * i + n), slice(n * i, n * i + n)
         plan = student.plan(state, part)
         with torch.no_grad():
             found[f"chunk {i}"], _ = student.denoise(state, plan, x[:, :, frames], sigma[:, i], part)
