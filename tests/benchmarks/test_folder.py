@@ -5,7 +5,7 @@ import pytest
 from benchmarks.folder import measure
 from tests.support.processes import call
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SMALL = (
     "data.text_steps=2",

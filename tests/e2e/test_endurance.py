@@ -15,7 +15,7 @@ from students.serving.session import Session
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, some_sound
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 PER_FRAME, CHUNKS = 1280, os.environ.get("ENDURANCE_CHUNKS")
 ONE_BLOCK = {"network": NetworkConfig(**(NETWORK | {"num_layers": 1}), audio_blocks=(0,), prediction="reference")}

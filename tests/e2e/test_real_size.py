@@ -48,7 +48,7 @@ from tests.support.real_size import (
     recipe,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 ONE_CARD = ("livetalk", "self_forcing", "omniavatar_one_gpu")
 ODD = 0.1 * GIB
@@ -108,7 +108,7 @@ def test_encoders_take_all_clips_in_pieces():
 
 def test_clips_that_are_encoded_at_once_are_seen(monkeypatch):
     """Finding 1 of an earlier reading: two clips already take 8 GiB to encode, 256 would take 950."""
-    monkeypatch.setattr("distill.data.encoders.pieces", lambda *_: 10**6)
+    monkeypatch.setattr("distill.data.encoders.clips_at_once", lambda *_: 10**6)
     assert coded(decode=False).peak > 7.5 * GIB
 
 

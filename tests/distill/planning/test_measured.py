@@ -29,7 +29,7 @@ from tests.distill.planning.test_estimate import a_job
 from tests.support import processes
 from tests.support.tiny import CHANNELS, STRIDE, Ranks, make_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # The plan against the memory of real updates, in a process of its own ------------------------------------------------
 

@@ -73,6 +73,7 @@ def planned(name: str) -> tuple[Recipe, Job, Plan]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_flops_of_livetalk_follow_from_its_matrices():
     """Within 10 %, all three; the plan has the small parts too, time, audio and the embeddings."""
     _, livetalk, plan = planned("livetalk")
@@ -108,6 +109,7 @@ def test_flops_of_livetalk_follow_from_its_matrices():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["init", "distill"])
 def test_flops_along_a_line_are_those_of_the_whole_depth(stage):
     network = replace(make_spec().network, num_layers=6, audio_blocks=(0,))
@@ -158,6 +160,7 @@ def test_flops_along_a_line_have_every_audio_injector():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("switches", [(), ("checkpointing",)])
 def test_memory_along_a_line_is_that_of_the_whole_depth(switches):
     """Within 6 %, and 20 where whole gradients meet what checkpointing keeps in the middle of the backward pass, which two points
@@ -186,6 +189,7 @@ def test_ranks_share_work_in_whole_jobs(jobs, ranks, hours):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["livetalk", "self_forcing"])
 def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
     """The longest job is one clip of the 14B teacher, of which two ranks compute a branch each. Of a card of 80 GB 79 GiB are of
@@ -206,6 +210,7 @@ def test_no_rank_waits_long_for_another_and_every_stage_fits_its_card(name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_recipe_without_trajectories_is_planned():
     """LiveAvatar's sigmas are on no grid of its teacher, from which it learns no solutions."""
     job = job_of(load_recipe(RECIPES / "liveavatar.yaml", ["size=tiny"]))
@@ -276,6 +281,7 @@ def run_plan(*words) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["scratch_avatar", "flowact_avatar", "midas_duplex"])
 def test_every_stage_has_its_numbers(name, tmp_path, capsys):
     words = ("preset=smoke", "--gpus", "1,2", "--dollars-per-gpu-hour", "3", "--json", tmp_path / "plan.json")

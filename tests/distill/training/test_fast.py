@@ -22,6 +22,7 @@ def losses(student) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_blocks_give_the_same_loss_and_gradients(monkeypatch):
     """Traced and differentiated ahead of time; what inductor makes of the graphs is not tested here."""
     student = a_student(horizon_frames=6)
