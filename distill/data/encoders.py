@@ -53,7 +53,8 @@ class ConditionEncoders:
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """uint8 [N, 3, T, H, W] -> latents fp32 [N, C, F, h, w], the lead among them, a few clips at a time."""
-        parts = video.split(clips_at_once(*video.shape[2:], self.device.type))
+        _, _, frames, height, width = video.shape
+        parts = video.split(clips_at_once(frames, height, width, self.device.type))
         return torch.cat([self.codec.encode(to_float(part.to(self.device))).float().cpu() for part in parts])
 
     @torch.no_grad()

@@ -1,5 +1,7 @@
 """Clips that are encoded and decoded a few at a time."""
 
+from typing import Any
+
 import torch
 
 from distill.data.encoders import ConditionEncoders
@@ -9,9 +11,10 @@ from teachers.encoders.small import AudioConfig, LogMel
 
 
 def some_encoders() -> ConditionEncoders:
+    text: Any = None  # none is asked
     torch.manual_seed(0)
     codec = ConvCodec(ConvCodecConfig(stride=2, patch=8, channels=4, widths=(8, 16), blocks=(1, 1), train=None)).eval()
-    return ConditionEncoders(codec=codec, audio_encoder=LogMel(AudioConfig(), 1280), text=None)
+    return ConditionEncoders(codec=codec, audio_encoder=LogMel(AudioConfig(), 1280), text=text)
 
 
 def test_a_few_at_a_time_are_what_all_at_once_are(monkeypatch):
