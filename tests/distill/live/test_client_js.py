@@ -36,6 +36,12 @@ CUT = """async url => {
 }"""
 SPEAK = "avatarClient.speak(Int16Array.from({length: 16000 * %d}, (_, i) => 12000 * Math.sin(i * 0.157)))"
 
+SCREEN = """() => {
+  const times = window.screen_ms = [];
+  const tick = now => { if (times === window.screen_ms) { times.push(now); requestAnimationFrame(tick); } };
+  requestAnimationFrame(tick);
+}"""
+
 
 def guide(language: str, marker: str) -> str:
     """The guide's block of a language that holds a marker."""
@@ -74,11 +80,11 @@ def page(chromium):
 
 def speech_and_lips(page) -> tuple[float, float]:
     """Two seconds of speech: seconds between what is heard and the lips, at its start or its end, or that it lasts too long,
-    whichever is most; and less a frame and three of the screen's, as this machine draws them: one until it is drawn, one until it
-    is taped, one that comes late."""
+    whichever is most; and seconds between two frames of the screen, but for the slowest twentieth."""
     before = page.evaluate("avatarClient.context.currentTime")
     page.evaluate(SPEAK % 2)
     page.evaluate("avatarClient.spoken()")
+    page.evaluate(SCREEN)
     page.wait_for_timeout(3500)
     sound, began, drawn = tapes(page)
     times = began + np.arange(len(sound)) / 16000
@@ -87,18 +93,27 @@ def speech_and_lips(page) -> tuple[float, float]:
     opened = drawn[drawn[:, 2] > 60, 0]
     closed = drawn[drawn[:, 0] > opened[-1], 0][0]
     apart = float(max(*np.abs(np.array([opened[0], closed]) - heard), abs(heard[1] - heard[0] - 2)))
-    screen = max(1 / 60, float(np.quantile(np.diff(drawn[:, 0]), 0.95)))
-    return apart, apart - FRAME - 3 * screen
+    return apart, float(np.quantile(np.diff(page.evaluate("screen_ms")), 0.95)) / 1000
 
 
-def test_an_embedded_avatar_talks_in_sync_and_is_interrupted(page):
+def test_an_embedded_avatar_talks_in_sync(page):
     page.click("#talk")
     until(page, "window.avatarClient && avatarClient.shown > 4")
     record(page, "avatarClient")
-    apart = [speech_and_lips(page)]
-    while apart[-1][1] > 0 and len(apart) < 3:
-        apart.append(speech_and_lips(page))
-    assert apart[-1][1] <= 0, apart
+    # a frame, and three of the screen's: one until it is drawn, one until it is taped, one that a busy machine draws late
+    allowed, found = FRAME + 0.05, [speech_and_lips(page)]
+    while found[-1][0] > allowed and len(found) < 3:
+        found.append(speech_and_lips(page))
+    apart, screen = found[-1]
+    if apart > allowed and screen > 2 / 60:
+        pytest.skip(f"the machine is too busy to time anything: it draws the screen every {1000 * screen:.0f} ms")
+    assert apart <= allowed, found
+
+
+def test_an_embedded_avatar_is_interrupted(page):
+    page.click("#talk")
+    until(page, "window.avatarClient && avatarClient.shown > 4")
+    record(page, "avatarClient")
     page.evaluate(SPEAK % 30)
     page.wait_for_timeout(1500)
     assert np.abs(tapes(page)[0][-1600:]).max() > 0.05
