@@ -45,6 +45,8 @@ from teachers.files import load_tensors
 from teachers.machine import multiplies_bf16
 
 RATIOS = ("energy", "sharpness", "saturation", "flicker")
+STAGES = ("ar_teacher", "init", "distill", "export")
+"""Those with a student; where the run trains a LoRA, the whole network is in `export` alone."""
 COLUMNS = ("fid", "identity", "light", "sync", "motion", *RATIOS, "colour", "black", "clipped", "frozen")
 
 
@@ -131,7 +133,8 @@ class World:
         """Streams uint8 [N, 3, T, H, W] of the student of a run's stage, served with another history where one is given."""
         spec = spec_of(recipe_of(run))
         spec = replace(spec, history=replace(spec.history, **history))
-        student, file = make_student(spec), run / "stages" / stage / "model.safetensors"
+        folder = run / "stages" / stage / ("student" if stage == "export" else "")
+        student, file = make_student(spec), folder / "model.safetensors"
         load_strict(student.net, load_tensors(file), file, HINT)
         student.eval().requires_grad_(False)
         noise = stream_noise(spec, len(self.clips.text), self.seed, "long streams")
@@ -149,7 +152,7 @@ def table(name: str, rows: Sequence[Mapping[str, float]]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--stages", nargs="+", default=["distill"], choices=("ar_teacher", "init", "distill"))
+    parser.add_argument("--stages", nargs="+", default=["distill"], choices=STAGES)
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--clips", type=int, default=8, help="length of a stream in trained clips")
     parser.add_argument("--sinks", type=int, help="number of sink chunks (default: the student's)")

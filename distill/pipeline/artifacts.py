@@ -106,7 +106,7 @@ class Artifacts:
             return self.engine.split(load_given(self.config(stage), self.spec, device, frozen))
         if recipe.lora is not None and stage not in ("teacher", "base"):
             net = self.network(recipe.init_checkpoint, frozen, device)
-            fold(net, recipe.lora.adapter(load_tensors(file)), file)
+            fold(net, recipe.lora.adapter(load_tensors(file), recipe.lora.scale if stage == "distill" else 1.0), file)
             return net
         net = self.new_network(stage if stage == "teacher" else recipe.init_checkpoint)
         if self.spec.guidance is not None and stage in ("init", "distill"):

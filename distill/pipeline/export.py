@@ -73,7 +73,7 @@ def _adapter(artifacts: Artifacts) -> tuple[Adapter, Base] | None:
     assert path is not None
     path, wan = path.resolve(), wan and wan.resolve()
     base = Base(path=path, wan=wan, widen=config.widen, ours=config.is_trained, digest=digest(path, wan))
-    return recipe.lora.adapter(load_tensors(run.stage_dir("distill") / "model.safetensors")), base
+    return recipe.lora.adapter(load_tensors(run.stage_dir("distill") / "model.safetensors"), recipe.lora.scale), base
 
 
 def publish(artifacts: Artifacts) -> None:

@@ -55,7 +55,7 @@ PROBES = (
     "eval.probes",
     *(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name.startswith("probe_")),
 )
-ADAPTERS = tuple(f"lora.{name}" for name in LoraRoles.__dataclass_fields__ if name != "export")
+ADAPTERS = tuple(f"lora.{name}" for name in LoraRoles.__dataclass_fields__ if name not in ("export", "scale"))
 REPORT = tuple(f"eval.{name}" for name in EvalConfig.__dataclass_fields__ if name != "batch_size")
 REPORTS = ("report.*", "samples/*.mp4")
 PACKAGES = ("teachers", "students", "eval", "distill")
@@ -92,10 +92,11 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     if any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
         fields = ("trajectories", *STATES, *TRAINING)
         table.append(Stage("trajectories", fields, (recipe.solver_stage, recipe.conditions_stage), trajectories.solve))
+    scaled = ("lora.scale",) if recipe.lora is not None and recipe.lora.scale != 1.0 else ()
     table += [
         _slot(recipe, "init"),
         _slot(recipe, "distill"),
-        Stage("export", ("name", "lora.export"), ("distill",), export),
+        Stage("export", ("name", "lora.export", *scaled), ("distill",), export),
         Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate, REPORTS),
     ]
     return tuple(table)

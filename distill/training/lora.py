@@ -33,6 +33,7 @@ ENGINES = ("ddp", "zero1", "zero2")
 class LoraRoles:
     """Student and fake score are trained as LoRAs of `rank` and scale alpha / rank on the linear maps that end in one of `targets`;
     the modules `full` are trained whole, in fp32 copies. `export`: a self-contained student, or its adapter and where its base is.
+    `scale`: by which the trained student's adapter is multiplied when that is done with training, for export and report.
 
     The defaults are OmniAvatar's, which trains patch_embedding, audio_proj and audio_cond_projs whole (2506.18866).
     """
@@ -42,16 +43,21 @@ class LoraRoles:
     targets: tuple[str, ...] = TARGETS
     full: tuple[str, ...] = ()
     export: Literal["merged", "adapter"] = "merged"
+    scale: float = 1.0
 
     def __post_init__(self):
         if self.rank < 1 or self.alpha <= 0.0:
             raise UserError(f"lora: got rank {self.rank} and alpha {self.alpha}; both must be above 0")
         if not self.targets:
             raise UserError("lora.targets: names no module; remove it for every matrix of a block")
+        if self.scale != 1.0 and self.full:
+            raise UserError(
+                f"lora.scale: got {self.scale}, but {self.full[0]} is trained whole; empty lora.full, or remove it"
+            )
 
-    def adapter(self, tensors: Mapping[str, Tensor]) -> Adapter:
-        """These tensors as an adapter of this kind."""
-        return Adapter(rank=self.rank, alpha=self.alpha, targets=self.targets, full=self.full, tensors=tensors)
+    def adapter(self, tensors: Mapping[str, Tensor], scale: float = 1.0) -> Adapter:
+        """These tensors as an adapter of this kind, times `scale`."""
+        return Adapter(rank=self.rank, alpha=self.alpha * scale, targets=self.targets, full=self.full, tensors=tensors)
 
 
 def check(held: str, computes: str, engine: str) -> None:

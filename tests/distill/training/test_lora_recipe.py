@@ -3,11 +3,15 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from distill.compose import RECIPES
+from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.stages import Pipeline
 from distill.planning import report
 from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
@@ -15,10 +19,13 @@ from distill.recipe import load_recipe, to_dict
 from distill.training import lora
 from distill.training.config import EngineConfig
 from distill.training.engine import Engine
-from distill.training.lora import LoraRoles, adapt
+from distill.training.lora import LoraRoles, adapt, trained
 from teachers.config import convert
 from teachers.errors import UserError
-from tests.distill.training.test_lora import a_backbone
+from teachers.files import save_tensors
+from tests.distill.training.test_lora import a_backbone, stir
+
+NAME = "blocks.0.attn1.to_q"
 
 # Recipe -----------------------------------------------------------------------------------------------------------------
 
@@ -82,7 +89,28 @@ def test_lora_is_read_by_the_stages_that_train_adapters_and_its_export_by_export
     wanted = {"lora.rank": 4, "lora.alpha": 2.0, "lora.targets": list(lora.TARGETS), "lora.full": []}
     assert {name: value for name, value in ours["init"].items() if name.startswith("lora")} == wanted
     assert [name for name in ours if ours[name] != other[name]] == ["export"]
+    half = stage_configs(tmp_path, "lora={rank: 4, alpha: 2, scale: 0.5}")
+    assert [name for name in ours if ours[name] != half[name]] == ["export"]
+    assert half["export"] == {**ours["export"], "lora.scale": 0.5}
     assert to_dict(load_recipe(RECIPES / "scratch_avatar.yaml"))["lora"] is None
+
+
+def test_the_scale_is_that_of_the_trained_student(tmp_path):
+    """What `init` left is folded whole, also where `distill` goes on from it; the student of `distill` at its scale."""
+    student = stir(adapt(a_backbone(), LoraRoles(rank=3, alpha=1.5), 0, "student"))
+    tensors = {name: p.detach() for name, p in trained(student).items()}
+    save_tensors(tmp_path / "model.safetensors", tensors)
+
+    def weight(stage: str, scale: float) -> Tensor:
+        recipe = SimpleNamespace(lora=LoraRoles(rank=3, alpha=1.5, scale=scale), init_checkpoint="base")
+        folder, engine = SimpleNamespace(stage_dir=lambda _: tmp_path), SimpleNamespace(device="cpu")
+        parts: Any = SimpleNamespace(recipe=recipe, folder=folder, engine=engine, network=lambda *_: a_backbone())
+        return Artifacts.network(parts, stage).get_parameter(f"{NAME}.weight").detach()
+
+    plain = a_backbone().get_parameter(f"{NAME}.weight")
+    change = 0.5 * tensors[f"{NAME}.lora_B.weight"] @ tensors[f"{NAME}.lora_A.weight"]
+    for stage, scale, size in (("init", 0.5, 1.0), ("distill", 1.0, 1.0), ("distill", 0.5, 0.5), ("distill", 0.0, 0.0)):
+        torch.testing.assert_close(weight(stage, scale), plain + size * change)
 
 
 # Plan -------------------------------------------------------------------------------------------------------------------
