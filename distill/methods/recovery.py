@@ -32,8 +32,8 @@ from teachers.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The first `early` chunks are perturbed, `rolled` of the student's own follow without loss. Each clip draws a sigma of noise
-    up to `noise`, a share of 3x3 means up to `blur`, and for each channel a shift and a logarithm of contrast, of standard deviations
-    `shift` and `contrast`. A clip has the data as its past with probability `clean`."""
+    up to `noise`, a share of 3x3 means up to `blur`, and for each channel a shift and a logarithm of contrast, with the standard
+    deviations `shift` and `contrast`. A clip has the data as its past with probability `clean`."""
 
     target: Literal["data", "ar_teacher"] = "data"
     early: int = 1

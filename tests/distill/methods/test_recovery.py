@@ -146,8 +146,8 @@ def spread(student: Affine) -> Tensor:
 
 
 def test_a_few_step_student_keeps_its_samples_where_its_own_are_the_target():
-    """It forgets most of a shift either way (measured: 0.90 and 0.81 to 0.11 and 0.01, to 0.11 and 0.04); on data its samples become
-    means: their spread falls from 1.0 to 0.4, where its own samples are the target it is 1.1."""
+    """It forgets most of a shift either way (measured: 0.90 and 0.81 to 0.11 and 0.01, on data to 0.11 and 0.04). On data its
+    samples become means: their spread falls from 1.0 to 0.4; where its own samples are the target it is 1.1."""
     before = Affine(is_map=True)
     own, on_data = recovered("ar_teacher", is_map=True), recovered("data", is_map=True)
     assert (drift(own, 1.0) < 0.2 * drift(before, 1.0)).all()
