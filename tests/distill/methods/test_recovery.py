@@ -292,6 +292,7 @@ def gaps(student: CausalWan, base: CausalWan, past: Tensor) -> tuple[float, floa
     return spoilt, clean
 
 
+@pytest.mark.slow
 def test_an_adapter_recovers_keeps_what_the_student_could_and_is_merged(tmp_path):
     """Under a spoilt past it comes nearer to what the frozen student does under a clean one, where it stays near it; no weight of
     that student moves, and the adapter's fold at scale 1 is the adapted student, at 0 the student before."""
