@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from students import schedule
 from students.history import History
 from students.serving.dubbing import FilmInput
 from students.serving.session import Session, Starved
@@ -88,6 +89,19 @@ def test_the_context_holds_the_films_latents(bundle):
     assert session.point.seen
     for past in session.point.seen:
         assert torch.allclose(past.x0, latents[:, :, past.chunk * n : (past.chunk + 1) * n], atol=1e-4)
+
+
+def test_noise_is_added_to_the_films_latents(bundle, monkeypatch):
+    """Between steps too, also of the chunks in flight."""
+    lowered, count = [], length(bundle, 4)
+    lower = schedule._lower
+    monkeypatch.setattr(schedule, "_lower", lambda spec, x, x0, *rest: lowered.append(x0) or lower(spec, x, x0, *rest))
+    film = a_film(count)
+    dubbed(bundle, film, NOWHERE)
+    latents = bundle.codec.encode(to_float(film).permute(3, 0, 1, 2)[None])
+    known = latents.split(bundle.spec.chunk_frames, dim=2)
+    assert len(lowered) >= 4 * (len(bundle.spec.sigmas) - 1)
+    assert all(any(torch.allclose(x0, chunk, atol=1e-4) for chunk in known) for x0 in lowered)
 
 
 def test_a_latent_cell_with_a_pixel_of_the_region_is_drawn(plain):
