@@ -145,9 +145,7 @@ class FilmInput:
     def blend(self, start: int, frames: Tensor) -> Tensor:
         """Drawn frames uint8 [t, H, W, 3] from number `start` on, in the film."""
         stop = start + len(frames)
-        film, weights = self._read(self.frames, start, stop), self._weights(start, stop)[..., None]
-        mixed = film.float().lerp(frames.float(), weights).round().to(torch.uint8)
-        return torch.where(weights > 0, mixed, film)
+        return blend(self._read(self.frames, start, stop), frames, self._weights(start, stop))
 
     def _encode(
         self, start: int, stop: int, state: EncoderState | None, device: torch.device
@@ -157,17 +155,7 @@ class FilmInput:
         return self.codec.encode_chunk(to_float(pixels).permute(3, 0, 1, 2)[None], state)  # pyright: ignore
 
     def _weights(self, start: int, stop: int) -> Tensor:
-        """How much of each pixel is drawn [T, H, W]: 0 outside the region and at its edge, 1 well within."""
-        left, top, right, bottom = self._read(self.regions, start, stop).unbind(1)
-        height, width = self.spec.height, self.spec.width
-        edge = EDGE * torch.minimum((right - left) * width, (bottom - top) * height)
-
-        def ramp(low: Tensor, high: Tensor, count: int) -> Tensor:
-            places = torch.arange(count) + 0.5
-            inside = torch.minimum(places - low[:, None] * count, high[:, None] * count - places)
-            return (inside / edge[:, None].clamp(min=1e-6)).clamp(0, 1)
-
-        return ramp(top, bottom, height)[:, :, None] * ramp(left, right, width)[:, None]
+        return weights(self._read(self.regions, start, stop), self.spec.height, self.spec.width)
 
     @staticmethod
     def _read(stream: Stream, begin: int, end: int) -> Tensor:
@@ -177,3 +165,22 @@ class FilmInput:
             return rows
         last = stream.read(stream.end - 1, stream.end)
         return torch.cat([rows, last.expand(end - begin - len(rows), *last.shape[1:])])
+
+
+def weights(boxes: Tensor, height: int, width: int) -> Tensor:
+    """How much of each pixel is drawn [T, H, W], of regions [T, 4]: 0 outside and at the edge, 1 well within."""
+    left, top, right, bottom = boxes.unbind(1)
+    edge = EDGE * torch.minimum((right - left) * width, (bottom - top) * height)
+
+    def ramp(low: Tensor, high: Tensor, count: int) -> Tensor:
+        places = torch.arange(count) + 0.5
+        inside = torch.minimum(places - low[:, None] * count, high[:, None] * count - places)
+        return (inside / edge[:, None].clamp(min=1e-6)).clamp(0, 1)
+
+    return ramp(top, bottom, height)[:, :, None] * ramp(left, right, width)[:, None]
+
+
+def blend(film: Tensor, drawn: Tensor, share: Tensor) -> Tensor:
+    """Frames uint8 [T, H, W, 3] of a film with `share` [T, H, W] of the drawn ones; where that is 0 the film's, bit for bit."""
+    share = share[..., None]
+    return torch.where(share > 0, film.float().lerp(drawn.float(), share).round().to(torch.uint8), film)

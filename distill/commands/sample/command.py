@@ -129,9 +129,10 @@ def _open(
 def _write(args: argparse.Namespace, stream: Stream, viewer: "Viewer | None", started: float) -> tuple[int, float]:
     """Write the whole video; its frames, and seconds from `started` to the first."""
     spec, sound, first = stream.session.spec, stream.sound, 0.0
-    mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
+    size = (spec.height, spec.width) if stream.film is None else stream.film.size
+    mark = Mark(args.mark, *size) if args.mark else None
     push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
-    upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+    upscale = max(1, math.ceil(args.size / min(size)))
     expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
     given = {"smooth": True, "channels": sound.channels, "synthetic": not args.no_label}
     with (
@@ -142,6 +143,7 @@ def _write(args: argparse.Namespace, stream: Stream, viewer: "Viewer | None", st
             if writer.num_frames == 0:
                 first = time.perf_counter() - started
                 progress.set_postfix_str(f"first frame {first:.2f} s")
+            frames = frames if stream.film is None else stream.film.paste(frames)
             for frame in frames if mark is None else mark(frames):
                 writer.write(frame)
             progress.update(len(frames))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from students.serving.dubbing import blend, weights
 from students.spec import Spec
 from teachers.errors import UserError
 from teachers.media.container import upright
@@ -43,6 +44,7 @@ class Film:
 
     A frame shows what the video shows at its time. All have one crop (`teachers.media.crop`), chosen by the first one. `region`:
     one box for all in fractions of the crop; without it the face is found in each frame. UserError where the first has none.
+    `paste` puts what was drawn back into the whole frames, which are held until then.
     """
 
     def __init__(self, path: Path, spec: Spec, crop: str, region: Tensor | None):
@@ -58,16 +60,36 @@ class Film:
                 f"--film {reason}: {path}; give what is drawn by --region left,top,right,bottom in fractions"
             )
         self._shape = pixels.shape
+        self._held: deque[tuple[Tensor, Tensor]] = deque()  # whole frames and their regions, not pasted yet
         self._part = place(
             (pixels.shape[1], pixels.shape[0]), (spec.height, spec.width), crop, faces[0] if faces else None
         )
-        self._last = self._fitted(pixels, faces)
+        self._pixels, self._last = pixels, self._fitted(pixels, faces)
         self._given = 0
 
     @property
     def first(self) -> Tensor:
         """The picture [3, H, W] in [-1, 1] that the stream begins with."""
         return self._last[0].permute(2, 0, 1).float() / 127.5 - 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the whole frames."""
+        return self._shape[0], self._shape[1]
+
+    def paste(self, drawn: Tensor) -> Tensor:
+        """The next whole frames uint8 [n, h, w, 3] with what was drawn [n, H, W, 3] of their crops, within the regions alone."""
+        x, y, width, height = self._part
+        whole = []
+        for frame in drawn:
+            pixels, box = self._held.popleft()
+            made = (fit_image(frame, (height, width)) + 1) * 127.5
+            part = pixels[y : y + height, x : x + width][None]
+            pixels = pixels.clone()
+            mixed = blend(part, made.round().byte().permute(1, 2, 0)[None], weights(box[None], height, width))
+            pixels[y : y + height, x : x + width] = mixed[0]
+            whole.append(pixels)
+        return torch.stack(whole) if whole else drawn.new_zeros(0, *self._shape)
 
     def until(self, frame: int) -> tuple[Tensor, Tensor]:
         """Frames and regions before frame number `frame` that were not handed out yet."""
@@ -84,7 +106,9 @@ class Film:
             if pixels is None:
                 self.ended = number
             else:
+                self._pixels = pixels
                 self._last = self._fitted(pixels, find_faces(pixels) if self.region is None else [])
+        self._held.append((self._pixels, self._last[1]))
         return self._last
 
     def _timed(self) -> Iterator[Tensor]:

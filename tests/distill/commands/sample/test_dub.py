@@ -13,7 +13,7 @@ from teachers.errors import UserError
 from teachers.media import face
 from tests.distill.commands.sample.fakes import film, parse
 from tests.support.media import talking
-from tests.support.media.films import counting_film, number_of, write_film
+from tests.support.media.films import HEIGHT, WIDTH, counting_film, frames_of, number_of, write_film
 
 LOWER = "0,0.5,1,1"
 
@@ -69,6 +69,26 @@ def test_the_region_is_on_the_mouth_and_follows_it(tmp_path):
         assert (right - left < 70).all()
 
 
+def test_what_is_drawn_goes_back_where_it_came_from(tmp_path):
+    """A film drawn as it is, at a size that loses nothing, comes back as it was; and nothing is held that was pasted."""
+    frames = talking.film(talking.speech(0.4))
+    wide = [np.pad(frame, ((0, 0), (200, 40), (0, 0)), constant_values=90) for frame in frames]
+    path = write_film(tmp_path / "wide.mp4", wide, talking.FPS)
+    own = Film(path, spec(talking.FPS, 192, 160), "face", None)
+    shown, _ = own.until(6)
+    whole = torch.from_numpy(frames_of(path))[:6]
+    assert torch.equal(torch.cat([own.paste(shown[:2]), own.paste(shown[2:])]), whole)
+    assert not own._held
+    own.until(8)
+    black = own.paste(torch.zeros_like(shown[:2]))
+    changed = (black != torch.from_numpy(frames_of(path))[6:8]).any(dim=-1).nonzero()
+    top, left = changed[:, 1].min(), changed[:, 2].min()
+    bottom, right = changed[:, 1].max(), changed[:, 2].max()
+    inside = {"top": top > 76, "bottom": bottom < 140, "left": left > 200 + 50, "right": right < 200 + 110}
+    assert all(inside.values()), (inside, top, bottom, left, right)
+    assert (black[:, 97:110, 200 + 74 : 200 + 86] < 12).all(), "the mouth is what was drawn"
+
+
 def test_the_crop_of_the_first_frame_is_everyones(tmp_path):
     frames = talking.film(talking.speech(0.4))
     wide = [np.pad(frame, ((0, 0), (200, 40), (0, 0)), constant_values=90) for frame in frames]
@@ -88,10 +108,13 @@ def given(inputs, counting):
 def test_sample_keeps_the_film_but_for_the_region(given, noted, capsys):
     film(given, "--region", LOWER)
     frames = torch.stack([torch.as_tensor(frame) for frame in noted.shown])
-    fitted, _ = Film(given["film"], spec(Fraction(25, 2), 16, 16), "face", read_region(LOWER)).until(len(frames))
-    assert len(frames) == 25
-    assert torch.equal(frames[:, :8], fitted[:, :8])
-    assert (frames[:, 10:] != fitted[:, 10:]).float().mean() > 0.5
+    assert frames.shape == (25, HEIGHT, WIDTH, 3)
+    shown = torch.from_numpy(frames_of(given["film"]))[::2]
+    edge = (WIDTH - HEIGHT) // 2  # the student draws squares
+    assert torch.equal(frames[:, : HEIGHT // 2], shown[:, : HEIGHT // 2])
+    assert torch.equal(frames[:, :, :edge], shown[:, :, :edge])
+    assert torch.equal(frames[:, :, -edge:], shown[:, :, -edge:])
+    assert (frames[:, HEIGHT // 2 + 8 :, edge:-edge] != shown[:, HEIGHT // 2 + 8 :, edge:-edge]).float().mean() > 0.5
     assert "held" not in capsys.readouterr().err
     pieces = [frames]
     film(given, "--region", LOWER, "--push-ms", "37")
@@ -103,7 +126,7 @@ def test_a_film_shorter_than_the_sound_is_held_and_said(given, noted, tmp_path, 
     short = given | {"film": counting_film(tmp_path / "short.mp4", seconds=1.2)}
     film(short, "--region", LOWER)
     assert "its last frame is held for 10 frames" in capsys.readouterr().err
-    frames = [torch.as_tensor(frame)[:8] for frame in noted.shown]
+    frames = [torch.as_tensor(frame)[: HEIGHT // 2] for frame in noted.shown]
     assert all(torch.equal(frame, frames[14]) for frame in frames[15:])
     assert not torch.equal(frames[13], frames[14])
 
