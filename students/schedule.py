@@ -79,6 +79,7 @@ def advance(
     plan=None,
     grad: bool = False,
     keep: bool = False,
+    kept: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Any]:
     """The state's chunk finished: its x0 [B, C, n, H, W] (of the exit step), and what `commit` needs of the steps.
 
@@ -87,20 +88,22 @@ def advance(
     the next sigma with fresh noise (the stochastic few-step sampler of Self Forcing), or where the spec's `step` is ode, moved
     there along the ODE (LiveAvatar). `plan` is made where none is given.
     With `grad` the step `exit_step` (default the last; a sequential schedule may stop earlier) runs with gradient, no other does;
-    `keep`: what is given of that step has its gradient (Student.with_context_gradient).
+    `keep`: what is given of that step has its gradient (Student.with_context_gradient). `kept` is applied to the x0 of every step,
+    to put in what is known of it (dubbing).
     """
     if student.spec.schedule.depth > 1:
         if exit_step not in (None, len(sigmas) - 1):
             raise ValueError(f"exit step {exit_step}: a diagonal schedule runs every chunk to its last step")
-        return step_diagonal(student, state, conditions, noise, sigmas, plan, grad)
+        return step_diagonal(student, state, conditions, noise, sigmas, plan, grad, kept)
     last = len(sigmas) - 1 if exit_step is None else exit_step
     own, ahead = _plans(student, state, conditions, plan, grad)
     x, steps = noise(0, 0), []
     for i in range(last + 1):
         leaving = grad and i == last
-        kept = {"keep": True} if keep and leaving else {}
+        keeping = {"keep": True} if keep and leaving else {}
         with torch.set_grad_enabled(leaving):
-            x0, made = student.denoise(state, own if leaving else ahead, x, sigmas[i], conditions, i, **kept)
+            x0, made = student.denoise(state, own if leaving else ahead, x, sigmas[i], conditions, i, **keeping)
+        x0 = x0 if kept is None else kept(x0)
         steps.append(made)
         if i < last:
             x = _lower(student.spec, x, x0, sigmas[i : i + 2], noise, 0, i + 1)
@@ -116,7 +119,14 @@ def _plans(student, state, conditions: Conditions, plan, grad: bool) -> tuple[An
 
 
 def step_diagonal(
-    student, state, conditions: Conditions, noise: Noise, sigmas: Sequence[float], plan=None, grad: bool = False
+    student,
+    state,
+    conditions: Conditions,
+    noise: Noise,
+    sigmas: Sequence[float],
+    plan=None,
+    grad: bool = False,
+    kept: Callable[[Tensor], Tensor] | None = None,
 ):
     """Diagonal: all chunks in flight move together until the front one is done; a new one enters behind them while there is room
     and conditions for it. The chunk that was finished before enters the context within the first of these forwards."""
@@ -133,6 +143,7 @@ def step_diagonal(
             with torch.set_grad_enabled(grad and last):
                 x, levels = torch.cat([chunk.x for chunk in flight], dim=2), [sigmas[chunk.done] for chunk in flight]
                 x0, entry = student.denoise_diagonal(state, own if grad and last else ahead, x, levels, given)
+            x0 = x0 if kept is None else kept(x0)
             if entry is not None:
                 state, entered = student.settle(state, entry), entry
             moved = zip(x0.split(n, dim=2), flight, strict=True)

@@ -17,7 +17,8 @@ from students.serving.inputs import encode_window
 from students.serving.session import Chunk, Session
 from students.student import Student
 from students.weights.checkpoint import Bundle
-from teachers.codecs.linear import DecoderState, to_uint8
+from teachers.codecs.linear import to_uint8
+from teachers.codecs.streamed import DecoderState
 from teachers.errors import UserError
 
 Result = TypeVar("Result")

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from students.schedule import Noise, advance, refine_context
+from students.serving.dubbing import Kept
 from students.serving.overlap import Beside, to_host
 from students.spec import Spec
 from students.student import Finished, Joined
 from students.weights.checkpoint import Bundle
-from teachers.codecs.linear import DecoderState, to_uint8
+from teachers.codecs.linear import to_uint8
+from teachers.codecs.streamed import DecoderState, EncoderState
 from teachers.conditions import Conditions
 
 Value = TypeVar("Value")
@@ -33,12 +35,14 @@ class Point:
     seen: tuple[Finished, ...] = ()
     last: Tensor | None = None  # the last frame [1, H, W, 3]
     began: int = 0  # the first frame of what was handed over last
+    encoder: EncoderState | None = None  # of a film that is dubbed
 
 
 @dataclass(frozen=True)
 class Ready:
     """What a stream's next chunk takes: the `Point` before it, the conditions of the chunk and of those in flight behind it, the
-    noise, and where the portrait leads the stream its latent [1, C, 1, h, w]. `idle` and `seconds` are the `Chunk`'s."""
+    noise, and where the portrait leads the stream its latent [1, C, 1, h, w]. `idle` and `seconds` are the `Chunk`'s. Where a film
+    is dubbed, what is `kept` of it, and its encoder's state after the chunk."""
 
     point: Point
     conditions: Conditions
@@ -46,6 +50,8 @@ class Ready:
     portrait: Tensor | None
     idle: Literal["", "live"]
     seconds: dict[str, float]
+    kept: Kept | None = None
+    encoder: EncoderState | None = None
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ def draw(bundle: Bundle, ready: Sequence[Ready], beside: Beside, wait: Callable[
     def noise(place: int, step: int) -> Tensor:
         return first.noise(place, step) if alone else torch.cat([one.noise(place, step) for one in ready])
 
-    plan, levels = student.plan(state, ahead), spec.steps(index)
-    x0, steps = advance(student, state, ahead, noise, levels, plan=plan)
+    plan, levels, film = student.plan(state, ahead), spec.steps(index), Kept.join([one.kept for one in ready])
+    x0, steps = advance(student, state, ahead, noise, levels, plan=plan, kept=film)
     conditions = ahead.frames(0, spec.chunk_frames) if spec.schedule.ahead else ahead
     denoised = now()
 
@@ -111,6 +117,7 @@ def draw(bundle: Bundle, ready: Sequence[Ready], beside: Beside, wait: Callable[
 
     def commit() -> list[tuple[Any, Tensor]]:
         kept = refine_context(student, state, x0, conditions, steps, noise, len(levels), plan)
+        kept = kept if film is None else film(kept)
         after = student.commit(state, kept, conditions, steps, plan)
         if not isinstance(after, Joined):
             return [(after, kept)]

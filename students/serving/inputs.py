@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from students.serving.checked import check_waiting
+from students.serving.dubbing import FilmInput
 from students.serving.overlap import to_device
 from students.spec import Spec
 from teachers.conditions import BUILT_IN, Conditions, blank_features, known, pack_rows, side_by_side
@@ -25,10 +26,10 @@ from teachers.registry import AudioEncoder
 
 @dataclass(frozen=True)
 class Starved:
-    """No chunk now, and nothing is lost: `missing` samples of audio or rows of pose; the viewer is `lead` chunks behind; or
-    the stream was closed and has come to its end. False where a chunk is true."""
+    """No chunk now, and nothing is lost: `missing` samples of audio, rows of pose or frames of the film; the viewer is `lead`
+    chunks behind; or the stream was closed and has come to its end. False where a chunk is true."""
 
-    reason: Literal["audio", "pose", "lead", "end"]
+    reason: Literal["audio", "pose", "film", "lead", "end"]
     missing: int = 0
 
     def __bool__(self) -> bool:
@@ -38,9 +39,9 @@ class Starved:
 class SessionInputs:
     """Audio at 16 kHz and pose rows, one a pixel frame, from their push until no chunk needs them any more.
 
-    `drop`: conditions that this stream never gets. `given`: features from outside this package (`given_features`); `of_image`:
-    those of the reference image, with a batch axis, the last frame held where they run with the frames. Memory is
-    bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
+    `drop`: conditions that this stream never gets. `film`: where one is dubbed. `given`: features from outside this package
+    (`given_features`); `of_image`: those of the reference image, with a batch axis, the last frame held where they run with the
+    frames. Memory is bounded by what `forget` leaves. What `conditions` computes is on the device of its arguments.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SessionInputs:
         drop: tuple[str, ...] = (),
         given: Mapping[str, Tensor] | None = None,
         of_image: Mapping[str, Tensor] | None = None,
+        film: FilmInput | None = None,
     ):
         for name in drop:
             known(name)
@@ -57,16 +59,30 @@ class SessionInputs:
         self.given = Conditions(of_image, **given_features(spec, given or {}).features)
         self.audio = Stream((spec.speakers,) if spec.speakers > 1 else ())
         self.pose = Stream((spec.pose_dim,))
+        self.film = film
         self.resampler: Resampler | None = None
         self.closed = False
 
     # ---- what comes in
 
-    def push(self, audio: Tensor | None, pose: Tensor | None, rate: int, other: Tensor | None) -> None:
-        """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P]; UserError, which changes nothing, for
-        what is neither, and after `close`."""
+    def push(
+        self,
+        audio: Tensor | None,
+        pose: Tensor | None,
+        rate: int,
+        other: Tensor | None,
+        film: Tensor | None = None,
+        region: Tensor | None = None,
+    ) -> None:
+        """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, pose rows [T, P], and frames of a film with their regions
+        (`FilmInput`); UserError, which changes nothing, for what is none of them, and after `close`."""
         if self.closed:
             raise UserError("push after close: this session takes no more input; open another")
+        if film is not None and self.film is None:
+            raise UserError("film: this session dubs none; open it with film=True")
+        if film is None and region is not None:
+            raise UserError("region: it comes with the frames that it is of; push film too")
+        boxes = None if film is None or self.film is None else self.film.check(film, region)
         sound = checked_sound(self.spec, audio, other, rate)
         if pose is not None:
             check_pose(self.spec, pose)
@@ -76,6 +92,8 @@ class SessionInputs:
             self.pose.push(pose)
         if sound is not None:
             self.audio.push(self._resampled(sound, rate))
+        if self.film is not None and film is not None and boxes is not None:
+            self.film.push(film, boxes)
 
     def _resampled(self, sound: Tensor, rate: int) -> Tensor:
         if self.resampler is not None and self.resampler.source_rate != rate:
@@ -97,6 +115,8 @@ class SessionInputs:
         """Drop all input from a pixel frame on; the stream is open again."""
         self.audio.cut(frame * self.spec.samples_per_frame)
         self.pose.cut(frame)
+        if self.film is not None:
+            self.film.cut(frame)
         self.resampler, self.closed = None, False
 
     def forget(self, chunk: int) -> None:
@@ -104,6 +124,8 @@ class SessionInputs:
         start = self.spec.pixel_frames(chunk)[0]
         self.audio.forget(start * self.spec.samples_per_frame - self.encoder.lookback)
         self.pose.forget(start - 1)  # the last row is held where a live session lacks one
+        if self.film is not None:
+            self.film.forget(start)
 
     # ---- what a chunk needs
 
@@ -134,16 +156,20 @@ class SessionInputs:
             return Starved("audio", samples)
         if self.takes_pose and stop > self.pose.end:
             return Starved("pose", stop - self.pose.end)
+        if self.film is not None and (frames := self.film.missing(stop)):
+            return Starved("film", frames)
         return None
 
     def fill(self, chunk: int) -> None:
-        """Make up what a step at `chunk` lacks: silence, and the last pose."""
+        """Make up what a step at `chunk` lacks: silence, the last pose, the film's last frame."""
         stop = self.span(chunk)[1]
         lacking = stop * self.spec.samples_per_frame + self.encoder.lookahead - self.audio.end
         self.audio.push(torch.zeros(max(0, lacking), *self.audio.row_shape))
         if self.takes_pose:
             last = self.pose.read(self.pose.end - 1, self.pose.end)
             self.pose.push(last.expand(max(0, stop - self.pose.end), -1))
+        if self.film is not None:
+            self.film.hold(stop)
 
     def voice(self, chunk: int) -> Tensor:
         """The avatar's own samples [S] at 16 kHz that play with a chunk."""
@@ -184,6 +210,9 @@ class SessionInputs:
             "pose": self.pose.read(self.pose.start, self.pose.end),
         }
         tensors |= {f"given.{name}": value for name, value in self.given.features.items()}
+        if self.film is not None:
+            facts["film"] = self.film.frames.start
+            tensors |= self.film.held()
         if (own := self.resampler) is not None:
             facts["resampler"] = {"rate": own.source_rate, "first": own.first, "made": own.made}
             tensors["resampler"] = own.tail
@@ -197,6 +226,8 @@ class SessionInputs:
         self.pose = Stream(self.pose.row_shape, facts["pose"])
         self.audio.push(tensors["audio"])
         self.pose.push(tensors["pose"])
+        if self.film is not None:
+            self.film.restore(facts["film"], tensors)
         self.resampler = None
         if "resampler" in facts:
             self.resampler = Resampler(facts["resampler"]["rate"], SAMPLE_RATE, row_shape=self.audio.row_shape)

@@ -20,6 +20,7 @@ from torch import Tensor
 from students.serving import draw
 from students.serving.checked import LARGEST_SEED, MOST_TEXTS, check_reference, check_text, whole
 from students.serving.draw import Drawn, Point, Ready
+from students.serving.dubbing import FilmInput
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside, to_device
 from students.student import Finished
@@ -86,7 +87,8 @@ class Session:
     modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
     are true there. `guidance`: the scale that a guidance-distilled student is conditioned on, within its trained range
     (None: the spec's). `conditions`: features from outside this package by name, without a batch axis; those that run with the
-    latent frames for the whole stream, the last frame held; zeros for those that the network takes and no input gives.
+    latent frames for the whole stream, the last frame held; zeros for those that the network takes and no input gives. `film`: the
+    stream dubs one, whose frames are pushed, and draws a region of them alone (`students.serving.dubbing`).
     """
 
     def __init__(
@@ -102,10 +104,11 @@ class Session:
         timed: bool = False,
         guidance: float | None = None,
         conditions: Mapping[str, Tensor] | None = None,
+        film: bool = False,
     ):
         spec, self.number = bundle.spec, 0
         if bundle.shared is not None:
-            options = {"lead": lead, "idle": idle, "drop": drop, "timed": timed, "guidance": guidance}
+            options = {"lead": lead, "idle": idle, "drop": drop, "timed": timed, "guidance": guidance, "film": film}
             bundle.shared.opened(self, (reference, text, seed), {**options, "conditions": conditions})
         check_reference(spec, reference)
         seed = whole("seed", seed, 0)
@@ -139,7 +142,8 @@ class Session:
                 self.reference = latent if spec.network.reference else None
                 self.portrait = latent if spec.network.lead else None
                 made = bundle.of_image(image)
-            self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions, made)
+            dubbed = FilmInput(spec, bundle.codec) if film else None
+            self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions, made, dubbed)
             features = self._read(text)
             self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
@@ -153,13 +157,17 @@ class Session:
         pose: Tensor | None = None,
         rate: int = SAMPLE_RATE,
         other: Tensor | None = None,
+        film: Tensor | None = None,
+        region: Tensor | None = None,
     ) -> None:
         """Append audio [S] or [channels, S] in [-1, 1] at `rate` Hz, and pose rows [T, P], one a pixel frame.
 
         For a student of two speakers `audio` is its own voice and `other` the other speaker's, of the same length: one that is not
-        given is silent meanwhile. Refused input (UserError) changes nothing.
+        given is silent meanwhile. To a stream that dubs a `film` its frames uint8 [T, H, W, 3] are pushed, and with them the
+        `region` that is drawn anew, a box (left, top, right, bottom) in fractions of the frame [4], or one a frame [T, 4].
+        Refused input (UserError) changes nothing.
         """
-        self.inputs.push(audio, pose, rate, other)
+        self.inputs.push(audio, pose, rate, other, film, region)
 
     @alone
     def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
@@ -319,6 +327,7 @@ class Session:
             id(self.bundle),
             draw.batch_key(self.bundle, self.point.chunk, self.point.decoder),
             self.point.features.shape,
+            self.inputs.film is None,
         )
 
     def begin(self) -> Ready | Chunk | Starved:
@@ -327,23 +336,27 @@ class Session:
         starved = self._starved()
         idle: Literal["", "live"] = ""
         if starved is not None:
-            if starved.reason not in ("audio", "pose") or self.idle == "wait":
+            if starved.reason not in ("audio", "pose", "film") or self.idle == "wait":
                 return starved
             if self.idle == "hold":
                 return self._hold(starved)
-            self.inputs.fill(self.point.chunk)  # silence, and the last pose
+            self.inputs.fill(self.point.chunk)
             idle = "live"
         began = self._now()
         self.settle()
         settled = self._now()
         point = self._with_events()
         ahead = self.inputs.conditions(point.chunk, point.features, self.reference, self._scale)
+        kept, encoder = None, None
+        if self.inputs.film is not None:
+            stop = self.inputs.span(point.chunk)[1]
+            kept, encoder = self.inputs.film.kept(point.chunk, stop, point.encoder, self.device)
 
         def noise(place: int, step: int) -> Tensor:
             return to_device(chunk_noise(self.spec, self.seed, point.chunk + place, step), self.device)
 
         seconds = {"wait": settled - began, "encode": self._now() - settled}
-        return Ready(point, ahead, noise, self.portrait, idle, seconds)
+        return Ready(point, ahead, noise, self.portrait, idle, seconds, kept, encoder)
 
     def finish(self, ready: Ready, drawn: Drawn) -> Chunk:
         """The second half: the chunk that was drawn, handed over; its commit is done when it is needed."""
@@ -353,6 +366,8 @@ class Session:
         visible = spec.history.visible(index + 1)
         seen = tuple(past for past in (*point.seen, Finished(index, drawn.x0, conditions)) if past.chunk in visible)
         audio, frames = self.inputs.voice(index), drawn.frames
+        if self.inputs.film is not None:
+            frames = self.inputs.film.blend(spec.pixel_frames(index)[0], frames)
         self.committing = drawn.commit
         self.point = replace(
             point,
@@ -362,6 +377,7 @@ class Session:
             seen=seen,
             last=frames[-1:].clone(),
             began=point.frame,
+            encoder=ready.encoder,
         )
         self.points.append(self.point)
         self._forget()

@@ -60,6 +60,7 @@ def _save(session: Session, path: Path, how: str) -> None:
             if name not in session.inputs.given.features:  # these, like text and reference, are the session's own
                 tensors[f"seen.{i}.{name}"] = value
     tensors |= {f"flight.{i}": chunk.x for i, chunk in enumerate(point.state.flight)}
+    tensors |= {f"encoder.{i}": value for i, value in enumerate(point.encoder or ())}
     if point.last is not None:
         tensors["last"] = point.last
     read = point.state.read
@@ -85,6 +86,7 @@ def _save(session: Session, path: Path, how: str) -> None:
         "flight": [chunk.done for chunk in point.state.flight],
         "pending": how == "exact" and point.state.pending is not None,
         "decoder": None if point.decoder is None else len(point.decoder),
+        "encoder": None if point.encoder is None else len(point.encoder),
         "events": [{"at": e.at, "text": e.text, "how": e.how} for e in session.events if e.at >= point.chunk],
         "inputs": inputs,
         "viewed": session.viewed,
@@ -123,6 +125,7 @@ def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor])
         idle=facts["idle"],
         drop=tuple(facts["drop"]),
         guidance=facts.get("guidance"),
+        film="film" in facts["inputs"],
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
     session.portrait = tensors["portrait"].to(device) if "portrait" in tensors else None
@@ -170,6 +173,7 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         tuple(seen),
         tensors["last"].cpu() if "last" in tensors else None,
         facts["began"],
+        None if facts.get("encoder") is None else _listed(tensors, "encoder", facts["encoder"]),
     )
 
 

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import HINT, DecoderState, StreamedCodec
-from teachers.codecs.wan_vae import check_latents, check_video
+from teachers.codecs.linear import HINT
+from teachers.codecs.streamed import DecoderState, EncoderState, StreamedCodec, check_latents, check_video
 from teachers.errors import UserError
 
 GROUPS = 8  # of the normalisation
@@ -175,10 +175,12 @@ class ConvCodec(StreamedCodec):
         self.register_buffer("mean", torch.zeros(config.channels))
         self.register_buffer("std", torch.ones(config.channels))
 
-    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
-        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
-        check_video(video, self.config)
-        return (self.encode_raw(video.to(self._dtype)) - self._row(self.mean)) / self._row(self.std)
+    def encode_chunk(
+        self, video: Float[Tensor, "b 3 t h w"], state: EncoderState | None = None
+    ) -> tuple[Float[Tensor, "b c f y x"], EncoderState]:
+        check_video(video, self.config, begins=state is None)
+        raw = self.encode_raw(video.to(self._dtype), begins=state is None)
+        return (raw - self._row(self.mean)) / self._row(self.std), ()
 
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
@@ -188,11 +190,12 @@ class ConvCodec(StreamedCodec):
         video = self.decode_raw(raw, state[0] if state else None)
         return (video if state else video[:, :, self.config.stride - 1 :]).clamp(-1, 1).float(), (raw[:, :, -1:],)
 
-    def encode_raw(self, video: Tensor) -> Tensor:
-        """Video [B, 3, T, H, W] -> unnormalised latents."""
+    def encode_raw(self, video: Tensor, begins: bool = True) -> Tensor:
+        """Video [B, 3, T, H, W] -> unnormalised latents; a stream `begins` with one frame in the place of `stride`."""
         stride = self.config.stride
-        padded = torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
-        frames = self.frame_encoder(padded.transpose(1, 2).flatten(0, 1))
+        if begins:
+            video = torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
+        frames = self.frame_encoder(video.transpose(1, 2).flatten(0, 1))
         groups = frames.unflatten(0, (-1, stride)).flatten(1, 2)  # B F, stride channels, h, w
         return self.encoder(groups).unflatten(0, (len(video), -1)).transpose(1, 2)
 

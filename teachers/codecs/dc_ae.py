@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import HINT, DecoderState, StreamedCodec
-from teachers.codecs.wan_vae import check_latents, check_video
+from teachers.codecs.linear import HINT
+from teachers.codecs.streamed import DecoderState, EncoderState, StreamedCodec, check_latents, check_video
 from teachers.disk.read import read_json
 from teachers.errors import UserError
 
@@ -209,15 +209,17 @@ class DCAE(StreamedCodec):
             self.temporal[f"{name}_convs"] = nn.ModuleList(TemporalConv(width, kernel) for width in widths)
             self.temporal[f"{name}_attention"] = TemporalAttention(config.widths[-1], window)
 
-    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
-        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, T, h, w]; an image is a video of one frame. Raises UserError."""
-        check_video(video, self.config)
-        parts, state = [], None
+    def encode_chunk(
+        self, video: Float[Tensor, "b 3 t h w"], state: EncoderState | None = None
+    ) -> tuple[Float[Tensor, "b c f y x"], EncoderState]:
+        check_video(video, self.config, begins=state is None)
+        parts = []
         for group in video.to(self._dtype).split(AT_ONCE, dim=2):
             raw, state = self.encode_raw(group, state)
             parts.append(raw)
+        assert state is not None
         raw = torch.cat(parts, dim=2)
-        return _at_least_fp32(raw.sub(self._row(self.mean)).div(self._row(self.std)))
+        return _at_least_fp32(raw.sub(self._row(self.mean)).div(self._row(self.std))), state
 
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None

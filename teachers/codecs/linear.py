@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
+from teachers.codecs.streamed import DecoderState, EncoderState, StreamedCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +32,6 @@ class CodecConfig:
 
 
 HINT = "export the student again"
-DecoderState = tuple[Tensor, ...]  # cached past of a streaming decoder, an immutable value; () where it needs none
-
-
-class StreamedCodec(nn.Module):
-    """A codec whose whole decode is that of a stream of one chunk."""
-
-    config: Any
-
-    def decode(self, latents: Float[Tensor, "b c f y x"]) -> Float[Tensor, "b 3 t h w"]:
-        """Latents [B, C, F, h, w] of a whole clip -> pixels [B, 3, T, H, W] in [-1, 1]. Raises UserError for other shapes."""
-        return self.decode_chunk(latents)[0]
-
-    def decode_chunk(
-        self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
-    ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:
-        """The next latents of a stream -> pixels, and the state for the chunk after it; without a state the stream starts, and
-        its first latent gives one pixel frame, not `stride`. A state is never written in place, so a stream can resume from any
-        earlier one. Raises UserError for other shapes."""
-        raise NotImplementedError
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
 
 
 class EigenCodec(StreamedCodec):
@@ -79,13 +56,14 @@ class EigenCodec(StreamedCodec):
         self.register_buffer("basis", torch.zeros(count, self.mean.shape[0]))
         self.register_buffer("scale", torch.ones(count))
 
-    def _groups(self, video: Tensor) -> Tensor:
+    def _groups(self, video: Tensor, begins: bool = True) -> Tensor:
         """[B, 3, T, H, W] -> [B, F, 3*stride*H*W]; ValueError for a size or length without latents."""
         stride = self.config.stride
-        if (video.shape[2] - 1) % stride or (video.shape[1], *video.shape[3:]) != (3, *self.size[2:]):
-            size = (3, f"1 + {stride} (F - 1)", *self.size[2:])
+        if (video.shape[2] - begins) % stride or (video.shape[1], *video.shape[3:]) != (3, *self.size[2:]):
+            size = (3, f"1 + {stride} (F - 1)" if begins else f"{stride} F", *self.size[2:])
             raise ValueError(f"video: got [C, T, H, W] = {tuple(video.shape[1:])}, the codec takes {size}")
-        video = torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
+        if begins:
+            video = torch.cat([video[:, :, :1].expand(-1, -1, stride - 1, -1, -1), video], dim=2)
         return video.unflatten(2, (-1, stride)).transpose(1, 2).flatten(2)
 
     @torch.no_grad()
@@ -110,10 +88,11 @@ class EigenCodec(StreamedCodec):
         self.scale[: basis.shape[0]] = half * (values * half**2).mean().rsqrt()
         return self
 
-    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
-        """[B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]."""
-        coded = (self._groups(video) - self.mean) @ self.basis.T * self.scale
-        return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous()
+    def encode_chunk(
+        self, video: Float[Tensor, "b 3 t h w"], state: EncoderState | None = None
+    ) -> tuple[Float[Tensor, "b c f y x"], EncoderState]:
+        coded = (self._groups(video, begins=state is None) - self.mean) @ self.basis.T * self.scale
+        return coded.unflatten(2, (self.config.channels, *self.cells)).transpose(1, 2).contiguous(), ()
 
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import CodecConfig, DecoderState, StreamedCodec
-from teachers.codecs.wan_vae import WanLatentsConfig, check_latents, check_video
+from teachers.codecs.linear import CodecConfig
+from teachers.codecs.streamed import DecoderState, EncoderState, StreamedCodec, check_latents, check_video
+from teachers.codecs.wan_vae import WanLatentsConfig
 from teachers.errors import UserError
 
 FILES = ("taew2_1.safetensors", "taew2_1.pth")
@@ -85,6 +86,8 @@ class TAEHV(StreamedCodec):
     input frame of each memory block.
     """
 
+    encode_ahead = 3
+
     def __init__(
         self, widths: tuple[int, int, int, int] = (256, 128, 64, 64), encoder_width: int = 64, channels: int = 16
     ):
@@ -110,17 +113,23 @@ class TAEHV(StreamedCodec):
         )
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
     def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
-        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
         check_video(video, self.config)
-        stride, state, latents = self.config.stride, None, []
+        after = video[:, :, -1:].expand(-1, -1, self.encode_ahead, -1, -1)
+        return self.encode_chunk(torch.cat((video, after), dim=2))[0]
+
+    @torch.no_grad()
+    def encode_chunk(
+        self, video: Float[Tensor, "b 3 t h w"], state: EncoderState | None = None
+    ) -> tuple[Float[Tensor, "b c f y x"], EncoderState]:
+        check_video(video, self.config, begins=False)  # with the frames ahead
+        latents = []
         frames = ((video.float() + 1) / 2).to(self._dtype).transpose(1, 2)
-        frames = torch.cat((frames, frames[:, -1:].expand(-1, stride - 1, -1, -1, -1)), dim=1)
-        for group in frames.split(stride, dim=1):
+        for group in frames.split(self.config.stride, dim=1):
             latent, state = _run(self.encoder, group, state)
             latents.append(latent.transpose(1, 2))
-        return torch.cat(latents, dim=2).float()
+        assert state is not None
+        return torch.cat(latents, dim=2).float(), state
 
     @torch.no_grad()
     def decode_chunk(

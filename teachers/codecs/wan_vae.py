@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from teachers.checkpoints.strict import load_strict
 from teachers.checkpoints.weights import read_tensors
-from teachers.codecs.linear import CodecConfig, DecoderState, StreamedCodec
+from teachers.codecs.linear import CodecConfig
+from teachers.codecs.streamed import DecoderState, EncoderState, StreamedCodec, check_latents, check_video
 from teachers.disk.read import read_json
 from teachers.errors import UserError
-from teachers.registry import Geometry
 
 ORIGINAL = "Wan2.1_VAE.pth"
 WHERE = f"get vae/ of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B-Diffusers or {ORIGINAL} of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B"
@@ -87,16 +87,18 @@ class WanVAE(StreamedCodec):
         self.config = CodecConfig(stride=stride, patch=patch, channels=channels)
 
     @torch.no_grad()
-    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c f y x"]:
-        """Video [B, 3, T, H, W] in [-1, 1] -> latents [B, C, F, h, w]; an image is a video of one frame. Raises UserError."""
-        check_video(video, self.config)
+    def encode_chunk(
+        self, video: Float[Tensor, "b 3 t h w"], state: EncoderState | None = None
+    ) -> tuple[Float[Tensor, "b c f y x"], EncoderState]:
+        check_video(video, self.config, begins=state is None)
         stride = self.config.stride
-        groups = [1] + [stride] * ((video.shape[2] - 1) // stride)
-        cache, means = _cache(self.network.encoder, ()), []
+        groups = [1] * (state is None) + [stride] * (video.shape[2] // stride)
+        cache, means = _cache(self.network.encoder, state or ()), []
         for group in video.to(self._dtype).split(groups, dim=2):
             moments = self.network.encoder(group.contiguous(), feat_cache=cache, feat_idx=[0])
             means.append(self.network.quant_conv(moments)[:, : self.config.channels])
-        return (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
+        latents = (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
+        return latents, _state(cache)
 
     @torch.no_grad()
     def decode_chunk(
@@ -109,8 +111,7 @@ class WanVAE(StreamedCodec):
             cache = _cache(self.network.decoder, state or ())
             latent = self.network.post_quant_conv(latent.contiguous())
             pixels.append(self.network.decoder(latent, feat_cache=cache, feat_idx=[0], first_chunk=state is None))
-            slots = (slot for slot in cache if slot is not None)
-            state = tuple(latent.new_empty(0) if isinstance(slot, str) else slot.contiguous() for slot in slots)
+            state = _state(cache)
         assert state is not None
         return torch.cat(pixels, dim=2).float().clamp(-1, 1), state
 
@@ -149,29 +150,17 @@ def load_wan_vae(path: str | Path) -> WanVAE:
     return codec.float()
 
 
-def check_video(video: Tensor, config: Geometry) -> None:
-    """UserError unless video is floats [B, 3, T, H, W] with T = 1 + stride (F - 1), H and W multiples of patch."""
-    stride, patch, shape = config.stride, config.patch, list(video.shape)
-    is_video = len(shape) == 5 and all(shape) and shape[1] == 3 and (shape[2] - 1) % stride == 0
-    if not is_video or shape[3] % patch or shape[4] % patch or not video.is_floating_point():
-        expected = f"floats [B, 3, 1 + {stride} (F - 1), {patch} h, {patch} w] in [-1, 1]"
-        raise UserError(f"video: got {video.dtype} {shape}, the codec takes {expected}")
-
-
-def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None) -> None:
-    """UserError unless latents are floats [B, C, F, h, w] and the state, if any, is of a stream of that B, h and w."""
-    shape = list(latents.shape)
-    if len(shape) != 5 or not all(shape) or shape[1] != config.channels or not latents.is_floating_point():
-        raise UserError(f"latents: got {latents.dtype} {shape}, the codec takes floats [B, {config.channels}, F, h, w]")
-    if state is not None and (not state or [len(state[0]), *state[0].shape[-2:]] != [shape[0], *shape[3:]]):
-        cached = list(state[0].shape) if state else "empty"
-        raise UserError(f"state: it is {cached}, the latents are {shape}; pass the state of the same stream")
-
-
 def _cache(network: nn.Module, state: Sequence[Tensor]) -> list:
     """A feature cache in the network's layout: a slot for each temporal convolution, and some more that stay empty."""
     slots = [slot if slot.numel() else NOTHING_YET for slot in state]
     return slots + [None] * (sum(isinstance(module, nn.Conv3d) for module in network.modules()) - len(slots))
+
+
+def _state(cache: Sequence) -> tuple[Tensor, ...]:
+    """What a cache holds, as `_cache` takes it."""
+    like = next(slot for slot in cache if isinstance(slot, Tensor))
+    slots = (slot for slot in cache if slot is not None)
+    return tuple(like.new_empty(0) if isinstance(slot, str) else slot.contiguous() for slot in slots)
 
 
 @lru_cache(maxsize=16)

@@ -22,25 +22,28 @@ MOST_TABLES = 2**26
 class Stream:
     """Rows [n, ...] addressed by their place since the start of the stream; what lies outside reads as zeros."""
 
-    def __init__(self, row_shape: tuple[int, ...] = (), start: int = 0):
-        self.row_shape, self.start, self.end = row_shape, start, start
+    def __init__(self, row_shape: tuple[int, ...] = (), start: int = 0, dtype: torch.dtype = torch.float32):
+        self.row_shape, self.start, self.end, self.dtype = row_shape, start, start, dtype
         self.blocks: deque[Tensor] = deque()
 
     def push(self, rows: Tensor) -> None:
         """Append a copy of rows [n, ...]."""
         if len(rows):
-            self.blocks.append(rows.detach().to("cpu", torch.float32, copy=True))
+            self.blocks.append(rows.detach().to("cpu", self.dtype, copy=True))
             self.end += len(rows)
 
     def read(self, begin: int, end: int) -> Tensor:
         """Rows begin..end-1; zeros before 0, after the end and where they are forgotten."""
-        inner = [torch.zeros(min(max(self.start - begin, 0), end - begin), *self.row_shape)]
+        inner = [self._zeros(min(max(self.start - begin, 0), end - begin))]
         place = self.start
         for block in self.blocks:
             inner.append(block[max(begin - place, 0) : max(end - place, 0)])
             place += len(block)
-        inner.append(torch.zeros(min(max(end - max(self.end, begin), 0), end - begin), *self.row_shape))
+        inner.append(self._zeros(min(max(end - max(self.end, begin), 0), end - begin)))
         return torch.cat(inner)
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, *self.row_shape, dtype=self.dtype)
 
     def forget(self, before: int) -> None:
         """Free every row before a place."""

@@ -83,7 +83,7 @@ def named(blocks: list[Block]) -> list:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A working directory with what the pages speak of: a finished run, a portrait, speech, a folder of videos."""
+    """A working directory with what the pages speak of: a finished run, a portrait, speech, a folder of videos, a film."""
     folder = tmp_path_factory.mktemp("docs")
     run = folder / "runs" / "dmd_avatar"
     finish(["run", "dmd_avatar", *SMOKE, f"run_dir={run}"])
@@ -94,6 +94,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "videos").mkdir()
     for video in (run / "samples").glob("*-real.mp4"):
         shutil.copy(video, folder / "videos")
+    shutil.copy(video, folder / "film.mp4")
     return folder
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,102 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.commands import devices
+from distill.commands.sample.options import PIECE_MS, REALTIME_PIECE_MS, add_arguments, check
 from teachers import media
-from teachers.errors import UserError
-from teachers.media.crop import CROPS
 from teachers.media.mark import Mark
 
 if TYPE_CHECKING:
+    from distill.commands.sample.film import Film
     from distill.commands.sample.inputs import Duet, Silence, Steering
     from students.serving.session import Chunk, Session, Starved
     from students.serving.timeline import Script
 
-LARGEST_SEED = 2**63 - 1
-PIECE_MS, REALTIME_PIECE_MS = 1000, 20
+__all__ = ["Viewer", "add_arguments", "run"]
 LEAD_CHUNKS = 2  # how far --realtime draws ahead of the viewer
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `distill sample`."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--student", type=Path, metavar="DIR", help="folder of an exported student")
-    source.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="RECIPE",
-        help="one clip of a recipe's many-step teacher, to see that it loads right",
-    )
-    parser.add_argument(
-        "--clips",
-        type=int,
-        default=1,
-        metavar="N",
-        help="so many clips of --teacher one behind the other, where it reads the film before (Wan2.2-S2V; default 1)",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the recipe of --teacher")
-    parser.add_argument("--image", type=Path, required=True, metavar="PNG", help="portrait; scaled and cropped")
-    parser.add_argument(
-        "--audio",
-        type=Path,
-        metavar="WAV",
-        help="speech, or a video with sound; without it a student's video is silent and as long as --pose",
-    )
-    parser.add_argument(
-        "--other", type=Path, metavar="WAV", help="what somebody else says meanwhile, to a student of two speakers"
-    )
-    parser.add_argument(
-        "--pose",
-        type=Path,
-        metavar="FILE",
-        help="directions for a steered student: a text file, a line of numbers a pixel frame (the last line holds)",
-    )
-    parser.add_argument(
-        "--text", metavar="STR", help='what happens, such as "smiles and nods"; required unless --timeline begins at 0'
-    )
-    parser.add_argument(
-        "--timeline",
-        type=Path,
-        metavar="YAML",
-        help="what happens when: a list of {at: SECONDS, do: speak, listen, think, idle, gesture or a text}; --text until then",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="MP4", help="video to write")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        metavar="W",
-        help="guidance scale, for a guidance-distilled student (default: the student's)",
-    )
-    parser.add_argument(
-        "--crop",
-        choices=CROPS,
-        default="face",
-        help="part of an image of another shape to keep; face without one is the top (default face)",
-    )
-    parser.add_argument(
-        "--size", type=int, default=256, help="enlarge by a whole factor until the short side is this (default 256)"
-    )
-    parser.add_argument(
-        "--push-ms",
-        type=int,
-        metavar="N",
-        help=f"feed the sound in pieces of N ms, which changes no frame (default {PIECE_MS}, {REALTIME_PIECE_MS} in realtime)",
-    )
-    parser.add_argument(
-        "--realtime",
-        action="store_true",
-        help="feed the sound no faster than it is spoken, and count the stalls of somebody who watches meanwhile",
-    )
-    parser.add_argument(
-        "--strict", action="store_true", help="refuse a picture or words unlike what the student was trained on"
-    )
-    parser.add_argument(
-        "--mark", default="", metavar="TEXT", help="words in a corner of every frame, such as AI (default: none)"
-    )
-    parser.add_argument(
-        "--no-label", action="store_true", help="leave out of the file's metadata that it is AI-generated"
-    )
-    devices.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     Every input is opened, and the output's folder tried, before the student loads. Raises UserError in one line, and leaves
     no video, also for a place of the sound that turns out to be damaged later.
     """
-    script = _check_options(args)
+    script = check(args)
     if args.teacher is not None:
         from distill.commands.sample.teacher import run as run_teacher
 
         return run_teacher(args)
     media.check_output(args.out)
-    pixels = media.decode_image(args.image)
+    pixels = None if args.image is None else media.decode_image(args.image)
     with ExitStack() as opened:
         own = None
         if args.audio is not None:
@@ -145,6 +60,10 @@ def run(args: argparse.Namespace) -> int:
     for reader in (own, other):
         if reader is not None:
             inputs.report_track(reader)
+    if stream.film is not None and stream.film.ended is not None:
+        held = frames - stream.film.ended
+        if held > 0:
+            sys.stderr.write(f"distill: the sound is longer than the film: its last frame is held for {held} frames\n")
     sys.stdout.write(
         f"{args.out}: {frames} frames, {float(frames / stream.fps):.2f} s, "
         f"first frame after {first:.2f} s, {frames / seconds:.1f} frames/s"
@@ -155,12 +74,13 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Stream:
-    """A session, what draws its next chunk, and what it is given: sound, and directions where it is steered."""
+    """A session, what draws its next chunk, and what it is given: sound, directions where it is steered, a film to dub."""
 
     session: "Session"
     step: Callable[[], "Chunk | Starved"]
     sound: "media.AudioReader | Duet | Silence"
     steering: "Steering | None"
+    film: "Film | None" = None
 
     @property
     def fps(self) -> Fraction:
@@ -170,12 +90,13 @@ class Stream:
 def _open(
     args: argparse.Namespace,
     script: "Script | None",
-    pixels: Tensor,
+    pixels: Tensor | None,
     own: media.AudioReader | None,
     other: media.AudioReader | None,
 ) -> Stream:
     """The student's stream that `args` ask for. Raises UserError for what it cannot take."""
     from distill.commands.sample import inputs
+    from distill.commands.sample.film import Film, read_region
     from students.serving.session import Session
     from students.serving.timeline import Director, Timeline
 
@@ -189,23 +110,29 @@ def _open(
     sound = inputs.sound_of(own, other, steering, spec.fps)
     if script is not None:
         script.check(spec, args.timeline)
-    reference = inputs.portrait(pixels, spec, args)
+    film = None
+    if args.film is not None:
+        region = None if args.region is None else read_region(args.region)
+        film = Film(args.film, spec, args.crop, region)
+    reference = film.first if pixels is None and film is not None else inputs.portrait(pixels, spec, args)
     texts = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
     inputs.check_coverage(bundle, reference, texts, args)
     lead = LEAD_CHUNKS if args.realtime else None
     text = args.text if script is None or not script.begins else script.timeline[0].do
     drop = () if steering else ("pose",)
-    session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance)
+    dubs = {} if film is None else {"film": True}
+    session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance, **dubs)
     step = session.step if planner is None else Director(session, planner, reference).step
-    return Stream(session, step, sound, steering)
+    return Stream(session, step, sound, steering, film)
 
 
 def _write(args: argparse.Namespace, stream: Stream, viewer: "Viewer | None", started: float) -> tuple[int, float]:
     """Write the whole video; its frames, and seconds from `started` to the first."""
     spec, sound, first = stream.session.spec, stream.sound, 0.0
-    mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
+    size = (spec.height, spec.width) if stream.film is None else stream.film.size
+    mark = Mark(args.mark, *size) if args.mark else None
     push_ms = args.push_ms or (REALTIME_PIECE_MS if args.realtime else PIECE_MS)
-    upscale = max(1, math.ceil(args.size / min(spec.height, spec.width)))
+    upscale = max(1, math.ceil(args.size / min(size)))
     expected = math.ceil(sound.seconds * spec.fps) if sound.seconds else None
     given = {"smooth": True, "channels": sound.channels, "synthetic": not args.no_label}
     with (
@@ -216,51 +143,12 @@ def _write(args: argparse.Namespace, stream: Stream, viewer: "Viewer | None", st
             if writer.num_frames == 0:
                 first = time.perf_counter() - started
                 progress.set_postfix_str(f"first frame {first:.2f} s")
+            frames = frames if stream.film is None else stream.film.paste(frames)
             for frame in frames if mark is None else mark(frames):
                 writer.write(frame)
             progress.update(len(frames))
         progress.total = writer.num_frames  # what the file claims is an estimate
     return writer.num_frames, first
-
-
-def _check_options(args: argparse.Namespace) -> "Script | None":
-    """The timeline that is asked for. Raises UserError for values that no sample can have."""
-    if args.student is not None and args.overrides:
-        raise UserError(f"{args.overrides[0]} would have no effect: a student has no recipe; remove it")
-    if args.teacher is not None and (args.push_ms or args.realtime):
-        raise UserError(
-            "--push-ms and --realtime are a student's: a bidirectional teacher does not stream; leave them out"
-        )
-    if args.teacher is not None and args.strict:
-        raise UserError("--strict is a student's: what a teacher was trained on is not known; remove it")
-    if args.teacher is not None and args.guidance is not None:
-        raise UserError("--guidance is a student's: a teacher's is in its recipe, trajectories.guidance; remove it")
-    if args.teacher is not None and args.timeline is not None:
-        raise UserError("--timeline is a student's: a bidirectional teacher draws a clip under one text; remove it")
-    if args.clips < 1 or (args.student is not None and args.clips > 1):
-        raise UserError(f"--clips {args.clips}: a count from 1, of --teacher alone; remove it")
-    if not 0 <= args.seed <= LARGEST_SEED:
-        raise UserError(f"--seed must lie in 0..2**63-1: got {args.seed}; choose another")
-    if not 1 <= args.size <= 4096:
-        raise UserError(f"--size must lie in 1..4096 pixels: got {args.size}; choose another (256 is the default)")
-    if args.push_ms is not None and args.push_ms < 1:
-        raise UserError(f"--push-ms must be at least 1 ms: got {args.push_ms}; 20 is usual for live sound")
-    if args.audio is None and (args.pose is None or args.other is not None or args.teacher is not None):
-        raise UserError(
-            "--audio is missing; give the sound; a student's --pose alone makes a silent video as long as it is"
-        )
-    for name in ("image", "audio", "other", "pose"):
-        if getattr(args, name) is not None and args.out.resolve() == getattr(args, name).resolve():
-            raise UserError(f"--out would replace the file of --{name}: {args.out}; name another file")
-    script = None
-    if args.timeline is not None:
-        from students.serving.timeline import read_script
-
-        script = read_script(args.timeline)
-    if args.text is None and (script is None or not script.begins):
-        until = "" if script is None else f"; {args.timeline} says nothing of the beginning"
-        raise UserError(f"--text is missing{until}; say what happens")
-    return script
 
 
 class Viewer:
@@ -307,9 +195,7 @@ def _chunks(stream: Stream, push_ms: int, viewer: Viewer | None, writer: media.V
         if viewer is not None:
             time.sleep(max(0.0, spoken - time.perf_counter()))
         _push(session, writer, piece, sound)
-        if stream.steering is not None:  # ahead of the sound by a chunk, which is drawn whole
-            ahead = session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
-            session.push(pose=stream.steering.until(math.ceil(num_samples * fps / sound.rate) + ahead))
+        _push_beside(stream, math.ceil(num_samples * fps / sound.rate))
     session.close()
     remaining = math.ceil(num_samples * fps / sound.rate) - num_frames
     for frames in _drawn(stream, viewer, math.inf):
@@ -331,6 +217,19 @@ def _push(
     else:
         writer.write_audio(piece.squeeze(1))
         session.push(audio=piece.mean(dim=1), rate=sound.rate)
+
+
+def _push_beside(stream: Stream, frame: int) -> None:
+    """What goes with the sound up to a frame: directions, or a film, ahead of it by a chunk, which is drawn whole."""
+    if stream.steering is None and stream.film is None:
+        return
+    session = stream.session
+    stop = frame + session.spec.pixel_frames(1 + session.spec.schedule.ahead)[1]
+    if stream.steering is not None:
+        session.push(pose=stream.steering.until(stop))
+    if stream.film is not None:
+        frames, regions = stream.film.until(stop)
+        session.push(film=frames, region=regions)
 
 
 def _pieces(blocks: Iterable[Tensor], rate: int, push_ms: int) -> Iterator[Tensor]:

@@ -149,7 +149,7 @@ def check_coverage(bundle: Bundle, reference: Tensor, texts: list[str], args: ar
     """A line on stderr for a picture and texts outside what the student was trained on; UserError with --strict."""
     for line in bundle.unlike(reference, *texts):
         if args.strict:
-            raise UserError(f"{args.image}: {line}; another one, or no --strict")
+            raise UserError(f"{args.image or args.film}: {line}; another one, or no --strict")
         sys.stderr.write(f"distill: warning: {line}\n")
 
 

@@ -63,8 +63,10 @@ def noted(monkeypatch):
             super().__init__(*given, **options)
             Noted.pushed, Noted.drawn, Noted.held = [], [], []
 
-        def push(self, audio=None, pose=None, rate=16000):
-            super().push(audio, pose, rate)
+        def push(self, audio=None, pose=None, rate=16000, **film):
+            super().push(audio, pose, rate, **film)
+            if audio is None:
+                return
             Noted.pushed.append((Noted.clock.now, len(audio)))
             Noted.held.append(self.inputs.audio.end - self.inputs.audio.start)
 
