@@ -43,6 +43,7 @@ STUDENTS = {
 }
 """Speakers, history and cache."""
 LOSSES = ("ode_init", "dmd student", "dmd fake_score", "checkpointed")
+TRAINED, KINDS = ("ode_init", "dmd"), ("ddp", "fsdp2")
 
 
 def students(engine: Any, name: str) -> dict[str, Tensor]:
@@ -104,8 +105,11 @@ def losses(engine: Any, name: str) -> dict[str, Tensor]:
 def trained(engine: Any, name: str, folder: Path) -> dict[str, Tensor]:
     """Every tensor of the checkpoint after a step of teacher forcing, or of DMD with its fake score."""
     folder.mkdir(exist_ok=True)
-    roles = {role: engine.split(net).double() for role, net in some_roles().items()}
-    method, own = a_method(name, roles), ("student",) if name == "ode_init" else ("student", "fake_score")
+    roles, own = some_roles(), ("student",) if name == "ode_init" else ("student", "fake_score")
+    for role, net in roles.items():
+        frozen = role not in own and isinstance(engine, Engine)
+        roles[role] = engine.split(engine.freeze(net.double().requires_grad_(False)) if frozen else net.double())
+    method = a_method(name, roles)
     roles["teacher"].requires_grad_(False)
     optimizers = {role: OptimizerConfig(lr=2e-3, final=1.0) for role in own}
     config = TrainConfig(num_steps=1, batch_size=2, global_batch=2, log_every=1, optimizers=optimizers)
@@ -116,16 +120,17 @@ def trained(engine: Any, name: str, folder: Path) -> dict[str, Tensor]:
 
 
 def worker(folder: Path) -> None:
-    engine = Engine(EngineConfig(kind="ddp", precision="fp32", sequence_parallel=2))
-    found: dict[str, Tensor] = {}
+    engines = {kind: Engine(EngineConfig(kind=kind, precision="fp32", sequence_parallel=2)) for kind in KINDS}
+    engine, found = engines["ddp"], dict[str, Tensor]()
     for name in STUDENTS:
         found |= {f"{name}/{key}": x for key, x in students(engine, name).items()}
     for speakers in (1, 2):
         found |= {f"continuation {speakers}/{key}": x for key, x in continuation(engine, speakers).items()}
     for name in LOSSES:
         found |= {f"{name}/{key}": x for key, x in losses(engine, name).items()}
-    for name in ("ode_init", "dmd"):
-        trained(engine, name, folder / name)
+    for kind, own in engines.items():
+        for name in TRAINED:
+            trained(own, name, folder / f"{kind}-{name}")
     student, given = engine.split(a_longcat_student(window=1)), inputs()[0]
     state = student.commit(student.open(given.text), talk_latents(2, N), given.frames(0, N))
     (folder / f"heads-{engine.rank}.json").write_text(json.dumps(state.cached[0].keys[0].shape[3]))
@@ -162,10 +167,11 @@ def test_losses_and_gradients_are_those_of_one_process(launched, name):
     agree(launched, name, losses(Ranks(), name))
 
 
-@pytest.mark.parametrize("name", ["ode_init", "dmd"])
-def test_a_training_step_is_that_of_one_process(launched, name, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_training_step_is_that_of_one_process(launched, name, kind, tmp_path):
     expected, start = trained(Ranks(), name, tmp_path), some_roles()["student"].state_dict()
-    assert differences(newest(launched / name), expected) == {}
+    assert differences(newest(launched / f"{kind}-{name}"), expected) == {}
     moved = [key for key, x in start.items() if not torch.equal(x.double(), expected[f"student/weight/{key}"])]
     assert len(moved) > len(start) // 2
 
