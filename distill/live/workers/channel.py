@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -75,12 +76,14 @@ class Channel:
 
     def _read(self) -> None:
         try:
-            data, files, _, _ = socket.recv_fds(self.end, READ, 16, socket.MSG_CMSG_CLOEXEC)
+            data, files, _, _ = socket.recv_fds(self.end, READ, 16)
         except BlockingIOError:
             return
         except OSError:
             data, files = b"", []
-        self._files += [socket.socket(fileno=number) for number in files]
+        for number in files:
+            os.set_inheritable(number, False)
+            self._files.append(socket.socket(fileno=number))
         self._data += data
         while self.open and len(self._data) >= (end := HEAD + int.from_bytes(self._data[:HEAD], "big")) > HEAD:
             message = json.loads(self._data[HEAD:end])
