@@ -33,7 +33,8 @@ LOST = Frame(Opcode.CLOSE, Close(1012, "this worker has ended; connect again").s
 @dataclass(eq=False)
 class Worker:
     """One process, from its start to its end. `facts` are there once it is ready. `opened`: peers of its connections by ticket;
-    `counted`: tickets that count as sockets of their peer; `sockets`: those of its WebSockets without TLS."""
+    `load`: tickets of those that are WebSockets, or may become one; `counted`: of those that count as sockets of their peer;
+    `sockets`: its WebSockets without TLS."""
 
     index: int
     channel: Channel | None = None
@@ -46,6 +47,7 @@ class Worker:
     text: str = ""  # its metrics
     heard: float = 0.0
     opened: dict[int, str] = field(default_factory=dict)
+    load: set[int] = field(default_factory=set)
     counted: set[int] = field(default_factory=set)
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     peers: Counter[str] = field(default_factory=Counter)
@@ -63,10 +65,10 @@ class Worker:
         assert self.channel is not None
         self.channel.send(message, file)
 
-    def rank(self, now: float) -> tuple[bool, bool, int]:
-        """The larger, the sooner it gets the next connection, which may become a viewer, as any open one may."""
+    def rank(self, now: float) -> tuple[bool, bool, int, int]:
+        """The larger, the sooner it gets the next connection. Any that has sent no request yet may become a viewer."""
         fresh = now - self.heard < STALE_SECONDS
-        return fresh, self.viewers < self.limit, self.limit - len(self.opened) - self.apart
+        return fresh, self.viewers < self.limit, self.limit - len(self.load) - self.apart, -self.viewers
 
 
 class Front:
@@ -110,6 +112,7 @@ class Front:
             return
         self._tickets += 1
         worker.opened[self._tickets] = peer
+        worker.load.add(self._tickets)
         worker.counted.add(self._tickets)
         self.open_sockets[peer] += 1
         worker.send({"connection": self._tickets}, connection)
@@ -121,6 +124,7 @@ class Front:
 
     def _closed(self, worker: Worker, ticket: int) -> None:
         self._uncount(worker, ticket)
+        worker.load.discard(ticket)
         worker.opened.pop(ticket, None)
         if held := worker.sockets.pop(ticket, None):
             held.close()
@@ -144,6 +148,8 @@ class Front:
     def _take(self, worker: Worker, message: Message, file: socket.socket | None) -> None:
         if "closed" in message:
             self._closed(worker, message["closed"])
+        elif "request" in message:
+            worker.load.discard(message["request"])
         elif "upgraded" in message:
             self._uncount(worker, message["upgraded"])
             if file is not None:

@@ -75,6 +75,10 @@ class OneOfMany(Server):
     async def metrics(self, _: Request) -> Response:
         return PlainTextResponse(await self._ask("metrics", ""), media_type="text/plain; version=0.0.4")
 
+    async def drain(self) -> None:
+        await super().drain()
+        self._link().feed.closed = True
+
     def changed(self) -> None:
         """The parent chooses by it who gets the next connection."""
         self._link().send({"report": self._counts()})
@@ -112,10 +116,10 @@ class OneOfMany(Server):
 
 class OneRequest:
     """Middleware by which a connection ends with its response. A WebSocket then never comes over a connection that had been handed
-    to this worker for something else, before it was known who has room."""
+    to this worker for something else, before it was known who has room; and the parent knows from the request on."""
 
-    def __init__(self, app: ASGIApp):
-        self.app = app
+    def __init__(self, app: ASGIApp, tell: Callable[[dict[str, Any]], None]):
+        self.app, self.tell = app, tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def last(message: Message) -> None:
@@ -123,7 +127,11 @@ class OneRequest:
                 message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
             await send(message)
 
-        await self.app(scope, receive, last if scope["type"] == "http" else send)
+        if scope["type"] == "http":
+            self.tell({"request": scope["state"][TICKET]})
+            await self.app(scope, receive, last)
+        else:
+            await self.app(scope, receive, send)
 
 
 class HandedHttp(PatientProtocol):
@@ -158,10 +166,11 @@ class FedServer(DrainingServer):
 
     def __init__(self, end: socket.socket, facts: dict[str, Any], app: Starlette, *given: Any):
         """`facts` are what the parent is told when this worker is ready; `given` is the `DrainingServer`'s."""
-        app.add_middleware(OneRequest)
+        app.add_middleware(OneRequest, tell=self.tell)
         super().__init__(app, *given)
         self.end, self.facts = end, facts
         self.link: Link | None = None
+        self.closed = False  # no connection more is taken
         self._tasks: set[asyncio.Task[Any]] = set()
         self.http: Callable[..., HandedHttp] = type(
             "Http", (HandedHttp, self.config.http_protocol_class), {"feed": self}
@@ -190,6 +199,10 @@ class FedServer(DrainingServer):
 
     def take(self, ticket: int, connection: socket.socket) -> None:
         """Serve a connection."""
+        if self.closed:
+            connection.close()
+            self.tell({"closed": ticket})
+            return
         self._keep(self._connect(ticket, connection))
 
     async def _connect(self, ticket: int, connection: socket.socket) -> None:

@@ -100,6 +100,20 @@ def test_idle_connections_hide_no_room():
     play((4, 4), go)
 
 
+def test_a_request_that_is_being_answered_takes_no_room():
+    async def go(table: Table) -> None:
+        for _ in range(2):
+            await table.connect(PEER)
+        assert table.counts == [1, 1]
+        table.played[1].channel.send({"request": next(iter(table.played[1].sockets))})
+        await settle()
+        await table.connect(PEER)
+        assert table.counts == [1, 2]
+        assert table.front.open_sockets[PEER] == 3, "a socket all the same"
+
+    play((4, 4), go)
+
+
 def test_a_worker_that_does_not_report_is_chosen_last_and_is_stuck():
     async def go(table: Table) -> None:
         table.now = STALE_SECONDS + 1
