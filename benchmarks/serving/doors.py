@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distill.commands.serve import read_portraits
+from distill.commands.serving import read_portraits
 from distill.live.doors.stream import AvatarStream, Beat
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo

@@ -22,7 +22,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from distill.commands.serve import read_portraits
+from distill.commands.serving import read_portraits
 from distill.live.client import Client
 from eval.embedded.extractors import Probes
 from eval.metrics.sync import correlation

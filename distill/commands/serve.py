@@ -1,33 +1,16 @@
 """`distill serve`: a page in the browser where a student listens, talks and idles."""
 
 import argparse
-import ctypes
-import gc
 import importlib.util
-import os
-import signal
 import socket
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
 
 from distill.commands import devices
-from teachers import media
 from teachers.errors import UserError
 from teachers.media.crop import CROPS
-from teachers.media.mark import Mark
-from teachers.media.picture import SUFFIXES
-
-if TYPE_CHECKING:
-    from distill.live.answering.talker import Choice
 
 NEEDED = ("starlette", "uvicorn", "websockets")
-MAX_PORTRAITS = 24
-M_ARENA_MAX = -8  # of malloc.h
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +94,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     safe.add_argument("--peer-viewers", type=int, default=4, help="streams of one address elsewhere (default 4)")
     devices.add_arguments(parser)
+    several = parser.add_argument_group("several GPUs behind one port (Linux)")
+    several.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes with a copy of the weights each, on cuda:0 .. cuda:N-1, or all on the CPU where there is no GPU; "
+        "the same as --device cuda:0,cuda:1,.. (default: one process on one device)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,67 +116,29 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"distill serve needs {', '.join(NEEDED)}: pip install 'avatar-distill[serve]'")
     if args.room is not None and args.livekit is None:
         raise UserError("--room is one of a LiveKit server; name it by --livekit URL")
-    doors = []
-    if args.livekit is not None:
-        from distill.live.doors.livekit_agent import LiveKitDoor
-
-        doors.append(LiveKitDoor(args.livekit, args.room))
+    from distill.commands import serving, workers
     from distill.live.operations.access import Access, read_token
-    from distill.live.operations.sockets import DrainingServer
-    from distill.live.scheduler import Engine
-    from distill.live.server import Options, build_app
-    from distill.live.talkers import load_talker
 
-    _few_arenas()
+    places = workers.places(args)
+    open_doors = serving.doors(args)
     token = read_token(args.token)
     access = Access(host=args.host, token=token, names=args.allow_host, insecure=args.insecure)
     bound = _bind(args.host, args.port)
-    talker = _choice(args).join(load_talker(args.talker), os.environ)
-    bundle = devices.load(args.student, args)
-    spec = bundle.spec
-    mark = Mark(args.mark, spec.height, spec.width) if args.mark else None
-    portraits = read_portraits(args.reference, (spec.height, spec.width), args.crop)
-    engine = Engine(bundle, talker, args.viewers, args.lead, mark)
-    engine.warm_up(portraits[0] if spec.takes_image else None)
-    options = Options(
-        access=access,
-        crop=args.crop,
-        strict=args.strict,
-        peer_viewers=args.peer_viewers,
-        doors=[door.open(engine, portraits) for door in doors],
-    )
-    # ranks would each need the other student
-    load = None if bundle.shared else lambda: devices.load(args.student, args)
-    app = build_app(engine, portraits, options, load)
-    server = DrainingServer(app, args.host, args.port, args.tls_cert, args.tls_key)
-    if bundle.student.one_by_one:
-        sys.stderr.write(f"viewers are drawn one by one, not in batches: {bundle.student.one_by_one}\n")
-    for name in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn has its own meanwhile, and sends the signal on: a clean end here
-        signal.signal(name, lambda *_: setattr(server, "should_exit", True))
-    mode = f"{talker.model} answers" if talker.model else "echo mode"
-    _announce(
-        args, bound, token, f"student {args.student}, talker {talker.name}, {mode}, up to {engine.max_viewers} viewers"
-    )
-    # a full collection would stop all streams while it looks through every module's objects, and Python's end does one
-    gc.collect()
-    gc.freeze()
+
+    def announce(facts: str, viewers: int) -> None:
+        _announce(args, bound, token, f"student {args.student}, {facts}, up to {viewers} viewers")
+
+    if len(places) > 1:
+        workers.serve(args, access, places, bound, announce)
+        return 0
+    args.device = places[0]
+    served = serving.prepare(args, access, open_doors)
+    server = served.server()
+    serving.end_cleanly(server)
+    announce(served.facts, served.engine.max_viewers)
+    serving.freeze()
     server.run(sockets=[bound])
     return 0
-
-
-def _choice(args: argparse.Namespace) -> "Choice":
-    from distill.live.answering.talker import Choice
-
-    prompt = {} if args.answer_prompt is None else {"prompt": args.answer_prompt}
-    names = ("answer", "answer_model", "transcribe", "transcribe_model")
-    return Choice(**{name: getattr(args, name) for name in names}, **prompt)
-
-
-def _few_arenas() -> None:
-    """Let all threads share glibc's memory, or a server of many short streams grows for hours with what each has freed."""
-    with suppress(OSError, AttributeError):  # another libc
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
 def _announce(args: argparse.Namespace, bound: socket.socket, token: str | None, facts: str) -> None:
@@ -212,23 +165,3 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"cannot serve on {host}:{port} ({error.strerror}); give another --host or --port") from error
     return bound
-
-
-def read_portraits(paths: list[Path], size: tuple[int, int], crop: str = "face") -> list[Tensor]:
-    """The pictures of `paths`, files or folders, fitted to (H, W) by the rule `crop`, [3, H, W] in [-1, 1]; without any, six drawn
-    faces. A line on stderr for each in which no face decided."""
-    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    files = [file for file in files if file.suffix.lower() in SUFFIXES or file in paths][:MAX_PORTRAITS]
-    if files:
-        fitted = [media.fit_portrait(media.decode_image(file), size, crop) for file in files]
-        for file, (_, note) in zip(files, fitted, strict=True):
-            sys.stderr.write(f"distill: {file}: {note}\n" if note else "")
-        return [portrait for portrait, _ in fitted]
-    if paths:
-        raise UserError(f"no picture in {paths[0]}; give a folder with {', '.join(SUFFIXES)} files")
-    from distill.data.procedural import render
-
-    config = render.WorldConfig(resolution=size[0], width=size[1], num_frames=1)
-    rng = torch.Generator().manual_seed(3)
-    faces = render.make_clips(config, render.draw_conditions(config, 6, rng), rng)
-    return list(faces.video[:, :, 0].float() / 127.5 - 1)

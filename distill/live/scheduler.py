@@ -103,8 +103,7 @@ class Engine:
             return "this server is closing; connect again in a moment"
         if len(self.viewers) < self.max_viewers:
             return ""
-        measured = ", as many as this machine draws in real time" if self.fixed is None else ""
-        return f"maximum number of viewers reached ({self.max_viewers}{measured}); try again later"
+        return limit_reached(self.max_viewers, self.fixed is None)
 
     def join(self, emit: Callable[[Any], None], **options: Any) -> Viewer | None:
         """A new viewer with `options` of its own, None where there is no room (`full`). On the engine's thread."""
@@ -285,6 +284,12 @@ class Engine:
         self.totals.errors += 1
         viewer.close()
         viewer.emit({"type": "error", "message": f"the stream failed ({type(error).__name__}); open it again"})
+
+
+def limit_reached(limit: int, measured: bool) -> str:
+    """What a viewer beyond the limit is told; `measured`: it was not given by an option."""
+    why = ", as many as this machine draws in real time" if measured else ""
+    return f"maximum number of viewers reached ({limit}{why}); try again later"
 
 
 def misfit(before: Bundle, after: Bundle) -> str:

@@ -77,10 +77,11 @@ def build_app(
     portraits: list[Tensor],
     options: Options | None = None,
     load: Callable[[], Bundle] | None = None,
+    make: "Callable[[Engine, list[Tensor], Options], Server] | None" = None,
 ) -> Starlette:
-    """The application, its `Server` as `state.server`; `portraits` [3, H, W] in [-1, 1] may be chosen on the page. On SIGHUP the
-    student is taken that `load` gives then."""
-    server = Server(engine, portraits, options or Options())
+    """The application, its `Server`, or what `make` makes in its place, as `state.server`; `portraits` [3, H, W] in [-1, 1] may be
+    chosen on the page. On SIGHUP the student is taken that `load` gives then."""
+    server = (make or Server)(engine, portraits, options or Options())
 
     @asynccontextmanager
     async def lifespan(_: Starlette):
@@ -165,15 +166,20 @@ class Server:
             return PlainTextResponse("no such portrait\n", 404)
         return Response(self.pictures[number], media_type="image/png", headers=HEADERS)
 
-    async def health(self, _: Request) -> Response:
-        """200 where viewers are served, 503 once the server is closing, or where the engine hangs."""
+    async def status(self) -> str:
+        """ok, full, closing, or stuck where the engine hangs."""
         try:
             await asyncio.wait_for(self.ask(lambda: None), STUCK_SECONDS)
         except (TimeoutError, asyncio.CancelledError):
-            return JSONResponse({"status": "stuck"}, 503)
+            return "stuck"
         if self.engine.closing:
-            return JSONResponse({"status": "closing"}, 503)
-        return JSONResponse({"status": "full" if self.engine.full() else "ok"})
+            return "closing"
+        return "full" if self.engine.full() else "ok"
+
+    async def health(self, _: Request) -> Response:
+        """200 where viewers are served, 503 once the server is closing, or where the engine hangs."""
+        status = await self.status()
+        return JSONResponse({"status": status}, 200 if status in ("ok", "full") else 503)
 
     async def metrics(self, _: Request) -> Response:
         return PlainTextResponse(report(self), media_type="text/plain; version=0.0.4")
@@ -187,6 +193,21 @@ class Server:
             put({"type": "note", "message": self.engine.full()})
         while not self.engine.talked_out and time.monotonic() < end:
             await asyncio.sleep(0.05)
+
+    async def enter(self, peer: str) -> str:
+        """Why this peer may have no more viewers; empty where it has another one from now on."""
+        return self.peers.enter(peer)
+
+    def leave(self, peer: str) -> None:
+        """A peer has a viewer less."""
+        self.peers.leave(peer)
+
+    async def full(self) -> str:
+        """What a viewer is told for whom there is no room."""
+        return self.engine.full() or "try again"
+
+    def changed(self) -> None:
+        """A viewer has come or gone."""
 
     async def live(self, page: WebSocket) -> None:
         """One viewer, from the handshake to the end."""
@@ -205,17 +226,18 @@ class Server:
                 loop.call_soon_threadsafe(put, message)
 
         peer = page.client.host if page.client else ""
-        why = self.peers.enter(peer)
+        why = await self.enter(peer)
         if why:
             self.turned_away["peer"] += 1
         viewer = None if why else await self.ask(self.engine.join, emit)
         if viewer is None:
             if not why:
-                self.peers.leave(peer)
-            await page.send_json({"type": "full", "message": why or self.engine.full() or "try again"})
+                self.leave(peer)
+            await page.send_json({"type": "full", "message": why or await self.full()})
             await page.close(FULL)
             return
         self.pages.add(put)
+        self.changed()
         connection = Connection(self, page, viewer, put)
         tasks = [
             asyncio.create_task(connection.send(queue)),
@@ -229,8 +251,9 @@ class Server:
             for task in tasks:
                 task.cancel()
             self.pages.discard(put)
-            self.peers.leave(peer)
+            self.leave(peer)
             await self.ask(self.engine.leave, viewer)
+            self.changed()
             for fault in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(fault, Exception) and not isinstance(fault, WebSocketDisconnect | OSError | RuntimeError):
                     log.error("a viewer's connection failed", exc_info=fault)

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from distill.commands.serve import read_portraits
+from distill.commands.serving import read_portraits
 from distill.live import server
 from distill.live.apart import Decoders
 from distill.live.scheduler import Engine

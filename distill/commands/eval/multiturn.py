@@ -121,7 +121,7 @@ def _served(args: argparse.Namespace) -> Iterator[tuple[list[Server], Bundle | N
     if args.student is None:
         yield others, None, {}
         return
-    from distill.commands.serve import read_portraits
+    from distill.commands.serving import read_portraits
     from distill.live.scheduler import Engine
     from distill.live.server import running
     from distill.live.talkers import load_talker

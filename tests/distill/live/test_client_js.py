@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from distill.commands.serve import read_portraits
+from distill.commands.serving import read_portraits
 from distill.live.scheduler import Engine
 from distill.live.server import CLIENT, Options
 from distill.live.talkers import Echo

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from distill.commands.sample.inputs import portrait
-from distill.commands.serve import read_portraits
+from distill.commands.serving import read_portraits
 from distill.data.datasets.manifest import Clip
 from distill.data.prepare.cutting import CutConfig, cut
 from distill.live.uploads import decode_picture
