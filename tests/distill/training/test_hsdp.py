@@ -22,7 +22,7 @@ from distill.training.engine import Engine
 from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import save_tensors
-from tests.distill.training.engines.test_engines import SMALL, STEPS, differences, newest, run
+from tests.distill.training.test_engines import SMALL, STEPS, differences, newest, run
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student
 

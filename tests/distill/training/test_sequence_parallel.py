@@ -26,7 +26,7 @@ from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance
 from teachers.networks.sequence import Split
-from tests.distill.training.engines.test_engines import STEPS, differences, newest, run
+from tests.distill.training.test_engines import STEPS, differences, newest, run
 from tests.students.networks.test_causal_talk import a_talk_student
 from tests.students.networks.test_causal_talk import inputs as talk_inputs
 from tests.support.processes import run_ranks
