@@ -1,20 +1,20 @@
 """Preference by dropped conditions (Avatar Forcing of KAIST 2601.00664): the student's own clips that ignore a condition lose.
 
     w = data, or a rollout of the student under c;   l = its rollout under c without one condition
-    e(D, x) = mean over generated elements of |D(x_sigma, sigma | x before, c) - x|^2 / sigma^power,  one noise and sigma for w and l
+    e(D, x) = mean over generated elements of |D(x_sigma, sigma | x before, c) - x|^2 / sigma^power, one noise and sigma for both
     min E -log sigmoid(-beta ((e(D, w) - e(R, w)) - (e(D, l) - e(R, l)))) + keep beta max(0, mean (e(D, w) - e(R, w)))
 
-Equation 14 of Diffusion-DPO (2311.12908) on chunks, each at one of the student's own denoising sigmas behind its own clip's past and
-under all of c. R is the frozen role `ar_teacher`: the finished student as it was before this stage (recipe `preference_avatar`).
+Equation 14 of Diffusion-DPO (2311.12908) on chunks, each at one of the student's own denoising sigmas behind its own clip's
+past and under all of c. R is the frozen role `ar_teacher`: the finished student before this stage (recipe `preference_avatar`).
 
 `samples: ar_teacher`: R makes the rollouts, DPO on fixed pairs. With `winner: own` and exact likelihoods it ends at
 p(x|c) (p(x|c) / p(x|c without it))^(1 / beta'), which is guidance. With `winner: data` it learns whatever tells data from l, the
-condition among it, and the data is no fixed point: what loses stays worse. `samples: student` rolls out the student that is trained,
-which can chase what it moves. `keep` (ours; 0 is off) bounds the winners' error in the batch's mean; a few-step student may pay for
-that with the spread of its samples.
+condition among it, and the data is no fixed point: what loses stays worse. `samples: student` rolls out the student that is
+trained, which can chase what it moves. `keep` (ours; 0 is off) bounds the winners' error in the batch's mean; a few-step student
+may pay for that with the spread of its samples.
 
-We differ: the paper trains a many-step diffusion model of motion latents and drops what the user says and does; its training code is
-not published. Equation 14 sums over elements where we take the mean, so that our beta is as many times larger.
+We differ: the paper trains a many-step diffusion model of motion latents and drops what the user says and does; its training code
+is not published. Equation 14 sums over elements where we take the mean, so that our beta is as many times larger.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,7 @@ from teachers.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """`drop`: conditions, of which each update drops one, chosen with equal probability. `winner`, `samples`, `beta`, `keep`: above;
-    with as large a beta as a clip has generated elements, guidance is 1.5 at variance 1."""
+    """`drop`: conditions, of which each update drops one, each as often. `winner`, `samples`, `beta`, `keep`: see above."""
 
     winner: Literal["data", "own"] = "data"
     samples: Literal["student", "ar_teacher"] = "ar_teacher"
@@ -71,11 +70,8 @@ class Preference:
         n, sigmas, shape = spec.chunk_frames, torch.tensor(spec.sigmas), winner.shape
         sigma = sigmas[torch.randint(len(sigmas), (shape[0], shape[2] // n), generator=rng)].to(winner).repeat(2, 1)
         eps = torch.randn(shape, generator=rng).to(winner).repeat(2, 1, 1, 1, 1)
-        x0, levels, both = (
-            torch.cat([winner, loser]),
-            sigma.repeat_interleave(n, dim=1),
-            Conditions.join_rows([given] * 2),
-        )
+        x0, both = torch.cat([winner, loser]), Conditions.join_rows([given] * 2)
+        levels = sigma.repeat_interleave(n, dim=1)
         x = flow.add_noise(x0, eps, levels)
 
         def errors(student: Student) -> Tensor:
@@ -93,8 +89,8 @@ class Preference:
     def _pair(
         self, x0: Tensor, conditions: Conditions, rng: torch.Generator, shared: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Clips [B, C, F, H, W] that win and that lose; which condition is dropped is the same on every rank. Two rollouts have noise
-        of their own: under one noise they would differ by the condition alone, and no beta would bound how far the loss goes."""
+        """Clips [B, C, F, H, W] that win and that lose; which condition is dropped is the same on every rank. Two rollouts have
+        noise of their own: under one noise the condition alone tells them apart, and no beta bounds how far the loss goes."""
         drop = self.config.drop
         name = drop[int(torch.randint(len(drop), (1,), generator=shared))]
         if not conditions.has(name):
