@@ -20,7 +20,7 @@ context_gradient    A chunk's gradient reaches the exit-step keys and values of 
                     published code, whose cache is written in place with gradient on and overwritten without
                     (docs/parity.md, F1). An ablation: the paper's algorithm, FastGen's and ours stop it there.
 guidance_band       The teacher is guided at score sigmas within it only (Lip Forcing 2606.11180).
-adapt               The fake score's updates a step follow its lag behind the student (`distill.methods.fake_ratio`, our own).
+adapt               The fake score's updates a step follow its lag behind the student (`critics.fake_ratio`, our own).
 
 More denoising steps for the first chunks (JoyAvatar 2512.11423) are the student's own: `student.first_sigmas`.
 
@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from distill.methods import Batch, Loss, Needs, losses
-from distill.methods.discriminator import Discriminator
-from distill.methods.fake_ratio import AdaptConfig, FakeRatio, lag
+from distill.methods.critics.discriminator import Discriminator
+from distill.methods.critics.fake_ratio import AdaptConfig, FakeRatio, lag
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.student import Student
 from teachers import flow

@@ -32,9 +32,16 @@ def denoising(
     power 2 is the velocity (flow matching) loss, eq. 14 of Lipman et al. 2210.02747 with x0-prediction; power 1 weighs noise
     levels as embedded networks like it. sigma [B] or [B, F].
     """
-    error = (x0_hat.float() - x0.float()).square() / flow.expand(sigma, x0).float().clamp(min=floor) ** power
-    each = frame_mean(error, start)
+    each = denoising_errors(x0_hat, x0, sigma, power, floor, start)
     return (each if weights is None else weights * each).mean()
+
+
+def denoising_errors(
+    x0_hat: Latents, x0: Latents, sigma: Level, power: float, floor: float, start: int = 1
+) -> Float[Tensor, " batch"]:
+    """The same of each clip."""
+    error = (x0_hat.float() - x0.float()).square() / flow.expand(sigma, x0).float().clamp(min=floor) ** power
+    return frame_mean(error, start)
 
 
 def regression(x0_hat: Latents, x0: Latents, start: int = 1) -> Scalar:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from distill import methods
 from distill.data.order import AHEAD, Positions, batch_rows
 from distill.methods import Batch
-from distill.methods.discriminator import Discriminator, build_discriminator
+from distill.methods.critics.discriminator import Discriminator, build_discriminator
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.clip_reader import ClipReader

@@ -157,7 +157,7 @@ def make_network(job: Job, role: str, stage: str = "", lora: bool = False) -> An
     config = kind_of(job, role, stage)
     with torch.device("meta"):
         if role == "discriminator":
-            from distill.methods.discriminator import build_discriminator
+            from distill.methods.critics.discriminator import build_discriminator
 
             score = job.networks.get("fake_score", job.spec.network)
             return build_discriminator(score)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distill.methods import Batch, dmd, losses
 from distill.methods import rollout as rollouts
-from distill.methods.discriminator import build_discriminator
+from distill.methods.critics.discriminator import build_discriminator
 from distill.methods.dmd import DMD, Config, Rollouts
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import softplus
 
 from distill.methods import Batch, dmd, losses
-from distill.methods.discriminator import Discriminator, hidden_tokens
+from distill.methods.critics.discriminator import Discriminator, hidden_tokens
 from distill.methods.dmd import Config, Rollouts
 from teachers import flow
 from tests.distill.methods.gaussian import autoregressive

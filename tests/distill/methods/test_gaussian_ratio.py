@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill.methods import Adaptive, Batch
+from distill.methods.critics.fake_ratio import AdaptConfig, FakeRatio, lag
 from distill.methods.dmd import DMD, Config
-from distill.methods.fake_ratio import AdaptConfig, FakeRatio, lag
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
 from distill.training.loop import train

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from distill.compose import RECIPES
 from distill.methods import Batch, consistency, dmd, flow_matching, forcing, ode_init
-from distill.methods.discriminator import build_discriminator
+from distill.methods.critics.discriminator import build_discriminator
 from distill.methods.rollout import draw_noise, rollout
 from distill.pipeline.generate import stream_noise
 from distill.recipe import load_recipe, spec_of
