@@ -14,7 +14,7 @@ from torch import nn
 
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.planning.codec import codec_costs
-from distill.planning.job import LORA_RANK, Job, inner, meta_networks
+from distill.planning.job import LORA_RANK, Job, inner, make_network, meta_networks
 from distill.planning.live_bytes import Phases, Points
 from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, stream_costs, trace_phases
 from distill.recipe import spec_of
@@ -132,6 +132,8 @@ def make_plan(job: Job) -> Plan:
     nets: dict[str, nn.Module] = {}
     for stage in names:
         nets |= meta_networks(job, stage)
+    if "teacher" not in nets:  # no stage learns from it, but the report and the health panel have its clips
+        nets["teacher"] = make_network(job, "teacher", names[-1], False).requires_grad_(False)
     order = sorted(nets, key=lambda role: (role not in ("teacher", "student", "fake_score"), role != "teacher"))
     on_policy = [stage for stage in job.stages if "fake_score" in job.needs(stage).trained]
     return Plan(

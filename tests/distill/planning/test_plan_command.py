@@ -55,6 +55,15 @@ def test_chunks_in_flight_are_counted(tmp_path):
     assert dmd == {"student": 3 * (3 + 3), "teacher": 2.0, "fake_score": 3.0}
 
 
+@pytest.mark.parametrize("name", ["recovery_avatar", "preference_avatar"])
+def test_a_teacher_that_nothing_is_learnt_from_is_planned(name, tmp_path, capsys):
+    """Its clips are in the report and in the health panel."""
+    words = ("--gpus", "1", "--engines", "ddp", "--json", tmp_path / "plan.json", "base.path=anywhere")
+    assert run_plan(RECIPES / f"{name}.yaml", *words) == 0
+    assert "fits as shipped" in capsys.readouterr().out
+    assert json.loads((tmp_path / "plan.json").read_text())["parameters"]["teacher"] > 5_000_000
+
+
 def test_what_does_not_fit_is_named_with_what_mends_it():
     plan = a_plan(((0, 40 * GIB),), count=GIB)
     lines = report.as_text(plan, "name", [1], ["ddp", "fsdp2"], 64.0).splitlines()
