@@ -92,11 +92,10 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     if any(recipe.needs(slot).batch != "x0" for slot in recipe.slots):
         fields = ("trajectories", *STATES, *TRAINING)
         table.append(Stage("trajectories", fields, (recipe.solver_stage, recipe.conditions_stage), trajectories.solve))
-    scaled = ("lora.scale",) if recipe.lora is not None and recipe.lora.scale != 1.0 else ()
     table += [
         _slot(recipe, "init"),
         _slot(recipe, "distill"),
-        Stage("export", ("name", "lora.export", *scaled), ("distill",), export),
+        Stage("export", ("name", "lora.export", "lora.scale"), ("distill",), export),
         Stage("evaluate", ("name", "seed", "expect", *SOLVER, *REPORT), ("export",), evaluate, REPORTS),
     ]
     return tuple(table)
