@@ -81,7 +81,11 @@ class Geometry(Protocol):
 
 
 class Codec(Module, Protocol):
-    """Video [B, 3, T, H, W] in [-1, 1], T = 1 + stride (F - 1), <-> latents [B, C, F, H/patch, W/patch], whole or streaming."""
+    """Video [B, 3, T, H, W] in [-1, 1], T = 1 + stride (F - 1), <-> latents [B, C, F, H/patch, W/patch], whole or streaming.
+
+    Dubbing also needs `encode_chunk(video, state=None)` as `teachers.codecs.streamed.StreamedCodec` has it, and reads
+    `encode_ahead`, 0 where there is none.
+    """
 
     @property
     def config(self) -> Geometry: ...

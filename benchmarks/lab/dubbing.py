@@ -80,7 +80,7 @@ def main(words: Sequence[str] | None = None) -> int:
     clips = recipe.data.open().draw(recipe.eval.condition_seed, "dubbing", args.clips)
     films, sounds = clips.video.permute(0, 2, 3, 4, 1), clips.voice.roll(1, 0)
     length = films.shape[1] * bundle.spec.samples_per_frame
-    heard = [
+    predicted = [
         probes.mouth_from_audio(torch.stack([bundle.audio_encoder(one[:length]) for one in each]))
         for each in (sounds, clips.voice)
     ]
@@ -89,7 +89,9 @@ def main(words: Sequence[str] | None = None) -> int:
         made = [drawn(bundle, *given, where) for given in zip(films, sounds, clips.text, strict=True)]
         videos[name] = torch.stack(made).permute(0, 4, 1, 2, 3)
     for name, video in videos.items():
-        table.append([name, *(f"{value:.3f}" for value in row(probes, video, real, (heard[0], heard[1]), region))])
+        table.append(
+            [name, *(f"{value:.3f}" for value in row(probes, video, real, (predicted[0], predicted[1]), region))]
+        )
     print("\n".join(grid(["", *COLUMNS], table)))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

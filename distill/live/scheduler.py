@@ -287,7 +287,7 @@ class Engine:
 
 
 def limit_reached(limit: int, measured: bool) -> str:
-    """What a viewer beyond the limit is told; `measured`: it was not given by an option."""
+    """The message to a viewer beyond the limit; `measured`: it was not given by an option."""
     why = ", as many as this machine draws in real time" if measured else ""
     return f"maximum number of viewers reached ({limit}{why}); try again later"
 

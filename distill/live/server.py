@@ -203,7 +203,7 @@ class Server:
         self.peers.leave(peer)
 
     async def full(self) -> str:
-        """What a viewer is told for whom there is no room."""
+        """The message to a viewer for whom there is no room."""
         return self.engine.full() or "try again"
 
     def changed(self) -> None:

@@ -24,7 +24,7 @@ from distill.live.workers.channel import Channel, Message
 from distill.live.workers.gathered import SERVING, labelled, overall
 
 STALE_SECONDS = 5.0  # without a report: the worker's event loop hangs
-TELL_SECONDS = 1.0  # for a worker to tell its metrics when they are asked for; else its last ones count
+METRICS_SECONDS = 1.0  # for a worker to send its metrics when they are asked for; else its last ones count
 LINGER_SECONDS = 2.0  # for a viewer to read why its WebSocket is closed
 LOST = Frame(Opcode.CLOSE, Close(1012, "this worker has ended; connect again").serialize()).serialize(mask=False)
 """What the viewers of a worker that has died get, on connections without TLS (its keys have died with it)."""
@@ -45,14 +45,14 @@ class Worker:
     viewers: int = 0
     apart: int = 0  # viewers without a WebSocket
     text: str = ""  # its metrics
-    heard: float = 0.0
+    reported: float = 0.0  # when, by the front's clock
     opened: dict[int, str] = field(default_factory=dict)
     load: set[int] = field(default_factory=set)
     counted: set[int] = field(default_factory=set)
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     peers: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # ready, or gone
-    told: asyncio.Event = field(default_factory=asyncio.Event)  # its metrics, since they were asked for
+    metrics_sent: asyncio.Event = field(default_factory=asyncio.Event)  # since they were asked for
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -67,7 +67,7 @@ class Worker:
 
     def rank(self, now: float) -> tuple[bool, bool, int, int]:
         """The larger, the sooner it gets the next connection. Any that has sent no request yet may become a viewer."""
-        fresh = now - self.heard < STALE_SECONDS
+        fresh = now - self.reported < STALE_SECONDS
         return fresh, self.viewers < self.limit, self.limit - len(self.load) - self.apart, -self.viewers
 
 
@@ -75,7 +75,7 @@ class Front:
     """All workers of a server, by index. In a running event loop."""
 
     def __init__(self, count: int, peer_viewers: int, measured: bool, clock: Callable[[], float] = time.monotonic):
-        """`measured`: whether limits are what workers have measured, which a viewer who is refused is told."""
+        """`measured`: whether limits are what workers have measured, as the message to a refused viewer says."""
         self.workers = [Worker(index) for index in range(count)]
         self.restarts = [0] * count
         self.measured, self.clock = measured, clock
@@ -155,11 +155,11 @@ class Front:
             if file is not None:
                 worker.sockets[message["upgraded"]] = file
         elif "report" in message:
-            worker.heard = self.clock()
+            worker.reported = self.clock()
             for name, value in message["report"].items():
                 setattr(worker, name, value)
             if "text" in message["report"]:
-                worker.told.set()
+                worker.metrics_sent.set()
         elif "ask" in message:
             self._do(self._answer(worker, message["what"], message))
         elif "left" in message:
@@ -167,7 +167,7 @@ class Front:
         elif "failed" in message:
             worker.failed = message["failed"]
         elif "ready" in message:
-            worker.facts, worker.heard = message["ready"], self.clock()
+            worker.facts, worker.reported = message["ready"], self.clock()
             worker.changed.set()
             self.any_ready.set()
 
@@ -202,7 +202,7 @@ class Front:
             self.peers.leave(peer)
 
     def _lost(self, worker: Worker) -> None:
-        """The process has ended: its viewers are told, what it held is free."""
+        """The process has ended: its viewers get a close frame, what it held is free."""
         for held in worker.sockets.values():
             self._do(_farewell(held))
         worker.sockets.clear()
@@ -211,7 +211,7 @@ class Front:
         for peer in list(worker.peers.elements()):
             self._leave(worker, peer)
         worker.status, worker.limit, worker.viewers, worker.apart, worker.text = "ended", 0, 0, 0, ""
-        worker.told.set()
+        worker.metrics_sent.set()
         worker.gone.set()
         worker.changed.set()
         if not any(one.ready for one in self.workers):
@@ -226,7 +226,7 @@ class Front:
 
     def status(self, worker: Worker) -> str:
         """ok, full, closing, stuck, starting or ended."""
-        late = worker.ready and self.clock() - worker.heard > STALE_SECONDS
+        late = worker.ready and self.clock() - worker.reported > STALE_SECONDS
         return "stuck" if late and worker.status in SERVING else worker.status
 
     def health(self) -> tuple[dict[str, Any], int]:
@@ -239,12 +239,12 @@ class Front:
         """Those of all workers, with a label."""
         asked = [worker for worker in self.workers if worker.ready]
         for worker in asked:
-            worker.told.clear()
-            worker.send({"tell": True})
+            worker.metrics_sent.clear()
+            worker.send({"wanted": "metrics"})
         with suppress(TimeoutError):
-            async with asyncio.timeout(TELL_SECONDS):
+            async with asyncio.timeout(METRICS_SECONDS):
                 for worker in asked:
-                    await worker.told.wait()
+                    await worker.metrics_sent.wait()
         texts = {}
         for worker, restarts in zip(self.workers, self.restarts, strict=True):
             own = exposition(

@@ -14,7 +14,7 @@ from torch import Tensor
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from distill.live.operations import sockets
-from distill.live.operations.metrics import report
+from distill.live.operations.metrics import report as metrics_text
 from distill.live.operations.sockets import DrainingServer, PatientProtocol
 from distill.live.scheduler import Engine
 from distill.live.server import Options, Server
@@ -40,8 +40,8 @@ class Link:
     def _take(self, message: dict[str, Any], file: socket.socket | None) -> None:
         if "answer" in message:
             self.asking.answered(message["answer"], message["value"])
-        elif "tell" in message:
-            self.feed.live.tell()
+        elif "wanted" in message:
+            self.feed.live.report()
         elif file is not None:
             self.feed.take(message["connection"], file)
 
@@ -83,9 +83,9 @@ class OneOfMany(Server):
         """The parent chooses by it who gets the next connection."""
         self._link().send({"report": self._counts()})
 
-    def tell(self) -> None:
-        """The parent has everything that others ask it for."""
-        self._link().send({"report": self._counts() | {"status": self.last_status, "text": report(self)}})
+    def report(self) -> None:
+        """Send the parent everything that others ask it for."""
+        self._link().send({"report": self._counts() | {"status": self.last_status, "text": metrics_text(self)}})
 
     async def keep_status(self) -> None:
         """Ask the engine every now and then, until cancelled."""
@@ -93,10 +93,10 @@ class OneOfMany(Server):
             self.last_status = await self.status()
             await asyncio.sleep(REPORT_SECONDS)
 
-    async def keep_telling(self) -> None:
+    async def keep_reporting(self) -> None:
         """Whether the engine answers or not, until cancelled."""
         while True:
-            self.tell()
+            self.report()
             await asyncio.sleep(REPORT_SECONDS)
 
     def _counts(self) -> dict[str, int]:
@@ -118,8 +118,8 @@ class OneRequest:
     """Middleware by which a connection ends with its response. A WebSocket then never comes over a connection that had been handed
     to this worker for something else, before it was known who has room; and the parent knows from the request on."""
 
-    def __init__(self, app: ASGIApp, tell: Callable[[dict[str, Any]], None]):
-        self.app, self.tell = app, tell
+    def __init__(self, app: ASGIApp, notify: Callable[[dict[str, Any]], None]):
+        self.app, self.notify = app, notify
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def last(message: Message) -> None:
@@ -128,7 +128,7 @@ class OneRequest:
             await send(message)
 
         if scope["type"] == "http":
-            self.tell({"request": scope["state"][TICKET]})
+            self.notify({"request": scope["state"][TICKET]})
             await self.app(scope, receive, last)
         else:
             await self.app(scope, receive, send)
@@ -141,13 +141,13 @@ class HandedHttp(PatientProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.feed.tell({"closed": self.app_state[TICKET]})
+        self.feed.notify({"closed": self.app_state[TICKET]})
 
     def handle_websocket_upgrade(self, event: Any) -> None:
         file = None
         if self.scheme == "http":  # so that the parent can say goodbye for this process
             file = socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno()))
-        self.feed.tell({"upgraded": self.app_state[TICKET]}, file)
+        self.feed.notify({"upgraded": self.app_state[TICKET]}, file)
         super().handle_websocket_upgrade(event)
 
 
@@ -158,15 +158,15 @@ class HandedWebSocket(WebSocketsSansIOProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.feed.tell({"closed": self.app_state[TICKET]})
+        self.feed.notify({"closed": self.app_state[TICKET]})
 
 
 class FedServer(DrainingServer):
     """A `DrainingServer` of an application with `OneOfMany`, whose connections come over the socket `end`."""
 
     def __init__(self, end: socket.socket, facts: dict[str, Any], app: Starlette, *given: Any):
-        """`facts` are what the parent is told when this worker is ready; `given` is the `DrainingServer`'s."""
-        app.add_middleware(OneRequest, tell=self.tell)
+        """`facts` go to the parent when this worker is ready; `given` is the `DrainingServer`'s."""
+        app.add_middleware(OneRequest, notify=self.notify)
         super().__init__(app, *given)
         self.end, self.facts = end, facts
         self.link: Link | None = None
@@ -180,9 +180,9 @@ class FedServer(DrainingServer):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([] if sockets is None else sockets)
         self.link = self.live.link = Link(self.end, self)
-        self.live.tell()
+        self.live.report()
         self.link.send({"ready": self.facts})
-        for work in (self.live.keep_status(), self.live.keep_telling()):
+        for work in (self.live.keep_status(), self.live.keep_reporting()):
             self._keep(work)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,8 +192,8 @@ class FedServer(DrainingServer):
         assert self.link is not None
         self.link.channel.close()
 
-    def tell(self, message: dict[str, Any], file: socket.socket | None = None) -> None:
-        """The parent."""
+    def notify(self, message: dict[str, Any], file: socket.socket | None = None) -> None:
+        """Send the parent a message."""
         assert self.link is not None
         self.link.send(message, file)
 
@@ -201,7 +201,7 @@ class FedServer(DrainingServer):
         """Serve a connection."""
         if self.closed:
             connection.close()
-            self.tell({"closed": ticket})
+            self.notify({"closed": ticket})
             return
         self._keep(self._connect(ticket, connection))
 
@@ -217,7 +217,7 @@ class FedServer(DrainingServer):
             await loop.connect_accepted_socket(make, connection, ssl=self.config.ssl, **patience)
         except OSError:  # no TLS, or none in time: no protocol has seen it
             connection.close()
-            self.tell({"closed": ticket})
+            self.notify({"closed": ticket})
 
     def _keep(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -18,7 +18,7 @@ from distill.live.client import Client
 from students.weights.checkpoint import save_student
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.workers import alive
+from tests.support.live.workers import alive
 
 ROOT = Path(__file__).resolve().parents[3]
 

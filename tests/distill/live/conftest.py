@@ -3,7 +3,7 @@
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.support import browser
+from tests.support.live import browser
 
 
 @pytest.fixture(scope="module")

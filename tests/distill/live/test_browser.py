@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from distill.live.talkers import Voice
-from tests.support import serving
-from tests.support.browser import RATE, record, tapes, until
+from tests.support.live import serving
+from tests.support.live.browser import RATE, record, tapes, until
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from distill.commands.serving import read_portraits
 from distill.live.scheduler import Engine
 from distill.live.server import CLIENT, Options
 from distill.live.talkers import Echo
-from tests.support import serving
-from tests.support.browser import record, tapes, until
-from tests.support.serving import running
+from tests.support.live import serving
+from tests.support.live.browser import record, tapes, until
+from tests.support.live.serving import running
 
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "serving.md"
 FRAME = 0.08

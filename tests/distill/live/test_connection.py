@@ -13,7 +13,7 @@ from distill.live import protocol
 from distill.live.client import Client
 from distill.live.talkers import Echo
 from teachers.errors import UserError
-from tests.support.serving import a_puppet, eventually, serving, shared_decoders
+from tests.support.live.serving import a_puppet, eventually, serving, shared_decoders
 
 
 def test_a_busy_engine_cuts_nobody_off():

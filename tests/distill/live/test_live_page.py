@@ -11,8 +11,9 @@ from distill.live.answering.talker import Answering
 from distill.live.server import PAGE
 from distill.live.talkers import Voice
 from students.weights.coverage import Coverage
-from tests.support import serving, tiny
-from tests.support.browser import record, tapes, until
+from tests.support import tiny
+from tests.support.live import serving
+from tests.support.live.browser import record, tapes, until
 
 PORTRAIT = Path(__file__).resolve().parents[3] / "docs" / "portrait.png"
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}

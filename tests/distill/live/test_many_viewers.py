@@ -14,7 +14,7 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from eval.speed.latency import percentile
 from tests.support import tiny
-from tests.support.serving import a_puppet
+from tests.support.live.serving import a_puppet
 
 FPS = 12.5
 COSTS = {1: 0.045, 2: 0.060, 4: 0.096, 8: 0.178, 16: 0.340}

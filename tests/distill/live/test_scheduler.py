@@ -16,7 +16,7 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.support import tiny
 from tests.support.faults import around
-from tests.support.serving import a_puppet, eventually, serving
+from tests.support.live.serving import a_puppet, eventually, serving
 
 
 @dataclass

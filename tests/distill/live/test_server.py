@@ -26,7 +26,7 @@ from distill.live import protocol
 from distill.live.client import Client
 from teachers.errors import UserError
 from tests.distill.live.test_uploads import png, wav
-from tests.support.serving import a_puppet, eventually, serving
+from tests.support.live.serving import a_puppet, eventually, serving
 
 HELLO = json.dumps({"type": "hello", "version": protocol.VERSION})
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,7 +12,7 @@ from distill.live import turns, voice
 from distill.live.talkers import BUILT_IN, Echo, Omni, TextToSpeech, Voice, load_talker
 from distill.live.turns import AT_FIRST, NETWORK, Endpointer, Playhead, Turn
 from teachers.errors import UserError
-from tests.support.serving import eventually
+from tests.support.live.serving import eventually
 
 RATE = 16000
 

@@ -11,7 +11,7 @@ from distill.live.turns import Turn
 from distill.live.viewer import Viewer
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.serving import a_puppet
+from tests.support.live.serving import a_puppet
 
 FPS, PER_FRAME = 12.5, 1280
 

@@ -1,5 +1,7 @@
 """An exact Gaussian video teacher: every prediction has a closed form, so what is distilled from it can be checked."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 
@@ -97,3 +99,31 @@ def autoregressive(mean: Tensor, spatial: Tensor, correlation: float) -> Gaussia
     place = spatial.double().view(channels, height * width, channels, height * width)
     covariance = torch.einsum("fg,cpdq->cfpdgq", time, place)
     return GaussianTeacher(mean, covariance.reshape(mean.numel(), mean.numel()))
+
+
+class OneFrameStudent(nn.Module):
+    """A student of chunks of one frame that see the frame before: a state is the chunk's number and that frame."""
+
+    def open(self, text=None):
+        return 0, None
+
+    def plan(self, state, conditions, grad=False):
+        return None
+
+    def commit(self, state, x0, conditions, steps):
+        return state[0] + 1, x0.detach()
+
+
+class Recorder:
+    """Keeps what denoise_clip of a real student was given and what it gave."""
+
+    def __init__(self, student):
+        self.student, self.spec, self.calls = student, student.spec, []
+
+    def __getattr__(self, name):
+        return getattr(self.student, name)
+
+    def denoise_clip(self, x, sigma, conditions, clean=None, level=None):
+        x0 = self.student.denoise_clip(x, sigma, conditions, clean, level)
+        self.calls.append(SimpleNamespace(x=x, sigma=sigma, conditions=conditions, clean=clean, x0=x0))
+        return x0

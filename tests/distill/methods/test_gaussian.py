@@ -17,7 +17,7 @@ from students.history import History
 from students.schedule import Schedule
 from teachers import flow
 from teachers.conditions import Conditions
-from tests.distill.methods.gaussian import GaussianTeacher, autoregressive
+from tests.distill.methods.gaussian import GaussianTeacher, OneFrameStudent, autoregressive
 from tests.support.tiny import Ranks, randn, rng
 
 C, F = 2, 4
@@ -106,7 +106,7 @@ def test_a_matrix_that_is_no_covariance_is_refused():
         autoregressive(MEAN, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), 0.7)
 
 
-class AffineStudent(nn.Module):
+class AffineStudent(OneFrameStudent):
     """The smallest causal student that can hold the teacher: per chunk and step x0 = A x + P previous + b."""
 
     def __init__(self, sigmas: tuple[float, ...]):
@@ -125,21 +125,12 @@ class AffineStudent(nn.Module):
         self.previous = nn.Parameter(torch.zeros(F, len(sigmas), C, C))
         self.bias = nn.Parameter(torch.zeros(F, len(sigmas), C))
 
-    def open(self, text=None):
-        return 0, None
-
-    def plan(self, state, conditions, grad=False):
-        return None
-
     def denoise(self, state, plan, x, sigma, conditions, step):
         chunk, past = state
         if chunk == 0:
             return conditions.reference, None
         seen = x.flatten(1) @ self.own[chunk, step].T + past.flatten(1) @ self.previous[chunk, step].T
         return (seen + self.bias[chunk, step]).view_as(x), None
-
-    def commit(self, state, x0, conditions, steps):
-        return state[0] + 1, x0.detach()
 
 
 class LearnedGaussian(nn.Module):

@@ -11,7 +11,7 @@ from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule
-from tests.distill.methods.gaussian import autoregressive
+from tests.distill.methods.gaussian import OneFrameStudent, autoregressive
 from tests.distill.methods.test_gaussian import (
     MEAN,
     SPATIAL,
@@ -53,7 +53,7 @@ def moments(student, num: int, num_frames: int = F) -> tuple[Tensor, Tensor, Ten
     return flat.mean(0), torch.cov(flat.T), one
 
 
-class SteadyStudent(nn.Module):
+class SteadyStudent(OneFrameStudent):
     """x0 = A noise + P previous + b, the same for every chunk: it can stream without end."""
 
     def __init__(self):
@@ -71,20 +71,11 @@ class SteadyStudent(nn.Module):
         self.own = nn.Parameter(0.3 * torch.eye(C))
         self.previous, self.bias = nn.Parameter(torch.zeros(C, C)), nn.Parameter(torch.zeros(C))
 
-    def open(self, text=None):
-        return 0, None
-
-    def plan(self, state, conditions, grad=False):
-        return None
-
     def denoise(self, state, plan, x, sigma, conditions, step):
         if state[0] == 0:
             return conditions.reference, None
         seen = x.flatten(1) @ self.own.T + state[1].flatten(1) @ self.previous.T + self.bias
         return seen.view_as(x), None
-
-    def commit(self, state, x0, conditions, steps):
-        return state[0] + 1, x0.detach()
 
 
 def test_long_rollouts_learn_a_process_without_end():

@@ -20,7 +20,7 @@ from students.weights.adapter import fold
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from tests.distill.methods.gaussian import autoregressive
+from tests.distill.methods.gaussian import OneFrameStudent, Recorder, autoregressive
 from tests.support.tiny import a_student, a_train_set, make_net, make_spec, randn, rng, some_conditions, some_latents
 
 # Closed form ------------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ SIGMAS = student_sigmas(3, 3.0)
 ONLY_SHIFT = {"early": 2, "rolled": 0, "clean": 0.0, "noise": 0.0, "blur": 0.0, "contrast": 0.0, "shift": SHIFT}
 
 
-class Affine(nn.Module):
+class Affine(OneFrameStudent):
     """One-frame chunks of an AR(1) process, which see the chunk before: x0 = A x + P previous + R reference + b, all diagonal, for
     every chunk and denoising step. It starts as the exact denoiser under a clean past, or as the map of noise to samples that a
     few-step student is distilled to (`is_map`)."""
@@ -65,20 +65,11 @@ class Affine(nn.Module):
         x0 = self._x0(x, past, reference, torch.arange(F), step)
         return torch.cat([reference, x0[:, 1:]], dim=1).transpose(1, 2)[..., None, None]
 
-    def open(self, text=None):
-        return 0, None
-
-    def plan(self, state, conditions, grad=False):
-        return None
-
     def denoise(self, state, plan, x, sigma, conditions, step):
         if state[0] == 0:
             return conditions.reference, None
         parts = (v.flatten(1) for v in (x, state[1], conditions.reference))
         return self._x0(*parts, state[0], step).view_as(x), None
-
-    def commit(self, state, x0, conditions, steps):
-        return state[0] + 1, x0.detach()
 
 
 STEP = (1 - RHO**2) * VARIANCE
@@ -190,20 +181,6 @@ def test_a_clean_past_alone_leaves_an_exact_student_where_it_is():
 
 
 # The past ---------------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Keeps what denoise_clip of a real student was given."""
-
-    def __init__(self, student):
-        self.student, self.spec, self.calls = student, student.spec, []
-
-    def __getattr__(self, name):
-        return getattr(self.student, name)
-
-    def denoise_clip(self, x, sigma, conditions, clean=None, level=None):
-        self.calls.append(SimpleNamespace(x=x, sigma=sigma, clean=clean))
-        return self.student.denoise_clip(x, sigma, conditions, clean, level)
 
 
 def test_the_first_chunks_are_perturbed_and_the_rest_is_the_student_s_own():

@@ -84,7 +84,7 @@ def stage_configs(folder: Path, *overrides: str) -> dict[str, dict]:
 def test_lora_is_read_by_the_stages_that_train_adapters_and_its_export_by_export(tmp_path):
     plain, ours = stage_configs(tmp_path), stage_configs(tmp_path, "lora={rank: 4, alpha: 2}")
     other = stage_configs(tmp_path, "lora={rank: 4, alpha: 2, export: adapter}")
-    assert plain["export"] == {"name": "scratch_avatar", "lora.export": None}
+    assert plain["export"] == {"name": "scratch_avatar", "lora.export": None, "lora.scale": None}
     assert [name for name in plain if plain[name] != ours[name]] == ["init", "distill", "export"]
     wanted = {"lora.rank": 4, "lora.alpha": 2.0, "lora.targets": list(lora.TARGETS), "lora.full": []}
     assert {name: value for name, value in ours["init"].items() if name.startswith("lora")} == wanted

@@ -20,7 +20,7 @@ from students.weights.coverage import FILE, Coverage, load_coverage
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.serving import a_puppet, running
+from tests.support.live.serving import a_puppet, running
 
 SIZE = 32
 TEXTS = ["A person nods, smiling", "someone isn't happy"]

@@ -19,7 +19,7 @@ from distill.live.viewer import Viewer
 from eval.report import conversations
 from students.weights.checkpoint import save_student
 from teachers.errors import UserError
-from tests.support.serving import a_puppet, serving
+from tests.support.live.serving import a_puppet, serving
 from tests.support.tiny import a_bundle
 
 

@@ -9,7 +9,7 @@ from distill.live.answering.talker import MAX_TURNS, Answering, Choice, plain, s
 from distill.live.client import Client
 from distill.live.talkers import Echo, Words
 from teachers.errors import UserError
-from tests.support.serving import a_puppet, serving
+from tests.support.live.serving import a_puppet, serving
 
 
 class Chat:

@@ -33,9 +33,9 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from tests.distill.live.doors.test_stream import tone
 from tests.support import tiny
-from tests.support.lag import run_in_time
-from tests.support.serving import a_puppet
-from tests.support.watched import Watched
+from tests.support.live.lag import run_in_time
+from tests.support.live.serving import a_puppet
+from tests.support.live.watched import Watched
 
 RATE, FPS = 24_000, 12.5
 

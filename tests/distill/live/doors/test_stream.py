@@ -12,8 +12,8 @@ from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.lag import Lag, run_in_time
-from tests.support.serving import a_puppet
+from tests.support.live.lag import Lag, run_in_time
+from tests.support.live.serving import a_puppet
 
 FPS = 12.5
 

@@ -10,7 +10,7 @@ from websockets.sync.client import connect
 from distill.live.operations.access import Access, cookie, read_token
 from distill.live.server import Options
 from teachers.errors import UserError
-from tests.support.serving import a_puppet, serving
+from tests.support.live.serving import a_puppet, serving
 
 TOKEN = "a-token-of-24-characters"
 

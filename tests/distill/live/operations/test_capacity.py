@@ -6,7 +6,7 @@ import pytest
 
 from distill.live.operations.capacity import LOAD, Capacity, measure
 from tests.support import tiny
-from tests.support.serving import a_puppet
+from tests.support.live.serving import a_puppet
 
 
 def test_costs_lie_on_the_line_between_measured_sizes():

@@ -10,7 +10,7 @@ from distill.live.client import Client
 from distill.live.operations import limits
 from distill.live.operations.limits import RATES, Allowance, Peers, Rate
 from teachers.errors import UserError
-from tests.support.serving import a_puppet, eventually, serving
+from tests.support.live.serving import a_puppet, eventually, serving
 
 
 def test_a_burst_then_its_rate():

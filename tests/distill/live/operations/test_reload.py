@@ -11,7 +11,7 @@ from distill.live.scheduler import misfit
 from students.history import History
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.serving import eventually, serving
+from tests.support.live.serving import eventually, serving
 
 
 def test_streams_that_are_opened_later_are_the_new_students(capsys):

@@ -14,7 +14,7 @@ from distill.live.server import build_app
 from distill.live.talkers import Echo
 from teachers.errors import UserError
 from tests.support import tiny
-from tests.support.serving import a_puppet, eventually, serving
+from tests.support.live.serving import a_puppet, eventually, serving
 
 PATIENCE = 0.6
 

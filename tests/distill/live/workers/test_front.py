@@ -26,7 +26,7 @@ class Played:
     def _take(self, message, file):
         if "connection" in message:
             self.sockets[message["connection"]] = file
-        elif "tell" in message:
+        elif "wanted" in message:
             self.channel.send({"report": {"text": "# HELP a A.\n# TYPE a gauge\na 1\n"}})
         else:
             self.messages.append(message)
@@ -190,7 +190,7 @@ def test_viewers_of_a_worker_that_has_ended_are_told_and_others_are_not():
             client.settimeout(0.2)
         loop = asyncio.get_running_loop()
 
-        async def heard(client: socket.socket) -> bytes:
+        async def received(client: socket.socket) -> bytes:
             client.setblocking(False)
             found = b""
             with suppress(TimeoutError):
@@ -199,7 +199,7 @@ def test_viewers_of_a_worker_that_has_ended_are_told_and_others_are_not():
                         found += part
             return found
 
-        found = [await heard(client) for client in clients]
+        found = [await received(client) for client in clients]
         assert sorted(found) == [b"", b"", LOST, LOST]
         assert LOST[2:4] == (1012).to_bytes(2, "big")
         assert table.front.workers[0].opened == {}
@@ -208,7 +208,7 @@ def test_viewers_of_a_worker_that_has_ended_are_told_and_others_are_not():
         await settle()
         assert not table.front.any_ready.is_set()
         late = await table.connect()
-        assert (await heard(late), table.front.refused["worker"]) == (b"", 1)
+        assert (await received(late), table.front.refused["worker"]) == (b"", 1)
 
     play((4, 4), go)
 

@@ -17,8 +17,8 @@ from distill.live.workers.channel import send_at_once
 from distill.live.workers.front import Front
 from distill.live.workers.supervisor import MOST_EARLY, Supervisor
 from teachers.errors import UserError
+from tests.support.live.workers import alive
 from tests.support.processes import CONTEXT
-from tests.support.workers import alive
 
 
 def behave(how: str, index: int, end: socket.socket) -> None:

@@ -23,8 +23,8 @@ from students.weights.checkpoint import save_student
 from teachers.errors import UserError
 from tests.distill.live.test_uploads import png
 from tests.support import tiny
-from tests.support.serving import eventually
-from tests.support.workers import Started, alive, started
+from tests.support.live.serving import eventually
+from tests.support.live.workers import Started, alive, started
 
 TOKEN = "a-token-of-24-characters"
 BEARER = {"Authorization": f"Bearer {TOKEN}"}

@@ -12,7 +12,7 @@ import torch
 from playwright.sync_api import Page, sync_playwright
 
 from distill.live.voice import formant_voice
-from tests.support.serving import MOUTH
+from tests.support.live.serving import MOUTH
 
 HOW = "no browser: apt-get install chromium, or playwright install --with-deps chromium, or CHROMIUM=PATH of one"
 REQUIRED = bool(os.environ.get("REQUIRE_BROWSER"))

@@ -13,7 +13,7 @@ from distill.commands import workers
 from distill.live import server
 from students.weights.checkpoint import save_student
 from tests.support import processes, tiny
-from tests.support.serving import eventually
+from tests.support.live.serving import eventually
 
 work = workers.work
 START_SECONDS = 240.0

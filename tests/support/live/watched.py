@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tests.support.lag import Lag
+from tests.support.live.lag import Lag
 
 LOUD, OPEN = 1000, 60
 MOUTH = (slice(11, 13), slice(6, 10))
