@@ -1,4 +1,4 @@
-"""Recovery from drift (Avatar-Forever 2608.12107): a few-step student learns to go on from a spoilt past as from a clean one.
+"""Recovery from drift (Avatar-Forever 2608.12107): a few-step student learns to go on from a perturbed past as from a clean one.
 
     h = perturb(x0 of the first chunks), then the student's own rollout under it
     min E |D(x_j, sigma_j | h before j) - y_j|^2 / sigma_j^power    over chunks j that come after `early` + `rolled` others
@@ -59,7 +59,7 @@ class Config:
 
 
 class Recovery:
-    """Role `student`: one masked pass over a clip behind a spoilt past; with `target: ar_teacher` that role is frozen."""
+    """Role `student`: one masked pass over a clip behind a perturbed past; with `target: ar_teacher` that role is frozen."""
 
     def __init__(self, config: Config, student: Student, ar_teacher: Student | None = None):
         self.config, self.student, self.ar_teacher = config, student, ar_teacher
@@ -93,13 +93,13 @@ class Recovery:
         if not len(rows):
             return x0
         given, known, stop = conditions.index(rows), len(conditions.known), x0.shape[2] - n
-        spoilt, out = perturb(x0[rows, :, : early * n], self.config, rng), x0.clone()
-        spoilt[:, :, :known] = x0[rows, :, :known]
-        out[rows, :, : early * n] = spoilt
+        perturbed, out = perturb(x0[rows, :, : early * n], self.config, rng), x0.clone()
+        perturbed[:, :, :known] = x0[rows, :, :known]
+        out[rows, :, : early * n] = perturbed
         if stop > early * n:
 
             def corrupt(j: int, own: Tensor) -> Tensor:
-                return spoilt[:, :, j * n : (j + 1) * n] if j < early else own
+                return perturbed[:, :, j * n : (j + 1) * n] if j < early else own
 
             noise = draw_noise(self.student, len(rows), rng)
             own = rollout(self.student, given.frames(0, stop), noise, start=early, corrupt=corrupt)

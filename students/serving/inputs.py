@@ -79,7 +79,7 @@ class SessionInputs:
         if self.closed:
             raise UserError("push after close: this session takes no more input; open another")
         if film is not None and self.film is None:
-            raise UserError("film: this session dubs none; open it with film=True")
+            raise UserError("film: this stream takes none; open it with Session(.., film=True)")
         if film is None and region is not None:
             raise UserError("region: it comes with the frames that it is of; push film too")
         boxes = None if film is None or self.film is None else self.film.check(film, region)

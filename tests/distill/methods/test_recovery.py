@@ -1,4 +1,4 @@
-"""Recovery from drift: the optimum under a spoilt past in closed form, what it spoils, and an adapter that is merged."""
+"""Recovery from drift: the optimum under a perturbed past in closed form, what it spoils, and an adapter that is merged."""
 
 import copy
 from dataclasses import replace
@@ -191,10 +191,10 @@ def test_the_first_chunks_are_perturbed_and_the_rest_is_the_student_s_own():
     (call,) = student.calls
     x0, past = batch.x0, call.clean
     changed = (past != x0).flatten(3).any(3).any(1)  # [B, F]
-    spoilt = changed.any(1)
-    assert 0 < spoilt.sum() < 16, "clean rows and others"
-    assert torch.equal(spoilt, torch.rand(16, generator=rng(2)) >= 0.4), "which rows is not the same on every rank"
-    assert changed[spoilt].tolist() == [[False] + [True] * 5 + [False] * 2] * int(spoilt.sum())
+    perturbed = changed.any(1)
+    assert 0 < perturbed.sum() < 16, "clean rows and others"
+    assert torch.equal(perturbed, torch.rand(16, generator=rng(2)) >= 0.4), "which rows is not the same on every rank"
+    assert changed[perturbed].tolist() == [[False] + [True] * 5 + [False] * 2] * int(perturbed.sum())
     levels = torch.tensor(student.spec.sigmas)
     assert set(call.sigma.flatten().tolist()) == set(levels.tolist()), "not the student's own sigmas"
     eps = (call.x - (1 - flow.expand(call.sigma.repeat_interleave(2, 1), x0)) * x0) / flow.expand(
@@ -202,7 +202,7 @@ def test_the_first_chunks_are_perturbed_and_the_rest_is_the_student_s_own():
     )
     assert float(eps.std()) == pytest.approx(1.0, abs=0.05)
     # behind the same past the third chunk is what a stream of the student is
-    rows = spoilt.nonzero().flatten()
+    rows = perturbed.nonzero().flatten()
     draws = rng(1)
     torch.randint(3, (16, 4), generator=draws)
     torch.randn(x0.shape, generator=draws)
@@ -258,21 +258,21 @@ LORA = LoraRoles(rank=8, alpha=8.0)
 
 
 def gaps(student: CausalWan, base: CausalWan, past: Tensor) -> tuple[float, float]:
-    """Mean square distance, at its own sigmas, of a student under a spoilt and a clean past from the base under the clean one."""
+    """Mean square distance, at its sigmas, of a student under a perturbed and a clean past from the base under the clean one."""
     x0, given, sigma = some_latents(16, 8, 40), some_conditions(16, 8, 40), torch.tensor(base.spec.sigmas)
     sigma = sigma[torch.randint(3, (16, 4), generator=rng(5))]
     x = flow.add_noise(x0, randn(*x0.shape, seed=6), sigma.repeat_interleave(2, 1))
     with torch.no_grad():
         wanted = base.denoise_clip(x, sigma, given, x0)
         found = (student.denoise_clip(x, sigma, given, seen) - wanted for seen in (past, x0))
-        spoilt, clean = (float(error[:, :, 4:].square().mean()) for error in found)
-    return spoilt, clean
+        perturbed, clean = (float(error[:, :, 4:].square().mean()) for error in found)
+    return perturbed, clean
 
 
 @pytest.mark.slow
 def test_an_adapter_recovers_keeps_what_the_student_could_and_is_merged(tmp_path):
-    """Under a spoilt past it comes nearer to what the frozen student does under a clean one, where it stays near it; no weight of
-    that student moves, and the adapter's fold at scale 1 is the adapted student, at 0 the student before."""
+    """Under a perturbed past it comes nearer to what the frozen student does under a clean one, where it stays near it; no
+    weight of that student moves, and the adapter's fold at scale 1 is the adapted student, at 0 the student before."""
     spec = make_spec(prediction="reference")
     net = make_net(0, "reference").requires_grad_(False)
     kept, base = copy.deepcopy(net.state_dict()), CausalWan(net, spec)

@@ -277,7 +277,7 @@ def test_what_is_no_film_is_refused(plain, given, message):
 
 
 def test_a_film_for_nobody_and_a_codec_that_cannot(plain):
-    with pytest.raises(UserError, match="open it with film=True"):
+    with pytest.raises(UserError, match=r"open it with Session\(\.\., film=True\)"):
         opened(plain, film=False).push(film=a_film(1), region=MOUTH)
 
     class Old:
