@@ -103,10 +103,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"not UTF-8: {wrong[0]!r} on the command line; rename that file, or write the text in UTF-8")
     if words[:1] == ["run"]:  # some launchers add their rank
         words = [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]
-        if many := [
-            word for word in words if word in ("-m", "--multirun")
-        ]:  # argparse wants options before positionals
-            words = ["run", "-m", *(word for word in words[1:] if word not in many)]
     arguments = _parser(words).parse_args(words)
     for name, value in vars(arguments).items():
         if isinstance(value, Path):  # a shell writes ~ out at the beginning of a word alone
@@ -115,7 +111,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, no usage before it, and the nearest of what could be meant."""
+    """argparse whose complaints are UserErrors: one line, no usage before it, and the nearest of what could be meant. A recipe's
+    overrides may stand behind options too, which argparse of Python 3.11 refuses."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, rest = super().parse_known_args(args, namespace)
+        if any(action.dest == "overrides" for action in self._actions):
+            late = [word for word in rest if "=" in word and not word.startswith("-")]
+            found.overrides = [*found.overrides, *late]
+            rest = [word for word in rest if word not in late]
+        return found, rest
 
     def error(self, message: str):
         raise UserError(f"{message}: {self.prog}; {self._meant(message)}see {self.prog} --help")

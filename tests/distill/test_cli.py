@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 
 from distill import cli
+from teachers.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from distill import cli
         ),
         (["convert", "a", "b", "--to", "diffuser"], r"invalid choice: 'diffuser' [^\n]*did you mean 'diffusers'\?"),
         (["data", "splt"], r"invalid choice: 'splt' [^\n]*did you mean 'split'\?"),
-        (["sample", "--student", "s"], r"the following arguments are required: --image"),
+        (["sample", "--student", "s"], r"the following arguments are required: --out"),
     ],
 )
 def test_what_is_misspelt_is_guessed(words, said, capsys):
@@ -28,6 +29,27 @@ def test_what_is_misspelt_is_guessed(words, said, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("distill: ")
     assert re.search(said, line), line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "r.yaml", "a=1", "-m", "b=2"],
+        ["run", "-m", "r.yaml", "a=1", "b=2"],
+        ["plan", "r.yaml", "--gpus", "1", "a=1", "--engines", "ddp", "b=2"],
+        ["search", "r.yaml", "space", "a=1", "--dir", "d", "b=2"],
+        ["recipes", "show", "livetalk", "--full", "a=1", "b=2"],
+        ["convert", "x", "y", "--to", "diffusers", "a=1", "b=2"],
+        ["sample", "--teacher", "r.yaml", "--out", "o.mp4", "a=1", "--seed", "1", "b=2"],
+    ],
+)
+def test_overrides_stand_between_options(words):
+    assert cli.parse(words).overrides == ["a=1", "b=2"]
+
+
+def test_a_word_that_is_no_override_is_refused():
+    with pytest.raises(UserError, match=r"unrecognized arguments: other$|unrecognized arguments: other:"):
+        cli.parse(["plan", "r.yaml", "--gpus", "1", "a=1", "other"])
 
 
 @pytest.mark.parametrize(

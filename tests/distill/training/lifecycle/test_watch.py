@@ -21,20 +21,19 @@ from tests.support.processes import start_ranks
 
 def worker(folder: Path) -> None:
     scene = (folder / "scene").read_text()
-    watch.GRACE_SECONDS = 0.5
+    watch.GRACE_SECONDS = 60.0 if scene == "all fail" else 0.5
     engine = Engine(EngineConfig(precision="fp32"))
     assert Engine(EngineConfig(precision="fp32"))._watch is engine._watch, "one for the process group"
     engine.barrier()
     if scene == "all end":
         return engine.close()
     if scene == "all fail":
-        engine.close(failed=True)
+        fail(engine)
         raise UserError("the recipe is wrong")
     if engine.rank == int(scene[0]) if scene[0].isdigit() else False:
         time.sleep(0.3)
         if "fails" in scene:
-            engine.close(failed=True)
-            engine._watch.failed()  # as atexit does, which multiprocessing leaves out
+            fail(engine)
             os._exit(2)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -43,6 +42,11 @@ def worker(folder: Path) -> None:
         engine.settle()
         raise
     return None
+
+
+def fail(engine: Engine) -> None:
+    engine.close(failed=True)
+    engine._watch.failed()  # as atexit does, which multiprocessing leaves out
 
 
 def outcome(folder: Path, scene: str) -> tuple[list[int], list[list[str]], float]:
