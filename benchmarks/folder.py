@@ -35,7 +35,7 @@ from distill.data.prepare.prepare import prepare
 from distill.data.procedural import render
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from teachers import media
 from teachers.flow import keyed_generator
 

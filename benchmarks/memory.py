@@ -121,7 +121,7 @@ def ours(recipe, method, roles, batch, updates: int) -> Tensor:
     import tempfile
 
     from distill.training.config import EngineConfig
-    from distill.training.engine import Engine
+    from distill.training.engines.engine import Engine
     from distill.training.trainer import Trainer
 
     trained = {name: roles[name] for name in ("student", "fake_score")}

@@ -19,7 +19,7 @@ import tests.support.shape_checks
 PACKAGES = ("distill", "teachers", "students", "eval")
 LONG = (
     "e2e/test_pipeline.py",
-    "distill/training/test_engines.py",
+    "distill/training/engines/test_engines.py",
     "e2e/test_real_recipes.py",
     "distill/planning/test_outlook.py",
     "distill/planning/test_measured.py",
@@ -28,7 +28,7 @@ LONG = (
     "distill/commands/sweep/test_real_jobs.py",
     "docs/test_docs.py",
     "distill/data/test_recorded.py",
-    "distill/training/test_hsdp.py",
+    "distill/training/engines/test_hsdp.py",
     "students/serving/test_optimize.py",
     "e2e/test_endurance.py",
     "examples/test_own_method.py",

@@ -20,7 +20,7 @@ from distill.planning.estimate import GIB, Plan, Update, job_of, make_plan, rank
 from distill.planning.job import Job, batch_on, networks_on, shallow
 from distill.planning.trace import CHECKPOINTING, clip_costs
 from distill.recipe import Recipe, load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.trainer import Trainer
 from eval.speed import roofline
 from eval.speed.latency import wait

@@ -23,7 +23,7 @@ from distill.commands.sweep.command import read_sweep
 from distill.compose import find_recipe, quoted
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from eval.report.tables import grid
 from teachers.files import atomic_write, read_json_or_none, save_tensors
 

@@ -22,7 +22,7 @@ from distill import methods
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.stages import Pipeline
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.role import trained
 from eval.report.tables import grid
 from teachers.flow import keyed_generator

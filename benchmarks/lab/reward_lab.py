@@ -28,7 +28,7 @@ from distill.pipeline.evaluation.reward_watch import hacked
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
 from distill.pipeline.stages import Pipeline
 from distill.recipe import Recipe, load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.metrics_log import MetricsLog
 from eval.cards import load_card
 from eval.embedded.evaluation import Evaluation

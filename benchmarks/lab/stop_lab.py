@@ -29,7 +29,7 @@ from distill.pipeline.evaluation.validation import Validation, score_of, score_w
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import run_training
 from distill.recipe import Limits, load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lifecycle.selection import LEFT, Selection, StopConfig, validations
 from eval.frechet import difference_with_error, jackknife_error
 from eval.report.tables import grid

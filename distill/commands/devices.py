@@ -18,7 +18,7 @@ from students.serving.optimize import DTYPES, Speed, usable
 from teachers.errors import UserError
 
 if TYPE_CHECKING:
-    from distill.training.engine import Engine
+    from distill.training.engines.engine import Engine
     from students.serving.shared import Shared
     from students.weights.checkpoint import Bundle
 
@@ -85,7 +85,7 @@ _SHARED: list["Shared"] = []
 def share(args: argparse.Namespace) -> "Engine | None":
     """The processes that a launcher (torchrun, accelerate, srun) has started, which share the tokens of a stream; None where this
     one is alone. `args.device` becomes this rank's. UserError for options that cannot be shared."""
-    from distill.training.engine import Engine, EngineConfig, requested_processes
+    from distill.training.engines.engine import Engine, EngineConfig, requested_processes
 
     world = requested_processes(os.environ)
     if world == 1 or _RANKS:

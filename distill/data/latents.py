@@ -17,7 +17,7 @@ from distill.data.procedural import duplex
 from distill.data.source import Clips, ClipSource
 from distill.data.stored import TEXTS_A_FILE, Stored, Texts, files_of, opener, packed_texts
 from distill.methods import Batch
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from students.weights.coverage import FILE, Coverage
 from teachers.codecs.convolutional import ConvCodecConfig
 from teachers.codecs.linear import CodecConfig, EigenCodec, to_float

@@ -15,9 +15,9 @@ from distill.pipeline.pretrained import fill_given, fill_strict, load_given, out
 from distill.pipeline.run_folder import RunFolder
 from distill.recipe import Recipe, TeacherStage
 from distill.training import lora
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
+from distill.training.engines.offload import stream
 from distill.training.metrics_log import MetricsLog
-from distill.training.offload import stream
 from eval.embedded.extractors import Probes
 from students.serving.optimize import DTYPES
 from students.serving.optimize import cast as cast_network
@@ -87,7 +87,7 @@ class Artifacts:
 
     def in_shards(self, stage: str, role: str) -> Any:
         """The network of a finished stage, to be a role, in the engine's shards, of which each rank reads its rows."""
-        from distill.training import fsdp
+        from distill.training.engines import fsdp
 
         frozen, offload = role in ("teacher", "ar_teacher"), role in self.engine.config.offload
         given = stage in ("teacher", "base") and not self.config(stage).is_trained

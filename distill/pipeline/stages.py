@@ -33,7 +33,7 @@ from distill.pipeline.tiny import write_weights
 from distill.pipeline.train_stages import FROZEN, TRAINED, train_base, train_student, train_teacher
 from distill.recipe import Recipe, TeacherStage, spec_of
 from distill.training import lora, metrics_log
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lora import LoraRoles
 from distill.training.metrics_log import MetricsLog
 from eval.embedded.protocol import EvalConfig

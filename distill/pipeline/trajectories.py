@@ -17,7 +17,7 @@ from distill.methods.forcing import Forced
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.generate import solve_states
 from distill.recipe import TrajectoriesConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from teachers import flow
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distill.methods import Adaptive, Batch, Method
 from distill.training import checkpoint
 from distill.training.config import OptimizerConfig, TrainConfig, learning_rate
-from distill.training.engine import Engine, make_role
+from distill.training.engines.engine import Engine, make_role
 from distill.training.lifecycle.selection import Selection
 from distill.training.role import COUNT, MOMENTS, WEIGHT, DistributedRole, Piece, trained
 from teachers.checkpoints.strict import is_finite

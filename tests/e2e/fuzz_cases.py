@@ -17,7 +17,7 @@ from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
 from distill.scoring.clip_io import read_clip
 from distill.scoring.clip_sets import Entry
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from eval.cards import load_card
 from students.weights.checkpoint import load_student
 from teachers import media

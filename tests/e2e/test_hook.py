@@ -129,7 +129,7 @@ def test_the_module_of_an_interpreters_command_line(words, module, monkeypatch):
 
 
 def test_torchrun_runs_a_recipe_in_every_process_of_one_group(place):
-    """What Engine makes its group of; that it does is shown by tests/distill/training/test_engine.py."""
+    """What Engine makes its group of; that it does is shown by tests/distill/training/engines/test_engine.py."""
     done = start(place, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "own.yaml", "seed=1")
     assert done.returncode == 0, done.stderr
     groups = []

@@ -20,7 +20,7 @@ from distill.pipeline import record, run_folder
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
 from distill.training import checkpoint
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from students.serving.session import Session
 from students.weights.checkpoint import load_student
 from teachers import media

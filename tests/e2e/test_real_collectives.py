@@ -17,10 +17,10 @@ from distill.compose import RECIPES
 from distill.planning.estimate import job_of
 from distill.planning.job import batch_on, meta_networks, networks_on
 from distill.recipe import load_recipe, spec_of
-from distill.training import fsdp
-from distill.training.fsdp import FSDP2Role
+from distill.training.engines import fsdp
+from distill.training.engines.fsdp import FSDP2Role
 from teachers.flow import keyed_generator
-from tests.e2e.fake_ranks import RankOfMany, fake_ranks
+from tests.support.sizes.fake_ranks import RankOfMany, fake_ranks
 
 pytestmark = pytest.mark.slow
 

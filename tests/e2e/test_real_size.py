@@ -33,9 +33,9 @@ from students.serving.session import Session
 from teachers.codecs import wan_vae
 from teachers.conditions import Conditions
 from teachers.networks.wan import NetworkConfig
-from tests.e2e.fake_ranks import fake_ranks
-from tests.support.fake_cuda import GIB, FakeGPU, fake_cuda
-from tests.support.real_size import (
+from tests.support.sizes.fake_cuda import GIB, FakeGPU, fake_cuda
+from tests.support.sizes.fake_ranks import fake_ranks
+from tests.support.sizes.real_size import (
     BLOCKS,
     CARD,
     cut,
@@ -260,7 +260,7 @@ def test_a_loss_waits_for_nothing_and_takes_what_is_planned(name, slot, role):
 )
 def test_a_rank_holds_what_is_planned(name, slot, role):
     """The backward pass too, under the engine of the recipe: in shards on 8 GPUs, or whole on one. All of them, at any depth:
-    `python -m tests.support.real_size NAME`."""
+    `python -m tests.support.sizes.real_size NAME`."""
     found, planned = rank_peak(name, slot, role), planned_peak(name, slot, role)
     print(f"{name} {slot}.{role}: simulated {found / GIB:.2f}, planned {planned / GIB:.2f} GiB")
     assert found == pytest.approx(planned, rel=0.06)

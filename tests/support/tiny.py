@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.data.latents import TrainSet
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.role import Kind
 from students.history import History
 from students.networks.causal_wan import CausalWan

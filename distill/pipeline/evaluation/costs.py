@@ -23,7 +23,7 @@ from distill.pipeline.evaluation.systems import (
     student_systems,
     teacher_systems,
 )
-from distill.training.offload import is_streamed
+from distill.training.engines.offload import is_streamed
 from eval.speed.latency import clocked, median_seconds, percentile, timed
 from students.serving.session import Session
 from students.weights.checkpoint import Bundle

@@ -26,7 +26,7 @@ from distill.data.source import UNLABELLED, Clips, brightness_and_contrast
 from distill.pipeline.evaluation.clip_sets import reserve
 from distill.pipeline.stages import Pipeline, run
 from distill.recipe import load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from students.weights.checkpoint import load_student
 from teachers import media
 from teachers.codecs.linear import to_float

@@ -25,8 +25,8 @@ from distill.training.trainer import Trainer
 from eval.frechet import Moments, frechet_distance, frechet_without_each
 from eval.report.tables import grid
 from teachers.conditions import Conditions
-from tests.distill.methods.gaussian import GaussianTeacher, autoregressive
 from tests.distill.methods.test_gaussian import MEAN, SPATIAL, AffineStudent, LearnedGaussian, frames, given, oracle
+from tests.support.methods.gaussian import GaussianTeacher, autoregressive
 from tests.support.tiny import Ranks, randn, rng
 
 FIXED, EVERY, CLIPS, MANY = (16, 32, 64, 128, 256), 16, 32, 8192

@@ -17,7 +17,7 @@ from students.history import History
 from students.schedule import Schedule
 from teachers import flow
 from teachers.conditions import Conditions
-from tests.distill.methods.gaussian import GaussianTeacher, OneFrameStudent, autoregressive
+from tests.support.methods.gaussian import GaussianTeacher, OneFrameStudent, autoregressive
 from tests.support.tiny import Ranks, randn, rng
 
 C, F = 2, 4

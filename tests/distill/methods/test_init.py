@@ -18,7 +18,7 @@ from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.guidance import Guidance
-from tests.distill.methods.gaussian import autoregressive
+from tests.support.methods.gaussian import autoregressive
 from tests.support.tiny import a_student, a_train_set, randn, rng, some_conditions, some_latents
 
 C, F, RHO = 2, 4, 0.7

@@ -11,7 +11,6 @@ from distill.methods.dmd import DMD, Config
 from distill.methods.rollout import draw_noise, of_length, rollout
 from students.history import History
 from students.schedule import Schedule
-from tests.distill.methods.gaussian import OneFrameStudent, autoregressive
 from tests.distill.methods.test_gaussian import (
     MEAN,
     SPATIAL,
@@ -20,6 +19,7 @@ from tests.distill.methods.test_gaussian import (
     LearnedGaussian,
     given,
 )
+from tests.support.methods.gaussian import OneFrameStudent, autoregressive
 from tests.support.tiny import rng
 
 pytestmark = pytest.mark.slow

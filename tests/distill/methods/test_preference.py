@@ -17,7 +17,7 @@ from students.spec import student_sigmas
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from tests.distill.methods.gaussian import OneFrameStudent, Recorder
+from tests.support.methods.gaussian import OneFrameStudent, Recorder
 from tests.support.tiny import a_student, a_train_set, rng, some_latents
 
 # Closed form ------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from students.weights.adapter import fold
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from tests.distill.methods.gaussian import OneFrameStudent, Recorder, autoregressive
+from tests.support.methods.gaussian import OneFrameStudent, Recorder, autoregressive
 from tests.support.tiny import a_student, a_train_set, make_net, make_spec, randn, rng, some_conditions, some_latents
 
 # Closed form ------------------------------------------------------------------------------------------------------------

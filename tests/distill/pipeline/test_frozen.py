@@ -17,9 +17,9 @@ from distill.pipeline.artifacts import Artifacts
 from distill.planning.estimate import job_of
 from distill.planning.job import batch_on
 from distill.recipe import load_recipe, spec_of
-from distill.training.offload import is_streamed
+from distill.training.engines.offload import is_streamed
 from teachers.errors import UserError
-from tests.e2e.fake_ranks import RankOfMany, fake_ranks
+from tests.support.sizes.fake_ranks import RankOfMany, fake_ranks
 
 
 def some_artifacts(world: int, monkeypatch, name: str = "livetalk", **engine: Any) -> Artifacts:

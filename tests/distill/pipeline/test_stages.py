@@ -18,7 +18,7 @@ from distill.pipeline.pretrained import digest
 from distill.pipeline.stages import Pipeline, facts, field_value, stages
 from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
 from teachers.errors import UserError

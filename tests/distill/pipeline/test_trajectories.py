@@ -17,7 +17,7 @@ from teachers import flow
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance
-from tests.distill.methods.gaussian import autoregressive
+from tests.support.methods.gaussian import autoregressive
 from tests.support.tiny import Ranks, a_teacher, a_train_set, randn, rng, some_conditions
 
 SIGMAS = student_sigmas(4, 3.0)

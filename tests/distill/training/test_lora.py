@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distill.data.order import batch_rows
 from distill.methods import Batch, dmd
 from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.loop import train
 from distill.training.lora import LoraRoles, adapt, make_backbone, trained
 from distill.training.metrics_log import MetricsLog

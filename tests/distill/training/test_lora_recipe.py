@@ -18,7 +18,7 @@ from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes,
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lora import LoraRoles, adapt, trained
 from teachers.config import convert
 from teachers.errors import UserError

@@ -21,7 +21,7 @@ from teachers.codecs.taehv import TAEHV
 from teachers.encoders.small import TextEncoder
 from teachers.encoders.wav2vec import Wav2Vec, Wav2VecConfig
 from tests.students.test_every_student import STUDENTS
-from tests.support.fake_cuda import fake_cuda
+from tests.support.sizes.fake_cuda import fake_cuda
 from tests.support.tiny import make_spec
 
 WINDOWED = {"network": WindowedConfig(network=make_spec().network)}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.cli import main
 from distill.commands import devices
-from distill.training.engine import Engine, EngineConfig
+from distill.training.engines.engine import Engine, EngineConfig
 from students.history import History
 from students.serving.session import Chunk, Session
 from students.serving.shared import Shared, follow

@@ -15,7 +15,7 @@ from distill.commands.sweep import table as sweep_table
 from distill.pipeline import train_stages
 from distill.pipeline.stages import Pipeline
 from distill.recipe import load_recipe
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from tests.distill.commands.sweep.test_command import RECIPE
 from tests.support import processes
 

@@ -11,8 +11,8 @@ from distill.methods import Batch, dmd, losses
 from distill.methods.critics.discriminator import Discriminator, hidden_tokens
 from distill.methods.dmd import Config, Rollouts
 from teachers import flow
-from tests.distill.methods.gaussian import autoregressive
 from tests.distill.methods.test_dmd import a_batch, cell_dmd, gradients, make_dmd, scorer, sound
+from tests.support.methods.gaussian import autoregressive
 from tests.support.tiny import (
     a_teacher,
     randn,

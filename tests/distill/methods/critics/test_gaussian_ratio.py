@@ -16,8 +16,8 @@ from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer
 from teachers import flow
 from teachers.errors import UserError
-from tests.distill.methods.gaussian import GaussianTeacher, autoregressive
 from tests.distill.methods.test_gaussian import MEAN, SPATIAL, AffineStudent, LearnedGaussian, frames, given, oracle
+from tests.support.methods.gaussian import GaussianTeacher, autoregressive
 from tests.support.tiny import Ranks, randn, rng
 
 BATCH = 256

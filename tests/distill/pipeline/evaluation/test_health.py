@@ -17,7 +17,7 @@ from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import check_health
 from distill.recipe import HealthConfig, load_recipe
 from distill.training import checkpoint
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lifecycle.selection import LEFT
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog

@@ -6,7 +6,7 @@ import torch
 
 from distill.pipeline.generate import solve_states
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from teachers.files import load_tensors, save_tensors
 from teachers.guidance import AnyGuidance, EmbeddedGuidance, Guidance
 from tests.support.processes import run_ranks

@@ -16,7 +16,7 @@ from distill.data.order import batch_rows
 from distill.methods import Batch
 from distill.training import checkpoint
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer

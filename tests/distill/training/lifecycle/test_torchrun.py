@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distill.methods import Batch
 from distill.training import checkpoint
-from distill.training.engine import Engine, EngineConfig
+from distill.training.engines.engine import Engine, EngineConfig
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer

@@ -13,7 +13,7 @@ import pytest
 
 from distill.pipeline import stages
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.lifecycle import watch
 from teachers.errors import UserError
 from tests.support.processes import start_ranks

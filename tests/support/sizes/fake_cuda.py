@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from teachers.codecs import wan_vae
 
 GIB = 2**30
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 aten = torch.ops.aten
 COPIES = (aten._to_copy.default, aten.copy_.default)
 WAITS = ("aten::nonzero", "aten::masked_select", "aten::_unique2")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
-from distill.training.fsdp import shard
+from distill.training.engines.engine import Engine
+from distill.training.engines.fsdp import shard
 from teachers.conditions import Conditions
 from tests.support.networks.longcat import a_longcat, longcat_conditions
 from tests.support.networks.s2v import an_s2v_net, s2v_conditions, s2v_latents, some_rows

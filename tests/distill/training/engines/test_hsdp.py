@@ -15,14 +15,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from distill.training import fsdp
 from distill.training.checkpoint import Reader
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines import fsdp
+from distill.training.engines.engine import Engine
 from teachers.checkpoints.weights import ALL, copy_rows, read_safetensors
 from teachers.errors import UserError
 from teachers.files import save_tensors
-from tests.distill.training.test_engines import SMALL, STEPS, differences, newest, run
+from tests.distill.training.engines.test_engines import SMALL, STEPS, differences, newest, run
 from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student
 

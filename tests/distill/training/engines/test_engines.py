@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from distill.data.order import batch_rows
 from distill.methods import Batch, Loss, losses
 from distill.methods.rollout import rollout
-from distill.training import checkpoint, fsdp, zero
+from distill.training import checkpoint
 from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
-from distill.training.engine import Engine
+from distill.training.engines import fsdp, zero
+from distill.training.engines.engine import Engine
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer

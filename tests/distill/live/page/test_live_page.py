@@ -15,7 +15,7 @@ from tests.support import tiny
 from tests.support.live import serving
 from tests.support.live.browser import record, tapes, until
 
-PORTRAIT = Path(__file__).resolve().parents[3] / "docs" / "portrait.png"
+PORTRAIT = Path(__file__).resolve().parents[4] / "docs" / "portrait.png"
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 COUNT = "window.clicks = 0; addEventListener('click', event => { if (event.isTrusted) clicks++; }, true)"
 FOCUS = "document.activeElement.id || document.activeElement.textContent || document.activeElement.tagName"

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from distill.methods import Batch, dmd, forcing
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
-from distill.training.fsdp import shard
+from distill.training.engines.engine import Engine
+from distill.training.engines.fsdp import shard
 from students.history import History
 from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance

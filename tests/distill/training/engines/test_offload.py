@@ -5,7 +5,7 @@ import torch
 from diffusers.hooks import HookRegistry, group_offloading
 from torch import nn
 
-from distill.training.offload import HOOK, is_streamed, stream
+from distill.training.engines.offload import HOOK, is_streamed, stream
 from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig

@@ -15,7 +15,7 @@ from distill.compose import RECIPES
 from distill.methods import Batch, dmd, ode_init
 from distill.recipe import load_recipe, spec_of
 from distill.training.config import EngineConfig, OptimizerConfig, TrainConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.loop import train
 from distill.training.metrics_log import MetricsLog
 from distill.training.trainer import Trainer
@@ -25,8 +25,8 @@ from teachers.guidance import Guidance
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.longcat import LongCatConfig
 from teachers.networks.spans import Span
-from tests.distill.training.test_engines import differences, newest
-from tests.distill.training.test_sequence_parallel import apart, loss_gradients, passes
+from tests.distill.training.engines.test_engines import differences, newest
+from tests.distill.training.engines.test_sequence_parallel import apart, loss_gradients, passes
 from tests.students.networks.test_causal_longcat import CHUNKS, FRAMES, N, a_longcat_student, inputs
 from tests.support.networks.longcat import a_longcat, longcat_conditions
 from tests.support.networks.talk import CHANNELS, HEIGHT, WIDTH, audio_of, some_people, some_regions, talk_latents

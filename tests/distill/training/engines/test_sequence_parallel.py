@@ -19,14 +19,14 @@ from distill.methods.rollout import draw_noise, rollout
 from distill.pipeline.generate import stream_noise
 from distill.recipe import load_recipe, spec_of
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from students.history import History
 from students.schedule import Schedule, advance
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.guidance import Guidance
 from teachers.networks.sequence import Split
-from tests.distill.training.test_engines import STEPS, differences, newest, run
+from tests.distill.training.engines.test_engines import STEPS, differences, newest, run
 from tests.students.networks.test_causal_talk import a_talk_student
 from tests.students.networks.test_causal_talk import inputs as talk_inputs
 from tests.support.processes import run_ranks

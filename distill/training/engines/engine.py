@@ -202,11 +202,11 @@ class Engine:
             return net
         net = copy.deepcopy(net).requires_grad_(False)
         if self.kind == "fsdp2":
-            from distill.training import fsdp
+            from distill.training.engines import fsdp
 
             fsdp.shard(self, net, offload="teacher" in self.config.offload)
         else:
-            from distill.training import zero
+            from distill.training.engines import zero
 
             zero.partition(self, net, "teacher" in self.config.offload)
         return net
@@ -263,13 +263,13 @@ def make_role(
     """`net` as a trained role of an engine of this kind; with `offload` its parts are in the host's memory. Sharding changes `net`
     in place."""
     if kind == "ddp":
-        from distill.training.ddp import DDPRole
+        from distill.training.engines.ddp import DDPRole
 
         return DDPRole(engine, net, make, clip, accumulation)
     if kind == "fsdp2":
-        from distill.training.fsdp import FSDP2Role
+        from distill.training.engines.fsdp import FSDP2Role
 
         return FSDP2Role(engine, net, make, clip, accumulation, offload)
-    from distill.training.zero import ZeRORole
+    from distill.training.engines.zero import ZeRORole
 
     return ZeRORole(engine, int(kind[-1]), net, make, clip, accumulation, offload)

@@ -14,12 +14,12 @@ from distill.compose import RECIPES
 from distill.methods import Batch
 from distill.recipe import load_recipe, spec_of
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from teachers.errors import UserError
 from teachers.files import save_tensors
 from teachers.networks.s2v import S2VConfig
-from tests.distill.training.test_fsdp_anchors import WINDOW, made
-from tests.distill.training.test_sequence_parallel import apart, loss_gradients, passes
+from tests.distill.training.engines.test_fsdp_anchors import WINDOW, made
+from tests.distill.training.engines.test_sequence_parallel import apart, loss_gradients, passes
 from tests.students.networks.test_causal_s2v import CHUNKS, FRAMES, N, an_s2v_student
 from tests.support.networks.s2v import an_s2v_net, s2v_conditions, s2v_latents, some_rows
 from tests.support.processes import run_ranks

@@ -3,7 +3,7 @@
 Both are looked at phase by phase, between the calls of networks, and with the same few blocks, so that every phase has to be the
 planned one. A line through one and two blocks would be wrong: the first has no block before it whose result is still alive.
 
-    python -m tests.support.real_size "livetalk 14B to 14B" --blocks 40    # a rank's whole peak, minutes
+    python -m tests.support.sizes.real_size "livetalk 14B to 14B" --blocks 40    # a rank's whole peak, minutes
 """
 
 import argparse
@@ -24,15 +24,15 @@ from distill.planning import trace
 from distill.planning.estimate import Plan, job_of, make_plan, rank_bytes
 from distill.planning.job import Job, batch_on, inner, networks_on, shallow
 from distill.recipe import Recipe, load_recipe
-from distill.training import fsdp
 from distill.training.config import EngineConfig
-from distill.training.engine import make_role
+from distill.training.engines import fsdp
+from distill.training.engines.engine import make_role
 from distill.training.role import MOMENTS
 from distill.training.trainer import EMA
 from students.serving.optimize import cast
 from teachers.flow import keyed_generator
-from tests.e2e.fake_ranks import RankOfMany, fake_ranks
-from tests.support.fake_cuda import fake_cuda
+from tests.support.sizes.fake_cuda import fake_cuda
+from tests.support.sizes.fake_ranks import RankOfMany, fake_ranks
 
 BLOCKS = 2
 CARD = 79 * 2**30

@@ -16,9 +16,9 @@ import safetensors
 from distill.pipeline.pretrained import fill_given, outline
 from distill.pipeline.tiny import _network
 from distill.recipe import TeacherStage
-from distill.training import fsdp
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine
+from distill.training.engines import fsdp
+from distill.training.engines.engine import Engine
 from teachers.checkpoints import weights
 from teachers.networks.wan import NetworkConfig
 from tests.distill.planning.test_measured import status

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.training.config import EngineConfig
-from distill.training.engine import Engine, _buckets
+from distill.training.engines.engine import Engine, _buckets
 from distill.training.lifecycle.launcher import check_launcher, check_world_size, hidden_flags, requested_processes
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
@@ -20,7 +20,7 @@ CONFIG = EngineConfig(precision="fp32")
 WORKER = """\
 import json, pathlib, sys
 import torch
-from distill.training.engine import Engine
+from distill.training.engines.engine import Engine
 from distill.training.config import EngineConfig
 from teachers.errors import UserError
 try:
