@@ -117,7 +117,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         found, rest = super().parse_known_args(args, namespace)
         if any(action.dest == "overrides" for action in self._actions):
-            late = [word for word in rest if "=" in word and not word.startswith("-")]
+            late = [word for word in rest if not word.startswith("-")]
             found.overrides = [*found.overrides, *late]
             rest = [word for word in rest if word not in late]
         return found, rest

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -42,6 +43,7 @@ LONG = (
     "e2e/test_hook.py",
     "distill/test_recipe.py",
 )
+BEGAN, SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
 torch.set_num_threads(1)
 
 
@@ -61,6 +63,13 @@ def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(LONG)}
     folder = Path(__file__).parent
     items.sort(key=lambda item: order.get(item.path.relative_to(folder).as_posix(), len(LONG)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Tests that would begin later than TEST_SECONDS after the first ones are left out, and named."""
+    if time.monotonic() - BEGAN > SECONDS:
+        pytest.skip(f"no time is left of TEST_SECONDS={SECONDS:g}")
 
 
 def pytest_collection_finish():

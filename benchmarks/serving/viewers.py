@@ -31,6 +31,7 @@ from websockets.exceptions import ConnectionClosed
 
 from benchmarks.serving.live import SENTENCES, TEXT_ENCODERS
 from distill.live import protocol
+from distill.live.operations import limits
 from eval.speed.latency import percentile
 from students import Chunk, Session, load_student, step_together
 
@@ -159,7 +160,7 @@ class Flooder(Talker):
                 await asyncio.sleep(0.05)
 
     async def act(self, until: float) -> None:
-        asked = {"say": 1.0, "text": 2.0, "interrupt": 4.0, "open": 0.5}  # a second, as `limits.RATES` has them
+        asked = {kind: limits.RATES[kind].each for kind in ("say", "text", "interrupt", "open")}  # a second
         due = dict.fromkeys(asked, 0.0)
         while time.monotonic() < until:
             for kind, each in asked.items():

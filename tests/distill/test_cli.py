@@ -7,7 +7,6 @@ from fractions import Fraction
 import pytest
 
 from distill import cli
-from teachers.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -47,9 +46,9 @@ def test_overrides_stand_between_options(words):
     assert cli.parse(words).overrides == ["a=1", "b=2"]
 
 
-def test_a_word_that_is_no_override_is_refused():
-    with pytest.raises(UserError, match=r"unrecognized arguments: other$|unrecognized arguments: other:"):
-        cli.parse(["plan", "r.yaml", "--gpus", "1", "a=1", "other"])
+def test_a_word_that_is_no_override_is_refused(capsys):
+    assert cli.main(["plan", "scratch_avatar", "--gpus", "1", "other"]) == cli.USER_ERROR
+    assert re.fullmatch(r"distill: [^\n]*other[^\n]*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

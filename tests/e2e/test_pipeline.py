@@ -112,6 +112,7 @@ def checkpointed(finished, tmp_path_factory) -> Path:
         return with_checkpoints(finished, tmp_path_factory.mktemp("checkpointed") / "run", patch)
 
 
+@pytest.mark.slow
 def test_what_is_handed_on_is_the_average_then_the_best(finished, checkpointed):
     """teacher and init hand on the averaged weights, not the raw ones; distill its best; the exported student is that."""
     stages = checkpointed / "stages"
@@ -139,6 +140,7 @@ def test_a_finished_run_recomputes_nothing(finished):
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_named(checkpointed, capfd):
     """100 of 100, in every kind of file that a run leaves, by the start, the resume or the load that reads it."""
     folder = checkpointed

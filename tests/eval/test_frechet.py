@@ -252,6 +252,7 @@ def pair_of_systems(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return a, 1.05 * a + 0.2 * normal(40, 1, 8, seed=seed + 50_000)
 
 
+@pytest.mark.slow
 def test_errors_of_a_paired_difference_cover():
     reference = Moments.of(normal(1500, 8, seed=77))
     pairs = [pair_of_systems(seed) for seed in range(120)]

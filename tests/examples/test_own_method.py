@@ -89,6 +89,7 @@ def test_a_mistake_while_it_trains_is_one_line(finished, place, capsys, old, new
     assert sum(words.format(file=file) in line for line in lines) == 1
 
 
+@pytest.mark.slow
 def test_sid_converges_to_the_gaussian():
     student, teacher = AffineStudent((1.0,)), oracle()
     spec = importlib.util.spec_from_file_location("score_identity_example", EXAMPLE / "score_identity.py")

@@ -16,15 +16,15 @@ class Rate:
 
 RATES = {
     "message": Rate(100, 400),
-    "open": Rate(0.5, 10),
-    "say": Rate(1, 20),
-    "text": Rate(2, 20),
-    "interrupt": Rate(4, 20),
+    "open": Rate(0.2, 6),
+    "say": Rate(0.5, 10),
+    "text": Rate(0.5, 10),
+    "interrupt": Rate(1, 10),
     "upload": Rate(0.5, 8),  # a picture or a sound file
     "sound": Rate(4, 120),  # seconds of samples
     "speech": Rate(20, 600),  # the same, of the avatar, which may come faster than it is said
 }
-"""Of what is not named, the first."""
+"""Of what is not named, the first. What makes chunks be drawn anew, which all pay for, comes as often as a person asks."""
 
 
 @dataclass

@@ -155,7 +155,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
             (["--student", str(tmp_path), "--tls-cert", "x.pem"], "--tls-cert and --tls-key belong together"),
             (["--student", str(tmp_path), "--viewers", "0"], "--viewers"),
         ):
-            assert main(["serve", *words]) == 2
+            assert main(["serve", "--port", "0", *words]) == 2
             lines = capsys.readouterr().err.strip().splitlines()
             assert len(lines) == 1
             assert given in lines[0]

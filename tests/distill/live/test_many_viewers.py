@@ -10,6 +10,7 @@ import torch
 
 from distill.live import protocol, scheduler
 from distill.live.operations.capacity import Capacity
+from distill.live.operations.limits import RATES
 from distill.live.scheduler import Engine
 from distill.live.talkers import Echo
 from eval.speed.latency import percentile
@@ -173,15 +174,15 @@ def flood(page: Page) -> None:
         viewer.set_text("b", world.now)
         world.spend(RECACHE)
 
-    def again(seconds: float, function) -> None:
+    def again(kind: str, function) -> None:
         if viewer.session is not None:
             page.ask(function)
-        world.later(seconds, again, seconds, function)
+        world.later(1 / RATES[kind].each, again, kind, function)
 
-    again(2.0, lambda: page.open(99))
-    again(1.0, lambda: viewer.say(viewer.answer(3.0, world.now), world.now))
-    again(0.5, text)
-    again(0.25, lambda: viewer.interrupt(world.now))
+    again("open", lambda: page.open(99))
+    again("say", lambda: viewer.say(viewer.answer(3.0, world.now), world.now))
+    again("text", text)
+    again("interrupt", lambda: viewer.interrupt(world.now))
 
 
 def latencies(world: World) -> list[float]:
@@ -198,6 +199,7 @@ def test_sixteen_get_their_answers_in_time_and_no_picture_stands_still(monkeypat
     assert sum(page.stalls for page in world.pages) == 0
 
 
+@pytest.mark.slow
 def test_one_who_floods_costs_the_others_little(monkeypatch):
     means, stalled = [], []
     for floods in (False, True):

@@ -111,6 +111,7 @@ def broken(data: bytes) -> torch.Tensor:
     return torch.zeros(len(data) // 0)
 
 
+@pytest.mark.slow
 def test_what_ends_a_decoder_is_one_line_and_the_next_file_is_read():
     decoders = Decoders(processes=1)
     try:

@@ -271,6 +271,7 @@ def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
     pipeline.artifacts.log.close()
 
 
+@pytest.mark.slow
 def test_a_stage_of_another_seed_is_another_and_those_before_it_are_the_same(tmp_path, monkeypatch):
     threads = set()
 

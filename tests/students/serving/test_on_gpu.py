@@ -140,6 +140,7 @@ def test_what_is_waited_for_is_counted(gpu):
     assert sum(gpu.waits.values()) == 2
 
 
+@pytest.mark.slow
 def test_a_pipeline_moves_as_in_diffusers(gpu):
     bundle = a_bundle(*KINDS["sequential"])
     pipe = AvatarPipeline(bundle.student, bundle.codec, bundle.audio_encoder, bundle.text)

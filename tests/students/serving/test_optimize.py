@@ -48,6 +48,7 @@ def test_a_compiled_step_draws_the_same(monkeypatch):
     assert graphs == 4, "an empty context and one chunk, a step and a commit of each; none is compiled again"
 
 
+@pytest.mark.slow
 def test_what_inductor_makes_draws_the_same():
     """The first chunk in one step, through real kernels; a second step or a commit would be another graph to compile."""
     torch._dynamo.reset()

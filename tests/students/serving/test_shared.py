@@ -132,6 +132,7 @@ def test_a_stream_of_two_ranks_is_that_of_one_process(tmp_path):
                 assert (found[key] - x).abs().max() <= 1, key
 
 
+@pytest.mark.slow
 def test_commands_share_a_stream(tmp_path):
     student = tmp_path / "student"
     save_student(student, a_bundle(HISTORIES["clean"]), "A card.\n")

@@ -268,6 +268,7 @@ def grown(folder: Path, shard_bytes: int, jobs: list) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from Linux' /proc")
 def test_memory_holds_a_shard_and_a_tensor(tmp_path):
     """Peak growth of resident memory, mapped pages included, against the 139 MB of the weights; an archive that is read adds

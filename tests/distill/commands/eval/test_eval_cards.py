@@ -179,6 +179,7 @@ def test_weight_free_measures_are_those_of_quality_a_few_frames_at_a_time():
     assert found == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_box_off_the_picture_is_refused_by_name_and_a_face_that_is_cut_away_is_counted(stand_ins, tmp_path):
     real, ours = films_with_sound(tmp_path / "real"), films_with_sound(tmp_path / "ours")  # 48 x 24
     base = ("--generated", ours, "--real", real, "--metrics", "sync,motion_energy", "--protocol")

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import gc
 import os
 import signal
 import socket
@@ -113,6 +114,17 @@ def test_what_a_worker_cannot_do_at_the_start_is_not_tried_again():
         run()
     assert run.announced == 0.0
     assert not any(process.is_alive() for process in run.supervisor.processes.values())
+
+
+def test_of_two_that_cannot_start_one_is_told(monkeypatch, caplog):
+    started = Supervisor._started
+    monkeypatch.setattr(
+        Supervisor, "_started", lambda self, tasks: all(t.done() for t in tasks) and started(self, tasks)
+    )
+    with pytest.raises(UserError, match="no student: nowhere; export one"):
+        Run("cannot", "cannot")()
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_a_worker_that_ends_later_is_started_again(capfd):

@@ -201,6 +201,7 @@ def test_another_student_reaches_all_workers(server):
         client.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_cuts_its_own_viewers_alone_and_comes_back(tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     with started(tmp_path, "--viewers", "4", "--token", f"@{tmp_path / 'token'}") as server:
@@ -257,6 +258,7 @@ def test_sigterm_ends_all_talking_workers_in_5_seconds(tmp_path):
         assert "Traceback" not in server.noted()
 
 
+@pytest.mark.slow
 def test_workers_end_without_their_parent(tmp_path):
     with started(tmp_path, "--viewers", "2") as server:
         pids = [server.pid(0), server.pid(1)]
@@ -264,6 +266,7 @@ def test_workers_end_without_their_parent(tmp_path):
         eventually(lambda: not any(alive(pid) for pid in pids), 10)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(which("openssl") is None, reason="openssl is not installed: no certificate")
 def test_workers_speak_tls_themselves(tmp_path):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
