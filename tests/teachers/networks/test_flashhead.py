@@ -8,6 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill.compose import RECIPES
+from distill.pipeline.pretrained import load_given
+from distill.pipeline.tiny import write_weights
+from distill.recipe import load_recipe, spec_of
 from students.history import History
 from students.weights.checkpoint import make_student
 from teachers.checkpoints import layouts
@@ -264,7 +268,7 @@ def test_the_converter_is_bit_equal_both_ways(model, tmp_path):
     assert (output(net, x, given) - expected).abs().max() < 1e-5
 
 
-def test_lites_weights_want_their_config(model, tmp_path):
+def test_weights_of_lite_want_their_config(model, tmp_path):
     _, tensors, _, facts = model
     save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
     if facts["vae_stride"][0] == 4:
@@ -286,3 +290,23 @@ def test_sizes_that_do_not_fit_are_one_line():
             CONFIG.new(replace(DIMS, **change))
     with pytest.raises(UserError, match="give an odd number"):
         replace(CONFIG, window=4).check()
+
+
+def test_the_recipe_reads_the_folders_of_its_readme(tmp_path):
+    """Random small weights where its paths point; Pro may start the student, and what is missing is one line that says where to get
+    it."""
+    recipe = load_recipe(RECIPES / "flashhead.yaml", ["size=tiny", f"run_dir={tmp_path}"])
+    spec = spec_of(recipe)
+    write_weights(recipe, spec)
+    parts = recipe.teacher.path, recipe.data.codec.path, recipe.data.audio.path
+    net = load_given(recipe.teacher, spec, torch.device("cpu"))
+    assert all(path.is_dir() for path in parts)
+    assert (net.kind.audio_tokens, net.kind.text_dim, net.kind.window) == (3, 12, 5)
+    assert recipe.lora.targets == net.kind.lora_targets
+    (recipe.teacher.path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"get Soul-AILab/SoulX-FlashHead-1_3B"):
+        load_given(recipe.teacher, spec, torch.device("cpu"))
+    words = ["teacher.path=a", "origin=few_step", "base.path=b", "base.wan=null", "lora=null"]
+    started = load_recipe(RECIPES / "flashhead.yaml", words)
+    assert started.base.network == started.teacher.network
+    assert spec_of(started).sigmas == pytest.approx((1.0, 0.9375, 5 / 6, 0.625))  # Pro's own
