@@ -56,6 +56,7 @@ IMAGE_ENCODERS = Registry(
         "wan_speakers": "teachers.encoders.speakers:SpeakersConfig",
         "s2v": "teachers.encoders.anchors:AnchorsConfig",
         "regions": "teachers.encoders.speakers:RegionsConfig",
+        "still": "teachers.encoders.still:StillConfig",
     },
     methods={"load": "def load(self) -> ImageEncoder"},
 )

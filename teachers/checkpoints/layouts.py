@@ -274,7 +274,7 @@ def with_config(architecture: Architecture, config: Mapping[str, Any], where: An
     result = replace(
         architecture,
         head_dim=head_dim,
-        stride=config.get("stride", 4),
+        stride=config.get("stride") or config.get("vae_stride", (4,))[0],
         audio_blocks=None if blocks is None or tuple(blocks) == rule else tuple(blocks),
         prediction=config.get("prediction", "velocity"),
         eps=config.get("eps", 1e-6),
@@ -323,7 +323,7 @@ def check_representable(architecture: Architecture, layout: str, where: Any) -> 
     if layout not in ("ours", a.kind) and (a.kind in WHOLE or layout in WHOLE):
         lost.append(f"a network of kind {a.kind}")
     if layout == "ours":
-        if a.in_channels not in (a.out_channels, 2 * a.out_channels + (a.stride if a.image_dim else 1)):
+        if a.in_channels not in KINDS[a.kind].input_channels(a.out_channels, a.stride, a.image_dim):
             lost.append(f"{a.in_channels} input channels for {a.out_channels}")
         if a.patch[0] != 1 or a.patch[1] != a.patch[2]:
             lost.append(f"patches of {a.patch}")
@@ -382,6 +382,6 @@ def make_config(architecture: Architecture, layout: str) -> dict[str, Any] | Non
         return {
             "_class_name": "WanModel", "model_type": "i2v" if a.image_dim else "t2v", **shared, "num_heads": num_heads,
             "dim": a.width, "in_dim": a.in_channels, "out_dim": a.out_channels, "text_len": 512,
-            **KINDS[a.kind].published_config(dict(a.own)),
+            **KINDS[a.kind].published_config(make_config(a, "ours") or {}),
         }  # fmt: skip
     return None

@@ -117,6 +117,12 @@ class NetworkKind:
         return {}
 
     @staticmethod
+    def input_channels(channels: int, stride: int, image_dim: int) -> tuple[int, ...]:
+        """How many channels the module's input can have, for latents of so many: of Wan, the noisy ones, and these with reference
+        and mask."""
+        return channels, 2 * channels + (stride if image_dim else 1)
+
+    @staticmethod
     def published_config(own: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
         """What the published config.json has beside Wan's keys, or of a `whole` kind all of it, of our own one."""
         return {}
@@ -291,6 +297,7 @@ NETWORKS = Registry(
     entries={
         "wan": "teachers.networks.wan:NetworkConfig",
         "echomimic": "teachers.networks.echomimic:EchoMimicConfig",
+        "flashhead": "teachers.networks.flashhead:FlashHeadConfig",  # before infinitetalk, whose telling name it has too
         "infinitetalk": "teachers.networks.infinitetalk:InfiniteTalkConfig",
         "s2v": "teachers.networks.s2v:S2VConfig",
         "longcat": "teachers.networks.longcat:LongCatConfig",

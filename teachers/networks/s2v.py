@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from teachers.conditions import Conditions, Feature, declare
 from teachers.errors import UserError
+from teachers.networks.blocks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
 from teachers.networks.blocks.wan import AvatarBlock, Modulations, keys_values
 from teachers.networks.kind import Dims, KeyValue
-from teachers.networks.s2v_audio import AudioContext, AudioEncoder, AudioInjector
 from teachers.networks.sequence import Split
 from teachers.networks.spans import MOST_TABLES, Arranged, Span
 from teachers.networks.wan import AvatarTransformer, WanKind, initialise

@@ -1,1 +1,1 @@
-"""The transformer blocks of the backbones."""
+"""The transformer blocks of the backbones, and how one reads audio."""

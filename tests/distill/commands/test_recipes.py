@@ -14,8 +14,8 @@ from distill.recipe import load_recipe, to_dict
 from teachers.errors import UserError
 
 NAMES = sorted(file.stem for file in RECIPES.glob("*.yaml"))
-REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "stableavatar", "infinitetalk", "fantasytalking", "longcat",
-        "s2v")  # fmt: skip
+REAL = ("livetalk", "omniavatar_one_gpu", "self_forcing", "echomimic", "stableavatar", "infinitetalk", "fantasytalking",
+        "flashhead", "longcat", "s2v")  # fmt: skip
 NEEDS = {name: ["teacher.path=anywhere"] for name in (*REAL, "liveavatar", "livetalk_1step", "livetalk_2step")}
 ROOT = RECIPES.parent
 

@@ -18,9 +18,10 @@ from tests.support.networks.talk import a_talk_net, some_people, some_regions, t
 from tests.support.tiny import randn, randomise
 from tests.teachers.networks import test_echomimic as echomimic
 from tests.teachers.networks import test_fantasytalking as fantasytalking
+from tests.teachers.networks import test_flashhead as flashhead
 from tests.teachers.networks import test_stableavatar as stableavatar
 
-NETWORKS = ("infinitetalk", "echomimic", "fantasytalking", "stableavatar", "s2v", "longcat")
+NETWORKS = ("infinitetalk", "echomimic", "fantasytalking", "flashhead", "stableavatar", "s2v", "longcat")
 
 
 def inputs(name: str) -> tuple[Any, Tensor, Conditions]:
@@ -32,6 +33,8 @@ def inputs(name: str) -> tuple[Any, Tensor, Conditions]:
     if name in ("fantasytalking", "stableavatar"):
         own = fantasytalking if name == "fantasytalking" else stableavatar
         return randomise(own.CONFIG.new(echomimic.DIMS)), *fantasytalking.inputs(frames=4)[:2]
+    if name == "flashhead":
+        return flashhead.a_net(), *flashhead.inputs()[:2]
     if name == "s2v":
         return an_s2v_net(), s2v_latents(), s2v_conditions(some_rows(), motion=7)
     return a_longcat(2), talk_latents(), longcat_conditions(some_people(2, 2), some_regions())

@@ -33,6 +33,7 @@ from tests.support.processes import run_ranks
 from tests.support.tiny import Ranks, a_student, a_teacher, randn, some_conditions, some_latents
 from tests.teachers.networks import test_echomimic as echomimic
 from tests.teachers.networks import test_fantasytalking as fantasytalking
+from tests.teachers.networks import test_flashhead as flashhead
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ BOTH = {"text": 2.0, "audio": 3.0}
 PATHS = {"livetalk": ["teacher.path=anywhere"]}
 LOSSES = ("flow_matching", "dmd student", "dmd fake_score", "gan discriminator", "gan fake_score",
           "gan student", "ode_init", "forcing", "consistency", "diagonal", "same_level", "checkpointed")  # fmt: skip
-TALKERS = ("1", "2", "face", "frames")
+TALKERS = ("1", "2", "face", "frames", "sound alone")
 
 
 def attention(split: Split | None) -> dict[str, Tensor]:
@@ -128,10 +129,11 @@ def loss_gradients(engine: Any, role: str, method: Any, roles: dict[str, Any], b
 
 def talkers(engine: Any, name: str) -> dict[str, Tensor]:
     """`passes` of students whose tokens belong to speakers (of one or two), or to the face, or read a part of their frame's
-    sound."""
-    if name in ("face", "frames"):
-        history, source = History(sinks=1, window=1), echomimic if name == "face" else fantasytalking
-        student, (x, given, _) = source.a_student(history), source.inputs(6, extra=10)
+    sound, or nothing but sound."""
+    if name in ("face", "frames", "sound alone"):
+        source = {"face": echomimic, "frames": fantasytalking, "sound alone": flashhead}[name]
+        history, more = History(sinks=1, window=1), {} if source is flashhead else {"extra": 10}
+        student, (x, given, _) = source.a_student(history), source.inputs(6, **more)
         clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
     else:
         student, (given, x, clean, sigma) = a_talk_student(int(name), sinks=1, window=1), talk_inputs(int(name))
