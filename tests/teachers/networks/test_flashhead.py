@@ -1,13 +1,16 @@
 """SoulX-FlashHead: its forward equals the equations, faults in them are seen, its sound's window, its stream, size and weights."""
 
 import json
+import wave
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from distill.cli import main
 from distill.compose import RECIPES
 from distill.pipeline.pretrained import load_given
 from distill.pipeline.tiny import write_weights
@@ -27,7 +30,7 @@ from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
 from tests.support.faults import in_fp64
 from tests.support.networks.talk import windows
-from tests.support.tiny import fitted_codec, make_spec, randn, randomise
+from tests.support.tiny import fitted_codec, make_spec, randn, randomise, some_sound
 from tests.teachers.reference.flashhead import FAULTS, FlashHead
 
 FRAMES, CHANNELS, SIDE, ROW, TEXT, STATE, HEADS, TOKENS = 4, 3, 4, 10, 12, 6, 2, 3
@@ -292,10 +295,11 @@ def test_sizes_that_do_not_fit_are_one_line():
         replace(CONFIG, window=4).check()
 
 
-def test_the_recipe_reads_the_folders_of_its_readme(tmp_path):
-    """Random small weights where its paths point; Pro may start the student, and what is missing is one line that says where to get
-    it."""
-    recipe = load_recipe(RECIPES / "flashhead.yaml", ["size=tiny", f"run_dir={tmp_path}"])
+def test_the_recipe_reads_the_folders_of_its_readme(tmp_path, capsys):
+    """Random small weights where its paths point: the teacher samples, Pro may start the student, and what is missing is one line
+    that says where to get it."""
+    words = ["size=tiny", f"run_dir={tmp_path}", "teacher.sampler.num_steps=2"]
+    recipe = load_recipe(RECIPES / "flashhead.yaml", words)
     spec = spec_of(recipe)
     write_weights(recipe, spec)
     parts = recipe.teacher.path, recipe.data.codec.path, recipe.data.audio.path
@@ -303,6 +307,14 @@ def test_the_recipe_reads_the_folders_of_its_readme(tmp_path):
     assert all(path.is_dir() for path in parts)
     assert (net.kind.audio_tokens, net.kind.text_dim, net.kind.window) == (3, 12, 5)
     assert recipe.lora.targets == net.kind.lora_targets
+    files = {name: str(tmp_path / name) for name in ("face.png", "a.wav", "t.mp4")}
+    Image.new("RGB", (40, 40), (90, 60, 30)).save(files["face.png"])
+    with wave.open(files["a.wav"], "wb") as file:
+        file.setparams((1, 2, 16_000, 0, "NONE", ""))
+        file.writeframes((some_sound(16_000) * 20_000).short().numpy().tobytes())
+    sample = ["sample", "--teacher", str(RECIPES / "flashhead.yaml"), *words, "--text", "", "--out", files["t.mp4"]]
+    assert main([*sample, "--image", files["face.png"], "--audio", files["a.wav"]]) == 0
+    assert "21 frames, 0.84 s, 2 steps of 2 passes" in capsys.readouterr().out
     (recipe.teacher.path / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"get Soul-AILab/SoulX-FlashHead-1_3B"):
         load_given(recipe.teacher, spec, torch.device("cpu"))
