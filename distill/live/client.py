@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from distill.live import protocol
@@ -49,10 +49,10 @@ class Answer:
 
 
 class Client:
-    """Connects at once; UserError where nothing answers, where the maximum number of viewers is reached, and where the server
-    speaks another version of the protocol. `frames` (uint8 [H, W, 3]) and `sound` (float32 [n], 16 kHz) keep what was to be seen
-    and heard, by frame number, if `keep`; `strict`: a message of an error raises one. Call `pump` all the time: it reads, plays and
-    reports. Closes itself at the end of a `with`."""
+    """Connects at once; UserError where nothing answers, where it is refused, where the maximum number of viewers is reached, and
+    where the server speaks another version of the protocol. `frames` (uint8 [H, W, 3]) and `sound` (float32 [n], 16 kHz) keep
+    what was to be seen and heard, by frame number, if `keep`; `strict`: a message of an error raises one. Call `pump` all the
+    time: it reads, plays and reports. Closes itself at the end of a `with`."""
 
     def __init__(self, url: str, keep: bool = True, timeout: float = 10.0, strict: bool = False, **options):
         try:
@@ -62,6 +62,10 @@ class Client:
             self.hello = json.loads(self.socket.recv(timeout=timeout))
         except (OSError, TimeoutError, ConnectionClosed) as error:
             raise UserError(f"no server at {url} ({error}); start distill serve first") from error
+        except InvalidStatus as error:
+            raise UserError(
+                f"{url} refuses this client ({error}); a token goes into additional_headers={{'Authorization': 'Bearer TOKEN'}}"
+            ) from error
         if self.hello["type"] != "hello":
             raise UserError(self.hello.get("message", "refused"))
         try:

@@ -35,7 +35,7 @@ SHORTER = {"bench": ["--chunks", "2", "--rounds", "1"]}
 """Appended to a command that runs, so that it does so at smoke size; argparse takes what comes last."""
 STATUS = {"doctor": {0, 1}, "data": {0, 3}, "eval": {0, 3}}
 """Exit statuses that a page explains, where 0 is not the only one."""
-OTHERS = ("git", "pip", "python3.11", ".", "ruff", "pyright", "export", "curl")
+OTHERS = ("git", "pip", "python3.11", ".", "ruff", "pyright", "export", "curl", "podman")
 """Programs whose arguments are not ours to check."""
 
 

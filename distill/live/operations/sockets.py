@@ -1,6 +1,7 @@
 """uvicorn, for strangers: connections that never become a request are closed, and the end is announced."""
 
 import asyncio
+import logging
 import socket
 from collections import Counter
 from pathlib import Path
@@ -81,6 +82,11 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
 
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Not what uvicorn says of each WebSocket that was refused with a status, as if no answer had been sent."""
+    return "without completing handshake" not in record.getMessage()
+
+
 class DrainingServer(uvicorn.Server):
     """uvicorn, which on SIGTERM or SIGINT first waits for `drain` of the application's `state.server`."""
 
@@ -107,6 +113,7 @@ class DrainingServer(uvicorn.Server):
             ssl_certfile=certificate,
             ssl_keyfile=key,
         )
+        logging.getLogger("uvicorn.error").addFilter(_worth_a_line)
         try:
             config.load()
         except OSError as error:  # ssl.SSLError too

@@ -7,6 +7,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
+from distill.live.client import Client
 from distill.live.operations.access import Access, cookie, read_token
 from distill.live.server import Options
 from teachers.errors import UserError
@@ -30,6 +31,19 @@ def ask(address: str, path: str, method: str = "GET", **headers: str):
     body = answer.read().decode("utf-8", "replace")
     connection.close()
     return answer.status, answer.headers, body
+
+
+def test_a_refused_client_is_told_in_one_line_and_not_logged_as_an_error(guarded, caplog):
+    address, _ = guarded
+    with pytest.raises(UserError, match=r"refuses this client \(.*401\); a token goes into additional_headers"):
+        Client(f"ws://{address}/live")
+    with pytest.raises(UserError, match="403"):
+        Client(
+            f"ws://{address}/live",
+            additional_headers={"Authorization": f"Bearer {TOKEN}", "Origin": "http://evil.example"},
+        )
+    assert ask(address, "/health")[0] == 200
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_without_the_token_nothing_is_shown_but_the_health(guarded):
