@@ -57,10 +57,15 @@ def fill_given(net: Any, stage: TeacherStage) -> None:
         return
     if stage.wan is not None or stage.widen:
         raise UserError(f"teacher.wan, widen: {label(stage.network)} has no published layout; remove them")
-    file = stage.path if stage.path.is_file() else stage.path / OURS
+    file = weights_file(stage.path)
     if not file.is_file():
         raise UserError(f"no weights: {file}; give teacher.path a folder that holds {OURS}, or that file")
     fill_strict(net, file)
+
+
+def weights_file(path: Path) -> Path:
+    """The file of a network without a published layout, given by itself or by its folder."""
+    return path if path.is_file() else path / OURS
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from distill.pipeline.evaluation.clip_sets import reserve
 from distill.pipeline.evaluation.evaluate import evaluate
 from distill.pipeline.evaluation.validation import fit_probes
 from distill.pipeline.export import export, publish
-from distill.pipeline.pretrained import digest
+from distill.pipeline.pretrained import digest, weights_file
 from distill.pipeline.run_folder import RunFolder
 from distill.pipeline.tiny import write_weights
 from distill.pipeline.train_stages import FROZEN, TRAINED, train_base, train_student, train_teacher
@@ -276,6 +276,8 @@ def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:
     needs = recipe.needs("init")
     if spec.guidance is not None and needs.batch == "x0":
         raise UserError("student.guidance: init learns it from trajectories; use method@init=ode_init")
+    if recipe.base is not None and recipe.base.path is not None and recipe.init.train.num_steps == 0:
+        checkpoint.check_sampler(spec, weights_file(recipe.base.path), "the recipe")  # a student that is taken as it is
     if recipe.start_of("init") == "ar_teacher" and recipe.ar_teacher is None:
         raise UserError("init asks for an autoregressive teacher: add method@ar_teacher=forcing")
     if recipe.has_custom_network and needs.batch == "trajectories":

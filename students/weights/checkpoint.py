@@ -199,7 +199,7 @@ def _load(folder: Path, values: dict[str, Any]) -> Bundle:
         _check_fits(spec, folder / "model.safetensors")
     with torch.random.fork_rng(devices=[]):
         student = make_student(spec)
-    _check_sampler(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
+    check_sampler(spec, folder / ("model.safetensors" if base is None else WEIGHTS))
     if base is None:
         fill(student.net, folder / "model.safetensors")
     else:
@@ -233,9 +233,9 @@ def _header(spec: Spec) -> dict[str, str]:
     return {KEY: json.dumps(_fixed(spec))}
 
 
-def _check_sampler(spec: Spec, weights: Path) -> None:
-    """UserError where the header of `weights` has another sampler. Weights without it pass, and a missing or damaged file
-    is for its reader to name."""
+def check_sampler(spec: Spec, weights: Path, where: str = SPEC) -> None:
+    """UserError where the header of `weights` has another sampler than the spec of `where`. Weights without it pass, and a missing
+    or damaged file is for its reader to name."""
     try:
         with safe_open(weights, "pt") as file:
             trained = json.loads((file.metadata() or {}).get(KEY, "{}"))
@@ -244,7 +244,7 @@ def _check_sampler(spec: Spec, weights: Path) -> None:
     for name, value in json.loads(json.dumps(_fixed(spec))).items():
         if name in trained and trained[name] != value:
             raise UserError(
-                f"student not trained for this sampler: {name} is {_short(value)} in spec.json, {_short(trained[name])} in "
+                f"student not trained for this sampler: {name} is {_short(value)} in {where}, {_short(trained[name])} in "
                 f"{weights}; put that back, or train a student for it"
             )
 

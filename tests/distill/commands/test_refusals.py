@@ -129,21 +129,21 @@ def weights(tmp_path):
 def test_weights_say_which_sampler_they_were_trained_for(weights, changes, words):
     one_line(
         f"^student not trained for this sampler: {words}",
-        checkpoint._check_sampler,
+        checkpoint.check_sampler,
         replace(make_spec(), **changes),
         weights,
     )
 
 
 def test_the_trained_sampler_and_another_window_are_served(weights, tmp_path):
-    checkpoint._check_sampler(make_spec(), weights)
-    checkpoint._check_sampler(make_spec(History(sinks=2, window=1, memory=1)), weights)
+    checkpoint.check_sampler(make_spec(), weights)
+    checkpoint.check_sampler(make_spec(History(sinks=2, window=1, memory=1)), weights)
     bundle = load_student(tmp_path)  # the header changes no weight
     assert bundle.fingerprint == a_bundle().fingerprint
     save_file(load_file(weights), weights)
-    checkpoint._check_sampler(replace(make_spec(), sigmas=(1.0, 0.5)), weights)  # of earlier exports nothing is known
+    checkpoint.check_sampler(replace(make_spec(), sigmas=(1.0, 0.5)), weights)  # of earlier exports nothing is known
     weights.write_bytes(b"no weights")
-    checkpoint._check_sampler(make_spec(), weights)
+    checkpoint.check_sampler(make_spec(), weights)
     one_line(r"^damaged weights: .*model\.safetensors", load_student, tmp_path)
 
 

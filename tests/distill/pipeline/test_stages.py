@@ -7,20 +7,24 @@ import threading
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from distill.compose import RECIPES
 from distill.methods import flow_matching, ode_init
 from distill.pipeline import train_stages
 from distill.pipeline.pretrained import digest
-from distill.pipeline.stages import Pipeline, facts, field_value, stages
-from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe
+from distill.pipeline.stages import Pipeline, check, facts, field_value, stages
+from distill.recipe import NO_RESULT, Recipe, TeacherStage, load_recipe, spec_of
 from distill.training.config import EngineConfig
 from distill.training.engines.engine import Engine
 from distill.training.lora import LoraRoles
 from eval.embedded.protocol import EvalConfig
+from students.weights import checkpoint
 from teachers.errors import UserError
 from tests.distill.pipeline.evaluation.test_health import SMALL
 from tests.support.faults import around
@@ -311,3 +315,19 @@ def test_a_slot_refuses_a_method_that_it_cannot_serve(tmp_path, method, message)
         Pipeline(recipe, engine)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["recovery_avatar", "preference_avatar"])
+def test_a_finished_student_that_goes_on_keeps_its_sampler(tmp_path, name):
+    """Its weights say what they were trained for."""
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"base.path={tmp_path}"])
+    spec, engine = spec_of(recipe), SimpleNamespace(config=recipe.engine, kind="ddp")
+    for own, refused in ((spec, False), (replace(spec, sigmas=(1.0, 0.5)), True)):
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors", checkpoint._header(own))
+        if not refused:
+            check(recipe, spec, engine)
+            continue
+        with pytest.raises(UserError, match=r"sigmas is \[1, .* in the recipe, \[1, 0\.5\] in .*model\.safetensors"):
+            check(recipe, spec, engine)
+    (tmp_path / "model.safetensors").unlink()
+    check(recipe, spec, engine)  # of weights that are not there, or not a student's, nothing is known

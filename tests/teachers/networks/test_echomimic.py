@@ -3,7 +3,6 @@
 import json
 import wave
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from teachers.networks import echomimic
 from teachers.networks.echomimic import EchoMimicConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
-from tests.support.faults import in_fp64
+from tests.support.faults import deviations, published
 from tests.support.tiny import make_spec, randn, randomise, some_sound
 from tests.teachers.reference.echomimic import FAULTS, EchoMimic
 
@@ -68,10 +67,6 @@ def inputs(frames: int = FRAMES, extra: int = 0, batch: int = 2):
     return x, given, (mask, latents, SIGMA[:batch], text, image, states, tokens)
 
 
-def published(net) -> dict[str, torch.Tensor]:
-    return {layouts.rename(name, layouts.TO_WAN): value for name, value in net.state_dict().items()}
-
-
 def test_the_forward_equals_the_equations():
     net, (x, given, parts) = a_net(), inputs()
     x0 = AvatarTeacher(net).denoise(x, SIGMA, given)
@@ -80,16 +75,7 @@ def test_the_forward_equals_the_equations():
     assert ((x - x0) / SIGMA.view(-1, 1, 1, 1, 1) - expected).abs().max() < 1e-5
 
 
-@lru_cache(maxsize=1)
-def exact():
-    net = a_net()
-    found = in_fp64(net, inputs(), SIGMA)
-    return published(net), *found
-
-
-def deviation(fault: str = "") -> float:
-    named, ours, x, parts = exact()
-    return float((ours - EchoMimic(named, HEADS, fault=fault)(x, *parts)).abs().max())
+deviation = deviations(EchoMimic, a_net, inputs, SIGMA, HEADS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

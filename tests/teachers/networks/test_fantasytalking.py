@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ from teachers.errors import UserError
 from teachers.networks.fantasytalking import FantasyTalkingConfig, inside
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
-from tests.support.faults import in_fp64
+from tests.support.faults import deviations, published
 from tests.support.tiny import make_spec, randn, randomise
 from tests.teachers.networks.test_echomimic import CHANNELS, DIMS, HEADS, IMAGE, SIDE, SIGMA, STATE, TEXT, rows_of
 from tests.teachers.reference.fantasytalking import FAULTS, FantasyTalking, ranges
@@ -55,10 +54,6 @@ def inputs(frames: int = FRAMES, extra: int = -1, batch: int = 2):
     return x, given, (mask, latents, SIGMA[:batch], text, image, states, None)
 
 
-def published(net) -> dict[str, torch.Tensor]:
-    return {layouts.rename(name, layouts.TO_WAN): value for name, value in net.state_dict().items()}
-
-
 def velocity(x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
     return (x - x0) / SIGMA.view(-1, 1, 1, 1, 1)
 
@@ -70,16 +65,7 @@ def test_the_forward_equals_the_equations():
     assert (velocity(x, AvatarTeacher(net).denoise(x, SIGMA, given)) - expected).abs().max() < 1e-5
 
 
-@lru_cache(maxsize=1)
-def exact():
-    net = a_net()
-    found = in_fp64(net, inputs(), SIGMA)
-    return published(net), *found
-
-
-def deviation(fault: str = "") -> float:
-    named, ours, x, parts = exact()
-    return float((ours - FantasyTalking(named, HEADS, fault=fault)(x, *parts)).abs().max())
+deviation = deviations(FantasyTalking, a_net, inputs, SIGMA, HEADS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

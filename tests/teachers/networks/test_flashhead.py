@@ -3,7 +3,6 @@
 import json
 import wave
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from teachers.errors import UserError
 from teachers.networks.flashhead import FlashHeadConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
-from tests.support.faults import in_fp64
+from tests.support.faults import deviations, published
 from tests.support.networks.talk import windows
 from tests.support.tiny import fitted_codec, make_spec, randn, randomise, some_sound
 from tests.teachers.reference.flashhead import FAULTS, FlashHead
@@ -61,10 +60,6 @@ def inputs(frames: int = FRAMES, stride: int = 4, batch: int = 2):
     return x, given, (latents, SIGMA[:batch], rows)
 
 
-def published(net) -> dict[str, torch.Tensor]:
-    return {layouts.rename(name, layouts.TO_WAN): value for name, value in net.state_dict().items()}
-
-
 def output(net, x: torch.Tensor, given: Conditions, sigma: torch.Tensor = SIGMA) -> torch.Tensor:
     return net.kind.run(net, net.kind.compose(x, given, given.known)[1], sigma, given)
 
@@ -77,16 +72,7 @@ def test_the_forward_equals_the_equations(config, dims):
     assert (output(net, x, given) - expected).abs().max() < 1e-5
 
 
-@lru_cache(maxsize=1)
-def exact():
-    net = a_net()
-    found = in_fp64(net, inputs(), SIGMA)
-    return published(net), *found
-
-
-def deviation(fault: str = "") -> float:
-    named, ours, x, parts = exact()
-    return float((ours - FlashHead(named, HEADS, fault=fault)(x, *parts)).abs().max())
+deviation = deviations(FlashHead, a_net, inputs, SIGMA, HEADS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
@@ -23,10 +22,10 @@ from teachers.errors import UserError
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.stableavatar import StableAvatarConfig
 from teachers.teacher import load_teacher
-from tests.support.faults import in_fp64
+from tests.support.faults import deviations, published
 from tests.support.tiny import make_spec, randn, randomise
 from tests.teachers.networks.test_echomimic import CHANNELS, DIMS, HEADS, IMAGE, SIGMA, STATE, TEXT, rows_of
-from tests.teachers.networks.test_fantasytalking import PUBLISHED, inputs, published, velocity
+from tests.teachers.networks.test_fantasytalking import PUBLISHED, inputs, velocity
 from tests.teachers.reference.stableavatar import FAULTS, StableAvatar
 
 CONFIG = StableAvatarConfig(num_layers=2, num_heads=HEADS, head_dim=24, ffn_dim=64, freq_dim=32)
@@ -46,16 +45,7 @@ def test_the_forward_equals_the_equations():
     assert given.known == ()  # frame 0 is drawn
 
 
-@lru_cache(maxsize=1)
-def exact():
-    net = a_net()
-    found = in_fp64(net, inputs(), SIGMA)
-    return published(net), *found
-
-
-def deviation(fault: str = "") -> float:
-    named, ours, x, parts = exact()
-    return float((ours - StableAvatar(named, HEADS, fault=fault)(x, *parts)).abs().max())
+deviation = deviations(StableAvatar, a_net, inputs, SIGMA, HEADS)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
