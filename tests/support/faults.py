@@ -53,7 +53,8 @@ def deviations(
     @lru_cache(maxsize=1)
     def exact() -> tuple:
         made = net()
-        return published(made), *in_fp64(made, inputs(), sigma)
+        found = in_fp64(made, inputs(), sigma)
+        return published(made), *found
 
     def deviation(fault: str = "") -> float:
         weights, ours, x, parts = exact()
