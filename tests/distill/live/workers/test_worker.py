@@ -277,7 +277,9 @@ def test_workers_speak_tls_themselves(tmp_path):
     options = ["--viewers", "2", "--tls-cert", certificate, "--tls-key", key, "--token", f"@{tmp_path / 'token'}"]
     with started(tmp_path, *map(str, options)) as server:
         tls = ssl.create_default_context(cafile=certificate)
-        clients = [Client(f"wss://{server.address}/live", additional_headers=BEARER, ssl=tls) for _ in range(2)]
+        clients = [
+            Client(f"wss://{server.address}/live", timeout=60, additional_headers=BEARER, ssl=tls) for _ in range(2)
+        ]
         with socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2]))) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             plain.settimeout(10)
