@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
-    """Tests that would begin later than TEST_SECONDS after the first ones are left out, and named."""
+    """Tests that would begin later than TEST_SECONDS after this process are left out, and named."""
     if time.monotonic() - BEGAN > SECONDS:
         pytest.skip(f"no time is left of TEST_SECONDS={SECONDS:g}")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from teachers.checkpoints.local_model import load_pretrained, model_files, require
 from teachers.checkpoints.strict import check_shapes, load_strict
 from teachers.checkpoints.weights import read_tensors
+from teachers.encoders.still import film_latents
 from teachers.errors import UserError
 from teachers.media import face
 
@@ -140,9 +141,7 @@ def beside(
 ) -> Float[Tensor, "n channels {num_frames} y x"]:
     """[mask of `stride` channels | latents] of a clip whose frame 0 is the image and whose other frames are mid-grey."""
     stride = codec.config.stride
-    video = image.new_zeros(*image.shape[:2], 1 + stride * (num_frames - 1), *image.shape[2:])
-    video[:, :, 0] = image
-    latents = torch.cat([codec.encode(one) for one in video.split(1)])
+    latents = film_latents(image, codec, num_frames, grey=True)
     mask = latents.new_zeros(len(latents), stride, *latents.shape[2:])
     mask[:, :, 0] = 1.0
     return torch.cat([mask, latents], dim=1)

@@ -33,7 +33,18 @@ class Still(nn.Module):
 
     def forward(self, image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int) -> dict[str, Tensor]:
         """image in [-1, 1]; F = num_frames latent frames, the first of one pixel frame."""
-        video = image.unsqueeze(2).repeat(1, 1, 1 + codec.config.stride * (num_frames - 1), 1, 1)
-        if self.config.grey:
-            video[:, :, 1:] = 0.0
-        return {"beside": torch.cat([codec.encode(one) for one in video.split(1)])}
+        return {"beside": film_latents(image, codec, num_frames, self.config.grey)}
+
+
+def film_latents(
+    image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int, grey: bool
+) -> Float[Tensor, "n channels {num_frames} y x"]:
+    """Latents of clips of `num_frames` latent frames: pixel frame 0 is the image, the others too, or mid-grey. The pixels of one clip
+    are in memory at a time."""
+    later = codec.config.stride * (num_frames - 1)
+
+    def encoded(first: Tensor) -> Tensor:
+        rest = torch.zeros_like(first) if grey else first
+        return codec.encode(torch.cat([first, rest.expand(-1, -1, later, -1, -1)], dim=2))
+
+    return torch.cat([encoded(one) for one in image.unsqueeze(2).split(1)])

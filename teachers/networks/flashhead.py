@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from teachers.errors import UserError
 from teachers.networks.blocks.wan import AvatarBlock
 from teachers.networks.image_to_video import ImageToVideoKind
-from teachers.networks.infinitetalk import AudioContext, AudioInput, AudioProjector
+from teachers.networks.infinitetalk import AudioContext, AudioInput, AudioProjector, read_tokens
 from teachers.networks.kind import Dims, KeyValue
 from teachers.networks.wan import AvatarTransformer, initialise
 
@@ -187,9 +187,7 @@ class FlashHead(AvatarTransformer):
         regions: Tensor | None = None,  # noqa: ARG002
     ) -> tuple[AudioInput, ...]:
         """The tokens of audio [B, F, stride, A], which all blocks share."""
-        first = [number == 0 for number in (range(audio.shape[1]) if numbers is None else numbers)]
-        rows = audio.to(self.compute_dtype).unflatten(-1, (self.config.window, -1))
-        return (AudioInput(self.audio_proj(rows, first).to(self.compute_dtype)),) * len(self.blocks)
+        return (AudioInput(read_tokens(self, audio, numbers)),) * len(self.blocks)
 
     @torch.no_grad()
     def read_audio(

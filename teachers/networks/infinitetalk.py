@@ -289,7 +289,7 @@ class InfiniteTalk(AvatarTransformer):
     ) -> tuple[AudioInput, ...]:
         """The tokens of audio [B, F, stride, A]; regions [B, P, H, W], with two speakers. UserError without."""
         speakers = self.config.speakers
-        tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
+        tokens = read_tokens(self, audio, numbers, speakers)
         if speakers == 1:
             return (AudioInput(tokens),) * len(self.blocks)
         spoken = audio.flatten(2).any(dim=2).float()
@@ -304,12 +304,13 @@ class InfiniteTalk(AvatarTransformer):
         return tuple(cast(AudioContext, cast(InfiniteTalkBlock, block).read_audio(own)) for block, own in given)
 
 
-def read_tokens(net: Any, audio: Tensor, numbers: Sequence[int] | None) -> Tensor:
-    """Tokens [B, F, K, W] of audio [B, F, stride, A] by the network's `audio_proj`, those of every speaker side by side; numbers as
-    `read_audio` has them."""
+def read_tokens(net: Any, audio: Tensor, numbers: Sequence[int] | None, speakers: int = 1) -> Tensor:
+    """Tokens [B, F, K, W] of audio [B, F, stride, A] by the network's `audio_proj`, those of every speaker side by side, in
+    its type of computing; numbers as `read_audio` has them."""
     first = [number == 0 for number in (range(audio.shape[1]) if numbers is None else numbers)]
-    rows = audio.to(net.compute_dtype).unflatten(-1, (net.config.speakers, net.config.window, -1))
-    return torch.cat([net.audio_proj(rows[:, :, :, i], first) for i in range(net.config.speakers)], dim=2)
+    rows = audio.to(net.compute_dtype).unflatten(-1, (speakers, net.config.window, -1))
+    tokens = torch.cat([net.audio_proj(rows[:, :, :, i], first) for i in range(speakers)], dim=2)
+    return tokens.to(net.compute_dtype)
 
 
 def turns(at: Tensor, head_dim: int) -> Tensor:

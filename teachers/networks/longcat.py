@@ -256,7 +256,7 @@ class LongCat(SpanTransformer):
     def audio_inputs(self, audio: Tensor, numbers: Sequence[int] | None, regions: Tensor | None) -> AudioInput:
         """Of audio [B, F, stride, A]; with two speakers regions [B, P, H, W], UserError without."""
         speakers = self.config["speakers"]
-        tokens = read_tokens(self, audio, numbers).to(self.compute_dtype)
+        tokens = read_tokens(self, audio, numbers, speakers)
         if speakers == 1:
             return AudioInput(tokens)
         return AudioInput(tokens, speakers, shares(regions, speakers, self.patch), self.split_of(audio.shape[1]))

@@ -125,7 +125,7 @@ class Supervisor:
         await asyncio.wait(keeping, timeout=END_SECONDS)
         for process in self.processes.values():
             process_signal(process, signal.SIGKILL)
-        await asyncio.gather(*keeping, return_exceptions=True)  # of several that failed one is told
+        await asyncio.gather(*keeping, return_exceptions=True)  # of several failures one is reported, by `run`
         for process in self.processes.values():
             process.join()
 

@@ -30,6 +30,7 @@ from teachers.networks.echomimic import EchoMimicConfig
 from teachers.networks.kind import AvatarTeacher, Dims
 from teachers.teacher import load_teacher
 from tests.support.faults import deviations, published
+from tests.support.networks.streams import check_stream
 from tests.support.tiny import make_spec, randn, randomise, some_sound
 from tests.teachers.reference.echomimic import FAULTS, EchoMimic
 
@@ -158,14 +159,7 @@ def test_one_chunk_that_holds_the_clip_is_the_bidirectional_network():
 def test_a_stream_is_its_masked_forward(history):
     """Read ahead (`plan`) and chunk by chunk, or a whole clip at once behind the clean chunks: the same x0."""
     student, (x, given, _) = a_student(history), inputs(frames=6, extra=10)
-    clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
-    together = student.denoise_clip(x, sigma, given, clean)
-    state = student.open(given.text)
-    for k in range(3):
-        part, cut = given.frames(2 * k, 2 * k + 2), slice(2 * k, 2 * k + 2)
-        x0, _ = student.denoise(state, student.plan(state, part), x[:, :, cut], sigma[:, k], part)
-        assert (x0 - together[:, :, cut]).abs().max() < 1e-5, k
-        state = student.commit(state, clean[:, :, cut], part)
+    check_stream(student, x, given)
 
 
 def test_a_chunk_sees_nothing_of_later_ones():

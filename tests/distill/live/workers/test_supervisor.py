@@ -116,7 +116,7 @@ def test_what_a_worker_cannot_do_at_the_start_is_not_tried_again():
     assert not any(process.is_alive() for process in run.supervisor.processes.values())
 
 
-def test_of_two_that_cannot_start_one_is_told(monkeypatch, caplog):
+def test_of_two_that_cannot_start_one_is_reported(monkeypatch, caplog):
     started = Supervisor._started
     monkeypatch.setattr(
         Supervisor, "_started", lambda self, tasks: all(t.done() for t in tasks) and started(self, tasks)
