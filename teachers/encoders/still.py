@@ -39,8 +39,8 @@ class Still(nn.Module):
 def film_latents(
     image: Float[Tensor, "n 3 h w"], codec: Any, num_frames: int, grey: bool
 ) -> Float[Tensor, "n channels {num_frames} y x"]:
-    """Latents of clips of `num_frames` latent frames: pixel frame 0 is the image, the others too, or mid-grey. The pixels of one clip
-    are in memory at a time."""
+    """Latents of clips of `num_frames` latent frames: pixel frame 0 is the image, the others too, or mid-grey. One clip's
+    pixels are in memory at a time."""
     later = codec.config.stride * (num_frames - 1)
 
     def encoded(first: Tensor) -> Tensor:

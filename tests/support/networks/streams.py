@@ -13,8 +13,8 @@ from tests.support.tiny import randn
 def check_stream(
     student: Student, x: Tensor, given: Conditions
 ) -> tuple[Tensor, Callable[[Tensor, Conditions], Tensor]]:
-    """Of two clips x [2, C, 6, h, w] in chunks of two, with a sigma for each clip and chunk, the masked forward over clean chunks gives
-    the stream's x0, chunk by chunk. Returns it, and the masked forward of other clips or conditions."""
+    """Of two clips x [2, C, 6, h, w] in chunks of two, with a sigma for each clip and chunk, the masked forward over clean chunks
+    gives the stream's x0, chunk by chunk. Returns it, and the masked forward of other clips or conditions."""
     clean, sigma = randn(*x.shape, seed=11), torch.tensor([[0.9, 0.6, 0.3], [0.5, 0.8, 0.2]])
     together, state = student.denoise_clip(x, sigma, given, clean), student.open(given.text)
     for k in range(3):
