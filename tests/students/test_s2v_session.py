@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
+from jaxtyping import config
 
 from students.history import History
 from students.serving.session import Session, chunk_noise
@@ -130,6 +132,26 @@ def test_after_the_first_clip_the_anchors_are_what_was_drawn(live, tmp_path):
     assert torch.equal(found, expected)
     again = session.bundle.student.set_text(session.point.state, session.point.features)
     assert session.bundle.student.plan(again, session.point.seen[-1].conditions).anchors[0] is found
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_ten_minutes_of_a_rolling_stream_in_constant_memory(live, monkeypatch):
+    """9,600 frames at 16 fps, sound pushed as they are shown; RSS grows < 0.5 MB per 500 chunks after a minute."""
+    spec = replace(live.spec, horizon_frames=2 * N, history=replace(live.spec.history, anchors_roll=2 * N))
+    session = Session(replace(live, student=SMALL.student(live.student.net, spec)), portrait(), "a person nods", lead=2)
+    monkeypatch.setattr(config, "jaxtyping_disable", True)
+    sound, process, resident = some_sound(CHUNK * FRAME), psutil.Process(), []
+    session.push(audio=torch.cat([some_sound((1 + CHUNK) * FRAME), some_sound(live.audio_encoder.lookahead)]))
+    for i in range(800):
+        chunk = session.step()
+        session.played(chunk.first_frame + len(chunk.frames))
+        session.push(audio=sound)
+        if i % 80 == 79:
+            resident.append(process.memory_info().rss)
+    assert (chunk.index, chunk.first_frame + len(chunk.frames)) == (799, 1 + 800 * CHUNK)
+    assert chunk.frames.float().std() > 1, "still a picture"
+    assert resident[-1] - resident[0] < 720 / 500 * 2**19, [size >> 10 for size in resident]
 
 
 def test_what_a_rolling_reference_cannot_do_is_refused(live, tmp_path):
