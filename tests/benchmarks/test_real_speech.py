@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from benchmarks.lab.real_speech import follows, loudness, padded
+from benchmarks.lab.real_speech import Normalised, follows, loudness, moments, padded
+from teachers.encoders.small import AudioConfig
 from tests.support.tiny import randn
 
 
@@ -26,3 +27,12 @@ def test_loudness_is_that_of_each_frame():
     tone = 0.1 * torch.sin(2 * math.pi * 1000 * torch.arange(1280) / 16_000)
     found = loudness(padded(tone, 3 * 1280).unflatten(0, (3, -1)))
     assert found.tolist() == pytest.approx([20 * math.log10(0.1) - 10 * math.log10(2), -50, -50], abs=1e-3)
+
+
+def test_normalised_bands_have_the_wanted_moments_and_no_gain_of_the_recording_is_left():
+    encoder, sound = AudioConfig(num_mels=4, hop=320, window=512).load(1280), 0.1 * randn(1280 * 20, seed=1)
+    wanted = (randn(4, seed=2), randn(4, seed=3).abs() + 0.1)
+    found = [Normalised(encoder, moments(encoder(x), 4), wanted)(x) for x in (sound, 3 * sound)]
+    for one, other in zip(moments(found[0], 4), wanted, strict=True):
+        assert (one - other).abs().max() < 1e-4
+    assert (found[0] - found[1]).abs().max() < 1e-3
