@@ -94,10 +94,11 @@ def find(path: Path) -> list[Path]:
         found = [
             file for end in ("safetensors", "ckpt", "pt") for file in folder.glob(f"*.{end}")
         ]  # of a name of its own
-    if len(found) != 1:
-        raise UserError(
-            f"no weights: {folder} holds not one of {STEM}.safetensors, model.safetensors, pytorch_model.pt; name the file"
-        )
+    if not found:
+        raise UserError(f"no weights: {folder} has no file of weights (.safetensors, .ckpt, .pt); copy them there")
+    if len(found) > 1:
+        names = listed(sorted(file.name for file in found))
+        raise UserError(f"no weights of a usual name: {folder} has {names}; name the file")
     return found
 
 

@@ -188,7 +188,11 @@ def test_an_output_that_cannot_be_is_refused_and_nothing_is_replaced(tmp_path, m
     put_wan(tmp_path / "wan")
     refused(r"no weights: .*nowhere does not exist", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    refused("no weights: .*empty holds not one of", tmp_path / "empty")
+    refused(r"no weights: .*empty has no file of weights \(\.safetensors, ", tmp_path / "empty")
+    (tmp_path / "two").mkdir()
+    for name in ("a", "b"):
+        save_file({"x": torch.zeros(1)}, tmp_path / "two" / f"{name}.safetensors")
+    refused(r"no weights of a usual name: .*two has a\.safetensors, b\.safetensors; name", tmp_path / "two")
     refused("output exists: .*empty; name another", tmp_path / "wan", target="empty")
     refused("output folder not found: .*deep", tmp_path / "wan", target="deep/out")
     refused(r"output of self-forcing is a file: .*; let the name end in \.pt", tmp_path / "wan", to="self-forcing")
