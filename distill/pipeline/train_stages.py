@@ -84,7 +84,8 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
     clip_sets.discard(artifacts, folder)
     if "best" in found:
-        alarms = check.hacked(found["best"])
+        alarms = check.alarms(found["best"])
+        found["best"].pop(LEFT, None)
         found["outcome"] = outcome(logged(found["best"]), check.teacher, recipe.health.healthy, alarms)
         if artifacts.engine.is_main:
             tqdm.write(f"distill: student: {found['outcome']}", file=sys.stderr)
@@ -154,7 +155,7 @@ def run_training(
         "steps": trainer.step,
         "parameters": parameters,
         **({"trained": sum(p.numel() for p in trainer.trained[average].values())} if artifacts.recipe.lora else {}),
-        **({"best": {x: value for x, value in trainer.best.items() if x != LEFT}} if trainer.best else {}),
+        **({"best": dict(trainer.best)} if trainer.best else {}),
         **({"ended": trainer.selection.ended} if trainer.selection.ended else {}),
     }
 

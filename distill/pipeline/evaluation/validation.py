@@ -20,10 +20,14 @@ from eval.cards import load_card
 from eval.embedded import admission, probe_training
 from eval.embedded.evaluation import Evaluation
 from eval.embedded.extractors import Probes
-from eval.frechet import jackknife_error
+from eval.frechet import difference_with_error, jackknife_error
 from eval.metric import Score
 from students.student import Student
 from teachers.flow import keyed_generator
+
+SURE = 2.0  # paired standard errors
+WORSE = "score of the validation"
+"""What the alarm of a student that got worse begins with."""
 
 
 def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
@@ -90,6 +94,20 @@ def score_without_each(now: Mapping[str, Score], then: Mapping[str, Score]) -> T
     return score_of(ours, start)
 
 
+def worse_than_start(values: Mapping[str, Any], start: Mapping[str, Score]) -> list[str]:
+    """The alarm for the kept validation of a stage that is surely worse, by SURE paired errors, than the student that the stage
+    began with; [] where it is not, and where errors are not known."""
+    left, began = score_without_each(start, start), {name: score.mean for name, score in start.items()}
+    if left is None or LEFT not in values:
+        return []
+    before = score_of(began, began)
+    ours = torch.tensor(values[LEFT], dtype=torch.float64)
+    lost, error = difference_with_error((values["score"], ours), (before, left))
+    if lost <= SURE * error:
+        return []
+    return [f"{WORSE} {values['score']:.3g} (of the initialisation {before:.3g}, lower is better)"]
+
+
 class Validation:
     """Scores of a student on validation conditions, relative to what it was when training began; lower is better.
 
@@ -148,6 +166,10 @@ class Validation:
         wrong = violations(logged(values), self.teacher, recipe.health.healthy)
         start = {name: score.mean for name, score in self.start.items()}
         return hacked(rewards, log.rows("distill"), start, values, wrong)
+
+    def alarms(self, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with the kept validation beside its health."""
+        return self.hacked(values) + worse_than_start(values, self.start)
 
     def collapse(self, values: Mapping[str, float]) -> str | None:
         """Why the student of these numbers has collapsed, or None; also None where the recipe goes on with `health.stop=false`."""

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from distill.pipeline.evaluation import systems
-from distill.pipeline.evaluation.validation import score_of, score_without_each
+from distill.pipeline.evaluation.validation import score_of, score_without_each, worse_than_start
 from distill.recipe import TrajectoriesConfig
+from distill.training.lifecycle.selection import LEFT
 from eval.cards import load_card
 from eval.metric import Score
 from teachers.conditions import Conditions
@@ -104,18 +105,18 @@ def features(seed: int, num: int = 9) -> dict[str, list[dict[str, torch.Tensor]]
     }
 
 
+def scores(system, ceiling, keep=range(9)) -> dict[str, Score]:
+    """Of the clips `keep` of a system, beside 30 random real ones."""
+    card, real, found = load_card("embedded"), features(3, 30), {}
+    for key, rows in system.items():
+        paired = key in ("motion_energy", "sharpness")
+        others = [ceiling[key][i] for i in keep] if paired else real[key]
+        found[key] = card.metrics[key].score([rows[i] for i in keep], others)[key]
+    return found
+
+
 def test_the_score_without_each_clip_is_that_of_the_other_clips():
     """Of two systems on nine clips: each part is measured again on the eight others, which the energies' ceiling is of too."""
-    card, real = load_card("embedded"), features(3, 30)
-
-    def scores(system, ceiling, keep) -> dict[str, Score]:
-        found = {}
-        for key, rows in system.items():
-            paired = key in ("motion_energy", "sharpness")
-            others = [ceiling[key][i] for i in keep] if paired else real[key]
-            found[key] = card.metrics[key].score([rows[i] for i in keep], others)[key]
-        return found
-
     now, then, ceiling, everyone = features(1), features(2), features(4), list(range(9))
     left = score_without_each(scores(now, ceiling, everyone), scores(then, ceiling, everyone))
     for index in everyone:
@@ -126,3 +127,26 @@ def test_the_score_without_each_clip_is_that_of_the_other_clips():
     assert score_of(parts, {"fid": 2.0, "fvd": 4.0, "sync": 0.9}) == pytest.approx(1.5 + 2 + 0.3 + 0.2 + 2 * 0.4)
     assert score_of({"fvd": 8.0, "sync": 0.95}, {"fvd": 4.0, "sync": 0.9}) == pytest.approx(2.0)
     assert score_without_each({"fid": Score(1.0, 0.1)}, {"fid": Score(1.0, left=[1.0])}) is None
+
+
+def test_a_student_that_is_surely_worse_than_it_began_is_named():
+    """Every frame's features moved away from the real ones; two draws of the same distribution differ within the error."""
+    ceiling, start = features(4), scores(features(2), features(4))
+
+    def alarms(system, kept=True) -> list[str]:
+        now = scores(system, ceiling)
+        values: dict[str, Any] = {"score": score_of(*({k: s.mean for k, s in of.items()} for of in (now, start)))}
+        return worse_than_start(values | ({LEFT: score_without_each(now, start).tolist()} if kept else {}), start)  # type: ignore[union-attr]
+
+    def moved(by: float) -> dict[str, list[dict[str, torch.Tensor]]]:
+        clips = features(2)
+        return clips | {"fid": [{"frames": row["frames"] + by} for row in clips["fid"]]}
+
+    assert alarms(moved(0.0)) == []
+    (line,) = alarms(moved(1.0))
+    assert line.startswith("score of the validation ")
+    assert "(of the initialisation 2." in line
+    assert alarms(moved(1.0), kept=False) == [], "an error that is not known is not sure"
+    assert alarms(features(5)) == []
+    real = features(3)
+    assert alarms(features(2) | {"fid": real["fid"], "fvd": real["fvd"]}) == [], "better"
