@@ -105,7 +105,7 @@ def worse_than_start(values: Mapping[str, Any], start: Mapping[str, Score]) -> l
     lost, error = difference_with_error((values["score"], ours), (before, left))
     if lost <= SURE * error:
         return []
-    return [f"{WORSE} {values['score']:.3g} (of the initialisation {before:.3g}, lower is better)"]
+    return [f"{WORSE} {values['score']:.3g} (of the student before training {before:.3g}, lower is better)"]
 
 
 class Validation:

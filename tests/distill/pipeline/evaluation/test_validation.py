@@ -136,7 +136,9 @@ def test_a_student_that_is_surely_worse_than_it_began_is_named():
     def alarms(system, kept=True) -> list[str]:
         now = scores(system, ceiling)
         values: dict[str, Any] = {"score": score_of(*({k: s.mean for k, s in of.items()} for of in (now, start)))}
-        return worse_than_start(values | ({LEFT: score_without_each(now, start).tolist()} if kept else {}), start)  # type: ignore[union-attr]
+        left = score_without_each(now, start)
+        assert left is not None
+        return worse_than_start(values | ({LEFT: left.tolist()} if kept else {}), start)
 
     def moved(by: float) -> dict[str, list[dict[str, torch.Tensor]]]:
         clips = features(2)
@@ -145,7 +147,7 @@ def test_a_student_that_is_surely_worse_than_it_began_is_named():
     assert alarms(moved(0.0)) == []
     (line,) = alarms(moved(1.0))
     assert line.startswith("score of the validation ")
-    assert "(of the initialisation 2." in line
+    assert "(of the student before training 2." in line
     assert alarms(moved(1.0), kept=False) == [], "an error that is not known is not sure"
     assert alarms(features(5)) == []
     real = features(3)
