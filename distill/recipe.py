@@ -329,7 +329,7 @@ def spec_of(recipe: "Recipe") -> Spec:
             raise UserError(
                 "student.guidance: only a whole DiT has an embedding of it; remove it, or student.network and lora"
             )
-        network = network.with_guidance()
+        network = network.with_guidance(len(student.guidance.names))
     for kind in (network, recipe.teacher.network):
         if kind.lead != data.lead:
             raise UserError(

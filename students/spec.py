@@ -1,7 +1,7 @@
 """The static facts of a student, stored in its checkpoint."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -16,7 +16,7 @@ from teachers import flow, registry
 from teachers.conditions import OF_IMAGE, taken
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
-from teachers.guidance import GuidanceRange
+from teachers.guidance import EmbeddedScales, Scales
 from teachers.networks.kind import NETWORKS as TEACHER_NETWORKS
 from teachers.networks.kind import Dims
 from teachers.registry import AudioEncoderKind, CodecKind, TextEncoderKind
@@ -53,7 +53,7 @@ class StudentConfig:
     schedule: Schedule = field(default_factory=Schedule)
     history_noise: HistoryNoise | None = None
     network: Any = field(default=None, metadata={"kinds": NETWORKS})
-    guidance: GuidanceRange | None = None
+    guidance: EmbeddedScales | None = None
     first_sigmas: tuple[float, ...] = ()
     first_chunks: int = 1
     times: tuple[float, ...] = ()
@@ -91,7 +91,7 @@ class Spec:
     pose_dim: int = 0  # numbers of a pose row, one a pixel frame; 0: the student takes no pose
     speakers: int = 1  # 2: another speaker's audio too, beside its own voice
     format: int = 1
-    guidance: GuidanceRange | None = None  # the guidance scales that are embedded
+    guidance: EmbeddedScales | None = None  # the guidance scales that are embedded
     step: Step = "renoise"
     times: tuple[float, ...] = ()
     """What the network is conditioned on in the place of 1000 sigma, a number for each of `sigmas`: weights that were trained at
@@ -186,11 +186,11 @@ class Spec:
             given = torch.where(sigma == own, time / 1000.0, given)
         return given
 
-    def scale(self, guidance: float | None) -> float | None:
-        """The guidance scale that a stream is conditioned on: `guidance`, by default the spec's; UserError for one that was not
-        trained, or where the student embeds none."""
+    def scales(self, guidance: Scales | None, before: Mapping[str, float] | None = None) -> dict[str, float] | None:
+        """The guidance scales that a stream is conditioned on by name: those of `guidance`, the others as `before` or, without it,
+        as the spec's; UserError for one that was not trained, or where the student embeds none."""
         if self.guidance is not None:
-            return self.guidance.served if guidance is None else self.guidance.check(guidance)
+            return self.guidance.check({} if guidance is None else guidance, before)
         if guidance is not None:
             raise UserError(f"guidance: got {guidance}, this student embeds none; remove it")
         return None

@@ -217,11 +217,11 @@ class Student(nn.Module):
         return self.resume(state, cached, chunk)
 
     def scale(self, conditions: Conditions) -> Tensor | None:
-        """The guidance scale [B] that is embedded: the conditions' own, or the spec's."""
+        """The guidance scales [B, M] that are embedded: the conditions' own, or the spec's."""
         guidance = self.spec.guidance
         if guidance is None or conditions.guidance is not None:
             return conditions.guidance
-        return conditions.text.new_full(conditions.text.shape[:1], guidance.served)
+        return conditions.text.new_tensor([*guidance.served.values()]).expand(len(conditions.text), -1)
 
     def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int, cache: CacheKind = "value") -> State:
         """The state before chunk number `chunk` of a stream under `text` that has only these chunks behind it, in order of

@@ -258,7 +258,7 @@ for _feature in (
     Feature(name="reference", clock="stream", stored=False),
     # [B, C, 1, H, W], the latent of the reference image where it is in front of the clip and no frame of it: for the codec alone
     Feature(name="lead", clock="stream", stored=False),
-    Feature(name="guidance", clock="stream", stored=False),  # [B], the scale of a network with an embedding of it
+    Feature(name="guidance", clock="stream", stored=False),  # [B, M], the scales of a network with an embedding of them
     # What an image encoder makes of the one reference image (teachers.registry.ImageEncoder)
     Feature(name="image", clock="stream"),  # tokens [B, K, V], CLIP's
     Feature(

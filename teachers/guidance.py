@@ -3,7 +3,7 @@
 A guidance has `branches(conditions)`, the full conditions first, and `combine(outputs)`, in the same order. `guided` runs them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,8 @@ from teachers.errors import UserError
 
 Denoise = Callable[[Tensor, Tensor, Conditions], Tensor]
 """x [B, ..], sigma [B, ..] and the conditions of B rows -> x0 [B, ..]."""
+Scales = float | Mapping[str, float]
+"""Guidance scales that a stream asks for: by their names, or one number for all."""
 
 
 class AnyGuidance(Protocol):
@@ -87,22 +89,32 @@ class Guidance:
 
 @dataclass(frozen=True)
 class EmbeddedGuidance:
-    """Guidance with each row's own `scale` [B], text and audio alike: u + s (full - u). It is what a student learns to predict in
-    one evaluation, conditioned on the scale (stage 1 of Meng et al. 2210.03142)."""
+    """Guidance with each row's own scales [B, M], those of `EmbeddedScales`: one column is text and audio alike, two are text and
+    audio, combined as in `Guidance` with its `first`. It is what a student learns to predict in one evaluation, conditioned on the
+    scales (stage 1 of Meng et al. 2210.03142, there one scale)."""
 
-    scale: Tensor
+    scales: Tensor
+    first: Literal["text", "audio"] = "text"
     batched: bool = False
 
-    passes = 2  # network evaluations for one guided prediction
+    @property
+    def passes(self) -> int:
+        """Network evaluations for one guided prediction."""
+        return 1 + self.scales.shape[1]
 
     def branches(self, conditions: Conditions) -> tuple[Conditions, ...]:
-        """The full conditions, and those without text and audio."""
-        return conditions, conditions.drop("text", "audio")
+        """The full conditions, those without text and audio and, with a scale each, those with the first of them alone."""
+        nothing, middle = conditions.drop("text", "audio"), conditions.drop("audio" if self.first == "text" else "text")
+        return (conditions, nothing, middle)[: self.passes]
 
     def combine(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The guided prediction [B, ..] of both."""
-        full, nothing = outputs
-        return nothing + self.scale.view(-1, *[1] * (full.ndim - 1)).to(full) * (full - nothing)
+        """The guided prediction [B, ..] of the branches' predictions, in the order of `branches`."""
+        full, nothing, *middle = outputs
+        columns = [scale.view(-1, *[1] * (full.ndim - 1)).to(full) for scale in self.scales.unbind(1)]
+        if not middle:
+            return nothing + columns[0] * (full - nothing)
+        first, second = columns if self.first == "text" else columns[::-1]
+        return nothing + first * (middle[0] - nothing) + second * (full - middle[0])
 
 
 @dataclass(frozen=True)
@@ -167,11 +179,8 @@ def guided(denoise: Denoise, x: Tensor, sigma: Tensor, conditions: Conditions, g
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceRange:
-    """The guidance scales that a student is conditioned on by an embedding, so that a guided prediction takes one evaluation:
-    effective ones (1 is off), for text and audio alike, trained from `least` to `most`; `served` where a stream asks for none.
-
-    Stage 1 of Meng et al. 2210.03142, FlowAct-R1's CFG embedding layer (2601.10103). Their scale is ours minus 1.
-    """
+    """Effective guidance scales (1 is off) that a student is conditioned on: trained from `least` to `most`, `served` where a
+    stream asks for none."""
 
     least: float = 1.0
     most: float = 2.0
@@ -184,12 +193,60 @@ class GuidanceRange:
                 "need 0 <= least <= served <= most and least < most"
             )
 
-    def draw(self, num: int, rng: torch.Generator) -> Tensor:
-        """Scales [num], uniform."""
-        return self.least + (self.most - self.least) * torch.rand(num, generator=rng)
 
-    def check(self, scale: float) -> float:
-        """The scale; UserError for one that was not trained."""
-        if not self.least <= scale <= self.most:
-            raise UserError(f"guidance: got {scale}; this student was trained from {self.least} to {self.most}")
-        return scale
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedScales:
+    """The guidance scales that a student is conditioned on by an embedding, so that a guided prediction takes one evaluation: one
+    for text and audio alike (`both`), or one for each, combined as in `Guidance` with its `first`.
+
+    Stage 1 of Meng et al. 2210.03142, FlowAct-R1's CFG embedding layer (2601.10103), both with one scale, which is ours minus 1.
+    """
+
+    both: GuidanceRange | None = None
+    text: GuidanceRange | None = None
+    audio: GuidanceRange | None = None
+    first: Literal["text", "audio"] = "text"
+
+    def __post_init__(self):
+        if self.names not in (("both",), ("text", "audio")):
+            raise UserError(
+                f"student.guidance: got {', '.join(self.names) or 'no range'}; give both, or text and audio, each with least, most "
+                "and served"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the scales, in the order of the columns of `Conditions.guidance` [B, M]."""
+        return tuple(name for name in ("both", "text", "audio") if getattr(self, name) is not None)
+
+    @property
+    def ranges(self) -> dict[str, GuidanceRange]:
+        """Of each scale."""
+        return {name: getattr(self, name) for name in self.names}
+
+    @property
+    def served(self) -> dict[str, float]:
+        """What a stream has that asks for none."""
+        return {name: own.served for name, own in self.ranges.items()}
+
+    def draw(self, num: int, rng: torch.Generator) -> Tensor:
+        """Scales [num, M], each uniform in its range."""
+        least, most = (torch.tensor([getattr(own, end) for own in self.ranges.values()]) for end in ("least", "most"))
+        return least + (most - least) * torch.rand(num, len(least), generator=rng)
+
+    def of(self, guidance: Tensor, batched: bool = False) -> EmbeddedGuidance:
+        """A teacher's guidance with these scales [B, M]."""
+        return EmbeddedGuidance(guidance, self.first, batched)
+
+    def check(self, given: Scales, before: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Every scale by its name: those that are given, a number for all of them, the others as `before` (None: as served);
+        UserError for one that is unknown or was not trained."""
+        own = dict.fromkeys(self.names, given) if isinstance(given, (int, float)) else dict(given)
+        for name, scale in own.items():
+            if name not in self.names:
+                raise UserError(f"guidance: got {name}; this student has a scale for {' and '.join(self.names)}")
+            least, most = self.ranges[name].least, self.ranges[name].most
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not least <= scale <= most:
+                what = "guidance" if name == "both" else f"guidance of {name}"
+                raise UserError(f"{what}: got {scale}; this student was trained from {least} to {most}")
+        return {name: float(own.get(name, old)) for name, old in (before or self.served).items()}

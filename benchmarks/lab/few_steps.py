@@ -37,6 +37,7 @@ from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import to_float
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.files import atomic_write, read_json_or_none
+from teachers.guidance import Scales
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
@@ -61,12 +62,15 @@ class Scoring:
         rows = torch.arange(config.diversity_conditions).repeat_interleave(config.diversity_seeds)
         self.spread = spread[0].conditions.select(rows)
 
-    def __call__(self, artifacts: Artifacts, stage: str) -> dict[str, float]:
-        """Scores of the student of a stage, the mean over `eval.num_seeds` noises."""
+    def __call__(self, artifacts: Artifacts, stage: str, scales: Scales | None = None) -> dict[str, float]:
+        """Scores of the student of a stage, at guidance scales that it is conditioned on, the mean over `eval.num_seeds` noises."""
         config = artifacts.recipe.eval
         systems = student_systems(artifacts, {"student": artifacts.finished_student(stage)}, config.batch_size)
 
         def clips(conditions: Any, *keys: Any) -> torch.Tensor:
+            if given := artifacts.spec.scales(scales):
+                rows = torch.tensor([[*given.values()]], device=conditions.device).expand(conditions.num_rows, -1)
+                conditions = replace(conditions, guidance=rows)
             x0 = systems["student"](conditions, None, config.condition_seed, *keys)
             return clip_sets.scored(artifacts.encoders.decode(x0, conditions.index(torch.arange(1)).lead))
 

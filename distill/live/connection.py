@@ -183,6 +183,8 @@ class Connection:
         elif isinstance(message, protocol.SetText):
             await self._check_coverage(None, message.text)
             await self.server.ask(lambda: viewer.set_text(message.text, time.monotonic()), of=viewer)
+        elif isinstance(message, protocol.Guide):
+            await self.server.ask(lambda: viewer.guide(message.scales, time.monotonic()), of=viewer)
         elif isinstance(message, protocol.Spoken):
             self._tell(viewer.spoken)
         elif isinstance(message, protocol.Interrupt):

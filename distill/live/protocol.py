@@ -76,6 +76,13 @@ class SetText:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """Other guidance scales by name from the next chunk on, of a student that takes them: `hello` has their ranges."""
+
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Spoken:
     """The sentence that came as SPEECH is complete."""
 
@@ -113,6 +120,7 @@ MESSAGES = {
     "open": Open,
     "say": Say,
     "text": SetText,
+    "guidance": Guide,
     "spoken": Spoken,
     "interrupt": Interrupt,
     "played": Played,

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -275,6 +275,7 @@ class Server:
             "model": talker.model,
             "mode": "conversation" if talker.model else "echo",
             "takes_speech": talker.takes_speech,
+            "guidance": {} if spec.guidance is None else {k: asdict(v) for k, v in spec.guidance.ranges.items()},
             "limits": {"text": protocol.MAX_TEXT, "bytes": protocol.MAX_MESSAGE},
         }
 

@@ -146,6 +146,14 @@ class Viewer:
         self._noting(lambda: session.set(text, how=how))
         self.emit({"type": "text", "text": text})
 
+    def guide(self, scales: dict[str, float], now: float) -> None:
+        """Other guidance scales, felt from the next chunk on that can still reach the viewer."""
+        session = self._open()
+        session.spec.scales(scales)  # a refusal takes nothing back
+        self._rewind(now, self.margin(), keep_input=True)
+        session.guide(scales)
+        self.emit({"type": "guidance", "scales": scales})
+
     def played(self, frame: int, epoch: int, now: float) -> None:
         """The page has shown all frames before `frame`."""
         if self.session is not None and epoch == self.epoch:

@@ -24,8 +24,8 @@ adapt               The fake score's updates a step follow its lag behind the st
 
 More denoising steps for the first chunks (JoyAvatar 2512.11423) are the student's own: `student.first_sigmas`.
 
-Where the student is conditioned on a guidance scale (`student.guidance`), each clip draws one: student and fake score are
-conditioned on it, the teacher is guided with it in the place of `guidance`.
+Where the student is conditioned on guidance scales (`student.guidance`), each clip draws its own: student and fake score are
+conditioned on them, the teacher is guided with them in the place of `guidance`.
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ from students.student import Student
 from teachers import flow
 from teachers.conditions import Conditions
 from teachers.errors import UserError
-from teachers.guidance import EmbeddedGuidance, Guidance, branch_outputs
+from teachers.guidance import AnyGuidance, Guidance, branch_outputs
 from teachers.networks.kind import AvatarTeacher
 
 
@@ -235,9 +235,10 @@ class DMD:
     def _scores(self, drawn: Rollouts) -> tuple[Tensor, Tensor]:
         """x0 predictions [B, C, F, H, W] of the guided teacher (real) and of the fake score at one noisy x."""
         sigma, conditions, (low, high) = drawn.sigma, drawn.conditions, self.config.guidance_band
-        x, guidance = flow.add_noise(drawn.x0, drawn.eps, sigma), self.config.guidance
-        if self.student.spec.guidance is not None:
-            guidance = EmbeddedGuidance(conditions.guidance, guidance.batched)
+        x, scales = flow.add_noise(drawn.x0, drawn.eps, sigma), self.student.spec.guidance
+        guidance: AnyGuidance = self.config.guidance
+        if scales is not None:
+            guidance = scales.of(conditions.guidance, guidance.batched)
         outputs = branch_outputs(self.teacher.denoise, x, sigma, conditions, guidance)
         inside = ((sigma >= low) & (sigma <= high)).view(-1, 1, 1, 1, 1)
         real = torch.where(inside, guidance.combine(outputs), outputs[0])

@@ -110,7 +110,7 @@ class Artifacts:
             return net
         net = self.new_network(stage if stage == "teacher" else recipe.init_checkpoint)
         if self.spec.guidance is not None and stage in ("init", "distill"):
-            net.add_guidance()
+            net.add_guidance(len(self.spec.guidance.names))
         load_strict(net, load_tensors(file), file, HINT)
         return net.to(device)
 
@@ -196,7 +196,7 @@ class Artifacts:
             return AvatarTeacher(net).train().requires_grad_(True)
         net = self.network(self.recipe.init_checkpoint, frozen=False).train().requires_grad_(True)
         if self.spec.guidance is not None:
-            net.add_guidance()
+            net.add_guidance(len(self.spec.guidance.names))
         return AvatarTeacher(net)
 
     def student(self, stage: str, frozen: bool = False, device: torch.device | None = None) -> Student:

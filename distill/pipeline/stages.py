@@ -111,7 +111,11 @@ def _slot(recipe: Recipe, slot: str) -> Stage:
     needs = recipe.needs(slot)
     fields = (slot, *SPEC, *TRAINING, *ADAPTERS, "eval.condition_seed")
     data = "data" if slot == "ar_teacher" else recipe.conditions_stage
-    inputs = ["trajectories" if needs.batch != "x0" else data, recipe.start_of(slot), *needs.frozen]
+    inputs, start = ["trajectories" if needs.batch != "x0" else data, *needs.frozen], recipe.start_of(slot)
+    if not (
+        recipe.has_custom_network and start == recipe.init_checkpoint
+    ):  # a network of its own starts from no weights
+        inputs.insert(1, start)
     if "fake_score" in needs.trained:
         inputs.append(recipe.init_checkpoint)
     if slot != "ar_teacher":  # its health is compared with the teacher's

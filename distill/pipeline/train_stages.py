@@ -63,7 +63,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     artifacts.release(needs.frozen)
     roles = {name: _trained_role(artifacts, name, start) for name in needs.trained}
     if slot == "init" and spec.guidance is not None:
-        roles["student"].net.add_guidance()
+        roles["student"].net.add_guidance(len(spec.guidance.names))
     data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
     batch_of, size, grid = data.batch, len(data), (*spec.sigmas, 0.0)
     if needs.batch != "x0":

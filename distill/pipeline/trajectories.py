@@ -22,13 +22,14 @@ from teachers import flow
 from teachers.errors import UserError
 from teachers.files import atomic_write, load_tensors, save_tensors
 from teachers.flow import keyed_generator
-from teachers.guidance import EmbeddedGuidance, GuidanceRange
+from teachers.guidance import AnyGuidance, EmbeddedScales
 
 
 @dataclass(frozen=True)
 class Trajectories:
     """N trajectories: `states`, indexed by [B] -> [B, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk; rows [N] of
-    the training pool; sigmas of the states; the guidance scale [N] of each, where it was drawn."""
+    the training pool; sigmas of the states; the guidance scales [N, M] of each, where they were
+    drawn."""
 
     states: Stored
     rows: Tensor
@@ -54,12 +55,12 @@ def make(
     seed: int,
     folder: Path,
     engine: Engine,
-    scales: GuidanceRange | None = None,
+    scales: EmbeddedScales | None = None,
 ) -> dict:
     """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
 
-    `teacher_of` a batch of the training set is what denoises it. With `scales` each pair has a guidance scale of its own, drawn
-    after its noise and kept with it: the student, conditioned on the scale, regresses the guided solution. Meng et al. 2210.03142
+    `teacher_of` a batch of the training set is what denoises it. With `scales` each pair has guidance scales of its own, drawn
+    after its noise and kept with it: the student, conditioned on them, regresses the guided solution. Meng et al. 2210.03142
     first match the guided prediction at every sigma, then its steps; here both are one stage. Returns metadata of the stage.
     """
     grid = flow.sigma_grid(config.num_steps, config.shift)
@@ -78,10 +79,11 @@ def make(
         rows = torch.randint(0, len(pool), (num,), generator=rng)
         batch = pool.batch(rows, engine.device)
         noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
-        guidance, extra = config.guidance, {}
+        guidance: AnyGuidance = config.guidance
+        extra = {}
         if scales is not None:
             extra = {"guidance": scales.draw(num, rng)}
-            guidance = EmbeddedGuidance(extra["guidance"].to(engine.device), config.guidance.batched)
+            guidance = scales.of(extra["guidance"].to(engine.device), config.guidance.batched)
         states = solve_states(teacher_of(batch), batch.conditions, noise, grid, keep, guidance).half()
         if not bool(states.isfinite().all()):
             _refuse(batch, states, rows, facts["sigmas"])
@@ -96,7 +98,7 @@ def make(
                 facts["scales"].append(part["guidance"].tolist())
         atomic_write(folder / "manifest.json", json.dumps(facts) + "\n")
     engine.barrier()
-    passes = config.guidance.passes if scales is None else EmbeddedGuidance.passes
+    passes = config.guidance.passes if scales is None else 1 + len(scales.names)
     return {"pairs": config.num_pairs, "nfe": config.num_steps * passes}
 
 

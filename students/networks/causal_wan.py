@@ -58,9 +58,10 @@ class CausalWan(Student):
 
     def __init__(self, net: SpanTransformer, spec: Spec):
         super().__init__()
-        if net.guidance_embedder is not None and spec.guidance is None:
+        embedded, ranges = net.kind.guidance, 0 if spec.guidance is None else len(spec.guidance.names)
+        if embedded and embedded != ranges:
             raise UserError(
-                "network.guidance: the student has no range of guidance scales; give student.guidance, or remove it"
+                f"network.guidance: {embedded} scales are embedded, the student has {ranges} ranges of them; set student.guidance"
             )
         self.net, self.spec = net, spec
         spec.history.part_of(len(net.blocks))  # a cycle of windows fits

@@ -64,8 +64,8 @@ class WindowedConfig(NetworkKind):
     def shallow(self, blocks: int = 1) -> "WindowedConfig":
         return replace(self, network=self.network.shallow(blocks))
 
-    def with_guidance(self) -> "WindowedConfig":
-        return replace(self, network=self.network.with_guidance())
+    def with_guidance(self, scales: int) -> "WindowedConfig":
+        return replace(self, network=self.network.with_guidance(scales))
 
 
 @dataclass(frozen=True)

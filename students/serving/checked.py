@@ -14,7 +14,7 @@ LARGEST_SEED = 2**63 - 1
 BRIGHTEST = 1.1  # of a reference in [-1, 1]; some resampling overshoots
 LONGEST_TEXT = 100_000  # characters
 MOST_WAITING_SECONDS = 3600  # of input that no step has read yet
-MOST_TEXTS = 1000  # that wait for their chunk
+MOST_EVENTS = 1000  # that wait for their chunk
 
 
 def whole(name: str, value: Any, least: int, most: int = LARGEST_SEED) -> int:

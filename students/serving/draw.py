@@ -1,8 +1,8 @@
 """One chunk of one stream, or of several as one batch: denoise, decode, and commit meanwhile."""
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Any, Generic, Literal, TypeVar
 
@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from students.schedule import Noise, advance, refine_context
+from students.serving.checked import MOST_EVENTS
 from students.serving.dubbing import Kept
 from students.serving.overlap import Beside, to_host
 from students.spec import Spec
-from students.student import Finished, Joined
+from students.student import Finished, Joined, Student
 from students.weights.checkpoint import Bundle
 from teachers.codecs.linear import to_uint8
 from teachers.codecs.streamed import DecoderState, EncoderState
 from teachers.conditions import Conditions
+from teachers.errors import UserError
 
 Value = TypeVar("Value")
 
@@ -36,6 +38,55 @@ class Point:
     last: Tensor | None = None  # the last frame [1, H, W, 3]
     began: int = 0  # the first frame of what was handed over last
     encoder: EncoderState | None = None  # of a film that is dubbed
+    guidance: Mapping[str, float] | None = None  # scales by name
+
+
+@dataclass(frozen=True)
+class Event:
+    """What takes effect at chunk `at`: another text with its features, or guidance scales by name. `soon`: it was meant for the
+    next chunk, whichever that was."""
+
+    at: int
+    soon: bool = False
+    text: str = ""
+    features: Tensor | None = None
+    how: str = "keep"
+    guidance: Mapping[str, float] = field(default_factory=dict)
+
+
+def changed(events: Sequence[Event], new: Event) -> tuple[Event, ...]:
+    """The events with another one in the place of its kind at that chunk; UserError where too many wait. What was meant for the
+    next chunk and lies behind it, as the stream has been taken back since, gives way too: the last word holds."""
+
+    def gives_way(event: Event) -> bool:
+        later = event.soon and new.soon and event.at > new.at
+        return (event.features is None) == (new.features is None) and (event.at == new.at or later)
+
+    others = tuple(event for event in events if not gives_way(event))
+    if len(others) >= MOST_EVENTS:
+        raise UserError(f"change at chunk {new.at}: {len(others)} wait for their chunk already; make it later")
+    scales: dict[str, float] = {}
+    for event in sorted(filter(gives_way, events), key=lambda event: event.at):
+        scales |= event.guidance
+    return (*others, replace(new, guidance=scales | dict(new.guidance)))
+
+
+def in_effect(point: Point, events: Sequence[Event], student: Student) -> Point:
+    """The point with what takes effect at its chunk."""
+    for event in events:
+        if event.at != point.chunk:
+            continue
+        if point.guidance is not None:
+            point = replace(point, guidance={**point.guidance, **event.guidance})
+        if event.features is None:
+            continue
+        if event.how == "recache":
+            state = student.recommit(event.features, point.seen, point.chunk, cache="inplace")
+            state = replace(state, flight=point.state.flight)
+        else:
+            state = student.set_text(point.state, event.features)
+        point = replace(point, state=state, text=event.text, features=event.features)
+    return point
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from students.weights.coverage import Coverage
 from teachers.config import to_plain
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
+from teachers.guidance import Scales
 from teachers.media.face import fit_portrait
 from teachers.media.picture import decode_image
 
@@ -140,7 +141,7 @@ class AvatarPipeline(DiffusionPipeline):
         output_type: str = "pil",
         other: Tensor | np.ndarray | None = None,
         pose: Tensor | np.ndarray | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: Scales | None = None,
         crop: str = "face",
         strict: bool = False,
     ) -> AvatarPipelineOutput:
@@ -148,8 +149,8 @@ class AvatarPipeline(DiffusionPipeline):
         of the student's size; audio [S] or [channels, S] in [-1, 1]; the video is as long as the sound, to one frame. `other`, as
         audio: the other speaker's sound, for a student of two speakers; pose rows [T, P], one a frame, the last one holds, to a
         student that is steered. `generator` gives the stream's seed (initial_seed). output_type: pil, np or pt. guidance_scale: of
-        a guidance-distilled student, within its trained range; it costs nothing. A picture or words unlike what the student was
-        trained on are warned of, and with `strict` refused (UserError)."""
+        a guidance-distilled student, one or by name, within its trained ranges; it costs nothing. A picture or words unlike what
+        the student was trained on are warned of, and with `strict` refused (UserError)."""
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type: got {output_type!r}; pil, np or pt")
         seed = generator.initial_seed() % 2**63 if generator is not None else 0

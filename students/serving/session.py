@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from students.serving import draw
-from students.serving.checked import LARGEST_SEED, MOST_TEXTS, check_reference, check_text, whole
-from students.serving.draw import Drawn, Point, Ready
+from students.serving.checked import LARGEST_SEED, check_reference, check_text, whole
+from students.serving.draw import Drawn, Event, Point, Ready
 from students.serving.dubbing import FilmInput
 from students.serving.inputs import SessionInputs, Starved
 from students.serving.overlap import Beside, to_device
@@ -28,6 +28,7 @@ from students.weights.checkpoint import Bundle
 from teachers.encoders.small import SAMPLE_RATE
 from teachers.errors import UserError
 from teachers.flow import keyed_generator
+from teachers.guidance import Scales
 
 IDLE = ("live", "hold", "wait")
 
@@ -46,16 +47,6 @@ class Chunk:
     audio: Tensor
     seconds: dict[str, float]
     idle: Literal["", "live", "hold"] = ""
-
-
-@dataclass(frozen=True)
-class Event:
-    """A text that takes effect at chunk `at`."""
-
-    at: int
-    text: str
-    features: Tensor
-    how: str
 
 
 def alone(method: Callable[..., Any]) -> Any:
@@ -85,10 +76,11 @@ class Session:
     ahead of the viewer, whose place `played` reports; so many can be taken back by `interrupt` (None: no bound, nothing can be).
     `idle`: what a step does while input is missing: wait (nothing), hold the last frame, or live: go on in silence. `drop`:
     modalities that this stream never gets. `timed` waits for the accelerator at each part of the work, so that a chunk's seconds
-    are true there. `guidance`: the scale that a guidance-distilled student is conditioned on, within its trained range
-    (None: the spec's). `conditions`: features from outside this package by name, without a batch axis; those that run with the
-    latent frames for the whole stream, the last frame held; zeros for those that the network takes and no input gives. `film`: the
-    stream dubs one, whose frames are pushed, and draws a region of them alone (`students.serving.dubbing`).
+    are true there. `guidance`: the scales that a guidance-distilled student is conditioned on, within their trained ranges, one
+    number for all or by name (None: the spec's). `conditions`: features from outside this package by name, without a batch axis;
+    those that run with the latent frames for the whole stream, the last frame held; zeros for those that the network takes and no
+    input gives. `film`: the stream dubs one, whose frames are pushed, and draws a region of them alone
+    (`students.serving.dubbing`).
     """
 
     def __init__(
@@ -102,7 +94,7 @@ class Session:
         idle: Literal["live", "hold", "wait"] = "wait",
         drop: tuple[str, ...] = (),
         timed: bool = False,
-        guidance: float | None = None,
+        guidance: Scales | None = None,
         conditions: Mapping[str, Tensor] | None = None,
         film: bool = False,
     ):
@@ -124,7 +116,7 @@ class Session:
         self.bundle, self.spec, self.seed, self.timed = bundle, spec, seed, timed
         self.lead, self.idle, self.drop = lead, idle, tuple(drop)
         self.lock = RLock()
-        self.guidance = spec.scale(guidance)
+        scales = spec.scales(guidance)
         self.device = next(bundle.student.parameters()).device
         # A decoder that is a network takes long enough to work beside it.
         self.beside = Beside(self.device, threaded=next(bundle.codec.parameters(), None) is not None)
@@ -145,7 +137,7 @@ class Session:
             dubbed = FilmInput(spec, bundle.codec) if film else None
             self.inputs = SessionInputs(spec, bundle.audio_encoder, self.drop, conditions, made, dubbed)
             features = self._read(text)
-            self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features)
+            self.point = Point(0, 0, bundle.student.open(features, cache="inplace"), text, features, guidance=scales)
         self.points = deque([self.point], maxlen=1 + (lead or 0))
 
     # ---- input
@@ -173,19 +165,28 @@ class Session:
     def set(self, text: str, at: int | Literal["next"] = "next", how: Literal["keep", "recache"] = "keep") -> None:
         """Another text from chunk `at` on. keep: what was shown stays in the context as it is; recache: the visible chunks are
         committed again under the new text, so the change is quicker."""
-        at = self.point.chunk if at == "next" else whole("text at chunk", at, 0)
-        if at < self.point.chunk:
-            raise UserError(f"text at chunk {at}: chunk {self.point.chunk - 1} is already drawn; give a later one")
+        chunk = self._when("text", at)
         if how not in ("keep", "recache"):
             raise UserError(f"text how={how!r}: keep or recache")
         if how == "recache" and self.spec.history.commit != "clean":
             raise UserError("text how=recache: this student's history has no clean pass to repeat; use keep")
-        others = tuple(event for event in self.events if event.at != at)
-        if len(others) >= MOST_TEXTS:
-            raise UserError(f"text at chunk {at}: {len(others)} texts wait for their chunk already; set it later")
         with torch.inference_mode():
-            event = Event(at, text, self._read(text), how)
-        self.events = (*others, event)
+            self.events = draw.changed(self.events, Event(chunk, at == "next", text, self._read(text), how))
+
+    @alone
+    def guide(self, guidance: Scales, at: int | Literal["next"] = "next") -> None:
+        """Other guidance scales from chunk `at` on, for a guidance-distilled student: one number for all, or by name those that
+        change. What was shown stays in the context as it was made."""
+        chunk, full = self._when("guidance", at), self.spec.scales(guidance)
+        given = guidance if isinstance(guidance, Mapping) else full or {}
+        self.events = draw.changed(self.events, Event(chunk, at == "next", guidance=given))
+
+    def _when(self, what: str, at: int | Literal["next"]) -> int:
+        """The chunk that a change is for."""
+        chunk = self.point.chunk if at == "next" else whole(f"{what} at chunk", at, 0)
+        if chunk < self.point.chunk:
+            raise UserError(f"{what} at chunk {chunk}: chunk {self.point.chunk - 1} is already drawn; give a later one")
+        return chunk
 
     @alone
     def close(self) -> None:
@@ -291,9 +292,9 @@ class Session:
         return self.inputs.missing(self.point.chunk)
 
     @property
-    def _scale(self) -> Tensor | None:
-        """The guidance scale that the student is conditioned on [1]; None without guidance distillation."""
-        return None if self.guidance is None else torch.full((1,), self.guidance, device=self.device)
+    def guidance(self) -> Mapping[str, float] | None:
+        """The guidance scales of the last chunk by name; None without guidance distillation."""
+        return self.point.guidance
 
     @alone
     def settle(self) -> None:
@@ -306,19 +307,6 @@ class Session:
             if self.points[-1] is self.point:
                 self.points[-1] = settled
             self.point, self.committing = settled, None
-
-    def _with_events(self) -> Point:
-        """The point with the texts of this chunk in effect."""
-        point, student = self.point, self.bundle.student
-        for event in self.events:
-            if event.at == point.chunk:
-                if event.how == "recache":
-                    state = student.recommit(event.features, point.seen, point.chunk, cache="inplace")
-                    state = replace(state, flight=point.state.flight)
-                else:
-                    state = student.set_text(point.state, event.features)
-                point = replace(point, state=state, text=event.text, features=event.features)
-        return point
 
     @property
     def batch_key(self) -> Hashable:
@@ -345,8 +333,9 @@ class Session:
         began = self._now()
         self.settle()
         settled = self._now()
-        point = self._with_events()
-        ahead = self.inputs.conditions(point.chunk, point.features, self.reference, self._scale)
+        point = draw.in_effect(self.point, self.events, self.bundle.student)
+        scales = None if point.guidance is None else torch.tensor([[*point.guidance.values()]], device=self.device)
+        ahead = self.inputs.conditions(point.chunk, point.features, self.reference, scales)
         kept, encoder = None, None
         if self.inputs.film is not None:
             stop = self.inputs.span(point.chunk)[1]

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from students.kv_cache import CachedChunk
 from students.schedule import InFlight
-from students.serving.draw import Point, lead
+from students.serving.draw import Event, Point, lead
 from students.serving.inputs import named
-from students.serving.session import Event, Session
+from students.serving.session import Session
 from students.student import Finished
 from students.weights.checkpoint import Bundle
 from teachers.conditions import Conditions
 from teachers.errors import UserError
 from teachers.files import save_tensors
 
-FORMAT = 3
+FORMAT = 4
 ROLLING = ("drawn", "rolled")
 
 
@@ -87,13 +87,18 @@ def _save(session: Session, path: Path, how: str) -> None:
         "pending": how == "exact" and point.state.pending is not None,
         "decoder": None if point.decoder is None else len(point.decoder),
         "encoder": None if point.encoder is None else len(point.encoder),
-        "events": [{"at": e.at, "text": e.text, "how": e.how} for e in session.events if e.at >= point.chunk],
+        "events": [
+            (e.at, e.soon, None if e.features is None else e.text, e.how, dict(e.guidance))
+            for e in session.events
+            if e.at >= point.chunk
+        ],
         "inputs": inputs,
         "viewed": session.viewed,
         "lead": session.lead,
         "idle": session.idle,
         "drop": list(session.drop),
         "guidance": session.guidance,
+        "scales": [None if (x := past.conditions.guidance) is None else x.tolist() for past in point.seen],
     }
     try:
         save_tensors(path, tensors, {"session": json.dumps(facts)})
@@ -124,7 +129,7 @@ def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor])
         lead=facts["lead"],
         idle=facts["idle"],
         drop=tuple(facts["drop"]),
-        guidance=facts.get("guidance"),
+        guidance=facts["guidance"],
         film="film" in facts["inputs"],
     )
     session.reference = tensors["reference"].to(device) if "reference" in tensors else None
@@ -133,7 +138,8 @@ def _loaded(bundle: Bundle, path: Path, facts: dict, tensors: dict[str, Tensor])
     session.inputs.restore(facts["inputs"], named(tensors, "inputs."))
     with torch.inference_mode():
         session.events = tuple(
-            Event(event["at"], event["text"], session._read(event["text"]), event["how"]) for event in facts["events"]
+            Event(at, soon, text or "", None if text is None else session._read(text), how, guidance)
+            for at, soon, text, how, guidance in facts["events"]
         )
         session.point = _point(session, facts, {name: value.to(device) for name, value in tensors.items()})
     session.points = deque([session.point], maxlen=session.points.maxlen)
@@ -147,7 +153,8 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         timed = named(tensors, f"seen.{i}.")
         x0 = timed.pop("x0")
         given = session.inputs.features(chunk, x0.shape[2]) | timed
-        own = {"text": start.features, "reference": session.reference, "guidance": session._scale}
+        scales = None if facts["scales"][i] is None else torch.tensor(facts["scales"][i])
+        own = {"text": start.features, "reference": session.reference, "guidance": scales}
         seen.append(Finished(chunk, x0, Conditions(given, **own).to(session.device).drop(*session.drop)))
     if facts["how"] == "exact":
         cached = []
@@ -174,6 +181,7 @@ def _point(session: Session, facts: dict, tensors: dict[str, Tensor]) -> Point:
         tensors["last"].cpu() if "last" in tensors else None,
         facts["began"],
         None if facts.get("encoder") is None else _listed(tensors, "encoder", facts["encoder"]),
+        start.guidance,
     )
 
 

@@ -84,7 +84,7 @@ class NetworkKind:
     context_pass  whether a student's `commit` runs the network once
     frame_sigma  whether the module takes sigma [B, F] too, a noise level of each frame
     can_checkpoint  whether `enable_checkpointing` recomputes blocks in the backward pass
-    guidance    whether a guidance scale is embedded beside the time
+    guidance    how many guidance scales are embedded beside the time
     clean_known  whether known frames are tokens of another sort: at sigma 0, and seeing each other alone
     """
 
@@ -108,7 +108,7 @@ class NetworkKind:
     prediction: str = "velocity"
     reference: bool = True
     patch: int = 1
-    guidance: bool = False
+    guidance: int = 0
 
     @staticmethod
     def own_config(sizes: Mapping[str, int], stride: int, config: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG004
@@ -242,9 +242,9 @@ class NetworkKind:
         """Blocks after which what they have repeats, for a plan that counts a few of them."""
         return 1
 
-    def with_guidance(self) -> "NetworkKind":
-        """The kind with a guidance embedding; UserError where it has none to offer."""
-        raise UserError(f"student.guidance: {label(self)} has no embedding of a guidance scale; remove it")
+    def with_guidance(self, scales: int) -> "NetworkKind":
+        """The kind with an embedding of so many guidance scales; UserError where it has none to offer."""
+        raise UserError(f"student.guidance: {label(self)} has no embedding of {scales} guidance scales; remove it")
 
     def enable_checkpointing(self, net: Any, *function: Any) -> None:
         """Recompute blocks in the backward pass; UserError where the network cannot."""

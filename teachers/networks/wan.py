@@ -66,7 +66,7 @@ class NetworkConfig(WanKind):
     """Size of the avatar DiT. `audio_blocks` null is the published rule: before blocks 2 .. num_layers // 2 (OmniAvatar).
 
     `prediction`: what the last layer gives. velocity (Wan); or x0 as a difference to the reference latent, which a few million
-    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: a guidance scale is embedded.
+    parameters learn sooner. `reference` false: plain text-to-video, no frame is given. `guidance`: so many scales are embedded.
     """
 
     layouts: ClassVar = ("wan", "diffusers", "omniavatar", "self-forcing")
@@ -75,7 +75,7 @@ class NetworkConfig(WanKind):
     audio_blocks: tuple[int, ...] | None = None
     prediction: Literal["velocity", "reference"] = "velocity"
     reference: bool = True
-    guidance: bool = False
+    guidance: int = 0
 
     def build(self, dims: Dims) -> "AvatarTransformer":
         sizes = {k: v for k, v in vars(dims).items() if k not in ("speakers", "image_dim")}
@@ -92,8 +92,8 @@ class NetworkConfig(WanKind):
         """The blocks that audio is added before."""
         return tuple(range(2, self.num_layers // 2 + 1)) if self.audio_blocks is None else tuple(self.audio_blocks)
 
-    def with_guidance(self) -> "NetworkConfig":
-        return replace(self, guidance=True)
+    def with_guidance(self, scales: int) -> "NetworkConfig":
+        return replace(self, guidance=scales)
 
 
 class AvatarTransformer(SpanTransformer):
@@ -102,7 +102,7 @@ class AvatarTransformer(SpanTransformer):
     `audio_dim` 0 and `reference` false make it plain Wan 2.1 text-to-video (2503.20314), which has the noisy channels alone.
     `image_dim` is the width of CLIP's image features, 1280 for Wan 2.1 image-to-video: every block attends to them beside the
     text, and the input is [noisy | mask of `stride` channels, 1 = known | latent of the image], 16 + 4 + 16 channels.
-    `guidance`: a guidance scale is embedded beside the time, sinusoids and a layer that starts at zero (2210.03142, sec. 3.1).
+    `guidance`: so many guidance scales are embedded beside the time, sinusoids and a layer that starts at zero (2210.03142, 3.1).
     """
 
     block_class: type[AvatarBlock] = AvatarBlock
@@ -132,7 +132,7 @@ class AvatarTransformer(SpanTransformer):
         image_dim: int = 0,
         eps: float = 1e-6,
         max_positions: int = 1024,
-        guidance: bool = False,
+        guidance: int = 0,
     ):
         super().__init__()
         width = num_heads * head_dim
@@ -159,7 +159,7 @@ class AvatarTransformer(SpanTransformer):
         self.prediction, self.pose_dim, self.image_dim = prediction, pose_dim, image_dim
         self.kind = self.make_kind()
         if guidance:
-            self.add_guidance()
+            self.add_guidance(guidance)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -177,27 +177,30 @@ class AvatarTransformer(SpanTransformer):
         width = config.num_heads * config.head_dim
         self.audio_cond_projs = nn.ModuleList(nn.Linear(config.audio_hidden, width) for _ in self.audio_at)
 
-    def add_guidance(self) -> None:
-        """Add the guidance embedding; its layer is zero, so that at first it changes nothing."""
+    def add_guidance(self, scales: int) -> None:
+        """Add the embedding of so many guidance scales; its layer is zero, so that at first it changes nothing."""
         weight = self.scale_shift_table
-        self.guidance_embedder = nn.Linear(self.condition_embedder.timesteps_proj.num_channels, weight.shape[-1])
+        width = scales * self.condition_embedder.timesteps_proj.num_channels
+        self.guidance_embedder = nn.Linear(width, weight.shape[-1])
         for parameter in self.guidance_embedder.parameters():
             nn.init.zeros_(parameter)
         self.guidance_embedder.to(weight.device, weight.dtype)
-        self.register_to_config(guidance=True)
-        self.kind = self.kind.with_guidance()
+        self.register_to_config(guidance=scales)
+        self.kind = self.kind.with_guidance(scales)
 
     def read_time(self, levels: Tensor, guidance: Tensor | None = None) -> Time:
-        """Time embedding and modulation of sigmas [B, F], and of the guidance scale [B] where it is embedded; the network's time is
-        1000 sigma."""
+        """Time embedding and modulation of sigmas [B, F], and of the guidance scales [B, M] where they are embedded; the network's
+        time is 1000 sigma."""
         embedder = self.condition_embedder
         projected = embedder.timesteps_proj(flow.network_time(levels).flatten()).unflatten(0, levels.shape)
         time = embedder.time_embedder(projected.to(embedder.time_embedder.linear_1.weight.dtype))
         if self.guidance_embedder is not None:
             if guidance is None:
-                raise ValueError("this network embeds a guidance scale: pass guidance [B]")
-            scale = embedder.timesteps_proj(GUIDANCE_TIME * guidance).to(self.guidance_embedder.weight.dtype)
-            time = time + self.guidance_embedder(scale).unsqueeze(1).to(time.dtype)
+                raise ValueError("this network embeds guidance scales: pass guidance [B, M]")
+            scales = embedder.timesteps_proj(GUIDANCE_TIME * guidance.flatten()).view(len(guidance), -1)
+            time = time + self.guidance_embedder(scales.to(self.guidance_embedder.weight.dtype)).unsqueeze(1).to(
+                time.dtype
+            )
         modulation = embedder.time_proj(embedder.act_fn(time).to(embedder.time_proj.weight.dtype))
         modulation = modulation.unflatten(2, (6, -1)).float()
         return time, tuple(block.get_parameter("scale_shift_table") + modulation for block in self.blocks)
@@ -259,7 +262,7 @@ class AvatarTransformer(SpanTransformer):
     ) -> tuple[Tensor, list[KeyValue]]:
         """x [B, C_in, F, H, W]; sigma [B], [B, F] or `read_time` of it; text [B, L, D_text] or `read_text` of it; audio
         [B, F, stride, A] or `read_audio` of it, with numbers and regions; pose [B, F, stride, P] where there is pose_dim, image
-        [B, K, image_dim] or `read_image` of it where there is image_dim; guidance [B] where there is an embedding of it (a network
+        [B, K, image_dim] or `read_image` of it where there is image_dim; guidance [B, M] where scales are embedded (a network
         without one does not read it); anchors [B, C, R, H, W], or each block's un-rotated keys and values of them, for a network
         that takes them.
 

@@ -10,6 +10,8 @@ from distill.commands.sweep.command import read_sweep
 from distill.compose import RECIPES
 from distill.recipe import load_recipe
 from eval.speed.latency import Streamed, Took
+from teachers.guidance import EmbeddedScales, GuidanceRange
+from tests.support import tiny
 
 
 def test_each_job_is_what_its_name_says():
@@ -47,3 +49,23 @@ def test_costs_are_cpu_seconds_of_the_first_chunk_and_of_all_until_the_last_comm
     test = SimpleNamespace(samples=torch.zeros(1, 3, 1, 2, 2), clips=clips)
     found = few_steps.costs({"2": SimpleNamespace(spec=spec)}, test, rounds=3)
     assert found["2"] == pytest.approx({"first_frame_ms": 200.0, "fps": 31 / 2.0, "nfe_per_chunk": 2})
+
+
+def test_a_student_is_scored_at_the_scales_that_are_asked_for(monkeypatch):
+    scales = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange())
+    spec, asked = tiny.make_spec(guidance=scales), []
+    config = SimpleNamespace(batch_size=2, condition_seed=0, num_seeds=2, diversity_seeds=1)
+    artifacts = SimpleNamespace(spec=spec, recipe=SimpleNamespace(eval=config), finished_student=lambda _: None)
+    artifacts.encoders = SimpleNamespace(decode=lambda x0, _: x0)
+
+    def clips(conditions, _, *keys):
+        asked.append(conditions.guidance.tolist())
+        return torch.zeros(conditions.num_rows, 3, 2, 2, 2)
+
+    monkeypatch.setattr(few_steps, "student_systems", lambda *_: {"student": clips})
+    monkeypatch.setattr(few_steps.clip_sets, "scored", lambda video: video)
+    scoring = object.__new__(few_steps.Scoring)
+    scoring.test, scoring.spread = SimpleNamespace(conditions=tiny.some_conditions(2)), tiny.some_conditions(3)
+    scoring.evaluation = SimpleNamespace(score=lambda *_: {"fid": {"mean": 1.0}})
+    assert scoring(artifacts, "distill", {"audio": 2.0}) == {"fid": 1.0}
+    assert asked == [[[1.25, 2.0]] * rows for rows in (2, 2, 3)]

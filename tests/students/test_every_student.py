@@ -13,12 +13,12 @@ from students.serving.optimize import Speed, prepare
 from students.serving.session import Session, Starved, chunk_noise
 from students.serving.snapshot import load_session, save_session
 from teachers.conditions import Conditions
-from teachers.guidance import GuidanceRange
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, a_portrait, rng, some_sound
 
 PER_FRAME = 1280
-SCALES = GuidanceRange()
+SCALES = EmbeddedScales(both=GuidanceRange())
 STUDENTS = {
     "sequential": (History(sinks=1, window=2), Schedule()),
     "same_level": (History(sinks=1, window=2, commit="same_level"), Schedule()),
@@ -29,7 +29,7 @@ STUDENTS = {
         History(sinks=1, window=1, memory=2, memory_every=2, refine_every=2),
         Schedule(depth=3),
         {
-            "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
+            "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=1),
             "guidance": SCALES,
         },
     ),

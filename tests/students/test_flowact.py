@@ -19,7 +19,7 @@ from students.serving.snapshot import load_session, save_session
 from students.weights.checkpoint import load_student, make_student, save_student
 from teachers import flow
 from teachers.errors import UserError
-from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, guided
+from teachers.guidance import EmbeddedGuidance, EmbeddedScales, Guidance, GuidanceRange, guided
 from teachers.networks.kind import AvatarTeacher
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import (
@@ -41,9 +41,10 @@ from tests.support.tiny import (
 )
 
 N = 2
-SCALES = GuidanceRange(least=1.0, most=3.0, served=1.5)
+BOTH = GuidanceRange(least=1.0, most=3.0, served=1.5)
+SCALES = EmbeddedScales(both=BOTH)
 EMBEDDED = {
-    "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
+    "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=1),
     "guidance": SCALES,
 }
 HISTORIES = [
@@ -86,7 +87,7 @@ def test_one_masked_pass_equals_the_stream(history, embedded):
     """fp64, every forward of a stream of five chunks at the served sigmas, the context made by the stream's own commits."""
     student, chunks = diagonal(history, **(EMBEDDED if embedded else {})).double(), 5
     given, clean = double(some_conditions(2, chunks * N)), some_latents(2, chunks * N).double()
-    given = replace(given, guidance=torch.tensor([1.0, 2.5]).double()) if embedded else given
+    given = replace(given, guidance=torch.tensor([[1.0], [2.5]]).double()) if embedded else given
     with torch.no_grad():
         for front, done in student.spec.schedule.walk(chunks, len(student.spec.sigmas)):
             start, stop = front * N, (front + len(done)) * N
@@ -201,13 +202,13 @@ def test_an_embedding_that_starts_at_zero_changes_nothing():
     embedded = make_net(prediction="reference")
     before = {name: value.clone() for name, value in embedded.state_dict().items()}
     assert not any("guidance" in name for name in before)
-    embedded.add_guidance()
+    embedded.add_guidance(1)
     assert set(embedded.state_dict()) - set(before) == {"guidance_embedder.weight", "guidance_embedder.bias"}
     given, x, sigma = some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
     own = AvatarTeacher(plain).denoise(x, sigma, given)
-    scaled = replace(given, guidance=torch.tensor([1.0, 3.0]))
+    scaled = replace(given, guidance=torch.tensor([[1.0], [3.0]]))
     assert torch.equal(own, AvatarTeacher(embedded).denoise(x, sigma, scaled))
-    with pytest.raises(ValueError, match="embeds a guidance scale"):
+    with pytest.raises(ValueError, match="embeds guidance scales"):
         AvatarTeacher(embedded).denoise(x, sigma, given)
     randomise(embedded.guidance_embedder, 3)
     assert (own - AvatarTeacher(embedded).denoise(x, sigma, scaled)).abs().mean() > 1e-3
@@ -221,14 +222,14 @@ def test_a_new_network_that_is_told_starts_as_one_that_is_not():
     teacher = AvatarTeacher(make_student(make_spec(**EMBEDDED)).net)
     randomise(teacher.net.blocks)
     randomise(teacher.net.proj_out)
-    one, other = (teacher.denoise(x, sigma, replace(given, guidance=torch.full((2,), s))) for s in (1.0, 3.0))
+    one, other = (teacher.denoise(x, sigma, replace(given, guidance=torch.full((2, 1), s))) for s in (1.0, 3.0))
     assert torch.equal(one, other)
     assert (one - given.reference).abs().mean() > 0.01
 
 
 def test_a_scale_for_each_row_is_that_row_s_guidance():
     teacher, given, x, sigma = a_teacher(), some_conditions(), some_latents(), torch.tensor([0.9, 0.3])
-    rows = guided(teacher.denoise, x, sigma, given, EmbeddedGuidance(torch.tensor([1.25, 3.0])))
+    rows = guided(teacher.denoise, x, sigma, given, EmbeddedGuidance(torch.tensor([[1.25], [3.0]])))
     for i, scale in enumerate((1.25, 3.0)):
         alone = guided(teacher.denoise, x, sigma, given, Guidance(text=scale, audio=scale))
         assert torch.allclose(rows[i], alone[i], atol=1e-6)
@@ -239,9 +240,9 @@ def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
     config = TrajectoriesConfig(num_pairs=10, num_steps=8, shift=3.0, batch_size=4)
     make(lambda _: teacher, "abc", pool, config, sigmas, seed=0, folder=tmp_path, engine=Ranks(), scales=SCALES)
     pairs = load(tmp_path, sigmas, "abc")
-    assert pairs.guidance.shape == (10,)
-    assert pairs.guidance.min() >= SCALES.least
-    assert pairs.guidance.max() <= SCALES.most
+    assert pairs.guidance.shape == (10, 1)
+    assert pairs.guidance.min() >= BOTH.least
+    assert pairs.guidance.max() <= BOTH.most
     assert pairs.guidance.std() > 0.3
     batch = pairs.batch(pool, torch.tensor([7, 2]), "cpu")
     assert torch.equal(batch.conditions.guidance, pairs.guidance[[7, 2]])
@@ -256,7 +257,7 @@ def test_trajectories_keep_the_scale_they_were_solved_with(tmp_path):
 def test_init_learns_the_scale_that_its_pairs_had():
     student = diagonal(**EMBEDDED)
     calls = recorded(student.net, "read_time")
-    scales = torch.tensor([1.0, 2.0, 3.0])
+    scales = torch.tensor([[1.0], [2.0], [3.0]])
     batch = Batch(replace(some_conditions(3), guidance=scales), states=randn(3, 4, *some_latents(1).shape[1:], seed=5))
     method = ode_init.build(ode_init.Config(), {"student": student}, (*student.spec.sigmas, 0.0))
     method.loss("student", batch, rng(0), rng(3)).value.backward()
@@ -271,7 +272,7 @@ def test_dmd_tells_student_and_fake_score_what_the_teacher_is_guided_with():
         a_teacher(2, "reference"),
         a_teacher(1, "reference").requires_grad_(False),
     )
-    fake.net.add_guidance()
+    fake.net.add_guidance(1)
     method = dmd.build(dmd.Config(exit_step="last"), {"student": student, "teacher": teacher, "fake_score": fake})
     batch, drawn = a_train_set().batch(torch.arange(2)), set()
     for seed in range(3):
@@ -334,7 +335,7 @@ def test_a_saved_session_keeps_its_scale(tmp_path):
     save_session(session, tmp_path / "saved")
     rest = torch.cat([chunk.frames for chunk in session.frames()])
     again = load_session(bundle, tmp_path / "saved")
-    assert again.guidance == 2.5
+    assert again.guidance == {"both": 2.5}
     assert torch.equal(torch.cat([chunk.frames for chunk in again.frames()]), rest)
 
 

@@ -14,7 +14,7 @@ from students.serving.session import Session
 from students.student import State
 from teachers import flow
 from teachers.errors import UserError
-from teachers.guidance import GuidanceRange
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.students.test_flowact import EMBEDDED, N, diagonal, recorded
 from tests.support.tiny import (
     Ranks,
@@ -93,12 +93,12 @@ def test_refinement_is_off_the_path_to_the_screen():
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
-        ("midas_avatar", ["+student.guidance={most: 3.0}"], r"student\.guidance: only a whole DiT"),
-        ("flowact_full", ["+teacher.network.guidance=true"], r"teacher\.network\.guidance: a student alone"),
+        ("midas_avatar", ["+student.guidance={both: {most: 3.0}}"], r"student\.guidance: only a whole DiT"),
+        ("flowact_full", ["+teacher.network.guidance=1"], r"teacher\.network\.guidance: a student alone"),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
         ("flowact_full", ["+distill.start=ar_teacher"], "unknown key 'distill.start'"),
         ("scratch_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
-        ("flowact_full", ["student.guidance.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
+        ("flowact_full", ["student.guidance.both.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
@@ -114,9 +114,14 @@ def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
         (lambda: History(refine_every=-1), r"student\.history\.refine_every"),
         (lambda: History(refine_every=1, refine_level=0.0), r"refine_level: got 1, 0\.0"),
         (lambda: History(refine_every=1, commit="same_level"), r"same_level keeps the steps"),
-        (lambda: a_student(network=EMBEDDED["network"]), r"network\.guidance: the student has no range"),
+        (
+            lambda: a_student(network=EMBEDDED["network"]),
+            r"network\.guidance: 1 scales are embedded, the student has 0 ranges",
+        ),
         (lambda: GuidanceRange(least=2.0, most=1.0), r"student\.guidance: got least=2\.0"),
         (lambda: GuidanceRange(served=5.0), r"least <= served <= most"),
+        (EmbeddedScales, r"student\.guidance: got no range; give both, or text and audio"),
+        (lambda: EmbeddedScales(text=GuidanceRange()), r"student\.guidance: got text; give both, or text and audio"),
         (lambda: forcing.Config(generated=1.5), r"forcing\.generated"),
         (lambda: forcing.Config(renoise=0.1), r"forcing\.renoise: it is for generated memory"),
         (lambda: forcing.Config(context="noisy", generated=0.5), r"no clean memory"),

@@ -7,7 +7,7 @@ import torch
 
 from distill.pipeline.generate import many_step_clips, stream_noise
 from teachers.errors import UserError
-from teachers.guidance import EmbeddedGuidance, Guidance, GuidanceRange, branch_outputs, guided
+from teachers.guidance import EmbeddedGuidance, EmbeddedScales, Guidance, GuidanceRange, branch_outputs, guided
 from tests.support.tiny import a_student, a_teacher, randn, some_conditions, some_latents
 
 SIGMA = torch.tensor([0.9, 0.3])
@@ -77,7 +77,7 @@ def test_guidance_moves_nothing_where_conditions_do_nothing():
 
 
 def test_every_row_has_its_own_scale():
-    guidance = EmbeddedGuidance(torch.tensor([1.0, 3.0]))
+    guidance = EmbeddedGuidance(torch.tensor([[1.0], [3.0]]))
     value = guided(answer(), some_latents(), SIGMA, some_conditions(), guidance)
     assert value[:, 0, 0, 0, 0].tolist() == [1111.0, 1.0 + 3.0 * 1110.0]
     assert guidance.passes == len(branch_outputs(answer(), some_latents(), SIGMA, some_conditions(), guidance)) == 2
@@ -97,9 +97,10 @@ def test_one_batch_of_branches_equals_one_after_the_other(first):
     one, other = (guided(denoise, x, SIGMA, given, guidance) for guidance in (apart, together))
     assert sizes == [(2, 2, 2)] * 3 + [(6, 6, 6)]
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    scale = torch.tensor([1.5, 4.0])
-    one, other = (guided(teacher.denoise, x, SIGMA, given, EmbeddedGuidance(scale, b)) for b in (False, True))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for scales in (torch.tensor([[1.5], [4.0]]), torch.tensor([[1.5, 2.0], [4.0, 1.0]])):
+        rows = (EmbeddedGuidance(scales, first, batched) for batched in (False, True))
+        one, other = (guided(teacher.denoise, x, SIGMA, given, guidance) for guidance in rows)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     student = a_student().eval()
     noise, grid = stream_noise(student.spec, 2, 0, "test"), (1.0, 0.6, 0.0)
     one, other = (many_step_clips(student, given, noise, grid, guidance, batch=2) for guidance in (apart, together))
@@ -114,8 +115,16 @@ def test_outputs_of_other_branches_are_refused():
 
 
 def test_a_scale_that_was_not_trained_is_refused():
-    trained = GuidanceRange(least=1.0, most=2.0, served=1.25)
-    assert [trained.check(scale) for scale in (1.0, 1.5, 2.0)] == [1.0, 1.5, 2.0]
+    trained = EmbeddedScales(both=GuidanceRange(least=1.0, most=2.0, served=1.25))
+    assert [trained.check(scale)["both"] for scale in (1.0, 1.5, 2)] == [1.0, 1.5, 2.0]
     for scale in (0.99, 2.01):
         with pytest.raises(UserError, match=f"got {scale}; this student was trained from 1.0 to 2.0"):
             trained.check(scale)
+
+
+def test_scales_that_are_not_named_stay_as_they_were():
+    trained = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange(served=1.5))
+    assert trained.check({}) == trained.served == {"text": 1.25, "audio": 1.5}
+    assert trained.check({"audio": 2.0}) == {"text": 1.25, "audio": 2.0}
+    assert trained.check({"audio": 2.0}, {"text": 1.75, "audio": 1.0}) == {"text": 1.75, "audio": 2.0}
+    assert trained.check(1.0, {"text": 1.75, "audio": 1.5}) == {"text": 1.0, "audio": 1.0}

@@ -15,6 +15,14 @@ LARGEST_SEED = 2**63 - 1
 PIECE_MS, REALTIME_PIECE_MS = 1000, 20
 
 
+def scales(words: str) -> float | dict[str, float]:
+    """Guidance scales as they are written: `2`, or `text=2,audio=1.5`."""
+    if "=" not in words:
+        return float(words)
+    pairs = [word.partition("=") for word in words.split(",")]
+    return {name.strip(): float(value) for name, _, value in pairs}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `distill sample`."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -75,9 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of everything that the inputs leave open (default 0)")
     parser.add_argument(
         "--guidance",
-        type=float,
+        type=scales,
         metavar="W",
-        help="guidance scale, for a guidance-distilled student (default: the student's)",
+        help="guidance scales, for a guidance-distilled student: one, or text=W,audio=W (default: the student's)",
     )
     parser.add_argument(
         "--crop",

@@ -19,6 +19,7 @@ RATES = {
     "open": Rate(0.2, 6),
     "say": Rate(0.5, 10),
     "text": Rate(0.5, 10),
+    "guidance": Rate(0.5, 10),
     "interrupt": Rate(1, 10),
     "upload": Rate(0.5, 8),  # a picture or a sound file
     "sound": Rate(4, 120),  # seconds of samples

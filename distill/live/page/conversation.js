@@ -96,6 +96,7 @@ export class Conversation {
   }
   ask(text) { this.asked.push({text, at: performance.now()}); }
   stop() { if (this.live) { this.thinking = null; this.avatar.interrupt(); } }
+  guide(scales) { if (this.live) this.avatar.send({type: "guidance", scales}); }
   setText(text) { if (this.live) this.avatar.send({type: "text", text}); }
   setVolume(volume) { this.volume = volume; if (this.avatar) this.avatar.out.gain.value = volume; }
   // ---- what the server says

@@ -13,7 +13,7 @@ const HINTS = {
   ready: "Choose a face, then press Start or a sentence.", closed: "The conversation has ended.", full: "No place is free at the moment.",
 };
 const FORMATS = ["RGB", "JPEG", "VP8"];
-const chosen = {portrait: 0, picture: null};
+const chosen = {portrait: 0, picture: null, scales: {}};
 const transcript = new Transcript($("transcript"));
 const conversation = new Conversation($("canvas"), {
   stream: () => ({...chosen, text: $("condition").value}),
@@ -48,7 +48,10 @@ function show(state, detail = "") {
 function receive(message) {
   switch (message.type) {
     case "error": case "note": tell(message.message); break;
-    case "opened": transcript.restart(); break;
+    case "opened":  // with the student's own scales, while the sliders stay where they are
+      transcript.restart();
+      if (Object.keys(chosen.scales).length) conversation.guide(chosen.scales);
+      break;
     case "words": transcript.words(message); break;
     case "stats": statistics(message); break;
   }
@@ -188,6 +191,20 @@ addEventListener("drop", event => {
   else sendFile(file);
 });
 
+// ---- how closely it follows its words and its sound
+
+const SCALES = {text: "How closely it follows these words", audio: "How closely the mouth follows the sound", both: "How closely it follows words and sound"};
+function addScale(name, {least, most, served}) {
+  const row = document.createElement("div"), label = document.createElement("label"), range = document.createElement("input"), value = document.createElement("output");
+  Object.assign(range, {type: "range", id: `guidance-${name}`, min: least, max: most, step: .05, value: served});
+  Object.assign(label, {htmlFor: range.id, textContent: SCALES[name]});
+  const say = () => { value.textContent = Number(range.value).toFixed(2); };
+  Object.assign(range, {oninput: say, onchange: () => { chosen.scales[name] = Number(range.value); conversation.guide(chosen.scales); }});
+  say();
+  row.append(label, range, value);
+  $("guidance").append(row);
+}
+
 // ---- the beginning
 
 async function begin() {
@@ -206,6 +223,7 @@ async function begin() {
     Object.assign(button, {type: "button", textContent: sentence, onclick: () => say(sentence)});
     $("sentences").append(button);
   }
+  for (const [name, range] of Object.entries(hello.guidance)) addScale(name, range);
   $("voiceRow").hidden = !takes_speech;
   if (!navigator.mediaDevices) for (const id of ["microphone", "record"]) {  // only secure origins have one
     $(id).disabled = true;

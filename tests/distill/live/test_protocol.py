@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.live import protocol
-from distill.live.protocol import Open, Played, Say
+from distill.live.protocol import Guide, Open, Played, Say
 from students.serving.session import Chunk
 from teachers.errors import UserError
 
@@ -22,6 +22,7 @@ def test_messages_are_read_strictly():
     assert protocol.parse('{"type": "say", "text": "hello"}') == Say("hello")
     assert protocol.parse('{"type": "open", "portrait": null, "text": "x", "seed": 3}') == Open(None, "x", 3)
     assert protocol.parse('{"type": "played", "frame": 3, "epoch": 1}') == Played(3, 1)
+    assert protocol.parse('{"type": "guidance", "scales": {"audio": 2}}') == Guide({"audio": 2.0})
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,9 @@ def test_messages_are_read_strictly():
         '{"type": "played", "frame": 1.5, "epoch": 0}',
         '{"type": "played", "frame": true, "epoch": 0}',
         '{"type": "open", "seed": -1}',
+        '{"type": "guidance", "scales": {"audio": "2"}}',
+        '{"type": "guidance", "scales": 2.0}',
+        '{"type": "guidance", "scales": {"audio": Infinity}}',
         '{"type": "say", "text": "\\ud800"}',
         '{"type": "text", "text": "a\\u0000b"}',
         '{"type": "open", "portrait": "../../etc/passwd"}',

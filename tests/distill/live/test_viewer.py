@@ -1,6 +1,7 @@
 """One viewer's stream on a clock of its own: turns, rewinds, back-pressure, and that nothing is lost or shifted."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ import torch
 from distill.live import protocol
 from distill.live.turns import Turn
 from distill.live.viewer import Viewer
+from students.history import History
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.support import tiny
 from tests.support.live.serving import a_puppet
 
 FPS, PER_FRAME = 12.5, 1280
+SCALES = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange())
 
 
 SOON = 0.03 * FPS + 2  # frames: the way to the page, a report's and a chunk's rounding up
@@ -253,6 +257,27 @@ def test_another_text_keeps_the_speech_and_is_felt_at_once():
     walls = [int(stage.seen[n][5, 14, 0]) for n in range(stage.last)]
     changed = next(n for n in range(1, len(walls)) if walls[n] != walls[n - 1])
     assert asked < changed <= asked + 0.05 * FPS + SOON + 4  # no speech is left out, so that it takes a whole chunk
+
+
+def test_other_guidance_keeps_the_speech_and_is_felt_at_once():
+    """From the next chunk on that can still reach the viewer; a refusal takes nothing back."""
+    embedded = {"network": replace(tiny.make_spec().network, guidance=2), "guidance": SCALES}
+    bundle = tiny.a_bundle(History(sinks=1, window=2), **embedded)
+    stage = Stage(bundle)
+    stage.open()
+    stage.say(a_tone(2.0))
+    stage.run(0.6)
+    asked, epoch = stage.place(), stage.epoch
+    with pytest.raises(UserError, match="this student was trained from"):
+        stage.viewer.guide({"audio": 9.0}, stage.now)
+    assert stage.epoch == epoch
+    stage.viewer.guide({"audio": 2.0}, stage.now)
+    assert {"type": "guidance", "scales": {"audio": 2.0}} in stage.messages
+    session = stage.viewer.session
+    assert session.spec.pixel_frames(session.events[-1].at)[0] <= asked + 0.05 * FPS + SOON + 4
+    stage.run(1)
+    assert session.guidance == {"text": 1.25, "audio": 2.0}
+    assert stage.late == []
 
 
 def test_what_was_played_in_an_earlier_epoch_is_not_believed():

@@ -331,3 +331,15 @@ def test_a_finished_student_that_goes_on_keeps_its_sampler(tmp_path, name):
             check(recipe, spec, engine)
     (tmp_path / "model.safetensors").unlink()
     check(recipe, spec, engine)  # of weights that are not there, or not a student's, nothing is known
+
+
+def test_a_teacher_of_its_own_waits_for_no_other_where_it_starts_from_no_weights():
+    """So that a longer bidirectional teacher leaves it as it is; one that is made of the teacher's network reads its weights."""
+
+    def inputs(name: str, slot: str) -> tuple[str, ...]:
+        (found,) = [stage for stage in stages(load_recipe(RECIPES / f"{name}.yaml")) if stage.name == slot]
+        return found.inputs
+
+    assert inputs("midas_avatar", "ar_teacher") == ("data",)
+    assert inputs("midas_world", "init")[:2] == ("trajectories", "ar_teacher")
+    assert inputs("flowact_full", "ar_teacher") == ("data", "teacher")

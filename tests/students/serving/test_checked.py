@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from students.serving import checked, session
+from students.serving import checked, draw
 from students.serving.session import Chunk, Session
 from students.weights.checkpoint import Bundle
 from teachers.errors import UserError
@@ -74,10 +74,10 @@ def test_input_that_is_none_changes_nothing(bundle, monkeypatch):
     ):
         with pytest.raises(UserError, match=rf"^{words}"):
             act()
-    monkeypatch.setattr(session, "MOST_TEXTS", 3)
+    monkeypatch.setattr(draw, "MOST_EVENTS", 3)
     for at in (4, 5, 6, 6):
         one.set("someone smiles", at=at)
-    with pytest.raises(UserError, match=r"^text at chunk 7: 3 texts wait for their chunk already"):
+    with pytest.raises(UserError, match=r"^change at chunk 7: 3 wait for their chunk already"):
         one.set("someone smiles", at=7)
     assert one.inputs.audio.end == 5 * PER_FRAME
     assert len(one.events) == 3

@@ -187,7 +187,7 @@ def test_what_cannot_be_loaded_is_one_line(bundle, tmp_path):
     (tmp_path / "text").write_text("hello")
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     (tmp_path / "other").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    for name, says in [("cut", "damaged session"), ("text", "damaged session"), ("other", "not a session of format 3")]:
+    for name, says in [("cut", "damaged session"), ("text", "damaged session"), ("other", "not a session of format 4")]:
         with pytest.raises(UserError, match=rf"^{says}: [^\n]*$"):
             load_session(bundle, tmp_path / name)
     with pytest.raises(UserError, match=r"^session not saved: [^\n]*$"):

@@ -9,7 +9,7 @@ from students import Chunk, Session, step_together
 from students.history import History
 from students.schedule import Schedule
 from students.serving import draw
-from teachers.guidance import GuidanceRange
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from teachers.networks.kind import RaggedPast
 from teachers.networks.wan import NetworkConfig
 from tests.support.faults import around
@@ -27,8 +27,8 @@ HISTORIES = {
 CHANGES = {
     "other steps at first": {"first_sigmas": (1.0, 0.9, 0.7, 0.3), "first_chunks": 2},
     "embedded guidance": {
-        "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=True),
-        "guidance": GuidanceRange(),
+        "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=2),
+        "guidance": EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange(most=3.0)),
     },
 }
 ALONE = {

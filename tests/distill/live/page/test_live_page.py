@@ -11,6 +11,7 @@ from distill.live.answering.talker import Answering
 from distill.live.server import PAGE
 from distill.live.talkers import Voice
 from students.weights.coverage import Coverage
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.support import tiny
 from tests.support.live import serving
 from tests.support.live.browser import record, tapes, until
@@ -79,6 +80,7 @@ def state(page, name: str, seconds: float = 30.0) -> None:
 def test_a_newcomer_hears_it_talk_after_one_click_and_reads_what_was_said(visit):
     page = visit()
     page.evaluate(COUNT)
+    assert not page.locator("#guidance input").count()
     page.click("#sentences button")
     state(page, "talking")
     assert page.evaluate("clicks") <= 3
@@ -90,6 +92,34 @@ def test_a_newcomer_hears_it_talk_after_one_click_and_reads_what_was_said(visit)
     assert page.locator("#transcript p").all_inner_texts()[1] == said
     page.click("#statistics summary")
     until(page, "document.querySelector('#panel td')?.textContent.endsWith(' ms')")
+
+
+def test_a_student_that_takes_guidance_has_a_slider_for_each_scale(chromium):
+    """What is moved is felt by the stream, and by the next one; a student without has none."""
+    scales = EmbeddedScales(text=GuidanceRange(most=4.0, served=2.25), audio=GuidanceRange(most=3.0, served=1.5))
+    with serving.serving(serving.a_puppet(guidance=scales), Answering(Voice("formant"), Parrot(), Parrot())) as (
+        at,
+        engine,
+    ):
+        page = chromium.new_page(viewport=PHONE)
+        page.goto(f"http://{at}/")
+        until(page, "page.hello && document.querySelector('#sentences button')")
+        page.click("#sentences button")
+        state(page, "listening")
+        page.click("#direction summary")
+        sliders = page.locator("#guidance input")
+        assert [one.get_attribute("id") for one in sliders.all()] == ["guidance-text", "guidance-audio"]
+        page.focus("#guidance-audio")
+        page.keyboard.press("End")
+        assert page.inner_text("#guidance div:nth-child(2) output") == "3.00"
+        own = {"text": 2.25, "audio": 3.0}
+        serving.eventually(lambda: [viewer.session.guidance for viewer in engine.viewers] == [own], 10.0)
+        page.click("#end")
+        serving.eventually(lambda: not engine.viewers, 10.0)
+        page.click("#start")
+        state(page, "listening")
+        serving.eventually(lambda: [viewer.session.guidance for viewer in engine.viewers] == [own], 10.0)
+        page.close()
 
 
 def test_the_keyboard_alone_starts_talks_stops_chooses_and_ends(visit):
