@@ -1,7 +1,7 @@
 """The static facts of a student, stored in its checkpoint."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -186,11 +186,11 @@ class Spec:
             given = torch.where(sigma == own, time / 1000.0, given)
         return given
 
-    def scales(self, guidance: Scales | None, before: Mapping[str, float] | None = None) -> dict[str, float] | None:
-        """The guidance scales that a stream is conditioned on by name: those of `guidance`, the others as `before` or, without it,
-        as the spec's; UserError for one that was not trained, or where the student embeds none."""
+    def scales(self, guidance: Scales | None) -> dict[str, float] | None:
+        """The guidance scales that a stream is conditioned on by name: those of `guidance`, the others as served; UserError for one
+        that was not trained, or where the student embeds none."""
         if self.guidance is not None:
-            return self.guidance.check({} if guidance is None else guidance, before)
+            return self.guidance.check({} if guidance is None else guidance)
         if guidance is not None:
             raise UserError(f"guidance: got {guidance}, this student embeds none; remove it")
         return None

@@ -221,7 +221,8 @@ class Student(nn.Module):
         guidance = self.spec.guidance
         if guidance is None or conditions.guidance is not None:
             return conditions.guidance
-        return conditions.text.new_tensor([*guidance.served.values()]).expand(len(conditions.text), -1)
+        rows = conditions.text.shape[:1]
+        return torch.stack([conditions.text.new_full(rows, scale) for scale in guidance.served.values()], dim=1)
 
     def recommit(self, text: Tensor, seen: Sequence[Finished], chunk: int, cache: CacheKind = "value") -> State:
         """The state before chunk number `chunk` of a stream under `text` that has only these chunks behind it, in order of

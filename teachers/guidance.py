@@ -5,6 +5,7 @@ A guidance has `branches(conditions)`, the full conditions first, and `combine(o
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -188,8 +189,8 @@ class GuidanceRange:
 
     def __post_init__(self):
         if not 0.0 <= self.least <= self.served <= self.most or self.least == self.most:
-            raise UserError(
-                f"student.guidance: got least={self.least}, served={self.served}, most={self.most}; "
+            raise ValueError(
+                f"got least={self.least}, served={self.served}, most={self.most}; "
                 "need 0 <= least <= served <= most and least < most"
             )
 
@@ -213,6 +214,8 @@ class EmbeddedScales:
                 f"student.guidance: got {', '.join(self.names) or 'no range'}; give both, or text and audio, each with least, most "
                 "and served"
             )
+        if self.first != "text" and self.names == ("both",):
+            raise UserError(f"student.guidance.first: got {self.first}; one scale for both has no order, remove it")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -238,15 +241,15 @@ class EmbeddedScales:
         """A teacher's guidance with these scales [B, M]."""
         return EmbeddedGuidance(guidance, self.first, batched)
 
-    def check(self, given: Scales, before: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Every scale by its name: those that are given, a number for all of them, the others as `before` (None: as served);
-        UserError for one that is unknown or was not trained."""
-        own = dict.fromkeys(self.names, given) if isinstance(given, (int, float)) else dict(given)
+    def check(self, given: Scales) -> dict[str, float]:
+        """Every scale by its name: those that are given, a number for all of them, the others as served; UserError for one that is
+        unknown or was not trained."""
+        own = given if isinstance(given, Mapping) else dict.fromkeys(self.names, given)
         for name, scale in own.items():
             if name not in self.names:
-                raise UserError(f"guidance: got {name}; this student has a scale for {' and '.join(self.names)}")
+                raise UserError(f"guidance: got {name}; this student's scales: {', '.join(self.names)}")
             least, most = self.ranges[name].least, self.ranges[name].most
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not least <= scale <= most:
+            if isinstance(scale, bool) or not isinstance(scale, Real) or not least <= scale <= most:
                 what = "guidance" if name == "both" else f"guidance of {name}"
                 raise UserError(f"{what}: got {scale}; this student was trained from {least} to {most}")
-        return {name: float(own.get(name, old)) for name, old in (before or self.served).items()}
+        return {name: float(own.get(name, served)) for name, served in self.served.items()}

@@ -69,8 +69,8 @@ class Scoring:
 
         def clips(conditions: Any, *keys: Any) -> torch.Tensor:
             if given := artifacts.spec.scales(scales):
-                rows = torch.tensor([[*given.values()]], device=conditions.device).expand(conditions.num_rows, -1)
-                conditions = replace(conditions, guidance=rows)
+                shared = {**conditions.shared, "guidance": torch.tensor([[*given.values()]])}
+                conditions = clip_sets.StoredConditions(conditions.features, shared, conditions.rows, conditions.device)
             x0 = systems["student"](conditions, None, config.condition_seed, *keys)
             return clip_sets.scored(artifacts.encoders.decode(x0, conditions.index(torch.arange(1)).lead))
 

@@ -3,7 +3,7 @@
     python benchmarks/lab/guidance_scales.py RUN [--scales text=1,audio=1 text=4 ...] [--stage distill] [--noises 2]
 
 RUN is the folder of a run whose student is conditioned on its guidance (`guided_avatar`, `flowact_full`); scales that are not
-named are those that it is served with. Beside each: the movement that the text asks for is in `motion` and `motion_energy`.
+named are those that it is served with. `motion` and `motion_energy` show how far it follows the text.
 """
 
 import argparse
@@ -37,12 +37,13 @@ def main(words: Sequence[str] | None = None) -> int:
     recipe = recipe_of(args.run)
     counted = {"num_conditions": args.conditions, "num_seeds": args.noises, "condition_seed": args.condition_seed}
     counted |= {"num_reference": 160, "diversity_conditions": 6, "diversity_seeds": 6}
-    recipe = replace(recipe, eval=replace(recipe.eval, **counted))
+    recipe = replace(recipe, run_dir=str(args.run))
     pipeline, lines = Pipeline(recipe, Engine(recipe.engine, recipe.threads)), []
     try:
         artifacts, shown = pipeline.artifacts, [column for column in COLUMNS if column != "seconds"]
+        artifacts.recipe = replace(recipe, eval=replace(recipe.eval, **counted))
         every = [artifacts.spec.scales(given) for given in args.scales]  # a mistake is told before the work
-        scoring = Scoring(artifacts, args.run / "stages" / args.stage)
+        scoring = Scoring(artifacts, args.run / "scored" / f"{args.condition_seed}-{args.conditions}")
         for given in every:
             found = scoring(artifacts, args.stage, given)
             name = ", ".join(f"{key} {value:g}" for key, value in (given or {}).items())

@@ -29,7 +29,7 @@ from teachers.media.realtime import Vp8Encoder
 
 VERSION = 1
 """Of all that is below: raised by what a client of before would misread or a server of before refuse, not by a new message of the
-server, which clients skip."""
+server, which clients skip, nor by one of the client that `hello` announces (`guidance`)."""
 MAX_JSON = 16_384  # characters
 MAX_TEXT = 600
 MAX_MESSAGE = 8 * 2**20  # bytes

@@ -300,5 +300,6 @@ def misfit(before: Bundle, after: Bundle) -> str:
         "length of chunks": lambda b: (b.spec.chunk_frames, b.spec.codec.stride, b.spec.schedule),
         "speakers": lambda b: b.spec.speakers,
         "portrait": lambda b: b.spec.takes_image,
+        "guidance": lambda b: b.spec.guidance,
     }
     return ", ".join(name for name, part in parts.items() if part(before) != part(after))

@@ -44,7 +44,7 @@ from teachers.errors import UserError
 from teachers.flow import keyed_generator
 from teachers.resolve import in_users_file, name_of
 
-SPEC = ("student", "trajectories.shift")  # besides data and teacher, whose stages are inputs of all that have a student
+SPEC = ("student", "trajectories.shift")  # besides data and, where its weights are read, the teacher: they are inputs
 TRAINING = ("seed", "engine.precision")
 SOLVER = ("trajectories.num_steps", "trajectories.shift", "trajectories.guidance")  # the teacher's own clips
 STATES = tuple(f"student.{name}" for name in ("num_steps", "grid", "first_sigmas", "guidance"))
@@ -111,11 +111,9 @@ def _slot(recipe: Recipe, slot: str) -> Stage:
     needs = recipe.needs(slot)
     fields = (slot, *SPEC, *TRAINING, *ADAPTERS, "eval.condition_seed")
     data = "data" if slot == "ar_teacher" else recipe.conditions_stage
-    inputs, start = ["trajectories" if needs.batch != "x0" else data, *needs.frozen], recipe.start_of(slot)
-    if not (
-        recipe.has_custom_network and start == recipe.init_checkpoint
-    ):  # a network of its own starts from no weights
-        inputs.insert(1, start)
+    inputs, start = ["trajectories" if needs.batch != "x0" else data], recipe.start_of(slot)
+    starts_new = recipe.has_custom_network and start == recipe.init_checkpoint
+    inputs += needs.frozen if starts_new else (start, *needs.frozen)
     if "fake_score" in needs.trained:
         inputs.append(recipe.init_checkpoint)
     if slot != "ar_teacher":  # its health is compared with the teacher's

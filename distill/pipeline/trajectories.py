@@ -28,8 +28,7 @@ from teachers.guidance import AnyGuidance, EmbeddedScales
 @dataclass(frozen=True)
 class Trajectories:
     """N trajectories: `states`, indexed by [B] -> [B, K+1, C, F, h, w] fp16, the last state x0, which stay on the disk; rows [N] of
-    the training pool; sigmas of the states; the guidance scales [N, M] of each, where they were
-    drawn."""
+    the training pool; sigmas of the states; the guidance scales [N, M] of each, where drawn."""
 
     states: Stored
     rows: Tensor

@@ -16,6 +16,7 @@ from students.serving.optimize import cast as cast_network
 from students.spec import Spec
 from students.weights.adapter import targeted
 from teachers.conditions import Conditions, blank_features
+from teachers.guidance import AnyGuidance
 from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
 from teachers.networks.sequence import SequenceGroup
 
@@ -50,6 +51,13 @@ class Job:
     at_once: int = 1
     sequence: SequenceGroup | None = None
     decode_bytes: float = 0.0
+
+    @property
+    def solving(self) -> AnyGuidance:
+        """The guidance under which trajectories are solved: that of the recipe, or of a student's drawn scales."""
+        assert self.trajectories is not None
+        scales, own = self.spec.guidance, self.trajectories.guidance
+        return own if scales is None else scales.of(torch.ones(1, len(scales.names)), own.batched)
 
     @property
     def together(self) -> int:

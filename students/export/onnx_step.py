@@ -69,7 +69,7 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [1, C, n, h, w] at sigma [1]; text [1, L, D]; audio [1, n, stride, A]; reference [1, C, 1, h, w]; known [n], 1 where
         the frame is the reference; the past's keys and values [N, 1, P, S, M, d], in any order, and its frames' positions in time
-        [P]; positions [n] of the chunk's own; pose [1, n, stride, P'], guidance [1].
+        [P]; positions [n] of the chunk's own; pose [1, n, stride, P'], guidance [1, M], the scales of text and audio or one.
 
         Returns x0 in fp32, and the chunk's un-rotated keys and values [N, 1, n, S, M, d].
         """

@@ -61,7 +61,7 @@ class CausalWan(Student):
         embedded, ranges = net.kind.guidance, 0 if spec.guidance is None else len(spec.guidance.names)
         if embedded and embedded != ranges:
             raise UserError(
-                f"network.guidance: {embedded} scales are embedded, the student has {ranges} ranges of them; set student.guidance"
+                f"network.guidance: the network embeds {embedded} guidance scale(s), student.guidance has {ranges}; make them equal"
             )
         self.net, self.spec = net, spec
         spec.history.part_of(len(net.blocks))  # a cycle of windows fits

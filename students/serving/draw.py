@@ -59,12 +59,12 @@ def changed(events: Sequence[Event], new: Event) -> tuple[Event, ...]:
     next chunk and lies behind it, as the stream has been taken back since, gives way too: the last word holds."""
 
     def gives_way(event: Event) -> bool:
-        later = event.soon and new.soon and event.at > new.at
-        return (event.features is None) == (new.features is None) and (event.at == new.at or later)
+        same_place = event.at == new.at or (new.soon and event.at > new.at)
+        return event.soon == new.soon and (event.features is None) == (new.features is None) and same_place
 
     others = tuple(event for event in events if not gives_way(event))
     if len(others) >= MOST_EVENTS:
-        raise UserError(f"change at chunk {new.at}: {len(others)} wait for their chunk already; make it later")
+        raise UserError(f"change at chunk {new.at}: {len(others)} changes wait already; make this one later")
     scales: dict[str, float] = {}
     for event in sorted(filter(gives_way, events), key=lambda event: event.at):
         scales |= event.guidance

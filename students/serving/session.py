@@ -176,7 +176,7 @@ class Session:
     @alone
     def guide(self, guidance: Scales, at: int | Literal["next"] = "next") -> None:
         """Other guidance scales from chunk `at` on, for a guidance-distilled student: one number for all, or by name those that
-        change. What was shown stays in the context as it was made."""
+        change. What was shown stays in the context as it is; chunks in flight on a diagonal go on under the new scales."""
         chunk, full = self._when("guidance", at), self.spec.scales(guidance)
         given = guidance if isinstance(guidance, Mapping) else full or {}
         self.events = draw.changed(self.events, Event(chunk, at == "next", guidance=given))
@@ -334,7 +334,7 @@ class Session:
         self.settle()
         settled = self._now()
         point = draw.in_effect(self.point, self.events, self.bundle.student)
-        scales = None if point.guidance is None else torch.tensor([[*point.guidance.values()]], device=self.device)
+        scales = None if point.guidance is None else to_device(torch.tensor([[*point.guidance.values()]]), self.device)
         ahead = self.inputs.conditions(point.chunk, point.features, self.reference, scales)
         kept, encoder = None, None
         if self.inputs.film is not None:

@@ -113,7 +113,9 @@ def load_session(bundle: Bundle, path: Path) -> Session:
     facts, tensors = _read(path)
     try:
         return _loaded(bundle, path, facts, tensors)
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"damaged session: {path} ({type(error).__name__} {error}); save it again") from error
 
 

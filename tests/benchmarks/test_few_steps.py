@@ -8,6 +8,7 @@ import torch
 from benchmarks.lab import few_steps
 from distill.commands.sweep.command import read_sweep
 from distill.compose import RECIPES
+from distill.pipeline.evaluation.clip_sets import StoredConditions
 from distill.recipe import load_recipe
 from eval.speed.latency import Streamed, Took
 from teachers.guidance import EmbeddedScales, GuidanceRange
@@ -59,13 +60,15 @@ def test_a_student_is_scored_at_the_scales_that_are_asked_for(monkeypatch):
     artifacts.encoders = SimpleNamespace(decode=lambda x0, _: x0)
 
     def clips(conditions, _, *keys):
-        asked.append(conditions.guidance.tolist())
+        asked.append(conditions.index(slice(None)).guidance.tolist())
         return torch.zeros(conditions.num_rows, 3, 2, 2, 2)
 
     monkeypatch.setattr(few_steps, "student_systems", lambda *_: {"student": clips})
     monkeypatch.setattr(few_steps.clip_sets, "scored", lambda video: video)
     scoring = object.__new__(few_steps.Scoring)
-    scoring.test, scoring.spread = SimpleNamespace(conditions=tiny.some_conditions(2)), tiny.some_conditions(3)
+    text = tiny.some_conditions(3).text
+    two, three = (StoredConditions({"text": text}, {}, torch.arange(rows), torch.device("cpu")) for rows in (2, 3))
+    scoring.test, scoring.spread = SimpleNamespace(conditions=two), three
     scoring.evaluation = SimpleNamespace(score=lambda *_: {"fid": {"mean": 1.0}})
     assert scoring(artifacts, "distill", {"audio": 2.0}) == {"fid": 1.0}
     assert asked == [[[1.25, 2.0]] * rows for rows in (2, 2, 3)]

@@ -95,10 +95,19 @@ def test_refinement_is_off_the_path_to_the_screen():
     [
         ("midas_avatar", ["+student.guidance={both: {most: 3.0}}"], r"student\.guidance: only a whole DiT"),
         ("flowact_full", ["+teacher.network.guidance=1"], r"teacher\.network\.guidance: a student alone"),
+        (
+            "guided_avatar",
+            ["student.guidance.audio={least: 2.0, most: 1.0}"],
+            r"'student\.guidance\.audio': .*; got least=2\.0",
+        ),
         ("flowact_full", ["method@init=forcing"], r"student\.guidance: init learns it from trajectories"),
         ("flowact_full", ["+distill.start=ar_teacher"], "unknown key 'distill.start'"),
         ("scratch_avatar", ["+init.start=ar_teacher"], "init asks for an autoregressive teacher"),
-        ("flowact_full", ["student.guidance.both.served=9.0"], r"student\.guidance: got least=1\.0, served=9\.0"),
+        (
+            "flowact_full",
+            ["student.guidance.both.served=9.0"],
+            r"'student\.guidance\.both': .*; got least=1\.0, served=9\.0",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
@@ -116,10 +125,9 @@ def test_a_recipe_that_does_not_fit_is_one_line(name, words, message, tmp_path):
         (lambda: History(refine_every=1, commit="same_level"), r"same_level keeps the steps"),
         (
             lambda: a_student(network=EMBEDDED["network"]),
-            r"network\.guidance: 1 scales are embedded, the student has 0 ranges",
+            r"network\.guidance: the network embeds 1 guidance scale\(s\), student\.guidance has 0",
         ),
-        (lambda: GuidanceRange(least=2.0, most=1.0), r"student\.guidance: got least=2\.0"),
-        (lambda: GuidanceRange(served=5.0), r"least <= served <= most"),
+        (lambda: EmbeddedScales(both=GuidanceRange(), first="audio"), r"student\.guidance\.first: got audio"),
         (EmbeddedScales, r"student\.guidance: got no range; give both, or text and audio"),
         (lambda: EmbeddedScales(text=GuidanceRange()), r"student\.guidance: got text; give both, or text and audio"),
         (lambda: forcing.Config(generated=1.5), r"forcing\.generated"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,6 +117,8 @@ def test_outputs_of_other_branches_are_refused():
 
 def test_a_scale_that_was_not_trained_is_refused():
     trained = EmbeddedScales(both=GuidanceRange(least=1.0, most=2.0, served=1.25))
+    with pytest.raises(UserError, match="guidance: got text; this student's scales: both"):
+        trained.check({"text": 1.5})
     assert [trained.check(scale)["both"] for scale in (1.0, 1.5, 2)] == [1.0, 1.5, 2.0]
     for scale in (0.99, 2.01):
         with pytest.raises(UserError, match=f"got {scale}; this student was trained from 1.0 to 2.0"):
@@ -126,5 +129,7 @@ def test_scales_that_are_not_named_stay_as_they_were():
     trained = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange(served=1.5))
     assert trained.check({}) == trained.served == {"text": 1.25, "audio": 1.5}
     assert trained.check({"audio": 2.0}) == {"text": 1.25, "audio": 2.0}
-    assert trained.check({"audio": 2.0}, {"text": 1.75, "audio": 1.0}) == {"text": 1.75, "audio": 2.0}
-    assert trained.check(1.0, {"text": 1.75, "audio": 1.5}) == {"text": 1.0, "audio": 1.0}
+    assert trained.check(np.float32(1.5)) == {"text": 1.5, "audio": 1.5}
+    for wrong in ("2", torch.tensor(1.5), None, True):
+        with pytest.raises(UserError, match=r"^guidance of text: got .*; this student was trained from 1.0 to 2.0$"):
+            trained.check(wrong)

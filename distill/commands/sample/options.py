@@ -17,10 +17,16 @@ PIECE_MS, REALTIME_PIECE_MS = 1000, 20
 
 def scales(words: str) -> float | dict[str, float]:
     """Guidance scales as they are written: `2`, or `text=2,audio=1.5`."""
-    if "=" not in words:
-        return float(words)
-    pairs = [word.partition("=") for word in words.split(",")]
-    return {name.strip(): float(value) for name, _, value in pairs}
+    try:
+        if "=" not in words:
+            return float(words)
+        pairs = [word.partition("=") for word in words.split(",")]
+        found = {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        found = {}
+    if not found or len(found) < words.count("="):
+        raise argparse.ArgumentTypeError(f"got {words!r}; give a number, or text=W,audio=W")
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

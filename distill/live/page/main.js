@@ -50,7 +50,7 @@ function receive(message) {
     case "error": case "note": tell(message.message); break;
     case "opened":  // with the student's own scales, while the sliders stay where they are
       transcript.restart();
-      if (Object.keys(chosen.scales).length) conversation.guide(chosen.scales);
+      if (Object.keys(chosen.scales).length) guide();
       break;
     case "words": transcript.words(message); break;
     case "stats": statistics(message); break;
@@ -193,14 +193,20 @@ addEventListener("drop", event => {
 
 // ---- how closely it follows its words and its sound
 
+let guided = 0, guiding;
+function guide() {  // once a key is let go: each message has chunks drawn anew, and the server takes one every two seconds
+  clearTimeout(guiding);
+  const wait = Math.max(400, guided + 2100 - performance.now());
+  guiding = setTimeout(() => { guided = performance.now(); conversation.guide(chosen.scales); }, wait);
+}
 const SCALES = {text: "How closely it follows these words", audio: "How closely the mouth follows the sound", both: "How closely it follows words and sound"};
 function addScale(name, {least, most, served}) {
   const row = document.createElement("div"), label = document.createElement("label"), range = document.createElement("input"), value = document.createElement("output");
-  Object.assign(range, {type: "range", id: `guidance-${name}`, min: least, max: most, step: .05, value: served});
+  Object.assign(range, {type: "range", id: `guidance-${name}`, min: least, max: most, step: (most - least) / 100, value: served});
   Object.assign(label, {htmlFor: range.id, textContent: SCALES[name]});
-  const say = () => { value.textContent = Number(range.value).toFixed(2); };
-  Object.assign(range, {oninput: say, onchange: () => { chosen.scales[name] = Number(range.value); conversation.guide(chosen.scales); }});
-  say();
+  value.textContent = served.toFixed(2);
+  range.oninput = () => { value.textContent = Number(range.value).toFixed(2); };
+  range.onchange = () => { chosen.scales[name] = Number(range.value); guide(); };
   row.append(label, range, value);
   $("guidance").append(row);
 }

@@ -25,6 +25,7 @@ from websockets.sync.server import serve
 from distill.live import protocol
 from distill.live.client import Client
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.distill.live.test_uploads import png, wav
 from tests.support.live.serving import a_puppet, eventually, serving
 
@@ -84,6 +85,25 @@ def test_a_turn_is_answered_in_the_stream_without_a_gap(url):
     assert answer.latency < 5.0
     assert set(answer.parts_ms) == {"talker", "queue", "wait", "encode", "denoise", "decode", "rest"}
     client.close()
+
+
+def test_guidance_changes_the_stream_that_asks_for_it(url):
+    """A range that was not trained, and a student without scales, are each an error; the stream goes on."""
+    scales = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange(served=1.5))
+    with serving(a_puppet(guidance=scales), viewers=2) as (address, engine), Client(f"ws://{address}/live") as client:
+        assert client.hello["guidance"]["audio"] == {"least": 1.0, "most": 2.0, "served": 1.5}
+        client.open()
+        client.send(type="guidance", scales={"audio": 2.0})
+        client.until(lambda: {"type": "guidance", "scales": {"audio": 2.0}} in client.messages, 10.0)
+        (session,) = [viewer.session for viewer in engine.viewers]
+        client.until(lambda: session.guidance == {"text": 1.25, "audio": 2.0}, 10.0)
+        client.send(type="guidance", scales={"audio": 9.0})
+        client.until(lambda: "was trained from 1.0 to 2.0" in client.messages[-1].get("message", ""), 10.0)
+    with Client(url) as client:
+        assert client.hello["guidance"] == {}
+        client.open()
+        client.send(type="guidance", scales={"audio": 2.0})
+        client.until(lambda: "embeds none" in client.messages[-1].get("message", ""), 10.0)
 
 
 def test_viewers_never_mix_and_the_one_too_many_is_refused(url):
@@ -305,7 +325,9 @@ def a_mess(rng: random.Random) -> str | bytes:
         )
     value = lambda: rng.choice((0, 1, -1, 3, 10**9, 10**30, 0.5, None, True, "", "x", "a b", [], {}, "\x00", "\ud800"))  # noqa: E731
     message = {"type": rng.choice((*protocol.MESSAGES, "quit", ""))}
-    for name in rng.sample(("portrait", "text", "seed", "frame", "epoch", "turn", "ms", "on", "odd"), rng.randrange(4)):
+    for name in rng.sample(
+        ("portrait", "text", "scales", "seed", "frame", "epoch", "turn", "ms", "on", "odd"), rng.randrange(4)
+    ):
         message[name] = value()
     if rng.random() < 0.6:  # well formed
         message = rng.choice(
@@ -314,6 +336,7 @@ def a_mess(rng: random.Random) -> str | bytes:
                 {"type": "say", "text": "some words"},
                 {"type": "text", "text": "y" * rng.randrange(600)},
                 {"type": "interrupt"},
+                {"type": "guidance", "scales": {"audio": rng.choice((1.0, 9.0))}},
                 {"type": "played", "frame": rng.randrange(-3, 50), "epoch": rng.randrange(9)},
                 {"type": "microphone", "on": rng.random() < 0.5},
             )

@@ -37,7 +37,7 @@ from students.spec import Spec, student_sigmas
 from teachers.codecs.linear import CodecConfig
 from teachers.encoders.small import AudioConfig, TextConfig
 from teachers.files import load_tensors
-from teachers.guidance import Guidance
+from teachers.guidance import EmbeddedScales, Guidance, GuidanceRange
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import Ranks, a_student, a_teacher, a_train_set, make_spec, some_conditions
 
@@ -128,14 +128,35 @@ def test_the_context_is_what_the_last_state_holds(history):
     assert whole == 2 * half == sum(t.numel() * t.element_size() for t in (*kept, *context_kv))
 
 
-def test_trajectories_are_as_large_as_their_files(tmp_path):
-    config = TrajectoriesConfig(num_pairs=10, num_steps=6, batch_size=4, guidance=Guidance(text=2.0))
-    spec = make_spec()
+@pytest.mark.parametrize(
+    ("scales", "passes"),
+    [
+        (None, 3),
+        (EmbeddedScales(both=GuidanceRange()), 2),
+        (EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange()), 3),
+    ],
+    ids=["the recipe's", "one scale", "two scales"],
+)
+def test_trajectories_are_as_large_as_their_files(tmp_path, scales, passes):
+    """Of students that are conditioned on their guidance with as many passes as those scales take."""
+    config = TrajectoriesConfig(num_pairs=10, num_steps=6, batch_size=4, guidance=Guidance(text=2.0, audio=3.0))
+    spec = (
+        make_spec()
+        if scales is None
+        else make_spec(guidance=scales, network=replace(make_spec().network, guidance=len(scales.names)))
+    )
     engine: Any = Ranks()
     metrics = trajectories.make(
-        lambda _: a_teacher(), "abc", a_train_set(), config, spec.sigmas, seed=0, folder=tmp_path, engine=engine
+        lambda _: a_teacher(),
+        *("abc", a_train_set(), config, spec.sigmas),
+        seed=0,
+        folder=tmp_path,
+        engine=engine,
+        scales=scales,
     )
-    tensors = [t for file in tmp_path.glob("*.safetensors") for t in load_tensors(file).values()]
+    assert metrics["nfe"] == 6 * passes
+    files = (load_tensors(file) for file in tmp_path.glob("*.safetensors"))
+    tensors = [t for file in files for name, t in file.items() if name != "guidance"]
     assert trajectory_bytes(spec, 10) == sum(t.numel() * t.element_size() for t in tensors)
     plan = make_plan(a_job(spec, trajectories=config))
     assert (plan.trajectories, plan.trajectory_forwards) == (trajectory_bytes(spec, 10), metrics["nfe"])

@@ -16,19 +16,22 @@ from students.networks.causal_wan import CausalWan
 from students.schedule import Schedule
 from students.weights.checkpoint import load_student, save_student
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from teachers.networks.wan import NetworkConfig
 from tests.support.tiny import MIDAS, NETWORK, a_bundle, make_spec
 
 CLOSE = 1e-5
-ONE_BLOCK = NetworkConfig(**NETWORK | {"num_layers": 1}, audio_blocks=(0,), prediction="reference")
+ONE_BLOCK = NetworkConfig(**NETWORK | {"num_layers": 1}, audio_blocks=(0,), prediction="reference", guidance=2)
+SCALES = EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange(most=3.0))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student of one block and one sink, two chunks of window and one of memory, converted by the command."""
+    """A student of one block and one sink, two chunks of window and one of memory, and two guidance scales, converted by the
+    command."""
     place = tmp_path_factory.mktemp("onnx")
     history = History(sinks=1, window=2, memory=1, memory_every=2)
-    save_student(place / "student", a_bundle(history, network=ONE_BLOCK), "card")
+    save_student(place / "student", a_bundle(history, network=ONE_BLOCK, guidance=SCALES), "card")
     assert main(["convert", str(place / "student"), str(place / "out"), "--to", "onnx"]) == 0
     return place / "out"
 

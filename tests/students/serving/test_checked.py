@@ -77,7 +77,7 @@ def test_input_that_is_none_changes_nothing(bundle, monkeypatch):
     monkeypatch.setattr(draw, "MOST_EVENTS", 3)
     for at in (4, 5, 6, 6):
         one.set("someone smiles", at=at)
-    with pytest.raises(UserError, match=r"^change at chunk 7: 3 wait for their chunk already"):
+    with pytest.raises(UserError, match=r"^change at chunk 7: 3 changes wait already"):
         one.set("someone smiles", at=7)
     assert one.inputs.audio.end == 5 * PER_FRAME
     assert len(one.events) == 3

@@ -181,6 +181,20 @@ def test_the_last_word_holds_after_a_stream_was_taken_back(bundle):
     assert told == [("a person smiles", (4.0, 3.0))] * 4 + [("a person nods", (4.0, 3.0))] * 2
 
 
+def test_what_was_put_at_a_chunk_stays_there_beside_a_change_for_the_next(bundle):
+    session = a_session(bundle, chunks=8, lead=8)
+    session.guide({"audio": 3.0}, at=3)
+    for _ in range(3):
+        session.step()
+    session.guide({"text": 4.0})
+    session.interrupt(session.points[1].frame, keep_input=True)
+    session.guide({"text": 3.0})
+    told = []
+    while isinstance(session.step(), Chunk):
+        told.append(tuple(session.guidance.values()))
+    assert told == [(3.0, 1.5)] * 2 + [(3.0, 3.0)] * 5
+
+
 @pytest.mark.parametrize("how", ["exact", "light"])
 def test_a_saved_session_keeps_its_scales_and_those_that_wait(bundle, tmp_path, how):
     session = a_session(bundle, guidance={"audio": 1.0})
@@ -215,7 +229,7 @@ def test_a_mistake_changes_nothing(bundle):
     session = a_session(bundle)
     session.step()
     for act, words in (
-        (lambda: session.guide({"pose": 1.0}), "guidance: got pose; this student has a scale for text and audio"),
+        (lambda: session.guide({"pose": 1.0}), "guidance: got pose; this student's scales: text, audio"),
         (
             lambda: session.guide({"audio": 3.5}),
             r"guidance of audio: got 3\.5; this student was trained from 0\.5 to 3\.0",

@@ -29,11 +29,17 @@ from students.weights.checkpoint import Bundle, save_student
 from teachers import media
 from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
+from teachers.guidance import EmbeddedScales, GuidanceRange
+from teachers.networks.wan import NetworkConfig
 from tests.support.media.sounds import write_sound
 from tests.support.processes import run_ranks
-from tests.support.tiny import a_bundle, a_portrait, some_sound
+from tests.support.tiny import NETWORK, a_bundle, a_portrait, some_sound
 from tests.teachers.media.test_media import save_image
 
+EMBEDDED = {
+    "network": NetworkConfig(**NETWORK, audio_blocks=(1,), prediction="reference", guidance=2),
+    "guidance": EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange()),
+}
 HISTORIES = {"clean": History(sinks=1, window=1), "same_level": History(sinks=1, window=1, commit="same_level")}
 
 
@@ -59,6 +65,8 @@ def scene(bundle: Bundle) -> dict[str, Tensor]:
     with suppress(UserError):
         one.push(audio=torch.full((3, 3, 3), 2.0))
     one.push(audio=sound[9_000:])
+    if bundle.spec.guidance is not None:
+        one.guide({"audio": 2.0})
     one.set("someone smiles", how="recache" if bundle.spec.history.commit == "clean" else "keep")
     other.played(other.point.frame)
     for _ in range(3):
@@ -101,7 +109,7 @@ def worker(folder: Path) -> None:
         return
     engine = Engine(EngineConfig(precision="fp32", sequence_parallel=2))
     for name, history in HISTORIES.items():
-        bundle = a_bundle(history, seed=4)
+        bundle = a_bundle(history, seed=4, **EMBEDDED)
         engine.split(bundle.student)
         bundle = replace(bundle, shared=Shared(engine.sequence))
         if engine.is_main:
@@ -122,7 +130,7 @@ def launch(folder: Path, *commands: list[str]) -> None:
 def test_a_stream_of_two_ranks_is_that_of_one_process(tmp_path):
     launch(tmp_path)
     for name, history in HISTORIES.items():
-        found, expected = load_tensors(tmp_path / f"{name}.safetensors"), scene(a_bundle(history, seed=4))
+        found, expected = load_tensors(tmp_path / f"{name}.safetensors"), scene(a_bundle(history, seed=4, **EMBEDDED))
         assert list(found) == sorted(expected)
         assert len(expected) > 20
         for key, x in expected.items():

@@ -226,7 +226,7 @@ def test_failures_leave_nothing(inputs, loud, tmp_path):
 def test_guidance_is_one_number_or_one_for_each_name(inputs, capsys):
     for words, found in (("2", 2.0), ("text=2,audio=1.5", {"text": 2.0, "audio": 1.5}), ("audio=3", {"audio": 3.0})):
         assert parse(inputs, "--guidance", words).guidance == found
-    for words in ("loud", "text=", "text=2;audio=3"):
+    for words in ("loud", "text=", "text=2;audio=3", "text=1,text=2", ""):
         with pytest.raises(SystemExit):
             parse(inputs, "--guidance", words)
-        assert "--guidance: invalid scales value" in capsys.readouterr().err
+        assert "give a number, or text=W,audio=W" in capsys.readouterr().err

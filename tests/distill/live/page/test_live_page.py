@@ -110,6 +110,8 @@ def test_a_student_that_takes_guidance_has_a_slider_for_each_scale(chromium):
         sliders = page.locator("#guidance input")
         assert [one.get_attribute("id") for one in sliders.all()] == ["guidance-text", "guidance-audio"]
         page.focus("#guidance-audio")
+        for _ in range(30):  # a key that is held
+            page.keyboard.press("ArrowLeft")
         page.keyboard.press("End")
         assert page.inner_text("#guidance div:nth-child(2) output") == "3.00"
         own = {"text": 2.25, "audio": 3.0}

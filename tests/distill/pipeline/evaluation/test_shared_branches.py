@@ -17,7 +17,8 @@ CASES: dict[str, AnyGuidance] = {
     "both": Guidance(text=3.0, audio=3.0),
     "text first": Guidance(text=3.0, audio=2.0),  # three branches
     "batched": Guidance(text=2.0, audio=2.0, batched=True),
-    "drawn": EmbeddedGuidance(torch.tensor([1.5, 2.5])),
+    "drawn": EmbeddedGuidance(torch.tensor([[1.5], [2.5]])),
+    "drawn apart": EmbeddedGuidance(torch.tensor([[1.5, 3.0], [2.5, 1.0]])),  # three branches
 }
 
 
@@ -59,11 +60,12 @@ def facts(folder: Path, count: int) -> dict[str, list[list[int]]]:
 def test_two_ranks_make_a_clip_together(tmp_path):
     run_ranks(__file__, tmp_path, 2)
     shared, apart = [[3, 0, 1, 1], [3, 0, 1, 0]], [[9, 0, 2, 1], [9, 1, 2, 1]]
-    assert facts(tmp_path, 2) == {"both": shared, "text first": apart, "batched": shared, "drawn": shared}
+    drawn = {"drawn": shared, "drawn apart": apart}
+    assert facts(tmp_path, 2) == {"both": shared, "text first": apart, "batched": shared, **drawn}
 
 
 def test_three_ranks_make_one_of_three_branches(tmp_path):
     run_ranks(__file__, tmp_path, 3)
     found = facts(tmp_path, 3)
-    assert found["text first"] == [[3, 0, 1, 1], [3, 0, 1, 0], [3, 0, 1, 0]]
+    assert found["text first"] == found["drawn apart"] == [[3, 0, 1, 1], [3, 0, 1, 0], [3, 0, 1, 0]]
     assert found["both"] == [[6, rank, 3, 1] for rank in range(3)]
