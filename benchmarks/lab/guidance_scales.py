@@ -2,8 +2,8 @@
 
     python benchmarks/lab/guidance_scales.py RUN [--scales text=1,audio=1 text=4 ...] [--stage distill] [--noises 2]
 
-RUN is the folder of a run whose student is conditioned on its guidance (`guided_avatar`, `flowact_full`); scales that are not
-named are those that it is served with. `motion` and `motion_energy` show how far it follows the text.
+RUN is the folder of a run whose student is conditioned on its guidance (`guided_avatar`, `flowact_full`), or, without --scales, of
+any; scales that are not named are those that it is served with. `motion` and `motion_energy` show how far it follows the text.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.lab.long_streams import recipe_of  # noqa: E402
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--scales", type=scales, nargs="+", default=[{}], metavar="NAME=W,..")
+    parser.add_argument("--scales", type=scales, nargs="+", default=[None], metavar="NAME=W,..")
     parser.add_argument("--stage", default="distill")
     parser.add_argument("--conditions", type=int, default=64)
     parser.add_argument("--noises", type=int, default=2)
@@ -46,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
         scoring = Scoring(artifacts, args.run / "scored" / f"{args.condition_seed}-{args.conditions}")
         for given in every:
             found = scoring(artifacts, args.stage, given)
-            name = ", ".join(f"{key} {value:g}" for key, value in (given or {}).items())
+            name = ", ".join(f"{key} {value:g}" for key, value in given.items()) if given else "none"
             lines.append([name, *(f"{found[column]:.3f}" if column in found else "" for column in shown)])
             print(" ".join(lines[-1]), flush=True)
         print("\n".join(grid(["scales", *shown], lines)))
