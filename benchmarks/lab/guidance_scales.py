@@ -42,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         artifacts, shown = pipeline.artifacts, [column for column in COLUMNS if column != "seconds"]
         artifacts.recipe = replace(recipe, eval=replace(recipe.eval, **counted))
-        every = [artifacts.spec.scales(given) for given in args.scales]  # a mistake is told before the work
+        every = [artifacts.spec.scales(given) for given in args.scales]  # a mistake is reported before the work
         scoring = Scoring(artifacts, args.run / "scored" / f"{args.condition_seed}-{args.conditions}")
         for given in every:
             found = scoring(artifacts, args.stage, given)

@@ -151,7 +151,7 @@ def make_plan(job: Job) -> Plan:
         updates=tuple(update for stage in names for update in _updates(job, stage)),
         context={stage: context_bytes(job, stage) for stage in on_policy},
         trajectories=trajectory_bytes(spec, solver.num_pairs) if solver else 0,
-        trajectory_forwards=solver.num_steps * job.solving.passes if solver else 0,
+        trajectory_forwards=solver.num_steps * job.trajectory_guidance.passes if solver else 0,
         costs={stage: step_costs(job, stage) for stage in job.stages},
         together=job.together,
         stream=stream_costs(job),

@@ -53,7 +53,7 @@ class Job:
     decode_bytes: float = 0.0
 
     @property
-    def solving(self) -> AnyGuidance:
+    def trajectory_guidance(self) -> AnyGuidance:
         """The guidance under which trajectories are solved: that of the recipe, or of a student's drawn scales."""
         assert self.trajectories is not None
         scales, own = self.spec.guidance, self.trajectories.guidance

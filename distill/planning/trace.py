@@ -175,7 +175,7 @@ def _generate(job: Job, role: str, stage: str, num_steps: int) -> tuple[int, int
     live.weigh(net)
     batch, n = batch_on(job, stage), job.spec.chunk_frames
     assert batch.x0 is not None
-    chunk, guidance = batch.x0[:, :, :n], job.trajectories.guidance if stage == "clips" else job.solving
+    chunk, guidance = batch.x0[:, :, :n], job.trajectories.guidance if stage == "clips" else job.trajectory_guidance
     with OnMeta(), torch.no_grad(), live:
         if role == "student":
             rollout(net, batch.conditions, lambda *_: chunk)
@@ -268,7 +268,7 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
                 assert batch.x0 is not None
                 net = nets[role]  # a bidirectional teacher, or an autoregressive one under the data's clean chunks
                 solver = net if isinstance(net, AvatarTeacher) else Forced(net, batch.x0)
-                generate.solve_states(solver, batch.conditions, batch.x0, (1.0, 0.5), (0, 1), job.solving)
+                generate.solve_states(solver, batch.conditions, batch.x0, (1.0, 0.5), (0, 1), job.trajectory_guidance)
             else:
                 value = made.loss(role, batch, rng, shared).value
                 live.begin_phase()

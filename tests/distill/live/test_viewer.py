@@ -272,6 +272,7 @@ def test_other_guidance_keeps_the_speech_and_is_felt_at_once():
         stage.viewer.guide({"audio": 9.0}, stage.now)
     assert stage.epoch == epoch
     stage.viewer.guide({"audio": 2.0}, stage.now)
+    assert stage.epoch > epoch, "what was drawn ahead under the old scales is taken back"
     assert {"type": "guidance", "scales": {"audio": 2.0}} in stage.messages
     session = stage.viewer.session
     assert session.spec.pixel_frames(session.events[-1].at)[0] <= asked + 0.05 * FPS + SOON + 4

@@ -129,7 +129,7 @@ def film(session):
 
 def test_scales_change_while_it_talks(bundle):
     """From the chunk that is named on: frames before are those without the change, the chunk itself sees the new scales alone."""
-    plain, told = a_session(bundle), recorded(bundle.student.net, "read_time")
+    plain, calls = a_session(bundle), recorded(bundle.student.net, "read_time")
     changed = a_session(bundle)
     changed.guide({"audio": 3.0}, at=2)
     changed.guide({"text": 4.0}, at=2)
@@ -138,7 +138,7 @@ def test_scales_change_while_it_talks(bundle):
     start = bundle.spec.pixel_frames(2)[0]
     assert torch.equal(with_it[:start], without[:start])
     assert not torch.equal(with_it[start:], without[start:])
-    seen = [tuple(args[1][0].tolist()) for args in told]
+    seen = [tuple(args[1][0].tolist()) for args in calls]
     assert list(dict.fromkeys(seen)) == [(2.0, 1.5), (4.0, 3.0), (4.0, 1.0)]
     assert changed.guidance == {"text": 4.0, "audio": 1.0}
     assert plain.guidance == {"text": 2.0, "audio": 1.5}
@@ -164,7 +164,7 @@ def test_an_interrupt_takes_scales_back(bundle):
 
 
 def test_the_last_word_holds_after_a_stream_was_taken_back(bundle):
-    """What was meant for a next chunk that was then taken back is not heard again; what was put at a chunk is."""
+    """What was meant for a next chunk that was then taken back does not return; what was put at a chunk is."""
     session = a_session(bundle, chunks=8, lead=8)
     for _ in range(4):
         session.step()
@@ -175,10 +175,10 @@ def test_the_last_word_holds_after_a_stream_was_taken_back(bundle):
     session.interrupt(session.points[2].frame, keep_input=True)
     session.set("a person smiles")
     session.guide({"text": 4.0})
-    told = []
+    found = []
     while isinstance(session.step(), Chunk):
-        told.append((session.point.text, tuple(session.guidance.values())))
-    assert told == [("a person smiles", (4.0, 3.0))] * 4 + [("a person nods", (4.0, 3.0))] * 2
+        found.append((session.point.text, tuple(session.guidance.values())))
+    assert found == [("a person smiles", (4.0, 3.0))] * 4 + [("a person nods", (4.0, 3.0))] * 2
 
 
 def test_what_was_put_at_a_chunk_stays_there_beside_a_change_for_the_next(bundle):
@@ -189,10 +189,10 @@ def test_what_was_put_at_a_chunk_stays_there_beside_a_change_for_the_next(bundle
     session.guide({"text": 4.0})
     session.interrupt(session.points[1].frame, keep_input=True)
     session.guide({"text": 3.0})
-    told = []
+    found = []
     while isinstance(session.step(), Chunk):
-        told.append(tuple(session.guidance.values()))
-    assert told == [(3.0, 1.5)] * 2 + [(3.0, 3.0)] * 5
+        found.append(tuple(session.guidance.values()))
+    assert found == [(3.0, 1.5)] * 2 + [(3.0, 3.0)] * 5
 
 
 @pytest.mark.parametrize("how", ["exact", "light"])
@@ -208,11 +208,11 @@ def test_a_saved_session_keeps_its_scales_and_those_that_wait(bundle, tmp_path, 
     assert again.guidance == {"text": 3.0, "audio": 1.0}
     waiting = [(e.at, e.text, e.guidance) for e in again.events]
     assert waiting == [(3, "", {"audio": 2.0}), (3, "a person smiles", {}), (4, "a person nods", {})]
-    told = recorded(bundle.student.net, "read_time")
+    calls = recorded(bundle.student.net, "read_time")
     frames = film(again)
     if how == "exact":
         assert torch.equal(frames, film(session))
-    assert told[-1][1].tolist() == [[3.0, 2.0]]
+    assert calls[-1][1].tolist() == [[3.0, 2.0]]
 
 
 @pytest.mark.parametrize("how", ["exact", "light"])
