@@ -31,6 +31,7 @@ from distill.planning.trace import DEPTHS, clip_costs, step_costs
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.history import History
 from teachers.errors import UserError
+from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.distill.planning.test_estimate import a_job, a_plan
 from tests.support.tiny import make_spec
 
@@ -269,6 +270,22 @@ def test_shipped_trajectories_are_solved_in_bf16(name):
     base = load_recipe(RECIPES / f"{name}.yaml", ["teacher.path=anywhere"]).base
     assert base is not None
     assert base.precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("scales", "passes"),
+    [
+        (EmbeddedScales(both=GuidanceRange()), 2),
+        (EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange()), 3),
+    ],
+    ids=["one scale", "two scales"],
+)
+def test_trajectories_under_drawn_scales_take_the_flops_of_their_passes(scales, passes):
+    """Whatever the recipe's own guidance, which the teacher's clips of the report take."""
+    job = job_of(load_recipe(RECIPES / "guided_avatar.yaml", ["trajectories.guidance={text: 2.0, audio: 2.0}"]))
+    own = clip_costs(job, "teacher", 1, "clips")[0] / 2
+    job = replace(job, spec=replace(job.spec, guidance=scales))
+    assert clip_costs(job, "teacher", 1, "trajectories")[0] == passes * own
 
 
 # The command ----------------------------------------------------------------------------------------------------------
