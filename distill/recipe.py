@@ -51,6 +51,7 @@ DATA = Registry(
         "avatars": "distill.data.procedural.source:DataConfig",
         "maze": "distill.data.procedural.maze:MazeConfig",
         "folder": "distill.data.recorded:FolderConfig",
+        "conditions": "distill.data.conditions:ConditionsConfig",
     },
     base="distill.data.config:ClipsConfig",
     methods={"open": "def open(self) -> ClipSource"},

@@ -110,13 +110,15 @@ class ConditionEncoders:
         """Features [N, L, D] of the negative prompt, None without one."""
         return None if self.negative is None else self.read([self.negative]).expand(count, -1, -1)
 
-    def of_clips(self, clips: Clips, with_text: bool = True) -> tuple[Tensor, Conditions]:
-        """Latents [N, C, F, h, w] and conditions of whole clips, those of the text only `with_text`. UserError for features that
-        are not declared, or not of as many rows or latent frames as the clips."""
+    def of_clips(self, clips: Clips, with_text: bool = True, frames: int | None = None) -> tuple[Tensor, Conditions]:
+        """Latents [N, C, F, h, w] and conditions of whole clips, those of the text only `with_text`; `frames` pixel frames long
+        where the video is the portrait alone, whose latents are then those of it. UserError for features that are not declared, or
+        not of as many rows or latent frames as the clips."""
         latents = self.encode(clips.video)
         x0 = latents[:, :, self.lead :]
-        _check_features(clips.features, Conditions(clips.features), len(x0), x0.shape[2])
-        frames, text = clips.video.shape[2], clips.text if with_text else None
+        frames, text = frames or clips.video.shape[2], clips.text if with_text else None
+        latent_frames = 1 + (frames - 1) // self.codec.config.stride - self.lead
+        _check_features(clips.features, Conditions(clips.features), len(x0), latent_frames)
         image = to_float(clips.video[:, :, 0])
         return x0, self.conditions(clips.audio, text, latents[:, :, :1], frames, clips.pose, clips.features, image)
 

@@ -40,13 +40,20 @@ COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the t
 class TrainSet:
     """The training set: x0 fp16 [N, C, F, h, w]; `features`, the stored conditions by name, a row a clip; `shared`, those that are
     one for all clips, [1, ..] (the negative prompt). `reference`: the first latent of a clip is given to the network. `sound` int16
-    [N, S], where it is kept (`data.keep_sound`). Batches are fp32."""
+    [N, S], where it is kept (`data.keep_sound`). Of the rows the first `films` are clips, the others portraits alone (None: all
+    are clips). Batches are fp32."""
 
     x0: Tensor | Stored
     features: Mapping[str, Tensor | Stored | Texts]
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     reference: bool = True
     sound: Stored | None = None
+    films: int | None = None
+
+    @property
+    def num_films(self) -> int:
+        """Rows whose x0 is a clip; they come first."""
+        return len(self) if self.films is None else self.films
 
     def __len__(self) -> int:
         return self.x0.shape[0]
@@ -58,7 +65,8 @@ class TrainSet:
         shared = {name: value.expand(len(rows), *value.shape[1:]) for name, value in self.shared.items()}
         conditions = Conditions(features | shared, reference=x0[:, :, :1] if self.reference else None)
         sound = None if self.sound is None else from_int16(self.sound[rows]).to(device)
-        return Batch(conditions=conditions.to(device), x0=x0.to(device), sound=sound)
+        filmed = None if self.films is None else (rows < self.films).to(device)
+        return Batch(conditions=conditions.to(device), x0=x0.to(device), sound=sound, filmed=filmed)
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -89,7 +97,7 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
             save_tensors(codec_file, codec.state_dict())
         _take_over(config, folder)
         if isinstance(config.codec, TrainableConfig) and config.codec.fitted and not codec_file.is_file():
-            learned = range(1, min(shards_for(config.codec), source.num_shards))
+            learned = range(1, min(shards_for(config.codec), source.num_film_shards))
             videos = (clips.video for part in ((first,), source.train(seed, learned)) for clips in part)
             fit_codec(config.codec, videos, source.draw(seed, "admit", 64).video, seed, folder, engine.device)
         if isinstance(config.text, TextConfig) and not (folder / "text" / "config.json").is_file():
@@ -157,11 +165,11 @@ def write_shards(
     missing = [i for i in mine if not files[i].is_file()]
     bar = tqdm(missing, folder.name, len(mine), initial=len(mine) - len(missing), disable=not engine.is_main)
     for i, clips in zip(bar, clips_of(missing), strict=True):
-        x0, conditions = encoders.of_clips(clips, with_text=False)
+        x0, conditions = encoders.of_clips(clips, with_text=False, frames=source.config.world.num_frames)
         rows = conditions.stored
         if source.config.mirror:
             x0 = torch.cat([x0, encoders.encode(clips.video.flip(-1))[:, :, encoders.lead :]])
-            again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), x0.shape[2])
+            again = encoders.of_image(to_float(clips.video[:, :, 0].flip(-1)), source.config.latent_frames)
             again.pop("regions", None)  # who is where is not to be seen in the image: it is flipped
             rows = {name: _with_mirrored(name, value, again.get(name)) for name, value in rows.items()}
         rows = {name: value.to(stored_type(name, precision, value)) for name, value in rows.items()}
@@ -183,6 +191,8 @@ def write_shards(
             save_tensors(folder / "negative.safetensors", {"text": negative})
         number = {text: k for k, text in enumerate(texts)}
         facts = {"encoders": mark, "copies": 1 + source.config.mirror, "texts": len(texts)}
+        if source.num_films < source.num_train:
+            facts |= {"films": facts["copies"] * source.num_films, "frames": source.config.latent_frames}
         facts |= {"tokens": encoders.read(texts[:1]).shape[1], "text": [[number[one] for one in own] for own in said]}
         atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
     engine.barrier()
@@ -244,14 +254,16 @@ def load_train_set(folder: Path, mark: str, reference: bool = True) -> TrainSet:
     files, opened = files_of(folder, "shard", len(said)), opener(folder)
     text_files = files_of(folder, "text", -(-facts["texts"] // TEXTS_A_FILE))
     rows = [copies * len(own) for own in said]
-    whole = {name: Stored(files, rows, name, opened) for name in opened(files[0])}
-    x0, sound = whole.pop("x0"), whole.pop("sound", None)
+    films, frames = facts.get("films"), facts.get("frames")
+    names = [name for name in opened(files[0]) if name != "x0"]
+    whole, x0 = {name: Stored(files, rows, name, opened) for name in names}, Stored(files, rows, "x0", opened, frames)
+    sound = whole.pop("sound", None)
     for name in whole:
         known(name)
     texts = Texts(text_files, torch.tensor([k for own in said for k in copies * own]), facts["tokens"], opened)
     file = folder / "negative.safetensors"
     shared = {"negative": load_tensors(file)["text"]} if file.is_file() else {}
-    return TrainSet(x0, {**whole, "text": texts}, shared, reference, sound)
+    return TrainSet(x0, {**whole, "text": texts}, shared, reference, sound, films)
 
 
 def fit_text(

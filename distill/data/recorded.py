@@ -151,7 +151,7 @@ class Folder(ClipSource):
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
         """The clips of these training shards, in the shuffled order of the first epoch, decoded by `workers` threads."""
         size, num = self.config.world.shard_clips, len(self.training)
-        rows = (batch_rows(num, size, number, seed)[: self.num_train - number * size].tolist() for number in numbers)
+        rows = (batch_rows(num, size, number, seed)[: self.num_films - number * size].tolist() for number in numbers)
         for samples in self.training.batches(rows, workers):
             yield self._clips(samples, {})
 

@@ -31,6 +31,8 @@ class Clips:
     """video uint8 [N, 3, T, H, W]; audio [N, S], of two speakers [N, 2, S], own voice first; text; labels per frame [N, T] and per
     clip [N], those that are known; pose rows [N, T, P]; what is known besides of a conversation, [N, T]: `turn`, `other_open`.
 
+    A `video` of one frame is a portrait alone, of a condition that no film belongs to (`distill.data.conditions`).
+
     `features`: conditions that no encoder makes, by the name that they are declared under, as a network takes them: [N, ..], on the
     latent clock [N, F, ..] (`teachers.conditions.pack_rows` makes latent frames of pixel frames). They are trained on and sampled
     with as they are.
@@ -104,9 +106,19 @@ class ClipSource:
         return f"{self.num_train:,} of {self.num_clips:,} clips{more}"
 
     @property
+    def num_films(self) -> int:
+        """Those of the training clips that are films; they come first, the others are portraits with sound and text."""
+        return self.num_train
+
+    @property
+    def num_film_shards(self) -> int:
+        """Training shards of films, `world.shard_clips` each, the last one shorter."""
+        return -(-self.num_films // self.config.world.shard_clips)
+
+    @property
     def num_shards(self) -> int:
-        """Training shards, `world.shard_clips` each, the last one shorter."""
-        return -(-self.num_train // self.config.world.shard_clips)
+        """Training shards, those of films first; no shard has both."""
+        return self.num_film_shards - (self.num_films - self.num_train) // self.config.world.shard_clips
 
     @missing
     def clips(self, seed: int, name: str, num: int) -> Clips:

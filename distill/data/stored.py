@@ -53,19 +53,26 @@ def files_of(folder: Path, what: str, num: int) -> list[Path]:
 
 class Stored:
     """Rows [N, ..] of the tensor `name` of files with `lengths` rows each; indexed by rows [B] as one tensor is. Where a file's
-    tensor has fewer rows, it goes round: a clip and its mirror image share what is equal."""
+    tensor has fewer rows, it goes round: a clip and its mirror image share what is equal. `frames`: rows are latents
+    [C, frames, h, w], and those of a portrait alone are followed by zeros."""
 
-    def __init__(self, files: Sequence[Path], lengths: Sequence[int], name: str, opened: Opened):
-        self.files, self.name, self.opened = files, name, opened
+    def __init__(
+        self, files: Sequence[Path], lengths: Sequence[int], name: str, opened: Opened, frames: int | None = None
+    ):
+        self.files, self.name, self.opened, self.frames = files, name, opened, frames
         self.ends = torch.tensor(lengths).cumsum(0)
         self.starts = self.ends - torch.tensor(lengths)
-        self.shape = torch.Size((int(self.ends[-1]), *opened(files[0])[name].shape[1:]))
+        row = opened(files[0])[name].shape[1:]
+        self.shape = torch.Size((int(self.ends[-1]), *(row if frames is None else (row[0], frames, *row[2:]))))
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         at = torch.bucketize(rows, self.ends, right=True)
         parts = [self.opened(self.files[i])[self.name] for i in at.tolist()]
         places = (rows - self.starts[at]).tolist()
-        return torch.stack([part[place % len(part)] for part, place in zip(parts, places, strict=True)])
+        found = [part[place % len(part)] for part, place in zip(parts, places, strict=True)]
+        if self.frames is not None:
+            found = [F.pad(row, (0, 0, 0, 0, 0, self.frames - row.shape[1])) for row in found]
+        return torch.stack(found)
 
 
 def packed_texts(features: Sequence[Tensor], precision: torch.dtype) -> dict[str, Tensor]:

@@ -29,18 +29,20 @@ class Loss:
 @dataclass(frozen=True)
 class Batch:
     """conditions; x0 [B, C, F, H, W] of data where a method needs data; states [B, K+1, C, F, H, W] of trajectories, x0 last; sound
-    [B, S] of the data at 16 kHz in [-1, 1], where the training set keeps it."""
+    [B, S] of the data at 16 kHz in [-1, 1], where the training set keeps it; filmed [B], bool: whether x0 is a clip, or the
+    portrait of a condition without a film and zeros behind it (None: all are clips)."""
 
     conditions: Conditions
     x0: Tensor | None = None
     states: Tensor | None = None
     sound: Tensor | None = None
+    filmed: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Every tensor changed alike."""
-        given = (self.x0, self.states, self.sound)
-        x0, states, sound = (None if value is None else change(value) for value in given)
-        return Batch(self.conditions.map(change), x0, states, sound)
+        given = (self.x0, self.states, self.sound, self.filmed)
+        x0, states, sound, filmed = (None if value is None else change(value) for value in given)
+        return Batch(self.conditions.map(change), x0, states, sound, filmed)
 
     def not_finite(self) -> list[str]:
         """The parts that hold a number that is not finite."""
@@ -55,12 +57,14 @@ class Needs:
     Roles: student, teacher (bidirectional), ar_teacher (a causal network trained by `forcing`), fake_score, discriminator.
     forced: trajectories are solved by the ar_teacher under the data's clean chunks, and come with that data as x0.
     decodes: it looks at frames of rollouts: the roles hold a `clip_reader` too (`distill.methods.rewards.ClipReader`).
+    films: whether x0 of all rows has to be a clip (such rows alone are given), of some (`Batch.filmed` says which), or of none.
     """
 
     trained: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     batch: Literal["x0", "trajectories", "forced"] = "x0"
     decodes: bool = False
+    films: Literal["all", "some", "none"] = "all"
 
 
 def check_drop(key: str, drop: Mapping[str, float]) -> None:

@@ -164,8 +164,9 @@ class DMD:
         if role == "fake_score":
             return self._fake_score(drawn)
         real, fake = self._logits(drawn)
-        value = losses.discriminator_loss(real, fake)
-        return Loss(value, {"loss": value.detach(), "gap": (real.mean() - fake.mean()).detach()})
+        value = losses.discriminator_loss(real, fake, drawn.batch.filmed)
+        gap = losses.rows_mean(real, drawn.batch.filmed) - fake.mean()
+        return Loss(value, {"loss": value.detach(), "gap": gap.detach()})
 
     def _sigma(self, raw: Tensor, shift: float) -> Tensor:
         return flow.shift_sigma(raw, shift).clamp(self.config.sigma_min, self.config.sigma_max)
@@ -213,7 +214,7 @@ class DMD:
         value = losses.denoising(x0_hat, x0, sigma, config.loss_power, config.loss_floor, drawn.start, weights)
         metrics = {"loss": value.detach()}
         if config.gan_critic:
-            critic = losses.discriminator_loss(*self._logits(drawn, train=True))
+            critic = losses.discriminator_loss(*self._logits(drawn, train=True), drawn.batch.filmed)
             value, metrics["critic"] = value + config.gan_critic * critic, critic.detach()
         return Loss(value, metrics)
 
@@ -260,7 +261,7 @@ class DMD:
 
 def needs(config: Config) -> Needs:
     extra = ("discriminator",) if config.gan else ()
-    return Needs(trained=("student", "fake_score", *extra), frozen=("teacher",))
+    return Needs(trained=("student", "fake_score", *extra), frozen=("teacher",), films="some" if config.gan else "none")
 
 
 def build(config: Config, roles: dict, grid=None) -> DMD:

@@ -73,7 +73,9 @@ def weighted(x0: Tensor, weights: Tensor) -> Tensor:
 
 
 def needs(config: Config) -> Needs:
-    return replace(dmd.needs(config), decodes=True)
+    plain = dmd.needs(config)
+    compares = any(reward.compares for reward in config.rewards.values())
+    return replace(plain, decodes=True, films="all" if compares else plain.films)
 
 
 def build(config: Config, roles: dict, grid=None) -> RewardDMD:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -68,9 +68,18 @@ def surrogate(x0: Latents, gradient: Latents) -> Scalar:
     return 0.5 * torch.nn.functional.mse_loss(x0.float(), target)
 
 
-def discriminator_loss(real: Float[Tensor, "..."], fake: Float[Tensor, "..."]) -> Scalar:
-    """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3)."""
-    return softplus(-real.float()).mean() + softplus(fake.float()).mean()
+def rows_mean(values: Float[Tensor, "batch *any"], rows: Bool[Tensor, " batch"] | None) -> Scalar:
+    """The mean over these rows (None: all), 0 where there are none."""
+    each = values.flatten(1).mean(dim=1)
+    return each.mean() if rows is None else torch.where(rows, each, 0.0).sum() / rows.sum().clamp(min=1)
+
+
+def discriminator_loss(
+    real: Float[Tensor, "batch *any"], fake: Float[Tensor, "batch *any"], filmed: Bool[Tensor, " batch"] | None = None
+) -> Scalar:
+    """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3), the
+    real ones of rows that are `filmed`."""
+    return rows_mean(softplus(-real.float()), filmed) + softplus(fake.float()).mean()
 
 
 def generator_loss(fake: Float[Tensor, "..."]) -> Scalar:

@@ -83,7 +83,8 @@ class ODEInit:
 
 
 def needs(config: Config) -> Needs:
-    return Needs(trained=("student",), batch="forced" if config.context == "data" else "trajectories")
+    forced = config.context == "data"
+    return Needs(trained=("student",), batch="forced" if forced else "trajectories", films="all" if forced else "none")
 
 
 def build(config: Config, roles: dict, grid: tuple[float, ...]) -> ODEInit:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from distill.data import latents
 from distill.data.procedural.corruption import corrupt_clips
-from distill.data.source import Clips
+from distill.data.source import Clips, ClipSource
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation.clip_sets import reserve
@@ -196,6 +196,7 @@ class Pipeline:
         self.stages = {stage.name: stage for stage in stages(recipe)}
         check(recipe, spec, engine)
         reserve(recipe, source)
+        check_films(recipe, source)
         folder = RunFolder.open(recipe, engine)
         try:
             if recipe.tiny and engine.is_main:
@@ -265,6 +266,21 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
         raise UserError(f"trajectories.role: got {role}; {slot}.method.context: data needs role: ar_teacher")
     if needs.batch == "trajectories" and role == "ar_teacher":
         raise UserError(f"trajectories.role: ar_teacher is for {slot}.method.context: data; use teacher")
+
+
+def check_films(recipe: Recipe, source: ClipSource) -> None:
+    """UserError where a stage is trained on films, and there are none; or where conditions without films would be corrupted."""
+    if recipe.corruption is not None and source.num_films < source.num_train:
+        raise UserError("corruption: of films alone; remove it, or use data.name=folder")
+    if source.num_films:
+        return
+    given = {"teacher": recipe.teacher, "base": recipe.base}
+    trains = [name for name, part in given.items() if part is not None and part.is_trained]
+    if learns := trains + [slot for slot in recipe.slots if recipe.needs(slot).films != "none"]:
+        raise UserError(
+            f"{learns[0]} is trained on films, of which these data train on none; give some (data.train_on_films=true), or a "
+            "teacher, method@init=ode_init and method@distill=dmd, which need none"
+        )
 
 
 def check(recipe: Recipe, spec: Spec, engine: Engine) -> None:

@@ -48,7 +48,7 @@ def train_teacher(artifacts: Artifacts, folder: Path, stage: str = "teacher") ->
     device = artifacts.engine.device
     net = load_given(config, artifacts.spec, device, frozen=False) if config.path else artifacts.new_network(stage)
     roles = {"teacher": AvatarTeacher(artifacts.engine.split(net)).to(device)}
-    return run_training(artifacts, stage, config, folder, roles, (), data.batch, len(data))
+    return run_training(artifacts, stage, config, folder, roles, (), data.batch, data.num_films)
 
 
 def train_base(artifacts: Artifacts, folder: Path) -> dict:
@@ -65,7 +65,8 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     if slot == "init" and spec.guidance is not None:
         roles["student"].net.add_guidance(len(spec.guidance.names))
     data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
-    batch_of, size, grid = data.batch, len(data), (*spec.sigmas, 0.0)
+    batch_of, grid = data.batch, (*spec.sigmas, 0.0)
+    size = data.num_films if needs.films == "all" else len(data)
     if needs.batch != "x0":
         pairs = trajectories.load(
             artifacts.folder.stage_dir("trajectories"), spec.sigmas, trajectories.made_by(artifacts)

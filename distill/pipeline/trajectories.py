@@ -41,7 +41,7 @@ class Trajectories:
         if self.guidance is not None:
             conditions = replace(conditions, guidance=self.guidance[rows].to(device))
         states = self.states[rows].float().to(device)
-        return Batch(conditions=conditions, x0=batch.x0, states=states, sound=batch.sound)
+        return replace(batch, conditions=conditions, states=states)
 
 
 def make(
@@ -55,12 +55,14 @@ def make(
     folder: Path,
     engine: Engine,
     scales: EmbeddedScales | None = None,
+    size: int | None = None,
 ) -> dict:
     """Write shards of `batch_size` trajectories; a shard that is there is not solved again. Processes share the shards.
 
-    `teacher_of` a batch of the training set is what denoises it. With `scales` each pair has guidance scales of its own, drawn
-    after its noise and kept with it: the student, conditioned on them, regresses the guided solution. Meng et al. 2210.03142
-    first match the guided prediction at every sigma, then its steps; here both are one stage. Returns metadata of the stage.
+    `teacher_of` a batch of the training set is what denoises it; its first `size` rows are drawn from (None: all). With `scales`
+    each pair has guidance scales of its own, drawn after its noise and kept with it: the student, conditioned on them, regresses
+    the guided solution. Meng et al. 2210.03142 first match the guided prediction at every sigma, then its steps; here both are
+    one stage. Returns metadata of the stage.
     """
     grid = flow.sigma_grid(config.num_steps, config.shift)
     keep = (*flow.on_grid(sigmas, grid), config.num_steps)
@@ -75,7 +77,7 @@ def make(
     for i in tqdm(engine.missing(files), desc="trajectories", disable=not engine.is_main):
         rng = keyed_generator(seed, "trajectories", i)
         num = min(config.batch_size, config.num_pairs - i * config.batch_size)
-        rows = torch.randint(0, len(pool), (num,), generator=rng)
+        rows = torch.randint(0, len(pool) if size is None else size, (num,), generator=rng)
         batch = pool.batch(rows, engine.device)
         noise = torch.randn((num, *pool.x0.shape[1:]), generator=rng).to(engine.device)
         guidance: AnyGuidance = config.guidance
@@ -138,6 +140,7 @@ def solve(artifacts: Artifacts, folder: Path) -> dict:
 
 def _make(artifacts: Artifacts, solver: Callable[[Batch], Any], pool: TrainSet, folder: Path) -> dict:
     recipe = artifacts.recipe
+    asks = [needs for needs in map(recipe.needs, recipe.slots) if needs.batch != "x0"]
     return make(
         solver,
         made_by(artifacts),
@@ -148,6 +151,7 @@ def _make(artifacts: Artifacts, solver: Callable[[Batch], Any], pool: TrainSet, 
         folder=folder,
         engine=artifacts.engine,
         scales=artifacts.spec.guidance,
+        size=pool.num_films if any(needs.films == "all" for needs in asks) else None,
     )
 
 

@@ -181,7 +181,13 @@ class Probes:
         return mouth.float().cpu()
 
     def check(self, video: Tensor, labels: Mapping[str, Tensor], audio_features: Tensor) -> dict[str, float]:
-        """Agreement with known labels over frames 1..: correlations, and accuracy of expression and gesture."""
+        """Agreement with known labels over frames 1..: correlations, and accuracy of expression and gesture. UserError where the
+        clips lack a label that these extractors were trained on."""
+        if lacking := [name for name in self.names if name not in labels]:
+            raise UserError(
+                f"eval.probes: trained on labels that these clips have not ({lacking[0]}); set eval.probes=null, which trains "
+                "extractors on the clips"
+            )
         reading = self.read(video)
         scores = {name: correlation(reading.labels[name][:, 1:], labels[name][:, 1:]) for name in self.names}
         if "expression" not in labels:

@@ -90,6 +90,22 @@ def test_the_gan_losses_are_logarithms():
     assert torch.allclose(losses.generator_loss(fake), -fake.sigmoid().log().mean())
 
 
+def test_the_discriminator_takes_real_logits_of_films_alone():
+    real, fake = some_latents(3, 2, seed=1), some_latents(3, 2, seed=2)
+    filmed = torch.tensor([True, False, True])
+    expected = losses.discriminator_loss(real[filmed], fake[filmed]) - losses.generator_loss(-fake[filmed])
+    expected = expected + losses.generator_loss(-fake)
+    assert torch.allclose(losses.discriminator_loss(real, fake, filmed), expected)
+    real[1] = torch.nan  # whatever stands where there is no film, in the gradient too
+    real.requires_grad_()
+    value = losses.discriminator_loss(real, fake, filmed)
+    value.backward()
+    assert torch.allclose(value, expected)
+    assert bool(real.grad[filmed].all())
+    none = torch.zeros(3, dtype=torch.bool)
+    assert torch.allclose(losses.discriminator_loss(real, fake, none), losses.generator_loss(-fake))
+
+
 def test_a_unit_tangent_has_length_one_without_softening():
     tangent = some_latents(2, 4) * torch.tensor([1.0, 50.0]).view(-1, 1, 1, 1, 1)
     tangent[:, :, 0] = 1e4

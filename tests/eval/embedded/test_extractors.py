@@ -118,6 +118,12 @@ def probes(train: Blobs) -> Probes:
 
 
 @pytest.mark.slow
+def test_clips_without_their_labels_are_refused(probes: Probes, held_out: Blobs):
+    with pytest.raises(UserError, match=r"trained on labels that these clips have not .*set eval.probes=null"):
+        probes.check(held_out.video, {"brightness_0": held_out.audio[:, :, 0]}, held_out.audio)
+
+
+@pytest.mark.slow
 def test_probes_read_held_out_clips(probes: Probes, held_out: Blobs):
     for video in (held_out.video, held_out.decoded):
         scores = probes.check(video, held_out.labels, held_out.audio)

@@ -1,0 +1,205 @@
+"""Conditions without films: portraits, speech and prompts of one's own, combined at random, beside films or in their place.
+
+ODE initialisation and DMD train on what the teacher and the student generate, so the data give them conditions alone: Self Forcing
+(2506.08009, sec. 4) trains on prompts, DMD2 (2405.14867, sec. 4.3) adds a GAN term on real data. Here the films of `data.path` are
+what students are validated and scored on and, where they are trained on too, what such a term compares with.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.data.codec_training import TrainableConfig
+from distill.data.order import AHEAD, made_ahead
+from distill.data.procedural.render import samples_per_frame
+from distill.data.recorded import DIGEST_BY_SOURCE, Folder, FolderConfig
+from distill.data.source import Clips
+from teachers.codecs.convolutional import ConvCodecConfig
+from teachers.codecs.linear import CodecConfig, to_uint8
+from teachers.errors import UserError
+from teachers.files import canonical_json
+from teachers.flow import keyed_generator
+from teachers.media.face import fit_portrait
+from teachers.media.picture import SUFFIXES, decode_image
+from teachers.media.sound import AudioReader, read_sound
+
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".mp4", ".mov", ".mkv", ".webm")
+TRIES = 20
+"""Recordings that are drawn for a condition before the folder is refused: those that are too short or silent are passed over."""
+RATE = 16_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionsConfig(FolderConfig):
+    """Prepared films in `path`, and what `num_drawn` conditions are drawn from: pictures in `portraits`, recordings in `speech`
+    (both with their subfolders), the lines of `prompts` (null: no text). `crop`: how a picture is fitted (docs/data.md, crops).
+    `train_on_films`: false trains on drawn conditions alone; then no stage may need films."""
+
+    portraits: Path = field(metadata=DIGEST_BY_SOURCE)
+    speech: Path = field(metadata=DIGEST_BY_SOURCE)
+    prompts: Path | None = field(default=None, metadata=DIGEST_BY_SOURCE)
+    num_drawn: int = 1000
+    train_on_films: bool = True
+    crop: Literal["face", "top", "center"] = "face"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_drawn < 1:
+            raise UserError(f"data.num_drawn: got {self.num_drawn}; draw at least one, or use data.name=folder")
+        codec, learned = self.codec, isinstance(self.codec, CodecConfig)
+        if isinstance(codec, TrainableConfig):
+            taken = isinstance(codec, ConvCodecConfig) and codec.path is not None and codec.train is None
+            learned = codec.fitted and not taken
+        if learned and not self.train_on_films:
+            raise UserError("data.codec is fitted to films: give a trained one, or data.train_on_films=true")
+
+    def open(self) -> "DrawnConditions":
+        """The films, indexed, and the lists of files; UserError where one is missing or empty."""
+        return DrawnConditions(self)
+
+
+class DrawnConditions(Folder):
+    """Films, then drawn conditions: the clips of a film shard have all frames, those of the others the portrait alone. Condition
+    number i is a function of the seed, i and the lists of files; sets that students are scored on are films."""
+
+    config: ConditionsConfig
+
+    def __init__(self, config: ConditionsConfig):
+        self.portraits = _files(config.portraits, "data.portraits", SUFFIXES)
+        self.speech = _files(config.speech, "data.speech", SOUNDS)
+        self.prompts = [""] if config.prompts is None else _lines(config.prompts)
+        super().__init__(config)
+
+    def reserve(self, least: int, why: str) -> None:
+        """As of a folder; the drawn conditions come on top."""
+        super().reserve(least, why)
+        self._films = self.num_train if self.config.train_on_films else 0
+        self.num_train = self._films + self.config.num_drawn
+
+    @property
+    def num_films(self) -> int:
+        return self._films
+
+    def how_many(self) -> str:
+        """ "192 of 200 films and 1,000 drawn conditions"."""
+        return f"{self._films:,} of {self.num_clips:,} films and {self.config.num_drawn:,} drawn conditions"
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The films, and the names and sizes of the files that conditions are drawn from."""
+        listed = {"portraits": self.portraits, "speech": self.speech}
+        return super().digests | {
+            "prompts": _digest(self.prompts),
+            **{name: _digest([(str(file), size) for file, size in files]) for name, files in listed.items()},
+        }
+
+    @property
+    def facts(self) -> dict:
+        """As of a folder, and the numbers of what is drawn from."""
+        own = {"portraits": len(self.portraits), "recordings": len(self.speech), "prompts": len(self.prompts)}
+        return super().facts | {"train_clips": self._films, "drawn_conditions": self.config.num_drawn, **own}
+
+    @property
+    def description(self) -> str:
+        """One line for the model card."""
+        films = f"{self._films:,} {super().description} and " if self._films else ""
+        text = "" if self.config.prompts is None else f" and {len(self.prompts):,} prompts"
+        sources = f"{len(self.portraits):,} portraits, {len(self.speech):,} recordings{text}"
+        return f"{films}{self.config.num_drawn:,} conditions drawn from {sources}"
+
+    def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:
+        """The clips of these training shards, films first."""
+        films = [number for number in numbers if number < self.num_film_shards]
+        yield from super().train(seed, films, workers)
+        drawn = [number for number in numbers if number >= self.num_film_shards]
+        yield from made_ahead(partial(self._shard, seed), drawn, max(1, workers), AHEAD if workers else 0)
+
+    def _shard(self, seed: int, number: int) -> Clips:
+        """The conditions of a drawn shard: video uint8 [N, 3, 1, H, W], audio [N, S] as long as a clip."""
+        size = self.config.world.shard_clips
+        first = (number - self.num_film_shards) * size
+        numbers = range(first, min(first + size, self.config.num_drawn))
+        rngs = [keyed_generator(seed, "drawn conditions", i) for i in numbers]
+        portraits = [self._portrait(rng) for rng in rngs]
+        sounds = [self._sound(rng) for rng in rngs]
+        text = [self.prompts[_pick(self.prompts, rng)] for rng in rngs]
+        return Clips(video=torch.stack(portraits)[:, :, None], audio=torch.stack(sounds), text=text, labels={})
+
+    def _portrait(self, rng: torch.Generator) -> Tensor:
+        """uint8 [3, H, W]."""
+        file, _ = self.portraits[_pick(self.portraits, rng)]
+        pixels, _ = fit_portrait(decode_image(self.config.portraits / file), self.config.world.size, self.config.crop)
+        return to_uint8(pixels)
+
+    def _sound(self, rng: torch.Generator) -> Tensor:
+        """A stretch of a recording [S] as long as a clip, anywhere in it and not silent."""
+        config = self.config
+        samples = config.world.num_frames * samples_per_frame(config.world)
+        for _ in range(TRIES):
+            file, _ = self.speech[_pick(self.speech, rng)]
+            found = _stretch(config.speech / file, samples, rng)
+            if found is not None:
+                return found
+        raise UserError(
+            f"data.speech: of {TRIES} recordings drawn from {config.speech} each is shorter than a clip, "
+            f"{samples / RATE:.1f} s, or silent there; give longer ones"
+        )
+
+
+def _stretch(path: Path, samples: int, rng: torch.Generator) -> Tensor | None:
+    """Samples [S] of a recording at 16 kHz from a random place on; None where it is too short or silent there."""
+    reader = AudioReader(path)
+    try:
+        seconds = reader.seconds or sum(map(len, reader)) / reader.rate
+    finally:
+        reader.close()
+    place, room = float(torch.rand((), generator=rng)), int(seconds * RATE) - samples
+    if room < 0:
+        return None
+    found = read_sound(path, int(place * (room + 1)), samples)
+    return None if found is None or found.silent or found.late or found.early else found.samples
+
+
+def _pick(items: Sequence, rng: torch.Generator) -> int:
+    return int(torch.randint(0, len(items), (), generator=rng))
+
+
+def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, int]]:
+    """(path below the folder, bytes) of its files of such names, sorted; one walk, no file is opened. UserError without one."""
+    if not folder.is_dir():
+        raise UserError(f"{key}: no such folder: {folder}; give one with {', '.join(suffixes)} files")
+    found: list[tuple[Path, int]] = []
+    unread: Callable[[OSError], None] = partial(_refuse, key)
+    for where, folders, names in os.walk(folder, onerror=unread):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files = (Path(where, name) for name in names if not name.startswith("."))
+        found += [(file.relative_to(folder), file.stat().st_size) for file in files if file.suffix.lower() in suffixes]
+    if not found:
+        raise UserError(f"{key}: no file is one of {', '.join(suffixes)}: {folder}; convert or add some")
+    return sorted(found)
+
+
+def _refuse(key: str, error: OSError) -> None:
+    raise UserError(f"{key}: {error}; make it readable or choose another folder") from error
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a text file, a line each; UserError where there is none."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompts: {path} cannot be read ({error}); give a UTF-8 text file") from error
+    if not any(lines):
+        raise UserError(f"data.prompts: {path} has no line; write one prompt a line, or data.prompts=null")
+    return [line for line in lines if line]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
