@@ -7,9 +7,9 @@ what students are validated and scored on and, where they are trained on too, wh
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,12 +28,11 @@ from teachers.files import canonical_json
 from teachers.flow import keyed_generator
 from teachers.media.face import fit_portrait
 from teachers.media.picture import SUFFIXES, decode_image
-from teachers.media.sound import AudioReader, read_sound
+from teachers.media.sound import SAMPLE_RATE, AudioReader, read_sound
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".mp4", ".mov", ".mkv", ".webm")
 TRIES = 20
 """Recordings that are drawn for a condition before the folder is refused: those that are too short or silent are passed over."""
-RATE = 16_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +93,13 @@ class DrawnConditions(Folder):
     @property
     def digests(self) -> dict[str, str]:
         """The films, and the names and sizes of the files that conditions are drawn from."""
+        return super().digests | self._drawn_from
+
+    @cached_property
+    def _drawn_from(self) -> dict[str, str]:
         listed = {"portraits": self.portraits, "speech": self.speech}
-        return super().digests | {
-            "prompts": _digest(self.prompts),
-            **{name: _digest([(str(file), size) for file, size in files]) for name, files in listed.items()},
-        }
+        digests = {name: _digest([(str(file), size) for file, size in files]) for name, files in listed.items()}
+        return {"prompts": _digest(self.prompts), **digests}
 
     @property
     def facts(self) -> dict:
@@ -149,7 +150,7 @@ class DrawnConditions(Folder):
                 return found
         raise UserError(
             f"data.speech: of {TRIES} recordings drawn from {config.speech} each is shorter than a clip, "
-            f"{samples / RATE:.1f} s, or silent there; give longer ones"
+            f"{samples / SAMPLE_RATE:.1f} s, or silent there; give longer ones"
         )
 
 
@@ -160,7 +161,7 @@ def _stretch(path: Path, samples: int, rng: torch.Generator) -> Tensor | None:
         seconds = reader.seconds or sum(map(len, reader)) / reader.rate
     finally:
         reader.close()
-    place, room = float(torch.rand((), generator=rng)), int(seconds * RATE) - samples
+    place, room = float(torch.rand((), generator=rng)), int(seconds * SAMPLE_RATE) - samples
     if room < 0:
         return None
     found = read_sound(path, int(place * (room + 1)), samples)
@@ -176,18 +177,17 @@ def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, 
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder: {folder}; give one with {', '.join(suffixes)} files")
     found: list[tuple[Path, int]] = []
-    unread: Callable[[OSError], None] = partial(_refuse, key)
-    for where, folders, names in os.walk(folder, onerror=unread):
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{key}: {error}; make it readable or choose another folder") from error
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(where, name) for name in names if not name.startswith("."))
         found += [(file.relative_to(folder), file.stat().st_size) for file in files if file.suffix.lower() in suffixes]
     if not found:
         raise UserError(f"{key}: no file is one of {', '.join(suffixes)}: {folder}; convert or add some")
     return sorted(found)
-
-
-def _refuse(key: str, error: OSError) -> None:
-    raise UserError(f"{key}: {error}; make it readable or choose another folder") from error
 
 
 def _lines(path: Path) -> list[str]:

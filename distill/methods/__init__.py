@@ -57,7 +57,8 @@ class Needs:
     Roles: student, teacher (bidirectional), ar_teacher (a causal network trained by `forcing`), fake_score, discriminator.
     forced: trajectories are solved by the ar_teacher under the data's clean chunks, and come with that data as x0.
     decodes: it looks at frames of rollouts: the roles hold a `clip_reader` too (`distill.methods.rewards.ClipReader`).
-    films: whether x0 of all rows has to be a clip (such rows alone are given), of some (`Batch.filmed` says which), or of none.
+    films: whether x0 of all rows has to be a clip (such rows alone are given), of some (`Batch.filmed` says which), or of none;
+    of trajectories x0 is not read, whatever it says.
     """
 
     trained: tuple[str, ...]
@@ -65,6 +66,11 @@ class Needs:
     batch: Literal["x0", "trajectories", "forced"] = "x0"
     decodes: bool = False
     films: Literal["all", "some", "none"] = "all"
+
+    @property
+    def takes_films_alone(self) -> bool:
+        """Whether rows without a film are kept from it."""
+        return self.films == "all" and self.batch != "trajectories"
 
 
 def check_drop(key: str, drop: Mapping[str, float]) -> None:

@@ -83,8 +83,7 @@ class ODEInit:
 
 
 def needs(config: Config) -> Needs:
-    forced = config.context == "data"
-    return Needs(trained=("student",), batch="forced" if forced else "trajectories", films="all" if forced else "none")
+    return Needs(trained=("student",), batch="forced" if config.context == "data" else "trajectories")
 
 
 def build(config: Config, roles: dict, grid: tuple[float, ...]) -> ODEInit:

@@ -276,7 +276,9 @@ def check_films(recipe: Recipe, source: ClipSource) -> None:
         return
     given = {"teacher": recipe.teacher, "base": recipe.base}
     trains = [name for name, part in given.items() if part is not None and part.is_trained]
-    if learns := trains + [slot for slot in recipe.slots if recipe.needs(slot).films != "none"]:
+    needs = {slot: recipe.needs(slot) for slot in recipe.slots}
+    learns = [slot for slot, need in needs.items() if need.takes_films_alone or need.films == "some"]
+    if learns := trains + learns:
         raise UserError(
             f"{learns[0]} is trained on films, of which these data train on none; give some (data.train_on_films=true), or a "
             "teacher, method@init=ode_init and method@distill=dmd, which need none"

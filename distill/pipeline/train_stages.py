@@ -66,7 +66,7 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
         roles["student"].net.add_guidance(len(spec.guidance.names))
     data = artifacts.train_set if slot == "ar_teacher" else artifacts.student_train_set
     batch_of, grid = data.batch, (*spec.sigmas, 0.0)
-    size = data.num_films if needs.films == "all" else len(data)
+    size = data.num_films if needs.takes_films_alone else len(data)
     if needs.batch != "x0":
         pairs = trajectories.load(
             artifacts.folder.stage_dir("trajectories"), spec.sigmas, trajectories.made_by(artifacts)

@@ -140,7 +140,6 @@ def solve(artifacts: Artifacts, folder: Path) -> dict:
 
 def _make(artifacts: Artifacts, solver: Callable[[Batch], Any], pool: TrainSet, folder: Path) -> dict:
     recipe = artifacts.recipe
-    asks = [needs for needs in map(recipe.needs, recipe.slots) if needs.batch != "x0"]
     return make(
         solver,
         made_by(artifacts),
@@ -151,7 +150,7 @@ def _make(artifacts: Artifacts, solver: Callable[[Batch], Any], pool: TrainSet, 
         folder=folder,
         engine=artifacts.engine,
         scales=artifacts.spec.guidance,
-        size=pool.num_films if any(needs.films == "all" for needs in asks) else None,
+        size=pool.num_films if recipe.solver_stage == "ar_teacher" else None,  # which is given the data's clean chunks
     )
 
 

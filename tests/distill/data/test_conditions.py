@@ -15,6 +15,7 @@ from distill.data.encoders import load_encoders
 from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.data.source import Clips
+from distill.pipeline import train_stages
 from distill.pipeline.stages import check_films, run
 from distill.recipe import load_recipe
 from teachers.errors import UserError
@@ -69,11 +70,20 @@ def opened(given: Path, *more: str):
 
 @pytest.fixture(scope="module")
 def finished(given, tmp_path_factory):
-    """scratch_avatar on films and drawn conditions, with a GAN term, whole."""
+    """scratch_avatar on films and drawn conditions, with a GAN term, whole; and the rows that its stages were trained on."""
     run_dir = tmp_path_factory.mktemp("run") / "mixed"
     more = ("method@distill=dmd_gan", "trajectories.num_pairs=24", f"run_dir={run_dir}")
     recipe = load_recipe(RECIPES / "scratch_avatar.yaml", settings(given, *more))
-    return recipe, run(recipe)
+    rows: dict[str, int] = {}
+    train = train_stages.run_training
+
+    def counted(artifacts, stage, config, folder, roles, frozen, batch_of, size, *others):
+        rows[stage] = size
+        return train(artifacts, stage, config, folder, roles, frozen, batch_of, size, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_stages, "run_training", counted)
+        return recipe, run(recipe), rows
 
 
 def test_a_drawn_condition_is_a_picture_a_stretch_of_speech_and_a_prompt(given, clips):  # noqa: F811
@@ -120,7 +130,7 @@ def test_a_condition_is_a_function_of_the_seed_and_its_number(given):
 
 @pytest.mark.slow
 def test_a_drawn_row_is_its_portrait_s_latent_and_the_features_of_its_sound(finished):
-    recipe, run_dir = finished
+    recipe, run_dir, _ = finished
     folder, source = run_dir / "stages" / "data", recipe.data.open()
     encoders = load_encoders(recipe.data, folder)
     pool = latents.load_train_set(folder, encoders.mark)
@@ -149,8 +159,8 @@ def test_a_drawn_row_is_its_portrait_s_latent_and_the_features_of_its_sound(fini
 
 @pytest.mark.slow
 def test_films_and_drawn_conditions_end_in_one_student(finished):
-    """Trajectories are solved of both; the real term sees films alone; the report says what the data are."""
-    recipe, run_dir = finished
+    """The teacher is trained on films; trajectories and DMD take both; the report says what the data are."""
+    recipe, run_dir, trained_on = finished
     report, source = json.loads((run_dir / "report.json").read_text()), recipe.data.open()
     facts = report["stages"]["data"]["metrics"]
     expected = {"train_clips": source.num_films, "drawn_conditions": 12, "portraits": 4, "recordings": 3, "prompts": 3}
@@ -159,6 +169,7 @@ def test_films_and_drawn_conditions_end_in_one_student(finished):
     rows = torch.tensor([row for own in made["rows"] for row in own])
     assert bool((rows >= 2 * source.num_films).any())
     assert bool((rows < 2 * source.num_films).any())
+    assert trained_on == {"teacher": 2 * source.num_films, "init": 24, "distill": 2 * source.num_train}
     assert (
         "12 conditions drawn from 4 portraits, 3 recordings and 3 prompts"
         in (run_dir / "student/README.md").read_text()

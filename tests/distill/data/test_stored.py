@@ -131,8 +131,8 @@ def test_data_that_are_not_finite_are_named_and_not_stored(tmp_path, name, expec
     class Broken:
         mark, precision = encoders.mark, encoders.precision
 
-        def of_clips(self, clips, with_text=True):
-            x0, conditions = real(clips, with_text=with_text)
+        def of_clips(self, clips, with_text=True, frames=None):
+            x0, conditions = real(clips, with_text, frames)
             (x0 if name == "x0" else conditions.audio)[1].fill_(float("nan"))
             return x0, conditions
 

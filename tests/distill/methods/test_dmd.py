@@ -69,6 +69,27 @@ def test_the_default_is_the_plain_algorithm_bit_for_bit(role):
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
 
 
+@pytest.mark.parametrize(("role", "options"), [("discriminator", {}), ("fake_score", {"gan_critic": 0.1})])
+def test_the_discriminator_learns_from_films_alone(role, options):
+    """Whatever x0 a condition without a film has; that of a film counts."""
+    given, method = replace(a_batch(), filmed=torch.tensor([True, False])), make_dmd(gan=0.1, **options)
+
+    def value(changed: int | None) -> Tensor:
+        x0 = given.x0.clone()
+        if changed is not None:
+            x0[changed] += 5.0
+        return method.loss(role, replace(given, x0=x0), rng(1), rng(2)).value
+
+    assert torch.equal(value(changed=1), value(changed=None))
+    assert not torch.equal(value(changed=0), value(changed=None))
+
+
+def test_a_batch_that_is_moved_keeps_which_rows_are_films():
+    moved = replace(a_batch(), filmed=torch.tensor([True, False])).map(Tensor.clone)
+    assert moved.filmed is not None
+    assert moved.filmed.tolist() == [True, False]
+
+
 def plain_loss(method, role, given, own, shared):
     student, n = method.student, 2
     exit_step = int(torch.randint(STEPS, (1,), generator=shared))
