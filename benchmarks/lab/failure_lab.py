@@ -35,14 +35,16 @@ LAST, KEPT = "distill", 4
 
 
 @contextmanager
-def trained(recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Path]) -> Iterator[Pipeline]:
-    """A job whose stages up to its distilled student are done; those that are to be had from others are not run."""
+def trained(
+    recipe: Path, words: Sequence[str], folder: Path, others: Sequence[Path], last: str = LAST
+) -> Iterator[Pipeline]:
+    """A job whose stages up to its distilled student, or the `last`, are done; those that are to be had from others are not run."""
     reuse = ",".join(quoted(str(other)) for other in others if other != folder)
     found = load_recipe(recipe, [*words, f"run_dir={quoted(str(folder))}", f"reuse=[{reuse}]"])
     pipeline = Pipeline(found, Engine(found.engine, found.threads))
     try:
         names = list(pipeline.stages)
-        for name in names[: names.index(LAST) + 1]:
+        for name in names[: names.index(last) + 1]:
             pipeline.stage(name)
         yield pipeline
     finally:

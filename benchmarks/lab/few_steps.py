@@ -48,7 +48,7 @@ COSTS = ("first_frame_ms", "fps", "nfe_per_chunk")
 
 
 class Scoring:
-    """The held-out clips that all jobs are scored on, of the first job's world."""
+    """The held-out clips that all jobs are scored on, of the world of the sweep's first job."""
 
     def __init__(self, artifacts: Artifacts, folder: Path):
         config = artifacts.recipe.eval
@@ -132,8 +132,15 @@ def main(words: Sequence[str] | None = None) -> int:
     counted = {"num_conditions": args.conditions, "num_seeds": args.noises, "condition_seed": args.condition_seed}
     counted |= {"num_reference": 160, "diversity_conditions": 6, "diversity_seeds": 6}
     found: dict = read_json_or_none(file) or {}
-    scoring, bundles = None, {}
+    bundles: dict[str, Bundle] = {}
     with ExitStack() as stack:
+        words = [*common, *next(iter(jobs.values())), *args.overrides]
+        pipeline = stack.enter_context(
+            trained(recipe, words, args.out / f"scored-{args.condition_seed}", [], "extractors")
+        )
+        artifacts = pipeline.artifacts
+        artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))
+        scoring = Scoring(artifacts, artifacts.folder.path)
         for seed in args.seeds:
             for name, own in chosen.items():
                 folder = args.out / f"{sweep}-{name}-{seed}"
@@ -145,7 +152,6 @@ def main(words: Sequence[str] | None = None) -> int:
                 pipeline = stack.enter_context(trained(recipe, words, folder, others))
                 artifacts = pipeline.artifacts
                 artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))
-                scoring = scoring or Scoring(artifacts, args.out / f"scored-{args.condition_seed}")
                 if not done:
                     seconds = {stage: (artifacts.folder.finished(stage) or {})["seconds"] for stage in ("init", LAST)}
                     for stage, job in (*([("init", f"{name}, init")] if args.init else []), (LAST, name)):
@@ -158,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 if args.rounds and key not in bundles:
                     bundles[key] = artifacts.bundle(artifacts.finished_student(LAST))
         print("\n".join(table(found, COLUMNS)))
-        if args.rounds and scoring is not None:
+        if args.rounds:
             timed = costs(bundles, scoring.test, args.rounds)
             atomic_write(args.out / f"{sweep}-costs.json", json.dumps(timed, indent=1) + "\n")
             print("\n".join(table({name: {"0": row} for name, row in timed.items()}, COSTS)))

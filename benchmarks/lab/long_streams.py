@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distill.data.encoders import load_encoders
-from distill.data.procedural.source import held_out
+from distill.data.procedural.source import DataConfig, held_out
 from distill.data.source import Clips
 from distill.pipeline.generate import stream_noise, student_clips
 from distill.recipe import Recipe, spec_of
@@ -41,6 +41,7 @@ from students.weights.checkpoint import make_student
 from teachers.checkpoints.strict import load_strict
 from teachers.config import convert
 from teachers.disk.read import read_yaml_mapping
+from teachers.errors import UserError
 from teachers.files import load_tensors
 from teachers.machine import multiplies_bf16
 
@@ -98,6 +99,10 @@ class World:
     def __init__(self, run: Path, streams: int, clips: int, seed: int):
         self.recipe, self.spec = recipe_of(run), spec_of(recipe_of(run))
         data, self.seed = self.recipe.data, seed
+        if not isinstance(data, DataConfig):
+            raise UserError(
+                f"{run} was trained on films; give a run on the procedural world, whose clips can be longer"
+            )
         self.length, stride = data.world.num_frames, data.codec.stride
         latents = clips * data.latent_frames
         long = replace(data, world=replace(data.world, num_frames=1 + stride * (latents - 1)))

@@ -7,7 +7,8 @@ what students are validated and scored on and, where they are trained on too, wh
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.data.codec_training import TrainableConfig
 from distill.data.order import AHEAD, made_ahead
@@ -32,7 +34,7 @@ from teachers.media.sound import SAMPLE_RATE, AudioReader, read_sound
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".mp4", ".mov", ".mkv", ".webm")
 TRIES = 20
-"""Recordings that are drawn for a condition before the folder is refused: those that are too short or silent are passed over."""
+"""Files that are drawn for a condition before the folder is refused; skipped are broken ones and recordings too short or silent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,10 @@ class ConditionsConfig(FolderConfig):
         if learned and not self.train_on_films:
             raise UserError("data.codec is fitted to films: give a trained one, or data.train_on_films=true")
 
+    def counted(self) -> tuple[int | None, int]:
+        """Of the films as of a folder, where they are trained on; and the drawn conditions."""
+        return (self.world.num_train if self.train_on_films else 0), self.num_drawn
+
     def open(self) -> "DrawnConditions":
         """The films, indexed, and the lists of files; UserError where one is missing or empty."""
         return DrawnConditions(self)
@@ -74,6 +80,7 @@ class DrawnConditions(Folder):
         self.portraits = _files(config.portraits, "data.portraits", SUFFIXES)
         self.speech = _files(config.speech, "data.speech", SOUNDS)
         self.prompts = [""] if config.prompts is None else _lines(config.prompts)
+        self._broken: set[Path] = set()
         super().__init__(config)
 
     def reserve(self, least: int, why: str) -> None:
@@ -135,22 +142,42 @@ class DrawnConditions(Folder):
 
     def _portrait(self, rng: torch.Generator) -> Tensor:
         """uint8 [3, H, W]."""
-        file, _ = self.portraits[_pick(self.portraits, rng)]
-        pixels, _ = fit_portrait(decode_image(self.config.portraits / file), self.config.world.size, self.config.crop)
-        return to_uint8(pixels)
+
+        def fitted(file: Path) -> Tensor:
+            return to_uint8(fit_portrait(decode_image(file), self.config.world.size, self.config.crop)[0])
+
+        return self._first_good("portraits", self.config.portraits, self.portraits, fitted, rng)
 
     def _sound(self, rng: torch.Generator) -> Tensor:
         """A stretch of a recording [S] as long as a clip, anywhere in it and not silent."""
-        config = self.config
-        samples = config.world.num_frames * samples_per_frame(config.world)
+        samples = self.config.world.num_frames * samples_per_frame(self.config.world)
+        unusable = f"shorter than a clip, {samples / SAMPLE_RATE:.1f} s, or silent there"
+        stretch = partial(_stretch, samples=samples, rng=rng)
+        return self._first_good("speech", self.config.speech, self.speech, stretch, rng, unusable)
+
+    def _first_good(
+        self,
+        key: str,
+        folder: Path,
+        files: Sequence[tuple[Path, int]],
+        read: Callable[[Path], Tensor | None],
+        rng: torch.Generator,
+        unusable: str = "unusable",
+    ) -> Tensor:
+        """What `read` gives of the first file drawn that it can use (None: it cannot). A broken one is named once and skipped."""
+        last = ""
         for _ in range(TRIES):
-            file, _ = self.speech[_pick(self.speech, rng)]
-            found = _stretch(config.speech / file, samples, rng)
-            if found is not None:
-                return found
+            file = folder / files[_pick(files, rng)][0]
+            try:
+                if (found := read(file)) is not None:
+                    return found
+            except UserError as error:
+                last = f"; the last broken one: {error}"
+                if file not in self._broken:
+                    self._broken.add(file)
+                    tqdm.write(f"distill: data.{key}: skipped: {error}", file=sys.stderr)
         raise UserError(
-            f"data.speech: of {TRIES} recordings drawn from {config.speech} each is shorter than a clip, "
-            f"{samples / SAMPLE_RATE:.1f} s, or silent there; give longer ones"
+            f"data.{key}: none of {TRIES} files drawn from {folder} can be used: each is broken or {unusable}{last}; give others"
         )
 
 

@@ -24,12 +24,14 @@ SIDE, GROUPS = 64, (3, 4)  # the codec is traced on small clips of so many laten
 
 @dataclass(frozen=True)
 class CodecCosts:
-    """FLOPs and bytes at the peak of one clip, encoded and decoded; zeros for a codec that is not Wan's."""
+    """FLOPs and bytes at the peak of one clip, encoded and decoded, and FLOPs of encoding a portrait alone; zeros for a codec
+    that is not Wan's."""
 
     encode: float = 0
     decode: float = 0
     encode_bytes: float = 0
     decode_bytes: float = 0
+    encode_portrait: float = 0
 
 
 def codec_costs(spec: Spec, recipe: "Recipe") -> CodecCosts:
@@ -48,8 +50,12 @@ def codec_costs(spec: Spec, recipe: "Recipe") -> CodecCosts:
             vae.decode_chunk(latents)
         counts.append((one.flops, other.flops, max(one.points.values()), max(other.points.values())))
     scale = spec.height * spec.width / SIDE**2
-    more = (spec.horizon_frames - GROUPS[1]) / (GROUPS[1] - GROUPS[0])
-    return CodecCosts(*(scale * (b + more * (b - a)) for a, b in zip(*counts, strict=True)))
+
+    def at(frames: int) -> list[float]:
+        more = (frames - GROUPS[1]) / (GROUPS[1] - GROUPS[0])
+        return [scale * (b + more * (b - a)) for a, b in zip(*counts, strict=True)]
+
+    return CodecCosts(*at(spec.horizon_frames), encode_portrait=at(1)[0])
 
 
 class PlannedReader:

@@ -87,10 +87,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class StageOutlook:
-    """A stage. Bytes: `disk` that it leaves, of a training set also `disk_per_clip`, `checkpoints` while it runs; `beside`: what
-    lies on each GPU besides what `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated with what training
-    holds; `made`: by role, of the whole network that is on the GPU alone to generate clips, and of these; `host`: of a rank, and
-    of rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
+    """A stage. Bytes: `disk` that it leaves, `disk_per_clip` of films whose number the recipe does not say, `checkpoints` while it
+    runs; `beside`: what lies on each GPU besides what `rank_bytes` counts; `clips`: of clips that are encoded in it, or generated
+    with what training holds; `made`: by role, of the whole network that is on the GPU alone to generate clips, and of these;
+    `host`: of a rank, and of rank 0; `copied`: of a checkpoint and of the best weights, which ranks hold until they are written."""
 
     name: str
     parts: tuple[Part, ...]
@@ -153,7 +153,7 @@ class _Stages:
     def __init__(self, plan: Plan, job: Job, recipe: "Recipe"):
         self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job.spec, recipe)
         data, spec = recipe.data, job.spec
-        self.num_train = data.world.num_train or 0
+        self.num_films, self.num_drawn = data.counted()
         parts = () if recipe.tiny else (data.codec, data.audio, data.text, data.image)
         self.codec_bytes = 0 if recipe.tiny else ENCODERS.get(type(data.codec).__name__, 0)
         self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)
@@ -161,17 +161,22 @@ class _Stages:
         self.teacher_clip, self.teacher_bytes = clip_costs(job, "teacher", steps)
         self.student_clip, self.student_bytes = clip_costs(job, "student")
         given = batch_on(job, "clips").conditions
-        self.clip_bytes = _clip_bytes(recipe, given.stored, math.prod(spec.latent_size) * spec.horizon_frames)
+        frame = math.prod(spec.latent_size)
+        self.clip_bytes = _clip_bytes(recipe, given.stored, frame * spec.horizon_frames)
+        self.drawn_bytes = _clip_bytes(recipe, given.stored, frame)
         self.variants = 2 + sum(given.has(name) for name in ("text", "audio"))
 
     def all(self) -> Iterator[StageOutlook]:
-        recipe, num, codec, each = self.recipe, self.num_train, self.codec, self.clip_bytes
-        shards = -(-num // recipe.data.world.shard_clips)
+        recipe, films, drawn, codec = self.recipe, self.num_films or 0, self.num_drawn, self.codec
+        shards = sum(-(-num // recipe.data.world.shard_clips) for num in (films, drawn))
         videos = (1 + recipe.data.mirror) * (1 if recipe.data.image is None else 2)  # and the portrait's own
-        encode = Part(name="encoding", flops=videos * num * codec.encode, precision="fp32", jobs=shards)
-        yield self._stage("data", [encode], disk=num * each, disk_per_clip=each, clips=codec.encode_bytes)
-        drawn = num + recipe.eval.admit_clips
-        both = Part(name="codec", flops=drawn * (codec.encode + codec.decode), precision="fp32", jobs=drawn)
+        flops = videos * (films * codec.encode + drawn * codec.encode_portrait)
+        encode = Part(name="encoding", flops=flops, precision="fp32", jobs=shards)
+        disk = films * self.clip_bytes + drawn * self.drawn_bytes
+        unknown = self.clip_bytes if self.num_films is None else 0.0
+        yield self._stage("data", [encode], disk=disk, disk_per_clip=unknown, clips=codec.encode_bytes)
+        seen = films + recipe.eval.admit_clips
+        both = Part(name="codec", flops=seen * (codec.encode + codec.decode), precision="fp32", jobs=seen)
         yield self._stage("extractors", [both], clips=max(codec.encode_bytes, codec.decode_bytes))
         for name in self.job.stages:
             if name == "init" and self.job.solves:

@@ -79,7 +79,7 @@ def _common(shipped: Shipped) -> Iterator[str]:
     yield f"disk         {_gib(disk_at_most(stages))} GiB at most: {left}"
     yield f"             checkpoints, until their stage is done: {written}"
     for stage in stages:
-        if stage.disk_per_clip and not stage.disk:
+        if stage.disk_per_clip:
             yield f"             and {stage.disk_per_clip / 1e6:.3g} MB for each clip of the folder that it trains on"
     bf16, fp32 = (rates.flops(kind) / 1e12 for kind in ("bf16", "fp32"))
     share = f"{rates.mfu:g} of {rates.tflops:g} (--mfu, --tflops)"

@@ -202,4 +202,5 @@ class FlashHead(AvatarTransformer):
 
     def forward(self, x: Tensor, sigma: Any, text: Any, *given: Any, **named: Any) -> Any:  # noqa: ARG002
         """As Wan's, whatever the text."""
-        return super().forward(x, sigma, (None,) * len(self.blocks), *given, **named)
+        nothing: Any = (None,) * len(self.blocks)
+        return super().forward(x, sigma, nothing, *given, **named)

@@ -114,14 +114,18 @@ def _open(
     if args.film is not None:
         region = None if args.region is None else read_region(args.region)
         film = Film(args.film, spec, args.crop, region)
-    reference = film.first if pixels is None and film is not None else inputs.portrait(pixels, spec, args)
+    if pixels is not None:
+        reference = inputs.portrait(pixels, spec, args)
+    else:
+        assert film is not None  # one of the two is given
+        reference = film.first
     texts = [args.text or "", *([] if script is None else [entry.do for entry in script.timeline])]
     inputs.check_coverage(bundle, reference, texts, args)
     lead = LEAD_CHUNKS if args.realtime else None
     text = args.text if script is None or not script.begins else script.timeline[0].do
     drop = () if steering else ("pose",)
-    dubs = {} if film is None else {"film": True}
-    session = Session(bundle, reference, text, args.seed, lead=lead, drop=drop, guidance=args.guidance, **dubs)
+    options = {"lead": lead, "drop": drop, "guidance": args.guidance}
+    session = Session(bundle, reference, text, args.seed, film=film is not None, **options)
     step = session.step if planner is None else Director(session, planner, reference).step
     return Stream(session, step, sound, steering, film)
 

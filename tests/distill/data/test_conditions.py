@@ -1,6 +1,7 @@
 """data.name=conditions: portraits, speech and prompts beside films or in their place, from files to a distilled student."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -240,12 +241,33 @@ def test_folders_without_what_is_asked_for_are_refused(given, tmp_path):
     write_sound(tmp_path / "short.wav", "pcm_s16le", RATE, recording(0, 0.5).numpy()[:, None])
     write_sound(tmp_path / "silent.wav", "pcm_s16le", RATE, torch.zeros(3 * RATE).numpy()[:, None])
     source = opened(given, f"data.speech={tmp_path}")
-    with pytest.raises(UserError, match=r"of 20 recordings drawn .* shorter than a clip, 1.2 s, or silent"):
+    with pytest.raises(
+        UserError, match=r"data.speech: none of 20 files drawn .* shorter than a clip, 1.2 s, or silent there"
+    ):
         [*source.train(0, [source.num_film_shards])]
-    (given / "portraits" / "bad.png").write_bytes(b"no picture")
-    try:
-        source = opened(given)
-        with pytest.raises(UserError, match=r"bad.png"):
-            [*source.train(3, range(source.num_film_shards, source.num_shards))]
-    finally:
-        (given / "portraits" / "bad.png").unlink()
+
+
+@pytest.mark.parametrize(("folder", "bad"), [("portraits", "bad.png"), ("speech", "bad.wav")])
+def test_a_broken_file_is_named_once_and_skipped(folder, bad, given, tmp_path, capsys):
+    """One in a corpus ends no stage; all of them do."""
+    files = tmp_path / "files"
+    shutil.copytree(given / folder, files)
+    (files / bad).write_bytes(b"damaged")
+    source = opened(given, f"data.{folder}={files}", "data.num_drawn=60", "data.world.shard_clips=7")
+    numbers = range(source.num_film_shards, source.num_shards)
+    made = [*source.train(3, numbers, workers=2)]
+    assert sum(len(part.text) for part in made) == 60
+    lines = [line for line in capsys.readouterr().err.splitlines() if bad in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"distill: data.{folder}: skipped: ")
+    again = [*source.train(3, numbers)]
+    assert all(
+        torch.equal(a.video, b.video) and torch.equal(a.audio, b.audio) for a, b in zip(made, again, strict=True)
+    )
+    for file in files.rglob("*.*"):
+        file.write_bytes(b"damaged")
+    source = opened(given, f"data.{folder}={files}")
+    with pytest.raises(
+        UserError, match=rf"data.{folder}: none of 20 files drawn .*; the last broken one: .*; give others"
+    ):
+        [*source.train(3, numbers)]

@@ -1,12 +1,15 @@
 """What `distill plan` foretells of a stage: FLOPs against closed forms, depth, hours, bytes, overrides, the command."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from diffusers import AutoencoderKLWan
 
 from distill.cli import Parser
 from distill.commands import plan as command
@@ -16,6 +19,7 @@ from distill.planning import trace as tracing
 from distill.planning.codec import CodecCosts
 from distill.planning.estimate import GIB, Plan, job_of, make_plan
 from distill.planning.job import Job
+from distill.planning.live_bytes import LiveBytes
 from distill.planning.outlook import (
     FP32_SLOWER,
     Part,
@@ -30,6 +34,7 @@ from distill.planning.outlook import (
 from distill.planning.trace import DEPTHS, clip_costs, step_costs
 from distill.recipe import Recipe, load_recipe, spec_of
 from students.history import History
+from teachers.codecs.wan_vae import WanVAE
 from teachers.errors import UserError
 from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.distill.planning.test_estimate import a_job, a_plan
@@ -288,6 +293,30 @@ def test_trajectories_under_drawn_scales_take_the_flops_of_their_passes(scales, 
     assert clip_costs(job, "teacher", 1, "trajectories")[0] == passes * own
 
 
+@pytest.mark.slow
+def test_drawn_conditions_cost_the_encoding_and_the_bytes_of_a_portrait():
+    """Beside films, whose number a folder alone says, and in their place."""
+    recipe, job, plan = planned("livetalk")
+    drawn = ("data.name=conditions", "data.path=x", "data.portraits=x", "data.speech=x", "data.num_drawn=1000")
+
+    def data(*words: str) -> StageOutlook:
+        return outlook(plan, job, load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere", *drawn, *words]))[0]
+
+    beside, alone, some = data(), data("data.train_on_films=false"), data("data.world.num_train=12")
+    copies, frame = 1 + recipe.data.mirror, math.prod(job.spec.latent_size)
+    assert alone.disk_per_clip == some.disk_per_clip == 0
+    film = (some.disk - alone.disk) / 12
+    assert beside.disk_per_clip == film
+    assert film - alone.disk / 1000 == 2 * copies * frame * (job.spec.horizon_frames - 1)
+    with torch.device("meta"):
+        vae = WanVAE(AutoencoderKLWan())
+    with LiveBytes() as one:
+        vae.encode(torch.empty(1, 3, 1, 64, 64, device="meta"))
+    portrait = one.flops * job.spec.height * job.spec.width / 64**2
+    assert beside.flops == alone.flops == pytest.approx(1000 * copies * portrait)
+    assert some.flops - alone.flops > 12 * copies * 20 * portrait
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -344,5 +373,7 @@ def test_batches_that_do_not_divide_are_named(tmp_path, capsys):
 
 
 def test_a_codec_that_is_not_wans_costs_nothing():
-    assert vars(CodecCosts()) == dict.fromkeys(("encode", "decode", "encode_bytes", "decode_bytes"), 0)
+    assert vars(CodecCosts()) == dict.fromkeys(
+        ("encode", "decode", "encode_bytes", "decode_bytes", "encode_portrait"), 0
+    )
     assert make_plan(a_job(make_spec())).costs["distill"].updates == {"student": 4, "fake_score": 40}
