@@ -125,8 +125,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
     args = parser.parse_intermixed_args(words)
     recipe = find_recipe(Path(args.recipe))
-    common, jobs = read_sweep(recipe, args.sweep)
-    chosen = {name: own for name, own in jobs.items() if args.jobs is None or name in args.jobs}
+    common, chosen = read_sweep(recipe, args.sweep, args.jobs)
     sweep = Path(args.sweep).stem
     file = args.out / f"{sweep}-{args.condition_seed}.json"
     counted = {"num_conditions": args.conditions, "num_seeds": args.noises, "condition_seed": args.condition_seed}
@@ -134,7 +133,8 @@ def main(words: Sequence[str] | None = None) -> int:
     found: dict = read_json_or_none(file) or {}
     bundles: dict[str, Bundle] = {}
     with ExitStack() as stack:
-        words = [*common, *next(iter(jobs.values())), *args.overrides]
+        first = next(iter(read_sweep(recipe, args.sweep)[1].values()))
+        words = [*common, *first, *args.overrides]
         pipeline = stack.enter_context(
             trained(recipe, words, args.out / f"scored-{args.condition_seed}", [], "extractors")
         )

@@ -138,8 +138,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="the run with the initialisation (default: OUT/base)")
     args = parser.parse_args(words)
     base, recipe = args.base or args.out / "base", find_recipe(Path(args.recipe))
-    common, jobs = read_sweep(recipe, args.sweep)
-    chosen = {name: own for name, own in jobs.items() if args.jobs is None or name in args.jobs}
+    common, chosen = read_sweep(recipe, args.sweep, args.jobs)
     file = args.out / f"{args.sweep}-scores.json"
     (args.out / "streams").mkdir(parents=True, exist_ok=True)
     found: dict = read_json_or_none(file) or {}

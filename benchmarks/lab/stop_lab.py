@@ -195,11 +195,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="of what is recorded already")
     args = parser.parse_args(words)
     recipe = find_recipe(Path(args.recipe))
-    common, jobs = read_sweep(recipe, args.sweep)
+    common, jobs = read_sweep(recipe, args.sweep, args.jobs)
     found: dict[str, dict[str, Any]] = {}
     for name, own in jobs.items():
-        if args.jobs is not None and name not in args.jobs:
-            continue
         folder = args.out / f"{args.sweep}-{name}"
         done = read_json_or_none(folder / "record.json") or {}
         if not is_whole(done) and not args.table:

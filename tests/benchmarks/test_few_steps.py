@@ -15,6 +15,7 @@ from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.support import tiny
 
 
+@pytest.mark.slow
 def test_each_job_is_what_its_name_says():
     common, jobs = read_sweep(RECIPES / "lab_avatar.yaml", "lab_few_steps")
     for name, own in jobs.items():

@@ -30,6 +30,7 @@ def rows(clips, video, probes):
     return [scores(part, portrait, own, clips.labels["gesture"], reference, probes, light) for part, own in pairs]
 
 
+@pytest.mark.slow
 def test_each_damage_shows_in_its_window(world):
     clips, probes = world
     real = rows(clips, clips.video, probes)

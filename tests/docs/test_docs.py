@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NEEDS = ("weights", "data", "minutes", "browser", "network")
 SMOKE = (
     *("preset=smoke", "threads=1", "engine.precision=fp32", "data.world.num_train=8", "data.text_steps=1"),
+    "data.world.num_frames=15",
     *("init.train.num_steps=1", "init.train.batch_size=4", "trajectories.num_pairs=4", "trajectories.num_steps=3"),
     *("distill.train.num_steps=1", "distill.train.batch_size=4", "distill.train.validate_every=0"),
     *("distill.method.fake_updates=1", "eval.probe_steps=4", "eval.num_samples=4"),

@@ -90,6 +90,7 @@ def test_accelerate_launch_runs_a_recipe_verbatim_and_ends_as_it_ends(place):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_accelerate_launch_runs_a_recipe_by_name_and_ends_as_it_ends(place):
     """`accelerate launch -m distill run NAME`; a failing one is one line here too."""
     done = start(place, "-m", "accelerate.commands.launch", "-m", "distill", "run", "own", "fail=1")

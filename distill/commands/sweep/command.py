@@ -129,8 +129,9 @@ def find_file(recipe: Path, name: str, kind: str) -> Path:
     return file
 
 
-def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]]:
-    """A sweep file as (overrides that all jobs share, job -> its overrides); beside the recipe, shipped, or a path. UserError."""
+def read_sweep(recipe: Path, name: str, only: Sequence[str] | None = None) -> tuple[list[str], dict[str, list[str]]]:
+    """A sweep file as (overrides that all jobs share, job -> its overrides, of `only` these); beside the recipe, shipped, or a
+    path. UserError."""
     file = find_file(recipe, name, "sweep")
     content = read_yaml(file)
     if not isinstance(content, dict) or not content.get("jobs"):
@@ -143,7 +144,11 @@ def read_sweep(recipe: Path, name: str) -> tuple[list[str], dict[str, list[str]]
             raise UserError(
                 f"not a job's name: '{name}' in {file}; letters, digits and ._=,@+- make the name of a folder"
             )
-    return list(given.overrides), {name: list(row) for name, row in given.jobs.items()}
+    unknown = [name for name in only or () if name not in given.jobs]
+    if unknown:
+        raise UserError(f"no job of {file}: {', '.join(unknown)}; it has {', '.join(given.jobs)}")
+    chosen = given.jobs if only is None else [name for name in given.jobs if name in only]
+    return list(given.overrides), {name: list(given.jobs[name]) for name in chosen}
 
 
 def _overrides(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -253,10 +253,10 @@ def test_a_broken_file_is_named_once_and_skipped(folder, bad, given, tmp_path, c
     files = tmp_path / "files"
     shutil.copytree(given / folder, files)
     (files / bad).write_bytes(b"damaged")
-    source = opened(given, f"data.{folder}={files}", "data.num_drawn=60", "data.world.shard_clips=7")
+    source = opened(given, f"data.{folder}={files}", "data.num_drawn=24", "data.world.shard_clips=7")
     numbers = range(source.num_film_shards, source.num_shards)
     made = [*source.train(3, numbers, workers=2)]
-    assert sum(len(part.text) for part in made) == 60
+    assert sum(len(part.text) for part in made) == 24
     lines = [line for line in capsys.readouterr().err.splitlines() if bad in line]
     assert len(lines) == 1
     assert lines[0].startswith(f"distill: data.{folder}: skipped: ")

@@ -168,6 +168,7 @@ class Sizes:
         return self.rows(first, last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mirror", "most"), [(True, 9.7), (False, 7.0)])
 def test_bytes_of_a_clip_of_81_frames_at_512x512(tmp_path, mirror, most):
     """livetalk's own sizes: latents 2.75 MB each, two tensors of wav2vec2 rows 1.8 MB each, text 0.5 MB."""

@@ -135,6 +135,7 @@ def test_another_version_and_one_too_many_are_rejected_in_words(page):
     page.evaluate("kept.forEach(avatar => avatar.close())")
 
 
+@pytest.mark.slow
 def test_the_guides_app_answers_on_a_page_of_its_own(chromium, tmp_path):
     engine = Engine(serving.a_puppet(), Echo(), 2)
     with running(engine, read_portraits([], (16, 16))) as address, socket.create_server(("127.0.0.1", 0)) as free:

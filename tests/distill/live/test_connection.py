@@ -7,6 +7,7 @@ from contextlib import suppress
 from unittest import mock
 
 import numpy as np
+import pytest
 from websockets.sync.client import connect
 
 from distill.live import protocol
@@ -16,6 +17,7 @@ from teachers.errors import UserError
 from tests.support.live.serving import a_puppet, eventually, serving, shared_decoders
 
 
+@pytest.mark.slow
 def test_a_busy_engine_cuts_nobody_off():
     """Batches of half a second: the playhead 20 times a second and a microphone 25 times, and pings are answered all the time."""
     with serving(a_puppet(), viewers=2) as (address, engine):

@@ -137,6 +137,7 @@ def test_streams_follow_the_sound_more_and_do_no_worse_on_what_wins(samples):
     assert winners_error(after) < 0.97 * winners_error(before)
 
 
+@pytest.mark.slow
 def test_a_small_beta_goes_beyond_the_data_and_keep_bounds_what_wins():
     """Measured with beta 3: 2.7 and 3.4 times the data's effect, error 1.07 to 1.90. With `keep` it does not grow; a few-step
     student buys that with the spread of its samples, 0.76 and 0.74 of before."""
@@ -227,6 +228,7 @@ def test_every_rank_drops_the_same_condition(monkeypatch):
     assert set(dropped[1::2]) == {()}, "what wins has a condition dropped"
 
 
+@pytest.mark.slow
 def test_a_real_student_learns_to_prefer():
     """Over other clips than those it was trained on."""
     student, data = a_student(), a_train_set(64)

@@ -149,7 +149,7 @@ def test_a_few_step_student_keeps_its_samples_where_its_own_are_the_target():
     assert spread(on_data).max() < 0.6
 
 
-@pytest.mark.parametrize("target", ["data", "ar_teacher"])
+@pytest.mark.parametrize("target", [pytest.param("data", marks=pytest.mark.slow), "ar_teacher"])
 def test_the_student_ends_at_the_best_denoiser_under_a_spoilt_past(target):
     """At each of its own steps, whichever target; its streams forget a shift that the student before carried on."""
     student, before = recovered(target), Affine()

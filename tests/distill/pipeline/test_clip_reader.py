@@ -114,6 +114,7 @@ def test_what_a_reward_lacks_is_named(world, monkeypatch, tmp_path, reward, chan
         ClipReader(hearing(world[0], **changes), batch).check({"one": reward}, face)
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_users_is_a_reward(world, tmp_path):
     """`name: my_file:Thing` beside the recipe; what fails in it is its reason, by file and line."""
     artifacts, clips = world

@@ -39,6 +39,7 @@ CASES = {
     "causal": ("midas_avatar", ()),
     "no trajectories": ("scratch_avatar", ("method@init=forcing",)),
 }
+FAST = ("corrupted", "base")
 
 
 @functools.cache
@@ -100,7 +101,9 @@ def test_every_field_belongs_to_a_stage_or_changes_no_result(kind):
         assert any(below(name, field) for field in read) != any(below(name, free) for free in NO_RESULT), name
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [*FAST, *(pytest.param(case, marks=pytest.mark.slow) for case in CASES if case not in FAST)]
+)
 def test_a_changed_field_changes_the_facts_of_the_stages_that_read_it_and_of_no_other(case, monkeypatch):
     monkeypatch.setattr("distill.pipeline.stages.digest", lambda path: f"digest of {path}")
     recipe = recipe_of(case)

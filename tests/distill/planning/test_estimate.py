@@ -131,8 +131,8 @@ def test_the_context_is_what_the_last_state_holds(history):
 @pytest.mark.parametrize(
     ("scales", "passes"),
     [
-        (None, 3),
-        (EmbeddedScales(both=GuidanceRange()), 2),
+        pytest.param(None, 3, marks=pytest.mark.slow),
+        pytest.param(EmbeddedScales(both=GuidanceRange()), 2, marks=pytest.mark.slow),
         (EmbeddedScales(text=GuidanceRange(), audio=GuidanceRange()), 3),
     ],
     ids=["the recipe's", "one scale", "two scales"],

@@ -155,6 +155,7 @@ def test_a_cycle_of_windows_saves_flops_and_memory_on_livetalks_shape():
     assert 1.3 < whole / cycle < 1.4
 
 
+@pytest.mark.slow
 def test_flops_along_a_line_have_every_audio_injector():
     """S2V's three of nine blocks, where a line through one and two blocks would have one."""
     job = job_of(load_recipe(RECIPES / "s2v.yaml", ["size=tiny"]))
@@ -365,6 +366,7 @@ def test_a_wrong_rate_is_one_line(words, line):
     assert line in str(error.value)
 
 
+@pytest.mark.slow
 def test_batches_that_do_not_divide_are_named(tmp_path, capsys):
     words = ("init.train.global_batch=8", "init.train.batch_size=8", "--gpus", "3", "--json", tmp_path / "plan.json")
     assert run_plan(RECIPES / "scratch_avatar.yaml", "preset=smoke", *words) == 0

@@ -55,6 +55,7 @@ def test_chunks_in_flight_are_counted(tmp_path):
     assert dmd == {"student": 3 * (3 + 3), "teacher": 2.0, "fake_score": 3.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["recovery_avatar", pytest.param("preference_avatar", marks=pytest.mark.slow)])
 def test_a_teacher_that_nothing_is_learnt_from_is_planned(name, tmp_path, capsys):
     """Its clips are in the report and in the health panel."""

@@ -137,6 +137,7 @@ def test_the_longest_rollout_is_planned():
     assert context_bytes(many, "distill") == 8 / 3 * context_bytes(few, "distill")
 
 
+@pytest.mark.slow
 def test_solving_trajectories_is_planned_too():
     """One guided forward of the teacher at the batch of the trajectories, nothing trained."""
     spec = make_spec()

@@ -311,7 +311,7 @@ def test_optimizer_and_gradients_are_a_tenth_of_full_training(tmp_path):
     assert 0.01 * theirs < ours <= 0.1 * theirs
 
 
-@pytest.mark.parametrize("position", [4, 8])
+@pytest.mark.parametrize("position", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_killed_and_resumed_is_never_killed(tmp_path, position):
     """Stopped before batch 4 (step 2 of 3) or the last; checkpointing on, as the recipe has it."""
     whole = everything(run(tmp_path / "whole", checkpointing=True).trainer)

@@ -127,6 +127,7 @@ def test_one_chunk_differs_from_the_teacher_by_what_the_anchors_see_alone():
     assert (out - SMALL.denoise(net, x, sigma, given, ())).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_no_row_changes_a_chunk_before_its_own():
     student, (given, x, clean, sigma) = an_s2v_student(sinks=0, window=1), inputs(0)

@@ -111,7 +111,7 @@ def played(bundle, together: bool, seed: int) -> Hall:
 
 
 @pytest.mark.parametrize("name", [*HISTORIES, *CHANGES])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_each_session_gives_what_it_gives_alone(name, seed, monkeypatch):
     bundle = a_bundle(HISTORIES.get(name, HISTORIES["window"]), **CHANGES.get(name, {}))
     sizes, padded = [], []

@@ -100,6 +100,7 @@ def test_compare_refuses_two_cards_other_clips_and_no_report(scored, tmp_path, c
 # ---- benchmark
 
 
+@pytest.mark.slow
 def test_benchmark_is_one_table_with_the_papers_rows_marked_theirs(run_folder, tmp_path, capsys):
     sets = [a_set(tmp_path / name, seed=seed) for name, seed in (("HDTF", 0), ("mine", 70))]
     folder = tmp_path / "films"

@@ -121,6 +121,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_with_the_same_table(place, capsys):
     assert main(words(place, "whole")) == 0
     expected = rows(place / "whole")

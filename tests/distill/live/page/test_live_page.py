@@ -172,6 +172,7 @@ def test_on_a_phone_everything_needed_is_seen_at_once_and_fits(visit):
     state(page, "listening")
 
 
+@pytest.mark.slow
 def test_sound_is_muted_turned_down_and_recorded(visit):
     page = visit()
     page.click("#start")
@@ -238,7 +239,7 @@ def test_a_picture_is_cropped_shown_warned_of_and_used(chromium):
         page.close()
 
 
-@pytest.mark.parametrize("decodes", [True, False])
+@pytest.mark.parametrize("decodes", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_large_frames_come_as_vp8_where_the_browser_decodes_it(chromium, decodes):
     """Over rewinds too, whose old frames are decoded and not shown."""
     with serving.serving(serving.a_puppet(height=160, width=160), Voice("formant"), viewers=1) as (address, engine):

@@ -147,6 +147,7 @@ def test_a_worker_that_ends_later_is_started_again(capfd):
     assert "worker 0 (place 0) ended (no student: nowhere; export one); it is started again in" in noted
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_at_the_end_is_ended_in_5_seconds(monkeypatch):
     pids = []
 

@@ -233,6 +233,7 @@ def test_a_worker_that_is_killed_cuts_its_own_viewers_alone_and_comes_back(tmp_p
             client.close()
 
 
+@pytest.mark.slow
 def test_sigterm_ends_all_talking_workers_in_5_seconds(tmp_path):
     (tmp_path / "token").write_text(TOKEN)
     with started(tmp_path, "--viewers", "4", "--token", f"@{tmp_path / 'token'}") as server:

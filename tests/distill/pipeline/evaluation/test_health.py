@@ -271,6 +271,7 @@ def test_a_collapse_stops_distill_keeps_the_best_and_can_go_on(ran, tmp_path):
     assert all(torch.equal(ours[name.removeprefix("net.")], x) for name, x in best.items())
 
 
+@pytest.mark.slow
 def test_a_collapse_ends_a_stage_that_has_a_rule_with_what_is_kept(ran, tmp_path, monkeypatch):
     """The stage is finished, on the weights before; its limits are among the fields that it depends on."""
     monkeypatch.setattr(validation, "SURE", -1e9)  # whatever is kept is worse than the start
@@ -378,6 +379,7 @@ def test_every_system_has_a_seam_jump_and_a_still_one_none():
     assert health.seam_frames(make_spec()) == [3, 7, 11]
 
 
+@pytest.mark.slow
 def test_a_stage_may_have_a_seed_of_its_own(ran, tmp_path):
     """The recipe's changes nothing, another one other weights on the same clips and trajectories."""
     own = load_tensors(ran.artifacts.folder.stage_dir("init") / "model.safetensors")
