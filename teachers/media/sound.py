@@ -32,6 +32,12 @@ LONGEST = 3600  # seconds that are held as a whole
 PIECE = 4  # seconds that are resampled at a time
 CHECKED = 10.0  # seconds after which channels that cancel each other are noticed, and at the end
 SILENT = 2.0**-12  # a peak below it is digital silence and what a codec makes of it
+COUNTED = (
+    "wav",
+    "w64",
+    "aiff",
+    "flac",
+)  # containers without times, of which FFmpeg knows the sample that it has sought
 CANCELLED = 5e-4  # share of the channels' power in their mean, -33 dB, below which they cancel each other
 
 
@@ -165,8 +171,8 @@ def read_sound(path: Path, first: int, count: int) -> Stretch | None:
                 return None
             track = _Track(container, path)
             early = Fraction(first, SAMPLE_RATE) - 2 * CONTEXT
-            seeks = seeks and track.has_exact_times and early > 0
-            if seeks and not seek(container, track.stream, early):
+            seeks = seeks and early > 0
+            if seeks and not track.seek(early):
                 continue
             divisor = math.gcd(track.rate, SAMPLE_RATE)
             group = max(0, (first - round(CONTEXT * SAMPLE_RATE)) * divisor // SAMPLE_RATE)
@@ -253,13 +259,25 @@ class _Track:
         video = video_stream(container)
         # without video the first frame's time, which is not known yet
         self._zero = zero_of(video) if video is not None and self.timed else None
+        self._sought = False
         self._length = (stream.duration or 0) * Fraction(stream.time_base or 0)  # 0: the header has none
         self.seconds = float(self._length or Fraction(container.duration or 0, av.time_base)) or None
 
-    @property
-    def has_exact_times(self) -> bool:
-        """Whether its packets have times to the sample; if not, samples are counted from the start."""
-        return self.timed and Fraction(self.stream.time_base or 1) <= Fraction(1, self.rate)
+    def seek(self, seconds: Fraction) -> bool:
+        """Continue with the last frame that begins before that time; False where places after it would not be known to the
+        sample, as in mp3, whose times are guessed after a seek."""
+        exact = self.timed or self.container.format.name in COUNTED
+        if not exact or Fraction(self.stream.time_base or 1) > Fraction(1, self.rate):
+            return False
+        from_zero = seconds
+        if self._zero is None:
+            first = next(decoded_sound(self.container, self.stream), None)
+            if first is None or first.pts is None or first.time_base is None:
+                return False
+            self._zero = first.pts * Fraction(first.time_base)
+            from_zero += self._zero
+        self._sought = seek(self.container, self.stream, from_zero)
+        return self._sought
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
         """Rows float32 [n, channels], each with its place: samples at `rate` after the video's start, always ahead; what lies
@@ -310,7 +328,7 @@ class _Track:
 
     def _time(self, frame: av.AudioFrame) -> int | None:
         """The place at which a frame says it lies; None where the file has no times of its own."""
-        if frame.pts is None or frame.time_base is None or not self.timed:
+        if frame.pts is None or frame.time_base is None or not (self.timed or self._sought):
             return None
         time = frame.pts * Fraction(frame.time_base)
         self._zero = time if self._zero is None else self._zero

@@ -120,6 +120,43 @@ def test_a_hole_stays_where_it_is(tmp_path, name, codec, video):
 
 
 @pytest.mark.parametrize(
+    ("name", "codec", "rate", "seeks"),
+    [
+        ("a.wav", "pcm_s16le", 44_100, True),
+        ("a.wav", "pcm_s16le", 16_000, True),
+        ("a.w64", "pcm_s16le", 16_000, True),
+        ("a.aiff", "pcm_s16be", 48_000, True),
+        ("a.flac", "flac", 16_000, True),
+        ("a.m4a", "aac", 48_000, True),
+        ("a.ogg", "libopus", 48_000, True),
+        ("a.mka", "aac", 44_100, False),
+        ("a.mp3", "mp3", 44_100, False),
+    ],
+)
+def test_a_stretch_of_sound_alone_is_that_of_the_whole_and_the_start_is_not_decoded(
+    name, codec, rate, seeks, tmp_path, monkeypatch
+):
+    """An hour of a podcast is not decoded for each of its stretches; where times are rounded or guessed, it has to be."""
+    times = np.arange(12 * rate) / rate
+    chirp = (0.4 * np.sin(2 * np.pi * (200 * times + 40 * times**2))).astype(np.float32)[:, None]
+    path = write_sound(tmp_path / name, codec, rate, chirp)
+    whole, decode, frames = media.read_audio(path), sound.decoded_sound, []
+
+    def counted(container, stream):
+        for frame in decode(container, stream):
+            frames.append(frame.samples / rate)
+            yield frame
+
+    monkeypatch.setattr(sound, "decoded_sound", counted)
+    for first in (0, 20_001, 120_000, 159_999):
+        frames.clear()
+        stretch = read_sound(path, first, 16_000)
+        assert (stretch.late, stretch.early, stretch.hole) == (0, 0, 0)
+        np.testing.assert_allclose(stretch.samples.numpy(), whole[first : first + 16_000].numpy(), atol=1e-3)
+    assert (sum(frames) < 5) == seeks  # seconds, of more than ten before the stretch's end
+
+
+@pytest.mark.parametrize(
     ("suffix", "codec", "video"),
     [("webm", "libopus", 50), ("webm", "libopus", 0), ("mka", "pcm_s16le", 0), ("mkv", "aac", 50), ("ts", "aac", 50)],
 )
