@@ -4,7 +4,8 @@
     python benchmarks/lab/few_steps.py lab_conditions --seeds 0 1 2 --init
 
 OUT/films is what `distill data prepare` makes of films of some people. Of other people, as many as `--others`, there are
-one picture in OUT/portraits, speech of half a minute a file in OUT/speech, and the prompts in OUT/prompts.txt.
+one picture in OUT/portraits, speech of half a minute a file in OUT/speech, whose voice changes every clip, and the prompts in
+OUT/prompts.txt.
 """
 
 import argparse

@@ -136,7 +136,7 @@ def main(words: Sequence[str] | None = None) -> int:
         first = next(iter(read_sweep(recipe, args.sweep)[1].values()))
         words = [*common, *first, *args.overrides]
         pipeline = stack.enter_context(
-            trained(recipe, words, args.out / f"scored-{args.condition_seed}", [], "extractors")
+            trained(recipe, words, args.out / f"{sweep}-scored-{args.condition_seed}", [], "extractors")
         )
         artifacts = pipeline.artifacts
         artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))

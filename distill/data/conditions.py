@@ -5,6 +5,7 @@ ODE initialisation and DMD train on what the teacher and the student generate, s
 what students are validated and scored on and, where they are trained on too, what such a term compares with.
 """
 
+import errno
 import hashlib
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -28,13 +30,25 @@ from teachers.codecs.linear import CodecConfig, to_uint8
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
-from teachers.media.face import fit_portrait
+from teachers.media.face import INSTALL, detector, fit_portrait
 from teachers.media.picture import SUFFIXES, decode_image
 from teachers.media.sound import SAMPLE_RATE, AudioReader, read_sound
 
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".mp4", ".mov", ".mkv", ".webm")
-TRIES = 20
-"""Files that are drawn for a condition before the folder is refused; skipped are broken ones and recordings too short or silent."""
+TRIES = 200
+"""Different files that are drawn for a condition before the folder is refused; broken ones and recordings that are too short or
+silent are skipped."""
+OF_THE_MACHINE = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ETIMEDOUT,
+    errno.EACCES,
+    errno.EPERM,
+)
+"""Errors that say nothing of a file: one that is skipped for them would be another condition the next time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +86,7 @@ class ConditionsConfig(FolderConfig):
 
 class DrawnConditions(Folder):
     """Films, then drawn conditions: the clips of a film shard have all frames, those of the others the portrait alone. Condition
-    number i is a function of the seed, i and the lists of files; sets that students are scored on are films."""
+    number i is a function of the seed, i and the files; sets that students are scored on are films."""
 
     config: ConditionsConfig
 
@@ -81,11 +95,15 @@ class DrawnConditions(Folder):
         self.speech = _files(config.speech, "data.speech", SOUNDS)
         self.prompts = [""] if config.prompts is None else _lines(config.prompts)
         self._broken: set[Path] = set()
+        self._lock = Lock()  # of it: shards are made by threads
         super().__init__(config)
 
     def reserve(self, least: int, why: str) -> None:
         """As of a folder; the drawn conditions come on top."""
         super().reserve(least, why)
+        if self.config.crop == "face" and not detector():
+            note = f"Portraits of another shape than the clips are cropped to their top: there is no face detector ({INSTALL})."
+            self.notes = (*self.notes, note)
         self._films = self.num_train if self.config.train_on_films else 0
         self.num_train = self._films + self.config.num_drawn
 
@@ -106,7 +124,8 @@ class DrawnConditions(Folder):
     def _drawn_from(self) -> dict[str, str]:
         listed = {"portraits": self.portraits, "speech": self.speech}
         digests = {name: _digest([(str(file), size) for file, size in files]) for name, files in listed.items()}
-        return {"prompts": _digest(self.prompts), **digests}
+        found = {"prompts": _digest(self.prompts), **digests}
+        return found | ({"faces": detector()} if self.config.crop == "face" else {})
 
     @property
     def facts(self) -> dict:
@@ -134,10 +153,13 @@ class DrawnConditions(Folder):
         size = self.config.world.shard_clips
         first = (number - self.num_film_shards) * size
         numbers = range(first, min(first + size, self.config.num_drawn))
-        rngs = [keyed_generator(seed, "drawn conditions", i) for i in numbers]
-        portraits = [self._portrait(rng) for rng in rngs]
-        sounds = [self._sound(rng) for rng in rngs]
-        text = [self.prompts[_pick(self.prompts, rng)] for rng in rngs]
+
+        def rngs(part: str) -> list[torch.Generator]:
+            return [keyed_generator(seed, "drawn conditions", i, part) for i in numbers]
+
+        portraits = [self._portrait(rng) for rng in rngs("portrait")]
+        sounds = [self._sound(rng) for rng in rngs("sound")]
+        text = [self.prompts[_pick(self.prompts, rng)] for rng in rngs("prompt")]
         return Clips(video=torch.stack(portraits)[:, :, None], audio=torch.stack(sounds), text=text, labels={})
 
     def _portrait(self, rng: torch.Generator) -> Tensor:
@@ -164,20 +186,28 @@ class DrawnConditions(Folder):
         rng: torch.Generator,
         unusable: str = "unusable",
     ) -> Tensor:
-        """What `read` gives of the first file drawn that it can use (None: it cannot). A broken one is named once and skipped."""
-        last = ""
-        for _ in range(TRIES):
-            file = folder / files[_pick(files, rng)][0]
+        """What `read` gives of the first file drawn that it can use (None: it cannot). Each process names a broken one once."""
+        last, tried = "", set[int]()
+        while len(tried) < min(TRIES, len(files)):
+            number = _pick(files, rng)
+            if number in tried:
+                continue
+            tried.add(number)
+            file = folder / files[number][0]
             try:
                 if (found := read(file)) is not None:
                     return found
             except UserError as error:
+                cause = error.__cause__
+                if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE):
+                    raise
                 last = f"; the last broken one: {error}"
-                if file not in self._broken:
-                    self._broken.add(file)
+                with self._lock:
+                    seen, self._broken = file in self._broken, self._broken | {file}
+                if not seen:
                     tqdm.write(f"distill: data.{key}: skipped: {error}", file=sys.stderr)
         raise UserError(
-            f"data.{key}: none of {TRIES} files drawn from {folder} can be used: each is broken or {unusable}{last}; give others"
+            f"data.{key}: none of {len(tried)} files drawn from {folder} is of use: each is broken or {unusable}{last}; give others"
         )
 
 
@@ -200,7 +230,8 @@ def _pick(items: Sequence, rng: torch.Generator) -> int:
 
 
 def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, int]]:
-    """(path below the folder, bytes) of its files of such names, sorted; one walk, no file is opened. UserError without one."""
+    """(path below the folder, bytes) of its files of such names, sorted; one walk, no file is opened, and
+    links to folders are not followed. UserError without one."""
     if not folder.is_dir():
         raise UserError(f"{key}: no such folder: {folder}; give one with {', '.join(suffixes)} files")
     found: list[tuple[Path, int]] = []
@@ -211,7 +242,8 @@ def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, 
     for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(where, name) for name in names if not name.startswith("."))
-        found += [(file.relative_to(folder), file.stat().st_size) for file in files if file.suffix.lower() in suffixes]
+        chosen = (file for file in files if file.suffix.lower() in suffixes)
+        found += [(file.relative_to(folder), file.stat().st_size) for file in chosen if file.is_file()]
     if not found:
         raise UserError(f"{key}: no file is one of {', '.join(suffixes)}: {folder}; convert or add some")
     return sorted(found)
@@ -220,7 +252,7 @@ def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, 
 def _lines(path: Path) -> list[str]:
     """The prompts of a text file, a line each; UserError where there is none."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.prompts: {path} cannot be read ({error}); give a UTF-8 text file") from error
     if not any(lines):

@@ -165,7 +165,7 @@ class DMD:
             return self._fake_score(drawn)
         real, fake = self._logits(drawn)
         value = losses.discriminator_loss(real, fake, drawn.batch.filmed)
-        gap = losses.rows_mean(real, drawn.batch.filmed) - fake.mean()
+        gap = losses.logit_gap(real, fake, drawn.batch.filmed)
         return Loss(value, {"loss": value.detach(), "gap": gap.detach()})
 
     def _sigma(self, raw: Tensor, shift: float) -> Tensor:

@@ -68,18 +68,21 @@ def surrogate(x0: Latents, gradient: Latents) -> Scalar:
     return 0.5 * torch.nn.functional.mse_loss(x0.float(), target)
 
 
-def rows_mean(values: Float[Tensor, "batch *any"], rows: Bool[Tensor, " batch"] | None) -> Scalar:
-    """The mean over these rows (None: all), 0 where there are none."""
-    each = values.flatten(1).mean(dim=1)
-    return each.mean() if rows is None else torch.where(rows, each, 0.0).sum() / rows.sum().clamp(min=1)
-
-
 def discriminator_loss(
     real: Float[Tensor, "batch *any"], fake: Float[Tensor, "batch *any"], filmed: Bool[Tensor, " batch"] | None = None
 ) -> Scalar:
-    """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3), the
-    real ones of rows that are `filmed`."""
-    return rows_mean(softplus(-real.float()), filmed) + softplus(fake.float()).mean()
+    """Non-saturating GAN loss of a discriminator: softplus(-real) + softplus(fake) of its logits (DMD2 2405.14867, sec. 4.3).
+
+    Both are of rows that are `filmed` (None: all), divided by the number of all rows: as many films as rollouts count, under the
+    same conditions, however a batch is divided between ranks."""
+    each = softplus(-real.float()).flatten(1).mean(dim=1) + softplus(fake.float()).flatten(1).mean(dim=1)
+    return each.mean() if filmed is None else torch.where(filmed, each, 0.0).mean()
+
+
+def logit_gap(real: Float[Tensor, "batch *any"], fake: Float[Tensor, "batch *any"], filmed: Tensor | None) -> Scalar:
+    """How much larger the mean logit of films is than that of rollouts under the same conditions; 0 where no row is filmed."""
+    each = (real - fake).flatten(1).mean(dim=1)
+    return each.mean() if filmed is None else torch.where(filmed, each, 0.0).sum() / filmed.sum().clamp(min=1)
 
 
 def generator_loss(fake: Float[Tensor, "..."]) -> Scalar:

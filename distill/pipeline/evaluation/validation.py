@@ -48,7 +48,8 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
 
 def _train_probes(artifacts: Artifacts, folder: Path) -> None:
     config, engine = artifacts.recipe.eval, artifacts.engine
-    count = min(config.probe_clips, artifacts.source.num_train)
+    films = artifacts.source.num_films or artifacts.source.num_clips
+    count = config.probe_clips if films is None else min(config.probe_clips, films)
     clips = clip_sets.draw(artifacts, folder, "probes", count, seed=config.probe_seed)
     if engine.is_main:
         rows = clip_sets.log_mel(artifacts, clips.clips)

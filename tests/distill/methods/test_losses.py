@@ -90,20 +90,25 @@ def test_the_gan_losses_are_logarithms():
     assert torch.allclose(losses.generator_loss(fake), -fake.sigmoid().log().mean())
 
 
-def test_the_discriminator_takes_real_logits_of_films_alone():
-    real, fake = some_latents(3, 2, seed=1), some_latents(3, 2, seed=2)
-    filmed = torch.tensor([True, False, True])
-    expected = losses.discriminator_loss(real[filmed], fake[filmed]) - losses.generator_loss(-fake[filmed])
-    expected = expected + losses.generator_loss(-fake)
-    assert torch.allclose(losses.discriminator_loss(real, fake, filmed), expected)
-    real[1] = torch.nan  # whatever stands where there is no film, in the gradient too
+def test_the_discriminator_compares_films_with_rollouts_under_the_same_conditions():
+    """However the rows are divided between ranks; whatever stands where there is no film, in the gradient too."""
+    real, fake = some_latents(4, 2, seed=1), some_latents(4, 2, seed=2)
+    filmed = torch.tensor([True, False, True, False])
+    expected = losses.discriminator_loss(real[filmed], fake[filmed]) / 2
+    assert torch.allclose(losses.logit_gap(real, fake, filmed), (real - fake)[filmed].mean())
+    real[1] = torch.nan
     real.requires_grad_()
     value = losses.discriminator_loss(real, fake, filmed)
     value.backward()
     assert torch.allclose(value, expected)
+    assert real.grad is not None
     assert bool(real.grad[filmed].all())
-    none = torch.zeros(3, dtype=torch.bool)
-    assert torch.allclose(losses.discriminator_loss(real, fake, none), losses.generator_loss(-fake))
+    with torch.no_grad():
+        for size in (1, 2):
+            parts = zip(real.split(size), fake.split(size), filmed.split(size), strict=True)
+            assert torch.allclose(torch.stack([losses.discriminator_loss(*part) for part in parts]).mean(), expected)
+        none = torch.zeros(4, dtype=torch.bool)
+        assert losses.discriminator_loss(real, fake, none) == losses.logit_gap(real, fake, none) == 0
 
 
 def test_a_unit_tangent_has_length_one_without_softening():
