@@ -263,6 +263,18 @@ def test_a_skipped_portrait_changes_neither_sound_nor_prompt(given, tmp_path):
     assert made[0].text == made[1].text
 
 
+def test_the_parts_of_a_condition_are_combined_at_random(given, tmp_path):
+    """As many portraits as prompts: one drawn by the other's numbers would always come with the same."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("abcd"), encoding="utf-8-sig")
+    source = opened(given, f"data.prompts={prompts}", "data.num_drawn=24", "data.world.shard_clips=24")
+    (made,) = source.train(0, [source.num_film_shards])
+    pairs = {(video.numpy().tobytes(), text) for video, text in zip(made.video, made.text, strict=True)}
+    assert {text for _, text in pairs} == set("abcd")
+    assert len({portrait for portrait, _ in pairs}) == 4
+    assert len(pairs) > 8
+
+
 def test_an_error_of_the_machine_ends_the_stage(given, monkeypatch):
     """A portrait that is skipped for it would be another condition when the run goes on."""
     source, read = opened(given), Path.read_bytes
