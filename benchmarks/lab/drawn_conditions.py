@@ -1,7 +1,7 @@
 """Few films and many drawn conditions: the folders that `lab_conditions` trains on, written from the procedural world.
 
     python benchmarks/lab/drawn_conditions.py [--films 64] [--others 256] [--out runs/lab_conditions]
-    python benchmarks/lab/few_steps.py lab_conditions --seeds 0 1 2 --init
+    python benchmarks/lab/few_steps.py lab_conditions --seeds 0 1 2 --conditions 48
 
 OUT/films is what `distill data prepare` makes of films of some people. Of other people, as many as `--others`, there are
 one picture in OUT/portraits, speech of half a minute a file in OUT/speech, whose voice changes every clip, and the prompts in

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,17 @@ def main(words: Sequence[str] | None = None) -> int:
     found: dict = read_json_or_none(file) or {}
     bundles: dict[str, Bundle] = {}
     with ExitStack() as stack:
-        first = next(iter(read_sweep(recipe, args.sweep)[1].values()))
-        words = [*common, *first, *args.overrides]
-        pipeline = stack.enter_context(
-            trained(recipe, words, args.out / f"{sweep}-scored-{args.condition_seed}", [], "extractors")
-        )
-        artifacts = pipeline.artifacts
-        artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))
-        scoring = Scoring(artifacts, artifacts.folder.path)
+
+        @cache
+        def scoring() -> Scoring:
+            """Of the first job, whichever are chosen; drawn when it is needed."""
+            first = next(iter(read_sweep(recipe, args.sweep)[1].values()))
+            folder = args.out / f"{sweep}-scored-{args.condition_seed}"
+            words = [*common, *first, *args.overrides]
+            artifacts = stack.enter_context(trained(recipe, words, folder, [], "extractors")).artifacts
+            artifacts.recipe = replace(artifacts.recipe, eval=replace(artifacts.recipe.eval, **counted))
+            return Scoring(artifacts, artifacts.folder.path)
+
         for seed in args.seeds:
             for name, own in chosen.items():
                 folder = args.out / f"{sweep}-{name}-{seed}"
@@ -155,7 +159,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 if not done:
                     seconds = {stage: (artifacts.folder.finished(stage) or {})["seconds"] for stage in ("init", LAST)}
                     for stage, job in (*([("init", f"{name}, init")] if args.init else []), (LAST, name)):
-                        scores = {**scoring(artifacts, stage), "seconds": seconds[stage]}
+                        scores = {**scoring()(artifacts, stage), "seconds": seconds[stage]}
                         found.setdefault(job, {})[str(seed)] = scores
                         shown = {column: round(scores[column], 3) for column in COLUMNS if column in scores}
                         print(f"{folder.name} {stage}: {shown}", flush=True)
@@ -165,7 +169,7 @@ def main(words: Sequence[str] | None = None) -> int:
                     bundles[key] = artifacts.bundle(artifacts.finished_student(LAST))
         print("\n".join(table(found, COLUMNS)))
         if args.rounds:
-            timed = costs(bundles, scoring.test, args.rounds)
+            timed = costs(bundles, scoring().test, args.rounds)
             atomic_write(args.out / f"{sweep}-costs.json", json.dumps(timed, indent=1) + "\n")
             print("\n".join(table({name: {"0": row} for name, row in timed.items()}, COSTS)))
     return 0

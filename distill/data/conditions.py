@@ -75,7 +75,7 @@ class ConditionsConfig(FolderConfig):
         if learned and not self.train_on_films:
             raise UserError("data.codec is fitted to films: give a trained one, or data.train_on_films=true")
 
-    def counted(self) -> tuple[int | None, int]:
+    def training_counts(self) -> tuple[int | None, int]:
         """Of the films as of a folder, where they are trained on; and the drawn conditions."""
         return (self.world.num_train if self.train_on_films else 0), self.num_drawn
 
@@ -117,7 +117,7 @@ class DrawnConditions(Folder):
 
     @property
     def digests(self) -> dict[str, str]:
-        """The films, and the names and sizes of the files that conditions are drawn from."""
+        """The films, the names and sizes of the files that conditions are drawn from, and what finds the faces."""
         return super().digests | self._drawn_from
 
     @cached_property
@@ -173,7 +173,7 @@ class DrawnConditions(Folder):
     def _sound(self, rng: torch.Generator) -> Tensor:
         """A stretch of a recording [S] as long as a clip, anywhere in it and not silent."""
         samples = self.config.world.num_frames * samples_per_frame(self.config.world)
-        unusable = f"shorter than a clip, {samples / SAMPLE_RATE:.1f} s, or silent there"
+        unusable = f" or shorter than a clip, {samples / SAMPLE_RATE:.1f} s, or silent there"
         stretch = partial(_stretch, samples=samples, rng=rng)
         return self._first_good("speech", self.config.speech, self.speech, stretch, rng, unusable)
 
@@ -184,7 +184,7 @@ class DrawnConditions(Folder):
         files: Sequence[tuple[Path, int]],
         read: Callable[[Path], Tensor | None],
         rng: torch.Generator,
-        unusable: str = "unusable",
+        unusable: str = "",
     ) -> Tensor:
         """What `read` gives of the first file drawn that it can use (None: it cannot). Each process names a broken one once."""
         last, tried = "", set[int]()
@@ -203,11 +203,12 @@ class DrawnConditions(Folder):
                     raise
                 last = f"; the last broken one: {error}"
                 with self._lock:
-                    seen, self._broken = file in self._broken, self._broken | {file}
+                    seen = file in self._broken
+                    self._broken.add(file)
                 if not seen:
                     tqdm.write(f"distill: data.{key}: skipped: {error}", file=sys.stderr)
         raise UserError(
-            f"data.{key}: none of {len(tried)} files drawn from {folder} is of use: each is broken or {unusable}{last}; give others"
+            f"data.{key}: none of {len(tried)} files drawn from {folder} is of use: each is broken{unusable}{last}; give others"
         )
 
 

@@ -47,7 +47,7 @@ class ClipsConfig:
         """F of a training clip, without the lead."""
         return 1 + (self.world.num_frames - 1) // self.codec.stride - self.lead
 
-    def counted(self) -> tuple[int | None, int]:
+    def training_counts(self) -> tuple[int | None, int]:
         """How many films (null: as many as there are) and conditions without a film are trained on, for `distill plan`."""
         return self.world.num_train, 0
 

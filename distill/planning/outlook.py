@@ -153,7 +153,7 @@ class _Stages:
     def __init__(self, plan: Plan, job: Job, recipe: "Recipe"):
         self.plan, self.job, self.recipe, self.codec = plan, job, recipe, codec_costs(job.spec, recipe)
         data, spec = recipe.data, job.spec
-        self.num_films, self.num_drawn = data.counted()
+        self.num_films, self.num_drawn = data.training_counts()
         parts = () if recipe.tiny else (data.codec, data.audio, data.text, data.image)
         self.codec_bytes = 0 if recipe.tiny else ENCODERS.get(type(data.codec).__name__, 0)
         self.encoders = sum(ENCODERS.get(type(part).__name__, 0) for part in parts)

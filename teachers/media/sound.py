@@ -32,12 +32,7 @@ LONGEST = 3600  # seconds that are held as a whole
 PIECE = 4  # seconds that are resampled at a time
 CHECKED = 10.0  # seconds after which channels that cancel each other are noticed, and at the end
 SILENT = 2.0**-12  # a peak below it is digital silence and what a codec makes of it
-COUNTED = (
-    "wav",
-    "w64",
-    "aiff",
-    "flac",
-)  # containers without times, of which FFmpeg knows the sample that it has sought
+COUNTED = ("wav", "w64", "aiff", "flac")  # they have no times, but FFmpeg knows which sample it has sought
 CANCELLED = 5e-4  # share of the channels' power in their mean, -33 dB, below which they cancel each other
 
 
@@ -171,7 +166,7 @@ def read_sound(path: Path, first: int, count: int) -> Stretch | None:
                 return None
             track = _Track(container, path)
             early = Fraction(first, SAMPLE_RATE) - 2 * CONTEXT
-            seeks = seeks and early > 0
+            seeks = seeks and track.has_exact_times and early > 0
             if seeks and not track.seek(early):
                 continue
             divisor = math.gcd(track.rate, SAMPLE_RATE)
@@ -263,12 +258,16 @@ class _Track:
         self._length = (stream.duration or 0) * Fraction(stream.time_base or 0)  # 0: the header has none
         self.seconds = float(self._length or Fraction(container.duration or 0, av.time_base)) or None
 
+    @property
+    def has_exact_times(self) -> bool:
+        """Whether places are known to the sample after a seek; not in mp3, whose times are guessed then, nor where they are rounded
+        to milliseconds (Matroska): there samples are counted from the start."""
+        known = self.timed or self.container.format.name in COUNTED
+        return known and Fraction(self.stream.time_base or 1) <= Fraction(1, self.rate)
+
     def seek(self, seconds: Fraction) -> bool:
-        """Continue with the last frame that begins before that time; False where places after it would not be known to the
-        sample, as in mp3, whose times are guessed after a seek."""
-        exact = self.timed or self.container.format.name in COUNTED
-        if not exact or Fraction(self.stream.time_base or 1) > Fraction(1, self.rate):
-            return False
+        """Continue with the last frame that begins before that time; False where the container cannot. Of sound alone the first
+        frame is decoded before, whose time is the start."""
         from_zero = seconds
         if self._zero is None:
             first = next(decoded_sound(self.container, self.stream), None)

@@ -11,6 +11,7 @@ from distill.compose import RECIPES
 from distill.pipeline.evaluation.clip_sets import StoredConditions
 from distill.recipe import load_recipe
 from eval.speed.latency import Streamed, Took
+from teachers.errors import UserError
 from teachers.guidance import EmbeddedScales, GuidanceRange
 from tests.support import tiny
 
@@ -26,6 +27,14 @@ def test_each_job_is_what_its_name_says():
         assert (recipe.distill.method.gan > 0) == ("gan" in rest)
         assert (recipe.student.history.commit == "same_level") == ("level" in rest)
         assert recipe.trajectories.num_steps % recipe.student.num_steps == 0
+
+
+def test_jobs_are_chosen_by_name_in_the_sweeps_order():
+    """An override that stands behind --jobs is no job, and is not passed over."""
+    recipe = RECIPES / "lab_avatar.yaml"
+    assert list(read_sweep(recipe, "lab_conditions", ["mixed", "films"])[1]) == ["films", "mixed"]
+    with pytest.raises(UserError, match=r"no job of .*lab_conditions.yaml: seed=1; it has world, films, mixed"):
+        read_sweep(recipe, "lab_conditions", ["films", "seed=1"])
 
 
 def test_a_row_is_the_mean_and_half_range_of_its_seeds():

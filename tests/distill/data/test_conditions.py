@@ -275,17 +275,18 @@ def test_the_parts_of_a_condition_are_combined_at_random(given, tmp_path):
     assert len(pairs) > 8
 
 
-def test_an_error_of_the_machine_ends_the_stage(given, monkeypatch):
-    """A portrait that is skipped for it would be another condition when the run goes on."""
-    source, read = opened(given), Path.read_bytes
+@pytest.mark.parametrize("folder", ["portraits", "speech"])
+def test_an_error_of_the_machine_ends_the_stage(folder, given, monkeypatch):
+    """A file that is skipped for it would be another condition when the run goes on."""
+    source, open_file = opened(given), Path.open
     failures = iter([OSError(errno.EIO, "Input/output error")])
 
-    def flaky(self):
-        if self.parent.name == "portraits" and (error := next(failures, None)):
+    def flaky(self, *mode, **options):
+        if self.parent.name == folder and (error := next(failures, None)):
             raise error
-        return read(self)
+        return open_file(self, *mode, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", flaky)
+    monkeypatch.setattr(Path, "open", flaky)
     with pytest.raises(UserError, match="Input/output error"):
         [*source.train(0, [source.num_film_shards])]
     assert [*source.train(0, [source.num_film_shards])]
