@@ -7,7 +7,6 @@ what students are validated and scored on and, where they are trained on too, wh
 
 import errno
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.data.codec_training import TrainableConfig
+from distill.data.listing import list_files
 from distill.data.order import AHEAD, made_ahead
 from distill.data.procedural.render import samples_per_frame
 from distill.data.recorded import DIGEST_BY_SOURCE, Folder, FolderConfig
@@ -91,8 +91,8 @@ class DrawnConditions(Folder):
     config: ConditionsConfig
 
     def __init__(self, config: ConditionsConfig):
-        self.portraits = _files(config.portraits, "data.portraits", SUFFIXES)
-        self.speech = _files(config.speech, "data.speech", SOUNDS)
+        self.portraits = list_files(config.portraits, "data.portraits", SUFFIXES)
+        self.speech = list_files(config.speech, "data.speech", SOUNDS)
         self.prompts = [""] if config.prompts is None else _lines(config.prompts)
         self._broken: set[Path] = set()
         self._lock = Lock()  # of it: shards are made by threads
@@ -123,7 +123,7 @@ class DrawnConditions(Folder):
     @cached_property
     def _drawn_from(self) -> dict[str, str]:
         listed = {"portraits": self.portraits, "speech": self.speech}
-        digests = {name: _digest([(str(file), size) for file, size in files]) for name, files in listed.items()}
+        digests = {name: _digest(files) for name, files in listed.items()}
         found = {"prompts": _digest(self.prompts), **digests}
         return found | ({"faces": detector()} if self.config.crop == "face" else {})
 
@@ -157,37 +157,39 @@ class DrawnConditions(Folder):
         def rngs(part: str) -> list[torch.Generator]:
             return [keyed_generator(seed, "drawn conditions", i, part) for i in numbers]
 
-        portraits = [self._portrait(rng) for rng in rngs("portrait")]
-        sounds = [self._sound(rng) for rng in rngs("sound")]
+        skipped: list[str] = []
+        portraits = [self._portrait(rng, skipped) for rng in rngs("portrait")]
+        sounds = [self._sound(rng, skipped) for rng in rngs("sound")]
         text = [self.prompts[_pick(self.prompts, rng)] for rng in rngs("prompt")]
-        return Clips(video=torch.stack(portraits)[:, :, None], audio=torch.stack(sounds), text=text, labels={})
+        video, audio = torch.stack(portraits)[:, :, None], torch.stack(sounds)
+        return Clips(video=video, audio=audio, text=text, labels={}, skipped=skipped)
 
-    def _portrait(self, rng: torch.Generator) -> Tensor:
-        """uint8 [3, H, W]."""
+    def _portrait(self, rng: torch.Generator, skipped: list[str]) -> Tensor:
+        """uint8 [3, H, W]; broken files are added to `skipped`."""
 
         def fitted(file: Path) -> Tensor:
             return to_uint8(fit_portrait(decode_image(file), self.config.world.size, self.config.crop)[0])
 
-        return self._first_good("portraits", self.config.portraits, self.portraits, fitted, rng)
+        return self._first_good("portraits", self.portraits, fitted, rng, skipped)
 
-    def _sound(self, rng: torch.Generator) -> Tensor:
-        """A stretch of a recording [S] as long as a clip, anywhere in it and not silent."""
+    def _sound(self, rng: torch.Generator, skipped: list[str]) -> Tensor:
+        """A stretch of a recording [S] as long as a clip, anywhere in it and not silent; broken files are added to `skipped`."""
         samples = self.config.world.num_frames * samples_per_frame(self.config.world)
         unusable = f" or shorter than a clip, {samples / SAMPLE_RATE:.1f} s, or silent there"
         stretch = partial(_stretch, samples=samples, rng=rng)
-        return self._first_good("speech", self.config.speech, self.speech, stretch, rng, unusable)
+        return self._first_good("speech", self.speech, stretch, rng, skipped, unusable)
 
     def _first_good(
         self,
-        key: str,
-        folder: Path,
-        files: Sequence[tuple[Path, int]],
+        key: Literal["portraits", "speech"],
+        files: Sequence[tuple[str, int]],
         read: Callable[[Path], Tensor | None],
         rng: torch.Generator,
+        skipped: list[str],
         unusable: str = "",
     ) -> Tensor:
         """What `read` gives of the first file drawn that it can use (None: it cannot). Each process names a broken one once."""
-        last, tried = "", set[int]()
+        folder, last, tried = getattr(self.config, key), "", set[int]()
         while len(tried) < min(TRIES, len(files)):
             number = _pick(files, rng)
             if number in tried:
@@ -202,6 +204,7 @@ class DrawnConditions(Folder):
                 if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE):
                     raise
                 last = f"; the last broken one: {error}"
+                skipped.append(f"{key}/{files[number][0]}")
                 with self._lock:
                     seen = file in self._broken
                     self._broken.add(file)
@@ -228,26 +231,6 @@ def _stretch(path: Path, samples: int, rng: torch.Generator) -> Tensor | None:
 
 def _pick(items: Sequence, rng: torch.Generator) -> int:
     return int(torch.randint(0, len(items), (), generator=rng))
-
-
-def _files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[Path, int]]:
-    """(path below the folder, bytes) of its files of such names, sorted; one walk, no file is opened, and
-    links to folders are not followed. UserError without one."""
-    if not folder.is_dir():
-        raise UserError(f"{key}: no such folder: {folder}; give one with {', '.join(suffixes)} files")
-    found: list[tuple[Path, int]] = []
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{key}: {error}; make it readable or choose another folder") from error
-
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(where, name) for name in names if not name.startswith("."))
-        chosen = (file for file in files if file.suffix.lower() in suffixes)
-        found += [(file.relative_to(folder), file.stat().st_size) for file in chosen if file.is_file()]
-    if not found:
-        raise UserError(f"{key}: no file is one of {', '.join(suffixes)}: {folder}; convert or add some")
-    return sorted(found)
 
 
 def _lines(path: Path) -> list[str]:

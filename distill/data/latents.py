@@ -33,6 +33,7 @@ MANIFEST = "manifest.json"
 SOUND = ("audio", "clip_audio")
 HALF = ("beside", "anchors")  # made of latents and stored like them
 TEXTS_AT_ONCE = 16
+SKIPPED_NAMED = 20  # in the report, of the files that were skipped
 COVERAGE_CLIPS = 32  # held-out clips whose first frames are compared with the training set's
 
 
@@ -67,6 +68,15 @@ class TrainSet:
         sound = None if self.sound is None else from_int16(self.sound[rows]).to(device)
         filmed = None if self.films is None else (rows < self.films).to(device)
         return Batch(conditions=conditions.to(device), x0=x0.to(device), sound=sound, filmed=filmed)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_shards` wrote, on all ranks and in earlier starts: rows, distinct texts, and the files that were skipped."""
+
+    rows: int
+    texts: list[str]
+    skipped: list[str]
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -112,13 +122,15 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
         yield from [first] if 0 in numbers else []
         yield from source.train(seed, [i for i in numbers if i], workers=0 if engine.device.type == "cpu" else 2)
 
-    clips, texts = write_shards(source, folder, engine, encoders, clips_of)
+    written = write_shards(source, folder, engine, encoders, clips_of)
     if engine.is_main and not (folder / FILE).is_file():
-        cover(source, seed, first, texts, encoders).save(folder / FILE)
+        cover(source, seed, first, written.texts, encoders).save(folder / FILE)
     original = to_float(first.video[:64])
     decoded = to_float(encoders.decode(encoders.encode(first.video[:64])))
     stages = read_json(folder / "codec.json")  # of a codec that was trained
-    found = {"clips": clips, "codec_psnr_db": psnr(decoded, original), **source.facts}
+    found = {"clips": written.rows, "codec_psnr_db": psnr(decoded, original), **source.facts}
+    if written.skipped:
+        found |= {"skipped_files": len(written.skipped), "skipped": written.skipped[:SKIPPED_NAMED]}
     return found | ({"codec": stages} if stages else {})
 
 
@@ -155,11 +167,10 @@ def write_shards(
     engine: Engine,
     encoders: ConditionEncoders,
     clips_of: Callable[[Sequence[int]], Iterable[Clips]],
-) -> tuple[int, list[str]]:
+) -> Written:
     """Write the shards that are not there, of the clips that `clips_of` gives for their numbers (ascending) and (`data.mirror`)
     their mirror images, which are rows of their own but share what is equal; the features of each distinct text once; the
-    negative prompt; last the manifest, by which all are found. Returns the number of rows and the distinct texts. UserError for a
-    shard that other encoders made."""
+    negative prompt; last the manifest, by which all are found. UserError for a shard that other encoders made."""
     mine, mark, precision = range(engine.rank, source.num_shards, engine.world_size), encoders.mark, encoders.precision
     files = files_of(folder, "shard", source.num_shards)
     missing = [i for i in mine if not files[i].is_file()]
@@ -175,9 +186,10 @@ def write_shards(
         rows = {name: value.to(stored_type(name, precision, value)) for name, value in rows.items()}
         rows = {"x0": x0.half(), **rows} | ({"sound": to_int16(clips.voice)} if source.config.keep_sound else {})
         _check_finite(rows, source, i)
-        save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text])})
+        save_tensors(files[i], rows, {"clips": json.dumps([mark, clips.text, sorted({*clips.skipped})])})
     engine.barrier()
-    said = engine.in_turns([_text_of(files[i], mark) for i in mine], source.num_shards)
+    made = engine.in_turns([_of_shard(files[i], mark) for i in mine], source.num_shards)
+    said, skipped = [text for text, _ in made], sorted({name for _, names in made for name in names})
     texts = list(dict.fromkeys(text for own in said for text in own))
     text_files = files_of(folder, "text", -(-len(texts) // TEXTS_A_FILE))
     for i in range(engine.rank, len(text_files), engine.world_size):
@@ -196,7 +208,7 @@ def write_shards(
         facts |= {"tokens": encoders.read(texts[:1]).shape[1], "text": [[number[one] for one in own] for own in said]}
         atomic_write(folder / MANIFEST, json.dumps(facts) + "\n")
     engine.barrier()
-    return (1 + source.config.mirror) * source.num_train, texts
+    return Written((1 + source.config.mirror) * source.num_train, texts, skipped)
 
 
 def _check_finite(rows: Mapping[str, Tensor], source: ClipSource, shard: int) -> None:
@@ -228,10 +240,11 @@ def _with_mirrored(name: str, value: Tensor, again: Tensor | None) -> Tensor:
     return value if torch.equal(value, mirrored) else torch.cat([value, mirrored])
 
 
-def _text_of(file: Path, mark: str) -> list[str]:
-    made, text = json.loads(read_facts(file).get("clips", '["", []]'))
+def _of_shard(file: Path, mark: str) -> tuple[list[str], list[str]]:
+    """The texts of a shard's clips, and the files that were skipped for them."""
+    made, text, skipped = json.loads(read_facts(file).get("clips", '["", [], []]'))
     _check_mark(file, made, mark)
-    return text
+    return text, skipped
 
 
 def _check_mark(file: Path, made: str, mark: str) -> None:

@@ -36,6 +36,8 @@ class Clips:
     `features`: conditions that no encoder makes, by the name that they are declared under, as a network takes them: [N, ..], on the
     latent clock [N, F, ..] (`teachers.conditions.pack_rows` makes latent frames of pixel frames). They are trained on and sampled
     with as they are.
+
+    `skipped`: files that could not be read and were passed over for others.
     """
 
     video: Tensor
@@ -45,6 +47,7 @@ class Clips:
     pose: Tensor | None = None
     talk: dict[str, Tensor] = field(default_factory=dict)
     features: dict[str, Tensor] = field(default_factory=dict)
+    skipped: Sequence[str] = ()
 
     def rows(self, rows: range) -> "Clips":
         """Some of them."""

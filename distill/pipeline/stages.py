@@ -134,6 +134,15 @@ def field_value(recipe: Recipe, field: str) -> Any:
     return value
 
 
+def _seeded(field: str, value: Any, seed: int) -> Any:
+    """A field's plain value where a training that is given no seed of its own has the recipe's: it is one training, given or not."""
+    if field.endswith(".train"):
+        return value | {"seed": seed} if value and value["seed"] is None else value
+    if isinstance(value, dict) and isinstance(train := value.get("train"), dict) and train.get("seed", seed) is None:
+        return value | {"train": train | {"seed": seed}}
+    return value
+
+
 def facts(stage: Stage, recipe: Recipe, source_digests: Mapping[str, str]) -> dict[str, Any]:
     """What a stage depends on besides its inputs, as plain data: `field: value` and, where its fields name some, `files`."""
     plain, files = to_plain(recipe, digests=True), {}
@@ -142,7 +151,7 @@ def facts(stage: Stage, recipe: Recipe, source_digests: Mapping[str, str]) -> di
         value: Any = plain
         for name in field.split("."):
             value = None if value is None else value[name]
-        found[field] = value
+        found[field] = _seeded(field, value, recipe.seed)
         files |= dict(_files(field_value(recipe, field), field))
     if "data" in stage.fields:
         files |= {f"data source: {name}": value for name, value in source_digests.items()}
@@ -183,7 +192,7 @@ def corrupt(artifacts: Artifacts, folder: Path) -> dict:
         for shard, own in zip(shards, source.train(seed, shards), strict=True):
             yield corrupt_clips(config, own, keyed_generator(seed, "degraded", shard))
 
-    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips)[0]}
+    return {"clips": latents.write_shards(source, folder, artifacts.engine, artifacts.encoders, clips).rows}
 
 
 class Pipeline:

@@ -150,8 +150,18 @@ def assemble(artifacts: Artifacts, systems: dict, floor: dict, card: Card, refus
         "columns": {name: column.plain() for name, column in card.columns.items()},
         "protocol": card.plain(),
         **({"left_out": left_out} if left_out else {}),
-        **({"notes": list(artifacts.source.notes)} if artifacts.source.notes else {}),
+        **({"notes": notes} if (notes := [*artifacts.source.notes, *skipped_notes(stages)]) else {}),
     }
+
+
+def skipped_notes(stages: dict) -> list[str]:
+    """What a reader has to know of files that the data stage skipped: a sentence, or none."""
+    facts = (stages.get("data") or {}).get("metrics") or {}
+    if not (number := facts.get("skipped_files")):
+        return []
+    named, more = ", ".join(facts["skipped"]), number - len(facts["skipped"])
+    rest = f" and {more:,} more" if more else ""
+    return [f"Files that cannot be read were skipped, {number:,} of those that were drawn: {named}{rest}."]
 
 
 def health_of(stages: dict) -> dict[str, Any]:

@@ -18,12 +18,14 @@ from distill.data.prepare.cutting import CutConfig
 from distill.data.prepare.prepare import prepare
 from distill.data.source import Clips
 from distill.pipeline import train_stages
+from distill.pipeline.evaluation.evaluate import skipped_notes
 from distill.pipeline.stages import check_films, run
 from distill.recipe import load_recipe
 from teachers.errors import UserError
 from teachers.files import load_tensors
 from tests.distill.data.test_recorded import FPS, SHORT, clips, films, prepared  # noqa: F401 (fixtures)
 from tests.support.media.sounds import write_sound
+from tests.support.tiny import Ranks
 
 PROMPTS = ("a person nods", "a person smiles", "a person looks up")
 SECONDS = (3.0, 0.4, 2.0)  # the second recording is shorter than a clip
@@ -299,6 +301,28 @@ def test_links_to_nothing_are_no_files(given, tmp_path):
     assert len(opened(given, f"data.portraits={files}").portraits) == 4
 
 
+def test_skipped_files_are_counted_over_ranks_and_starts(given, tmp_path):
+    """In the stage's metrics, and as a note of the report; a shard that was there is counted too."""
+    files, folder = tmp_path / "files", tmp_path / "data"
+    shutil.copytree(given / "portraits", files)
+    for number in range(24):
+        (files / f"bad{number}.png").write_bytes(b"damaged")
+    folder.mkdir()
+    source = opened(given, f"data.portraits={files}", "data.num_drawn=24", "data.world.shard_clips=7")
+    facts = latents.prepare(source.config, source, 0, folder, Ranks())
+    drawn = [*source.train(0, range(source.num_film_shards, source.num_shards))]
+    names = sorted({name for part in drawn for name in part.skipped})
+    assert len(names) > 20
+    assert (facts["skipped_files"], facts["skipped"]) == (len(names), names[:20])
+    (folder / f"shard-{source.num_film_shards:05d}.safetensors").unlink()
+    again = latents.prepare(source.config, source, 0, folder, Ranks())
+    assert (again["skipped_files"], again["skipped"]) == (len(names), names[:20])
+    (note,) = skipped_notes({"data": {"metrics": facts}})
+    assert note.startswith(f"Files that cannot be read were skipped, {len(names)} of those that were drawn: portraits/bad")
+    assert note.endswith(f" and {len(names) - 20} more.")
+    assert not skipped_notes({"data": {"metrics": {"clips": 3}}})
+
+
 @pytest.mark.parametrize(("folder", "bad"), [("portraits", "bad.png"), ("speech", "bad.wav")])
 def test_a_broken_file_is_named_once_and_skipped(folder, bad, given, tmp_path, capsys):
     """One in a corpus ends no stage; all of them do."""
@@ -316,6 +340,7 @@ def test_a_broken_file_is_named_once_and_skipped(folder, bad, given, tmp_path, c
     assert all(
         torch.equal(a.video, b.video) and torch.equal(a.audio, b.audio) for a, b in zip(made, again, strict=True)
     )
+    assert {name for part in made for name in part.skipped} == {f"{folder}/{bad}"}
     for file in files.rglob("*.*"):
         file.write_bytes(b"damaged")
     source = opened(given, f"data.{folder}={files}")

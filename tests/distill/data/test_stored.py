@@ -97,7 +97,7 @@ def test_sound_once_a_clip_and_a_text_once(tmp_path, monkeypatch):
     counted = replace(encoders, audio_encoder=audio, text=text)
     distinct = {name for own in clips for name in own.text}
     made = latents.write_shards(DATA.open(), folder, Ranks(), counted, lambda numbers: [clips[i] for i in numbers])
-    assert (made[0], set(made[1])) == (20, distinct)
+    assert (made.rows, set(made.texts)) == (20, distinct)
     assert len(audio.seen) == 10
     assert sorted(text.seen[:-1]) == sorted(distinct)
     pool, row = latents.load_train_set(folder, encoders.mark), 0

@@ -278,6 +278,19 @@ def test_a_stage_reads_no_field_that_it_does_not_declare(runs, recorded, name):
     pipeline.artifacts.log.close()
 
 
+@pytest.mark.parametrize("slot", ["teacher", "ar_teacher", "init", "distill"])
+def test_the_recipe_s_seed_given_to_a_stage_is_the_same_training(slot):
+    words = (*SMALL, "method@ar_teacher=forcing", "seed=3")
+
+    def of(*more):
+        recipe = load_recipe(RECIPES / "scratch_avatar.yaml", (*words, *more))
+        return {stage.name: facts(stage, recipe, {}) for stage in stages(recipe)}
+
+    own, given, other = of(), of(f"{slot}.train.seed=3"), of(f"{slot}.train.seed=4")
+    assert given == own
+    assert [name for name in own if other[name] != own[name]] == [slot]
+
+
 @pytest.mark.slow
 def test_a_stage_of_another_seed_is_another_and_those_before_it_are_the_same(tmp_path, monkeypatch):
     threads = set()
