@@ -30,7 +30,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def list_files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path below the folder, bytes) of its files of such names, sorted, as rank 0 sees them: 64 ranks that walk a folder of 280,000
+    """(path below the folder, bytes) of its files of such names, sorted, as rank 0 sees them: 64 ranks that walk 280,000
     files on a slow disk would wait for it, and might see different ones. No file is opened, links to folders are not followed.
     UserError that begins with `key` without one."""
     return from_main(lambda: _walk(folder, key, suffixes))

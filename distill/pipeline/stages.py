@@ -135,7 +135,7 @@ def field_value(recipe: Recipe, field: str) -> Any:
 
 
 def _seeded(field: str, value: Any, seed: int) -> Any:
-    """A field's plain value where a training that is given no seed of its own has the recipe's: it is one training, given or not."""
+    """A field's plain value where a training without a seed of its own is given the recipe's: they are one training."""
     if field.endswith(".train"):
         return value | {"seed": seed} if value and value["seed"] is None else value
     if isinstance(value, dict) and isinstance(train := value.get("train"), dict) and train.get("seed", seed) is None:

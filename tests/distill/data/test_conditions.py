@@ -318,7 +318,9 @@ def test_skipped_files_are_counted_over_ranks_and_starts(given, tmp_path):
     again = latents.prepare(source.config, source, 0, folder, Ranks())
     assert (again["skipped_files"], again["skipped"]) == (len(names), names[:20])
     (note,) = skipped_notes({"data": {"metrics": facts}})
-    assert note.startswith(f"Files that cannot be read were skipped, {len(names)} of those that were drawn: portraits/bad")
+    assert note.startswith(
+        f"Files that cannot be read were skipped, {len(names)} of those that were drawn: portraits/bad"
+    )
     assert note.endswith(f" and {len(names) - 20} more.")
     assert not skipped_notes({"data": {"metrics": {"clips": 3}}})
 

@@ -25,9 +25,9 @@ def test_files_by_suffix_with_their_sizes_in_one_order(folder):
 
 
 def test_no_folder_and_no_file_are_refused(folder):
-    with pytest.raises(UserError, match="^data.speech: no such folder: "):
+    with pytest.raises(UserError, match=r"^data\.speech: no such folder: "):
         list_files(folder / "none", "data.speech", (".wav",))
-    with pytest.raises(UserError, match="^data.speech: no file is one of .flac"):
+    with pytest.raises(UserError, match=r"^data\.speech: no file is one of \.flac"):
         list_files(folder, "data.speech", (".flac",))
 
 
@@ -41,7 +41,7 @@ def worker(folder: Path) -> None:
     walked, walk = [], os.walk
     os.walk = lambda *words, **options: (walked.append(words), walk(*words, **options))[1]
     assert list_files(folder, "data.speech", (".wav",)) == [("a/c.WAV", 5), ("b.wav", 3)]
-    with pytest.raises(UserError, match="^data.speech: no file is one of .flac"):
+    with pytest.raises(UserError, match=r"^data\.speech: no file is one of \.flac"):
         list_files(folder, "data.speech", (".flac",))
     assert len(walked) == (2 if engine.is_main else 0)
     engine.close()
