@@ -128,6 +128,31 @@ def test_sockets_of_one_peer_are_few(served, monkeypatch):
         assert b'"ok"' in read_to_end(one)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_CONGESTION"), reason="the system names no congestion control; Linux does")
+def test_each_connection_has_the_congestion_control_that_bears_loss(served, monkeypatch):
+    """BBR, where the system allows it; else what it had."""
+    address, _ = served
+    option, choose, found = (socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16), sockets.choose_congestion_control, []
+    with socket.socket() as probe:
+        probe.setsockopt(*option[:2], b"reno")
+        with suppress(OSError):
+            probe.setsockopt(*option[:2], b"bbr")
+        best = probe.getsockopt(*option)
+
+    def recorded(connection):
+        connection.setsockopt(*option[:2], b"reno")
+        choose(connection)
+        found.append(connection.getsockopt(*option))
+
+    monkeypatch.setattr(sockets, "choose_congestion_control", recorded)
+    with dial(address, WHOLE) as one:
+        assert one.recv(1)
+    assert found == [best]
+    choose(None)
+    with socket.socketpair()[0] as local:
+        choose(local)
+
+
 def test_files_that_are_no_certificate_are_one_line(tmp_path):
     (tmp_path / "a.pem").write_text("nothing")
     engine = Engine(a_puppet(), Echo(), 1)
