@@ -5,7 +5,7 @@
 Server and viewer have a network namespace each, joined by two TUN devices; between them every packet of both directions waits for
 its turn on a line of `--rate` Mbit/s, then for `--delay` ms, and is lost with a chance of `--loss` percent. TCP and UDP are the
 kernel's own, nothing of the machine's network is changed. Chunks of 8 frames, 512x512 at 25 frames/s, VP8 both ways: the server
-sends a chunk as soon as it is drawn, WebRTC a frame at a time. Late is what comes after its place in a film that begins as its
+sends a chunk as soon as it is drawn, WebRTC a frame at a time. Late is what comes after its place in a video that begins as its
 chunk is drawn: a viewer that waits as long as the latest frame sees no stall.
 """
 
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -71,36 +71,22 @@ class Direction:
         return None if self.rng.random() < self.loss else self.free + self.delay
 
 
-@dataclass
-class Relay(threading.Thread):
+def relay(ends: list[int], ways: list[Direction], ended: threading.Event) -> None:
     """Carries packets between two TUN devices until `ended`."""
-
-    ends: list[int]
-    ways: list[Direction]
-    ended: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self):
-        super().__init__(daemon=True)
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def run(self) -> None:
-        waiting: list[tuple[float, int, int, bytes]] = []
-        count = 0
-        while not self.ended.is_set():
-            now = time.monotonic()
-            while waiting and waiting[0][0] <= now:
-                _, _, end, packet = heapq.heappop(waiting)
-                os.write(end, packet)
-            wait = min(0.05, waiting[0][0] - now if waiting else 0.05)
-            for end in select.select(self.ends, [], [], max(0, wait))[0]:
-                number = self.ends.index(end)
-                packet = os.read(end, 65536)
-                due = self.ways[number].leaves(time.monotonic(), len(packet))
-                if due is not None:
-                    count += 1
-                    heapq.heappush(waiting, (due, count, self.ends[1 - number], packet))
+    waiting: list[tuple[float, int, int, bytes]] = []
+    count = 0
+    while not ended.is_set():
+        now = time.monotonic()
+        while waiting and waiting[0][0] <= now:
+            _, _, end, packet = heapq.heappop(waiting)
+            os.write(end, packet)
+        wait = min(0.05, waiting[0][0] - now if waiting else 0.05)
+        for end in select.select(ends, [], [], max(0, wait))[0]:
+            number = ends.index(end)
+            packet = os.read(end, 65536)
+            if (at := ways[number].leaves(time.monotonic(), len(packet))) is not None:
+                count += 1
+                heapq.heappush(waiting, (at, count, ends[1 - number], packet))
 
 
 def enter(address: str, handed: socket.socket) -> None:
@@ -116,8 +102,8 @@ def enter(address: str, handed: socket.socket) -> None:
 
 
 @dataclass(frozen=True)
-class Film:
-    """What is sent: frames [T, H, W, 3] that name their number, samples [n] at 16 kHz; over and over, `num_frames` in all."""
+class Video:
+    """What is sent: frames uint8 [T, H, W, 3], over and over, `num_frames` in all; each names its number."""
 
     frames: np.ndarray
     num_frames: int
@@ -148,7 +134,7 @@ def due(began: float, number: int) -> float:
     return began + number / FPS
 
 
-async def socket_server(shown: Film, pipe: Any, congestion: str) -> float:
+async def socket_server(shown: Video, pipe: Any, congestion: str) -> float:
     """Chunks as the server packs them, each at its time; when the first one was drawn."""
     from websockets.asyncio.server import serve
 
@@ -170,7 +156,7 @@ async def socket_server(shown: Film, pipe: Any, congestion: str) -> float:
     return began[0]
 
 
-async def socket_viewer(shown: Film, pipe: Any) -> dict[int, tuple[float, float]]:
+async def socket_viewer(shown: Video, pipe: Any) -> dict[int, tuple[float, float]]:
     """Frame -> when it was there and its PSNR."""
     from websockets.asyncio.client import connect
 
@@ -194,7 +180,7 @@ def described(peer: Any) -> tuple[str, str]:
     return peer.localDescription.sdp, peer.localDescription.type
 
 
-async def webrtc_server(shown: Film, pipe: Any, _: str) -> float:
+async def webrtc_server(shown: Video, pipe: Any, _: str) -> float:
     """A frame at a time, and sound; when the first one was drawn."""
     from aiortc import AudioStreamTrack, RTCConfiguration, RTCPeerConnection, RTCSessionDescription, VideoStreamTrack
 
@@ -235,7 +221,7 @@ async def webrtc_server(shown: Film, pipe: Any, _: str) -> float:
     return began[0]
 
 
-async def webrtc_viewer(shown: Film, pipe: Any) -> dict[int, tuple[float, float]]:
+async def webrtc_viewer(shown: Video, pipe: Any) -> dict[int, tuple[float, float]]:
     """Frame -> when it was there first and its PSNR; until none comes for two seconds."""
     from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
     from aiortc.mediastreams import MediaStreamError
@@ -269,7 +255,7 @@ async def webrtc_viewer(shown: Film, pipe: Any) -> dict[int, tuple[float, float]
 ROLES = {"WebSocket": (socket_server, socket_viewer), "WebRTC": (webrtc_server, webrtc_viewer)}
 
 
-def play(way: str, address: str, handed: socket.socket, pipe: Any, answer: Any, shown: Film, congestion: str) -> None:
+def play(way: str, address: str, handed: socket.socket, pipe: Any, answer: Any, shown: Video, congestion: str) -> None:
     """One end, in a process of its own."""
     enter(address, handed)
     torch.set_num_threads(1)
@@ -279,8 +265,8 @@ def play(way: str, address: str, handed: socket.socket, pipe: Any, answer: Any, 
     answer.send(asyncio.run(server(shown, pipe, congestion) if address == SERVER else viewer(shown, pipe)))
 
 
-def measure(way: str, line: dict[str, float], shown: Film, congestion: str) -> dict[str, float]:
-    """A film over a line."""
+def measure(way: str, line: dict[str, float], shown: Video, congestion: str) -> dict[str, float]:
+    """A video over a line."""
     context = multiprocessing.get_context("spawn")
     between, ends, answers, processes = context.Pipe(), [], [], []
     for address, pipe in zip((SERVER, VIEWER), between, strict=True):
@@ -293,8 +279,9 @@ def measure(way: str, line: dict[str, float], shown: Film, congestion: str) -> d
         answers.append(answer)
     bits, delay, loss = line["rate"] * 1e6, line["delay"] / 1000, line["loss"] / 100
     ways = [Direction(loss, delay, bits, random.Random(seed)) for seed in (1, 2)]
-    relay = Relay(ends, ways)
-    relay.start()
+    ended = threading.Event()
+    carrier = threading.Thread(target=relay, args=(ends, ways, ended), daemon=True)
+    carrier.start()
     for answer in answers:
         answer.recv()
     for answer in answers:
@@ -302,8 +289,8 @@ def measure(way: str, line: dict[str, float], shown: Film, congestion: str) -> d
     found, began = answers[1].recv(), answers[0].recv()
     for process in processes:
         process.join()
-    relay.ended.set()
-    relay.join()
+    ended.set()
+    carrier.join()
     for end in ends:
         os.close(end)
     to, back = (8e-6 * way.carried * FPS / shown.num_frames for way in ways)
@@ -330,7 +317,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.seconds * FPS >= 1 << BITS:
         raise SystemExit(f"--seconds: at most {(1 << BITS) // FPS}")
-    shown, rows = Film(drawn(SIZE, FPS, 4)[: 4 * FPS], int(args.seconds * FPS) // CHUNK * CHUNK), {}
+    shown, rows = Video(drawn(SIZE, FPS, 4)[: 4 * FPS], int(args.seconds * FPS) // CHUNK * CHUNK), {}
     for loss in args.loss:
         line = {"loss": loss, "delay": args.delay, "rate": args.rate}
         for way, congestion in [*(("WebSocket", one) for one in args.congestion), ("WebRTC", "")]:

@@ -1,4 +1,4 @@
-"""The files of a folder, in an order that is the same wherever it lies: one walk for all ranks, which agree on what is there."""
+"""What rank 0 reads of a slow disk for all ranks, which then agree on it: lists of files, indices."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from teachers.errors import UserError
 T = TypeVar("T")
 
 
-def from_main(make: Callable[[], T]) -> T:
-    """What rank 0 makes (what pickles), on every rank; made here where there is no process group. Every rank calls it, and raises
-    the UserError that rank 0 raises."""
+def read_by_main(read: Callable[[], T]) -> T:
+    """What `read` gives rank 0 (what pickles), on every rank; called here where there is no process group. Every rank enters, and
+    raises the UserError that rank 0 raises."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return make()
+        return read()
     box: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            box[0] = make()
+            box[0] = read()
         except UserError as error:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
@@ -33,7 +33,7 @@ def list_files(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[st
     """(path below the folder, bytes) of its files of such names, sorted, as rank 0 sees them: 64 ranks that walk 280,000
     files on a slow disk would wait for it, and might see different ones. No file is opened, links to folders are not followed.
     UserError that begins with `key` without one."""
-    return from_main(lambda: _walk(folder, key, suffixes))
+    return read_by_main(lambda: _walk(folder, key, suffixes))
 
 
 def _walk(folder: Path, key: str, suffixes: Sequence[str]) -> list[tuple[str, int]]:

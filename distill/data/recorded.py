@@ -22,6 +22,7 @@ from distill.data.config import ClipsConfig
 from distill.data.datasets.folder import Videos
 from distill.data.datasets.manifest import Clip, Manifest
 from distill.data.datasets.split import assign, place
+from distill.data.listing import read_by_main
 from distill.data.loader import Samples, Windows
 from distill.data.order import batch_rows
 from distill.data.prepare import shards
@@ -79,7 +80,7 @@ class Folder(ClipSource):
         self._check_prepared()
         render.samples_per_frame(world)
         self.checksums = shards.sha256(config.path / shards.CHECKSUMS)
-        self.clips = _used_clips(config)
+        self.clips = read_by_main(lambda: _used_clips(config))
         self.unused: Counter[str] = Counter()
         sides = self._sides()
         self.training, self.test = (Windows(sides[name], world.num_frames, self.fps) for name in ("train", "test"))
@@ -210,7 +211,7 @@ class Folder(ClipSource):
         listed = {clip.id for clip in self.clips}
         owners = {clip.id: (clip.split, clip.identity or clip.source) for clip in divided.clips}
         entries: list[tuple[str, str, Indexed]] = []
-        for sample in shards.read_indices(config.path):
+        for sample in read_by_main(lambda: shards.read_indices(config.path)):
             owner = owners.get(sample.id)
             if sample.id not in listed:
                 self.unused["it is not in data.manifest"] += 1

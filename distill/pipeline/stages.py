@@ -134,24 +134,19 @@ def field_value(recipe: Recipe, field: str) -> Any:
     return value
 
 
-def _seeded(field: str, value: Any, seed: int) -> Any:
-    """A field's plain value where a training without a seed of its own is given the recipe's: they are one training."""
-    if field.endswith(".train"):
-        return value | {"seed": seed} if value and value["seed"] is None else value
-    if isinstance(value, dict) and isinstance(train := value.get("train"), dict) and train.get("seed", seed) is None:
-        return value | {"train": train | {"seed": seed}}
-    return value
-
-
 def facts(stage: Stage, recipe: Recipe, source_digests: Mapping[str, str]) -> dict[str, Any]:
     """What a stage depends on besides its inputs, as plain data: `field: value` and, where its fields name some, `files`."""
     plain, files = to_plain(recipe, digests=True), {}
+    for part in plain.values():  # a training without a seed of its own has the recipe's, given or not
+        train = part.get("train") if isinstance(part, dict) else None
+        if isinstance(train, dict) and train.get("seed", recipe.seed) is None:
+            train["seed"] = recipe.seed
     found: dict[str, Any] = {}
     for field in stage.fields:
         value: Any = plain
         for name in field.split("."):
             value = None if value is None else value[name]
-        found[field] = _seeded(field, value, recipe.seed)
+        found[field] = value
         files |= dict(_files(field_value(recipe, field), field))
     if "data" in stage.fields:
         files |= {f"data source: {name}": value for name, value in source_digests.items()}

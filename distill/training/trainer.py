@@ -124,7 +124,7 @@ class Trainer:
 
     def load(self) -> bool:
         """Resume from the stage's newest checkpoint if there is one, whichever engine and number of processes wrote it."""
-        found = checkpoint.saved(self.folder)
+        found = self.engine.from_main(checkpoint.saved(self.folder))  # a rank's listing of a network disk may be old
         if not found:
             checkpoint.on_main(self.engine, self.folder, lambda: checkpoint.forget_after(self.folder, 0))
             return False

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from benchmarks.serving.loss import Direction, Film, due, row
+from benchmarks.serving.loss import Direction, Video, due, row
 
 
 def test_a_packet_waits_for_those_before_it_and_for_the_delay():
@@ -33,7 +33,7 @@ def test_packets_are_lost_by_chance_and_were_carried():
 
 def test_a_frame_is_known_by_its_number_and_damage_is_seen():
     rng = np.random.default_rng(0)
-    shown = Film(rng.integers(0, 255, (3, 64, 512, 3), dtype=np.uint8), 2000)
+    shown = Video(rng.integers(0, 255, (3, 64, 512, 3), dtype=np.uint8), 2000)
     assert not np.array_equal(shown.frame(1203), shown.frame(1204))
     number, error = shown.error(shown.frame(1203))
     assert (number, error > 60) == (1203, True)

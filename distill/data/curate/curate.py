@@ -7,7 +7,7 @@
     OUT/references/<key>.png         first frames of the kept clips through a super-resolution model, where one is given
     OUT/scores.jsonl                 rows of an unfinished run; the same command resumes from them
 
-A recipe trains on the kept clips with `data=folder data.path=DIR data.manifest=OUT` (`distill.data.recorded`).
+A recipe trains on the kept clips with `data.name=folder data.path=DIR data.manifest=OUT` (`distill.data.recorded`).
 A row is used again while its fingerprint (content, clip, face, version of the formulas) is the same.
 """
 
@@ -100,7 +100,7 @@ Thresholds = dict[str, Range]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `distill data curate`."""
     parser.epilog = (
-        "A recipe trains on the kept clips alone with data=folder data.path=DIR data.manifest=OUT. Of a manifest.parquet, give "
+        "A recipe trains on the kept clips with data.name=folder data.path=DIR data.manifest=OUT. Of a manifest.parquet, give "
         "OUT/manifest.parquet to distill data prepare as --annotations: it cuts the kept clips alone."
     )
     parser.add_argument("data", type=Path, metavar="DIR", help="what distill data prepare wrote, or a manifest.parquet")

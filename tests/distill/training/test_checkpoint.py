@@ -163,6 +163,19 @@ def test_a_write_that_fails_stops_training_at_the_next_micro_step(tmp_path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"], "its room is given back"
 
 
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(tmp_path, monkeypatch):
+    """A rank's listing of a network disk may lack the newest one, or still have what was removed."""
+    trainer = run(tmp_path, checkpoint_every=1)
+    trainer.writer.keep = 2
+    for trainer.step in (8, 9):
+        trainer.save()
+    trainer.writer.finish()
+    older = checkpoint.saved(tmp_path)[:1]
+    monkeypatch.setattr(Ranks, "from_main", lambda self, value: older if isinstance(value, list) else value)
+    assert trainer.load()
+    assert trainer.step == 8
+
+
 def test_what_was_begun_is_put_in_its_place_when_one_process_fails(tmp_path, monkeypatch):
     ready, save_file = threading.Event(), files.save_file
     monkeypatch.setattr(files, "save_file", lambda *arguments, **more: ready.wait(60) and save_file(*arguments, **more))
