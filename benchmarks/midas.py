@@ -4,7 +4,8 @@
 
 Qwen2.5-3B, a head of half a billion, 60 latent tokens a frame (64x, 384 x 640), 125 frames in sight, bf16. Counted are one chunk's
 `plan` and its four `denoise`, as a session calls them: FLOPs by torch's FlopCounterMode, and bytes of the weights that are read.
-Beside them the figures that MIDAS' paper (2508.19320) implies. A script; tests/students/test_midas_size.py holds its numbers.
+Beside them the figures that MIDAS' paper (2508.19320) implies. A script; its numbers are in a test,
+tests/students/networks/test_midas_size.py.
 """
 
 import functools

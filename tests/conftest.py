@@ -25,7 +25,7 @@ LONG = (
     "distill/planning/test_outlook.py",
     "distill/planning/test_measured.py",
     "e2e/test_real_size.py",
-    "students/serving/test_on_gpu.py",
+    "students/test_on_gpu.py",
     "distill/commands/sweep/test_real_jobs.py",
     "docs/test_docs.py",
     "distill/data/test_recorded.py",

@@ -204,6 +204,8 @@ class SecondRank(Ranks):
     """One of two ranks, whose own scores are others than those of the first."""
 
     def from_main(self, value):
+        if isinstance(value, list):  # of checkpoints
+            return value
         score = SCORES[self.trainer.step]
         return value | {"score": score, LEFT: [score + 0.01 * k for k in range(3)]}
 
