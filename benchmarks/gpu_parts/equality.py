@@ -48,7 +48,7 @@ def _cases() -> dict[str, tuple[nn.Module, Run, bool]]:
     nets = networks_on(job, "distill", "cpu")
     for net in nets.values():
         nn.init.xavier_uniform_(net.net.proj_out.weight)  # zero before training
-    batch, noise = batch_on(job, "clips", "cpu"), stream_noise(spec, size, 0, "equality")
+    batch, noise = batch_on(job, "clips", "cpu"), stream_noise(spec, 0, "equality")(torch.arange(size))
     latents = torch.randn(1, 16, 4, 4, 6)
     assert batch.x0 is not None
     x0, conditions = batch.x0, batch.conditions

@@ -142,7 +142,7 @@ class World:
         student, file = make_student(spec), folder / "model.safetensors"
         load_strict(student.net, load_tensors(file), file, HINT)
         student.eval().requires_grad_(False)
-        noise = stream_noise(spec, len(self.clips.text), self.seed, "long streams")
+        noise = stream_noise(spec, self.seed, "long streams")
         with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16()):
             x0 = student_clips(student, self.conditions, noise, batch)
         return self.encoders.decode(x0)

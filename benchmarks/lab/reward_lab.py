@@ -77,7 +77,7 @@ class Lab:
         load_strict(student.net, load_tensors(file), file, HINT)
         videos = []
         for name, given in (("test", self.conditions), ("diversity", self.spread)):
-            noise = stream_noise(artifacts.spec, given.num_rows, SEED, name)
+            noise = stream_noise(artifacts.spec, SEED, name)
             with artifacts.engine.autocast():
                 x0 = student_clips(student, given, noise, 32)
             videos.append(artifacts.encoders.decode(x0))
@@ -89,7 +89,7 @@ class Lab:
         settings = artifacts.recipe.trajectories
         steps = flow.sigma_grid(settings.num_steps, settings.shift)
         for name, given in (("test", self.conditions), ("diversity", self.spread)):
-            noise = clip_noise(artifacts.spec, given.num_rows, SEED, name)
+            noise = clip_noise(artifacts.spec, SEED, name)
             with artifacts.engine.autocast():
                 x0 = teacher_clips(artifacts.teacher, given, noise, steps, settings.guidance, 32)
             videos.append(artifacts.encoders.decode(x0))

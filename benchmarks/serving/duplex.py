@@ -73,7 +73,7 @@ class Bench:
         return held_out(data, self.recipe.eval.condition_seed, name, num)
 
     def draw(self, conditions: Conditions) -> Tensor:
-        noise = stream_noise(self.student.spec, conditions.text.shape[0], 0, "duplex")
+        noise = stream_noise(self.student.spec, 0, "duplex")
         return self.encoders.decode(student_clips(self.student, conditions, noise, 12))
 
     def read(self, video: Tensor) -> dict[str, Tensor]:

@@ -235,10 +235,12 @@ class Artifacts:
 
     @cached_property
     def ar_teacher(self) -> Student:
-        """The autoregressive teacher, frozen; an adapter in the type of its backbone, as it may run without autocast."""
+        """The autoregressive teacher, frozen and whole, since ranks make other clips, and as many as each has left; in the engine's
+        precision, an adapter too, since it may run without autocast."""
+        if self.recipe.lora is None:
+            return self.finished_student("ar_teacher")
         made = self.trainee("ar_teacher").eval().requires_grad_(False)
-        if self.recipe.lora is not None:
-            cast_network(made.net, DTYPES[self.engine.config.precision])
+        cast_network(made.net, DTYPES[self.engine.config.precision])
         return made
 
     def bundle(self, student: Student) -> Bundle:

@@ -1,7 +1,7 @@
 """Clips from networks: guided Euler solutions of a teacher, rollouts of a student, and the noise that both start from."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -37,31 +37,38 @@ def solve_states(teacher, conditions, noise: Tensor, grid, keep: Sequence[int], 
     return torch.stack([states[i] for i in keep], dim=1)
 
 
-def clip_noise(spec, num: int, seed: int, *keys: int | str) -> Tensor:
-    """Initial noise [N, C, F, h, w] of whole clips."""
+def clip_noise(spec, seed: int, *keys: int | str) -> Callable[[Tensor], Tensor]:
+    """Rows [n] of a set of clips -> the initial noise [n, C, F, h, w] of these, the same whichever others are drawn with them."""
     channels, height, width = spec.latent_size
-    rng = keyed_generator(seed, "clip noise", *keys)
-    return torch.randn(num, channels, spec.horizon_frames, height, width, generator=rng)
+    shape = (channels, spec.horizon_frames, height, width)
+    return lambda rows: _noise_of(rows, shape, seed, "clip noise", *keys)
 
 
-def stream_noise(spec, num: int, seed: int, *keys: int | str) -> Noise:
-    """Noise of every (chunk, step) of `num` streams, drawn when asked for."""
+def stream_noise(spec, seed: int, *keys: int | str) -> Callable[[Tensor], Noise]:
+    """Rows [n] of a set of streams -> the noise of every (chunk, step) of these, drawn when asked for."""
     channels, height, width = spec.latent_size
+    shape = (channels, spec.chunk_frames, height, width)
+    return lambda rows: lambda chunk, step: _noise_of(rows, shape, seed, "stream noise", *keys, chunk, step)
 
-    def noise(chunk: int, step: int) -> Tensor:
-        rng = keyed_generator(seed, "stream noise", *keys, chunk, step)
-        return torch.randn(num, channels, spec.chunk_frames, height, width, generator=rng)
 
-    return noise
+def _noise_of(rows: Tensor, shape: tuple[int, ...], *keys: Any) -> Tensor:
+    return torch.stack([torch.randn(shape, generator=keyed_generator(*keys, row)) for row in rows.tolist()])
 
 
 @torch.inference_mode()
-def student_clips(student: Student, conditions: Rows, noise: Noise, batch: int, rows: Tensor | None = None) -> Tensor:
+def student_clips(
+    student: Student,
+    conditions: Rows,
+    noise: Callable[[Tensor], Noise],
+    batch: int,
+    rows: Tensor | None = None,
+) -> Tensor:
     """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, by the student's own rollout, the function that serving
-    runs."""
+    runs, from the `stream_noise` of the rows."""
 
     def make(rows: Tensor) -> Tensor:
-        return rollout(student, conditions.index(rows), lambda c, s: noise(c, s)[rows].to(conditions.device))
+        own = noise(rows)
+        return rollout(student, conditions.index(rows), lambda c, s: own(c, s).to(conditions.device))
 
     return _in_batches(make, conditions, rows, batch)
 
@@ -70,7 +77,7 @@ def student_clips(student: Student, conditions: Rows, noise: Noise, batch: int, 
 def many_step_clips(
     student: Student,
     conditions: Rows,
-    noise: Noise,
+    noise: Callable[[Tensor], Noise],
     grid,
     guidance: AnyGuidance,
     batch: int,
@@ -80,8 +87,8 @@ def many_step_clips(
     Euler solution on `grid`, every branch of the guidance with a context of its own."""
 
     def make(rows: Tensor) -> Tensor:
-        own = conditions.index(rows)
-        return solve_stream(student, own, lambda chunk: noise(chunk, 0)[rows].to(own.device), grid, guidance)
+        own, start = conditions.index(rows), noise(rows)
+        return solve_stream(student, own, lambda chunk: start(chunk, 0).to(own.device), grid, guidance)
 
     return _in_batches(make, conditions, rows, batch)
 
@@ -113,18 +120,18 @@ def solve_stream(student: Student, conditions: Conditions, noise, grid, guidance
 def teacher_clips(
     teacher,
     conditions: Rows,
-    noise: Tensor,
+    noise: Callable[[Tensor], Tensor],
     grid,
     guidance: AnyGuidance,
     batch: int,
     rows: Tensor | None = None,
     progress=None,
 ) -> Tensor:
-    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, by the guided Euler solution from noise [N, C, F, h, w] along
-    `grid`, `batch` at a time."""
+    """x0 [N, C, F, h, w] of whole clips, or of these `rows` of them, by the guided Euler solution from the `clip_noise` of the rows
+    along `grid`, `batch` at a time."""
 
     def make(rows: Tensor) -> Tensor:
-        part = noise[rows].to(conditions.device)
+        part = noise(rows).to(conditions.device)
         made = solve_states(teacher, conditions.index(rows), part, grid, (len(grid) - 1,), guidance)[:, 0]
         if progress is not None:
             progress.update(len(part))

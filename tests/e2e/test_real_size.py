@@ -123,10 +123,10 @@ def rolled_out(given: Job, batch: int, num_rows: int) -> float:
         gpu.weigh(student)
         weights, spec = gpu.live, given.spec
         gpu.peak = weights
-        size = (num_rows, spec.codec.channels, spec.chunk_frames, *spec.latent_size[1:])
+        size = (batch, spec.codec.channels, spec.chunk_frames, *spec.latent_size[1:])
         with torch.autocast("cuda", dtype=torch.bfloat16):
             rows = torch.arange(batch)
-            made = student_clips(student, OnDisk(given, num_rows), lambda *_: torch.empty(size), batch, rows)
+            made = student_clips(student, OnDisk(given, num_rows), lambda _: lambda *__: torch.empty(size), batch, rows)
         assert made.device.type == "cuda"
     assert not gpu.waits
     return gpu.peak - weights
@@ -160,7 +160,7 @@ def solved(given: Job, role: str) -> float:
         gpu.weigh(net)
         weights, (x0, conditions) = gpu.live, some(given, 1)
         gpu.peak = weights
-        teacher_clips(net, conditions, x0, (1.0, 0.5), given.trajectories.guidance, 1)
+        teacher_clips(net, conditions, lambda _: x0, (1.0, 0.5), given.trajectories.guidance, 1)
     assert not gpu.waits
     return gpu.peak - weights
 

@@ -103,7 +103,7 @@ def test_one_batch_of_branches_equals_one_after_the_other(first):
         one, other = (guided(teacher.denoise, x, SIGMA, given, guidance) for guidance in rows)
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     student = a_student().eval()
-    noise, grid = stream_noise(student.spec, 2, 0, "test"), (1.0, 0.6, 0.0)
+    noise, grid = stream_noise(student.spec, 0, "test"), (1.0, 0.6, 0.0)
     one, other = (many_step_clips(student, given, noise, grid, guidance, batch=2) for guidance in (apart, together))
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     off = many_step_clips(student, given, noise, grid, Guidance(), batch=2)

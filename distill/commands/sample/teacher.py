@@ -121,7 +121,7 @@ def film(
             before = torch.nn.functional.pad(before, (0, 0, 0, 0, count - before.shape[2], 0))
             lead = encoders.codec.encode(before).float()
             own = kind.behind(own, lead)
-        noise = clip_noise(spec, 1, seed, *([clip] if clip else [])).to(teacher.device)
+        noise = clip_noise(spec, seed, *([clip] if clip else []))(torch.arange(1)).to(teacher.device)
         states = tqdm(
             teacher.states(own, noise, **given), total=settings.num_steps + 1, desc="teacher", file=sys.stderr
         )

@@ -185,9 +185,9 @@ class HealthCheck:
         artifacts, num, engine = self.artifacts, self.num, self.artifacts.engine
 
         def make(given: Conditions, rows: Tensor, seed: int) -> Tensor:
-            noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)
+            noise = stream_noise(artifacts.spec, artifacts.recipe.eval.condition_seed, "health", seed)
             with engine.autocast():
-                return student_clips(net, given, lambda c, s: noise(c, s)[rows], self.batch)
+                return student_clips(net, given, lambda part: noise(rows[part]), self.batch)
 
         own = observe(make, self.conditions, engine.share(num), artifacts.encoders.decode)
         return health_metrics({name: engine.all_rows(values, num) for name, values in own.items()}, self.seams)
@@ -203,8 +203,8 @@ class HealthCheck:
         grid = flow.sigma_grid(settings.num_steps, settings.shift)
 
         def make(given: Conditions, rows: Tensor, seed: int, guidance: AnyGuidance) -> Tensor:
-            noise = clip_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "health", seed)[rows]
-            return teacher_clips(artifacts.teacher, given, noise, grid, guidance, self.batch)
+            noise = clip_noise(artifacts.spec, artifacts.recipe.eval.condition_seed, "health", seed)
+            return teacher_clips(artifacts.teacher, given, lambda part: noise(rows[part]), grid, guidance, self.batch)
 
         parts = torch.arange(num).split(self.batch)
         units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}.safetensors")

@@ -53,16 +53,18 @@ def teacher_systems(artifacts: Artifacts, batch: int, guidance: AnyGuidance) -> 
     grid = flow.sigma_grid(recipe.trajectories.num_steps, recipe.trajectories.shift)
 
     def teacher(conditions: Rows, rows: Tensor | None, *keys: Any, grid: Sequence[float] = grid) -> Tensor:
-        noise = clip_noise(spec, conditions.num_rows, *keys)
+        noise = clip_noise(spec, *keys)
         return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
 
     def same_noise(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
-        start = stream_noise(spec, conditions.num_rows, *keys)
-        noise = torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
+        def noise(rows: Tensor) -> Tensor:
+            start = stream_noise(spec, *keys)(rows)
+            return torch.cat([start(chunk, 0) for chunk in range(spec.num_chunks)], dim=2)
+
         return teacher_clips(artifacts.teacher, conditions, noise, grid, guidance, batch, rows)
 
     def own_teacher(conditions: Rows, rows: Tensor | None, *keys: Any) -> Tensor:
-        noise = stream_noise(spec, conditions.num_rows, *keys)
+        noise = stream_noise(spec, *keys)
         return many_step_clips(artifacts.ar_teacher, conditions, noise, grid, guidance, batch, rows)
 
     found = {"teacher": teacher, "teacher_few_step": partial(teacher, grid=(*spec.sigmas, 0.0)), SAME_NOISE: same_noise}
@@ -74,7 +76,7 @@ def student_systems(artifacts: Artifacts, students: Mapping[str, Student], batch
     """How each of the students, which is asked for when it is called, generates x0 for rows of conditions."""
 
     def student(conditions: Rows, rows: Tensor | None, *keys: Any, name: str) -> Tensor:
-        noise = stream_noise(artifacts.spec, conditions.num_rows, *keys)
+        noise = stream_noise(artifacts.spec, *keys)
         return student_clips(students[name], conditions, noise, batch, rows)
 
     return {name: in_precision(artifacts, partial(student, name=name)) for name in students}

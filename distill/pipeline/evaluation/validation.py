@@ -135,7 +135,7 @@ class Validation:
     def measure(self) -> dict[str, Score]:
         """Every rank generates its share of the clips."""
         artifacts, engine, num = self.artifacts, self.artifacts.engine, len(self.test)
-        noise = stream_noise(artifacts.spec, num, artifacts.recipe.eval.condition_seed, "validate")
+        noise = stream_noise(artifacts.spec, artifacts.recipe.eval.condition_seed, "validate")
         batch, rows = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec), engine.share(num)
         with engine.autocast():
             x0 = student_clips(self.student, self.test.conditions, noise, batch, rows)

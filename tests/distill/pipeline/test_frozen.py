@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from distill.compose import RECIPES
+from distill.methods.forcing import Forced
 from distill.methods.rollout import rollout
 from distill.pipeline import artifacts as module
 from distill.pipeline import pretrained
@@ -70,6 +71,23 @@ def test_an_adapted_ar_teacher_computes_without_autocast(monkeypatch):
         x0 = rollout(artifacts.ar_teacher, batch.conditions, lambda *_: batch.x0[:, :, :n])
     assert x0.shape == batch.x0.shape
     assert artifacts.ar_teacher.net.get_submodule("blocks.0.attn1.to_q").lora_A.default.weight.dtype == torch.bfloat16
+
+
+def test_an_ar_teacher_that_solves_trajectories_is_whole_on_each_rank(monkeypatch):
+    """Where the engine shards too: ranks solve other clips, and not as many. It computes without autocast."""
+    monkeypatch.setattr(module, "load_strict", lambda *_: None)
+    monkeypatch.setattr(module, "load_tensors", lambda _: {})
+    with fake_ranks(8):
+        artifacts = some_artifacts(8, monkeypatch, kind="fsdp2", precision="bf16")
+        artifacts.engine.split = lambda net: net
+        net = artifacts.ar_teacher
+        assert not any(isinstance(p, DTensor) or p.requires_grad for p in net.parameters())
+        batch = batch_on(job_of(artifacts.recipe), "clips", "cpu")
+        assert batch.x0 is not None
+        sigma = torch.full((batch.x0.shape[0],), 0.5)
+        with torch.no_grad():
+            x0 = Forced(net, batch.x0).denoise(batch.x0, sigma, batch.conditions)
+    assert x0.shape == batch.x0.shape
 
 
 def test_lora_roles_keep_the_teacher(monkeypatch):

@@ -47,12 +47,17 @@ def test_the_teacher_for_the_gap_starts_from_the_students_noise(monkeypatch):
     found |= systems.student_systems(artifacts, {"student": artifacts.student("distill")}, 2)
     for name in (systems.SAME_NOISE, "teacher", "student"):
         found[name](conditions, None, 5, "test", 1)
-    same, own = seen["teacher"]
-    noise, n = seen["student"][0], spec.chunk_frames
+    rows = torch.tensor([2, 0])
+    same, own = (noise(rows) for noise in seen["teacher"])
+    noise, n = seen["student"][0](rows), spec.chunk_frames
     assert same.shape == own.shape
     for chunk in range(spec.num_chunks):
         assert torch.equal(same[:, :, chunk * n : (chunk + 1) * n], noise(chunk, 0))
     assert not torch.equal(same, own)
+    for drawn in seen["teacher"]:
+        assert torch.equal(drawn(rows)[1:], drawn(torch.tensor([0]))), "whichever rows are drawn with it"
+    assert torch.equal(noise(1, 1)[1:], seen["student"][0](torch.tensor([0]))(1, 1))
+    assert not torch.equal(noise(1, 1), noise(1, 0))
 
 
 def test_a_gap_is_a_score_that_needs_no_extractor(tmp_path):

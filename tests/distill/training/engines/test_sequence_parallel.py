@@ -166,7 +166,7 @@ def streams(engine: Any) -> tuple[dict[str, Tensor], list[int]]:
     """Chunks of a stream whose cache is in place, as it is served, and clips of rollouts; heads that the cache holds."""
     conditions = some_conditions(1, 12)
     student = engine.split(a_student(History(sinks=1, window=1), seed=5)).eval()
-    noise = stream_noise(student.spec, 1, 0, "stream")
+    noise = stream_noise(student.spec, 0, "stream")(torch.arange(1))
     state, found = student.open(conditions.text, cache="inplace"), {}
     for j in range(6):
         part = conditions.frames(2 * j, 2 * j + 2)
