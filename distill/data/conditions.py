@@ -5,7 +5,6 @@ ODE initialisation and DMD train on what the teacher and the student generate, s
 what students are validated and scored on and, where they are trained on too, what such a term compares with.
 """
 
-import errno
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from teachers.codecs.linear import CodecConfig, to_uint8
 from teachers.errors import UserError
 from teachers.files import canonical_json
 from teachers.flow import keyed_generator
+from teachers.media.container import is_of_the_machine
 from teachers.media.face import INSTALL, detector, fit_portrait
 from teachers.media.picture import SUFFIXES, decode_image
 from teachers.media.sound import SAMPLE_RATE, AudioReader, read_sound
@@ -38,17 +38,6 @@ SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".m
 TRIES = 200
 """Different files that are drawn for a condition before the folder is refused; broken ones and recordings that are too short or
 silent are skipped."""
-OF_THE_MACHINE = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ETIMEDOUT,
-    errno.EACCES,
-    errno.EPERM,
-)
-"""Errors that say nothing of a file: one that is skipped for them would be another condition the next time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +189,7 @@ class DrawnConditions(Folder):
                 if (found := read(file)) is not None:
                     return found
             except UserError as error:
-                cause = error.__cause__
-                if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in OF_THE_MACHINE):
+                if is_of_the_machine(error):  # one that is skipped for it would be another condition the next time
                     raise
                 last = f"; the last broken one: {error}"
                 skipped.append(f"{key}/{files[number][0]}")

@@ -46,21 +46,50 @@ class Content:
         return self.name
 
 
-class _Seekable:
+class _Source:
     """A stream of bytes whose `seek` gives FFmpeg's error for a place that cannot be, such as damaged files name; PyAV prints a
-    traceback of what it raises."""
+    traceback of what it raises. `failed`: the error of a `read`, which FFmpeg may take for the end of the file."""
 
     def __init__(self, stream: BinaryIO):
         self._stream = stream
+        self.failed: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except OSError as error:
+            self.failed = error
+            raise
 
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
             return self._stream.seek(offset, whence)
         except (OSError, ValueError):
             return -errno.EINVAL
+
+
+OF_THE_MACHINE = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ETIMEDOUT,
+    errno.EACCES,
+    errno.EPERM,
+)
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether an error, or what it was raised from, says nothing of the file that was read: a disk, memory or the right to read.
+    What FFmpeg itself reports by the same numbers is of the file."""
+    if error.__cause__ is not None and is_of_the_machine(error.__cause__):
+        return True
+    numbered = isinstance(error, OSError) and error.errno in OF_THE_MACHINE
+    return (numbered or isinstance(error, MemoryError)) and not isinstance(error, av.FFmpegError)
 
 
 @contextmanager
@@ -72,19 +101,22 @@ def opened(path: Path | Content, kind: str, formats: str | None = None) -> Itera
     """
     path = path if isinstance(path, Content) else Path(path)
     options = {"protocol_whitelist": "file", **LIMITS} | ({} if formats is None else {"format_whitelist": formats})
+    source: _Source | None = None
     try:
         if isinstance(path, Path) and not path.is_file():
             raise UserError(f"{kind} {'is not a file' if path.exists() else 'not found'}: {path}; check the path")
         if not (len(path.data) if isinstance(path, Content) else path.stat().st_size):
             raise UserError(f"{kind} is empty (0 bytes): {path}; export or download it again")
-        with (
-            io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream,
-            av.open(_Seekable(stream), "r", options=options) as container,
-        ):
-            yield container
-    except UserError:
-        raise
-    except (av.FFmpegError, OSError, ValueError, MemoryError, IndexError) as error:
+        with io.BytesIO(path.data) if isinstance(path, Content) else path.open("rb") as stream:
+            source = _Source(stream)
+            with av.open(source, "r", options=options) as container:
+                yield container
+            if source.failed is not None:
+                raise source.failed
+    except (av.FFmpegError, OSError, ValueError, MemoryError, IndexError) as found:
+        error = found if source is None or source.failed is None else source.failed
+        if isinstance(error, UserError):
+            raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, IndexError):  # PyAV's, of a packet of a track that was not there when it opened the file
             reason = "a track begins in its middle"

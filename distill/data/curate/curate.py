@@ -37,7 +37,7 @@ from distill.data.curate.models import CaptionRewriter, Upscaler
 from distill.data.curate.scores import SCORES, motion_text, score
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import page, shards
-from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
+from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of, stop_for_the_machine
 from teachers.config import convert, nearest
 from teachers.disk.lock import LOCK
 from teachers.disk.read import read_yaml
@@ -234,6 +234,7 @@ def score_row(candidate: Candidate) -> Row:
             content.frames, content.fps, content.sound, text, content.scale, candidate.box, content.face_cut
         )
     except Exception as error:  # one bad clip never stops the rest
+        stop_for_the_machine(error, candidate.clip.id)
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         return {**row, "problem": f"{kind}{error}"[:500]}
     return {**row, **scores, "thumbnail": page.thumbnail(frame, scores["face_box"])}

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from distill.data.datasets.manifest import Clip, Manifest, Refused
 from distill.data.prepare import cutting, shards
 from distill.data.prepare.cutting import CutConfig
-from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of
+from distill.data.prepare.workers import add_workers, exclusive, shared_out, size_of, stop_for_the_machine
 from teachers.config import fraction
 from teachers.disk.lock import LOCK
 from teachers.errors import UserError
@@ -210,7 +210,7 @@ def prepare(
 def make_sample(task: Task) -> dict[str, Any]:
     """Cut one clip, write its fragment and its record to the work folder, and return the record.
 
-    The record states why a clip is refused; UserError is for a disk that is full.
+    The record states why a clip is refused; UserError is for a disk that is full or another failure of the machine.
     """
     record: dict[str, Any] = {"id": task.clip.id, "key": shards.sample_key(task.clip.id), "source": task.clip.source}
     video = task.work / f"{task.number:08d}.{os.getpid()}.mp4"
@@ -232,12 +232,13 @@ def _members(task: Task, video: Path, record: dict[str, Any]) -> dict[str, bytes
             {**_annotations(task.clip), **piece.metadata}, sort_keys=True, ensure_ascii=False, allow_nan=False
         )
         sound = {} if piece.sound is None else {"flac": cutting.encode_flac(piece.sound)}
-    except UserError as error:
-        record["refused"] = str(error)
     except Exception as error:  # one bad clip never stops the rest
         if getattr(error, "errno", None) in FULL:
             raise UserError(f"the disk is full: {task.work}; make room and run the same command again") from error
-        record["refused"] = f"cannot be cut: {type(error).__name__}: {error}"
+        stop_for_the_machine(error, task.clip.id)
+        record["refused"] = (
+            str(error) if isinstance(error, UserError) else f"cannot be cut: {type(error).__name__}: {error}"
+        )
     else:
         record.update(frames=piece.num_frames, seconds=float(piece.num_frames / task.config.fps))
         record.update(size=piece.metadata["size"], sound=piece.sound is not None)

@@ -22,6 +22,7 @@ import torch
 
 from teachers.disk.lock import FolderLock
 from teachers.errors import UserError
+from teachers.media.container import is_of_the_machine
 
 PRELOADED = ["distill.data.prepare.cutting"]  # its imports are done once
 PARTIAL = (".*.tmp", ".work/.*.tmp", ".work/*.mp4", "references/.*.tmp")  # what a killed process left in its folder
@@ -68,42 +69,70 @@ def exclusive(out: Path, command: str) -> Iterator[None]:
 def shared_out(
     work: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Generator[tuple[Task, Result | None], None, None]:
-    """(task, work(task)) as they finish, in any order; result None for a task that crashed its process.
+    """(task, work(task)) as they finish, in any order; result None for a task that crashed its process, twice.
 
-    With 0 workers all run in this process, in order. After a crash the tasks in flight run again one at a time, so that the
-    crashing one is identified. What `work` raises is raised here, and the workers are killed, as when the caller stops early.
+    With 0 workers all run in this process, in order. Each worker is a pool of its own, so that a crash is that of the task it
+    was at; one that crashed runs again behind all others, alone, since it may have wanted memory that they had. What `work` raises
+    is raised here, and the workers are killed, as when the caller stops early.
     """
     if workers == 0:
         for task in tasks:
             yield task, work(task)
         return
-    waiting, suspects = deque(tasks), deque[Task]()
-    while waiting or suspects:
-        source, width = (suspects, 1) if suspects else (waiting, 2 * workers)
-        in_flight: dict[Future, Task] = {}
-        before = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        pool = ProcessPoolExecutor(max_workers=min(width, workers), mp_context=context, initializer=_init_worker)
-        try:
-            while source or in_flight:
-                while source and len(in_flight) < width:
-                    future = pool.submit(work, source[0])
-                    in_flight[future] = source.popleft()
-                for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
-                    result = future.result()
-                    yield in_flight.pop(future), result
-        except BrokenProcessPool:
-            broken = deque(in_flight.values())
-            if source is suspects:
-                yield broken.popleft(), None
-            suspects.extend(broken)
-        except BaseException:
-            for child in set(multiprocessing.active_children()) - before:
-                child.kill()
-            raise
-        finally:
+    waiting, crashed = deque(tasks), deque[Task]()
+    before = set(multiprocessing.active_children())
+    try:
+        for task, result in _by_processes(work, waiting, workers):
+            if result is None:
+                crashed.append(task)
+            else:
+                yield task, result[0]
+        for task, result in _by_processes(work, crashed, 1):
+            yield task, None if result is None else result[0]
+    except BaseException:
+        for child in set(multiprocessing.active_children()) - before:
+            child.kill()
+        raise
+
+
+def _by_processes(
+    work: Callable[[Task], Result], waiting: deque[Task], workers: int
+) -> Iterator[tuple[Task, tuple[Result] | None]]:
+    """(task, (work(task),)) as they finish, by as many processes; (task, None) where its process crashed."""
+    pools = [_pool() for _ in range(min(workers, len(waiting)))]
+    free, in_flight = list(range(len(pools))), dict[Future, tuple[int, Task]]()
+    try:
+        while waiting or in_flight:
+            while waiting and free:
+                number, task = free.pop(), waiting.popleft()
+                in_flight[pools[number].submit(work, task)] = number, task
+            for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
+                number, task = in_flight.pop(future)
+                try:
+                    result = (future.result(),)
+                except BrokenProcessPool:
+                    pools[number].shutdown()
+                    pools[number], result = _pool(), None
+                free.append(number)
+                yield task, result
+    finally:
+        for pool in pools:
             pool.shutdown(cancel_futures=True)
+
+
+def _pool() -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_init_worker)
+
+
+def stop_for_the_machine(error: Exception, clip: str) -> None:
+    """UserError where a clip failed by what says nothing of it, such as a network disk that is gone: all others would too."""
+    if is_of_the_machine(error):
+        what = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"stopped at {clip}, by an error of the machine ({what}); run the same command again"
+        ) from error
 
 
 @contextmanager

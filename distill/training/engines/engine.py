@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from distill.training.config import EngineConfig
+from distill.training.engines.waits import limit_waits
 from distill.training.lifecycle.launcher import (
     check_launcher,
     check_world_size,
@@ -96,7 +97,9 @@ class Engine:
     def _neighbours(self, together: int) -> Any:
         """This rank's process group of so many neighbouring ones; every rank calls it."""
         shape, names = (self.world_size // together, together), ("group", "member")
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=names).get_group("member")
+        group = init_device_mesh(self.device.type, shape, mesh_dim_names=names).get_group("member")
+        limit_waits(self.config.timeout_minutes)
+        return group
 
     def split(self, net: nn.Module) -> Any:
         """`net`, whose networks share sequences with the other ranks of our group, where there are any."""
@@ -231,6 +234,7 @@ class Engine:
         """Leave the process group; the barrier before is what keeps gloo from aborting at exit. Where this rank has `failed`
         it waits for none: others may be anywhere, and notice its end."""
         if failed and self._watch is not None:
+            self._watch.failed()  # now: at the exit it would be after every thread's end, and one may wait for another rank
             return
         self.accelerator.wait_for_everyone()
         if self._watch is not None:

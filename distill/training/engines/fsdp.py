@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 
+from distill.training.engines.waits import limit_waits
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Piece, Rows, trained, whole
 from teachers.checkpoints.weights import own_rows
 
@@ -28,7 +29,9 @@ def mesh_of(engine) -> DeviceMesh:
     if together == engine.world_size:
         return init_device_mesh(engine.device.type, (together,), mesh_dim_names=("shard",))
     shape = (engine.world_size // together, together)
-    return init_device_mesh(engine.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(engine.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    limit_waits(engine.config.timeout_minutes)
+    return mesh
 
 
 def shard(

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.training.engines.waits import limit_waits
 from distill.training.role import COUNT, WEIGHT, MakeOptimizer, Piece, Rows, elements, trained, whole
 
 PERSISTENT = 100_000
@@ -179,6 +180,7 @@ def initialize(engine, **options: Any) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed_engine = deepspeed.initialize(dist_init_required=False, **options)[0]
+    limit_waits(engine.config.timeout_minutes)
     if deepspeed_engine.zero_optimization_stage() == 3:
         _replicate_tables(deepspeed_engine)
     return deepspeed_engine

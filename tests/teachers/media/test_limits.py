@@ -142,7 +142,7 @@ def test_a_place_that_no_file_has_is_an_error_code_and_no_traceback(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     with (tmp_path / "a").open("rb") as file:
         for stream in (file, io.BytesIO(b"abc")):
-            seekable = container._Seekable(stream)
+            seekable = container._Source(stream)
             assert seekable.seek(-5) == seekable.seek(0, 131_072) == -errno.EINVAL  # AVERROR(EINVAL)
             assert seekable.seek(-1, 2) == seekable.tell() == 2
             assert seekable.read() == b"c"

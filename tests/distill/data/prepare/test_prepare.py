@@ -256,6 +256,24 @@ def test_a_full_disk_stops_the_run_which_then_goes_on(reference, manifest, video
     assert content(out) == content(reference[0])
 
 
+def test_a_disk_that_fails_stops_the_run_which_then_goes_on(reference, manifest, videos, tmp_path, monkeypatch):
+    """Refused, every clip that it holds would be missing in the data, and nobody would know."""
+    out, cut, calls = tmp_path / "out", cutting.cut, []
+
+    def failing(*given):
+        calls.append(0)
+        if len(calls) > 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return cut(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cutting, "cut", failing)
+        with pytest.raises(UserError, match=r"stopped at .*Stale file handle\); run the same command again"):
+            prepare(manifest, videos, out, "folder", CONFIG, shard_clips=4)
+    prepare(manifest, videos, out, "folder", CONFIG, shard_clips=4)
+    assert content(out) == content(reference[0])
+
+
 def test_another_request_or_another_folder_is_refused(reference, manifest, videos, tmp_path):
     with pytest.raises(UserError, match=r"another request \(fps differ\)"):
         prepare(manifest, videos, reference[0], "folder", replace(CONFIG, fps=Fraction(25)), shard_clips=4)

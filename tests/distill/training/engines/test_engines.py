@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,6 +171,13 @@ def gathers(trainer: Trainer) -> int:
     return gathers.count
 
 
+def timeouts() -> list[float]:
+    """Minutes of each process group of this process, whoever made it."""
+    groups = dist.distributed_c10d._world.pg_map
+    backends = [group._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() / 60 for backend in backends]
+
+
 def stops(engine: Engine, folder: Path) -> list:
     """How this rank leaves a run that rank 1 is signalled to stop, and one for which rank 0 finds no room."""
     with pytest.raises(SystemExit) as stopped:
@@ -188,7 +196,7 @@ def no_room(tensors, path, metadata=None):
 def worker(folder: Path) -> None:
     """One of two ranks: each kind alone, each resumed, a chain of all kinds, bf16 and offload."""
     zero.PERSISTENT = 200  # tiny matrices are partitioned too
-    made = {kind: Engine(EngineConfig(kind=kind, precision="fp32"), threads=1) for kind in KINDS}
+    made = {kind: Engine(EngineConfig(kind=kind, precision="fp32", timeout_minutes=7), threads=1) for kind in KINDS}
     facts = {}
     for kind, engine in made.items():
         run(engine, folder / kind, steps=STEPS, batch_size=2, every=1)
@@ -217,6 +225,8 @@ def worker(folder: Path) -> None:
         run(engine, folder / f"{kind}-offload", steps=1, batch_size=2)
     engine = Engine(EngineConfig(kind="fsdp2", precision="fp32", gather_once=True))
     facts["gathers"] += [gathers(run(engine, folder / KEEPING, steps=STEPS, batch_size=2))]
+    fsdp.mesh_of(Engine(EngineConfig(kind="fsdp2", precision="fp32", timeout_minutes=7, shard_ranks=1)))
+    facts["timeouts"] = timeouts()
     facts["from_main"] = engine.from_main({"rank": engine.rank})
     for kind in WITH_OWN:
         run(made[kind], folder / f"{kind}-midas", steps=1, batch_size=2, network=MIDAS)
@@ -359,6 +369,14 @@ def test_one_rank_told_to_stop_or_without_room_stops_both(launched):
     assert rows[0][1].startswith("the disk is full: ")
     assert "another rank has failed at" in rows[1][1]
     assert [path.name for path in checkpoint.saved(launched / "stopped")] == ["checkpoint-00000000-01"]
+
+
+def test_every_process_group_waits_as_long(launched):
+    """Those of a mesh of replicas, and of DeepSpeed, too."""
+    for rank in range(2):
+        found = json.loads((launched / f"facts-{rank}.json").read_text())["timeouts"]
+        assert len(found) > 2
+        assert set(found) == {7.0}
 
 
 def test_shards_are_halves_and_engines_of_whole_gradients_reduce_in_the_last_micro_step(launched):

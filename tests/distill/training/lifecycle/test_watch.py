@@ -28,12 +28,12 @@ def worker(folder: Path) -> None:
     if scene == "all end":
         return engine.close()
     if scene == "all fail":
-        fail(engine)
+        engine.close(failed=True)
         raise UserError("the recipe is wrong")
     if engine.rank == int(scene[0]) if scene[0].isdigit() else False:
         time.sleep(0.3)
         if "fails" in scene:
-            fail(engine)
+            engine.close(failed=True)
             os._exit(2)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
@@ -42,11 +42,6 @@ def worker(folder: Path) -> None:
         engine.settle()
         raise
     return None
-
-
-def fail(engine: Engine) -> None:
-    engine.close(failed=True)
-    engine._watch.failed()  # as atexit does, which multiprocessing leaves out
 
 
 def outcome(folder: Path, scene: str) -> tuple[list[int], list[list[str]], float]:
