@@ -137,8 +137,8 @@ def prepare(config: ClipsConfig, source: ClipSource, seed: int, folder: Path, en
 def cover(source: ClipSource, seed: int, first: Clips, texts: Iterable[str], encoders: ConditionEncoders) -> Coverage:
     """What the training set covers: first frames of its first shard and of clips that are held out, decoded a few at a time."""
     count = source.available(seed, "admit", COVERAGE_CLIPS)
-    _, _, frames, height, width = first.video.shape
-    step = 8 * clips_at_once(frames, height, width)
+    world = source.config.world
+    step = 8 * clips_at_once(world.num_frames, *world.size)
     parts = (
         source.draw(seed, "admit", count, rows=range(start, min(count, start + step)))
         for start in range(0, count, step)
@@ -173,8 +173,9 @@ def write_shards(
     negative prompt; last the manifest, by which all are found. UserError for a shard that other encoders made."""
     mine, mark, precision = range(engine.rank, source.num_shards, engine.world_size), encoders.mark, encoders.precision
     files = files_of(folder, "shard", source.num_shards)
-    missing = [i for i in mine if not files[i].is_file()]
-    bar = tqdm(missing, folder.name, len(mine), initial=len(mine) - len(missing), disable=not engine.is_main)
+    missing = engine.missing(files, apart=True)
+    there = max(0, len(mine) - len(missing))
+    bar = tqdm(missing, folder.name, there + len(missing), initial=there, disable=not engine.is_main)
     for i, clips in zip(bar, clips_of(missing), strict=True):
         x0, conditions = encoders.of_clips(clips, with_text=False, frames=source.config.world.num_frames)
         rows = conditions.stored

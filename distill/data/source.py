@@ -96,6 +96,7 @@ class ClipSource:
     description: str = "clips of a data source of one's own"
     notes: Sequence[str] = ()
     num_clips: int | None = None
+    _whole: tuple[tuple[int, str, int], Clips] | None = None
 
     def __init__(self, config: Any):
         self.config = config
@@ -145,9 +146,18 @@ class ClipSource:
         as labels where they have none. Another `motion` is the same conditions again; ValueError where a clip has one."""
         if motion:
             raise ValueError("a clip has one motion here")
-        clips = self._checked(seed, name, num)
-        clips = clips if rows is None else clips.rows(rows)
+        if rows is None:
+            clips = self._checked(seed, name, num)
+        else:  # piece by piece, of a set that is made whole
+            if self._whole is None or self._whole[0] != (seed, name, num):
+                self._whole = None
+                self._whole = (seed, name, num), self._checked(seed, name, num)
+            clips = self._whole[1].rows(rows)
         return clips if clips.labels else replace(clips, labels=brightness_and_contrast(clips.video))
+
+    def forget(self) -> None:
+        """Let go of the set that `draw` was last asked for rows of."""
+        self._whole = None
 
     def train(self, seed: int, numbers: Sequence[int], workers: int = 0) -> Iterator[Clips]:  # noqa: ARG002
         """The clips of these training shards, the sets train/0, train/1 and so on; `workers` threads may decode them."""

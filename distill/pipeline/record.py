@@ -21,8 +21,9 @@ __all__ = ["SUMS", "sealed"]
 FILE, STARTED = "fingerprint.json", "started.json"
 TOP = "../../"
 """Before the name of a file at the top of the run."""
-OTHERS = (FILE, STARTED, f"{SUMS}.*", "tracked.json", "checkpoint-*/*", "best-*/*", ".*", "*/.*")
-"""What is no artifact of a stage; checkpoints and best weights have digests of their own."""
+OTHERS = (FILE, STARTED, f"{SUMS}.*", "tracked.json", "checkpoint-*/*", "best-*/*", "*.state", ".*", "*/.*")
+"""What is no artifact of a stage; checkpoints and best weights have digests of their own, and the state of a codec that is trained
+is written over and over."""
 
 
 class Fault(NamedTuple):

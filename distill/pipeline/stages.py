@@ -216,7 +216,8 @@ class Pipeline:
     def stage(self, name: str) -> dict:
         """Run the stage `name` unless it is done; returns its metrics."""
         stage, artifacts = self.stages[name], self.artifacts
-        config = facts(stage, artifacts.recipe, artifacts.source.digests)
+        main = artifacts.engine.is_main  # which alone reads the files that are named
+        config = artifacts.engine.from_main(facts(stage, artifacts.recipe, artifacts.source.digests) if main else None)
         return artifacts.folder.stage(name, config, stage.inputs, partial(stage.run, artifacts), stage.beside)
 
     def run(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from distill import compose
 from distill.compose import RECIPES, compose_values
@@ -380,3 +381,16 @@ def test_a_preset_tells_a_trained_teacher_from_a_given_one():
     )
     assert (trained.network.num_layers, trained.train.num_steps) == (2, 6)
     assert (given.network.num_layers, given.train) == (4, None)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_a_recipe_leaves_its_engine_to_the_group(file):
+    """`engine=zero3` would do nothing, and say nothing, where the recipe's own lines have the last word."""
+    engine = yaml.safe_load(file.read_text()).get("engine") or {}
+    assert not engine.keys() & {"kind", "shard_ranks", "gather_once"}
+
+
+@pytest.mark.parametrize("kind", ["zero3", "ddp"])
+def test_another_engine_of_a_large_recipe_is_taken(kind):
+    engine = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere", f"engine={kind}"]).engine
+    assert (engine.kind, engine.precision, engine.checkpointing, engine.shard_ranks) == (kind, "bf16", True, None)

@@ -252,7 +252,7 @@ def test_a_wrong_command_is_found(monkeypatch):
         "distill run dmd_avatar sede=1",
         "accelerate launch recipes/none.yaml",
         "pytest tests/none.py",
-        "python benchmarks/seams.py --none",
+        "python benchmarks/frechet.py --none",
         "conda install x",
     ):
         with pytest.raises((ValueError, AssertionError, StopIteration)):

@@ -162,6 +162,7 @@ class Ranks:
     kind: Kind = "ddp"
     config: EngineConfig = field(default_factory=lambda: EngineConfig(precision="fp32", keep_checkpoints=1))
     is_group_main: bool = True
+    looked: dict[str, list[int]] | None = None
     generator = Engine.generator
 
     @property
@@ -181,8 +182,11 @@ class Ranks:
     def sharing_branches(self, guidance):
         return nullcontext(guidance)
 
-    def missing(self, files):
-        return [i for i in range(self.rank, len(files), self.world_size) if not files[i].is_file()]
+    def missing(self, files, apart=False):
+        found = [i for i, file in enumerate(files) if not file.is_file()]
+        if self.looked is not None:  # ranks that take turns, as if they had looked together
+            found = self.looked.setdefault(str(files), found)
+        return found[self.rank :: self.world_size]
 
     def autocast(self):
         return nullcontext()

@@ -112,10 +112,11 @@ def draw(
     where = _folder(folder) / f"{name.replace(' ', '-')}-{motion}"
     files = [where / f"{start:06d}.safetensors" for start in starts]
     where.mkdir(parents=True, exist_ok=True)
-    for start, file in list(zip(starts, files, strict=True))[engine.rank :: engine.world_size]:
-        if not file.is_file():
-            rows = range(start, min(start + size, num))
-            _write(artifacts, file, source.draw(seed, name, num, motion, rows=rows), encode, max(0, samples - start))
+    for i in engine.missing(files, apart=True):
+        rows = range(starts[i], min(starts[i] + size, num))
+        clips = source.draw(seed, name, num, motion, rows=rows)
+        _write(artifacts, files[i], clips, encode, max(0, samples - rows.start))
+    source.forget()
     engine.barrier()
     return _load(artifacts, files)
 

@@ -18,7 +18,7 @@ from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.clip_sets import ClipSet
 from distill.pipeline.evaluation.costs import measure_costs
 from distill.pipeline.evaluation.health import logged, seam_frames
-from distill.pipeline.evaluation.systems import SAME_NOISE, LastStudent, generate_all, generated
+from distill.pipeline.evaluation.systems import SAME_NOISE, LastStudent, clips_folder, generate_all, generated
 from distill.pipeline.run_folder import revision, versions
 from eval.cards import Card
 from eval.embedded.evaluation import Evaluation
@@ -88,7 +88,7 @@ def score_systems(
     floor = {"real": evaluation.score(test.clips.video[None]), "codec": evaluation.score(test.decoded[None], world)}
     scores, sheets = {}, {"real": test.clips.video, "codec": test.decoded}
 
-    clips = partial(generated, folder)
+    clips = partial(generated, clips_folder(artifacts, folder))
 
     beside = {"teacher": clips("test", "teacher", 0), SAME_NOISE: clips("test", SAME_NOISE, 0)}
     for name in (name for name in SYSTEMS if name != "ar_teacher" or artifacts.recipe.has_custom_network):
@@ -199,14 +199,14 @@ def write_samples(artifacts: Artifacts, test: ClipSet) -> dict[str, dict[str, Pa
     """Playable samples with sound, condition -> system -> file: real, teacher, init and student on the same conditions."""
     folder = artifacts.folder.path / "samples"
     folder.mkdir(exist_ok=True)
-    stage = artifacts.folder.stage_dir("evaluate")
+    where = clips_folder(artifacts, artifacts.folder.stage_dir("evaluate"))
     samples: dict[str, dict[str, Path]] = {}
     for i in range(min(artifacts.recipe.eval.num_samples, len(test.clips.text))):
         for name in ("real", "teacher", "init", "student"):
             if name == "real":
                 video = test.samples[i]
             else:
-                video = generated(stage, "test", name, 0, "samples")[i]
+                video = generated(where, "test", name, 0, "samples")[i]
             path = folder / f"{i}-{name}.mp4"
             frames = video.permute(1, 2, 3, 0).contiguous()
             media.write_video(

@@ -207,7 +207,7 @@ class HealthCheck:
             return teacher_clips(artifacts.teacher, given, lambda part: noise(rows[part]), grid, guidance, self.batch)
 
         parts = torch.arange(num).split(self.batch)
-        units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}.safetensors")
+        units = [(name, rows, folder / f"teacher-health-{name}-{int(rows[0])}-{len(rows)}.safetensors")
                  for name in variants(self.conditions) for rows in parts]  # fmt: skip
         with engine.sharing_branches(settings.guidance) as guidance:
             for name, rows, file in (units[i] for i in engine.missing([file for _, _, file in units])):

@@ -98,11 +98,11 @@ def generate_all(
     """Every system's clips of every set (name -> conditions, noise seeds) at the scored size, a few clips a job, and the first
     ones at their own. Jobs are shared out over the ranks, those of the teacher over groups that share its branches, and kept in the
     stage, so that a killed evaluation goes on."""
-    batch = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)
+    batch, where = clip_sets.generated_at_once(artifacts.recipe, artifacts.spec), clips_folder(artifacts, folder)
 
     def jobs(systems: Mapping[str, Generate]) -> list[Job]:
         return [
-            Job(generate, conditions, rows, (name, seed), clips_file(folder, name, system, seed, int(rows[0])))
+            Job(generate, conditions, rows, (name, seed), clips_file(where, name, system, seed, int(rows[0])))
             for system, generate in systems.items()
             for name, (conditions, seeds) in sets.items()
             for seed in range(seeds)
@@ -110,7 +110,7 @@ def generate_all(
             for rows in torch.arange(conditions.num_rows).split(batch)
         ]
 
-    (folder / "clips").mkdir(exist_ok=True)
+    where.mkdir(parents=True, exist_ok=True)
     with artifacts.engine.sharing_branches(artifacts.recipe.trajectories.guidance) as guidance:
         _generate(artifacts, jobs(teacher_systems(artifacts, batch, guidance)), "the teacher's clips")
     artifacts.release(())
@@ -140,12 +140,17 @@ def _generate(artifacts: Artifacts, jobs: Sequence[Job], what: str) -> None:
             save_tensors(job.file, {"video": clip_sets.scored(video), "samples": video[:shown].clone()})
 
 
-def clips_file(folder: Path, name: str, system: str, seed: int, start: int) -> Path:
-    """Where a system's clips uint8 [n, 3, T, H, W] of one set and noise seed lie, from row `start` on."""
-    return folder / "clips" / f"{name}-{system}-{seed}-{start:06d}.safetensors"
+def clips_folder(artifacts: Artifacts, folder: Path) -> Path:
+    """Where `generate_all` keeps clips in the stage's folder: apart by how many a file holds, which another start may change."""
+    return folder / "clips" / f"{clip_sets.generated_at_once(artifacts.recipe, artifacts.spec)}-a-file"
 
 
-def generated(folder: Path, name: str, system: str, seed: int, what: str = "video") -> Tensor:
+def clips_file(where: Path, name: str, system: str, seed: int, start: int) -> Path:
+    """The file of a system's clips uint8 [n, 3, T, H, W] of one set and noise seed, from row `start` on."""
+    return where / f"{name}-{system}-{seed}-{start:06d}.safetensors"
+
+
+def generated(where: Path, name: str, system: str, seed: int, what: str = "video") -> Tensor:
     """The clips of a set that `generate_all` stored at the scored size; or `samples`, at their own."""
-    files = sorted((folder / "clips").glob(f"{name}-{system}-{seed}-*.safetensors"))
+    files = sorted(where.glob(f"{name}-{system}-{seed}-*.safetensors"))
     return torch.cat([load_tensors(file)[what] for file in files])

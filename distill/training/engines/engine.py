@@ -164,11 +164,11 @@ class Engine:
         divide. See `all_rows`."""
         return torch.arange(self.data_rank, -(-num // self.data_ranks) * self.data_ranks, self.data_ranks) % num
 
-    def missing(self, files: Sequence[Path]) -> list[int]:
-        """Those of the files, by number, that are this rank's (and its sequence group's) to make: they are not there, as rank 0
-        sees it now. Every rank calls it."""
+    def missing(self, files: Sequence[Path], apart: bool = False) -> list[int]:
+        """Those of the files, by number, that are this rank's (and, but for `apart`, its sequence group's) to make: every so
+        many-th of those that are not there, as rank 0 sees it now. Every rank calls it."""
         found = self.from_main([i for i, file in enumerate(files) if not file.is_file()] if self.is_main else None)
-        return [i for i in found if i % self.data_ranks == self.data_rank]
+        return found[self.rank :: self.world_size] if apart else found[self.data_rank :: self.data_ranks]
 
     def all_rows(self, own: Tensor, num: int) -> Tensor:
         """What every rank has of the rows that `share(num)` gave it [n, ...] -> that of all rows [num, ...], on the CPU."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from distill.compose import RECIPES
 from distill.methods import flow_matching, ode_init
+from distill.pipeline import stages as module
 from distill.pipeline import train_stages
 from distill.pipeline.pretrained import digest
 from distill.pipeline.stages import Pipeline, check, facts, field_value, stages
@@ -28,6 +29,7 @@ from students.weights import checkpoint
 from teachers.errors import UserError
 from tests.distill.pipeline.evaluation.test_health import SMALL
 from tests.support.faults import around
+from tests.support.tiny import Ranks
 
 CASES = {
     "plain": ("scratch_avatar", ()),
@@ -359,3 +361,16 @@ def test_a_teacher_of_its_own_waits_for_no_other_where_it_starts_from_no_weights
     assert inputs("midas_avatar", "ar_teacher") == ("data",)
     assert inputs("midas_world", "init")[:2] == ("trajectories", "ar_teacher")
     assert inputs("flowact_full", "ar_teacher") == ("data", "teacher")
+
+
+def test_files_are_digested_by_rank_0_alone(monkeypatch):
+    """64 ranks would read 56 GB of a teacher each."""
+    monkeypatch.setattr(module, "facts", lambda *_: pytest.fail("another rank has read the files"))
+    engine, seen = Ranks(rank=1, world_size=2, is_main=False), []
+    engine.from_main = lambda _: {"config": "rank 0's"}  # type: ignore[method-assign]
+    folder = SimpleNamespace(stage=lambda _name, config, *_: seen.append(config) or {})
+    pipeline: Any = object.__new__(Pipeline)
+    pipeline.stages = {"data": SimpleNamespace(inputs=(), run=lambda *_: {}, beside=())}
+    pipeline.artifacts = SimpleNamespace(engine=engine, recipe=None, source=SimpleNamespace(), folder=folder)
+    pipeline.stage("data")
+    assert seen == [{"config": "rank 0's"}]

@@ -144,8 +144,9 @@ def test_a_lost_shard_is_made_again_bit_for_bit(tmp_path):
 
 def test_ranks_share_the_shards_and_write_what_one_would(tmp_path):
     write(tmp_path / "one")
+    looked: dict[str, list[int]] = {}
     for rank in (1, 0):
-        write(tmp_path / "two", engine=Ranks(rank=rank, world_size=2, is_main=rank == 0))
+        write(tmp_path / "two", engine=Ranks(rank=rank, world_size=2, is_main=rank == 0, looked=looked))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     write(tmp_path / "other", seed=1)
     other = load_tensors(tmp_path / "other" / "shard-00000.safetensors")["states"]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from distill.compose import RECIPES
 from distill.data.encoders import ConditionEncoders
+from distill.data.source import Clips, ClipSource
 from distill.pipeline.evaluation import clip_sets
 from distill.recipe import load_recipe, spec_of
 from teachers.codecs.linear import EigenCodec, to_float
@@ -30,8 +31,8 @@ def artifacts() -> Any:
     return SimpleNamespace(recipe=recipe, spec=spec, encoders=encoders, engine=Ranks(), source=source)
 
 
-def of_rank(artifacts: Any, rank: int, world_size: int) -> Any:
-    engine = Ranks(rank=rank, world_size=world_size, is_main=rank == 0)
+def of_rank(artifacts: Any, rank: int, world_size: int, looked: dict[str, list[int]]) -> Any:
+    engine = Ranks(rank=rank, world_size=world_size, is_main=rank == 0, looked=looked)
     return SimpleNamespace(**{**vars(artifacts), "engine": engine})
 
 
@@ -62,6 +63,26 @@ def test_pieces_are_the_whole(artifacts, tmp_path, monkeypatch):
     assert torch.equal(picked.text, ours.text[1:])
 
 
+def test_a_source_of_ones_own_makes_a_set_once(artifacts, tmp_path, monkeypatch):
+    """Not once a piece: it makes sets whole."""
+    small_pieces(monkeypatch, artifacts, 2)
+    calls: list[str] = []
+
+    class Own(ClipSource):
+        def clips(self, seed: int, name: str, num: int) -> Clips:
+            calls.append(name)
+            return artifacts.source.draw(seed, name, num)
+
+    source = Own(artifacts.source.config)
+    own = SimpleNamespace(**{**vars(artifacts), "source": source})
+    found = clip_sets.draw(own, tmp_path, "test", NUM)
+    assert calls == ["test"]
+    assert source._whole is None, "nothing is held once the set is there"
+    clips = artifacts.source.draw(artifacts.recipe.eval.condition_seed, "test", NUM)
+    assert torch.equal(found.clips.video, clips.video)
+    assert torch.equal(found.clips.audio, clips.audio)
+
+
 def test_two_ranks_make_half_each_and_nothing_is_made_twice(artifacts, tmp_path, monkeypatch):
     small_pieces(monkeypatch, artifacts, 2)
     drawn: list[range] = []
@@ -69,7 +90,8 @@ def test_two_ranks_make_half_each_and_nothing_is_made_twice(artifacts, tmp_path,
     monkeypatch.setattr(
         artifacts.source, "draw", lambda *words, rows: (drawn.append(rows), draw(*words, rows=rows))[1], raising=False
     )
-    second, first = of_rank(artifacts, 1, 2), of_rank(artifacts, 0, 2)
+    looked: dict[str, list[int]] = {}
+    second, first = of_rank(artifacts, 1, 2, looked), of_rank(artifacts, 0, 2, looked)
     with pytest.raises(Exception, match="no tensor file"):  # there is no barrier here: the other half is not made yet
         clip_sets.draw(second, tmp_path, "test", NUM)
     assert drawn == [range(2, 4), range(6, 7)]
@@ -78,6 +100,7 @@ def test_two_ranks_make_half_each_and_nothing_is_made_twice(artifacts, tmp_path,
     assert drawn == [range(0, 2), range(4, 6)]
     assert torch.equal(found.clips.video, draw(artifacts.recipe.eval.condition_seed, "test", NUM).video)
     drawn.clear()
+    looked.clear()
     assert len(clip_sets.draw(second, tmp_path, "test", NUM).clips.text) == NUM
     assert drawn == [], "a stage that was killed goes on"
     clip_sets.discard(first, tmp_path)

@@ -218,12 +218,14 @@ def test_teachers_clips_are_shared_and_kept(ran, tmp_path, monkeypatch):
     for name in ("whole", "halves"):
         (tmp_path / name).mkdir()
     whole = check.teacher(tmp_path / "whole")
-    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=1, world_size=2))
+    looked: dict[str, list[int]] = {}
+    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=1, world_size=2, looked=looked))
     with pytest.raises(UserError, match=r"no tensor file: .*teacher-health-own-0"):
         check.teacher(tmp_path / "halves")
-    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=0, world_size=2))
+    monkeypatch.setattr(ran.artifacts, "engine", Ranks(rank=0, world_size=2, looked=looked))
     halves = check.teacher(tmp_path / "halves")
     assert halves == pytest.approx(whole, abs=0.02)
+    looked.clear()
     monkeypatch.setattr(ran.artifacts, "teacher", None)
     assert check.teacher(tmp_path / "halves") == halves
 

@@ -5,6 +5,8 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_one_process_alone(alone):
     with engine.autocast():
         assert torch.nn.functional.linear(*[torch.ones(2, 2, device=engine.device)] * 2).dtype == torch.bfloat16
     engine.close()
+
+
+def test_what_is_missing_is_shared_out_anew(tmp_path):
+    """After a kill all ranks have something to make, whichever of them was behind."""
+    files = [tmp_path / str(number) for number in range(8)]
+    for number in (0, 1, 2, 4, 6):
+        files[number].touch()
+    found = []
+    for rank in range(2):
+        fake: Any = SimpleNamespace(is_main=True, from_main=lambda value: value, data_rank=rank, data_ranks=2)
+        found.append(Engine.missing(fake, files))
+    assert found == [[3, 7], [5]]
 
 
 def test_buckets_keep_order_size_and_type():
