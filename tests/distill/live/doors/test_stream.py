@@ -1,8 +1,10 @@
 """An avatar that is given speech: every sample comes out with its frame, sentences end in order, an interrupt leaves nothing."""
 
 import asyncio
+import threading
 import time
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
 import pytest
@@ -48,6 +50,17 @@ async def beats(stream: AvatarStream, seconds: float) -> list[tuple[float, Beat]
     return got
 
 
+@contextmanager
+def at_once(stream: AvatarStream) -> Iterator[None]:
+    """The engine draws nothing between what is pushed inside: speech that stalls is played with a gap."""
+    gate = threading.Event()
+    stream.engine.call(gate.wait)
+    try:
+        yield
+    finally:
+        gate.set()
+
+
 def mouth_open(beat: Beat) -> bool:
     return beat.picture[11, 8, 0] > 60
 
@@ -58,9 +71,10 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
         async with a_stream(rate) as stream:
             await beats(stream, 0.3)
             said = tone(1.1, source)
-            for i, piece in enumerate(np.array_split(said, 9)):  # every other one in stereo, which is mixed
-                stream.push(np.stack([piece + 100, piece - 100], 1) if i % 2 else piece, source)
-            stream.end()
+            with at_once(stream):
+                for i, piece in enumerate(np.array_split(said, 9)):  # every other one in stereo, which is mixed
+                    stream.push(np.stack([piece + 100, piece - 100], 1) if i % 2 else piece, source)
+                stream.end()
             return said, await beats(stream, 1.9), stream.lag
 
     said, got, lag = run_in_time(run())
@@ -84,14 +98,16 @@ def test_sentences_follow_each_other_and_end_in_order():
         async with a_stream() as stream:
             await beats(stream, 0.3)
             sentences = [tone(0.5, 24_000), tone(0.74, 24_000, 300), tone(0.31, 24_000, 200)]
-            for sentence in sentences[:2]:
-                stream.push(sentence, 24_000)
-                stream.end()
-                stream.end()  # of nothing
+            with at_once(stream):
+                for sentence in sentences[:2]:
+                    stream.push(sentence, 24_000)
+                    stream.end()
+                    stream.end()  # of nothing
             assert stream.speaking
             got = await beats(stream, 1.1)  # the second is being shown to its end
-            stream.push(sentences[2], 24_000)
-            stream.end()
+            with at_once(stream):
+                stream.push(sentences[2], 24_000)
+                stream.end()
             got += await beats(stream, 1.6)
             assert not stream.speaking
             return sentences, got
@@ -115,8 +131,9 @@ def test_after_an_interrupt_nothing_of_the_old_sentence_is_heard_or_seen():
             quiet = await beats(stream, 1.0)
             assert cut.done()
             new = tone(0.4, 24_000, 300)
-            stream.push(new, 24_000)
-            stream.end()
+            with at_once(stream):
+                stream.push(new, 24_000)
+                stream.end()
             return before, at, quiet, new, await beats(stream, 1.2), stream.lag
 
     before, at, quiet, new, after, lag = run_in_time(run())
@@ -138,14 +155,13 @@ def test_interrupted_again_and_again_it_says_the_last_sentence_alone():
                 await asyncio.sleep(0.017 * i)
                 stream.interrupt()
             last = tone(0.5, 24_000, 300)
-            stream.push(last, 24_000)
-            stream.end()
-            return last, await beats(stream, 1.5), stream.lag
+            with at_once(stream):
+                stream.push(last, 24_000)
+                stream.end()
+            return last, await beats(stream, 1.5)
 
-    last, got, lag = run_in_time(run())
+    last, got = run_in_time(run())
     played = np.concatenate([beat.sound for _, beat in got])
-    assert np.array_equal(played[played != 0], last[last != 0])
-    lag.skip_if_busy()  # speech that stalls between push and end is played with a gap
     assert np.array_equal(played, last)
 
 
