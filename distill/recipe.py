@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from teachers.errors import UserError
 from teachers.flow import Grid, sigma_grid
 from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
-from teachers.resolve import Registry, label
+from teachers.resolve import Registry, label, resolve
 
 NO_RESULT = (
     *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size", "teacher.sampler", "base.sampler"),
@@ -305,7 +305,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     values, locate = compose_values(Path(path), overrides, Recipe.__dataclass_fields__)
     for key in ("run_dir", "reuse"):
         values[key] = _at_home(values.get(key))
-    return convert(Recipe, values, locate=locate, folder=Path(path).resolve().parent)
+    folder = Path(path).resolve().parent
+    for word in overrides:
+        group, slot = word.partition("=")[0], word.partition("=")[0].removeprefix("method@")
+        if slot != group and _method_fields(values, slot, folder):
+            before, _ = compose_values(
+                Path(path), [other for other in overrides if other != word], Recipe.__dataclass_fields__
+            )
+            spoken = {other.partition("=")[0].lstrip("+") for other in overrides}
+            _drop_replaced(values, before, slot, spoken, folder)
+    return convert(Recipe, values, locate=locate, folder=folder)
+
+
+def _drop_replaced(
+    values: dict[str, Any], before: dict[str, Any], slot: str, spoken: Collection[str], folder: Path
+) -> None:
+    """Drop what a recipe's body says of the method `before`, which the command line replaces in this slot, where the new one has
+    no such field; what the command line itself says of it, a key of `spoken`, stays, and is an error."""
+    own, replaced = _method_fields(values, slot, folder), _method_fields(before, slot, folder)
+    for name in [*values[slot]["method"]]:
+        key = f"{slot}.method.{name}"
+        if name in replaced - own and not any(word == key or word.startswith(f"{key}.") for word in spoken):
+            del values[slot]["method"][name]
+
+
+def _method_fields(values: dict[str, Any], slot: str, folder: Path) -> set[str]:
+    """Names of the fields of a slot's method; empty where none is named."""
+    part = values.get(slot)
+    method = part.get("method") if isinstance(part, dict) else None
+    name = method.get("name") if isinstance(method, dict) else None
+    if not isinstance(name, str):
+        return set()
+    return {field.name for field in fields(resolve(METHODS, name, f"{slot}.method.name", folder))}
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -44,7 +44,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 from benchmarks.lab.failure_lab import LAST, trained  # noqa: E402, of a script started by its path
 
-COLUMNS = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness", "diversity", "identity", "seconds")
+COLUMNS = ("fid", "fvd", "sync", "motion", "motion_energy", "sharpness", "diversity", "identity", "seam", "seconds")
 COSTS = ("first_frame_ms", "fps", "nfe_per_chunk")
 
 

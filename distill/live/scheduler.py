@@ -26,7 +26,8 @@ from teachers.errors import UserError
 TICK = 0.02  # seconds; the longest that a deadline is slept over
 PANEL_EVERY = 1.0
 SPENT_SECONDS = 5.0  # after which what a viewer has cost counts a third
-GREEDY = 2.0  # times the others' mean, from which on a viewer waits until nobody else does
+GREEDY = 2.0  # times the mean of all, from which on a viewer waits until nobody else does
+ALONE = 4  # chunks drawn for it alone that nobody is called greedy for: it joined before others, it was answered
 log = logging.getLogger(__name__)
 
 
@@ -228,7 +229,7 @@ class Engine:
         waiting = []
         for viewer in self.viewers:
             if (due := viewer.due(now)) is not None:
-                greedy = viewer.spent > GREEDY * mean + least and len(self.viewers) > 2
+                greedy = viewer.spent > GREEDY * mean + ALONE * least and len(self.viewers) > 2
                 waiting.append((greedy, due, len(waiting), viewer))
         if not waiting:
             return []

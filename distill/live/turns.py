@@ -56,9 +56,9 @@ class Playhead:
             return 0.0
         return min(self.frame + (now - self.at) * float(self.fps), float(drawn))
 
-    def dry(self, now: float, drawn: int) -> float:
-        """The time at which the last drawn frame has been shown; now, before the viewer began."""
-        return now if self.at is None else self.at + (drawn - self.frame) / float(self.fps)
+    def dry(self, drawn: int) -> float | None:
+        """The time at which the last drawn frame has been shown; None before the viewer's first report."""
+        return None if self.at is None else self.at + (drawn - self.frame) / float(self.fps)
 
 
 class Turn:

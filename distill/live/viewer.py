@@ -22,6 +22,7 @@ from teachers.errors import UserError
 
 KEPT = 200  # chunk times of the panel
 PIECE = SAMPLE_RATE // 10
+FIRST_FRAME = 0.4  # seconds after its opening from which on a stream that shows nothing is late
 MAX_SPOKEN = 1800 * SAMPLE_RATE  # samples of speech that may wait to be said
 
 
@@ -177,7 +178,7 @@ class Viewer:
             return None
         if self.resuming or (turn is not None and not turn.begun and self._ready(turn)):
             return -math.inf  # an answer is waiting: first of all
-        dry = self.playhead.dry(now, session.point.frame)
+        dry = self._dry(session.point.frame)
         if turn is not None and turn.begun and not turn.over and self._missing(turn) > 0:
             # speech that is late is waited for as long as the picture does not stand still
             return None if dry - now > self.margin() + self.playhead.trip else dry
@@ -207,7 +208,7 @@ class Viewer:
         if not isinstance(found, Chunk):
             self.waited = True
             return None
-        dry = self.playhead.dry(now, found.first_frame)
+        dry = self.playhead.dry(found.first_frame)
         if self.resuming:
             found = self._resume(found, ended)
         shift = self._open().shift * self.spec.samples_per_frame
@@ -216,7 +217,7 @@ class Viewer:
         self.placed.clear()
         self.seconds.append(ended - began)
         self.chunks += 1
-        self.stalls += self.playhead.at is not None and ended > dry
+        self.stalls += dry is not None and ended > dry
         self.ttff = self.ttff or ended - self.opened
         if self.turn is not None and self.turn.begun:
             self._send_timing(self.turn, found, now, ended)
@@ -243,6 +244,15 @@ class Viewer:
         }
 
     # ---- inside
+
+    def _dry(self, drawn: int) -> float:
+        """When the last of the drawn frames has been shown. Until the viewer reports it: as if a player had begun at the first
+        chunk; a stream that shows nothing yet may wait for FIRST_FRAME, so that those who join stop nobody's picture."""
+        if (reported := self.playhead.dry(drawn)) is not None:
+            return reported
+        if not self.chunks:
+            return self.opened + FIRST_FRAME
+        return self.opened + self.ttff + drawn / float(self.spec.fps)
 
     def _open(self) -> Session:
         if self.session is None:
@@ -272,8 +282,10 @@ class Viewer:
     def _rewind(self, now: float, margin: float, keep_input: bool) -> int:
         """Take back the chunks that cannot have been begun when the next one arrives, `margin` seconds and a way to the viewer
         from now; the frame at which those that are left end."""
-        session, drawn = self._open(), self._open().point.frame
+        session, drawn, seen = self._open(), self._open().point.frame, self._open().viewed
         frame = session.interrupt(self._reached(now, margin, drawn), keep_input=keep_input)
+        if self.playhead.local is not None:
+            session.viewed = min(seen, frame)  # that was a guess, and when the next chunk arrives it is known
         if frame < drawn:
             self._send_rewind(frame, now, keep_input)
         self.waited = False

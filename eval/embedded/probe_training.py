@@ -40,10 +40,12 @@ def fit(
     generator: torch.Generator,
     progress: Progress | None = None,
     degraded_video: UInt8[Tensor, "n 3 t h w"] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Probes:
     """Train all three probes on real clips and their codec-decoded copies, both blurred and noised.
 
-    The result is a function of `generator` alone. labels: every float [N, T] is read a frame; `expression` and
+    Clips stay where they are, batches are computed on `device`. The result is a function of `generator`, which is the CPU's,
+    and of the device. labels: every float [N, T] is read a frame; `expression` and
     `gesture` [N] long, `identity` [N, I] float. Clips without all of these and the mouth's have none of them.
     Raises UserError when labels are missing or counts do not agree.
     """
@@ -58,9 +60,10 @@ def fit(
     frame = _build(lambda: FrameProbe(len(names), num[0], scales["identity_mean"].shape[0]), generator)
     clip = _build(lambda: ClipProbe(len(names), num[1]), generator)
     audio_probe = _build(lambda: AudioProbe(audio_features.shape[2]), generator)
-    probes = Probes(frame, clip, audio_probe, names, scales)
+    probes = Probes(frame, clip, audio_probe, names, scales).to(device)
     sources = (video, video if degraded_video is None else degraded_video)
-    targets = (per_frame - scales["label_mean"]) / scales["label_std"]
+    labels, audio_features = {name: value.to(device) for name, value in labels.items()}, audio_features.to(device)
+    targets = (per_frame.to(device) - probes.scales["label_mean"]) / probes.scales["label_std"]
     if probes.knows_mouth:
         _train(audio_probe, _audio_loss(probes, audio_features, targets, generator), config, 0, progress)
     _train(frame, _frame_loss(probes, sources, labels, targets, config.probe_batch, generator), config, 1, progress)
@@ -136,15 +139,17 @@ def _frame_loss(probes, sources, labels, targets: Tensor, batch: int, rng: torch
     identity = None
     if "identity" in labels:
         identity = (labels["identity"].float() - probes.scales["identity_mean"]) / probes.scales["identity_std"]
-    weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in probes.names])
+    weights = torch.tensor([WEIGHTS.get(name, 1.0) for name in probes.names], device=targets.device)
     probes.frame.to(memory_format=torch.channels_last)
-    both = torch.stack(sources)
 
     def loss() -> Tensor:
         source = torch.randint(2, (batch,), generator=rng)
         clip = torch.randint(num, (batch,), generator=rng)
         time = torch.randint(frames, (batch,), generator=rng)
-        shown, quality = _degrade(as_float(both[source, clip, :, time]), rng)
+        natural, decoded = (one[clip, :, time] for one in sources)
+        chosen = torch.where((source == 0)[:, None, None, None], natural, decoded)
+        shown, quality = _degrade(as_float(chosen.to(targets.device)), rng)
+        clip, time = clip.to(targets.device), time.to(targets.device)
         _, read, expression, who, degraded = probes.frame(shown.contiguous(memory_format=torch.channels_last))
         value = (weights * F.mse_loss(read, targets[clip, time], reduction="none")).sum() / (batch * num_labels)
         if "expression" in labels:
@@ -163,7 +168,7 @@ def _audio_loss(probes, audio_features: Tensor, targets: Tensor, rng: torch.Gene
     target = targets[:, :, [probes.names.index(name) for name in MOUTH]]
 
     def loss() -> Tensor:
-        rows = torch.randint(len(scaled), (CLIP_BATCH,), generator=rng)
+        rows = torch.randint(len(scaled), (CLIP_BATCH,), generator=rng).to(scaled.device)
         return F.mse_loss(probes.audio_probe(scaled[rows])[:, 1:], target[rows, 1:])  # frame 0 is the reference
 
     return loss
@@ -174,13 +179,13 @@ def _clip_loss(probes, sources, labels, targets: Tensor, rng: torch.Generator) -
     num = min(len(targets), CLIP_ROWS)
     natural, corrupt = _sequences(probes, [source[:num] for source in sources], rng)
     speed = targets.diff(dim=1).abs().mean(1)
-    tempo = torch.arange(CLIP_BATCH) % 8
+    tempo = torch.arange(CLIP_BATCH, device=targets.device) % 8
     tempo = torch.where(tempo < len(TEMPOS), tempo, 0)
     is_natural = (tempo == 0).float()
 
     def loss() -> Tensor:
-        rows = torch.randint(num, (CLIP_BATCH,), generator=rng)
-        variant = torch.randint(len(natural), (CLIP_BATCH,), generator=rng)
+        rows = torch.randint(num, (CLIP_BATCH,), generator=rng).to(targets.device)
+        variant = torch.randint(len(natural), (CLIP_BATCH,), generator=rng).to(targets.device)
         broken = corrupt[(tempo - 1).clamp_min(0), rows]
         sequence = torch.where((tempo == 0)[:, None, None], natural[variant, rows], broken)
         _, gesture, seen_tempo, seen_speed = probes.clip(sequence)
@@ -199,15 +204,15 @@ def _sequences(probes, sources, rng: torch.Generator, rows: int = 48) -> tuple[T
     for turn, parts in enumerate(zip(*(source.split(rows) for source in sources), strict=True)):
         variants = []
         for part in parts:
-            clips = as_float(part)
+            clips = as_float(part.to(probes.device))
             amount = torch.rand(len(clips), 1, 2, generator=rng) * (torch.rand(len(clips), 1, 2, generator=rng) < 0.5)
             degraded = _degrade_clips(clips, 0.6 * amount.expand(-1, clips.shape[2], -1), rng)
             variants += [_embed(probes, clips), _embed(probes, degraded)]
         naturals.append(torch.stack(variants))
-        clips, features = as_float(parts[turn % 2]), variants[2 * (turn % 2)][..., :DIM]
+        clips, features = as_float(parts[turn % 2].to(probes.device)), variants[2 * (turn % 2)][..., :DIM]
         num, frames = features.shape[:2]
-        order = torch.rand(num, frames, generator=rng).argsort(1)
-        held = torch.randint(frames, (num, 1), generator=rng).expand(-1, frames)
+        order = torch.rand(num, frames, generator=rng).argsort(1).to(probes.device)
+        held = torch.randint(frames, (num, 1), generator=rng).to(probes.device).expand(-1, frames)
         flicker = _degrade_clips(clips, torch.rand(num, frames, 2, generator=rng), rng)
         corrupts.append(
             torch.stack([_retime(clips, features, order), _retime(clips, features, held), _embed(probes, flicker)])
@@ -230,7 +235,7 @@ def _embed(probes, clips: Tensor) -> Tensor:
 def _degrade(frames: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Half the frames partly blurred, half noised -> (frames, quality [N, 2]: blur 0..1, noise 0..1)."""
     amount = torch.rand(len(frames), 2, generator=rng) * (torch.rand(len(frames), 2, generator=rng) < 0.5)
-    return _corrupt(frames, amount, rng), amount
+    return _corrupt(frames, amount, rng), amount.to(frames.device)
 
 
 def _degrade_clips(clips: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
@@ -240,5 +245,7 @@ def _degrade_clips(clips: Tensor, amount: Tensor, rng: torch.Generator) -> Tenso
 
 
 def _corrupt(frames: Tensor, amount: Tensor, rng: torch.Generator) -> Tensor:
-    noise = torch.randn(frames.shape, generator=rng) * (NOISE * amount[:, 1, None, None, None])
+    noise = torch.randn(frames.shape, generator=rng).to(frames.device)
+    amount = amount.to(frames.device)
+    noise = noise * (NOISE * amount[:, 1, None, None, None])
     return frames + amount[:, 0, None, None, None] * (blur(frames) - frames) + noise

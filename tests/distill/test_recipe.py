@@ -394,3 +394,32 @@ def test_a_recipe_leaves_its_engine_to_the_group(file):
 def test_another_engine_of_a_large_recipe_is_taken(kind):
     engine = load_recipe(RECIPES / "livetalk.yaml", ["teacher.path=anywhere", f"engine={kind}"]).engine
     assert (engine.kind, engine.precision, engine.checkpointing, engine.shard_ranks) == (kind, "bf16", True, None)
+
+
+def test_a_method_from_the_command_line_takes_what_it_has_of_the_recipes_body(tmp_path):
+    """The body's settings of another method are no error, what the command line or a body says wrongly is."""
+    (tmp_path / "own.yaml").write_text(
+        "defaults:\n  - dmd_avatar\n  - _self_\nname: own\n"
+        "distill: {method: {guidance: {text: 3.0, audio: 2.0}, warmup: 7, shift: 4.0}}\n"
+    )
+
+    def method(*words: str):
+        return load_recipe(tmp_path / "own.yaml", words).distill.method
+
+    assert (method().warmup, method().guidance.text) == (7, 3.0)
+    gan = method("method@distill=dmd_gan")
+    assert (gan.warmup, gan.guidance.audio, gan.gan) == (7, 2.0, 0.1)
+    forcing = method("method@distill=forcing")
+    assert (type(forcing).__module__, forcing.shift) == ("distill.methods.forcing", 4.0)
+    for words in (
+        ["distill.method.warmup=3"],
+        ["distill.method.guidance.text=3"],
+        ["distill.method.guidance={text: 3}"],
+    ):
+        with pytest.raises(UserError, match=r"unknown key 'distill\.method\.(warmup|guidance)'"):
+            method("method@distill=forcing", *words)
+    (tmp_path / "own.yaml").write_text(
+        "defaults:\n  - dmd_avatar\n  - _self_\nname: own\ndistill: {method: {warmpu: 7}}\n"
+    )
+    with pytest.raises(UserError, match=r"unknown key 'distill\.method\.warmpu'.*own\.yaml"):
+        method("method@distill=forcing")

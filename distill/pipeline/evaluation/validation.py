@@ -62,9 +62,9 @@ def _train_probes(artifacts: Artifacts, folder: Path) -> None:
                 bar.refresh()
 
             rng = keyed_generator(config.probe_seed, "fit")
-            probe_training.fit(clips.clips.video, clips.clips.labels, rows, config, rng, progress, clips.decoded).save(
-                folder
-            )
+            video, labels, decoded = clips.clips.video, clips.clips.labels, clips.decoded
+            probes = probe_training.fit(video, labels, rows, config, rng, progress, decoded, engine.device)
+            probes.save(folder)
 
 
 def _admit(artifacts: Artifacts, probes: Probes, test: ClipSet, reference: ClipSet) -> dict:

@@ -26,8 +26,8 @@ OPEN, RECACHE = 0.012, 0.04  # seconds of a stream's begin and of a new text
 class World:
     """A clock, what is to happen, and an engine whose batches take `COSTS`, give or take a third."""
 
-    def __init__(self, monkeypatch, viewers: int = 16, seed: int = 0, way: float = 0.02):
-        self.now, self.due, self.rng, self.way = 0.0, [], random.Random(seed), way
+    def __init__(self, monkeypatch, viewers: int = 16, seed: int = 0, way: float = 0.02, apart: float = 0.25):
+        self.now, self.due, self.rng, self.way, self.apart = 0.0, [], random.Random(seed), way, apart
         bundle = a_puppet()
         bundle.student.spec, bundle.student.one_by_one = tiny.make_spec(chunk_frames=4, horizon_frames=16), ""
         bundle.student.batch_key = lambda chunk: min(chunk, 3)
@@ -85,7 +85,7 @@ class Page:
         self.origin, self.last, self.epoch, self.end = None, -1, 0, None
         self.begins, self.asked, self.latencies, self.asking = {}, {}, [], 0.0
         self.stalls, self.stalled = 0, 0.0
-        world.later(0.25 * number, self.ask, self.open, number)
+        world.later(world.apart * number, self.ask, self.open, number)
         world.later(self.rng.uniform(0, 0.05), self.report)
         world.later(5 + self.rng.uniform(0, 3), self.act)
 
@@ -197,6 +197,15 @@ def test_sixteen_get_their_answers_in_time_and_no_picture_stands_still(monkeypat
     assert percentile(times, 95) <= 0.45
     assert statistics.mean(times) <= 0.33
     assert sum(page.stalls for page in world.pages) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sixteen_who_join_at_once_see_no_picture_stand_still(monkeypatch, seed):
+    """First frames of the last wait for the second chunks of the first."""
+    world = World(monkeypatch, seed=seed, apart=0.03)
+    world.run(4.0)
+    assert all(page.last > 0 for page in world.pages)
+    assert [page.stalls for page in world.pages] == [0] * 16
 
 
 @pytest.mark.slow

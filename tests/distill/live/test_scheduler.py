@@ -84,6 +84,11 @@ def test_the_greedy_come_after_all_others():
     assert chosen(Waiting("talks much", -math.inf, spent=0.15), *others) == ["talks much"]
 
 
+def test_who_joined_before_all_others_and_was_drawn_alone_is_not_greedy():
+    others = [Waiting(str(i), 0.4, spent=0.024) for i in range(15)]
+    assert chosen(Waiting("first", 0.1, spent=0.118), *others)[0] == "first"
+
+
 def test_who_goes_on_asking_waits_for_a_batch():
     engine, done = Engine(a_puppet(), Echo(), 1), []
 

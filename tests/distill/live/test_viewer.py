@@ -9,7 +9,7 @@ import torch
 
 from distill.live import protocol
 from distill.live.turns import Turn
-from distill.live.viewer import Viewer
+from distill.live.viewer import FIRST_FRAME, Viewer
 from students.history import History
 from teachers.errors import UserError
 from teachers.guidance import EmbeddedScales, GuidanceRange
@@ -123,6 +123,17 @@ class Stage:
 
 def a_tone(seconds: float):
     return 0.4 * torch.sin(torch.arange(round(seconds * 16000)) * 0.157)
+
+
+def test_a_stream_that_shows_nothing_may_wait_a_little_and_runs_from_its_first_chunk_on():
+    stage = Stage()
+    viewer, now = stage.viewer, stage.now
+    viewer.open(tiny.a_portrait(), "a person nods", 7, now)
+    assert viewer.due(now + 0.1) == pytest.approx(now + FIRST_FRAME)
+    chunk = viewer.deliver(viewer.prepare(now).step(), now, now, now + 0.2)
+    assert viewer.due(now + 0.3) == pytest.approx(now + 0.2 + len(chunk.frames) / 12.5)
+    viewer.played(2, viewer.epoch, now + 0.5)
+    assert viewer.due(now + 0.6) == pytest.approx(now + 0.5 + (len(chunk.frames) - 2) / 12.5)
 
 
 def test_it_idles_in_bounded_advance_and_waits_for_a_viewer_who_stops():

@@ -201,6 +201,20 @@ def test_labels_that_do_not_fit_are_refused(train: Blobs):
         probe_training.fit(train.video[..., 1:], train.labels, train.audio, CONFIG, rng)
 
 
+def test_training_computes_on_its_device_alone():
+    """Tensors of two devices do not mix, and a meta tensor is on a device of its own; the clips stay on the CPU."""
+    few = blobs(8, 5)
+    config = dataclasses.replace(CONFIG, probe_steps=2, probe_batch=4)
+    rng = torch.Generator().manual_seed(0)
+    made = probe_training.fit(few.video, few.labels, few.audio, config, rng, None, few.decoded, "meta")
+    assert {value.device.type for net in (made.frame, made.clip, made.audio_probe) for value in net.parameters()} == {
+        "meta"
+    }
+    assert {value.device.type for value in made.scales.values()} == {"meta"}
+    ours = probe_training.fit(few.video, few.labels, few.audio, config, torch.Generator().manual_seed(0))
+    assert ours.device.type == "cpu"
+
+
 @pytest.fixture(scope="module")
 def admission(probes: Probes, held_out: Blobs) -> dict:
     rng = torch.Generator().manual_seed(3)

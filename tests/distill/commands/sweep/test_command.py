@@ -374,3 +374,22 @@ def test_launchers_hand_m_on():
     given = [str(RECIPE), "-m", "seed=0,1"]
     assert launch_command_parser().parse_args(given).training_script_args == given[1:]
     assert get_args_parser().parse_args(given).training_script_args == given[1:]
+
+
+@pytest.mark.parametrize("sweep", sorted(path.stem for path in (RECIPES / "sweep").glob("*.yaml")))
+def test_every_job_of_a_shipped_sweep_is_a_recipe(sweep):
+    """Whatever the recipe's body sets, also where a job has another method."""
+    recipe = RECIPES / ("lab_avatar.yaml" if sweep.startswith("lab_") else RECIPE.name)
+    common, jobs = command.read_sweep(recipe, sweep)
+    found = {name: load_recipe(recipe, [*common, *own]) for name, own in jobs.items()}
+    assert len({str(recipe) for recipe in found.values()}) == len(found), "two jobs are the same"
+
+
+def test_dmd_is_guided_as_the_trajectories_are_unless_it_is_given():
+    def guidance(*words: str):
+        return load_recipe(RECIPES / "dmd_avatar.yaml", words).distill.method.guidance
+
+    assert (guidance().text, guidance().audio) == (2.25, 1.5)
+    assert guidance("trajectories.guidance.text=4").text == 4
+    one = guidance("distill.method.guidance.text=3")
+    assert (one.text, one.audio) == (3, 1.5)

@@ -93,6 +93,26 @@ def test_every_sample_comes_out_with_its_frame_in_real_time(source, rate):
     assert np.allclose(np.diff(times[loud[1:]]), 1 / FPS, atol=0.04)
 
 
+def test_speech_is_heard_with_the_next_frame_once_it_is_drawn():
+    """What is handed out is known when the chunk arrives, so no frame is waited for that the guess before had given away."""
+
+    async def run():
+        async with a_stream() as stream:
+            waits = []
+            for i in range(5):
+                await beats(stream, 0.9 + 0.03 * i)
+                with at_once(stream):
+                    stream.push(tone(0.4, 24_000), 24_000)
+                    stream.end()
+                got = await beats(stream, 0.9)
+                waits.append(next(i for i, (_, beat) in enumerate(got) if len(beat.sound)))
+            return waits, stream.lag
+
+    waits, lag = run_in_time(run())
+    lag.skip_if_busy()
+    assert sum(waits) <= 6, f"{waits} frames without sound after the speech came"
+
+
 def test_sentences_follow_each_other_and_end_in_order():
     async def run():
         async with a_stream() as stream:
