@@ -1,5 +1,6 @@
 """Networks that are given: weights on disk in any published layout, in the place of training a teacher here."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from students.weights.checkpoint import Bundle
 from teachers.checkpoints.convert import fill_network
 from teachers.checkpoints.strict import check_finite, check_shapes, load_strict, shapes_of
 from teachers.checkpoints.weights import copy_rows, read_safetensors
+from teachers.config import to_plain
 from teachers.errors import UserError
-from teachers.files import load_tensors
+from teachers.files import atomic_write, load_tensors
 from teachers.networks.kind import AvatarTeacher
 from teachers.resolve import label
 from teachers.teacher import Teacher, allocate
@@ -25,6 +27,17 @@ __all__ = ["OURS", "digest", "load_given"]
 META = torch.device("meta")
 OURS = "model.safetensors"
 """The file of a network that has no published layout, in the folder of its weights."""
+
+
+SAID = ("num_layers", "num_heads", "head_dim", "audio_blocks", "prediction")
+"""What names and shapes of weights do not say of their network, for its config.json."""
+
+
+def write_config(folder: Path, network: Any, spec: Spec) -> None:
+    """config.json beside weights that were trained here, so that the folder can be given to another recipe (`teacher.path`,
+    `base.path`) and to `distill convert`."""
+    known = {name: value for name, value in to_plain(network).items() if name in SAID}
+    atomic_write(folder / "config.json", json.dumps({**known, "stride": spec.codec.stride}, indent=1) + "\n")
 
 
 def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bool = True) -> Any:

@@ -24,7 +24,7 @@ from distill.pipeline.clip_reader import ClipReader
 from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.health import HealthCheck, logged, outcome, readiness
 from distill.pipeline.evaluation.validation import Validation
-from distill.pipeline.pretrained import load_given
+from distill.pipeline.pretrained import load_given, write_config
 from distill.recipe import MethodStage, TeacherStage
 from distill.training import lora
 from distill.training.lifecycle.selection import LEFT
@@ -48,7 +48,10 @@ def train_teacher(artifacts: Artifacts, folder: Path, stage: str = "teacher") ->
     device = artifacts.engine.device
     net = load_given(config, artifacts.spec, device, frozen=False) if config.path else artifacts.new_network(stage)
     roles = {"teacher": AvatarTeacher(artifacts.engine.split(net)).to(device)}
-    return run_training(artifacts, stage, config, folder, roles, (), data.batch, data.num_films)
+    found = run_training(artifacts, stage, config, folder, roles, (), data.batch, data.num_films)
+    if config.network.layouts and artifacts.engine.is_main:
+        write_config(folder, config.network, artifacts.spec)
+    return found
 
 
 def train_base(artifacts: Artifacts, folder: Path) -> dict:

@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 from teachers.files import load_tensors, save_tensors
 from teachers.shipped import HERE, SUMS, sha256
 
-CONFIG = ("num_layers", "num_heads", "head_dim", "audio_blocks", "prediction", "stride")  # what weights do not say
 TEXT = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -27,12 +25,8 @@ def publish(run: Path, folder: Path) -> None:
             tensors = {key: value.to(torch.float16) for key, value in load_tensors(file).items()}
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_tensors(folder / f"{name}.safetensors", tensors)
-    if (folder / "teacher" / "model.safetensors").is_file():
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-        known = recipe["teacher"]["network"] | {"stride": recipe["data"]["codec"]["stride"]}
-        config = json.dumps({name: known[name] for name in CONFIG}, indent=1)
-        (folder / "teacher" / "config.json").write_text(config + "\n", encoding="utf-8")
     copied = [(stages / "data" / "text" / name, folder / "text" / name) for name in TEXT]
+    copied.append((stages / "teacher" / "config.json", folder / "teacher" / "config.json"))
     copied += [(stages / "extractors" / name, folder / name) for name in ("probes.safetensors", "probes.json")]
     for source, target in copied:
         if source.is_file():

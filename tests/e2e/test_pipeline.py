@@ -85,6 +85,7 @@ def test_every_stage_leaves_its_artifacts(finished):
     assert {"seconds", "fingerprint", "metrics"} <= set(report["stages"]["distill"])
     for name in STAGES:
         assert (finished / "stages" / name / "fingerprint.json").is_file()
+    assert (finished / "stages" / "teacher" / "config.json").is_file(), "it can be given to another recipe"
     assert (finished / "student" / "spec.json").is_file()
     assert (finished / "report.html").stat().st_size > 10_000
     assert len(list((finished / "samples").glob("*.mp4"))) > 0

@@ -339,8 +339,8 @@ def test_every_stage_has_its_numbers(name, tmp_path, capsys):
     assert numbers["overrides"] == {"1": [], "2": []}
     for count in ("1", "2"):
         stages = numbers["stages"][count]
-        slots = ["ar_teacher"] if "midas" in name else []
-        assert list(stages) == ["data", "extractors", "teacher", *slots, "trajectories", "init", "distill", "evaluate"]
+        trained = {"scratch_avatar": ["teacher"], "flowact_avatar": [], "midas_duplex": ["teacher", "ar_teacher"]}[name]
+        assert list(stages) == ["data", "extractors", *trained, "trajectories", "init", "distill", "evaluate"]
         for stage, found in stages.items():
             assert found["dollars"] == pytest.approx(3 * int(count) * found["hours"])
             assert f"\n{stage}" in text
