@@ -19,7 +19,7 @@ def test_a_trained_network_of_any_shape_is_read_again(tmp_path):
     trained = network.new(spec.dims).state_dict()
     save_tensors(tmp_path / "model.safetensors", trained)
     given = replace(recipe.teacher, path=tmp_path, method=None, train=None)
-    with pytest.raises(UserError, match="put a config.json with num_heads beside the weights"):
+    with pytest.raises(UserError, match=r"put a config\.json with num_heads beside the weights"):
         load_given(given, spec, torch.device("cpu"))
     write_config(tmp_path, network, spec)
     found = load_given(given, spec, torch.device("cpu")).state_dict()
