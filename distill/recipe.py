@@ -138,8 +138,8 @@ class TrajectoriesConfig:
 class Limits:
     """Bounds on a student's health metrics. `black`, `frozen`, `clipped`: shares above the teacher's own, at most. The others
     are multiples of the teacher's number: (least, most), `seam` at most, `noise`, `audio` and `text` at least. `change`: how far
-    saturation and sharpness may change from the first chunk to the last, beside the teacher's own change, as a share of the
-    teacher's number; `motion_change` the same of motion energy."""
+    saturation and sharpness may change from the first chunk to the last, beyond no change and beyond the teacher's own, as a share
+    of the teacher's number; `motion_change` the same of motion energy."""
 
     black: float
     frozen: float

@@ -137,9 +137,10 @@ def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: L
                 say(name, f"at least {least:g} of it" if over < least else f"at most {most:g} times")
     for name, of in BY_CHUNK.items():
         most = limits.motion_change if of == "motion_energy" else limits.change
-        known = name in own and name in teacher and teacher.get(of, 0.0) > STILL
-        if known and abs(own[name] - teacher[name]) > most * teacher[of]:
-            say(name, f"within {most:g} of its {WORDS[of]}")
+        if name in own and name in teacher and teacher.get(of, 0.0) > STILL:
+            low, high = (side(0.0, teacher[name]) for side in (min, max))  # to change less than the teacher is no fault
+            if max(low - own[name], own[name] - high) > most * teacher[of]:
+                say(name, f"at most {most:g} of its {WORDS[of]} beyond that, and beyond none")
     return found
 
 

@@ -96,6 +96,20 @@ def named(found):
     return {name for name, words in health.WORDS.items() if any(reason.startswith(f"{words} ") for reason in found)}
 
 
+def test_a_student_that_changes_less_from_chunk_to_chunk_than_its_teacher_is_healthy():
+    own = {"black": 0.0, "frozen": 0.0, "clipped": 0.0, "motion_energy": 5.0}
+    limits = HealthConfig().healthy
+    for ours, theirs, alarmed in (
+        (0.0, -3.2, False),
+        (-3.2, 0.0, True),
+        (0.0, 3.2, False),
+        (2.2, -3.2, True),
+        (-5.5, -3.2, True),
+    ):
+        found = violations(own | {"motion_change": ours}, own | {"motion_change": theirs}, limits)
+        assert bool(found) == alarmed, (ours, theirs, found)
+
+
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_collapse_is_named(fault):
     make, numbers = PLANTED[fault]
