@@ -25,6 +25,9 @@ OTHERS = (FILE, STARTED, f"{SUMS}.*", "tracked.json", "checkpoint-*/*", "best-*/
 """What is no artifact of a stage; checkpoints and best weights have digests of their own, and the state of a codec that is trained
 is written over and over."""
 
+SCRATCH = ("checkpoint-*", "best-*", "clip_sets", "clips")
+"""Folders of a stage that its end deletes, once its record is written: only an unfinished one goes on from them."""
+
 
 class Fault(NamedTuple):
     """A file of a stage that is not as it was written."""
@@ -55,7 +58,7 @@ def read_started(folder: Path) -> dict[str, Any] | None:
 def files_of(folder: Path, known: Mapping[str, Written], top: Collection[Path]) -> dict[str, Written]:
     """Every artifact of a stage: what its lists say, what this process knows, and for the rest what is read now."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = [name for name in names if belongs(name)]
+    names = [name for name in names if belongs(name) and not _scratch(name)]
     listed = _listed(folder)
     found = {
         name: known.get(name) or ((folder / name).stat().st_size, listed[name]) for name in names if name in listed
@@ -64,6 +67,10 @@ def files_of(folder: Path, known: Mapping[str, Written], top: Collection[Path]) 
     return dict(sorted(found.items())) | measure_all(
         folder, sorted(f"{TOP}{path.relative_to(folder.parents[1])}" for path in top)
     )
+
+
+def _scratch(name: str) -> bool:
+    return any(fnmatch(name.partition("/")[0], pattern) for pattern in SCRATCH)
 
 
 def _listed(folder: Path) -> dict[str, str]:

@@ -148,10 +148,10 @@ class RunFolder:
         """The metrics of stage `name`: stored ones if it is done with this fingerprint, else those that `body` returns.
 
         `body(stage_dir)` resumes from what it left in `stage_dir` itself; leftovers of another fingerprint are deleted
-        before. Files that it makes at the top of the run match one of `beside`. fingerprint.json is written last;
-        checkpoints and best weights are deleted then. Its seconds add up over resumes, a killed start counting until the last
-        file that it wrote. Every rank calls this; what is done is rank 0's to say, for on a network disk others may for a while
-        not see what it has written. UserError for a damaged file of a done stage.
+        before. Files that it makes at the top of the run match one of `beside`. fingerprint.json is written last; what only
+        an unfinished stage needs (record.SCRATCH) is deleted then. Its seconds add up over resumes, a killed start counting
+        until the last file that it wrote. Every rank calls this; what is done is rank 0's to say, for on a network disk others
+        may for a while not see what it has written. UserError for a damaged file of a done stage.
         """
         folder, ranks = self.stage_dir(name), self.ranks
         self._done.pop(name, None)
@@ -180,6 +180,7 @@ class RunFolder:
         if done is not None and done["fingerprint"] == mark:
             fault = record.fault(folder, done)
             if fault is None:
+                drop_scratch(folder)  # a kill may have come before it
                 return mark, done
             if not again or not fault.name.startswith(record.TOP):
                 raise UserError(f"damaged stage: {folder}: {fault}; {record.fix(folder, fault)}")
@@ -259,14 +260,15 @@ class RunFolder:
             done |= {"version": __version__, "revision": revision(), "files": files}
             atomic_write(folder / record.FILE, record.sealed(done))
             done = record.read(folder)
-            drop_checkpoints(folder)
+            drop_scratch(folder)
         return self.ranks.from_main(done)
 
 
-def drop_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints and best weights of a finished stage: only an unfinished one goes on from them."""
-    for left in (*folder.glob("checkpoint-*"), *folder.glob("best-*")):
-        remove_folder(left)
+def drop_scratch(folder: Path) -> None:
+    """Delete what only an unfinished stage goes on from."""
+    for pattern in record.SCRATCH:
+        for left in folder.glob(pattern):
+            remove_folder(left)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,6 @@ from distill.methods.critics.discriminator import Discriminator, build_discrimin
 from distill.pipeline import trajectories
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.clip_reader import ClipReader
-from distill.pipeline.evaluation import clip_sets
 from distill.pipeline.evaluation.health import HealthCheck, logged, outcome, readiness
 from distill.pipeline.evaluation.validation import Validation
 from distill.pipeline.pretrained import load_given, write_config
@@ -86,7 +85,6 @@ def train_student(artifacts: Artifacts, folder: Path, slot: str) -> dict:
     check = Validation(artifacts, roles["student"], folder)
     check_and_alarm = (check, check.collapse)
     found = run_training(artifacts, slot, config, folder, roles, needs.frozen, batch_of, size, grid, *check_and_alarm)
-    clip_sets.discard(artifacts, folder)
     if "best" in found:
         alarms = check.alarms(found["best"])
         found["best"].pop(LEFT, None)

@@ -94,7 +94,7 @@ def test_every_stage_leaves_its_artifacts(finished):
 def with_checkpoints(finished: Path, folder: Path, monkeypatch) -> Path:
     """A copy of a run in which teacher, init and distill were trained again, and keep what a finished stage deletes."""
     shutil.copytree(finished, folder)
-    monkeypatch.setattr(run_folder, "drop_checkpoints", lambda _: None)
+    monkeypatch.setattr(run_folder, "drop_scratch", lambda _: None)
     recipe = load_recipe(RECIPE, ["preset=smoke", "threads=1", f"run_dir={folder}"])
     for name in ("teacher", "init", "distill"):
         assert not checkpoint.saved(folder / "stages" / name)

@@ -26,7 +26,7 @@ from students.spec import Spec
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig, LogMel
 from teachers.errors import UserError
-from teachers.files import load_tensors, read_facts, remove_folder, save_tensors
+from teachers.files import load_tensors, read_facts, save_tensors
 from teachers.machine import clips_at_once
 
 TOKENS_AT_ONCE = 2**15
@@ -136,13 +136,6 @@ def reserve(recipe: Recipe, source: ClipSource) -> None:
         if (asked := getattr(recipe.eval, name)) < least:
             raise UserError(f"eval.{name} is too small: got {asked}; {why} of {card.name} need {least} clips")
     source.reserve(least, why)
-
-
-def discard(artifacts: Artifacts, folder: Path) -> None:
-    """Delete the pieces of a stage that is done with them."""
-    artifacts.engine.barrier()
-    if artifacts.engine.is_main:
-        remove_folder(_folder(folder))
 
 
 def _folder(folder: Path) -> Path:

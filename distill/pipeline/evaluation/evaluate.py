@@ -25,7 +25,6 @@ from eval.embedded.evaluation import Evaluation
 from eval.embedded.protocol import EvalConfig, Geometry, run_card
 from eval.report.run_report import target, write_report
 from teachers import media
-from teachers.files import remove_folder
 
 
 def evaluate(artifacts: Artifacts, folder: Path) -> dict:
@@ -40,11 +39,7 @@ def evaluate(artifacts: Artifacts, folder: Path) -> dict:
         sets["diversity"] = (spread[0].conditions.select(rows), 1)
     with artifacts.codec_alone():
         generate_all(artifacts, LastStudent(artifacts), folder, sets)
-    found = _report(artifacts, folder, test, reference, spread) if artifacts.engine.is_main else {}
-    clip_sets.discard(artifacts, folder)
-    if artifacts.engine.is_main:
-        remove_folder(folder / "clips")
-    return found
+    return _report(artifacts, folder, test, reference, spread) if artifacts.engine.is_main else {}
 
 
 def _report(

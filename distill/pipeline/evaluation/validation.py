@@ -41,9 +41,7 @@ def fit_probes(artifacts: Artifacts, folder: Path) -> dict:
     engine.barrier()
     test = clip_sets.draw(artifacts, folder, "admit", config.admit_clips)
     reference = clip_sets.draw(artifacts, folder, "reference", config.num_reference, encode=False)
-    found = engine.from_main(_admit(artifacts, Probes.load(folder), test, reference) if engine.is_main else None)
-    clip_sets.discard(artifacts, folder)
-    return found
+    return engine.from_main(_admit(artifacts, Probes.load(folder), test, reference) if engine.is_main else None)
 
 
 def _train_probes(artifacts: Artifacts, folder: Path) -> None:

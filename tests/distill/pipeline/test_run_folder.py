@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.data.stored import opener
-from distill.pipeline import record
+from distill.pipeline import record, run_folder
 from distill.pipeline.run_folder import RunFolder
 from teachers.errors import UserError
 from teachers.files import atomic_write, replacing, save_tensors
@@ -69,24 +69,42 @@ def test_a_done_stage_is_skipped_and_its_metrics_returned(toy):
     assert done["config"] == {"n": 1}
 
 
-def test_checkpoints_are_deleted_once_their_stage_is_done(toy):
-    """Of a 14B student they are terabytes, and nothing goes on from them."""
+def test_what_only_an_unfinished_stage_needs_is_deleted_once_its_record_is_written(toy, monkeypatch):
+    """Checkpoints of a 14B student are terabytes, clips of evaluation hours; a kill before the record loses none of them, and one
+    behind it leaves none."""
+    scratch = (
+        "checkpoint-00000002/manifest.json",
+        "best-00000002/manifest.json",
+        "clips/8-a-file/a.txt",
+        "clip_sets/b.txt",
+    )
 
     def body(folder):
-        (folder / "checkpoint-00000002").mkdir(exist_ok=True)
-        atomic_write(folder / "checkpoint-00000002" / "manifest.json", "{}")
-        atomic_write(folder / "model.txt", "x")
+        for name in (*scratch, "model.txt"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / name, "x")
         return {}
 
+    def there() -> list[str]:
+        return [name for name in (*scratch, "model.txt") if (run.stage_dir("init") / name).exists()]
+
+    def killed(*_):
+        raise Killed
+
     run = RunFolder.open(toy)
-    run.stage("init", {}, (), body)
-    left = sorted(file.name for file in run.stage_dir("init").iterdir())
-    assert "model.txt" in left
-    assert not [name for name in left if name.startswith("checkpoint")]
+    before, behind = (record, "files_of"), (run_folder, "drop_scratch")
+    for module, name in (before, behind):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(Killed):
+                run.stage("init", {}, (), body)
+        assert there() == [*scratch, "model.txt"], name
     run.close()
-    again = RunFolder.open(toy)
-    again.stage("init", {}, (), pytest.fail)
-    again.close()
+    run = RunFolder.open(toy)
+    run.stage("init", {}, (), pytest.fail)
+    assert there() == ["model.txt"]
+    assert list(run.finished("init")["files"]) == ["model.txt"]
+    run.close()
 
 
 def test_a_killed_stage_continues_from_its_own_leftovers_and_its_seconds_add_up(toy):
