@@ -75,6 +75,15 @@ def compose_values(path: Path, overrides: Sequence[str], fields: Collection[str]
     return values, locate
 
 
+def spoken(overrides: Sequence[str]) -> set[str]:
+    """Every key that a command line says, those in a mapping's value too."""
+    found = set[str]()
+    for override in map(_parse, overrides):
+        value = override.value() if not override.is_delete() else None
+        found |= set(flatten(value, override.key_or_group)) if isinstance(value, dict) else {override.key_or_group}
+    return found
+
+
 def _check_files(path: Path, overrides: Sequence[str]) -> None:
     """UserError for a recipe, or an option of a group that it or the command line names, that cannot be read, or is far larger than
     it looks. Those that are shipped are known to be whole."""

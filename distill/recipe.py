@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill import expect, methods
-from distill.compose import compose_values
+from distill.compose import compose_values, spoken
 from distill.data.config import ClipsConfig
 from distill.data.procedural.corruption import CorruptionConfig
 from distill.expect import Bounds
@@ -24,7 +24,7 @@ from teachers.errors import UserError
 from teachers.flow import Grid, sigma_grid
 from teachers.guidance import Guidance
 from teachers.networks.kind import NETWORKS, NetworkKind
-from teachers.resolve import Registry, label, resolve
+from teachers.resolve import Registry, label, options, resolve
 
 NO_RESULT = (
     *("run_dir", "reuse", "threads", "tiny", "tracker", "health", "eval.batch_size", "teacher.sampler", "base.sampler"),
@@ -306,37 +306,41 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for key in ("run_dir", "reuse"):
         values[key] = _at_home(values.get(key))
     folder = Path(path).resolve().parent
-    for word in overrides:
-        group, slot = word.partition("=")[0], word.partition("=")[0].removeprefix("method@")
-        if slot != group and _method_fields(values, slot, folder):
-            before, _ = compose_values(
-                Path(path), [other for other in overrides if other != word], Recipe.__dataclass_fields__
-            )
-            spoken = {other.partition("=")[0].lstrip("+") for other in overrides}
-            _drop_replaced(values, before, slot, spoken, folder)
+    said, guided = spoken(overrides), values.get("trajectories")
+    for slot in (word.partition("=")[0].removeprefix("method@") for word in overrides if word.startswith("method@")):
+        _drop_replaced(values, slot, said, folder)
+    for slot in ("ar_teacher", "init", "distill"):
+        if isinstance(guided, dict) and _method_fields(values, slot, folder).get("guidance") in (Guidance, "Guidance"):
+            method = values[slot]["method"]
+            if isinstance(given := method.get("guidance", {}), dict):
+                method["guidance"] = {**(guided.get("guidance") or {}), **given}
     return convert(Recipe, values, locate=locate, folder=folder)
 
 
-def _drop_replaced(
-    values: dict[str, Any], before: dict[str, Any], slot: str, spoken: Collection[str], folder: Path
-) -> None:
-    """Drop what a recipe's body says of the method `before`, which the command line replaces in this slot, where the new one has
-    no such field; what the command line itself says of it, a key of `spoken`, stays, and is an error."""
-    own, replaced = _method_fields(values, slot, folder), _method_fields(before, slot, folder)
+def _drop_replaced(values: dict[str, Any], slot: str, said: Collection[str], folder: Path) -> None:
+    """Drop what a recipe's body says of the method that the command line replaces in this slot: fields of another method that the
+    new one has not. What the command line itself says of it, a key of `said`, stays, and is an error."""
+    own = _method_fields(values, slot, folder)
+    if not own:
+        return
+    others = {field.name for name in options(METHODS) for field in fields(resolve(METHODS, name))}
     for name in [*values[slot]["method"]]:
         key = f"{slot}.method.{name}"
-        if name in replaced - own and not any(word == key or word.startswith(f"{key}.") for word in spoken):
+        if name in others - set(own) and not any(word == key or word.startswith(f"{key}.") for word in said):
             del values[slot]["method"][name]
 
 
-def _method_fields(values: dict[str, Any], slot: str, folder: Path) -> set[str]:
-    """Names of the fields of a slot's method; empty where none is named."""
+def _method_fields(values: dict[str, Any], slot: str, folder: Path) -> dict[str, Any]:
+    """Field -> type of a slot's method; {} where none is named, or none is called so, which `convert` says."""
     part = values.get(slot)
     method = part.get("method") if isinstance(part, dict) else None
     name = method.get("name") if isinstance(method, dict) else None
     if not isinstance(name, str):
-        return set()
-    return {field.name for field in fields(resolve(METHODS, name, f"{slot}.method.name", folder))}
+        return {}
+    try:
+        return {field.name: field.type for field in fields(resolve(METHODS, name, folder=folder))}
+    except UserError:
+        return {}
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -87,13 +87,17 @@ def resolve(registry: Registry, name: str, where: str = "recipe", folder: Path |
     if ":" not in name:
         located = _located(registry, name)
         if located is None:
-            known = [option for option in registry if option == name or _located(registry, option)]
-            hint = f"{nearest(name, known)}; or my_file:Thing, a class of your own file"
+            hint = f"{nearest(name, [*options(registry), name])}; or my_file:Thing, a class of your own file"
             raise UserError(f"unknown {registry.kind} '{name}': {where}; {hint}")
         module, class_name = located
         return getattr(module, class_name) if name in registry.ours else _checked(registry, module, class_name, where)
     place, _, class_name = name.rpartition(":")
     return _checked(registry, _outside(registry, place, where, folder), class_name, where)
+
+
+def options(registry: Registry) -> list[str]:
+    """The names that stand for a class."""
+    return [name for name in registry if _located(registry, name)]
 
 
 def _located(registry: Registry, name: str) -> tuple[ModuleType, str] | None:

@@ -285,6 +285,7 @@ class Viewer:
         session, drawn, seen = self._open(), self._open().point.frame, self._open().viewed
         frame = session.interrupt(self._reached(now, margin, drawn), keep_input=keep_input)
         if self.playhead.local is not None:
+            seen = max(seen, self.playhead.local())  # reports of an earlier epoch do not count
             session.viewed = min(seen, frame)  # that was a guess, and when the next chunk arrives it is known
         if frame < drawn:
             self._send_rewind(frame, now, keep_input)

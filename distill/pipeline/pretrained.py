@@ -29,15 +29,11 @@ OURS = "model.safetensors"
 """The file of a network that has no published layout, in the folder of its weights."""
 
 
-SAID = ("num_layers", "num_heads", "head_dim", "audio_blocks", "prediction")
-"""What names and shapes of weights do not say of their network, for its config.json."""
-
-
 def write_config(folder: Path, network: Any, spec: Spec) -> None:
     """config.json beside weights that were trained here, so that the folder can be given to another recipe (`teacher.path`,
     `base.path`) and to `distill convert`."""
-    known = {name: value for name, value in to_plain(network).items() if name in SAID}
-    atomic_write(folder / "config.json", json.dumps({**known, "stride": spec.codec.stride}, indent=1) + "\n")
+    known = {**to_plain(network), "stride": spec.codec.stride, "speakers": spec.speakers}
+    atomic_write(folder / "config.json", json.dumps(known, indent=1) + "\n")
 
 
 def load_given(stage: TeacherStage, spec: Spec, device: torch.device, frozen: bool = True) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from teachers.errors import UserError
 from teachers.files import load_tensors, save_tensors
 from teachers.shipped import HERE, SUMS, sha256
 
@@ -26,7 +27,11 @@ def publish(run: Path, folder: Path) -> None:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_tensors(folder / f"{name}.safetensors", tensors)
     copied = [(stages / "data" / "text" / name, folder / "text" / name) for name in TEXT]
-    copied.append((stages / "teacher" / "config.json", folder / "teacher" / "config.json"))
+    if (folder / "teacher" / "model.safetensors").is_file():
+        config = stages / "teacher" / "config.json"
+        if not config.is_file():
+            raise UserError(f"no {config}: the run is of an older revision; train its teacher again")
+        copied.append((config, folder / "teacher" / "config.json"))
     copied += [(stages / "extractors" / name, folder / name) for name in ("probes.safetensors", "probes.json")]
     for source, target in copied:
         if source.is_file():

@@ -411,13 +411,11 @@ def test_a_method_from_the_command_line_takes_what_it_has_of_the_recipes_body(tm
     assert (gan.warmup, gan.guidance.audio, gan.gan) == (7, 2.0, 0.1)
     forcing = method("method@distill=forcing")
     assert (type(forcing).__module__, forcing.shift) == ("distill.methods.forcing", 4.0)
-    for words in (
-        ["distill.method.warmup=3"],
-        ["distill.method.guidance.text=3"],
-        ["distill.method.guidance={text: 3}"],
-    ):
+    assert method("method@distill=dmd_gan", "~distill.method.gan_critic").gan == 0.1
+    wrong = ("distill.method.warmup=3", "distill.method.guidance.text=3", "distill.method.guidance={text: 3}")
+    for word in (*wrong, "distill.method={warmup: 3}", "distill={method: {warmup: 3}}"):
         with pytest.raises(UserError, match=r"unknown key 'distill\.method\.(warmup|guidance)'"):
-            method("method@distill=forcing", *words)
+            method("method@distill=forcing", word)
     (tmp_path / "own.yaml").write_text(
         "defaults:\n  - dmd_avatar\n  - _self_\nname: own\ndistill: {method: {warmpu: 7}}\n"
     )

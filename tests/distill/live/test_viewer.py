@@ -136,6 +136,21 @@ def test_a_stream_that_shows_nothing_may_wait_a_little_and_runs_from_its_first_c
     assert viewer.due(now + 0.6) == pytest.approx(now + 0.5 + (len(chunk.frames) - 2) / 12.5)
 
 
+def test_an_interrupt_knows_what_a_player_here_has_handed_out_though_its_report_came_too_late():
+    """Reports of an earlier epoch do not count; without the frames seen since, the session would wait for them for ever."""
+    shown, messages = [0], []
+    viewer = Viewer(a_puppet(), 2, messages.append, lambda *_: None, local=lambda: shown[0])
+    viewer.open(tiny.a_portrait(), "a person nods", 7, 0.0)
+    for _ in range(2):
+        viewer.deliver(viewer.prepare(0.0).step(), 0.0, 0.0, 0.0)
+    drawn = viewer.session.point.frame
+    shown[0] = drawn - 1
+    viewer.played(drawn - 1, viewer.epoch + 1, 0.1)
+    viewer.interrupt(0.1)
+    assert viewer.session.viewed == drawn - 1
+    assert viewer.deliver(viewer.prepare(0.1).step(), 0.1, 0.1, 0.1) is not None, "starved by what it does not know of"
+
+
 def test_it_idles_in_bounded_advance_and_waits_for_a_viewer_who_stops():
     stage = Stage()
     stage.open()

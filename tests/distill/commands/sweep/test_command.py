@@ -393,3 +393,6 @@ def test_dmd_is_guided_as_the_trajectories_are_unless_it_is_given():
     assert guidance("trajectories.guidance.text=4").text == 4
     one = guidance("distill.method.guidance.text=3")
     assert (one.text, one.audio) == (3, 1.5)
+    turned = guidance("trajectories.guidance={text: 4, audio: 2, first: audio}")
+    assert (turned.text, turned.audio, turned.first) == (4, 2, "audio")
+    assert guidance("~trajectories.guidance").text == 1, "as the trajectories, which are unguided then"
