@@ -27,7 +27,7 @@ TICK = 0.02  # seconds; the longest that a deadline is slept over
 PANEL_EVERY = 1.0
 SPENT_SECONDS = 5.0  # after which what a viewer has cost counts a third
 GREEDY = 2.0  # times the mean of all, from which on a viewer waits until nobody else does
-ALONE = 4  # chunks drawn for it alone that nobody is called greedy for: it joined before others, it was answered
+ALONE = 4  # chunks drawn for one viewer alone, up to which it is not greedy: who joins first, or is answered, has some
 log = logging.getLogger(__name__)
 
 

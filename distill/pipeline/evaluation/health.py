@@ -139,8 +139,9 @@ def violations(own: Mapping[str, float], teacher: Mapping[str, float], limits: L
         most = limits.motion_change if of == "motion_energy" else limits.change
         if name in own and name in teacher and teacher.get(of, 0.0) > STILL:
             low, high = (side(0.0, teacher[name]) for side in (min, max))  # to change less than the teacher is no fault
-            if max(low - own[name], own[name] - high) > most * teacher[of]:
-                say(name, f"at most {most:g} of its {WORDS[of]} beyond that, and beyond none")
+            low, high = low - most * teacher[of], high + most * teacher[of]
+            if not low <= own[name] <= high:
+                say(name, f"healthy from {low:.3g} to {high:.3g}")
     return found
 
 
