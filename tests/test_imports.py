@@ -14,7 +14,7 @@ INSIDE = (
     ("methods",),
     ("training",),
     ("data",),
-    ("compose", "expect"),
+    ("compose", "expect", "health"),
     ("recipe",),
     ("pipeline",),
     ("planning", "scoring", "live"),

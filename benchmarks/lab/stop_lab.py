@@ -24,11 +24,12 @@ import torch
 
 from distill.commands.sweep.command import read_sweep
 from distill.compose import find_recipe, quoted
+from distill.health import Limits
 from distill.pipeline.evaluation.health import logged, violations
 from distill.pipeline.evaluation.validation import Validation, score_of, score_without_each
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import run_training
-from distill.recipe import Limits, load_recipe
+from distill.recipe import load_recipe
 from distill.training.engines.engine import Engine
 from distill.training.lifecycle.selection import LEFT, Selection, StopConfig, validations
 from eval.frechet import difference_with_error, jackknife_error

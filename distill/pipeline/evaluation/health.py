@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.health import Limits
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation.clip_sets import generated_at_once, scored
 from distill.pipeline.generate import clip_noise, stream_noise, student_clips, teacher_clips
-from distill.recipe import Limits
 from eval.metrics.motion import sharpness_energies
 from eval.metrics.quality import Frames, failure_rates, measure
 from eval.metrics.seam import seam_jump

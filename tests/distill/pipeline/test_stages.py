@@ -217,7 +217,8 @@ def recorded(monkeypatch):
 
         monkeypatch.setattr(kind, "__getattribute__", read, raising=False)
 
-    from distill.recipe import HealthConfig, TrajectoriesConfig
+    from distill.health import HealthConfig
+    from distill.recipe import TrajectoriesConfig
 
     for kind, prefix in (
         (Recipe, ""),

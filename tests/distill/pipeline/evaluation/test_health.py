@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from distill.compose import RECIPES
+from distill.health import HealthConfig
 from distill.pipeline.evaluation import health, validation
 from distill.pipeline.evaluation.evaluate import health_of, read_curves
 from distill.pipeline.evaluation.health import HealthCheck, health_metrics, logged, outcome, readiness, violations
 from distill.pipeline.stages import Pipeline
 from distill.pipeline.train_stages import check_health
-from distill.recipe import HealthConfig, load_recipe
+from distill.recipe import load_recipe
 from distill.training import checkpoint
 from distill.training.engines.engine import Engine
 from distill.training.lifecycle.selection import LEFT
