@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ if not Path("/dev/nvidiactl").exists():  # or each optimizer step looks for the 
 import pytest
 import torch
 from jaxtyping import config, install_import_hook
+from tqdm import tqdm
 
 import tests.support.shape_checks
 
@@ -45,6 +47,10 @@ LONG = (
 )
 BEGAN, SECONDS = time.monotonic(), float(os.environ.get("TEST_SECONDS", "inf"))
 torch.set_num_threads(1)
+# tqdm's own lock is one semaphore of a process and of all its forks: one that is killed while it draws would leave it taken, and
+# its monitor may hold a lock when another thread forks.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def modules_with_shapes() -> list[str]:

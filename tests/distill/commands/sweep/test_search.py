@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
 from distill.cli import main
 from distill.commands.sweep import halving, search
@@ -119,6 +120,24 @@ def words(place: Path, name: str) -> list[str]:
 def rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "search.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_a_fork_that_is_killed_while_it_draws_leaves_the_bars_of_its_parent_free():
+    context = multiprocessing.get_context("fork")
+    drawing = context.Event()
+
+    def draw() -> None:
+        tqdm.get_lock().acquire()
+        drawing.set()
+        signal.pause()
+
+    process = context.Process(target=draw)
+    process.start()
+    assert drawing.wait(60)
+    process.kill()
+    process.join()
+    assert tqdm.get_lock().acquire(timeout=5)
+    tqdm.get_lock().release()
 
 
 @pytest.mark.slow
