@@ -1,6 +1,6 @@
 """Bounds on how a student looks and moves, beside its teacher: config of the health checks (`pipeline.evaluation.health`)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from teachers.errors import UserError
 
@@ -26,6 +26,47 @@ class Limits:
     motion_change: float = 0.35
 
 
+READY = Limits(
+    black=0.05,
+    frozen=0.25,
+    clipped=0.1,
+    saturation=(0.5, 2.0),
+    motion_energy=(0.5, 2.0),
+    seam=2.0,
+    noise=0.3,
+    audio=0.4,
+    text=0.2,
+)
+HEALTHY = Limits(
+    black=0.02,
+    frozen=0.1,
+    clipped=0.02,
+    saturation=(0.8, 1.25),
+    motion_energy=(0.85, 1.2),
+    seam=1.5,
+    noise=0.5,
+    audio=0.8,
+    text=0.8,
+    sharpness=(0.85, 1.2),
+    change=0.2,
+    motion_change=0.4,
+)
+COLLAPSE = Limits(
+    black=0.25,
+    frozen=0.5,
+    clipped=0.3,
+    saturation=(0.25, 4.0),
+    motion_energy=(0.25, 4.0),
+    seam=8.0,
+    noise=0.05,
+    audio=0.15,
+    text=0.0,
+    sharpness=(0.25, 4.0),
+    change=2.0,
+    motion_change=4.0,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class HealthConfig:
     """`ready` is the quality gate after `init` and `healthy` that of a distilled student, both reported; a student beyond
@@ -34,51 +75,9 @@ class HealthConfig:
 
     num_conditions: int = 8
     stop: bool = True
-    ready: Limits = field(
-        default_factory=lambda: Limits(
-            black=0.05,
-            frozen=0.25,
-            clipped=0.1,
-            saturation=(0.5, 2.0),
-            motion_energy=(0.5, 2.0),
-            seam=2.0,
-            noise=0.3,
-            audio=0.4,
-            text=0.2,
-        )
-    )
-    healthy: Limits = field(
-        default_factory=lambda: Limits(
-            black=0.02,
-            frozen=0.1,
-            clipped=0.02,
-            saturation=(0.8, 1.25),
-            motion_energy=(0.85, 1.2),
-            seam=1.5,
-            noise=0.5,
-            audio=0.8,
-            text=0.8,
-            sharpness=(0.85, 1.2),
-            change=0.2,
-            motion_change=0.4,
-        )
-    )
-    collapse: Limits = field(
-        default_factory=lambda: Limits(
-            black=0.25,
-            frozen=0.5,
-            clipped=0.3,
-            saturation=(0.25, 4.0),
-            motion_energy=(0.25, 4.0),
-            seam=8.0,
-            noise=0.05,
-            audio=0.15,
-            text=0.0,
-            sharpness=(0.25, 4.0),
-            change=2.0,
-            motion_change=4.0,
-        )
-    )
+    ready: Limits = READY
+    healthy: Limits = HEALTHY
+    collapse: Limits = COLLAPSE
 
     def __post_init__(self) -> None:
         if self.num_conditions < 2:
