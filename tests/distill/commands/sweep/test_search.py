@@ -131,7 +131,7 @@ def test_a_fork_that_is_killed_while_it_draws_leaves_the_bars_of_its_parent_free
         drawing.set()
         signal.pause()
 
-    process = context.Process(target=draw)
+    process = context.Process(target=draw, daemon=True)
     process.start()
     assert drawing.wait(60)
     process.kill()
