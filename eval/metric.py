@@ -212,6 +212,10 @@ class Metric:
         """Lines that must stand beside the numbers; clips: their names, truth: the ground truth's scores."""
         return []
 
+    differentiable: ClassVar[Any] = None
+    """`differentiable(video, clip, networks) -> {column: scalar}`: `of_clip` of a metric without `against` as a function of the
+    clip's video [3, T, H, W], fp32 in [-1, 1], with a gradient (`distill.methods.dmd_reward_gradient`); None: it has none."""
+
     admit: ClassVar[Any] = None
     """`admit(cases) -> (values by case, whether they are ranked right)` of a metric that stands on probes
     (`eval.embedded.admission.Cases`)."""

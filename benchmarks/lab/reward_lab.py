@@ -6,7 +6,8 @@ All jobs train in this process from the initialisation of `base` (made first, wh
 their students generate the same held-out conditions and noises; so do the initialisation and the teacher. A row a job, mean and
 half range over `--seeds`, those of the last stage: FID, FVD, sync, identity, diversity (the spread over noises), motion, its
 energy, sharpness, the alarm; and, in the file, each reward in the first and the last quarter of the updates. What is done is not
-done again.
+done again. `--judge`: extractors of another seed are trained on other clips (OUT/judge), and read the lip sync as well (`judged`):
+what was rewarded by one network should be seen by another.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from distill.recipe import Recipe, load_recipe
 from distill.training.engines.engine import Engine
 from distill.training.metrics_log import MetricsLog
 from eval.cards import load_card
+from eval.embedded import probe_training
 from eval.embedded.evaluation import Evaluation
+from eval.embedded.extractors import Probes
+from eval.metrics.sync import mouth_sync
 from eval.report.tables import grid
 from students.weights.adapter import HINT
 from teachers import flow
@@ -40,13 +44,13 @@ from teachers.files import atomic_write, load_tensors, read_json_or_none, save_t
 
 COLUMNS = ("fid", "fvd", "sync", "identity", "diversity", "motion", "motion_energy", "sharpness")
 NOISES = (4, 4)  # conditions, and noises of each, of the diversity
-REFERENCE, KEPT, SEED = 96, 4, 4711
+REFERENCE, JUDGED, KEPT, SEED = 96, 768, 4, 4711
 
 
 class Lab:
     """A finished initialisation, and the clips that all students are compared on."""
 
-    def __init__(self, recipe: Recipe, conditions: int):
+    def __init__(self, recipe: Recipe, conditions: int, judge: Path | None):
         self.pipeline = Pipeline(recipe, Engine(recipe.engine, recipe.threads))
         names = list(self.pipeline.stages)
         for name in names[: names.index("distill")]:
@@ -63,12 +67,18 @@ class Lab:
         real = clip_sets.as_metrics_take(artifacts, clips)
         card, ceiling = load_card(recipe.eval.protocol), artifacts.encoders.decode(x0)
         self.evaluation = Evaluation(card, artifacts.probes, real, ceiling, other.video, world=world)
+        self.columns = (*COLUMNS, "judged") if judge else COLUMNS
+        self.judge = trained_judge(artifacts, judge) if judge else None
+        self.voices = self.judge.mouth_from_audio(clip_sets.log_mel(artifacts, clips)) if self.judge else None
         self.real = self.scores(clips.video, world.flatten(0, 1))
 
     def scores(self, video: Tensor, several: Tensor) -> dict[str, float]:
         """The columns of clips uint8 [N, 3, T, H, W] of the conditions and of those of the diversity."""
         found = self.evaluation.score(video[None], several.unflatten(0, NOISES), only=COLUMNS)
-        return {name: found[name]["mean"] for name in COLUMNS}
+        scores = {name: found[name]["mean"] for name in COLUMNS}
+        if self.judge is not None and self.voices is not None:
+            scores["judged"] = mouth_sync(self.judge.read(video).mouth, self.voices)["sync"]
+        return scores
 
     def of_student(self, file: Path) -> tuple[dict[str, float], Tensor]:
         """(Scores, the first clips) of the student in a file of weights."""
@@ -106,6 +116,16 @@ class Lab:
         return artifacts.log.rows("distill")
 
 
+def trained_judge(artifacts: Any, folder: Path) -> Probes:
+    """Extractors of another seed and other clips than the recipe's, from `folder` or trained into it."""
+    if not (folder / "probes.json").is_file():
+        clips, config = artifacts.source.draw(SEED, "judge", JUDGED), artifacts.recipe.eval
+        decoded = artifacts.encoders.decode(artifacts.encoders.encode(clips.video))
+        rows, rng = clip_sets.log_mel(artifacts, clips), torch.Generator().manual_seed(SEED)
+        probe_training.fit(clips.video, clips.labels, rows, config, rng, None, decoded).save(folder)
+    return Probes.load(folder)
+
+
 def change(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float] | None:
     """A reward's mean in the first and the last quarter of the updates."""
     values = [row[f"student/reward_{name}"] for row in rows if f"student/reward_{name}" in row]
@@ -113,18 +133,18 @@ def change(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[float, float] 
     return (statistics.mean(values[:quarter]), statistics.mean(values[-quarter:])) if quarter else None
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], columns: Sequence[str] = COLUMNS) -> list[str]:
     """Job -> seed -> scores, as mean and half range over the seeds."""
     lines = []
     for job, seeds in found.items():
         cells = []
-        for column in COLUMNS:
+        for column in columns:
             values = [row[column] for row in seeds.values()]
             half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{half}")
         alarms = sum(bool(row.get("alarms")) for row in seeds.values())
         lines.append([job, str(len(seeds)), *cells, f"{alarms} of {len(seeds)}"])
-    return grid(["job", "seeds", *COLUMNS, "alarm"], lines)
+    return grid(["job", "seeds", *columns, "alarm"], lines)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -136,13 +156,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--conditions", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
     parser.add_argument("--base", type=Path, help="the run with the initialisation (default: OUT/base)")
+    parser.add_argument("--judge", action="store_true", help="lip sync as extractors of another seed read it, too")
     args = parser.parse_args(words)
     base, recipe = args.base or args.out / "base", find_recipe(Path(args.recipe))
     common, chosen = read_sweep(recipe, args.sweep, args.jobs)
     file = args.out / f"{args.sweep}-scores.json"
     (args.out / "streams").mkdir(parents=True, exist_ok=True)
     found: dict = read_json_or_none(file) or {}
-    lab = Lab(load_recipe(recipe, [*common, f"run_dir={quoted(str(base))}"]), args.conditions)
+    judge = args.out / "judge" if args.judge else None
+    lab = Lab(load_recipe(recipe, [*common, f"run_dir={quoted(str(base))}"]), args.conditions, judge)
 
     def keep(name: str, seed: int, row: dict[str, Any], video: Tensor) -> None:
         found.setdefault(name, {})[str(seed)] = row
@@ -169,7 +191,7 @@ def main(words: Sequence[str] | None = None) -> int:
             keep(name, seed, row, video)
     if "teacher" not in found:
         keep("teacher", 0, *lab.of_teacher())
-    print("\n".join(table(found)))
+    print("\n".join(table(found, lab.columns)))
     lab.pipeline.close()
     return 0
 

@@ -56,7 +56,9 @@ class Needs:
 
     Roles: student, teacher (bidirectional), ar_teacher (a causal network trained by `forcing`), fake_score, discriminator.
     forced: trajectories are solved by the ar_teacher under the data's clean chunks, and come with that data as x0.
-    decodes: it looks at frames of rollouts: the roles hold a `clip_reader` too (`distill.methods.rewards.ClipReader`).
+    decodes: it looks at frames of rollouts: the roles hold a `clip_reader` too (`distill.methods.rewards.ClipReader`), and the
+    method's config says in `decodings` how often an update of each role decodes a clip.
+    differentiates: it takes gradients through the decoder.
     films: whether x0 of all rows has to be a clip (such rows alone are given), of some (`Batch.filmed` says which), or of none;
     of trajectories x0 is not read, whatever it says.
     """
@@ -65,6 +67,7 @@ class Needs:
     frozen: tuple[str, ...] = ()
     batch: Literal["x0", "trajectories", "forced"] = "x0"
     decodes: bool = False
+    differentiates: bool = False
     films: Literal["all", "some", "none"] = "all"
 
     @property

@@ -18,7 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from distill.methods import Loss, Needs, dmd
-from distill.methods.rewards import ClipReader, Reward, Weighed, weigh
+from distill.methods.rewards import ClipReader, Reward, Weighed, check_config, rewarded, weigh
 from teachers.errors import UserError
 
 
@@ -35,14 +35,15 @@ class Config(dmd.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if not any(reward.weight for reward in self.rewards.values()):
-            raise UserError("dmd_reward.rewards: none has a weight; give one, or use method@distill=dmd")
-        if self.beta < 0.0 or self.limit <= 0.0:
-            raise UserError(
-                f"dmd_reward: got beta {self.beta} and limit {self.limit}; beta is at least 0, limit above it"
-            )
-        if self.rollout_chunks:
-            raise UserError("dmd_reward.rollout_chunks: a reward is of the clip that the data have a sound for; use 0")
+        check_config("dmd_reward", self.rewards, self.beta, self.rollout_chunks)
+        if self.limit <= 0.0:
+            raise UserError(f"dmd_reward.limit: got {self.limit}; it is above 0")
+
+    @property
+    def decodings(self) -> dict[str, int]:
+        """How often an update of each role decodes a clip, the data's own counted too."""
+        times = 2 if any(reward.compares for reward in self.rewards.values()) else 1
+        return dict.fromkeys(("student",) if self.weighs == "student" else ("student", "fake_score"), times)
 
 
 class RewardDMD(dmd.DMD):
@@ -73,9 +74,7 @@ def weighted(x0: Tensor, weights: Tensor) -> Tensor:
 
 
 def needs(config: Config) -> Needs:
-    plain = dmd.needs(config)
-    compares = any(reward.compares for reward in config.rewards.values())
-    return replace(plain, decodes=True, films="all" if compares else plain.films)
+    return rewarded(dmd.needs(config), config.rewards)
 
 
 def build(config: Config, roles: dict, grid=None) -> RewardDMD:

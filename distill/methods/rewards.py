@@ -10,18 +10,19 @@ nearly all of the weight. Nothing here is differentiated: a reward may be any fu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.methods import Batch
+from distill.methods import Batch, Needs
 from eval.cards import registry
 from eval.metric import Metric
 from teachers.conditions import Conditions
 from teachers.errors import UserError
+from teachers.registry import CodecKind
 
 LEAST_CLIPS = 2
 EVEN = 1e-6
@@ -70,16 +71,24 @@ class Reward:
 
 class ClipReader(Protocol):
     """What looks at frames (`distill.pipeline.clip_reader`): decoding and scoring are of each rank's own clips, `of_all` is the one
-    collective. `rank`: the number of this rank's share of the batch; `reasons`: why a clip had no such reward, by its name."""
+    collective. `gradient`: d / d x0 of the sum over rewards of each one's value times its factor, through the decoder that
+    `differentiate_through` names (None: the run's). `rank`: the number of this rank's
+    share of the batch; `reasons`: why a clip had no such reward, by its name."""
 
     rank: int
     reasons: Mapping[str, str]
 
     def check(self, rewards: Mapping[str, Reward], face: tuple[float, ...] | None) -> None: ...
 
+    def differentiate_through(self, decoder: CodecKind | None) -> None: ...
+
     def read(
         self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch
     ) -> Float[Tensor, "k b"]: ...
+
+    def gradient(
+        self, rewards: Mapping[str, tuple[Reward, float]], x0: Tensor, conditions: Conditions, batch: Batch
+    ) -> Tensor: ...
 
     def of_all(self, own: Float[Tensor, "k b"]) -> Float[Tensor, "k n"]: ...
 
@@ -93,14 +102,18 @@ class Weighed:
     all_weights: Tensor
 
     def metrics(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
-        """To log: the mean and spread of every reward over the clips that have it, and the share of clips that count,
-        (sum w)^2 / (N sum w^2)."""
-        found = {}
-        for name, row in zip(names, self.values, strict=True):
-            known = row[row.isfinite()]
-            found |= {f"reward_{name}": known.mean(), f"spread_{name}": known.std(correction=0)}
+        """To log: `logged`, and the share of clips that count, (sum w)^2 / (N sum w^2)."""
         share = self.all_weights.sum().square() / (len(self.all_weights) * self.all_weights.square().sum())
-        return found | {"effective_clips": share}
+        return logged(names, self.values) | {"effective_clips": share}
+
+
+def logged(names: Mapping[str, Any], values: Float[Tensor, "k n"]) -> dict[str, Tensor]:
+    """To log: the mean and spread of every reward over the clips that have it."""
+    found = {}
+    for name, row in zip(names, values, strict=True):
+        known = row[row.isfinite()]
+        found |= {f"reward_{name}": known.mean(), f"spread_{name}": known.std(correction=0)}
+    return found
 
 
 @torch.no_grad()
@@ -141,15 +154,36 @@ def check_number(name: str, reward: Reward, num: int) -> None:
 def standardised(name: str, reward: Reward, values: Float[Tensor, " n"], reason: str = "") -> Float[Tensor, " n"]:
     """z of the clips; a clip without this reward (NaN: no face was found, say) has the least of all that have it. UserError, with
     the `reason`, where none has it."""
-    known = values[values.isfinite()]
     if reward.weight == 0.0:
         return torch.zeros_like(values)
+    mean, spread = moments(name, reward, values, reason)
+    if spread == 0.0:
+        return torch.zeros_like(values)
+    return (torch.where(values.isfinite(), values, values[values.isfinite()].min()) - mean) / spread
+
+
+def moments(name: str, reward: Reward, values: Float[Tensor, " n"], reason: str = "") -> tuple[float, float]:
+    """Mean and standard deviation by which the clips are standardised, the second 0 where they are all worth the same. Errors as
+    `standardised`."""
+    known = values[values.isfinite()]
     if len(known) == 0:
         raise UserError(f"rewards.{name}: none of {len(values)} clips has it: {reason}; or remove the reward")
     check_number(name, reward, len(values))
-    mean, spread = (
-        (known.mean(), known.std(correction=0)) if reward.scale is None else map(known.new_tensor, reward.scale)
-    )
-    if float(spread) <= EVEN * float(known.abs().max()):
-        return torch.zeros_like(values)
-    return (torch.where(values.isfinite(), values, known.min()) - mean) / spread
+    mean, spread = (float(known.mean()), float(known.std(correction=0))) if reward.scale is None else reward.scale
+    return mean, spread if spread > EVEN * float(known.abs().max()) else 0.0
+
+
+def rewarded(needs: Needs, rewards: Mapping[str, Reward]) -> Needs:
+    """What a method needs besides where its clips have rewards."""
+    compares = any(reward.compares for reward in rewards.values())
+    return replace(needs, decodes=True, films="all" if compares else needs.films)
+
+
+def check_config(method: str, rewards: Mapping[str, Reward], beta: float, rollout_chunks: int) -> None:
+    """UserError for rewards that steer nothing, or rollouts that they cannot judge."""
+    if not any(reward.weight for reward in rewards.values()):
+        raise UserError(f"{method}.rewards: none has a weight; give one, or use method@distill=dmd")
+    if beta < 0.0:
+        raise UserError(f"{method}.beta: got {beta}; it is at least 0")
+    if rollout_chunks:
+        raise UserError(f"{method}.rollout_chunks: a reward is of the clip that the data have a sound for; use 0")

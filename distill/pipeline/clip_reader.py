@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,14 +12,18 @@ from torch import Tensor
 from distill.methods import Batch
 from distill.methods.rewards import Reward, check_number
 from distill.pipeline.artifacts import Artifacts
-from distill.pipeline.evaluation.clip_sets import scored
+from distill.pipeline.evaluation.clip_sets import at_size, scored, scored_size
 from eval.metric import Clip
 from eval.networks.loaded import Networks
 from eval.networks.weights import REGISTRY, locate
 from eval.scores import clip_features, lacking
+from teachers.codecs.linear import to_uint8
+from teachers.codecs.streamed import pull_back
 from teachers.conditions import Conditions
 from teachers.encoders.small import AudioConfig
 from teachers.errors import UserError
+from teachers.machine import clips_at_once
+from teachers.registry import Codec, CodecKind
 from teachers.resolve import in_users_file
 
 HINTS = {
@@ -40,6 +46,7 @@ class ClipReader:
         data, spec = artifacts.recipe.data, artifacts.spec
         log_mel = AudioConfig(hop=spec.samples_per_frame // 4)
         self.audio_is_log_mel = data.audio == log_mel and spec.speakers == 1
+        self.decoder: Codec = self.codec.codec
         self.box: Tensor | None = None
         self.reasons: dict[str, str] = {}
 
@@ -60,6 +67,20 @@ class ClipReader:
             for need in metric.needs:
                 if need in REGISTRY:
                     locate(need)
+
+    def differentiate_through(self, decoder: CodecKind | None) -> None:
+        """Gradients go through this codec, None: the run's. UserError where its latents have another geometry."""
+        if decoder is None:
+            return
+        spec, own = self.artifacts.spec, self.codec.codec.config
+        codec = decoder.load(Path(), spec.height, spec.width)
+        expected, found = ((kind.stride, kind.patch, kind.channels) for kind in (own, codec.config))
+        if expected != found:
+            raise UserError(
+                f"method.decoder: (stride, patch, channels) is {found}, the run's codec has {expected}; take one of the same "
+                "latents"
+            )
+        self.decoder = codec.to(self.engine.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def read(self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch) -> Tensor:
@@ -91,18 +112,19 @@ class ClipReader:
         """The clips by whether they are at their full size."""
         with torch.autocast(self.engine.device.type, enabled=False):
             video = self.codec.decode(x0.float(), conditions.lead)
-        small = scored(video)
-        found = {False: self._made(small, conditions, batch)}
+        small, given = scored(video), replace(batch, conditions=conditions)
+        found = {False: self._made(small, given)}
         if any("probes" in reward.metric.needs for reward in rewards.values()):
             self.networks.read_all(found[False], small)
         whole = any(FULL_SIZE & set(reward.metric.needs) for reward in rewards.values())
-        return found | {True: self._made(video, conditions, batch) if whole else found[False]}
+        return found | {True: self._made(video, given) if whole else found[False]}
 
-    def _made(self, video: Tensor, conditions: Conditions, batch: Batch) -> list[Clip]:
+    def _made(self, video: Tensor, batch: Batch, first: int = 0) -> list[Clip]:
+        """Clips whose video is this one, of the rows of a batch from `first` on."""
         rows = None
         if batch.sound is None and self.audio_is_log_mel:
             stride = self.artifacts.spec.codec.stride
-            rows = conditions.features["audio"].flatten(1, 2)[:, stride - 1 :].float().cpu()
+            rows = batch.conditions.features["audio"].flatten(1, 2)[:, stride - 1 :].float().cpu()
         sound = None if batch.sound is None else batch.sound.cpu()
         made = Clip(video=video[0], fps=self.artifacts.spec.fps, given=1, box=self.box, has_box=self.box is not None)
         return [
@@ -112,8 +134,55 @@ class ClipReader:
                 sound=None if sound is None else sound[i],
                 audio_features=None if rows is None else rows[i],
             )
-            for i, clip in enumerate(video)
+            for i, clip in enumerate(video, start=first)
         ]
+
+    def gradient(
+        self, rewards: Mapping[str, tuple[Reward, float]], x0: Tensor, conditions: Conditions, batch: Batch
+    ) -> Tensor:
+        """d / d x0 of the sum over rewards of each clip's value times the reward's factor, like x0 [B, C, F, h, w], fp32; 0 for a
+        clip that has none. Decoded with a graph, a few clips and one latent frame at a time."""
+        spec, codec, found = self.artifacts.spec, self.decoder, []
+        frames = 1 + codec.config.stride * (spec.horizon_frames - 1)
+        for rows in torch.arange(len(x0)).split(
+            clips_at_once(frames, spec.height, spec.width, self.engine.device.type)
+        ):
+            given = conditions.index(rows)
+            part = Batch(given, sound=None if batch.sound is None else batch.sound[rows])
+            latents = x0[rows].float()
+            if given.lead is not None:
+                latents = torch.cat([given.lead.to(latents), latents], dim=2)
+            with torch.autocast(self.engine.device.type, enabled=False):
+                uphill = partial(self._uphill, rewards, part)
+                slopes = pull_back(codec.decode_chunk, latents, uphill, 1)
+            found.append(slopes[:, :, latents.shape[2] - x0.shape[2] :])
+        return torch.cat(found)
+
+    def _uphill(self, rewards: Mapping[str, tuple[Reward, float]], batch: Batch, video: Tensor) -> Tensor:
+        """The same by the pixels of clips [B, 3, T, H, W] in [-1, 1]."""
+        sizes = {False: scored_size(*video.shape[-2:]), True: video.shape[-2:]}
+        found = torch.zeros_like(video)
+        for i, clip in enumerate(video):
+            with torch.enable_grad():
+                leaf = clip.detach().requires_grad_()
+                shown = {full: at_size(leaf, size) for full, size in sizes.items()}
+                clips = {full: self._made(to_uint8(x.detach())[None], batch, i)[0] for full, x in shown.items()}
+                total = leaf.new_zeros((), dtype=torch.float64)
+                for name, (reward, factor) in rewards.items():
+                    full = bool(FULL_SIZE & set(reward.metric.needs))
+                    total = total + factor * self._followed(name, reward, shown[full], clips[full])
+                if total.requires_grad:
+                    (found[i],) = torch.autograd.grad(total, leaf)
+        return found
+
+    def _followed(self, name: str, reward: Reward, video: Tensor, clip: Clip) -> Tensor | float:
+        """A clip's reward with its gradient; 0 where it has none."""
+        try:
+            with in_users_file(reward.metric):
+                return reward.value(reward.metric.differentiable(video, clip, self.networks))
+        except UserError as error:
+            self.reasons[name] = str(error)
+            return 0.0
 
     def of_all(self, own: Tensor) -> Tensor:
         """The values [K, B] of every share of the batch, side by side [K, N]; of ranks that share sequences those of the first."""

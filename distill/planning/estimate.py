@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from distill.pipeline.evaluation.clip_sets import generated_at_once
-from distill.planning.codec import codec_costs
+from distill.planning.codec import PullBack, codec_costs, pull_back_costs
 from distill.planning.job import LORA_RANK, Job, inner, make_network, meta_networks
 from distill.planning.live_bytes import Phases, Points
 from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, stream_costs, trace_phases
@@ -353,6 +353,9 @@ def job_of(recipe: "Recipe") -> Job:
         adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
     spec, networks, shared = spec_of(recipe), {"teacher": recipe.teacher.network}, recipe.engine.sequence_parallel
     decodes = any(recipe.needs(slot).decodes for slot in recipe.slots)
+    through = [
+        getattr(recipe, slot).method for slot in recipe.slots if recipe.needs(slot).differentiates
+    ]  # one at most
     if recipe.has_custom_network:  # which only the student has
         networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
     return Job(
@@ -371,6 +374,7 @@ def job_of(recipe: "Recipe") -> Job:
         backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
         sequence=SequenceGroup(shared) if shared > 1 else None,
         decode_bytes=codec_costs(spec, recipe).decode_bytes if decodes else 0.0,
+        pull_back=pull_back_costs(spec, recipe, through[0].decoder) if through else PullBack(),
         **adapters,
     )
 

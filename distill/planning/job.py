@@ -8,6 +8,7 @@ import torch
 
 from distill import methods
 from distill.methods import Batch, Needs
+from distill.planning.codec import PullBack
 from distill.planning.live_bytes import checkpointed
 from distill.recipe import TrajectoriesConfig
 from distill.training import lora as lora_roles
@@ -31,7 +32,8 @@ class Job:
     (`solves`); `lora`: the rank of a role that is trained as a LoRA, on `targets` and with the modules `full` as a whole;
     `backbone`: roles whose frozen weights are one network's, once they are LoRAs; `half`: frozen roles held in bf16;
     `checkpointing`: of the blocks of what is trained; `at_once`: clips that are generated together; `sequence`: the ranks that
-    share every sequence, where they do; `decode_bytes`: at the peak of one clip that a method decodes."""
+    share every sequence, where they do; `decode_bytes`: at the peak of one clip that a method decodes;
+    `pull_back`: costs of a clip's gradient through the decoder."""
 
     spec: Spec
     stages: Mapping[str, Any]
@@ -51,6 +53,7 @@ class Job:
     at_once: int = 1
     sequence: SequenceGroup | None = None
     decode_bytes: float = 0.0
+    pull_back: PullBack = field(default_factory=PullBack)
 
     @property
     def trajectory_guidance(self) -> AnyGuidance:

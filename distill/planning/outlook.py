@@ -266,13 +266,12 @@ class _Stages:
     def _rewards(self, name: str, micro_steps: float) -> Part:
         """The decoding of rollouts, and of the data's clips where a reward compares them."""
         method, train = self.job.stages[name].method, self.job.stages[name].train
-        roles = ("student",) if method.weighs == "student" else ("student", "fake_score")
-        updates = sum(self.plan.costs[name].updates[role] for role in roles)
-        clips = (
-            updates * micro_steps * train.batch_size * (2 if any(r.compares for r in method.rewards.values()) else 1)
-        )
+        updates = self.plan.costs[name].updates
+        clips = sum(updates[role] * times for role, times in method.decodings.items()) * micro_steps * train.batch_size
         jobs = 0 if train.global_batch else 1
         flops = self.job.together * clips * self.codec.decode
+        if self.job.needs(name).differentiates:
+            flops += self.job.together * updates["student"] * micro_steps * train.batch_size * self.job.pull_back.flops
         return Part(name="decoding for rewards", flops=flops, precision="fp32", jobs=jobs, together=self.job.together)
 
     def _learned(self, role: str) -> int:

@@ -280,5 +280,5 @@ def _live(job: Job, stage: str, role: str, *switches: str) -> LiveBytes:
 
 
 def _method(job: Job, stage: str, nets: Mapping[str, Any]) -> Any:
-    roles = {**nets, "clip_reader": PlannedReader(job.spec, job.decode_bytes)}
+    roles = {**nets, "clip_reader": PlannedReader(job.spec, job.decode_bytes, job.pull_back.bytes)}
     return methods.build(job.stages[stage].method, roles, (*job.spec.sigmas, 0.0))

@@ -172,6 +172,12 @@ class Probes:
         named = dict(zip(self.names, values.unbind(2), strict=True))
         return Reading(features, clip_features, named, expression, gesture, identity)
 
+    def mouth_in(self, video: Float[Tensor, "n 3 t h w"]) -> Float[Tensor, "n t 2"]:
+        """The mouth (open, width) that clips in [-1, 1] show, in the world's units, with the gradient of the clips."""
+        columns = [self.names.index(name) for name in MOUTH]
+        labels = self.frame(video.transpose(1, 2).flatten(0, 1))[1].unflatten(0, (len(video), -1))[..., columns]
+        return labels * self.scales["label_std"][columns] + self.scales["label_mean"][columns]
+
     @torch.inference_mode()
     def mouth_from_audio(self, audio_features: Float[Tensor, "n t a"]) -> Float[Tensor, "n t 2"]:
         """Mouth (open, width) that the sound predicts, in the world's units."""

@@ -12,14 +12,15 @@ from fractions import Fraction
 from typing import Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num
 from torch import Tensor
 from torch.nn import functional as F
 
 from eval.frechet import mean_with_error
 from eval.metric import Clip, Column, Features, Metric, Score
 from eval.mfcc import mfcc, to_int16
-from eval.networks.syncnet import FPS, crop_faces, windows_of
+from eval.networks.syncnet import FPS, FRAMES, crop_faces, crop_faces_float, lip_windows, windows_of
+from eval.networks.weights import true_fp32
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
@@ -70,6 +71,23 @@ class SyncNetSync(Metric):
         faces = crop_faces(frames, real.box, self.crop_scale)
         lips, voice = networks.syncnet.features(faces, mfcc(to_int16(sound)), num_windows)
         return {"curve": torch.tensor(sync_scores(lips, voice, self.max_lag).curve, dtype=torch.float64)}
+
+    def differentiable(self, video: Tensor, clip: Clip, networks) -> dict[str, Tensor]:
+        if clip.box is None:
+            raise UserError("no face box: lip_sync has no gradient without one")
+        frames = resample_frames((video.transpose(0, 1) + 1) * 127.5, clip.fps, self.resample)
+        sound = clip.voice()
+        num_windows = windows_of(len(frames), len(sound))
+        faces = crop_faces_float(frames[: num_windows + FRAMES - 1], clip.box, self.crop_scale)
+        voice = networks.syncnet.voice(mfcc(to_int16(sound)), num_windows).to(video.device)
+        with true_fp32():
+            lips = networks.syncnet.lip(lip_windows(faces).contiguous()).float()
+        curve = lag_distances(lips, voice, self.max_lag).mean(0).double()
+        return {
+            "sync_c": curve.median() - curve.min(),
+            "sync_d": curve.min(),
+            "distance_at_zero": curve[self.max_lag],
+        }
 
     def score(self, features: Sequence[Features], reference: Sequence[Features] | None) -> dict[str, Score]:
         curves = [clip["curve"] for clip in features]
@@ -138,8 +156,8 @@ def from_curve(curve: Tensor, max_lag: int) -> LipSync:
     )
 
 
-def resample_frames(frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: Resampling) -> UInt8[Tensor, "u 3 h w"]:
-    """Frames at `fps` -> those at 25 fps, U = floor(25 T / fps).
+def resample_frames(frames: Num[Tensor, "t 3 h w"], fps: Fraction, how: Resampling) -> Num[Tensor, "u 3 h w"]:
+    """Frames at `fps`, uint8 or floats with their gradient -> those at 25 fps, U = floor(25 T / fps).
 
     At time u / 25, `duplicate` shows the frame that a player shows, `nearest` the one whose start is closest, and
     `blend` the linear mix of the two around it. 16 fps become 25 with 9 of 25 frames shown twice, which costs sync:
@@ -156,8 +174,8 @@ def resample_frames(frames: UInt8[Tensor, "t 3 h w"], fps: Fraction, how: Resamp
     if how == "nearest":
         return frames[torch.where(share >= 0.5, after, before)]
     pairs = zip(before.tolist(), after.tolist(), share.tolist(), strict=True)
-    mixed = [torch.lerp(frames[i].float(), frames[j].float(), weight).round() for i, j, weight in pairs]
-    return torch.stack(mixed).to(torch.uint8)
+    mixed = torch.stack([torch.lerp(frames[i].float(), frames[j].float(), weight) for i, j, weight in pairs])
+    return mixed if frames.is_floating_point() else mixed.round().to(torch.uint8)
 
 
 def summarise(clips: Sequence[LipSync | None]) -> dict[str, tuple[float, float]]:

@@ -44,6 +44,15 @@ class Sync(Metric):
         left = pooled_without_each(stacked(features, "mouth"), stacked(features, "audio")).tolist()
         return {"sync": Score(found["sync"], found["error"], left=left), **rest}
 
+    def differentiable(self, video: Tensor, clip: Clip, networks) -> dict[str, Tensor]:
+        mouth, audio = networks.probes.mouth_in(video[None]), networks.mouth_from_audio(clip).to(video.device)[None]
+        if mouth.shape != audio.shape:
+            raise UserError(
+                f"sync needs one audio row a video frame: got {audio.shape[1]} for {mouth.shape[1]}; trim one"
+            )
+        opening, width = _pooled(_lagged_sums(mouth[:, 1:].double(), audio[:, 1:].double(), 0).sum(0))
+        return {"sync": opening, "sync_width": width}
+
     def admit(self, cases) -> tuple[dict[str, float], bool]:
         """In sync > shifted by 3 frames and > the sound of another clip; at the best lag shifted > swapped, and the lag is
         recovered (at lag 0 a shift by half a syllable is below a swap: the two are anti-phase)."""
@@ -86,7 +95,7 @@ def _lagged_sums(video: Tensor, audio: Tensor, lag: int) -> Tensor:
 
 def _pooled(sums: Tensor) -> Tensor:
     """Correlation of pooled sums [..., 2, 3] for each mouth channel [..., 2]; a channel that never varies counts 0."""
-    scale = (sums[..., 0] * sums[..., 1]).clamp_min(0).sqrt()
+    scale = (sums[..., 0] * sums[..., 1]).clamp_min(1e-20).sqrt()  # above 0, where a root has no gradient
     return torch.where(scale > 1e-9, sums[..., 2] / scale.clamp_min(1e-9), 0.0)
 
 

@@ -4,6 +4,7 @@ V windows of 5 frames at 25 fps and of 20 MFCC rows (0.2 s), one a frame: window
 are not normalised; distances, lags and padding belong to the metric.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,12 +76,16 @@ class SyncNet(nn.Module):
 
         `num_windows` is `windows_of(frames, samples)`. Raises UserError where crops or rows are too few or of another kind.
         """
-        device = next(self.parameters()).device
-        lips_in, audio_in = lip_input(faces, num_windows), audio_input(mfcc, num_windows)
+        device, lips_in = next(self.parameters()).device, lip_input(faces, num_windows)
         with exact():
             lips = [self.lip(part.to(device).contiguous()).float().cpu() for part in lips_in.split(batch_size)]
-            sounds = [self.audio(part.to(device)).float().cpu() for part in audio_in.split(batch_size)]
-        return torch.cat(lips), torch.cat(sounds)
+        return torch.cat(lips), self.voice(mfcc, num_windows, batch_size)
+
+    def voice(self, mfcc: Float[Tensor, "f 13"], num_windows: int, batch_size: int = 20) -> Float[Tensor, "v 1024"]:
+        """The audio features alone."""
+        device, audio_in = next(self.parameters()).device, audio_input(mfcc, num_windows)
+        with exact():
+            return torch.cat([self.audio(part.to(device)).float().cpu() for part in audio_in.split(batch_size)])
 
 
 def windows_of(num_frames: int, num_samples: int) -> int:
@@ -105,7 +110,12 @@ def lip_input(faces: UInt8[Tensor, "t 3 224 224"], num_windows: int) -> Float[Te
             f"SyncNet sees at least {needed} uint8 face crops [T, 3, {SIDE}, {SIDE}]: got {faces.dtype} "
             f"{tuple(faces.shape)}; crop them with crop_faces"
         )
-    return faces[:needed].flip(1).float().unfold(0, FRAMES, 1).movedim(4, 2)
+    return lip_windows(faces[:needed].float())
+
+
+def lip_windows(faces: Float[Tensor, "t 3 h w"]) -> Float[Tensor, "v 3 5 h w"]:
+    """RGB frames -> windows of 5, 1 apart, in BGR."""
+    return faces.flip(1).unfold(0, FRAMES, 1).movedim(4, 2)
 
 
 def audio_input(mfcc: Float[Tensor, "f 13"], num_windows: int) -> Float[Tensor, "v 1 13 20"]:
@@ -128,7 +138,23 @@ def crop_faces(
     110. Raises UserError for a box that is empty, larger than twice the frame or centred outside it.
     """
     check_frames(frames, "SyncNet")
-    height, width = frames.shape[-2:]
+    margin, rows, columns = _crop(frames.shape[-2:], box, crop_scale)
+    padded = (F.pad(frame, (margin, margin, margin, margin), value=PAD_VALUE) for frame in frames.cpu())
+    return torch.stack([resize_cv2(frame[:, rows, columns], SIDE) for frame in padded])
+
+
+def crop_faces_float(
+    frames: Float[Tensor, "t 3 h w"], box: Float[Tensor, "4"], crop_scale: float = CROP_SCALE
+) -> Float[Tensor, "t 3 224 224"]:
+    """`crop_faces` of frames 0..255 that are no integers, with their gradient: the same to the rounding."""
+    margin, rows, columns = _crop(frames.shape[-2:], box, crop_scale)
+    padded = F.pad(frames, (margin, margin, margin, margin), value=PAD_VALUE)[:, :, rows, columns]
+    return F.interpolate(padded, (SIDE, SIDE), mode="bilinear", align_corners=False)
+
+
+def _crop(size: Sequence[int], box: Tensor, crop_scale: float) -> tuple[int, slice, slice]:
+    """The margin around frames of that size, and the rows and columns of the crop in what it makes of them."""
+    height, width = size
     left, top, right, bottom = box.double().tolist()
     half, x, y = max(bottom - top, right - left) / 2, (left + right) / 2, (top + bottom) / 2
     inside = 0 <= x <= width and 0 <= y <= height and 0.5 <= half <= max(height, width)
@@ -141,8 +167,7 @@ def crop_faces(
     x, y = x + margin, y + margin
     rows = slice(int(y - half), int(y + half * (1 + 2 * crop_scale)))
     columns = slice(int(x - half * (1 + crop_scale)), int(x + half * (1 + crop_scale)))
-    padded = (F.pad(frame, (margin, margin, margin, margin), value=PAD_VALUE) for frame in frames.cpu())
-    return torch.stack([resize_cv2(frame[:, rows, columns], SIDE) for frame in padded])
+    return margin, rows, columns
 
 
 def resize_cv2(image: UInt8[Tensor, "c h w"], side: int) -> UInt8[Tensor, "c s s"]:

@@ -153,11 +153,18 @@ def check_frames(frames: Tensor, network: str) -> None:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Inference in true fp32: no gradient, and no TF32, which cuDNN uses for convolutions by default."""
+    """Inference in true fp32: no gradient, and no TF32."""
+    with torch.inference_mode(), true_fp32():
+        yield
+
+
+@contextmanager
+def true_fp32() -> Iterator[None]:
+    """No TF32, which cuDNN uses for convolutions by default."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -1,5 +1,6 @@
 """What codecs share that work on a stream chunk by chunk."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from teachers.registry import Geometry
 
 DecoderState = tuple[Tensor, ...]  # cached past of a streaming decoder, an immutable value; () where it needs none
 EncoderState = tuple[Tensor, ...]  # the same of an encoder
+DecodeChunk = Callable[[Tensor, Any], tuple[Tensor, DecoderState]]  # a codec's `decode_chunk`
 
 
 class StreamedCodec(nn.Module):
@@ -71,3 +73,48 @@ def check_latents(latents: Tensor, config: Geometry, state: DecoderState | None)
     if state is not None and (not state or [len(state[0]), *state[0].shape[-2:]] != [shape[0], *shape[3:]]):
         cached = list(state[0].shape) if state else "empty"
         raise UserError(f"state: it is {cached}, the latents are {shape}; pass the state of the same stream")
+
+
+def pull_back(
+    decode_chunk: DecodeChunk,
+    latents: Float[Tensor, "b c f y x"],
+    gradient: Callable[[Float[Tensor, "b 3 t h w"]], Float[Tensor, "b 3 t h w"]],
+    chunk: int,
+) -> Float[Tensor, "b c f y x"]:
+    """d f(decode(latents)) / d latents of a codec, where `gradient(video)` is df / d video of whole clips.
+
+    The clips are decoded without a graph and kept; then `chunk` latent frames at a time are decoded again, the last ones first, and
+    the gradient of the decoder's state goes on to the chunk before (reverse mode over the stream). Exact, with the graph of one
+    chunk and the states between chunks in memory. States are tuples of tensors."""
+    parts, states, pixels = latents.detach().split(chunk, dim=2), [], []
+    state: DecoderState | None = None
+    with torch.no_grad():
+        for part in parts:
+            states.append(state)
+            video, state = decode_chunk(part, state)
+            pixels.append(video)
+    slopes = gradient(torch.cat(pixels, dim=2)).split([video.shape[2] for video in pixels], dim=2)
+    found: list[Tensor] = []
+    behind: Sequence[Tensor | None] = ()
+    for part, before, slope in zip(reversed(parts), reversed(states), reversed(slopes), strict=True):
+        own, *behind = _pull_back_chunk(decode_chunk, part, before, slope, behind)
+        found.insert(0, torch.zeros_like(part) if own is None else own)
+    return torch.cat(found, dim=2)
+
+
+def _pull_back_chunk(
+    decode_chunk: DecodeChunk,
+    latents: Tensor,
+    state: DecoderState | None,
+    slope: Tensor,
+    behind: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a chunk's latents and of the state before it, from those of its pixels and of the state `behind` it."""
+    with torch.enable_grad():
+        leaf = latents.detach().requires_grad_()
+        before = None if state is None else tuple(x.detach().requires_grad_() for x in state)
+        video, after = decode_chunk(leaf, before)
+        pairs = [(video, slope), *zip(after, behind, strict=False)]
+        used = [(x, g.to(x)) for x, g in pairs if g is not None and x.requires_grad]
+        outputs, given = zip(*used, strict=True)
+        return torch.autograd.grad(outputs, (leaf, *(before or ())), given, allow_unused=True)

@@ -131,7 +131,6 @@ class TAEHV(StreamedCodec):
         assert state is not None
         return torch.cat(latents, dim=2).float(), state
 
-    @torch.no_grad()
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:

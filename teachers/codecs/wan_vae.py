@@ -100,7 +100,6 @@ class WanVAE(StreamedCodec):
         latents = (torch.cat(means, dim=2).float() - _row(self.mean, video.device)) / _row(self.std, video.device)
         return latents, _state(cache)
 
-    @torch.no_grad()
     def decode_chunk(
         self, latents: Float[Tensor, "b c f y x"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "b 3 t h w"], DecoderState]:

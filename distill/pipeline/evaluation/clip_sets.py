@@ -6,7 +6,7 @@ goes on where it was, and no process holds a set at its full size. Clips are sco
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +45,25 @@ def generated_at_once(recipe: Recipe, spec: Spec) -> int:
 def scored(video: Tensor) -> Tensor:
     """Clips uint8 [N, 3, T, H, W] at the size that metrics see: the longer side SCORED_SIDE, means over areas; smaller ones as they
     are."""
-    height, width = video.shape[-2:]
-    if max(height, width) <= SCORED_SIDE:
+    size = scored_size(*video.shape[-2:])
+    if size == tuple(video.shape[-2:]):
         return video
+    return torch.stack([at_size(clip.float(), size).round().to(torch.uint8) for clip in video])
+
+
+def scored_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width at which metrics see clips of this size."""
+    if max(height, width) <= SCORED_SIDE:
+        return height, width
     scale = SCORED_SIDE / max(height, width) / SCORED_MULTIPLE
-    size = (max(1, round(height * scale)) * SCORED_MULTIPLE, max(1, round(width * scale)) * SCORED_MULTIPLE)
-    small = [F.adaptive_avg_pool2d(clip.transpose(0, 1).float(), size).round_().to(torch.uint8) for clip in video]
-    return torch.stack(small).transpose(1, 2)
+    return max(1, round(height * scale)) * SCORED_MULTIPLE, max(1, round(width * scale)) * SCORED_MULTIPLE
+
+
+def at_size(clip: Tensor, size: Sequence[int]) -> Tensor:
+    """A clip of floats [3, T, H, W] at another size, means over areas; itself where it has that size."""
+    if tuple(clip.shape[-2:]) == tuple(size):
+        return clip
+    return F.adaptive_avg_pool2d(clip.transpose(0, 1), tuple(size)).transpose(0, 1)
 
 
 class StoredConditions:

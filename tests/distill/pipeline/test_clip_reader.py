@@ -1,5 +1,6 @@
 """Rollouts that are decoded and scored in training: the metrics' own numbers, what is refused, metrics of the user's, hacking."""
 
+import copy
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from eval.metrics.sharpness import Sharpness
 from eval.metrics.sync import Sync, mouth_sync
 from teachers.config import convert
 from teachers.errors import UserError
-from tests.support.tiny import Ranks
+from tests.support.tiny import Ranks, fitted_codec
 
 SYNC = Reward(metric=Sync(max_lag=4, sound="own"))
 PUBLISHED = Reward(metric=SyncNetSync(resample="nearest", max_lag=15, crop_scale=0.4, sound="own"), score="sync_c")
@@ -84,6 +85,51 @@ def test_rewards_are_the_metrics_own_numbers_of_each_clip(world):
     assert reader.read({"sync": SYNC}, x0, other, Batch(other)).mean() < 0.5
     kept = Batch(conditions, sound=clips.voice)
     assert torch.allclose(reader.read({"sync": SYNC}, x0, conditions, kept), found[:1], atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_whole_decode_and_raises_the_metrics_own_number(world):
+    """Of two rewards with factors, for each clip its own; and a metric's refusal is a clip without a gradient."""
+    artifacts, clips = world
+    reader = ClipReader(artifacts, 4)
+    x0, conditions = artifacts.encoders.of_clips(clips)
+    width = Reward(metric=Sync(max_lag=4, sound="own"), score="sync_width")
+    rewards, batch = {"sync": (SYNC, 1.0), "width": (width, -0.5)}, Batch(conditions)
+    found = reader.gradient(rewards, x0, conditions, batch)
+    leaf, probes = x0.clone().requires_grad_(), artifacts.probes
+    rows = conditions.features["audio"].flatten(1, 2)[:, artifacts.spec.codec.stride - 1 :]
+    audio = probes.mouth_from_audio(rows)[:, 1:].double()
+    with torch.enable_grad():
+        mouth = probes.mouth_in(artifacts.encoders.codec.decode(leaf))[:, 1:].double()
+        a, v = (x - x.mean(1, keepdim=True) for x in (audio, mouth))
+        r = (a * v).sum(1) / (a.square().sum(1) * v.square().sum(1)).sqrt()
+        (r[:, 0] - 0.5 * r[:, 1]).sum().backward()
+    assert torch.allclose(found, leaf.grad, rtol=1e-3, atol=1e-3 * float(leaf.grad.abs().max()))
+    other = conditions.roll_rows("audio")  # the mouths follow another sound
+    before = reader.read({"sync": SYNC}, x0, other, Batch(other))[0]
+    uphill = reader.gradient({"sync": (SYNC, 1.0)}, x0, other, Batch(other))
+    after = reader.read({"sync": SYNC}, x0 + 0.03 * uphill / uphill.square().mean().sqrt(), other, Batch(other))[0]
+    assert (after > before).all()
+    assert float((after - before).mean()) > 0.01
+    faceless = Batch(conditions, sound=clips.voice)
+    assert torch.equal(reader.gradient({"lips": (PUBLISHED, 1.0)}, x0, conditions, faceless), torch.zeros_like(x0))
+    assert "no face box" in reader.reasons["lips"]
+
+
+def test_a_gradient_may_go_through_another_codec_of_the_same_latents(world):
+    artifacts, clips = world
+    reader, codec = ClipReader(artifacts, 4), copy.deepcopy(artifacts.encoders.codec)
+    with torch.no_grad():
+        next(codec.decoder.parameters()).mul_(0.5)
+    x0, conditions = artifacts.encoders.of_clips(clips)
+    given = ({"sync": (SYNC, 1.0)}, x0, conditions, Batch(conditions))
+    plain, values = reader.gradient(*given), reader.read({"sync": SYNC}, *given[1:])
+    reader.differentiate_through(None)
+    assert torch.equal(reader.gradient(*given), plain)
+    reader.differentiate_through(SimpleNamespace(load=lambda folder, height, width: codec))
+    assert not torch.allclose(reader.gradient(*given), plain, rtol=0.1)
+    assert torch.equal(reader.read({"sync": SYNC}, *given[1:]), values)
+    with pytest.raises(UserError, match=r"method\.decoder: \(stride, patch, channels\) is"):
+        reader.differentiate_through(SimpleNamespace(load=lambda folder, height, width: fitted_codec()))
 
 
 def test_a_clip_may_be_compared_with_the_datas_own(world):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.methods import dmd, dmd_reward
+from distill.methods import dmd, dmd_reward, dmd_reward_gradient
 from distill.methods.rewards import Reward
+from distill.planning.codec import PullBack
 from distill.planning.estimate import (
     context_bytes,
     make_plan,
@@ -101,6 +102,19 @@ def test_decoding_for_rewards_is_alive_beside_the_rollout(weighs, roles):
         batch = job.stages["distill"].train.batch_size
         assert (decoding > batch * 2**30) == (role in roles)
         assert decoding == plain or role in roles
+
+
+@pytest.mark.slow
+def test_a_gradient_through_the_decoder_is_alive_beside_the_rollout():
+    reward = Reward(metric=Sync(max_lag=4, sound="own"))
+    method = dmd_reward_gradient.Config(rewards={"sync": reward}, exit_step="last")
+    job = replace(a_job(make_spec(), method=method), decode_bytes=2.0**20)
+    plain, pulled = (
+        max(size for _, size in trace(replace(job, pull_back=PullBack(each)), "distill", "student"))
+        for each in (0.0, 2.0**30)
+    )
+    batch = job.stages["distill"].train.batch_size
+    assert plain < batch * 2**30 < pulled
 
 
 @pytest.mark.slow

@@ -199,3 +199,31 @@ def test_what_cannot_be_scored_is_refused():
         with pytest.raises(UserError, match=words) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("fps", "how"), [(FPS, "duplicate"), (Fraction(16), "blend")])
+def test_the_scores_that_have_a_gradient_are_the_scores(fps, how):
+    """Random weights; to the rounding of crops and blended frames to integers. Steps uphill raise the score itself."""
+    torch.manual_seed(0)
+    network, metric = SyncNet(), SyncNetSync(resample=how, max_lag=3, crop_scale=0.4, sound="own")
+    networks, num = SimpleNamespace(syncnet=network), 14
+    video = (randn(3, num, 60, 60) * 40 + 120).clamp(0, 255).to(torch.uint8)
+    sound = 0.3 * randn(int(num / fps * 16000), seed=2)
+    clip = Clip(video=video, fps=fps, sound=sound, box=torch.tensor([15.0, 15.0, 45.0, 45.0]), has_box=True)
+    found = metric.of_clip(metric.features(clip, clip, networks), None)
+    leaf = (video.float() / 127.5 - 1).requires_grad_()
+    with torch.enable_grad():
+        ours = metric.differentiable(leaf, clip, networks)
+        (slope,) = torch.autograd.grad(ours["distance_at_zero"], leaf)
+    for name, value in ours.items():
+        assert float(value) == pytest.approx(found[name], rel=2e-2, abs=2e-4), name
+    assert slope.isfinite().all()
+    nearer = leaf.detach() - slope / slope.norm()
+    assert float(metric.differentiable(nearer, clip, networks)["distance_at_zero"]) < float(ours["distance_at_zero"])
+
+
+def test_a_clip_without_a_face_has_no_gradient():
+    metric = SyncNetSync(resample="duplicate", max_lag=3, crop_scale=0.4, sound="own")
+    clip = Clip(video=torch.zeros(3, 8, 60, 60, dtype=torch.uint8), fps=FPS, sound=torch.zeros(8 * 640), has_box=True)
+    with pytest.raises(UserError, match="no face box"):
+        metric.differentiable(torch.zeros(3, 8, 60, 60), clip, SimpleNamespace())

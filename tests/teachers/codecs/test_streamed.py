@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from teachers.codecs.streamed import pull_back
 from teachers.errors import UserError
 from tests.support.tiny import fitted_codec, randn
 from tests.teachers.codecs import test_convolutional, test_dc_ae, test_taehv, test_wan_vae
@@ -70,3 +71,15 @@ def test_a_piece_of_no_whole_latents_is_refused(codec):
     _, states = pieces(codec, video, [LATENTS])
     with pytest.raises((UserError, ValueError), match="video: got"):
         codec.encode_chunk(video[:, :, : codec.config.stride + 1], states[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, LATENTS])
+def test_a_gradient_pulled_back_chunk_by_chunk_is_that_of_the_whole_decode(codec, chunk):
+    codec.requires_grad_(False)
+    latents = codec.encode(a_video(codec)).detach()
+    weight = torch.randn(codec.decode(latents).shape, generator=torch.Generator().manual_seed(8)).to(latents)
+    leaf = latents.clone().requires_grad_()
+    (weight * codec.decode(leaf).square()).sum().backward()
+    found = pull_back(codec.decode_chunk, latents, lambda video: 2 * weight * video, chunk)
+    assert float(leaf.grad.abs().mean()) > 1e-3
+    assert torch.allclose(found, leaf.grad, rtol=1e-4, atol=1e-4 * float(leaf.grad.abs().max()))
