@@ -106,7 +106,8 @@ class _Reader:
                     raise  # it says which there are
         raise self.wrong(kind, value, key)
 
-    def read_dataclass(self, kind: Any, value: Any, key: str) -> Any:
+    def read_dataclass(self, kind: Any, value: Any, key: str, base: Any = None) -> Any:
+        """Keys that are not given have their values in `base`, the default of the field that this is; without one the class's."""
         if dataclasses.is_dataclass(value) and isinstance(value, kind):
             return value
         if not isinstance(value, dict):
@@ -121,12 +122,16 @@ class _Reader:
         for name, field in fields.items():
             child = prefix + name
             registry = field.metadata.get("kinds")
-            if name not in value:
+            if name not in value and base is not None:
+                made[name] = getattr(base, name)
+            elif name not in value:
                 if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                     needed = f"give it as {child}=VALUE ({describe(hints[name])})"
                     raise UserError(f"missing key '{child}'{whose}: {self.locate(key)}; {needed}")
             elif registry is not None and value[name] is not None:
                 made[name] = self.read_part(registry, value[name], child)
+            elif type(own := default_of(field)) is hints[name] and dataclasses.is_dataclass(own):
+                made[name] = self.read_dataclass(hints[name], value[name], child, own)
             else:
                 made[name] = self.read(hints[name], value[name], child)
         try:
@@ -157,6 +162,12 @@ class _Reader:
         found = resolve(registry, name, where, self.folder)
         given = {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
         return self.read(found, given, key)
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """A field's default, made where it has a factory; MISSING of dataclasses without one."""
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default  # type: ignore[misc]
 
 
 def fraction(value: Any) -> Fraction:
