@@ -3,10 +3,11 @@
     min over the student q:  D(q | p) - beta E_q[R(x0)],    R = sum_k weight_k r_k / std r_k
 
 D is DMD's; the reward's gradient goes through metric and decoder into the rollout. Both gradients are divided by the number of
-elements, so that a unit of beta moves R by about as much as in `dmd_reward`, whose optimum is the tilted p exp(beta R). Ours is
-where the two cancel: DMD's gradient is normalised and averaged over noise levels (in closed form for Gaussians:
-`tests/distill/methods/test_reward_gradient.py`). `std`: over the clips of an update on all ranks, so that beta has no unit. What
-a reward does not see it does not protect: watch others with weight 0 (`distill.pipeline.evaluation.reward_watch`).
+elements, so that at the optimum a unit of beta moves R about as far as in `dmd_reward`, whose optimum is the tilted p exp(beta R);
+ours is where the two gradients cancel, DMD's being normalised and averaged over noise levels (in closed form for Gaussians:
+`tests/distill/methods/test_reward_gradient.py`). A few dozen steps end long before it, which wants a larger beta: compare
+`reward_grad_abs` with `dmd_grad_abs`. `std`: over the clips of an update on all ranks, so that beta has no unit. What a reward does
+not see it does not protect: watch others with weight 0 (`distill.pipeline.evaluation.reward_watch`).
 
 Against `dmd_reward`: a weight on a clip's loss prefers clips that are good by chance, a gradient says how to make each better. It
 needs a metric with `differentiable` (`eval.metric.Metric`), and decodes with a graph, a latent frame at a time
