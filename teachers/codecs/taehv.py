@@ -82,7 +82,7 @@ class TAEHV(StreamedCodec):
     Latents are the diffusion model's, normalised already: no mean or deviation is applied here. Decoding is causal: each
     latent gives four frames, of which the first latent of a stream keeps its last. Encoding looks ahead: latent i is made of frames
     4i .. 4i + 3 and the past, the last frame repeated after the clip. A clip is processed one latent frame at a time,
-    so a decode in chunks equals the whole one bit for bit. The network is frozen, and no graph is recorded. A state has the last
+    so a decode in chunks equals the whole one bit for bit. The network is frozen. A state has the last
     input frame of each memory block.
     """
 

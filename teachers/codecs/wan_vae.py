@@ -71,7 +71,7 @@ class WanVAE(StreamedCodec):
     Latents are the posterior's mean, normalised per channel as (mu - latents_mean) / latents_std of the network's config, in fp32
     whatever dtype the weights have. The first pixel frame alone is the first latent; both ways are causal. A clip is
     processed one latent frame at a time, never in tiles (they shift the colours at 512 x 512), so activations do not grow with
-    its length and a decode in chunks equals the whole one bit for bit. The network is frozen, and no graph is recorded. A state has
+    its length and a decode in chunks equals the whole one bit for bit. The network is frozen. A state has
     the last one or two input frames of each temporal convolution.
     """
 
