@@ -49,6 +49,7 @@ class ClipReader:
         self.decoder: Codec = self.codec.codec
         self.box: Tensor | None = None
         self.reasons: dict[str, str] = {}
+        self.lost: set[tuple[str, int]] = set()  # (reward, clip) without a value when they were last read
 
     def check(self, rewards: Mapping[str, Reward], face: tuple[float, ...] | None) -> None:
         """UserError where the clips of training are too few, or do not bring what a reward needs, or its weights are not there."""
@@ -94,6 +95,8 @@ class ClipReader:
             full = bool(FULL_SIZE & set(reward.metric.needs))
             for i, (mine, data) in enumerate(zip(own[full], real[full], strict=True)):
                 values[k, i] = self._value(name, reward, mine, data)
+        names = list(rewards)
+        self.lost = {(names[k], i) for k, i in values.isnan().nonzero().tolist()}
         return values.to(self.engine.device)
 
     def _value(self, name: str, reward: Reward, own: Clip, real: Clip) -> float:
@@ -141,7 +144,8 @@ class ClipReader:
         self, rewards: Mapping[str, tuple[Reward, float]], x0: Tensor, conditions: Conditions, batch: Batch
     ) -> Tensor:
         """d / d x0 of the sum over rewards of each clip's value times the reward's factor, like x0 [B, C, F, h, w], fp32; 0 for a
-        clip that has none. Decoded with a graph, a few clips and one latent frame at a time."""
+        clip that had no value when it was read. Decoded with a graph, a few clips and one latent frame at a time. UserError for a
+        clip with a value and no gradient."""
         spec, codec, found = self.artifacts.spec, self.decoder, []
         frames = 1 + codec.config.stride * (spec.horizon_frames - 1)
         for rows in torch.arange(len(x0)).split(
@@ -153,13 +157,13 @@ class ClipReader:
             if given.lead is not None:
                 latents = torch.cat([given.lead.to(latents), latents], dim=2)
             with torch.autocast(self.engine.device.type, enabled=False):
-                uphill = partial(self._uphill, rewards, part)
+                uphill = partial(self._uphill, rewards, part, int(rows[0]))
                 slopes = pull_back(codec.decode_chunk, latents, uphill, 1)
             found.append(slopes[:, :, latents.shape[2] - x0.shape[2] :])
         return torch.cat(found)
 
-    def _uphill(self, rewards: Mapping[str, tuple[Reward, float]], batch: Batch, video: Tensor) -> Tensor:
-        """The same by the pixels of clips [B, 3, T, H, W] in [-1, 1]."""
+    def _uphill(self, rewards: Mapping[str, tuple[Reward, float]], batch: Batch, first: int, video: Tensor) -> Tensor:
+        """The same by the pixels of clips [B, 3, T, H, W] in [-1, 1], which are numbers `first` and following."""
         sizes = {False: scored_size(*video.shape[-2:]), True: video.shape[-2:]}
         found = torch.zeros_like(video)
         for i, clip in enumerate(video):
@@ -169,20 +173,15 @@ class ClipReader:
                 clips = {full: self._made(to_uint8(x.detach())[None], batch, i)[0] for full, x in shown.items()}
                 total = leaf.new_zeros((), dtype=torch.float64)
                 for name, (reward, factor) in rewards.items():
+                    if (name, first + i) in self.lost:
+                        continue
                     full = bool(FULL_SIZE & set(reward.metric.needs))
-                    total = total + factor * self._followed(name, reward, shown[full], clips[full])
+                    with in_users_file(reward.metric):
+                        scores = reward.metric.differentiable(shown[full], clips[full], self.networks)
+                    total = total + factor * reward.value(scores)
                 if total.requires_grad:
                     (found[i],) = torch.autograd.grad(total, leaf)
         return found
-
-    def _followed(self, name: str, reward: Reward, video: Tensor, clip: Clip) -> Tensor | float:
-        """A clip's reward with its gradient; 0 where it has none."""
-        try:
-            with in_users_file(reward.metric):
-                return reward.value(reward.metric.differentiable(video, clip, self.networks))
-        except UserError as error:
-            self.reasons[name] = str(error)
-            return 0.0
 
     def of_all(self, own: Tensor) -> Tensor:
         """The values [K, B] of every share of the batch, side by side [K, N]; of ranks that share sequences those of the first."""
