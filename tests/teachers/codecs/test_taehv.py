@@ -188,10 +188,12 @@ def test_encoding_looks_three_frames_ahead_and_no_further():
     assert not torch.allclose(codec.encode(changed)[:, :, 0], latents[:, :, 0], atol=1e-3)
 
 
-def test_nothing_is_recorded():
-    latents, video = some_latents().requires_grad_(), a_video().requires_grad_()
+def test_nothing_is_recorded_but_a_decode_of_latents_that_ask_for_it():
+    """`teachers.codecs.streamed.pull_back` asks; encoding never records, nor does a decode for the weights' sake."""
+    latents, video = some_latents(), a_video().requires_grad_()
     pixels, state = a_codec().decode_chunk(latents)
     assert not any(out.requires_grad for out in (pixels, a_codec().encode(video), *state))
+    assert a_codec().decode(latents.requires_grad_()).requires_grad
 
 
 def test_low_precision_weights_give_fp32():

@@ -164,10 +164,12 @@ def test_encoding_is_causal_and_takes_an_image():
     assert not torch.allclose(after[:, :, 2], latents[:, :, 2], atol=1e-3)
 
 
-def test_nothing_is_recorded():
-    latents, video = some_latents().requires_grad_(), a_video().requires_grad_()
+def test_nothing_is_recorded_but_a_decode_of_latents_that_ask_for_it():
+    """`teachers.codecs.streamed.pull_back` asks; encoding never records, nor does a decode for the weights' sake."""
+    latents, video = some_latents(), a_video().requires_grad_()
     pixels, state = a_codec().decode_chunk(latents)
     assert not any(out.requires_grad for out in (pixels, a_codec().encode(video), *state))
+    assert a_codec().decode(latents.requires_grad_()).requires_grad
     assert torch.is_grad_enabled()
 
 
