@@ -144,6 +144,7 @@ class Metric:
     over: "clips", one a condition, or "noises", several a condition
     admitted_with: the metric with whose admission on known cases it stands and falls, where it has no `admit` of its own
     least: clips below which a set has no score, or none with an error
+    with_gradient: the columns that `differentiable` gives, of a metric without `against` that is not `paired`
     """
 
     name: ClassVar[str]
@@ -158,6 +159,7 @@ class Metric:
     over: ClassVar[Literal["clips", "noises"]] = "clips"
     admitted_with: ClassVar[str | None] = None
     least: ClassVar[int] = 1
+    with_gradient: ClassVar[tuple[str, ...]] = ()
 
     @property
     def columns(self) -> dict[str, Column]:
@@ -198,6 +200,11 @@ class Metric:
         found = self.score([features], None if real is None else [real])
         return {name: float(score[0]) for name, score in found.items()}
 
+    def differentiable(self, video: Tensor, clip: Clip, networks: Any) -> Mapping[str, Tensor]:
+        """`of_clip` with a gradient, for `distill.methods.dmd_reward_gradient`: the scores `with_gradient` of one clip, scalars
+        that depend on `video`, fp32 [3, T, H, W] in [-1, 1]; `clip.video` is that one rounded. Called without autocast or TF32."""
+        raise NotImplementedError
+
     def floor(self, real: Sequence[Features], splits: int) -> tuple[dict[str, tuple[float, float]], int] | None:
         """(mean, spread) between random halves of the real clips, and the clips in a half; None without a floor."""
         return None
@@ -211,10 +218,6 @@ class Metric:
     def notes(self, clips: Sequence[str], truth: Mapping[str, Score]) -> list[str]:
         """Lines that must stand beside the numbers; clips: their names, truth: the ground truth's scores."""
         return []
-
-    differentiable: ClassVar[Any] = None
-    """`differentiable(video, clip, networks) -> {column: scalar}`: `of_clip` of a metric without `against` as a function of the
-    clip's video [3, T, H, W], fp32 in [-1, 1], with a gradient (`distill.methods.dmd_reward_gradient`); None: it has none."""
 
     admit: ClassVar[Any] = None
     """`admit(cases) -> (values by case, whether they are ranked right)` of a metric that stands on probes

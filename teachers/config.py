@@ -130,8 +130,8 @@ class _Reader:
                     raise UserError(f"missing key '{child}'{whose}: {self.locate(key)}; {needed}")
             elif registry is not None and value[name] is not None:
                 made[name] = self.read_part(registry, value[name], child)
-            elif type(own := default_of(field)) is hints[name] and dataclasses.is_dataclass(own):
-                made[name] = self.read_dataclass(hints[name], value[name], child, own)
+            elif isinstance(value[name], dict) and part_of(hints[name]) is type(own := default_of(field, base)):
+                made[name] = self.read_dataclass(type(own), value[name], child, own)
             else:
                 made[name] = self.read(hints[name], value[name], child)
         try:
@@ -164,10 +164,17 @@ class _Reader:
         return self.read(found, given, key)
 
 
-def default_of(field: dataclasses.Field) -> Any:
-    """A field's default, made where it has a factory; MISSING of dataclasses without one."""
-    made = field.default_factory is not dataclasses.MISSING
-    return field.default_factory() if made else field.default  # type: ignore[misc]
+def default_of(field: dataclasses.Field, base: Any) -> Any:
+    """A field's value in `base`, or without one its default, made where it has a factory; dataclasses.MISSING: it has none."""
+    if base is not None:
+        return getattr(base, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def part_of(hint: Any) -> Any:
+    """The dataclass that a type hint is, alone or beside None; None for another hint."""
+    parts = [part for part in typing.get_args(hint) or (hint,) if part is not types.NoneType]
+    return parts[0] if len(parts) == 1 and dataclasses.is_dataclass(parts[0]) else None
 
 
 def fraction(value: Any) -> Fraction:

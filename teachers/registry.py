@@ -85,7 +85,8 @@ class Codec(Module, Protocol):
     """Video [B, 3, T, H, W] in [-1, 1], T = 1 + stride (F - 1), <-> latents [B, C, F, H/patch, W/patch], whole or streaming.
 
     Dubbing also needs `encode_chunk(video, state=None)` as `teachers.codecs.streamed.StreamedCodec` has it, and reads
-    `encode_ahead`, 0 where there is none.
+    `encode_ahead`, 0 where there is none. A gradient through the decoder (`teachers.codecs.streamed.pull_back`) needs a
+    `decode_chunk` that records a graph of latents which ask for it, and whose state is a tuple of tensors.
     """
 
     @property

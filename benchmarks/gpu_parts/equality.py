@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from distill.compose import RECIPES
 from distill.methods.rollout import rollout
 from distill.pipeline.generate import stream_noise
-from distill.planning.estimate import job_of
-from distill.planning.job import batch_on, networks_on
+from distill.planning.job import batch_on, job_of, networks_on
 from distill.recipe import load_recipe
 from students.serving.optimize import cast
 from teachers.codecs.taehv import TAEHV

@@ -16,8 +16,8 @@ from distill import methods
 from distill.compose import RECIPES
 from distill.methods import Batch
 from distill.pipeline.generate import solve_states
-from distill.planning.estimate import GIB, Plan, Update, job_of, make_plan, rank_bytes
-from distill.planning.job import Job, batch_on, networks_on, shallow
+from distill.planning.estimate import GIB, Plan, Update, make_plan, rank_bytes
+from distill.planning.job import Job, batch_on, job_of, networks_on, shallow
 from distill.planning.trace import CHECKPOINTING, clip_costs
 from distill.recipe import Recipe, load_recipe
 from distill.training.engines.engine import Engine

@@ -12,6 +12,7 @@ what was rewarded by one network should be seen by another.
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -139,7 +140,7 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]], columns: Sequenc
     for job, seeds in found.items():
         cells = []
         for column in columns:
-            values = [row[column] for row in seeds.values()]
+            values = [row.get(column, math.nan) for row in seeds.values()]  # judged: not of rows from before
             half = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{half}")
         alarms = sum(bool(row.get("alarms")) for row in seeds.values())

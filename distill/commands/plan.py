@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
         raise UserError(f"--json cannot be written: {args.json}; name a file in a folder that exists")
     from distill.planning.batches import sharing
-    from distill.planning.estimate import job_of, make_plan
+    from distill.planning.estimate import make_plan
+    from distill.planning.job import job_of
     from distill.planning.outlook import Rates, outlook
     from distill.planning.report import Shipped, as_json, as_text, engine_of
     from distill.recipe import load_recipe

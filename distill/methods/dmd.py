@@ -218,13 +218,18 @@ class DMD:
             value, metrics["critic"] = value + config.gan_critic * critic, critic.detach()
         return Loss(value, metrics)
 
+    @torch.no_grad()
+    def _gradient(self, drawn: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """The gradient like x0 that the student descends, its number of elements times that of the loss, and what is logged."""
+        real, fake = self._scores(drawn)
+        gradient = losses.dmd_gradient(drawn.x0, real, fake, drawn.start)
+        behind = lag(drawn.x0, real, fake, drawn.start).mean()
+        return gradient, {"dmd_grad_abs": gradient.abs().mean(), "fake_lag": behind}
+
     def _student(self, drawn: Rollouts) -> Loss:
         x0 = drawn.x0
-        with torch.no_grad():
-            real, fake = self._scores(drawn)
-            gradient = losses.dmd_gradient(x0, real, fake, drawn.start)
-            behind = lag(x0, real, fake, drawn.start).mean()
-        value, metrics = losses.surrogate(x0, gradient), {"dmd_grad_abs": gradient.abs().mean(), "fake_lag": behind}
+        gradient, metrics = self._gradient(drawn)
+        value = losses.surrogate(x0, gradient)
         if self.config.gan:
             gradient = losses.grad_wrt_input(
                 lambda clip: losses.generator_loss(self._judge(clip, drawn, drawn.conditions)), x0

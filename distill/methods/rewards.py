@@ -71,9 +71,9 @@ class Reward:
 
 class ClipReader(Protocol):
     """What looks at frames (`distill.pipeline.clip_reader`): decoding and scoring are of each rank's own clips, `of_all` is the one
-    collective. `gradient`: d / d x0 of the sum over rewards of each one's value times its factor, through the decoder that
-    `differentiate_through` names (None: the run's). `rank`: the number of this rank's
-    share of the batch; `reasons`: why a clip had no such reward, by its name."""
+    collective. `gradient`, after `read` of the same clips: d / d x0 of the sum over rewards of each one's value times its factor,
+    through the decoder that `differentiate_through` names (None: the run's). `rank`: the number of this rank's share of the batch;
+    `reasons`: why a clip had no such reward, by its name."""
 
     rank: int
     reasons: Mapping[str, str]

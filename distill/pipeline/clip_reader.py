@@ -15,7 +15,7 @@ from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.evaluation.clip_sets import at_size, scored, scored_size
 from eval.metric import Clip
 from eval.networks.loaded import Networks
-from eval.networks.weights import REGISTRY, locate
+from eval.networks.weights import REGISTRY, locate, true_fp32
 from eval.scores import clip_features, lacking
 from teachers.codecs.linear import to_uint8
 from teachers.codecs.streamed import pull_back
@@ -86,6 +86,13 @@ class ClipReader:
     @torch.no_grad()
     def read(self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch) -> Tensor:
         """The rewards [K, B] of clips x0 [B, C, F, h, w], NaN for a clip that has none of that kind."""
+        with torch.autocast(self.engine.device.type, enabled=False):
+            values = self._values(rewards, x0, conditions, batch)
+        names = list(rewards)
+        self.lost = {(names[k], i) for k, i in values.isfinite().logical_not().nonzero().tolist()}
+        return values.to(self.engine.device)
+
+    def _values(self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch) -> Tensor:
         own = self._clips(rewards, x0, conditions, batch)
         compares = any(reward.compares for reward in rewards.values())
         assert not compares or batch.x0 is not None
@@ -95,9 +102,7 @@ class ClipReader:
             full = bool(FULL_SIZE & set(reward.metric.needs))
             for i, (mine, data) in enumerate(zip(own[full], real[full], strict=True)):
                 values[k, i] = self._value(name, reward, mine, data)
-        names = list(rewards)
-        self.lost = {(names[k], i) for k, i in values.isnan().nonzero().tolist()}
-        return values.to(self.engine.device)
+        return values
 
     def _value(self, name: str, reward: Reward, own: Clip, real: Clip) -> float:
         try:
@@ -113,8 +118,7 @@ class ClipReader:
         self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch
     ) -> dict[bool, list[Clip]]:
         """The clips by whether they are at their full size."""
-        with torch.autocast(self.engine.device.type, enabled=False):
-            video = self.codec.decode(x0.float(), conditions.lead)
+        video = self.codec.decode(x0.float(), conditions.lead)
         small, given = scored(video), replace(batch, conditions=conditions)
         found = {False: self._made(small, given)}
         if any("probes" in reward.metric.needs for reward in rewards.values()):
@@ -144,19 +148,20 @@ class ClipReader:
         self, rewards: Mapping[str, tuple[Reward, float]], x0: Tensor, conditions: Conditions, batch: Batch
     ) -> Tensor:
         """d / d x0 of the sum over rewards of each clip's value times the reward's factor, like x0 [B, C, F, h, w], fp32; 0 for a
-        clip that had no value when it was read. Decoded with a graph, a few clips and one latent frame at a time. UserError for a
-        clip with a value and no gradient."""
+        clip for which `read`, which comes before, has found no value. Decoded with a graph, one latent frame at a time of one clip,
+        on a CPU of a few. UserError for a clip with a value and no gradient."""
+        if not rewards:
+            return torch.zeros_like(x0, dtype=torch.float32)
         spec, codec, found = self.artifacts.spec, self.decoder, []
-        frames = 1 + codec.config.stride * (spec.horizon_frames - 1)
-        for rows in torch.arange(len(x0)).split(
-            clips_at_once(frames, spec.height, spec.width, self.engine.device.type)
-        ):
+        frames, device = 1 + codec.config.stride * (spec.horizon_frames - 1), self.engine.device.type
+        at_once = clips_at_once(frames, spec.height, spec.width, device) if device == "cpu" else 1
+        for rows in torch.arange(len(x0)).split(at_once):
             given = conditions.index(rows)
             part = Batch(given, sound=None if batch.sound is None else batch.sound[rows])
             latents = x0[rows].float()
             if given.lead is not None:
                 latents = torch.cat([given.lead.to(latents), latents], dim=2)
-            with torch.autocast(self.engine.device.type, enabled=False):
+            with torch.autocast(device, enabled=False):
                 uphill = partial(self._uphill, rewards, part, int(rows[0]))
                 slopes = pull_back(codec.decode_chunk, latents, uphill, 1)
             found.append(slopes[:, :, latents.shape[2] - x0.shape[2] :])
@@ -167,7 +172,7 @@ class ClipReader:
         sizes = {False: scored_size(*video.shape[-2:]), True: video.shape[-2:]}
         found = torch.zeros_like(video)
         for i, clip in enumerate(video):
-            with torch.enable_grad():
+            with torch.enable_grad(), true_fp32():
                 leaf = clip.detach().requires_grad_()
                 shown = {full: at_size(leaf, size) for full, size in sizes.items()}
                 clips = {full: self._made(to_uint8(x.detach())[None], batch, i)[0] for full, x in shown.items()}
@@ -177,8 +182,8 @@ class ClipReader:
                         continue
                     full = bool(FULL_SIZE & set(reward.metric.needs))
                     with in_users_file(reward.metric):
-                        scores = reward.metric.differentiable(shown[full], clips[full], self.networks)
-                    total = total + factor * reward.value(scores)
+                        value = reward.value(reward.metric.differentiable(shown[full], clips[full], self.networks))
+                    total = total + factor * value
                 if total.requires_grad:
                     (found[i],) = torch.autograd.grad(total, leaf)
         return found

@@ -108,7 +108,7 @@ class PlannedReader:
     def read(self, rewards: Mapping[str, Reward], x0: Tensor, conditions: Conditions, batch: Batch) -> Tensor:
         """Zeros [K, B]."""
         del conditions, batch
-        self._take(self.decode_bytes, x0)
+        self._take(self.decode_bytes * min(self.at_once, len(x0)), x0)
         return torch.zeros(len(rewards), len(x0), device="cpu")
 
     def gradient(
@@ -116,11 +116,11 @@ class PlannedReader:
     ) -> Tensor:
         """Zeros like x0."""
         del rewards, conditions, batch
-        self._take(self.pull_back_bytes, x0)
+        self._take(self.pull_back_bytes, x0)  # of one clip at a time
         return torch.zeros_like(x0, dtype=torch.float32)
 
-    def _take(self, each: float, x0: Tensor) -> None:
-        torch.empty(round(each * min(self.at_once, len(x0))), dtype=torch.uint8, device=x0.device)
+    def _take(self, size: float, x0: Tensor) -> None:
+        torch.empty(round(size), dtype=torch.uint8, device=x0.device)
 
     def of_all(self, own: Tensor) -> Tensor:
         """Those of two ranks, as one with one clip could not standardise."""

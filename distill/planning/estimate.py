@@ -8,16 +8,13 @@ rollout, the context, what a checkpointed block keeps.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from distill.pipeline.evaluation.clip_sets import generated_at_once
-from distill.planning.codec import PullBack, codec_costs, pull_back_costs
 from distill.planning.job import LORA_RANK, Job, inner, make_network, meta_networks
 from distill.planning.live_bytes import Phases, Points
 from distill.planning.trace import CHECKPOINTING, LORA, StepCosts, step_costs, stream_costs, trace_phases
-from distill.recipe import spec_of
 from distill.training.config import TrainConfig
 from distill.training.lora import ENGINES as LORA_ENGINES
 from students.serving.optimize import DTYPES
@@ -26,10 +23,9 @@ from students.weights.adapter import expected
 from teachers import flow
 from teachers.errors import UserError
 from teachers.networks.kind import networks_in
-from teachers.networks.sequence import SequenceGroup
 
 if TYPE_CHECKING:
-    from distill.recipe import Recipe
+    pass
 
 GIB = 2**30
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -340,43 +336,6 @@ def memory_saving_options(plan: Plan, engine: str, have: tuple[str, ...]) -> lis
 def is_possible(plan: Plan, engine: str) -> bool:
     """Whether an engine can hold the roles: LoRAs share weights, which some cut to pieces."""
     return not plan.adapted or engine in LORA_ENGINES
-
-
-def job_of(recipe: "Recipe") -> Job:
-    """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
-    given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
-    trained = {name: stage for name, stage in given.items() if stage.is_trained}
-    lora = recipe.lora
-    adapters: dict[str, Any] = {}
-    if lora is not None:
-        ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
-        adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
-    spec, networks, shared = spec_of(recipe), {"teacher": recipe.teacher.network}, recipe.engine.sequence_parallel
-    decodes = any(recipe.needs(slot).decodes for slot in recipe.slots)
-    through = [
-        getattr(recipe, slot).method for slot in recipe.slots if recipe.needs(slot).differentiates
-    ]  # one at most
-    if recipe.has_custom_network:  # which only the student has
-        networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
-    return Job(
-        spec=spec,
-        networks=networks,
-        stages=trained | {slot: getattr(recipe, slot) for slot in recipe.slots},
-        checkpointing=recipe.engine.checkpointing,
-        at_once=generated_at_once(recipe, spec),
-        trajectories=recipe.trajectories,
-        solves=any(recipe.needs(slot).batch != "x0" for slot in recipe.slots),
-        precision=recipe.engine.precision,
-        half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
-        bucket_mib=recipe.engine.bucket_mib,
-        shard_ranks=recipe.engine.shard_ranks,
-        gather_once=recipe.engine.gather_once,
-        backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
-        sequence=SequenceGroup(shared) if shared > 1 else None,
-        decode_bytes=codec_costs(spec, recipe).decode_bytes if decodes else 0.0,
-        pull_back=pull_back_costs(spec, recipe, through[0].decoder) if through else PullBack(),
-        **adapters,
-    )
 
 
 class Traced(dict):

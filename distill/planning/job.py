@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from distill import methods
 from distill.methods import Batch, Needs
-from distill.planning.codec import PullBack
+from distill.pipeline.evaluation.clip_sets import generated_at_once
+from distill.planning.codec import PullBack, codec_costs, pull_back_costs
 from distill.planning.live_bytes import checkpointed
-from distill.recipe import TrajectoriesConfig
+from distill.recipe import TrajectoriesConfig, spec_of
 from distill.training import lora as lora_roles
 from distill.training.lora import TARGETS
 from students.serving.optimize import cast as cast_network
@@ -20,6 +21,9 @@ from teachers.conditions import Conditions, blank_features
 from teachers.guidance import AnyGuidance
 from teachers.networks.kind import AvatarTeacher, NetworkKind, networks_in
 from teachers.networks.sequence import SequenceGroup
+
+if TYPE_CHECKING:
+    from distill.recipe import Recipe
 
 LORA_RANK = 128  # OmniAvatar's
 CAUSAL = ("student", "ar_teacher")
@@ -76,6 +80,43 @@ class Job:
         assert self.trajectories is not None
         forced = any(self.needs(other).batch == "forced" for other in self.stages)
         return Needs(trained=(), frozen=("ar_teacher" if forced else self.trajectories.role,))
+
+
+def job_of(recipe: "Recipe") -> Job:
+    """The job of a recipe; UserError where its parts do not fit together. Nothing that its paths name is opened."""
+    given = {"teacher": recipe.teacher} | ({} if recipe.base is None else {"base": recipe.base})
+    trained = {name: stage for name, stage in given.items() if stage.is_trained}
+    lora = recipe.lora
+    adapters: dict[str, Any] = {}
+    if lora is not None:
+        ranks = dict.fromkeys(("student", "fake_score"), lora.rank)
+        adapters = {"lora": ranks, "targets": lora.targets, "full": lora.full}
+    spec, networks, shared = spec_of(recipe), {"teacher": recipe.teacher.network}, recipe.engine.sequence_parallel
+    decodes = any(recipe.needs(slot).decodes for slot in recipe.slots)
+    through = [
+        getattr(recipe, slot).method for slot in recipe.slots if recipe.needs(slot).differentiates
+    ]  # one at most
+    if recipe.has_custom_network:  # which only the student has
+        networks |= dict.fromkeys(("base", "fake_score"), (recipe.base or recipe.teacher).network)
+    return Job(
+        spec=spec,
+        networks=networks,
+        stages=trained | {slot: getattr(recipe, slot) for slot in recipe.slots},
+        checkpointing=recipe.engine.checkpointing,
+        at_once=generated_at_once(recipe, spec),
+        trajectories=recipe.trajectories,
+        solves=any(recipe.needs(slot).batch != "x0" for slot in recipe.slots),
+        precision=recipe.engine.precision,
+        half=frozenset(name for name, stage in given.items() if name not in trained and stage.precision == "bf16"),
+        bucket_mib=recipe.engine.bucket_mib,
+        shard_ranks=recipe.engine.shard_ranks,
+        gather_once=recipe.engine.gather_once,
+        backbone=frozenset({"student", "fake_score", "teacher" if recipe.base in (None, recipe.teacher) else "base"}),
+        sequence=SequenceGroup(shared) if shared > 1 else None,
+        decode_bytes=codec_costs(spec, recipe).decode_bytes if decodes else 0.0,
+        pull_back=pull_back_costs(spec, recipe, getattr(through[0], "decoder", None)) if through else PullBack(),
+        **adapters,
+    )
 
 
 def shallow(job: Job, blocks: int) -> Job:

@@ -20,7 +20,6 @@ from eval.frechet import mean_with_error
 from eval.metric import Clip, Column, Features, Metric, Score
 from eval.mfcc import mfcc, to_int16
 from eval.networks.syncnet import FPS, FRAMES, crop_faces, crop_faces_float, lip_windows, windows_of
-from eval.networks.weights import true_fp32
 from teachers.checkpoints.strict import listed
 from teachers.errors import UserError
 
@@ -41,6 +40,7 @@ class SyncNetSync(Metric):
     sound: Literal["own", "real"]
 
     name, label, needs = "lip_sync", "Sync-C", ("syncnet", "sound", "box")
+    with_gradient = ("sync_c", "sync_d", "distance_at_zero")
 
     def __post_init__(self):
         if self.max_lag < 1:
@@ -80,8 +80,7 @@ class SyncNetSync(Metric):
         num_windows = windows_of(len(frames), len(sound))
         faces = crop_faces_float(frames[: num_windows + FRAMES - 1], clip.box, self.crop_scale)
         voice = networks.syncnet.voice(mfcc(to_int16(sound)), num_windows).to(video.device)
-        with true_fp32():
-            lips = networks.syncnet.lip(lip_windows(faces).contiguous()).float()
+        lips = networks.syncnet.lip(lip_windows(faces).contiguous()).float()
         curve = lag_distances(lips, voice, self.max_lag).mean(0).double()
         return {
             "sync_c": curve.median() - curve.min(),

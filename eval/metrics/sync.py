@@ -21,6 +21,7 @@ class Sync(Metric):
     sound: Literal["own", "real"]
 
     name, label, hint, plot, needs = "sync", "sync", "-1 to 1", True, ("probes", "mouth", "sound")
+    with_gradient = ("sync", "sync_width")
 
     def __post_init__(self):
         if self.max_lag < 1:

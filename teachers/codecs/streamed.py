@@ -114,7 +114,9 @@ def _pull_back_chunk(
         leaf = latents.detach().requires_grad_()
         before = None if state is None else tuple(x.detach().requires_grad_() for x in state)
         video, after = decode_chunk(leaf, before)
-        pairs = [(video, slope), *zip(after, behind, strict=False)]
+        if not video.requires_grad:
+            raise UserError("codec: its decode_chunk records no graph of the latents; let it run without no_grad")
+        pairs = [(video, slope), *zip(after, behind or [None] * len(after), strict=True)]
         used = [(x, g.to(x)) for x, g in pairs if g is not None and x.requires_grad]
         outputs, given = zip(*used, strict=True)
         return torch.autograd.grad(outputs, (leaf, *(before or ())), given, allow_unused=True)

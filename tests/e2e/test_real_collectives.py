@@ -14,8 +14,7 @@ import torch
 
 from distill import methods
 from distill.compose import RECIPES
-from distill.planning.estimate import job_of
-from distill.planning.job import batch_on, meta_networks, networks_on
+from distill.planning.job import batch_on, job_of, meta_networks, networks_on
 from distill.recipe import load_recipe, spec_of
 from distill.training.engines import fsdp
 from distill.training.engines.fsdp import FSDP2Role

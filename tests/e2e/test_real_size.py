@@ -22,8 +22,7 @@ from distill.data.encoders import ConditionEncoders
 from distill.pipeline import artifacts, pretrained
 from distill.pipeline.evaluation.clip_sets import generated_at_once
 from distill.pipeline.generate import student_clips, teacher_clips
-from distill.planning.estimate import job_of
-from distill.planning.job import Job, batch_on, networks_on, shallow
+from distill.planning.job import Job, batch_on, job_of, networks_on, shallow
 from distill.planning.trace import clip_costs
 from distill.recipe import load_recipe, spec_of
 from students.networks.causal_wan import CausalWan

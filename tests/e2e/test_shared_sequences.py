@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from distill import methods
 from distill.compose import RECIPES
-from distill.planning.estimate import job_of
-from distill.planning.job import Job, batch_on, networks_on, shallow
+from distill.planning.job import Job, batch_on, job_of, networks_on, shallow
 from distill.planning.trace import step_costs
 from distill.recipe import load_recipe
 from teachers.flow import keyed_generator

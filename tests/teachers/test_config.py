@@ -132,6 +132,22 @@ class Alarms:
     soft: Limits = Limits(low=0.25, high=0.75, name="soft")
     hard: Limits = field(default_factory=lambda: Limits(low=0.5))
     net: Net | None = None
+    maybe: Limits | None = Limits(low=0.1, high=0.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    alarms: Alarms = Alarms(soft=Limits(low=3.0, high=4.0), maybe=None)
+
+
+def test_a_part_of_a_part_and_one_that_may_be_missing_keep_their_defaults_too():
+    assert convert(House, {"alarms": {"soft": {"low": 5}}}).alarms == Alarms(soft=Limits(low=5.0, high=4.0), maybe=None)
+    assert convert(Alarms, {"maybe": {"low": 5}}).maybe == Limits(low=5.0, high=0.2)
+    assert convert(Alarms, {"maybe": None}).maybe is None
+    with pytest.raises(UserError, match=r"missing key 'alarms\.maybe\.low'"):
+        convert(House, {"alarms": {"maybe": {"high": 2.0}}})
+    with pytest.raises(UserError, match=r"missing value of 'soft'"):
+        convert(Alarms, {"soft": "???"})
 
 
 def test_one_key_of_a_part_leaves_the_others_at_the_parts_default():

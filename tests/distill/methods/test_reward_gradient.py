@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from distill.methods import Batch, dmd, dmd_reward_gradient
-from distill.methods.dmd_reward_gradient import Config, RewardGradientDMD
+from distill.methods.dmd_reward_gradient import Config, RewardGradientDMD, limited
 from distill.methods.rewards import Reward
 from distill.methods.rollout import draw_noise, rollout
 from distill.training.config import OptimizerConfig, TrainConfig
@@ -62,8 +63,8 @@ def test_beta_0_is_plain_dmd_bit_for_bit(role):
 def slopes_of(method, batch, x0: Tensor, sigma: Tensor, eps: Tensor, plain: bool) -> tuple[Tensor, dict]:
     """d loss / d x0 of a step of the student, and what it logs; the scores and the rollout as they are."""
     leaf = x0.clone().requires_grad_()
-    step = dmd.DMD._student if plain else RewardGradientDMD._student
-    loss = step(method, dmd.Rollouts(leaf, sigma, sigma, eps, batch.conditions, batch))
+    stepped = dmd.DMD(method.config, method.student, method.teacher, method.fake_score) if plain else method
+    loss = stepped._student(dmd.Rollouts(leaf, sigma, sigma, eps, batch.conditions, batch))
     loss.value.backward()
     return leaf.grad, loss.metrics
 
@@ -88,6 +89,22 @@ def test_the_rewards_gradient_is_added_in_units_of_their_deviation():
     assert all(not value.requires_grad for value in metrics.values())
 
 
+def test_a_clips_reward_gradient_is_bounded_by_its_own_of_dmd():
+    """A steep reward, and two clips that are nearly equal: scaled down as a whole, to `limit` times DMD's; a small one is left."""
+    method, batch = make(beta=1e4, limit=3.0), a_batch(4)
+    given = (randn(4, 4, 8, 4, 4, seed=5), torch.linspace(0.3, 0.9, 4), randn(4, 4, 8, 4, 4, seed=6))
+    plain, _ = slopes_of(method, batch, *given, plain=True)
+    found, _ = slopes_of(method, batch, *given, plain=False)
+    uphill = (plain - found)[:, :, 1:].flatten(1)
+    ratio = uphill.abs().mean(1) / plain[:, :, 1:].flatten(1).abs().mean(1)
+    assert torch.allclose(ratio, torch.full((4,), 3.0), rtol=1e-3)
+    towards = torch.nn.functional.cosine_similarity(uphill, slope()[:, :, 1:].flatten(1), dim=1)
+    assert (towards > 0.999).all()
+    small = randn(2, 4, 8, 4, 4, seed=7)
+    assert torch.equal(limited(small, torch.full((2,), 5.0), 1), small)
+    assert torch.equal(limited(torch.zeros_like(small), torch.zeros(2), 1), torch.zeros_like(small))
+
+
 def test_the_deviation_is_that_of_all_ranks():
     method, values = make(), torch.tensor([[0.1, 0.5, 0.9, 0.2]], dtype=torch.float64)
     assert method._factors(values)["sync"][1] == pytest.approx(1 / float(values.std(correction=0)))
@@ -99,7 +116,16 @@ def test_the_deviation_is_that_of_all_ranks():
 @pytest.mark.parametrize(
     ("make_it", "words"),
     [
-        (lambda: Config(rewards={"face": Reward(metric=Identity())}), r"rewards\.face: identity has no gradient"),
+        (
+            lambda: Config(rewards={"face": Reward(metric=Identity())}),
+            r"rewards\.face: identity of identity has no gradient",
+        ),
+        (
+            lambda: Config(rewards={"late": Reward(metric=SYNC.metric, score="sync_offset_frames")}),
+            "sync_offset_frames of sync has no gradient; its scores with one: sync, sync_width",
+        ),
+        (lambda: Config(rewards={"sync": SYNC}, limit=0.0), "limit"),
+        (lambda: Config(rewards={"sync": SYNC}, decoder=SimpleNamespace(fitted=True)), "a fitted codec"),
         (lambda: Config(rewards={"watched": WATCHED}), r"dmd_reward_gradient\.rewards: none has a weight"),
         (lambda: Config(rewards={"sync": SYNC}, beta=-1.0), "beta"),
         (lambda: Config(rewards={"sync": SYNC}, rollout_chunks=8), "rollout_chunks"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from distill.data import latents
 from distill.data.encoders import load_encoders
 from distill.methods import Batch
 from distill.methods.rewards import Reward
+from distill.pipeline import clip_reader
 from distill.pipeline.clip_reader import ClipReader
 from distill.pipeline.evaluation.reward_watch import hacked
 from distill.pipeline.stages import facts, stages
@@ -115,6 +117,31 @@ def test_the_gradient_is_that_of_the_whole_decode_and_raises_the_metrics_own_num
         reader.gradient({"lips": (PUBLISHED, 1.0)}, x0, conditions, faceless)
     assert reader.read({"lips": PUBLISHED}, x0, conditions, faceless).isnan().all()
     assert torch.equal(reader.gradient({"lips": (PUBLISHED, 1.0)}, x0, conditions, faceless), torch.zeros_like(x0))
+
+
+def test_values_are_read_in_fp32_whatever_the_engine_computes_in(world):
+    artifacts, clips = world
+    reader, (x0, conditions) = ClipReader(artifacts, 4), artifacts.encoders.of_clips(clips)
+    given = ({"sync": SYNC}, x0, conditions, Batch(conditions))
+    plain, slope = reader.read(*given), reader.gradient({"sync": (SYNC, 1.0)}, *given[1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reader.read(*given), plain)
+        assert torch.equal(reader.gradient({"sync": (SYNC, 1.0)}, *given[1:]), slope)
+    assert torch.equal(reader.gradient({}, *given[1:]), torch.zeros_like(x0))
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [2, 2]), ("cuda", [1, 1, 1, 1])])
+def test_a_graph_is_held_of_one_clip_at_a_time_but_for_a_cpu(world, monkeypatch, device, sizes):
+    """Decoding with a graph takes far more than `clips_at_once`, which is of decoding alone, allows for."""
+    artifacts, clips = world
+    reader, (x0, conditions) = ClipReader(artifacts, 4), artifacts.encoders.of_clips(clips)
+    monkeypatch.setattr(clip_reader, "clips_at_once", lambda *_: 2)
+    seen = []
+    monkeypatch.setattr(clip_reader, "pull_back", lambda _, latents, *rest: seen.append(len(latents)) or latents)
+    reader.engine = SimpleNamespace(device=SimpleNamespace(type=device))
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    reader.gradient({"sync": (SYNC, 1.0)}, x0, conditions, Batch(conditions))
+    assert seen == sizes
 
 
 def test_a_gradient_may_go_through_another_codec_of_the_same_latents(world):

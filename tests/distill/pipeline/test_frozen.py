@@ -15,8 +15,7 @@ from distill.methods.rollout import rollout
 from distill.pipeline import artifacts as module
 from distill.pipeline import pretrained
 from distill.pipeline.artifacts import Artifacts
-from distill.planning.estimate import job_of
-from distill.planning.job import batch_on
+from distill.planning.job import batch_on, job_of
 from distill.recipe import load_recipe, spec_of
 from distill.training.engines.offload import is_streamed
 from teachers.errors import UserError

@@ -17,8 +17,8 @@ from distill.compose import RECIPES
 from distill.planning import report
 from distill.planning import trace as tracing
 from distill.planning.codec import CodecCosts
-from distill.planning.estimate import GIB, Plan, job_of, make_plan
-from distill.planning.job import Job
+from distill.planning.estimate import GIB, Plan, make_plan
+from distill.planning.job import Job, job_of
 from distill.planning.live_bytes import LiveBytes
 from distill.planning.outlook import (
     FP32_SLOWER,

@@ -8,11 +8,8 @@ from distill.cli import Parser
 from distill.commands import plan as command
 from distill.compose import RECIPES
 from distill.planning import batches, report
-from distill.planning.estimate import (
-    ENGINES,
-    GIB,
-    job_of,
-)
+from distill.planning.estimate import ENGINES, GIB
+from distill.planning.job import job_of
 from distill.planning.outlook import Rates
 from distill.recipe import load_recipe
 from teachers.errors import UserError

@@ -10,8 +10,8 @@ from math import prod
 import pytest
 
 from distill.compose import RECIPES
-from distill.planning.estimate import Update, context_bytes, job_of
-from distill.planning.job import Job, shallow
+from distill.planning.estimate import Update, context_bytes
+from distill.planning.job import Job, job_of, shallow
 from distill.planning.outlook import Part, Rates
 from distill.planning.trace import clip_costs, step_costs, trace
 from distill.recipe import load_recipe

@@ -106,6 +106,7 @@ def test_decoding_for_rewards_is_alive_beside_the_rollout(weighs, roles):
 
 @pytest.mark.slow
 def test_a_gradient_through_the_decoder_is_alive_beside_the_rollout():
+    """Of one clip of the batch at a time."""
     reward = Reward(metric=Sync(max_lag=4, sound="own"))
     method = dmd_reward_gradient.Config(rewards={"sync": reward}, exit_step="last")
     job = replace(a_job(make_spec(), method=method), decode_bytes=2.0**20)
@@ -113,8 +114,7 @@ def test_a_gradient_through_the_decoder_is_alive_beside_the_rollout():
         max(size for _, size in trace(replace(job, pull_back=PullBack(each)), "distill", "student"))
         for each in (0.0, 2.0**30)
     )
-    batch = job.stages["distill"].train.batch_size
-    assert plain < batch * 2**30 < pulled
+    assert plain < 2**30 < pulled < 2**31
 
 
 @pytest.mark.slow

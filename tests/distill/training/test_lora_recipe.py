@@ -14,7 +14,8 @@ from distill.compose import RECIPES
 from distill.pipeline.artifacts import Artifacts
 from distill.pipeline.stages import Pipeline
 from distill.planning import report
-from distill.planning.estimate import job_of, make_plan, peak_bytes, rank_bytes, suggest_fix
+from distill.planning.estimate import make_plan, peak_bytes, rank_bytes, suggest_fix
+from distill.planning.job import job_of
 from distill.recipe import load_recipe, to_dict
 from distill.training import lora
 from distill.training.config import EngineConfig

@@ -21,8 +21,8 @@ import torch.distributed._tools.fake_collectives  # what a collective gives unde
 from distill import methods
 from distill.compose import RECIPES
 from distill.planning import trace
-from distill.planning.estimate import Plan, job_of, make_plan, rank_bytes
-from distill.planning.job import Job, batch_on, inner, networks_on, shallow
+from distill.planning.estimate import Plan, make_plan, rank_bytes
+from distill.planning.job import Job, batch_on, inner, job_of, networks_on, shallow
 from distill.recipe import Recipe, load_recipe
 from distill.training.config import EngineConfig
 from distill.training.engines import fsdp

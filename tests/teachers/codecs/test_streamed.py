@@ -83,3 +83,10 @@ def test_a_gradient_pulled_back_chunk_by_chunk_is_that_of_the_whole_decode(codec
     found = pull_back(codec.decode_chunk, latents, lambda video: 2 * weight * video, chunk)
     assert float(leaf.grad.abs().mean()) > 1e-3
     assert torch.allclose(found, leaf.grad, rtol=1e-4, atol=1e-4 * float(leaf.grad.abs().max()))
+
+
+def test_a_decoder_that_records_nothing_is_named():
+    codec = fitted_codec()
+    latents = torch.zeros(1, codec.config.channels, 2, *codec.cells)
+    with pytest.raises(UserError, match="records no graph"):
+        pull_back(torch.no_grad()(codec.decode_chunk), latents, torch.zeros_like, 1)

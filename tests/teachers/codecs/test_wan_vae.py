@@ -165,7 +165,6 @@ def test_encoding_is_causal_and_takes_an_image():
 
 
 def test_nothing_is_recorded_but_a_decode_of_latents_that_ask_for_it():
-    """`teachers.codecs.streamed.pull_back` asks; encoding never records, nor does a decode for the weights' sake."""
     latents, video = some_latents(), a_video().requires_grad_()
     pixels, state = a_codec().decode_chunk(latents)
     assert not any(out.requires_grad for out in (pixels, a_codec().encode(video), *state))
